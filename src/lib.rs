@@ -1,0 +1,3 @@
+//! gradestore
+pub mod grade;
+pub mod store;

@@ -1,0 +1,141 @@
+//! The log: the one total order of batches that a store is made of.
+//!
+//! A log gives each batch the next sequence number, from 1, and hands batches back in that order.
+//! What becomes of a batch is told by its coming back through a [`Subscription`], not by
+//! [`Log::append`] returning: only the log knows where a batch stands.
+
+mod memory;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use futures_util::future::BoxFuture;
+
+use crate::grade::Patch;
+pub use memory::MemoryLog;
+
+/// A batch's place in its log: 1 for the first. 0 is the place before it.
+pub type Seq = u64;
+
+/// The id of one process start, random; marks the batches that this process sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Origin(u128);
+
+impl Origin {
+    /// A new one, from the system's random source.
+    ///
+    /// # Errors
+    /// The system has no random bytes to give.
+    pub fn random() -> Result<Self, getrandom::Error> {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes)?;
+        Ok(Self(u128::from_le_bytes(bytes)))
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+/// The patches that travel as one message.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// Who sent it.
+    pub origin: Origin,
+    /// The sender's own count of its batches; with `origin`, the batch's name.
+    pub number: u64,
+    /// What it sets, in this order.
+    pub patches: Arc<[Patch]>,
+}
+
+/// A batch at its place in the log.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// The place.
+    pub seq: Seq,
+    /// When the log took it, by the log's own clock, in nanoseconds since 1970.
+    pub time_ns: u64,
+    /// The batch.
+    pub batch: Batch,
+}
+
+/// What makes a log this log and no other: a sequence number means something only with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogId(pub Box<str>);
+
+impl fmt::Display for LogId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Why a batch is not in the log.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum AppendError {
+    /// The log is closed: nobody reads it any more.
+    #[error("the log is closed")]
+    Closed,
+}
+
+/// Why a log can't be read.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ReadError {
+    /// The log no longer has, or never had, the batch after the given one.
+    #[error("the log does not hold batch {wanted}")]
+    NotHeld {
+        /// The batch that was asked for.
+        wanted: Seq,
+    },
+    /// The log is closed.
+    #[error("the log is closed")]
+    Closed,
+}
+
+/// A total order of batches.
+pub trait Log: Send + Sync + 'static {
+    /// `memory`, `disk` or `jetstream`; what `/status` says.
+    fn kind(&self) -> &'static str;
+
+    /// Which log this is.
+    fn id(&self) -> LogId;
+
+    /// The sequence number of the last batch, as far as this process knows.
+    fn end(&self) -> Seq;
+
+    /// How many batches a writer may have appended that did not come back yet. One more than is
+    /// being written keeps the log busy; many only make the batches small.
+    fn in_flight_max(&self) -> usize;
+
+    /// Gives `batch` to the log. When this returns `Ok` the batch has a place or soon will.
+    ///
+    /// # Errors
+    /// The batch is not in the log and won't be.
+    fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>>;
+
+    /// Starts reading at the batch after `after`.
+    ///
+    /// # Errors
+    /// The log can't be read from there.
+    fn subscribe(&self, after: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>>;
+}
+
+/// A place in the log that moves on as entries are taken.
+pub trait Subscription: Send {
+    /// Appends the next entries to `entries`, at least one; waits for it if need be. Cancel-safe:
+    /// what a dropped future had not handed out comes with the next call.
+    ///
+    /// # Errors
+    /// The log can't be read on; start a new subscription.
+    fn next<'a>(&'a mut self, entries: &'a mut Vec<Entry>) -> BoxFuture<'a, Result<(), ReadError>>;
+}
+
+/// The machine's clock, in nanoseconds since 1970.
+fn now_ns() -> u64 {
+    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH);
+    elapsed.map_or(0, |elapsed| {
+        u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX)
+    })
+}
