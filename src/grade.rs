@@ -249,7 +249,9 @@ where
         let mut changes = Changes::default();
         while let Some(key) = map.next_key::<Key>()? {
             match key {
-                Key::UserId if user_id.is_some() => return Err(de::Error::duplicate_field(USER_ID)),
+                Key::UserId if user_id.is_some() => {
+                    return Err(de::Error::duplicate_field(USER_ID));
+                }
                 Key::UserId => {
                     let id: S = map.next_value()?;
                     check_user_id(id.as_ref()).map_err(de::Error::custom)?;
@@ -493,13 +495,22 @@ mod tests {
             (r#"{"user_id":"\u0085"}"#, "U+0085 at byte 0"),
             (r#"{"user_id":null}"#, "null"),
             (r#"{"user_id":7}"#, "string"),
-            (r#"{"user_id":"a","user_id":"b"}"#, "duplicate field `user_id`"),
-            (r#"{"user_id":"a","spp":1,"s\u0070p":1}"#, "duplicate field `spp`"),
+            (
+                r#"{"user_id":"a","user_id":"b"}"#,
+                "duplicate field `user_id`",
+            ),
+            (
+                r#"{"user_id":"a","spp":1,"s\u0070p":1}"#,
+                "duplicate field `spp`",
+            ),
             (r#"{"user_id":"a","SPP":1}"#, "unknown field \"SPP\""),
             (r#"{"user_id":"a","spp":null}"#, "spp is null"),
             (r#"{"user_id":"a","spp":1.0}"#, "fraction"),
             (r#"{"user_id":"a","spp":1e2}"#, "exponent"),
-            (r#"{"user_id":"a","spp":9223372036854775808}"#, "out of range"),
+            (
+                r#"{"user_id":"a","spp":9223372036854775808}"#,
+                "out of range",
+            ),
             (r#"{"user_id":"a","spp":"1"}"#, "a string"),
             (r#"{"user_id":"a","spp":[1]}"#, "an array"),
             (r#"{"user_id":"a","spp":{}}"#, "an object"),

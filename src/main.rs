@@ -1,1 +1,93 @@
-fn main(){}
+//! The program: parse, build, run, exit code.
+
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use gradestore::app::{self, Sockets};
+use gradestore::config::{self, Command, Config, HealthArgs, MadePassword, ServeArgs};
+use gradestore::health;
+use gradestore::log::{MemoryLog, Origin};
+use gradestore::telemetry;
+use tokio::signal::unix::{SignalKind, signal};
+
+fn main() -> ExitCode {
+    let done = match config::parse_args().command {
+        Command::Serve(args) => serve(&args),
+        Command::Health(HealthArgs { ops_addr }) => health::check(ops_addr).map_err(Into::into),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "gradestore: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
+    telemetry::init_logs();
+    let (config, made_password) = Config::from_args(args)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let ended = runtime.block_on(async {
+        let origin = Origin::random()?;
+        let log = Arc::new(MemoryLog::new(origin));
+        let shutdown = shutdown()?;
+        let sockets = Sockets::bind(&config)?;
+        greet(&sockets, &args.username, made_password.as_ref())?;
+        app::run(config, origin, log, sockets, shutdown).await?;
+        Ok(())
+    });
+    // What did not end within its deadline is not waited for again.
+    runtime.shutdown_background();
+    ended
+}
+
+/// Resolves at the first SIGTERM or Ctrl-C; a second one ends the process at once.
+fn shutdown() -> io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            std::process::exit(130);
+        });
+    })
+}
+
+/// Says where the node listens, and shows a password that was made, once, in a line to paste.
+fn greet(sockets: &Sockets, username: &str, made: Option<&MadePassword>) -> io::Result<()> {
+    let url = |address: SocketAddr| format!("http://{}", health::reachable(address));
+    let (write, read) = (
+        url(sockets.write.local_addr()?),
+        url(sockets.read.local_addr()?),
+    );
+    let ops = url(sockets.ops.local_addr()?);
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        write,
+        read,
+        ops,
+        "listening"
+    );
+    let Some(MadePassword(password)) = made else {
+        return Ok(());
+    };
+    let user = format!("{username}:{password}").replace('\'', r"'\''");
+    writeln!(
+        io::stdout(),
+        "\nNo password was given, so one was made for this run. Set a grade and get it back:\n\n  \
+         curl -u '{user}' -H 'content-type: application/json' -d '{{\"user_id\":\"alice\",\"spp\":5}}' {write}/set\n  \
+         curl '{read}/get?user_id=alice'\n"
+    )
+}

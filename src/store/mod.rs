@@ -138,7 +138,7 @@ impl Scan {
                 return true;
             }
         }
-        piece.len() > 0
+        !piece.is_empty()
     }
 }
 

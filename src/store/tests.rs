@@ -82,7 +82,12 @@ fn fields_set_from_many_threads_all_survive() {
 #[test]
 fn a_patch_is_seen_whole_or_not_at_all() {
     let store = Store::new();
-    let all = |value| patch("one", &(0..FIELD_COUNT).map(|f| (f, value)).collect::<Vec<_>>());
+    let all = |value| {
+        patch(
+            "one",
+            &(0..FIELD_COUNT).map(|f| (f, value)).collect::<Vec<_>>(),
+        )
+    };
     store.apply(&all(0));
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {

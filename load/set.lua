@@ -1,0 +1,31 @@
+-- wrk: POST /set of one field of random users out of the first USERS.
+-- PASSWORD is that of the user admin, base64 of "admin:PASSWORD" in AUTH.
+local users = tonumber(os.getenv("USERS") or "100000")
+local fields = { "postpaid_limit", "spp", "shipping_fee", "return_fee" }
+local requests = {}
+local at = 0
+
+function init()
+  math.randomseed(tonumber(os.getenv("SEED") or "1"))
+  local headers = {
+    ["Content-Type"] = "application/json",
+    ["Authorization"] = "Basic " .. (os.getenv("AUTH") or ""),
+  }
+  for i = 1, 16384 do
+    local id = string.format("%.0f", 1000000000000 + math.random(0, users - 1))
+    local body = string.format('{"user_id":"%s","%s":%d}', id, fields[i % 4 + 1], math.random(0, 1000))
+    requests[i] = wrk.format("POST", "/set", headers, body)
+  end
+end
+
+function request()
+  at = at % #requests + 1
+  return requests[at]
+end
+
+function done(summary, latency)
+  io.write(string.format("requests %d errors %d duration_us %d p50_us %d p99_us %d p999_us %d\n",
+    summary.requests,
+    summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.status + summary.errors.timeout,
+    summary.duration, latency:percentile(50), latency:percentile(99), latency:percentile(99.9)))
+end

@@ -1,0 +1,272 @@
+//! The life of a node: build, spawn, wait, drain.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpSocket};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::Config;
+use crate::http::listener::{Listener, ListenerLimits};
+use crate::http::ops::{self, OpsState};
+use crate::http::read::{self, ReadState};
+use crate::http::write::{self, WriteState};
+use crate::log::{Log, Origin, ReadError};
+use crate::readiness::{Readiness, Scope};
+use crate::replication::{Applied, OwnBatches, Reader, Writer};
+use crate::store::Store;
+use crate::telemetry::Telemetry;
+
+/// Connections that may wait to be accepted; the system may allow fewer.
+const BACKLOG: u32 = 4096;
+/// File descriptors kept for other things than connections.
+const SPARE_FILES: u64 = 256;
+/// How often unanswered batches are looked at.
+const GIVE_UP_EVERY: Duration = Duration::from_millis(250);
+
+/// Why a node did not start, or stopped by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// A port is not to be had.
+    #[error(
+        "cannot listen on {flag} {address}: {error}; stop what listens there, or choose another"
+    )]
+    Bind {
+        /// Which address.
+        flag: &'static str,
+        /// What it says.
+        address: SocketAddr,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The log can't be read.
+    #[error("cannot read the log: {0}")]
+    Log(#[from] ReadError),
+    /// The system has no random bytes.
+    #[error("the system gave no random bytes: {0}")]
+    Random(#[from] getrandom::Error),
+    /// The metrics can't be set up.
+    #[error("cannot set up metrics: {0}")]
+    Metrics(#[from] metrics_exporter_prometheus::BuildError),
+}
+
+/// The three ports, listening.
+pub struct Sockets {
+    /// Takes `POST /set`.
+    pub write: TcpListener,
+    /// Answers `GET /get`.
+    pub read: TcpListener,
+    /// Answers operators.
+    pub ops: TcpListener,
+}
+
+impl Sockets {
+    /// Listens where `config` says.
+    ///
+    /// # Errors
+    /// An address is taken or is none of this machine's.
+    pub fn bind(config: &Config) -> Result<Self, AppError> {
+        let bind = |flag, address| {
+            listen(address).map_err(|error| AppError::Bind {
+                flag,
+                address,
+                error,
+            })
+        };
+        Ok(Self {
+            write: bind("--write-addr", config.write_addr)?,
+            read: bind("--read-addr", config.read_addr)?,
+            ops: bind("--ops-addr", config.ops_addr)?,
+        })
+    }
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// Runs a node on `log` until `shutdown` resolves and everything that ran has finished or used up
+/// its deadline.
+///
+/// # Errors
+/// The node could not start. Once started it ends by `shutdown` alone.
+pub async fn run(
+    config: Config,
+    origin: Origin,
+    log: Arc<dyn Log>,
+    sockets: Sockets,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), AppError> {
+    let readiness = Readiness::default();
+    let starting = readiness.hold(Scope::All, "starting", "the log is being opened");
+    let telemetry = Arc::new(Telemetry::new()?);
+    let store = Store::new();
+    let applied = Applied::at(0);
+    let own = OwnBatches::default();
+    let (writer, writer_task) = Writer::new(
+        Arc::clone(&log),
+        origin,
+        own.clone(),
+        config.writer,
+        telemetry.batch_patches.clone(),
+    );
+    let reader = Reader {
+        store: store.clone(),
+        applied: applied.clone(),
+        own: own.clone(),
+        origin,
+        patches: telemetry.patches_applied.clone(),
+    };
+
+    // Every long-lived task, and what stops it.
+    let stop_listening = CancellationToken::new();
+    let stop_writing = CancellationToken::new();
+    let stop_rest = CancellationToken::new();
+    let data = TaskTracker::new();
+    let writing = TaskTracker::new();
+    let rest = TaskTracker::new();
+
+    let limits = connection_limits(&config);
+    let listener = |name, socket, router, limits| Listener {
+        name,
+        socket,
+        router,
+        limits,
+        metrics: Arc::clone(&telemetry.http),
+        connection_metrics: telemetry.connections(name),
+    };
+    let ops_state = OpsState {
+        node: format!("{origin}").into(),
+        store: store.clone(),
+        applied: applied.clone(),
+        log: Arc::clone(&log),
+        writer: writer.clone(),
+        readiness: readiness.clone(),
+        telemetry: Arc::clone(&telemetry),
+    };
+    let write_state = WriteState {
+        writer,
+        readiness: readiness.clone(),
+        credentials: config.credentials.clone(),
+        body_wait_max: config.http.body_wait_max,
+    };
+    let read_state = ReadState {
+        store: store.clone(),
+        applied: applied.clone(),
+        readiness: readiness.clone(),
+        position_wait_max: config.http.position_wait_max,
+    };
+    let ops_router = ops::routes(ops_state);
+    let ops = listener("ops", sockets.ops, ops_router, limits.ops);
+    rest.spawn(ops.serve(stop_rest.child_token()));
+    let write_router = write::routes(write_state);
+    let write = listener("write", sockets.write, write_router, limits.data);
+    data.spawn(write.serve(stop_listening.child_token()));
+    let read_router = read::routes(read_state);
+    let read = listener("read", sockets.read, read_router, limits.data);
+    data.spawn(read.serve(stop_listening.child_token()));
+    writing.spawn(writer_task.run(stop_writing.child_token()));
+    rest.spawn(until(
+        &stop_rest,
+        give_up_waiting(own, config.writer.wait_max),
+    ));
+    let upkeep = Arc::clone(&telemetry);
+    rest.spawn(until(&stop_rest, async move { upkeep.upkeep().await }));
+
+    let mut subscription = log.subscribe(applied.seq()).await?;
+    let for_reader = readiness.clone();
+    rest.spawn(until(&stop_rest, async move {
+        let error = reader.run(subscription.as_mut()).await;
+        tracing::error!(%error, "log reader stopped");
+        // Nothing after the gap may be served: unready until the process ends.
+        let _gap = for_reader.hold(Scope::All, "gap", error.to_string());
+        std::future::pending::<()>().await;
+    }));
+    drop(starting);
+    tracing::info!(log = log.kind(), position = applied.seq(), "ready");
+
+    shutdown.await;
+
+    // Unready first, so that whoever asks goes elsewhere; then finish what runs.
+    tracing::info!("stopping");
+    let stopping = "the node is stopping";
+    let _stopping = readiness.hold(Scope::Writes, "stopping", stopping);
+    let _unready = readiness.hold(Scope::All, "stopping", stopping);
+    stop_listening.cancel();
+    let deadline = tokio::time::Instant::now() + config.http.drain_max;
+    let finished = async {
+        data.close();
+        data.wait().await;
+        stop_writing.cancel();
+        writing.close();
+        writing.wait().await;
+        stop_rest.cancel();
+        rest.close();
+        rest.wait().await;
+    };
+    match tokio::time::timeout_at(deadline, finished).await {
+        Ok(()) => tracing::info!(position = applied.seq(), "stopped"),
+        Err(_elapsed) => {
+            let waited_s = config.http.drain_max.as_secs();
+            tracing::warn!(
+                waited_s,
+                position = applied.seq(),
+                "stopped before all requests ended"
+            );
+        }
+    }
+    Ok(())
+}
+
+async fn give_up_waiting(own: OwnBatches, wait_max: Duration) {
+    let mut every = tokio::time::interval(GIVE_UP_EVERY);
+    loop {
+        every.tick().await;
+        own.give_up_waiting(wait_max);
+    }
+}
+
+/// `task` until `stop`.
+fn until(
+    stop: &CancellationToken,
+    task: impl Future<Output = ()> + Send + 'static,
+) -> impl Future<Output = ()> + Send + 'static {
+    let stop = stop.child_token();
+    async move {
+        stop.run_until_cancelled(task).await;
+    }
+}
+
+struct ConnectionLimits {
+    data: ListenerLimits,
+    ops: ListenerLimits,
+}
+
+/// Raises the limit of open files to what the system allows and fits the numbers of connections
+/// into it: a connection that finds no descriptor left can't even be refused.
+fn connection_limits(config: &Config) -> ConnectionLimits {
+    let (mut data, ops) = (config.http.data, config.http.ops);
+    let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
+    let for_data = files.saturating_sub(SPARE_FILES + ops.connections_max as u64) / 2;
+    let fitting = usize::try_from(for_data).unwrap_or(usize::MAX).max(16);
+    if fitting < data.connections_max {
+        tracing::warn!(
+            open_files_max = files,
+            wanted = data.connections_max,
+            connections_max = fitting,
+            "fewer connections a port than configured; raise the limit of open files (ulimit -n)"
+        );
+        data.connections_max = fitting;
+    }
+    ConnectionLimits { data, ops }
+}

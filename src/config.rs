@@ -1,0 +1,387 @@
+//! Flags, their environment twins, and what they make.
+//!
+//! Every flag has a twin `GRADESTORE_<FLAG>`; a flag beats it. What can't be right stops the start
+//! with the key, the value and the fix.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::http::Credentials;
+use crate::http::listener::ListenerLimits;
+use crate::replication::WriterLimits;
+
+/// What every environment twin begins with.
+const ENV_PREFIX: &str = "GRADESTORE_";
+/// The password itself; it has no flag, since a command line is public on its machine.
+const ENV_PASSWORD: &str = "GRADESTORE_PASSWORD";
+
+/// The command line.
+#[derive(Debug, Parser)]
+#[command(
+    name = "gradestore",
+    version,
+    about = "A replicated in-memory store of user grades",
+    after_help = "Without a command, `serve` runs. `gradestore serve --help` shows its flags."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the program can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a node
+    Serve(Box<ServeArgs>),
+    /// Ask a node on this machine whether it is ready; exit code 0 if so, else 1
+    Health(HealthArgs),
+}
+
+/// Flags of `gradestore serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Where POST /set is taken
+    #[arg(long, env = "GRADESTORE_WRITE_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:8080",
+        value_parser = address("--write-addr", "GRADESTORE_WRITE_ADDR", "127.0.0.1:8080"))]
+    pub write_addr: SocketAddr,
+
+    /// Where GET /get is answered
+    #[arg(long, env = "GRADESTORE_READ_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:8081",
+        value_parser = address("--read-addr", "GRADESTORE_READ_ADDR", "127.0.0.1:8081"))]
+    pub read_addr: SocketAddr,
+
+    /// Where /livez, /readyz, /metrics and /status are answered
+    #[arg(long, env = "GRADESTORE_OPS_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:8082",
+        value_parser = address("--ops-addr", "GRADESTORE_OPS_ADDR", "127.0.0.1:8082"))]
+    pub ops_addr: SocketAddr,
+
+    /// The user name that writes need
+    #[arg(long, env = "GRADESTORE_USERNAME", value_name = "NAME", default_value = "admin",
+        value_parser = username)]
+    pub username: String,
+
+    /// A file that holds the password; GRADESTORE_PASSWORD may hold the password itself. With
+    /// neither, one is made and shown at the start
+    #[arg(long, env = "GRADESTORE_PASSWORD_FILE", value_name = "FILE")]
+    pub password_file: Option<PathBuf>,
+}
+
+/// Flags of `gradestore health`.
+#[derive(Debug, Args)]
+pub struct HealthArgs {
+    /// The node's ops address
+    #[arg(long, env = "GRADESTORE_OPS_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:8082",
+        value_parser = address("--ops-addr", "GRADESTORE_OPS_ADDR", "127.0.0.1:8082"))]
+    pub ops_addr: SocketAddr,
+}
+
+fn address(
+    flag: &'static str,
+    env: &'static str,
+    example: &'static str,
+) -> impl Fn(&str) -> Result<SocketAddr, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        text.parse().map_err(|_| {
+            format!(
+                "it must be an IP address and a port; set {flag} or {env} to one such as {example}"
+            )
+        })
+    }
+}
+
+fn username(text: &str) -> Result<String, String> {
+    let fix = "set --username or GRADESTORE_USERNAME to one such as admin";
+    if text.is_empty() {
+        return Err(format!("it is empty; {fix}"));
+    }
+    if text.contains(':') || text.chars().any(char::is_control) {
+        let why =
+            "HTTP Basic authentication allows no colon and no control character in a user name";
+        return Err(format!("{why}; {fix}"));
+    }
+    Ok(text.to_owned())
+}
+
+/// Why the configuration can't be used. The text names the key, the value and the fix.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// An environment variable that begins like ours but is none.
+    #[error("unknown environment variable {name}; remove it, or use one of {known}")]
+    UnknownEnv {
+        /// The variable.
+        name: String,
+        /// The ones there are.
+        known: String,
+    },
+    /// Two ways to say the password.
+    #[error("both GRADESTORE_PASSWORD and GRADESTORE_PASSWORD_FILE are set; remove one of them")]
+    TwoPasswords,
+    /// A password that can't be one.
+    #[error("the password in {key} {why}; put one there of at least one character, on one line")]
+    BadPassword {
+        /// Where it came from.
+        key: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The password's file can't be read.
+    #[error(
+        "cannot read the password from --password-file {path}: {error}; make the file, readable for this user, with the password in it"
+    )]
+    PasswordFile {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// Two listeners at one address.
+    #[error("{first} and {second} are both {address}; give each its own port")]
+    SameAddress {
+        /// A flag.
+        first: &'static str,
+        /// Another.
+        second: &'static str,
+        /// What both say.
+        address: SocketAddr,
+    },
+    /// No random bytes for a password.
+    #[error("the system gave no random bytes for a password: {0}; set GRADESTORE_PASSWORD")]
+    Random(#[from] getrandom::Error),
+}
+
+/// Everything a node is built from.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where the write port listens.
+    pub write_addr: SocketAddr,
+    /// Where the read port listens.
+    pub read_addr: SocketAddr,
+    /// Where the ops port listens.
+    pub ops_addr: SocketAddr,
+    /// What writes need.
+    pub credentials: Credentials,
+    /// Bounds of requests and connections.
+    pub http: HttpConfig,
+    /// Bounds of the write path.
+    pub writer: WriterLimits,
+}
+
+/// Bounds of requests and connections.
+#[derive(Debug, Clone)]
+pub struct HttpConfig {
+    /// The read and the write port.
+    pub data: ListenerLimits,
+    /// The ops port, whose clients are few.
+    pub ops: ListenerLimits,
+    /// How long a body may take to arrive.
+    pub body_wait_max: Duration,
+    /// How long a read with `Grade-Position` may wait.
+    pub position_wait_max: Duration,
+    /// How long running requests may take to finish once the node stops.
+    pub drain_max: Duration,
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        let data = ListenerLimits {
+            connections_max: 8192,
+            header_wait_max: Duration::from_secs(10),
+            idle_max: Duration::from_secs(75),
+        };
+        Self {
+            data,
+            ops: ListenerLimits {
+                connections_max: 256,
+                ..data
+            },
+            body_wait_max: Duration::from_secs(10),
+            position_wait_max: Duration::from_secs(5),
+            drain_max: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The write path's bounds where nothing else is said.
+#[must_use]
+pub fn default_writer_limits() -> WriterLimits {
+    WriterLimits {
+        queue_patches_max: 8192,
+        batch_patches_max: 1024,
+        wait_max: Duration::from_secs(5),
+    }
+}
+
+/// A password that was made because none was given; to be shown once.
+pub struct MadePassword(pub String);
+
+impl Config {
+    /// Checks what the flags say together and reads the password; makes one if none is given.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn from_args(args: &ServeArgs) -> Result<(Self, Option<MadePassword>), ConfigError> {
+        check_env_names(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()))?;
+        let addresses = [
+            ("--write-addr", args.write_addr),
+            ("--read-addr", args.read_addr),
+            ("--ops-addr", args.ops_addr),
+        ];
+        for (index, (first, address)) in addresses.iter().enumerate() {
+            let same = |(_, other): &&(_, SocketAddr)| other == address && address.port() != 0;
+            if let Some((second, _)) = addresses.iter().skip(index + 1).find(same) {
+                return Err(ConfigError::SameAddress {
+                    first,
+                    second,
+                    address: *address,
+                });
+            }
+        }
+        let given = given_password(args)?;
+        let made = match &given {
+            Some(_) => None,
+            None => Some(MadePassword(make_password()?)),
+        };
+        let password = given
+            .as_deref()
+            .or(made.as_ref().map(|made| made.0.as_str()));
+        let config = Self {
+            write_addr: args.write_addr,
+            read_addr: args.read_addr,
+            ops_addr: args.ops_addr,
+            credentials: Credentials::new(&args.username, password.unwrap_or_default()),
+            http: HttpConfig::default(),
+            writer: default_writer_limits(),
+        };
+        Ok((config, made))
+    }
+}
+
+/// Parses a command line in which `serve` may be left out. Ends the process after help, version or
+/// an error, as clap does.
+#[must_use]
+pub fn parse_args() -> Cli {
+    let mut args: Vec<_> = std::env::args_os().collect();
+    let first = args.get(1).map(|arg| arg.to_string_lossy().into_owned());
+    let serve = match first.as_deref() {
+        None => true,
+        Some("-h" | "--help" | "-V" | "--version") => false,
+        Some(word) => word.starts_with('-'),
+    };
+    if serve {
+        args.insert(1.min(args.len()), "serve".into());
+    }
+    Cli::parse_from(args)
+}
+
+/// Refuses variables that begin like ours and are none: a misspelt one would be ignored in silence.
+fn check_env_names(names: impl Iterator<Item = String>) -> Result<(), ConfigError> {
+    let command = <Cli as clap::CommandFactory>::command();
+    let mut known: Vec<String> = command
+        .get_subcommands()
+        .flat_map(clap::Command::get_arguments)
+        .filter_map(|arg| arg.get_env()?.to_str().map(str::to_owned))
+        .chain([ENV_PASSWORD.to_owned()])
+        .collect();
+    known.sort();
+    known.dedup();
+    for name in names {
+        let Some(rest) = name.strip_prefix(ENV_PREFIX) else {
+            continue;
+        };
+        // What Kubernetes puts into every pod beside a service that is named gradestore.
+        let of_kubernetes =
+            rest == "PORT" || rest.starts_with("PORT_") || rest.starts_with("SERVICE_");
+        if !of_kubernetes && !known.contains(&name) {
+            return Err(ConfigError::UnknownEnv {
+                name,
+                known: known.join(", "),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn given_password(args: &ServeArgs) -> Result<Option<String>, ConfigError> {
+    let from_env = std::env::var_os(ENV_PASSWORD);
+    let file_by_flag = std::env::args_os().any(|arg| {
+        arg.to_str()
+            .is_some_and(|arg| arg.starts_with("--password-file"))
+    });
+    match (&args.password_file, from_env) {
+        (Some(_), Some(_)) if !file_by_flag => Err(ConfigError::TwoPasswords),
+        (Some(path), _) => password_in(path).map(Some),
+        (None, Some(password)) => {
+            let password = password.to_str().unwrap_or_default();
+            check_password(password, ENV_PASSWORD).map(Some)
+        }
+        (None, None) => Ok(None),
+    }
+}
+
+fn password_in(path: &Path) -> Result<String, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|error| ConfigError::PasswordFile {
+        path: path.to_owned(),
+        error,
+    })?;
+    // Editors and echo end the line.
+    let password = text.strip_suffix('\n').unwrap_or(&text);
+    let password = password.strip_suffix('\r').unwrap_or(password);
+    check_password(password, &format!("--password-file {}", path.display()))
+}
+
+fn check_password(password: &str, key: &str) -> Result<String, ConfigError> {
+    let wrong = |why| ConfigError::BadPassword {
+        key: key.to_owned(),
+        why,
+    };
+    if password.is_empty() {
+        return Err(wrong("is empty or not UTF-8"));
+    }
+    if password.chars().any(char::is_control) {
+        return Err(wrong("has a control character or a second line"));
+    }
+    Ok(password.to_owned())
+}
+
+/// 24 letters and digits: over 120 bits.
+fn make_password() -> Result<String, getrandom::Error> {
+    // 32 of them, so that a byte's low bits choose evenly; none that looks like another.
+    const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
+    let mut bytes = [0; 24];
+    getrandom::fill(&mut bytes)?;
+    let letters = bytes
+        .iter()
+        .filter_map(|byte| LETTERS.get(usize::from(byte % 32)));
+    Ok(letters.map(|letter| char::from(*letter)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn a_misspelt_variable_is_refused_and_others_are_none_of_ours() {
+        let check = |names: &[&str]| check_env_names(names.iter().map(|name| (*name).to_owned()));
+        assert!(check(&["PATH", "GRADESTORE_PASSWORD", "GRADESTORE_USERNAME"]).is_ok());
+        assert!(check(&["GRADESTORE_SERVICE_HOST", "GRADESTORE_PORT_8080_TCP"]).is_ok());
+        let error = check(&["GRADESTORE_USER_NAME"]).unwrap_err().to_string();
+        assert!(error.contains("GRADESTORE_USER_NAME") && error.contains("GRADESTORE_USERNAME"));
+    }
+
+    #[test]
+    fn made_passwords_differ_and_need_no_quoting() {
+        let one = make_password().unwrap();
+        assert_eq!(one.len(), 24);
+        assert!(one.chars().all(|c| c.is_ascii_alphanumeric()));
+        assert_ne!(one, make_password().unwrap());
+    }
+}

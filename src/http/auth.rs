@@ -1,0 +1,59 @@
+//! HTTP Basic authentication (RFC 7617) against one pair of name and password.
+
+use std::fmt;
+use std::sync::Arc;
+
+use axum_extra::headers::authorization::Basic;
+use axum_extra::headers::{Authorization, HeaderMapExt};
+use http::HeaderMap;
+use subtle::{Choice, ConstantTimeEq};
+
+use super::error::ApiError;
+
+/// The name and password that writes need. Never printed: [`fmt::Debug`] shows neither.
+#[derive(Clone)]
+pub struct Credentials(Arc<Pair>);
+
+struct Pair {
+    username: Box<str>,
+    password: Box<str>,
+}
+
+impl Credentials {
+    /// What a request must bring.
+    #[must_use]
+    pub fn new(username: &str, password: &str) -> Self {
+        Self(Arc::new(Pair {
+            username: username.into(),
+            password: password.into(),
+        }))
+    }
+
+    /// Checks a request's `Authorization` header. Takes the same time wherever name or password
+    /// differ.
+    ///
+    /// # Errors
+    /// The header is missing, unreadable or wrong.
+    pub fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
+        let given: Authorization<Basic> = headers.typed_get().ok_or(ApiError::Unauthorized)?;
+        let username = equal(given.username(), &self.0.username);
+        let password = equal(given.password(), &self.0.password);
+        match bool::from(username & password) {
+            true => Ok(()),
+            false => Err(ApiError::Unauthorized),
+        }
+    }
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Credentials(..)")
+    }
+}
+
+/// Compares without stopping at the first difference; one of another length costs the same.
+fn equal(given: &str, wanted: &str) -> Choice {
+    let same_length = given.len() == wanted.len();
+    let compared = if same_length { given } else { wanted };
+    compared.as_bytes().ct_eq(wanted.as_bytes()) & Choice::from(u8::from(same_length))
+}

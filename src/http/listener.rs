@@ -1,0 +1,364 @@
+//! Takes connections on one port and bounds what they may cost.
+//!
+//! hyper speaks HTTP/1.1; what is bounded here is how many connections there are, how long one may
+//! take to send its first request's header, how long it may do nothing, and how long the end of
+//! its last answer may take to be read. One look over all connections a second does it: a timer
+//! for each request would cost more than the rest of this file.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use futures_util::task::AtomicWaker;
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioIo;
+use metrics::{Counter, Gauge, counter, gauge};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::observe::{HttpMetrics, Observed};
+
+/// The most header bytes of a request; more is answered with 431.
+const HEADER_BYTES_MAX: usize = 32 * 1024;
+/// The most header lines of a request; more is answered with 431.
+const HEADER_LINES_MAX: usize = 64;
+/// How often deadlines are looked at.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
+/// How many of the idlest connections make room when all places are taken.
+const CUT_AT_ONCE: usize = 64;
+/// After an answer that ends the connection early, what the client still sends is read and thrown
+/// away for this long and this far. Closing at once would reset the connection, and the client
+/// would lose the answer that says what it did wrong.
+const LINGER_MAX: Duration = Duration::from_secs(2);
+const LINGER_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// The bounds of one port.
+#[derive(Debug, Clone, Copy)]
+pub struct ListenerLimits {
+    /// Connections open at once. One more takes the place of the one that has been idle longest;
+    /// while all are at work it waits to be accepted.
+    pub connections_max: usize,
+    /// From connecting to the end of the first request's header.
+    pub header_wait_max: Duration,
+    /// From one answer to the next request's header.
+    pub idle_max: Duration,
+}
+
+/// One port: where it listens, what it answers and how it is bounded.
+pub struct Listener {
+    /// `read`, `write` or `ops`, in logs and metrics.
+    pub name: &'static str,
+    /// Listens already.
+    pub socket: TcpListener,
+    /// Answers.
+    pub router: Router,
+    /// Bounds.
+    pub limits: ListenerLimits,
+    /// Handles for what is measured about requests.
+    pub metrics: Arc<HttpMetrics>,
+    /// Handles for what is measured about connections.
+    pub connection_metrics: ConnectionMetrics,
+}
+
+/// Handles of what is measured about one port's connections, made once.
+#[derive(Clone)]
+pub struct ConnectionMetrics {
+    open: Gauge,
+    accepted: Counter,
+    cut: Counter,
+}
+
+impl ConnectionMetrics {
+    /// Registers the handles of the port `name` with the current recorder.
+    #[must_use]
+    pub fn new(name: &'static str) -> Self {
+        Self {
+            open: gauge!("gradestore_http_connections", "port" => name),
+            accepted: counter!("gradestore_http_connections_accepted_total", "port" => name),
+            cut: counter!("gradestore_http_connections_cut_total", "port" => name),
+        }
+    }
+}
+
+impl Listener {
+    /// Serves until `drain` is cancelled, then finishes what runs and returns.
+    pub async fn serve(self, drain: CancellationToken) {
+        let connections = Connections::new(self.limits, self.connection_metrics.clone());
+        let tasks = TaskTracker::new();
+        let mut sweep = tokio::time::interval(SWEEP_EVERY);
+        loop {
+            let accepted = tokio::select! {
+                accepted = self.accept(&connections) => accepted,
+                _ = sweep.tick() => {
+                    connections.sweep();
+                    continue;
+                }
+                () = drain.cancelled() => break,
+            };
+            match accepted {
+                Ok((stream, _peer)) => {
+                    let connection = connections.add();
+                    let service = Observed {
+                        router: self.router.clone(),
+                        metrics: Arc::clone(&self.metrics),
+                        connection: Arc::clone(&connection),
+                    };
+                    let connections = Arc::clone(&connections);
+                    tasks.spawn(async move {
+                        // Removes it on every way out, a panic too.
+                        let _place = Place(&connections, &connection);
+                        serve_connection(stream, service, &connection).await;
+                    });
+                }
+                Err(error) => {
+                    // Out of file descriptors, most likely: making room may end it, trying again
+                    // at once won't.
+                    tracing::warn!(port = self.name, %error, "accept failed");
+                    connections.make_room();
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            }
+        }
+        drop(self.socket);
+        connections.drain();
+        tasks.close();
+        let mut ended = pin!(tasks.wait());
+        loop {
+            tokio::select! {
+                () = &mut ended => break,
+                _ = sweep.tick() => connections.sweep(),
+            }
+        }
+    }
+
+    async fn accept(&self, connections: &Connections) -> io::Result<(TcpStream, SocketAddr)> {
+        while connections.full() && !connections.make_room() {
+            // All are at work; each has a deadline.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        self.socket.accept().await
+    }
+}
+
+async fn serve_connection(stream: TcpStream, service: Observed, connection: &Connection) {
+    // Answers are written whole: waiting to send more at once only delays them.
+    let _ = stream.set_nodelay(true);
+    let mut http = http1::Builder::new()
+        .max_buf_size(HEADER_BYTES_MAX)
+        .max_headers(HEADER_LINES_MAX)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut draining = false;
+    let served = std::future::poll_fn(|cx| {
+        match connection.poll_order(cx) {
+            Poll::Ready(Order::Cut) => return Poll::Ready(false),
+            Poll::Ready(Order::Drain) if !draining => {
+                draining = true;
+                Pin::new(&mut http).graceful_shutdown();
+            }
+            _ => {}
+        }
+        // What hyper says here is about one client: it hung up, or broke the protocol and was
+        // answered.
+        http.poll_without_shutdown(cx).map(|_| true)
+    });
+    if served.await {
+        connection.end();
+        let mut stream = http.into_parts().io.into_inner();
+        linger(&mut stream, connection).await;
+    }
+}
+
+async fn linger(stream: &mut TcpStream, connection: &Connection) {
+    let discard = async {
+        if stream.shutdown().await.is_err() {
+            return;
+        }
+        let mut room = [0; 4096];
+        let mut discarded = 0;
+        while discarded < LINGER_BYTES_MAX {
+            match stream.read(&mut room).await {
+                Ok(0) | Err(_) => return,
+                Ok(bytes) => discarded += bytes,
+            }
+        }
+    };
+    let cut = std::future::poll_fn(|cx| match connection.poll_order(cx) {
+        Poll::Ready(Order::Cut) => Poll::Ready(()),
+        _ => Poll::Pending,
+    });
+    tokio::select! {
+        () = discard => {}
+        () = cut => {}
+        () = tokio::time::sleep(LINGER_MAX) => {}
+    }
+}
+
+/// What the port tells a connection's task to do.
+enum Order {
+    /// Finish the request, then close.
+    Drain,
+    /// Close now.
+    Cut,
+}
+
+/// One open connection, as its task and the port both see it.
+pub(super) struct Connection {
+    id: u64,
+    opened: Instant,
+    /// Milliseconds since `opened` at which it last became idle; [`BUSY`] while a request runs.
+    idle_since_ms: AtomicU64,
+    /// Whether a request's header has come whole, ever.
+    greeted: AtomicBool,
+    drain: AtomicBool,
+    cut: AtomicBool,
+    task: AtomicWaker,
+}
+
+const BUSY: u64 = u64::MAX;
+
+impl Connection {
+    fn new(id: u64) -> Self {
+        Self {
+            id,
+            opened: Instant::now(),
+            idle_since_ms: AtomicU64::new(0),
+            greeted: AtomicBool::new(false),
+            drain: AtomicBool::new(false),
+            cut: AtomicBool::new(false),
+            task: AtomicWaker::new(),
+        }
+    }
+
+    /// A request begins.
+    pub(super) fn begin(&self) {
+        self.greeted.store(true, Ordering::Relaxed);
+        self.idle_since_ms.store(BUSY, Ordering::Relaxed);
+    }
+
+    /// It has been answered.
+    pub(super) fn end(&self) {
+        let since_ms = self.opened.elapsed().as_millis() as u64;
+        self.idle_since_ms.store(since_ms, Ordering::Relaxed);
+    }
+
+    /// For how long nothing has run; `None` while something does.
+    fn idle(&self) -> Option<Duration> {
+        match self.idle_since_ms.load(Ordering::Relaxed) {
+            BUSY => None,
+            since_ms => Some(
+                self.opened
+                    .elapsed()
+                    .saturating_sub(Duration::from_millis(since_ms)),
+            ),
+        }
+    }
+
+    fn poll_order(&self, cx: &mut Context<'_>) -> Poll<Order> {
+        self.task.register(cx.waker());
+        if self.cut.load(Ordering::Acquire) {
+            return Poll::Ready(Order::Cut);
+        }
+        match self.drain.load(Ordering::Acquire) {
+            true => Poll::Ready(Order::Drain),
+            false => Poll::Pending,
+        }
+    }
+
+    fn order(&self, flag: &AtomicBool) {
+        flag.store(true, Ordering::Release);
+        self.task.wake();
+    }
+}
+
+/// The open connections of one port.
+struct Connections {
+    limits: ListenerLimits,
+    metrics: ConnectionMetrics,
+    /// By id, so oldest first.
+    open: Mutex<BTreeMap<u64, Arc<Connection>>>,
+    next_id: AtomicU64,
+}
+
+/// A connection's place among the open ones.
+struct Place<'a>(&'a Connections, &'a Connection);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.open.lock().remove(&self.1.id);
+        self.0.metrics.open.decrement(1.0);
+    }
+}
+
+impl Connections {
+    fn new(limits: ListenerLimits, metrics: ConnectionMetrics) -> Arc<Self> {
+        Arc::new(Self {
+            limits,
+            metrics,
+            open: Mutex::default(),
+            next_id: AtomicU64::new(0),
+        })
+    }
+
+    fn add(&self) -> Arc<Connection> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let connection = Arc::new(Connection::new(id));
+        self.open.lock().insert(id, Arc::clone(&connection));
+        self.metrics.open.increment(1.0);
+        self.metrics.accepted.increment(1);
+        connection
+    }
+
+    fn full(&self) -> bool {
+        self.open.lock().len() >= self.limits.connections_max
+    }
+
+    /// Cuts the connections that are idle longest; says whether there was one. Their places are
+    /// free once their tasks have run.
+    fn make_room(&self) -> bool {
+        let open = self.open.lock();
+        let mut idle: Vec<_> = open
+            .values()
+            .filter(|connection| !connection.cut.load(Ordering::Relaxed))
+            .filter_map(|connection| Some((connection.idle()?, connection)))
+            .collect();
+        idle.sort_unstable_by_key(|(idle, _)| std::cmp::Reverse(*idle));
+        idle.truncate(CUT_AT_ONCE);
+        for (_, connection) in &idle {
+            self.cut(connection);
+        }
+        !idle.is_empty()
+    }
+
+    /// Cuts the connections whose deadline has passed.
+    fn sweep(&self) {
+        for connection in self.open.lock().values() {
+            let wait_max = match connection.greeted.load(Ordering::Relaxed) {
+                true => self.limits.idle_max,
+                false => self.limits.header_wait_max,
+            };
+            if connection.idle().is_some_and(|idle| idle > wait_max) {
+                self.cut(connection);
+            }
+        }
+    }
+
+    fn drain(&self) {
+        for connection in self.open.lock().values() {
+            connection.order(&connection.drain);
+        }
+    }
+
+    fn cut(&self, connection: &Connection) {
+        self.metrics.cut.increment(1);
+        connection.order(&connection.cut);
+    }
+}

@@ -1,0 +1,29 @@
+//! The three ports.
+//!
+//! | port | route | module |
+//! | --- | --- | --- |
+//! | write | `POST /set` | [`write`] |
+//! | read | `GET /get` | [`read`] |
+//! | ops | `GET /livez` `/readyz` `/readyz/write` `/metrics` `/status` | [`ops`] |
+//!
+//! [`listener`] takes connections and bounds them, [`observe`] counts and times requests,
+//! [`error::ApiError`] alone maps what can go wrong to statuses.
+
+mod auth;
+pub mod error;
+pub mod listener;
+pub(crate) mod observe;
+pub mod ops;
+mod patch_body;
+pub mod read;
+pub mod write;
+
+pub use auth::Credentials;
+pub use observe::HttpMetrics;
+
+use http::HeaderName;
+
+/// The header that says a position, in an answer to a write and in a read that wants to see it.
+pub const GRADE_POSITION: HeaderName = HeaderName::from_static("grade-position");
+
+pub use patch_body::parse_patch;

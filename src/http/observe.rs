@@ -1,0 +1,178 @@
+//! Counts and times every request, and turns a panic into an answer.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use axum::Router;
+use axum::body::Body;
+use axum::response::{IntoResponse, Response};
+use futures_util::FutureExt;
+use futures_util::future::CatchUnwind;
+use http::{Request, StatusCode};
+use hyper::body::Incoming;
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use tower::Service;
+
+use super::error::ApiError;
+use super::listener::Connection;
+
+/// The routes as metrics name them; whatever else is asked for counts as the last one.
+const ROUTES: [&str; 8] = [
+    "/set",
+    "/get",
+    "/livez",
+    "/readyz",
+    "/readyz/write",
+    "/metrics",
+    "/status",
+    "other",
+];
+const OTHER: usize = ROUTES.len() - 1;
+
+/// Statuses that are counted one by one: 100 to 599.
+const STATUSES: usize = 500;
+
+/// Upper bounds of the latency histograms, in seconds. From 50 µs, below which a request is mostly
+/// system calls, in steps of about 2, to 10 s, the longest wait that is allowed by default.
+pub(crate) const LATENCY_BUCKETS_S: &[f64] = &[
+    0.000_05, 0.000_1, 0.000_2, 0.000_4, 0.000_8, 0.001_5, 0.003, 0.006, 0.012, 0.025, 0.05, 0.1,
+    0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
+
+/// The name of the latency histograms.
+pub(crate) const LATENCY_METRIC: &str = "gradestore_http_request_duration_seconds";
+
+/// Handles of what is measured about requests, made once.
+pub struct HttpMetrics {
+    routes: [RouteMetrics; ROUTES.len()],
+    in_flight: Gauge,
+}
+
+struct RouteMetrics {
+    duration_s: Histogram,
+    /// A counter a status, made when it first occurs.
+    requests: Box<[OnceLock<Counter>]>,
+    /// Makes them, bound to the recorder that the handles belong to.
+    make: Box<dyn Fn(u16) -> Counter + Send + Sync>,
+}
+
+impl HttpMetrics {
+    /// Registers the handles through `counter_of`, which makes the counter of a route and status,
+    /// and with the current recorder.
+    pub fn new(
+        counter_of: impl Fn(&'static str, u16) -> Counter + Clone + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            routes: ROUTES.map(|route| {
+                let counter_of = counter_of.clone();
+                RouteMetrics {
+                    duration_s: histogram!(LATENCY_METRIC, "route" => route),
+                    requests: (0..STATUSES).map(|_| OnceLock::new()).collect(),
+                    make: Box::new(move |status| counter_of(route, status)),
+                }
+            }),
+            in_flight: gauge!("gradestore_http_requests_in_flight"),
+        }
+    }
+
+    /// The counter of a route's answers with a status, from the current recorder.
+    pub fn requests_counter(route: &'static str, status: u16) -> Counter {
+        let status = status.to_string();
+        counter!("gradestore_http_requests_total", "route" => route, "status" => status)
+    }
+
+    fn record(&self, route: usize, status: StatusCode, duration_s: f64) {
+        if let Some(route) = self.routes.get(route) {
+            route.duration_s.record(duration_s);
+            let index = usize::from(status.as_u16()).wrapping_sub(100);
+            if let Some(counter) = route.requests.get(index) {
+                counter
+                    .get_or_init(|| (route.make)(status.as_u16()))
+                    .increment(1);
+            }
+        }
+    }
+}
+
+/// The service of one connection: a port's router, watched.
+pub(super) struct Observed {
+    pub(super) router: Router,
+    pub(super) metrics: Arc<HttpMetrics>,
+    pub(super) connection: Arc<Connection>,
+}
+
+impl hyper::service::Service<Request<Incoming>> for Observed {
+    type Response = Response;
+    type Error = Infallible;
+    type Future = ObservedFuture;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let begun = Instant::now();
+        let path = request.uri().path();
+        let route = ROUTES.iter().position(|route| *route == path);
+        self.connection.begin();
+        self.metrics.in_flight.increment(1.0);
+        let answer = self.router.clone().call(request.map(Body::new));
+        ObservedFuture {
+            answer: AssertUnwindSafe(answer).catch_unwind(),
+            running: Running {
+                metrics: Arc::clone(&self.metrics),
+                connection: Arc::clone(&self.connection),
+                begun,
+                route: route.unwrap_or(OTHER),
+            },
+        }
+    }
+}
+
+type RouterFuture = <Router as Service<Request<Body>>>::Future;
+
+pin_project_lite::pin_project! {
+    pub(super) struct ObservedFuture {
+        #[pin]
+        answer: CatchUnwind<AssertUnwindSafe<RouterFuture>>,
+        running: Running,
+    }
+}
+
+/// A request that has begun; ends when dropped, so that one whose client went away ends too.
+struct Running {
+    metrics: Arc<HttpMetrics>,
+    connection: Arc<Connection>,
+    begun: Instant,
+    route: usize,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.metrics.in_flight.decrement(1.0);
+        self.connection.end();
+    }
+}
+
+impl Future for ObservedFuture {
+    type Output = Result<Response, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let answer = std::task::ready!(this.answer.poll(cx));
+        let response = match answer {
+            Ok(Ok(response)) => response,
+            Ok(Err(never)) => match never {},
+            // The panic hook has logged it.
+            Err(_panic) => ApiError::Internal.into_response(),
+        };
+        let duration_s = this.running.begun.elapsed().as_secs_f64();
+        let running = &this.running;
+        running
+            .metrics
+            .record(running.route, response.status(), duration_s);
+        Poll::Ready(Ok(response))
+    }
+}

@@ -1,0 +1,28 @@
+//! Keeps the invariant:
+//!
+//! > A replica's state is exactly its log's batches, in order, up to its position.
+//!
+//! No patch is applied anywhere but at its batch's place in the log, this process's own patches
+//! too. So:
+//!
+//! - [`Writer`] collects waiting patches into a batch and appends it to the log. It touches no
+//!   record.
+//! - [`Reader`] takes the log's entries one after the other, demands that each is the one after
+//!   the last, applies it, and then answers the requests whose patches were in it. A batch that
+//!   this process sent is known by its origin and number: its patches are still held, so nothing
+//!   is decoded.
+//! - [`Applied`] is the position. A reply never leaves before the position covers its patch: who
+//!   got one reads the patch back at once.
+//!
+//! A request that went away loses nothing and doubles nothing: its patch stays in its batch, only
+//! nobody hears the answer.
+
+mod applied;
+mod own;
+mod reader;
+mod writer;
+
+pub use applied::{Applied, AtPosition};
+pub use own::OwnBatches;
+pub use reader::{Reader, ReaderError};
+pub use writer::{WriteError, Writer, WriterLimits, WriterTask};

@@ -1,0 +1,65 @@
+//! The batches that this process sent and that did not come back yet.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+
+use super::writer::WriteError;
+use crate::grade::Patch;
+use crate::log::Seq;
+
+/// Where a request waits for what became of its patch.
+pub(super) type Answer = oneshot::Sender<Result<Seq, WriteError>>;
+
+/// Own batches under way, oldest first. There are very few: the writer's bound.
+#[derive(Clone, Default)]
+pub struct OwnBatches(Arc<Mutex<VecDeque<OwnBatch>>>);
+
+/// One batch and who waits for it.
+pub(super) struct OwnBatch {
+    pub(super) number: u64,
+    pub(super) patches: Arc<[Patch]>,
+    pub(super) answers: Vec<Answer>,
+    pub(super) sent: Instant,
+    /// Given back when the batch's fate is known: lets the next one go.
+    pub(super) _slot: OwnedSemaphorePermit,
+}
+
+impl OwnBatch {
+    /// Tells everyone who waits.
+    pub(super) fn answer(self, result: &Result<Seq, WriteError>) {
+        for answer in self.answers {
+            // Who hung up needs no answer.
+            let _ = answer.send(result.clone());
+        }
+    }
+}
+
+impl OwnBatches {
+    pub(super) fn push(&self, batch: OwnBatch) {
+        self.0.lock().push_back(batch);
+    }
+
+    pub(super) fn take(&self, number: u64) -> Option<OwnBatch> {
+        let mut batches = self.0.lock();
+        let at = batches.iter().position(|batch| batch.number == number)?;
+        batches.remove(at)
+    }
+
+    /// Tells who waits for a batch sent more than `wait_max` ago that its outcome is unknown. The
+    /// batch itself stays: should it come back, it is applied from here.
+    pub fn give_up_waiting(&self, wait_max: Duration) {
+        let mut late = Vec::new();
+        for batch in self.0.lock().iter_mut() {
+            if batch.sent.elapsed() > wait_max {
+                late.append(&mut batch.answers);
+            }
+        }
+        for answer in late {
+            let _ = answer.send(Err(WriteError::OutcomeUnknown));
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! Group commit: from patches that wait to batches in the log.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use metrics::Histogram;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::own::{Answer, OwnBatch, OwnBatches};
+use crate::grade::Patch;
+use crate::log::{Batch, Log, Origin, Seq};
+
+/// The bounds of the write path.
+#[derive(Debug, Clone, Copy)]
+pub struct WriterLimits {
+    /// Patches that may wait for a batch; one more is refused.
+    pub queue_patches_max: usize,
+    /// Patches a batch. As JSON a patch stays under 800 bytes, so 1,024 of them stay under the
+    /// 1 MiB that a message broker takes by default.
+    pub batch_patches_max: usize,
+    /// How long a patch may wait for the log.
+    pub wait_max: Duration,
+}
+
+/// Why a write was not answered with a position.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    /// Too many patches wait already. Nothing was written.
+    #[error("the write queue is full")]
+    QueueFull,
+    /// The replica is stopping. Nothing was written.
+    #[error("the replica is stopping")]
+    Stopping,
+    /// The log did not take the batch. Nothing was written.
+    #[error("{0}")]
+    NotWritten(Arc<str>),
+    /// The batch was sent and did not come back in time. It may still be applied.
+    #[error("the log did not say in time whether it took the write")]
+    OutcomeUnknown,
+}
+
+struct Waiting {
+    patch: Patch,
+    answer: Answer,
+}
+
+/// Where requests hand in their patches. Clones feed the same queue.
+#[derive(Clone)]
+pub struct Writer(mpsc::Sender<Waiting>);
+
+impl Writer {
+    /// A queue, and the task that empties it into `log`.
+    #[must_use]
+    pub fn new(
+        log: Arc<dyn Log>,
+        origin: Origin,
+        own: OwnBatches,
+        limits: WriterLimits,
+        batch_patches: Histogram,
+    ) -> (Self, WriterTask) {
+        let (sender, queue) = mpsc::channel(limits.queue_patches_max);
+        let in_flight_max = log.in_flight_max();
+        let task = WriterTask {
+            log,
+            origin,
+            own,
+            limits,
+            queue,
+            in_flight_max,
+            slots: Arc::new(Semaphore::new(in_flight_max)),
+            number: 0,
+            batch_patches,
+        };
+        (Self(sender), task)
+    }
+
+    /// Hands `patch` in and waits until this replica has applied it; its batch's sequence number.
+    ///
+    /// Dropping the future does not take the patch back.
+    ///
+    /// # Errors
+    /// See [`WriteError`]: each variant says whether anything was written.
+    pub async fn write(&self, patch: Patch) -> Result<Seq, WriteError> {
+        let (answer, answered) = oneshot::channel();
+        self.0
+            .try_send(Waiting { patch, answer })
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => WriteError::QueueFull,
+                mpsc::error::TrySendError::Closed(_) => WriteError::Stopping,
+            })?;
+        // An answer that was dropped belongs to a batch that was sent and never came back.
+        answered.await.unwrap_or(Err(WriteError::OutcomeUnknown))
+    }
+
+    /// Patches that wait for a batch.
+    #[must_use]
+    pub fn queue_patches(&self) -> usize {
+        self.0.max_capacity() - self.0.capacity()
+    }
+}
+
+/// Collects what waits into batches and appends them.
+pub struct WriterTask {
+    log: Arc<dyn Log>,
+    origin: Origin,
+    own: OwnBatches,
+    limits: WriterLimits,
+    queue: mpsc::Receiver<Waiting>,
+    in_flight_max: usize,
+    slots: Arc<Semaphore>,
+    number: u64,
+    batch_patches: Histogram,
+}
+
+impl WriterTask {
+    /// Runs until `stop` is cancelled, what waits is appended and what was appended came back.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut waiting = Vec::with_capacity(self.limits.batch_patches_max);
+        loop {
+            // The slot first: what arrives while all are taken makes the next batch larger.
+            let acquired = Arc::clone(&self.slots).acquire_owned();
+            let slot = match tokio::time::timeout(self.limits.wait_max, acquired).await {
+                Ok(Ok(slot)) => slot,
+                Ok(Err(_closed)) => break,
+                Err(_elapsed) => {
+                    self.refuse_waiting();
+                    continue;
+                }
+            };
+            let received = tokio::select! {
+                biased;
+                received = self.queue.recv_many(&mut waiting, self.limits.batch_patches_max) => received,
+                () = stop.cancelled(), if !self.queue.is_closed() => {
+                    self.queue.close();
+                    continue;
+                }
+            };
+            if received == 0 {
+                drop(slot);
+                break;
+            }
+            self.number += 1;
+            let number = self.number;
+            let (patches, answers): (Vec<Patch>, Vec<Answer>) = waiting
+                .drain(..)
+                .map(|waiting| (waiting.patch, waiting.answer))
+                .unzip();
+            self.batch_patches.record(patches.len() as f64);
+            let patches: Arc<[Patch]> = patches.into();
+            self.own.push(OwnBatch {
+                number,
+                patches: Arc::clone(&patches),
+                answers,
+                sent: Instant::now(),
+                _slot: slot,
+            });
+            let batch = Batch {
+                origin: self.origin,
+                number,
+                patches,
+            };
+            if let Err(error) = self.log.append(batch).await {
+                tracing::error!(number, %error, "batch not written");
+                if let Some(batch) = self.own.take(number) {
+                    batch.answer(&Err(WriteError::NotWritten(error.to_string().into())));
+                }
+            }
+        }
+        // All slots are back when every batch is.
+        let all = u32::try_from(self.in_flight_max).unwrap_or(u32::MAX);
+        let _ = self.slots.acquire_many(all).await;
+    }
+
+    /// The log has taken nothing for too long: who waits is told that nothing was written.
+    fn refuse_waiting(&mut self) {
+        let mut refused = 0;
+        while let Ok(waiting) = self.queue.try_recv() {
+            let why = "the log gave back no batch in time".into();
+            let _ = waiting.answer.send(Err(WriteError::NotWritten(why)));
+            refused += 1;
+        }
+        tracing::warn!(refused, "log stalled");
+    }
+}

@@ -1,0 +1,203 @@
+//! Logs and metrics. Metric handles are made once, here or by the room they belong to, and kept.
+
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use metrics_exporter_prometheus::{
+    BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
+};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::http::HttpMetrics;
+use crate::http::listener::ConnectionMetrics;
+use crate::http::observe::{LATENCY_BUCKETS_S, LATENCY_METRIC};
+
+/// How often samples are folded into the histograms. Between two folds a sample takes 8 bytes, so
+/// this and the request rate bound that memory, scraped or not.
+pub const UPKEEP_EVERY: Duration = Duration::from_secs(1);
+
+/// Patches a batch: 1 is a lone writer, 1,024 the largest batch.
+const BATCH_BUCKETS: &[f64] = &[
+    1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0,
+];
+const BATCH_METRIC: &str = "gradestore_batch_patches";
+
+/// One node's metrics: a recorder of its own, so that several nodes fit in one process.
+pub struct Telemetry {
+    started: Instant,
+    recorder: Arc<PrometheusRecorder>,
+    handle: PrometheusHandle,
+    process: metrics_process::Collector,
+    /// What requests are counted with.
+    pub http: Arc<HttpMetrics>,
+    /// Set at a scrape.
+    pub gauges: Gauges,
+    /// Patches a batch that this process sent.
+    pub batch_patches: Histogram,
+    /// Patches applied, own and others'.
+    pub patches_applied: Counter,
+}
+
+/// Gauges whose value is asked for at a scrape.
+pub struct Gauges {
+    /// Records in the store.
+    pub records: Gauge,
+    /// The last batch applied.
+    pub position: Gauge,
+    /// The log's last batch.
+    pub log_end: Gauge,
+    /// Patches that wait for a batch.
+    pub queue_patches: Gauge,
+    /// 1 while reads are answered.
+    pub ready: Gauge,
+}
+
+impl Telemetry {
+    /// A recorder and the handles of everything that is measured.
+    ///
+    /// # Errors
+    /// A bucket list is empty.
+    pub fn new() -> Result<Self, BuildError> {
+        let recorder = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Full(LATENCY_METRIC.to_owned()), LATENCY_BUCKETS_S)?
+            .set_buckets_for_metric(Matcher::Full(BATCH_METRIC.to_owned()), BATCH_BUCKETS)?
+            .build_recorder();
+        let recorder = Arc::new(recorder);
+        let handle = recorder.handle();
+        let process = metrics_process::Collector::default();
+        let for_counters = Arc::clone(&recorder);
+        let telemetry = metrics::with_local_recorder(&*recorder, || {
+            describe();
+            process.describe();
+            gauge!("gradestore_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+            Self {
+                started: Instant::now(),
+                handle,
+                process,
+                http: Arc::new(HttpMetrics::new(move |route, status| {
+                    metrics::with_local_recorder(&*for_counters, || {
+                        HttpMetrics::requests_counter(route, status)
+                    })
+                })),
+                gauges: Gauges {
+                    records: gauge!("gradestore_records"),
+                    position: gauge!("gradestore_log_position"),
+                    log_end: gauge!("gradestore_log_end"),
+                    queue_patches: gauge!("gradestore_write_queue_patches"),
+                    ready: gauge!("gradestore_ready"),
+                },
+                batch_patches: histogram!(BATCH_METRIC),
+                patches_applied: counter!("gradestore_patches_applied_total"),
+                recorder: Arc::clone(&recorder),
+            }
+        });
+        Ok(telemetry)
+    }
+
+    /// Handles for the connections of the port `name`.
+    #[must_use]
+    pub fn connections(&self, name: &'static str) -> ConnectionMetrics {
+        metrics::with_local_recorder(&*self.recorder, || ConnectionMetrics::new(name))
+    }
+
+    /// Everything measured, in Prometheus' text format.
+    #[must_use]
+    pub fn render(&self) -> String {
+        metrics::with_local_recorder(&*self.recorder, || self.process.collect());
+        self.handle.render()
+    }
+
+    /// Folds samples into the histograms, for ever; call it in a task of its own.
+    pub async fn upkeep(&self) {
+        let mut every = tokio::time::interval(UPKEEP_EVERY);
+        loop {
+            every.tick().await;
+            self.handle.run_upkeep();
+        }
+    }
+
+    /// For how long this has been there.
+    #[must_use]
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+}
+
+fn describe() {
+    use metrics::{describe_counter, describe_gauge, describe_histogram};
+    describe_gauge!(
+        "gradestore_build_info",
+        "Always 1; the label says the version."
+    );
+    describe_gauge!("gradestore_records", "Records in the store.");
+    describe_gauge!("gradestore_ready", "1 while reads are answered, else 0.");
+    describe_gauge!(
+        "gradestore_log_position",
+        "Sequence number of the last batch applied."
+    );
+    describe_gauge!(
+        "gradestore_log_end",
+        "Sequence number of the log's last batch."
+    );
+    describe_gauge!(
+        "gradestore_write_queue_patches",
+        "Patches that wait for a batch."
+    );
+    describe_histogram!(BATCH_METRIC, "Patches in a batch that this process sent.");
+    describe_counter!(
+        "gradestore_patches_applied_total",
+        "Patches applied to the store."
+    );
+    describe_counter!(
+        "gradestore_http_requests_total",
+        "Requests answered, by route and status."
+    );
+    describe_histogram!(
+        LATENCY_METRIC,
+        "Time from a request's header to its answer, by route."
+    );
+    describe_gauge!(
+        "gradestore_http_requests_in_flight",
+        "Requests that are being answered."
+    );
+    describe_gauge!("gradestore_http_connections", "Open connections, by port.");
+    describe_counter!(
+        "gradestore_http_connections_accepted_total",
+        "Connections accepted, by port."
+    );
+    describe_counter!(
+        "gradestore_http_connections_cut_total",
+        "Connections closed for a deadline or to make room, by port."
+    );
+}
+
+/// Sends log lines to standard error, from `info` up or as `RUST_LOG` says
+/// (`RUST_LOG=gradestore=debug`).
+pub fn init_logs() {
+    let wanted = std::env::var("RUST_LOG").unwrap_or_default();
+    let targets = match wanted.is_empty() {
+        true => Ok(Targets::new().with_default(tracing::Level::INFO)),
+        false => Targets::from_str(&wanted),
+    };
+    let (targets, wrong) = match targets {
+        Ok(targets) => (targets, None),
+        Err(error) => (
+            Targets::new().with_default(tracing::Level::INFO),
+            Some(error),
+        ),
+    };
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(targets)
+        .init();
+    if let Some(error) = wrong {
+        tracing::warn!(value = wanted, %error, "RUST_LOG not understood, logging from info up");
+    }
+}
