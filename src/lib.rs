@@ -1,4 +1,32 @@
-//! gradestore
+//! gradestore: a replicated in-memory store of user grades.
+//!
+//! A map of the rooms, from the bottom up. An arrow goes one way, from a room to those above it in
+//! this list; none knows what comes after it.
+//!
+//! - [`grade`]: what a grade and a patch are. The only room that knows the fields.
+//! - [`store`]: the records in memory, sharded; get, apply, scan, digest.
+//! - [`log`]: the one total order of batches, as a trait and its kinds.
+//! - [`readiness`]: whether this replica may answer, and if not, why.
+//! - [`replication`]: the invariant, *a replica's state is exactly its log's batches, in order, up
+//!   to its position*; group commit on the way in, ordered apply on the way out.
+//! - [`http`]: three ports; [`telemetry`]: logs and metrics.
+//! - [`config`] and [`app`]: from flags to a node, and its life; [`health`]: asking one from
+//!   outside.
+//!
+//! # One write, from socket to reply
+//!
+//! 1. [`http::listener`] has accepted the connection and hyper has read the request's header; the
+//!    router hands it to [`http::write`], which checks the password and readiness, reads the body
+//!    and parses it into a [`Patch`](grade::Patch).
+//! 2. [`Writer::write`](replication::Writer::write) puts the patch into a bounded queue and waits.
+//! 3. [`WriterTask`](replication::WriterTask) takes all that waits as one
+//!    [`Batch`](log::Batch), keeps its patches at hand and appends it to the log. While batches
+//!    are under way the next one fills: there is no timer.
+//! 4. The log gives the batch its place. [`Reader`](replication::Reader) gets it back, sees that
+//!    it is the next one and its own, applies the patches to the [`Store`](store::Store), moves
+//!    the position on and answers the requests.
+//! 5. The handler sends 204 with the position. The store has held the patch since before that.
+
 pub mod app;
 pub mod config;
 pub mod grade;

@@ -2,7 +2,7 @@
 //!
 //! | port | route | module |
 //! | --- | --- | --- |
-//! | write | `POST /set` | [`write`] |
+//! | write | `POST /set` | [`mod@write`] |
 //! | read | `GET /get` | [`read`] |
 //! | ops | `GET /livez` `/readyz` `/readyz/write` `/metrics` `/status` | [`ops`] |
 //!
