@@ -6,7 +6,7 @@
 //! | read | `GET /get` | [`read`] |
 //! | ops | `GET /livez` `/readyz` `/readyz/write` `/metrics` `/status` | [`ops`] |
 //!
-//! [`listener`] takes connections and bounds them, [`observe`] counts and times requests,
+//! [`listener`] takes connections and bounds them, `observe` counts and times requests,
 //! [`error::ApiError`] alone maps what can go wrong to statuses.
 
 mod auth;
