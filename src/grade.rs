@@ -99,6 +99,13 @@ pub struct Changes {
 }
 
 impl Changes {
+    /// Carries every field.
+    #[must_use]
+    pub fn all(values: Values) -> Self {
+        let set = FIELDS.iter().fold(0, |set, _| set << 1 | 1);
+        Self { set, values }
+    }
+
     /// Carries `value` for the field at `index` of [`FIELDS`]; an index past the end is ignored.
     pub fn set(&mut self, index: usize, value: i64) {
         if let Some(slot) = self.values.get_mut(index) {

@@ -28,6 +28,7 @@
 //! 5. The handler sends 204 with the position. The store has held the patch since before that.
 
 pub mod app;
+pub mod backup;
 pub mod config;
 pub mod grade;
 pub mod health;

@@ -1,0 +1,385 @@
+//! Reads backups: our own in parallel, a member a task, and any other gzip CSV one row after the
+//! other.
+
+use std::io::{self, Read};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+
+use parking_lot::Mutex;
+use xxhash_rust::xxh3::Xxh3Default;
+
+use super::member::{self, Content, FIXED_BYTES, Kind, TRAILER_BYTES};
+use super::{BackupError, End, FORMAT, Head, Row, foreign, row};
+use crate::grade::Digest;
+
+/// The longest name in the first member.
+const NAME_BYTES_MAX: usize = 256;
+/// Bytes read before it is known what a file is.
+const START_BYTES: usize = FIXED_BYTES + 4;
+
+/// How far a restore has come; others may look while it runs.
+#[derive(Debug, Default)]
+pub struct Progress {
+    rows: AtomicU64,
+    bytes: AtomicU64,
+    rows_expected: AtomicU64,
+}
+
+impl Progress {
+    /// Rows handed out.
+    #[must_use]
+    pub fn rows(&self) -> u64 {
+        self.rows.load(Ordering::Relaxed)
+    }
+
+    /// Bytes read.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// About how many rows there are; 0 while unknown.
+    #[must_use]
+    pub fn rows_expected(&self) -> u64 {
+        self.rows_expected.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_bytes(&self, bytes: u64) {
+        self.bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn add_rows(&self, rows: u64) {
+        self.rows.fetch_add(rows, Ordering::Relaxed);
+    }
+}
+
+/// What a whole backup said of itself and what was found in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Summary {
+    /// Its first and its last record; none in a foreign file.
+    pub records: Option<(Head, End)>,
+    /// Rows.
+    pub rows: u64,
+    /// The sum of the rows' digests.
+    pub digest: Digest,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// Reads `source` to its end and hands every row to `sink`, from several threads.
+///
+/// Blocks; not for an async task. Rows are handed out before the end record has been seen: `sink`
+/// must collect into something that is thrown away on an error.
+///
+/// # Errors
+/// The file is not a whole, unchanged backup; see [`BackupError`].
+pub fn read(
+    mut source: impl Read + Unpin + Send,
+    sink: &(dyn Fn(Row<'_>) + Sync),
+    progress: &Progress,
+) -> Result<Summary, BackupError> {
+    let mut start = Vec::with_capacity(START_BYTES);
+    let taken = (&mut source)
+        .take(START_BYTES as u64)
+        .read_to_end(&mut start);
+    taken.map_err(|error| BackupError::Io { at: 0, error })?;
+    let mut source = io::Cursor::new(start.clone()).chain(source);
+    let kind = member::kind_of(&start);
+    if start.len() < START_BYTES && member::begins_gzip(&start) {
+        let at = start.len() as u64;
+        return Err(BackupError::Truncated { at });
+    }
+    match kind {
+        Kind::NotGzip => Err(BackupError::NotGzip),
+        Kind::Unknown => Err(BackupError::Damaged {
+            at: 0,
+            what: "the gzip header has an extra field that is not known",
+        }),
+        Kind::Foreign => foreign::read(&mut source, sink, progress),
+        Kind::Ours(_) => Own::new(source, progress).read(sink),
+    }
+}
+
+/// A member of rows, to be inflated and parsed by some thread.
+struct Task {
+    at: u64,
+    first_row: u64,
+    fields: usize,
+    text_bytes: usize,
+    rows: u32,
+    /// From the first deflated byte to the trailer.
+    bytes: Vec<u8>,
+}
+
+/// Reads one of our own files.
+struct Own<'a, R> {
+    source: R,
+    /// Bytes read.
+    at: u64,
+    hash: Xxh3Default,
+    progress: &'a Progress,
+}
+
+impl<'a, R: Read> Own<'a, R> {
+    fn new(source: R, progress: &'a Progress) -> Self {
+        Self {
+            source,
+            at: 0,
+            hash: Xxh3Default::new(),
+            progress,
+        }
+    }
+
+    fn read(mut self, sink: &(dyn Fn(Row<'_>) + Sync)) -> Result<Summary, BackupError> {
+        let (head, fields) = self.read_head()?;
+        self.progress
+            .rows_expected
+            .store(head.rows_expected, Ordering::Relaxed);
+        let progress = self.progress;
+        let threads = thread::available_parallelism().map_or(2, usize::from);
+        let digest = Mutex::new(Digest::default());
+        let (tasks, queue) = sync_channel::<Task>(threads);
+        let queue = Mutex::new(queue);
+        let failed = AtomicBool::new(false);
+        let (end, rows, checksum) = thread::scope(|scope| {
+            let workers: Vec<_> = (0..threads)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let worked = work(&queue, sink, progress);
+                        if worked.is_err() {
+                            failed.store(true, Ordering::Relaxed);
+                            // Until the members are no longer read, nobody may wait for a place.
+                            while queue.lock().recv().is_ok() {}
+                        }
+                        worked.map(|added| *digest.lock() += added)
+                    })
+                })
+                .collect();
+            let members = self.read_members(fields, &tasks, &failed);
+            drop(tasks);
+            let mut worked = Ok(());
+            for worker in workers {
+                let ended = worker.join().unwrap_or(Err(BackupError::Damaged {
+                    at: 0,
+                    what: "a thread that reads it has ended",
+                }));
+                worked = worked.and(ended);
+            }
+            // A worker's error comes first: it made the reading stop.
+            worked.and(members)
+        })?;
+        self.finish(head, end, rows, digest.into_inner(), checksum)
+    }
+
+    /// The first member: what it says, and how many fields a row has.
+    fn read_head(&mut self) -> Result<(Head, usize), BackupError> {
+        let at = self.at;
+        let damaged = |what| BackupError::Damaged { at, what };
+        let (header, content) = self.read_header()?;
+        let Content::Head(head) = content else {
+            return Err(damaged("the first member is missing"));
+        };
+        if head.format > FORMAT {
+            return Err(BackupError::Newer {
+                found: head.format,
+                known: FORMAT,
+            });
+        }
+        let mut first = header;
+        while self.read_some(1, &mut first)?.is_none_or(|byte| byte != 0) {
+            if first.len() > FIXED_BYTES + usize::from(u16::MAX) + NAME_BYTES_MAX {
+                return Err(damaged("the name in the first gzip header does not end"));
+            }
+        }
+        self.read_some(5, &mut first)?;
+        let length = match first.last_chunk::<5>() {
+            Some([1, low, high, not_low, not_high]) if [!low, !high] == [*not_low, *not_high] => {
+                usize::from(u16::from_le_bytes([*low, *high]))
+            }
+            _ => return Err(damaged("the header row is not stored as it should be")),
+        };
+        let mut text = Vec::new();
+        self.read_some(length, &mut text)?;
+        let mut trailer = Vec::new();
+        self.read_some(TRAILER_BYTES, &mut trailer)?;
+        let line =
+            std::str::from_utf8(&text).map_err(|_| damaged("the header row is not UTF-8"))?;
+        let fields = row::parse_header(line)?;
+        // All of it is as this program writes it; the end's checksum covers what this can't know.
+        let mut expected = Vec::new();
+        member::write_head(&mut expected, &head, &text);
+        first.extend_from_slice(&text);
+        first.extend_from_slice(&trailer);
+        if expected != first {
+            return Err(damaged("the first member has changed"));
+        }
+        self.hash.update(&first);
+        Ok((head, fields))
+    }
+
+    /// Passes on the members of rows; returns the end record, the rows before it and the checksum.
+    fn read_members(
+        &mut self,
+        fields: usize,
+        tasks: &SyncSender<Task>,
+        failed: &AtomicBool,
+    ) -> Result<(End, u64, u128), BackupError> {
+        let mut rows_before = 0;
+        loop {
+            let at = self.at;
+            let damaged = |what| BackupError::Damaged { at, what };
+            let (header, content) = self.read_header()?;
+            match content {
+                Content::Head(_) => return Err(damaged("a first member stands among the others")),
+                Content::Rows { member, text, rows } => {
+                    let (member, text) = (member as usize, text as usize);
+                    if member > member::MEMBER_BYTES_MAX || text > member::TEXT_BYTES_MAX {
+                        return Err(damaged("a member claims to be larger than any can be"));
+                    }
+                    let rest = member.checked_sub(header.len());
+                    let rest = rest.filter(|rest| *rest > TRAILER_BYTES);
+                    let rest =
+                        rest.ok_or(damaged("a member claims to be shorter than its header"))?;
+                    let mut bytes = Vec::with_capacity(rest);
+                    self.read_some(rest, &mut bytes)?;
+                    self.hash.update(&header);
+                    self.hash.update(&bytes);
+                    let task = Task {
+                        at,
+                        first_row: rows_before + 1,
+                        fields,
+                        text_bytes: text,
+                        rows,
+                        bytes,
+                    };
+                    rows_before += u64::from(rows);
+                    if tasks.send(task).is_err() || failed.load(Ordering::Relaxed) {
+                        // A worker has said why, and that is told first.
+                        return Err(damaged("a member could not be read"));
+                    }
+                }
+                Content::End(end) => {
+                    let mut last = header;
+                    self.read_some(2 + TRAILER_BYTES, &mut last)?;
+                    let mut expected = Vec::new();
+                    member::write_end(&mut expected, &end);
+                    if expected != last {
+                        return Err(damaged("the last member has changed"));
+                    }
+                    return Ok((end, rows_before, self.hash.digest128()));
+                }
+            }
+        }
+    }
+
+    fn finish(
+        mut self,
+        head: Head,
+        end: End,
+        rows: u64,
+        digest: Digest,
+        checksum: u128,
+    ) -> Result<Summary, BackupError> {
+        let at = self.at;
+        let more = (&mut self.source).take(1).read_to_end(&mut Vec::new());
+        if more.map_err(|error| BackupError::Io { at, error })? > 0 {
+            return Err(BackupError::Trailing { at });
+        }
+        let checks = [
+            ("row counts", end.rows.to_string(), rows.to_string()),
+            ("digests", end.digest.clone(), digest.to_string()),
+            (
+                "checksums",
+                end.checksum.clone(),
+                format!("{checksum:032x}"),
+            ),
+        ];
+        for (what, recorded, found) in checks {
+            if recorded != found {
+                return Err(BackupError::Mismatch {
+                    what,
+                    recorded,
+                    found,
+                });
+            }
+        }
+        Ok(Summary {
+            records: Some((head, end)),
+            rows,
+            digest,
+            bytes: at,
+        })
+    }
+
+    /// A member's header up to the end of FEXTRA, and what that says.
+    fn read_header(&mut self) -> Result<(Vec<u8>, Content), BackupError> {
+        let at = self.at;
+        let damaged = |what| BackupError::Damaged { at, what };
+        let mut header = Vec::with_capacity(64);
+        self.read_some(START_BYTES, &mut header)?;
+        let Kind::Ours(extra_bytes) = member::kind_of(&header) else {
+            return Err(damaged("a gzip member of ours should begin here"));
+        };
+        let rest = (FIXED_BYTES + 2 + extra_bytes).checked_sub(START_BYTES);
+        self.read_some(
+            rest.ok_or(damaged("an extra field is too short"))?,
+            &mut header,
+        )?;
+        let extra = header.get(FIXED_BYTES + 2..).unwrap_or_default();
+        let content = member::content_of(extra).map_err(damaged)?;
+        Ok((header, content))
+    }
+
+    /// Appends the next `wanted` bytes, all of them; returns the last one.
+    fn read_some(&mut self, wanted: usize, bytes: &mut Vec<u8>) -> Result<Option<u8>, BackupError> {
+        let read = (&mut self.source).take(wanted as u64).read_to_end(bytes);
+        let read = read.map_err(|error| BackupError::Io { at: self.at, error })?;
+        self.at += read as u64;
+        self.progress.set_bytes(self.at);
+        match read == wanted {
+            true => Ok(bytes.last().copied()),
+            false => Err(BackupError::Truncated { at: self.at }),
+        }
+    }
+}
+
+/// Takes tasks until there are no more; the digest of the rows in them.
+fn work(
+    queue: &Mutex<Receiver<Task>>,
+    sink: &(dyn Fn(Row<'_>) + Sync),
+    progress: &Progress,
+) -> Result<Digest, BackupError> {
+    let mut inflate = libdeflater::Decompressor::new();
+    let mut text = Vec::new();
+    let mut digest = Digest::default();
+    loop {
+        let task = queue.lock().recv();
+        let Ok(task) = task else {
+            return Ok(digest);
+        };
+        read_task(&task, &mut inflate, &mut text, |row| {
+            digest += row.digest();
+            sink(row);
+        })?;
+        progress.add_rows(u64::from(task.rows));
+    }
+}
+
+fn read_task(
+    task: &Task,
+    inflate: &mut libdeflater::Decompressor,
+    text: &mut Vec<u8>,
+    row: impl FnMut(Row<'_>),
+) -> Result<(), BackupError> {
+    let damaged = |what| BackupError::Damaged { at: task.at, what };
+    let split = task.bytes.len().saturating_sub(TRAILER_BYTES);
+    let (deflated, trailer) = task.bytes.split_at(split);
+    member::inflate(deflated, trailer, task.text_bytes, inflate, text).map_err(damaged)?;
+    let text = std::str::from_utf8(text).map_err(|_| damaged("a member is not UTF-8"))?;
+    let rows = row::parse(text, task.fields, task.first_row, row)?;
+    match rows == task.rows {
+        true => Ok(()),
+        false => Err(damaged("a member has another number of rows than it says")),
+    }
+}

@@ -1,0 +1,325 @@
+//! Real files, then the same files damaged in every way that was thought of.
+
+use std::collections::BTreeMap;
+use std::io::{Cursor, Read, Write};
+
+use flate2::Compression;
+use flate2::read::MultiGzDecoder;
+use flate2::write::GzEncoder;
+use parking_lot::Mutex;
+use proptest::prelude::*;
+
+use super::*;
+use crate::grade::{Changes, FIELD_COUNT, FIELDS, Patch, USER_ID, Values};
+use crate::store::Store;
+
+type Rows = BTreeMap<String, Values>;
+
+fn store_of(users: usize) -> Store {
+    let store = Store::new();
+    for user in 0..users {
+        // Some ids need quotes, some are long.
+        let user_id = match user % 4 {
+            0 => format!("{}", 1_000_000_000_000_usize + user),
+            1 => format!("a,\"{user}\""),
+            2 => format!("é {user}"),
+            _ => format!("{user:036}"),
+        };
+        let mut values = [user as i64; FIELD_COUNT];
+        values[0] = i64::MIN + user as i64;
+        let changes = Changes::all(values);
+        store.apply(&Patch { user_id, changes });
+    }
+    store
+}
+
+fn head() -> Head {
+    Head {
+        format: FORMAT,
+        log_id: "memory-1".into(),
+        position: 7,
+        time_ns: 1_700_000_000_123_456_789,
+        rows_expected: 0,
+    }
+}
+
+/// The members of a backup, one by one. A member holds a piece of the scan or more.
+fn members_of(store: &Store) -> Vec<Vec<u8>> {
+    let (mut writer, first) = BackupWriter::begin(&head());
+    let mut members = vec![first];
+    let source = ChunkSource::with_chunk_text(store, 1);
+    while let Some(chunk) = source.next() {
+        writer.add(&chunk);
+        members.push(chunk.bytes);
+    }
+    members.push(writer.end(9));
+    members
+}
+
+fn file_of(store: &Store) -> Vec<u8> {
+    members_of(store).concat()
+}
+
+fn read_rows(bytes: &[u8]) -> Result<(Summary, Rows), BackupError> {
+    let rows = Mutex::new(Rows::new());
+    let sink = |row: Row<'_>| {
+        rows.lock().insert(row.user_id.to_owned(), row.values);
+    };
+    let summary = read(Cursor::new(bytes.to_vec()), &sink, &Progress::default())?;
+    Ok((summary, rows.into_inner()))
+}
+
+fn refused(bytes: &[u8]) -> String {
+    match read_rows(bytes) {
+        Ok(_) => panic!("accepted"),
+        Err(error) => error.to_string(),
+    }
+}
+
+fn rows_of(store: &Store) -> Rows {
+    let mut rows = Rows::new();
+    let mut piece = crate::store::Piece::default();
+    let mut scan = store.scan();
+    while scan.next_into(&mut piece) {
+        rows.extend(piece.iter().map(|(id, values)| (id.to_owned(), *values)));
+    }
+    rows
+}
+
+fn gzip(text: &str) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(text.as_bytes()).unwrap();
+    encoder.finish().unwrap()
+}
+
+#[test]
+fn a_store_comes_back_whole() {
+    for users in [0, 1, 5_000] {
+        let store = store_of(users);
+        let bytes = file_of(&store);
+        let (summary, rows) = read_rows(&bytes).unwrap();
+        assert_eq!(rows, rows_of(&store));
+        assert_eq!(summary.rows, users as u64);
+        assert_eq!(summary.digest, store.digest());
+        assert_eq!(summary.bytes, bytes.len() as u64);
+        let (found, end) = summary.records.unwrap();
+        assert_eq!(found, head());
+        assert_eq!((end.position, end.rows), (9, users as u64));
+    }
+}
+
+#[test]
+fn it_is_plain_gzip_and_csv_to_others() {
+    let store = store_of(3_000);
+    let mut text = String::new();
+    let mut decoder = MultiGzDecoder::new(Cursor::new(file_of(&store)));
+    decoder.read_to_string(&mut text).unwrap();
+    assert_eq!(text.lines().count(), 3_001);
+    // The same rows by way of another program's gzip, and csv-async.
+    let (summary, rows) = read_rows(&gzip(&text)).unwrap();
+    assert_eq!(rows, rows_of(&store));
+    assert_eq!((summary.records, summary.rows), (None, 3_000));
+    assert_eq!(summary.digest, store.digest());
+}
+
+#[test]
+fn a_cut_anywhere_is_noticed() {
+    let members = members_of(&store_of(3_000));
+    let bytes = members.concat();
+    let mut boundary = 0;
+    let mut cuts: Vec<usize> = (0..bytes.len()).step_by(997).collect();
+    for member in &members {
+        cuts.extend(boundary.max(1) - 1..boundary + 20);
+        boundary += member.len();
+    }
+    cuts.extend(bytes.len() - 200..bytes.len());
+    for cut in cuts {
+        let Some(start) = bytes.get(..cut.min(bytes.len() - 1)) else {
+            continue;
+        };
+        let error = refused(start);
+        assert!(error.contains("cut off at byte"), "at {cut}: {error}");
+    }
+}
+
+#[test]
+fn a_flipped_bit_anywhere_is_noticed() {
+    let members = members_of(&store_of(600));
+    let mut bytes = members.concat();
+    let last = bytes.len() - members.last().unwrap().len();
+    let first = members[0].len();
+    // Every bit of the first and last record and of a member's header, and some of the rows.
+    let records = (0..first + 40).chain(last..bytes.len());
+    let rows = (first + 40..last).step_by(61).map(|at| (at, at % 8));
+    for (at, bit) in records
+        .flat_map(|at| (0..8).map(move |bit| (at, bit)))
+        .chain(rows)
+    {
+        bytes[at] ^= 1 << bit;
+        let found = read_rows(&bytes);
+        assert!(found.is_err(), "bit {bit} of byte {at} was not noticed");
+        bytes[at] ^= 1 << bit;
+    }
+    assert!(read_rows(&bytes).is_ok());
+}
+
+#[test]
+fn members_missing_swapped_repeated_or_mixed_are_noticed() {
+    let members = members_of(&store_of(5_000));
+    assert!(members.len() >= 5);
+    let last = members.len() - 1;
+    let with = |change: &dyn Fn(&mut Vec<Vec<u8>>)| {
+        let mut changed = members.clone();
+        change(&mut changed);
+        refused(&changed.concat())
+    };
+    assert!(with(&|m| m.swap(1, 2)).contains("checksums differ"));
+    assert!(with(&|m| m.swap(0, 1)).contains("first member is missing"));
+    assert!(with(&|m| m.swap(last - 1, last)).contains("bytes follow the end"));
+    assert!(with(&|m| drop(m.remove(0))).contains("first member is missing"));
+    assert!(with(&|m| drop(m.remove(2))).contains("differ"));
+    assert!(with(&|m| drop(m.remove(last))).contains("cut off"));
+    assert!(with(&|m| m.insert(2, m[1].clone())).contains("differ"));
+    assert!(with(&|m| m.insert(2, m[0].clone())).contains("among the others"));
+    assert!(with(&|m| m.push(vec![0])).contains("bytes follow the end"));
+    assert!(with(&|m| m.push(m[1].clone())).contains("bytes follow the end"));
+    assert!(with(&|m| m.insert(1, gzip("x,1,2,3,4\n"))).contains("of ours should begin"));
+    let other = members_of(&store_of(5_001));
+    assert!(with(&|m| m[last] = other.last().unwrap().clone()).contains("differ"));
+}
+
+#[test]
+fn a_member_that_claims_too_much_is_refused_before_it_is_read() {
+    let mut members = members_of(&store_of(10));
+    // The three numbers stand behind the fixed part, two lengths, the subfield's name and a letter.
+    let numbers = 10 + 2 + 2 + 2 + 1;
+    for (at, claim) in [(0, u32::MAX), (0, 3), (4, u32::MAX), (4, 1 << 20), (8, 11)] {
+        let sound = members[1].clone();
+        members[1][numbers + at..numbers + at + 4].copy_from_slice(&claim.to_le_bytes());
+        refused(&members.concat());
+        members[1] = sound;
+    }
+    let newer = Head {
+        format: FORMAT + 1,
+        ..head()
+    };
+    let (_, first) = BackupWriter::begin(&newer);
+    members[0] = first;
+    assert!(refused(&members.concat()).contains("use a newer gradestore"));
+}
+
+#[test]
+fn foreign_files_come_in_every_form() {
+    let names: Vec<&str> = FIELDS.iter().rev().copied().chain([USER_ID]).collect();
+    let wanted = Rows::from([("a,\"b".to_owned(), {
+        let mut values: Values = std::array::from_fn(|index| (index as i64 + 1) * -5);
+        values.reverse();
+        values
+    })]);
+    let numbers: Vec<String> = (0..FIELD_COUNT)
+        .map(|index| format!("{}", (index + 1) as i64 * -5))
+        .collect();
+    let quoted = |items: &[String]| -> String {
+        let all: Vec<String> = items.iter().map(|item| format!("\"{item}\"")).collect();
+        all.join(",")
+    };
+    let header = names.join(",");
+    let row = format!("{},\"a,\"\"b\"", numbers.join(","));
+    let all_quoted = format!(
+        "{}\r\n{},\"a,\"\"b\"\r\n",
+        quoted(
+            &names
+                .iter()
+                .map(|name| (*name).to_owned())
+                .collect::<Vec<_>>()
+        ),
+        quoted(&numbers)
+    );
+    let plain = format!("{header}\n{row}\n");
+    for text in [
+        plain.clone(),
+        format!("{header}\r\n{row}\r\n"),
+        format!("{header}\n{row}"),
+        format!("\u{feff}{header}\n\n{row}\n\n"),
+        all_quoted,
+    ] {
+        assert_eq!(read_rows(&gzip(&text)).unwrap().1, wanted, "{text:?}");
+    }
+    // Several members, cut anywhere, as `cat a.gz b.gz` and pigz -i make.
+    let (one, two) = plain.split_at(plain.len() / 2);
+    let members = [gzip(one), gzip(two)].concat();
+    assert_eq!(read_rows(&members).unwrap().1, wanted);
+    // Fields that are not there read as 0.
+    let (_, rows) = read_rows(&gzip("user_id\nx\n")).unwrap();
+    assert_eq!(rows, Rows::from([("x".to_owned(), Values::default())]));
+}
+
+#[test]
+fn foreign_files_are_refused_with_row_and_column() {
+    let field = FIELDS[0];
+    let text = |rows: &str| gzip(&format!("user_id,{field}\na,1\n{rows}"));
+    for (bytes, said) in [
+        (
+            text("b,9223372036854775808\n"),
+            format!("row 2, column {field}"),
+        ),
+        (text("b,\n"), format!("row 2, column {field}")),
+        (text("b,1.0\n"), format!("row 2, column {field}")),
+        (text(",1\n"), "row 2, column user_id".to_owned()),
+        (text("\"b\nc\",1\n"), "row 2, column user_id".to_owned()),
+        (text("b\n"), "row 2 has 1 columns".to_owned()),
+        (text("b,1,2\n"), "row 2 has 3 columns".to_owned()),
+        (
+            gzip("user,spp\na,1\n"),
+            "unknown column \"user\"".to_owned(),
+        ),
+        (gzip("user_id,user_id\n"), "twice".to_owned()),
+        (
+            gzip(&format!("{field}\n")),
+            "column user_id is missing".to_owned(),
+        ),
+        (gzip(""), "there is none".to_owned()),
+        (
+            b"<html>no such thing</html>".to_vec(),
+            "not a gzip file".to_owned(),
+        ),
+        (Vec::new(), "cut off at byte 0".to_owned()),
+    ] {
+        let error = refused(&bytes);
+        assert!(error.contains(&said), "{said}: {error}");
+    }
+    let whole = text("b,2\n");
+    for cut in 14..whole.len() {
+        refused(&whole[..cut]);
+    }
+    refused(&[whole.clone(), b"garbage".to_vec()].concat());
+    for at in whole.len() - 8..whole.len() {
+        let mut flipped = whole.clone();
+        flipped[at] ^= 1;
+        refused(&flipped);
+    }
+}
+
+#[test]
+fn a_bomb_is_refused_early() {
+    // A gibibyte of one row, a thousandth of that as gzip.
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+    encoder.write_all(b"user_id\n").unwrap();
+    let block = vec![b'a'; 1 << 20];
+    for _ in 0..64 {
+        encoder.write_all(&block).unwrap();
+    }
+    let error = refused(&encoder.finish().unwrap());
+    assert!(error.contains("longer than"), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..400), gzipped in any::<bool>()) {
+        let bytes = match gzipped {
+            true => gzip(&String::from_utf8_lossy(&bytes)),
+            false => [&[0x1f, 0x8b, 8, 4][..], &bytes].concat(),
+        };
+        let _ = read_rows(&bytes);
+    }
+}
