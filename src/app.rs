@@ -7,17 +7,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::http::listener::{Listener, ListenerLimits};
+use crate::http::backup::{self, BackupState};
 use crate::http::ops::{self, OpsState};
 use crate::http::read::{self, ReadState};
 use crate::http::write::{self, WriteState};
-use crate::log::{Log, Origin, ReadError};
+use crate::log::{Origin, ReadError, now_ns};
+use crate::progress;
 use crate::readiness::{Readiness, Scope};
-use crate::replication::{Applied, OwnBatches, Reader, Writer};
+use crate::replication::{
+    Applied, BootstrapError, LastSnapshot, OwnBatches, Reader, RestoreTracker, Snapshotter, Writer,
+    restore_local, restore_seed,
+};
+use crate::storage::Storage;
 use crate::store::Store;
 use crate::telemetry::Telemetry;
 
@@ -25,6 +32,12 @@ use crate::telemetry::Telemetry;
 const BACKLOG: u32 = 4096;
 /// File descriptors kept for other things than connections.
 const SPARE_FILES: u64 = 256;
+/// How long answers of the ops port may take to end once all else has.
+const OPS_DRAIN_MAX: Duration = Duration::from_secs(1);
+/// What the kernel may hold of an answer that a client does not take (it doubles this, and may allow
+/// less). Answers are small but for backups, and there a client that reads slowly is told sooner
+/// from one that has stopped.
+const SEND_BUFFER_BYTES: u32 = 512 * 1024;
 /// How often unanswered batches are looked at.
 const GIVE_UP_EVERY: Duration = Duration::from_millis(250);
 
@@ -46,9 +59,12 @@ pub enum AppError {
     /// The log can't be read.
     #[error("cannot read the log: {0}")]
     Log(#[from] ReadError),
-    /// The system has no random bytes.
-    #[error("the system gave no random bytes: {0}")]
-    Random(#[from] getrandom::Error),
+    /// The store can't be filled.
+    #[error(transparent)]
+    Bootstrap(#[from] BootstrapError),
+    /// The system refused something that a node can't do without.
+    #[error("cannot start: {0}")]
+    System(#[from] io::Error),
     /// The metrics can't be set up.
     #[error("cannot set up metrics: {0}")]
     Metrics(#[from] metrics_exporter_prometheus::BuildError),
@@ -91,28 +107,32 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
     socket.set_reuseaddr(true)?;
+    socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
 }
 
-/// Runs a node on `log` until `shutdown` resolves and everything that ran has finished or used up
-/// its deadline.
+/// Runs a node until `shutdown` resolves and everything that ran has finished or used up its
+/// deadline.
 ///
 /// # Errors
 /// The node could not start. Once started it ends by `shutdown` alone.
 pub async fn run(
     config: Config,
     origin: Origin,
-    log: Arc<dyn Log>,
+    storage: Storage,
     sockets: Sockets,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), AppError> {
+    let log = Arc::clone(&storage.log);
     let readiness = Readiness::default();
-    let starting = readiness.hold(Scope::All, "starting", "the log is being opened");
+    let starting = readiness.hold(Scope::All, "starting", "the store is being restored");
     let telemetry = Arc::new(Telemetry::new()?);
     let store = Store::new();
-    let applied = Applied::at(0);
+    let applied = Applied::new(now_ns());
     let own = OwnBatches::default();
+    let restore = RestoreTracker::default();
+    let last_snapshot = LastSnapshot::default();
     let (writer, writer_task) = Writer::new(
         Arc::clone(&log),
         origin,
@@ -127,6 +147,13 @@ pub async fn run(
         origin,
         patches: telemetry.patches_applied.clone(),
     };
+    let snapshotter = storage.snapshots.as_ref().map(|(snapshots, _)| Snapshotter {
+        store: store.clone(),
+        applied: applied.clone(),
+        log: Arc::clone(&log),
+        snapshots: snapshots.clone(),
+        last: last_snapshot.clone(),
+    });
 
     // Every long-lived task, and what stops it.
     let stop_listening = CancellationToken::new();
@@ -145,7 +172,7 @@ pub async fn run(
         metrics: Arc::clone(&telemetry.http),
         connection_metrics: telemetry.connections(name),
     };
-    let ops_state = OpsState {
+    let ops_router = ops::routes(OpsState {
         node: format!("{origin}").into(),
         store: store.clone(),
         applied: applied.clone(),
@@ -153,78 +180,119 @@ pub async fn run(
         writer: writer.clone(),
         readiness: readiness.clone(),
         telemetry: Arc::clone(&telemetry),
-    };
-    let write_state = WriteState {
+        restore: restore.clone(),
+        last_snapshot,
+    });
+    let write_router = write::routes(WriteState {
         writer,
         readiness: readiness.clone(),
         credentials: config.credentials.clone(),
         body_wait_max: config.http.body_wait_max,
-    };
-    let read_state = ReadState {
+    });
+    let backup_router = backup::routes(BackupState {
+        store: store.clone(),
+        applied: applied.clone(),
+        log: Arc::clone(&log),
+        readiness: readiness.clone(),
+        credentials: config.credentials.clone(),
+        slots: Arc::new(Semaphore::new(config.http.backups_max)),
+    });
+    let read_router = read::routes(ReadState {
         store: store.clone(),
         applied: applied.clone(),
         readiness: readiness.clone(),
         position_wait_max: config.http.position_wait_max,
-    };
-    let ops_router = ops::routes(ops_state);
+    });
     let ops = listener("ops", sockets.ops, ops_router, limits.ops);
     rest.spawn(ops.serve(stop_rest.child_token()));
-    let write_router = write::routes(write_state);
+    let write_router = write_router.merge(backup_router);
     let write = listener("write", sockets.write, write_router, limits.data);
     data.spawn(write.serve(stop_listening.child_token()));
-    let read_router = read::routes(read_state);
     let read = listener("read", sockets.read, read_router, limits.data);
     data.spawn(read.serve(stop_listening.child_token()));
     writing.spawn(writer_task.run(stop_writing.child_token()));
-    rest.spawn(until(
-        &stop_rest,
-        give_up_waiting(own, config.writer.wait_max),
-    ));
+    rest.spawn(until(&stop_rest, give_up_waiting(own, config.writer.wait_max)));
     let upkeep = Arc::clone(&telemetry);
     rest.spawn(until(&stop_rest, async move { upkeep.upkeep().await }));
+    rest.spawn(until(&stop_rest, progress::report(restore.clone())));
 
-    let mut subscription = log.subscribe(applied.seq()).await?;
-    let for_reader = readiness.clone();
-    rest.spawn(until(&stop_rest, async move {
-        let error = reader.run(subscription.as_mut()).await;
-        tracing::error!(%error, "log reader stopped");
-        // Nothing after the gap may be served: unready until the process ends.
-        let _gap = for_reader.hold(Scope::All, "gap", error.to_string());
-        std::future::pending::<()>().await;
-    }));
-    drop(starting);
-    tracing::info!(log = log.kind(), position = applied.seq(), "ready");
-
-    shutdown.await;
+    // From nothing to a position, then along the log to where it ends now, then ready.
+    let start = async {
+        let snapshots = storage.snapshots.as_ref().map(|(snapshots, _)| snapshots.clone());
+        let seeded = config.restore_from.is_some();
+        let bootstrapped = {
+            let (store, applied, log) = (store.clone(), applied.clone(), Arc::clone(&log));
+            let seed = config.restore_from.clone();
+            tokio::task::spawn_blocking(move || {
+                let snapshots = snapshots.as_ref();
+                match seed {
+                    Some(seed) => restore_seed(&seed, &store, &applied, &*log, snapshots, &restore),
+                    None => restore_local(&store, &applied, &*log, snapshots, &restore),
+                }
+            })
+        };
+        match bootstrapped.await.map_err(io::Error::other)? {
+            Ok(()) => {}
+            Err(error) if seeded => return Err(error.into()),
+            Err(error) => {
+                tracing::error!(%error, "no way to a whole state, not serving");
+                let _no_source = readiness.hold(Scope::All, "no-source", error.to_string());
+                drop(starting);
+                return std::future::pending().await;
+            }
+        }
+        if let Some(snapshotter) = snapshotter.as_ref().filter(|_| seeded) {
+            // The log can't bring back what it never held.
+            snapshotter.write().await;
+        }
+        let end = log.end();
+        let mut subscription = log.subscribe(applied.seq()).await?;
+        let for_reader = readiness.clone();
+        rest.spawn(until(&stop_rest, async move {
+            let error = reader.run(subscription.as_mut()).await;
+            tracing::error!(%error, "log reader stopped");
+            // Nothing after the gap may be served: unready until the process ends.
+            let _gap = for_reader.hold(Scope::All, "gap", error.to_string());
+            std::future::pending::<()>().await;
+        }));
+        applied.reach(end).await;
+        drop(starting);
+        tracing::info!(log = log.kind(), position = end, records = store.len(), "ready");
+        if let (Some(snapshotter), Some((_, interval))) = (&snapshotter, &storage.snapshots) {
+            let run = snapshotter.clone().run(*interval, stop_writing.child_token());
+            writing.spawn(run);
+        }
+        std::future::pending::<Result<(), AppError>>().await
+    };
+    tokio::select! {
+        failed = start => return failed,
+        () = shutdown => {}
+    }
 
     // Unready first, so that whoever asks goes elsewhere; then finish what runs.
     tracing::info!("stopping");
-    let stopping = "the node is stopping";
-    let _stopping = readiness.hold(Scope::Writes, "stopping", stopping);
-    let _unready = readiness.hold(Scope::All, "stopping", stopping);
+    let was_ready = readiness.reads().is_ok();
+    let _stopping = readiness.hold(Scope::All, "stopping", "the node is stopping");
     stop_listening.cancel();
     let deadline = tokio::time::Instant::now() + config.http.drain_max;
-    let finished = async {
+    let drained = async {
         data.close();
         data.wait().await;
         stop_writing.cancel();
         writing.close();
         writing.wait().await;
-        stop_rest.cancel();
-        rest.close();
-        rest.wait().await;
     };
-    match tokio::time::timeout_at(deadline, finished).await {
-        Ok(()) => tracing::info!(position = applied.seq(), "stopped"),
-        Err(_elapsed) => {
-            let waited_s = config.http.drain_max.as_secs();
-            tracing::warn!(
-                waited_s,
-                position = applied.seq(),
-                "stopped before all requests ended"
-            );
-        }
+    if tokio::time::timeout_at(deadline, drained).await.is_err() {
+        let waited_s = config.http.drain_max.as_secs();
+        tracing::warn!(waited_s, "stopping before all requests ended");
     }
+    if let Some(snapshotter) = snapshotter.filter(|_| was_ready) {
+        snapshotter.write_if_changed().await;
+    }
+    stop_rest.cancel();
+    rest.close();
+    let ended = tokio::time::timeout(OPS_DRAIN_MAX, rest.wait()).await;
+    tracing::info!(position = applied.seq(), all_ended = ended.is_ok(), "stopped");
     Ok(())
 }
 

@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::http::Credentials;
 use crate::http::listener::ListenerLimits;
 use crate::replication::WriterLimits;
+use crate::storage::StorageConfig;
 
 /// What every environment twin begins with.
 const ENV_PREFIX: &str = "GRADESTORE_";
@@ -37,6 +38,10 @@ pub struct Cli {
 pub enum Command {
     /// Run a node
     Serve(Box<ServeArgs>),
+    /// Fetch a backup from a node, verify it, and keep it
+    Backup(BackupArgs),
+    /// Check that a backup file is whole and unchanged; exit code 0 if so, else 1
+    Verify(VerifyArgs),
     /// Ask a node on this machine whether it is ready; exit code 0 if so, else 1
     Health(HealthArgs),
 }
@@ -68,6 +73,51 @@ pub struct ServeArgs {
     /// neither, one is made and shown at the start
     #[arg(long, env = "GRADESTORE_PASSWORD_FILE", value_name = "FILE")]
     pub password_file: Option<PathBuf>,
+
+    /// Where the log and the snapshots are kept
+    #[arg(long, env = "GRADESTORE_DATA_DIR", value_name = "DIR", default_value = "./gradestore-data")]
+    pub data_dir: PathBuf,
+
+    /// Keep nothing on disk: what is written is gone when the process ends
+    #[arg(long, env = "GRADESTORE_EPHEMERAL", value_parser = clap::builder::BoolishValueParser::new())]
+    pub ephemeral: bool,
+
+    /// How often a snapshot is written to the data directory
+    #[arg(long, env = "GRADESTORE_SNAPSHOT_INTERVAL", value_name = "TIME", default_value = "5m",
+        value_parser = interval)]
+    pub snapshot_interval: Duration,
+
+    /// A backup to begin from; only for a data directory that nothing has been written to
+    #[arg(long, env = "GRADESTORE_RESTORE_FROM", value_name = "FILE")]
+    pub restore_from: Option<PathBuf>,
+}
+
+/// Flags of `gradestore backup`.
+#[derive(Debug, Args)]
+pub struct BackupArgs {
+    /// The node's write port, such as http://127.0.0.1:8080
+    #[arg(long, value_name = "URL", value_parser = base_url)]
+    pub from: String,
+
+    /// Where to put it; - for standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+
+    /// The user name that the node wants
+    #[arg(long, env = "GRADESTORE_USERNAME", value_name = "NAME", default_value = "admin",
+        value_parser = username)]
+    pub username: String,
+
+    /// A file that holds the password; GRADESTORE_PASSWORD may hold the password itself
+    #[arg(long, env = "GRADESTORE_PASSWORD_FILE", value_name = "FILE")]
+    pub password_file: Option<PathBuf>,
+}
+
+/// Flags of `gradestore verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// The backup
+    pub file: PathBuf,
 }
 
 /// Flags of `gradestore health`.
@@ -90,6 +140,26 @@ fn address(
                 "it must be an IP address and a port; set {flag} or {env} to one such as {example}"
             )
         })
+    }
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let fix = "set --snapshot-interval or GRADESTORE_SNAPSHOT_INTERVAL to one such as 5m or 90s";
+    match humantime::parse_duration(text) {
+        Ok(interval) if interval >= Duration::from_secs(1) => Ok(interval),
+        Ok(_) => Err(format!("it must be 1s or more; {fix}")),
+        Err(error) => Err(format!("{error}; {fix}")),
+    }
+}
+
+fn base_url(text: &str) -> Result<String, String> {
+    let fix = "set --from to the node's write port, such as http://127.0.0.1:8080";
+    match text.strip_prefix("http://") {
+        Some(rest) if !rest.is_empty() => {
+            let url = text.trim_end_matches('/');
+            Ok(url.strip_suffix("/backup").unwrap_or(url).to_owned())
+        }
+        _ => Err(format!("it must begin with http:// and name a host; {fix}")),
     }
 }
 
@@ -148,6 +218,9 @@ pub enum ConfigError {
         /// What both say.
         address: SocketAddr,
     },
+    /// A backup can't be fetched without a password.
+    #[error("no password; set GRADESTORE_PASSWORD or --password-file to the node's")]
+    NoPassword,
     /// No random bytes for a password.
     #[error("the system gave no random bytes for a password: {0}; set GRADESTORE_PASSWORD")]
     Random(#[from] getrandom::Error),
@@ -168,6 +241,8 @@ pub struct Config {
     pub http: HttpConfig,
     /// Bounds of the write path.
     pub writer: WriterLimits,
+    /// A backup to begin from.
+    pub restore_from: Option<PathBuf>,
 }
 
 /// Bounds of requests and connections.
@@ -181,6 +256,8 @@ pub struct HttpConfig {
     pub body_wait_max: Duration,
     /// How long a read with `Grade-Position` may wait.
     pub position_wait_max: Duration,
+    /// Backups that may be sent at once.
+    pub backups_max: usize,
     /// How long running requests may take to finish once the node stops.
     pub drain_max: Duration,
 }
@@ -200,6 +277,7 @@ impl Default for HttpConfig {
             },
             body_wait_max: Duration::from_secs(10),
             position_wait_max: Duration::from_secs(5),
+            backups_max: 2,
             drain_max: Duration::from_secs(10),
         }
     }
@@ -240,7 +318,7 @@ impl Config {
                 });
             }
         }
-        let given = given_password(args)?;
+        let given = given_password(args.password_file.as_deref())?;
         let made = match &given {
             Some(_) => None,
             None => Some(MadePassword(make_password()?)),
@@ -255,8 +333,33 @@ impl Config {
             credentials: Credentials::new(&args.username, password.unwrap_or_default()),
             http: HttpConfig::default(),
             writer: default_writer_limits(),
+            restore_from: args.restore_from.clone(),
         };
         Ok((config, made))
+    }
+}
+
+impl ServeArgs {
+    /// Where the log is kept.
+    #[must_use]
+    pub fn storage(&self) -> StorageConfig {
+        match self.ephemeral {
+            true => StorageConfig::Ephemeral,
+            false => StorageConfig::Disk {
+                dir: self.data_dir.clone(),
+                snapshot_interval: self.snapshot_interval,
+            },
+        }
+    }
+}
+
+impl BackupArgs {
+    /// The password to ask with.
+    ///
+    /// # Errors
+    /// None is given, or it can't be one.
+    pub fn password(&self) -> Result<String, ConfigError> {
+        given_password(self.password_file.as_deref())?.ok_or(ConfigError::NoPassword)
     }
 }
 
@@ -305,13 +408,13 @@ fn check_env_names(names: impl Iterator<Item = String>) -> Result<(), ConfigErro
     Ok(())
 }
 
-fn given_password(args: &ServeArgs) -> Result<Option<String>, ConfigError> {
+fn given_password(password_file: Option<&Path>) -> Result<Option<String>, ConfigError> {
     let from_env = std::env::var_os(ENV_PASSWORD);
     let file_by_flag = std::env::args_os().any(|arg| {
         arg.to_str()
             .is_some_and(|arg| arg.starts_with("--password-file"))
     });
-    match (&args.password_file, from_env) {
+    match (password_file, from_env) {
         (Some(_), Some(_)) if !file_by_flag => Err(ConfigError::TwoPasswords),
         (Some(path), _) => password_in(path).map(Some),
         (None, Some(password)) => {

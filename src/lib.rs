@@ -30,11 +30,14 @@
 pub mod app;
 pub mod backup;
 pub mod config;
+pub mod fetch;
 pub mod grade;
 pub mod health;
 pub mod http;
 pub mod log;
+pub mod progress;
 pub mod readiness;
 pub mod replication;
+pub mod storage;
 pub mod store;
 pub mod telemetry;

@@ -3,18 +3,22 @@
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use gradestore::app::{self, Sockets};
-use gradestore::config::{self, Command, Config, HealthArgs, MadePassword, ServeArgs};
-use gradestore::health;
-use gradestore::log::{MemoryLog, Origin};
+use gradestore::config::{
+    self, BackupArgs, Command, Config, HealthArgs, MadePassword, ServeArgs, VerifyArgs,
+};
+use gradestore::log::Origin;
+use gradestore::storage::Storage;
+use gradestore::{fetch, health};
 use gradestore::telemetry;
 use tokio::signal::unix::{SignalKind, signal};
 
 fn main() -> ExitCode {
     let done = match config::parse_args().command {
         Command::Serve(args) => serve(&args),
+        Command::Backup(args) => fetch_backup(&args),
+        Command::Verify(args) => verify(&args),
         Command::Health(HealthArgs { ops_addr }) => health::check(ops_addr).map_err(Into::into),
     };
     match done {
@@ -34,16 +38,34 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
         .build()?;
     let ended = runtime.block_on(async {
         let origin = Origin::random()?;
-        let log = Arc::new(MemoryLog::new(origin));
         let shutdown = shutdown()?;
         let sockets = Sockets::bind(&config)?;
+        let storage = args.storage();
+        let storage = tokio::task::spawn_blocking(move || Storage::open(&storage, origin));
+        let storage = storage.await??;
         greet(&sockets, &args.username, made_password.as_ref())?;
-        app::run(config, origin, log, sockets, shutdown).await?;
+        app::run(config, origin, storage, sockets, shutdown).await?;
         Ok(())
     });
     // What did not end within its deadline is not waited for again.
     runtime.shutdown_background();
     ended
+}
+
+fn fetch_backup(args: &BackupArgs) -> Result<(), Box<dyn std::error::Error>> {
+    let password = args.password()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let summary = runtime.block_on(fetch::backup(args, &password))?;
+    // Standard output may be the backup.
+    write!(io::stderr(), "{}", fetch::describe(&summary))?;
+    Ok(())
+}
+
+fn verify(args: &VerifyArgs) -> Result<(), Box<dyn std::error::Error>> {
+    let file = args.file.display();
+    let summary = fetch::verify(&args.file).map_err(|error| format!("{file}: {error}"))?;
+    write!(io::stdout(), "{}", fetch::describe(&summary))?;
+    Ok(())
 }
 
 /// Resolves at the first SIGTERM or Ctrl-C; a second one ends the process at once.

@@ -36,6 +36,8 @@ pub struct Telemetry {
     pub http: Arc<HttpMetrics>,
     /// Set at a scrape.
     pub gauges: Gauges,
+    /// Set at a scrape.
+    pub recovery: Recovery,
     /// Patches a batch that this process sent.
     pub batch_patches: Histogram,
     /// Patches applied, own and others'.
@@ -54,6 +56,53 @@ pub struct Gauges {
     pub queue_patches: Gauge,
     /// 1 while reads are answered.
     pub ready: Gauge,
+}
+
+/// Log, restore and snapshots.
+pub struct Recovery {
+    /// The oldest batch that the log holds.
+    pub log_first: Gauge,
+    /// 1 while the log takes batches.
+    pub writable: Gauge,
+    /// 1 while a restore runs.
+    pub restoring: Gauge,
+    /// Rows restored.
+    pub restore_rows: Gauge,
+    /// Bytes of the backup read.
+    pub restore_bytes: Gauge,
+    /// Seconds that it took so far.
+    pub restore_duration_s: Gauge,
+    /// Snapshots that could not be written.
+    pub snapshot_failures: Counter,
+    /// Seconds since the last one was finished.
+    pub snapshot_age_s: Gauge,
+    /// Its position.
+    pub snapshot_position: Gauge,
+    /// Its rows.
+    pub snapshot_rows: Gauge,
+    /// Its size.
+    pub snapshot_bytes: Gauge,
+    /// Seconds that it took.
+    pub snapshot_duration_s: Gauge,
+}
+
+impl Recovery {
+    fn new() -> Self {
+        Self {
+            log_first: gauge!("gradestore_log_first"),
+            writable: gauge!("gradestore_log_writable"),
+            restoring: gauge!("gradestore_restore_running"),
+            restore_rows: gauge!("gradestore_restore_rows"),
+            restore_bytes: gauge!("gradestore_restore_bytes"),
+            restore_duration_s: gauge!("gradestore_restore_duration_seconds"),
+            snapshot_failures: counter!("gradestore_snapshot_failures_total"),
+            snapshot_age_s: gauge!("gradestore_snapshot_age_seconds"),
+            snapshot_position: gauge!("gradestore_snapshot_position"),
+            snapshot_rows: gauge!("gradestore_snapshot_rows"),
+            snapshot_bytes: gauge!("gradestore_snapshot_bytes"),
+            snapshot_duration_s: gauge!("gradestore_snapshot_duration_seconds"),
+        }
+    }
 }
 
 impl Telemetry {
@@ -90,6 +139,7 @@ impl Telemetry {
                     queue_patches: gauge!("gradestore_write_queue_patches"),
                     ready: gauge!("gradestore_ready"),
                 },
+                recovery: Recovery::new(),
                 batch_patches: histogram!(BATCH_METRIC),
                 patches_applied: counter!("gradestore_patches_applied_total"),
                 recorder: Arc::clone(&recorder),

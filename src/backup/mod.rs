@@ -29,6 +29,7 @@ mod foreign;
 mod member;
 mod reader;
 mod row;
+mod snapshots;
 mod writer;
 
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,7 @@ use serde::{Deserialize, Serialize};
 pub use error::BackupError;
 pub use reader::{Progress, Summary, read};
 pub use row::Row;
+pub use snapshots::{Snapshots, Written, restore, restore_file};
 pub use writer::{BackupWriter, Chunk, ChunkSource};
 
 use crate::log::Seq;

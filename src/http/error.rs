@@ -96,6 +96,9 @@ pub enum ApiError {
     /// The write queue is full.
     #[error("the write queue is full and nothing was written; try again later, or slower")]
     QueueFull,
+    /// As many backups run as may at once.
+    #[error("as many backups are being sent as may be at once; try again later")]
+    BackupsRunning,
     /// The log did not take the write.
     #[error("nothing was written: {0}; try again")]
     NotWritten(Arc<str>),
@@ -149,6 +152,7 @@ impl ApiError {
             Self::NotReady(_) => (S::SERVICE_UNAVAILABLE, "not-ready"),
             Self::PositionNotReached { .. } => (S::SERVICE_UNAVAILABLE, "position-not-reached"),
             Self::QueueFull => (S::SERVICE_UNAVAILABLE, "queue-full"),
+            Self::BackupsRunning => (S::SERVICE_UNAVAILABLE, "backups-running"),
             Self::NotWritten(_) => (S::SERVICE_UNAVAILABLE, "not-written"),
             Self::OutcomeUnknown(_) => (S::GATEWAY_TIMEOUT, "outcome-unknown"),
             Self::Internal => (S::INTERNAL_SERVER_ERROR, "internal"),

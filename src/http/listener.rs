@@ -244,7 +244,7 @@ impl Connection {
         self.idle_since_ms.store(BUSY, Ordering::Relaxed);
     }
 
-    /// It has been answered.
+    /// A request has been answered, or another part of a long answer has been taken.
     pub(super) fn end(&self) {
         let since_ms = self.opened.elapsed().as_millis() as u64;
         self.idle_since_ms.store(since_ms, Ordering::Relaxed);

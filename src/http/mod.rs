@@ -3,6 +3,7 @@
 //! | port | route | module |
 //! | --- | --- | --- |
 //! | write | `POST /set` | [`mod@write`] |
+//! | write | `GET /backup` | [`backup`] |
 //! | read | `GET /get` | [`read`] |
 //! | ops | `GET /livez` `/readyz` `/readyz/write` `/metrics` `/status` | [`ops`] |
 //!
@@ -10,6 +11,7 @@
 //! [`error::ApiError`] alone maps what can go wrong to statuses.
 
 mod auth;
+pub mod backup;
 pub mod error;
 pub mod listener;
 pub(crate) mod observe;

@@ -23,9 +23,10 @@ use super::error::ApiError;
 use super::listener::Connection;
 
 /// The routes as metrics name them; whatever else is asked for counts as the last one.
-const ROUTES: [&str; 8] = [
+const ROUTES: [&str; 9] = [
     "/set",
     "/get",
+    BACKUP,
     "/livez",
     "/readyz",
     "/readyz/write",
@@ -33,6 +34,8 @@ const ROUTES: [&str; 8] = [
     "/status",
     "other",
 ];
+/// The route whose answer goes on after it has begun.
+const BACKUP: &str = "/backup";
 const OTHER: usize = ROUTES.len() - 1;
 
 /// Statuses that are counted one by one: 100 to 599.
@@ -112,11 +115,15 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
     type Error = Infallible;
     type Future = ObservedFuture;
 
-    fn call(&self, request: Request<Incoming>) -> Self::Future {
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
         let begun = Instant::now();
         let path = request.uri().path();
         let route = ROUTES.iter().position(|route| *route == path);
         self.connection.begin();
+        if path == BACKUP {
+            let connection = Arc::clone(&self.connection);
+            request.extensions_mut().insert(connection);
+        }
         self.metrics.in_flight.increment(1.0);
         let answer = self.router.clone().call(request.map(Body::new));
         ObservedFuture {

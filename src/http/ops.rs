@@ -12,8 +12,9 @@ use serde::Serialize;
 
 use super::error::ApiError;
 use crate::log::{Log, Seq};
-use crate::readiness::Readiness;
-use crate::replication::{Applied, Writer};
+use crate::readiness::{Readiness, Unready};
+use crate::backup::rfc3339;
+use crate::replication::{Applied, LastSnapshot, RestoreTracker, Writer};
 use crate::store::Store;
 use crate::telemetry::Telemetry;
 
@@ -34,6 +35,10 @@ pub struct OpsState {
     pub readiness: Readiness,
     /// What is measured.
     pub telemetry: Arc<Telemetry>,
+    /// What is being restored, or was.
+    pub restore: RestoreTracker,
+    /// What was written last.
+    pub last_snapshot: LastSnapshot,
 }
 
 /// The answer of `GET /status`.
@@ -65,6 +70,46 @@ pub struct Status {
     pub queue: usize,
     /// Seconds since the process started.
     pub uptime_s: u64,
+    /// The restore that runs or ran at the start; `null` if there was none.
+    pub restore: Option<RestoreStatus>,
+    /// The last snapshot that this process wrote; `null` before the first.
+    pub snapshot: Option<SnapshotStatus>,
+}
+
+/// How a restore stands.
+#[derive(Debug, Serialize)]
+pub struct RestoreStatus {
+    /// The file.
+    pub source: String,
+    /// Whether it has ended.
+    pub done: bool,
+    /// Rows restored.
+    pub rows: u64,
+    /// About how many there are; 0 while that is not known.
+    pub rows_expected: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// How many there are.
+    pub bytes_total: u64,
+    /// How long it has taken.
+    pub duration_s: f64,
+}
+
+/// The last snapshot.
+#[derive(Debug, Serialize)]
+pub struct SnapshotStatus {
+    /// From where on the log is needed with it.
+    pub position: Seq,
+    /// The log's time of that position.
+    pub time: String,
+    /// How long ago it was finished.
+    pub age_s: f64,
+    /// Its rows.
+    pub rows: u64,
+    /// Its size.
+    pub bytes: u64,
+    /// How long writing it took.
+    pub duration_s: f64,
 }
 
 /// The port's routes.
@@ -90,8 +135,19 @@ async fn ready(State(state): State<OpsState>) -> Result<&'static str, ApiError> 
 }
 
 async fn ready_for_writes(State(state): State<OpsState>) -> Result<&'static str, ApiError> {
-    state.readiness.writes()?;
+    not_ready_for_writes(&state)?;
     Ok("ready\n")
+}
+
+fn not_ready_for_writes(state: &OpsState) -> Result<(), Unready> {
+    state.readiness.writes()?;
+    match state.log.refusal() {
+        Some(reason) => Err(Unready {
+            state: "read-only",
+            reason,
+        }),
+        None => Ok(()),
+    }
 }
 
 async fn metrics(State(state): State<OpsState>) -> Response {
@@ -105,6 +161,24 @@ async fn metrics(State(state): State<OpsState>) -> Response {
     gauges
         .ready
         .set(f64::from(u8::from(state.readiness.reads().is_ok())));
+    let recovery = &state.telemetry.recovery;
+    recovery.log_first.set(state.log.first() as f64);
+    recovery.writable.set(f64::from(u8::from(state.log.refusal().is_none())));
+    if let Some(restore) = state.restore.current() {
+        recovery.restore_rows.set(restore.progress.rows() as f64);
+        recovery.restore_bytes.set(restore.progress.bytes() as f64);
+        let took = restore.took.unwrap_or_else(|| restore.begun.elapsed());
+        recovery.restore_duration_s.set(took.as_secs_f64());
+        recovery.restoring.set(f64::from(u8::from(restore.took.is_none())));
+    }
+    recovery.snapshot_failures.absolute(state.last_snapshot.failures());
+    if let Some((written, age)) = state.last_snapshot.written() {
+        recovery.snapshot_age_s.set(age.as_secs_f64());
+        recovery.snapshot_position.set(written.head.position as f64);
+        recovery.snapshot_rows.set(written.rows as f64);
+        recovery.snapshot_bytes.set(written.bytes as f64);
+        recovery.snapshot_duration_s.set(written.took.as_secs_f64());
+    }
     let text_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(CONTENT_TYPE, text_type)], state.telemetry.render()).into_response()
 }
@@ -112,7 +186,7 @@ async fn metrics(State(state): State<OpsState>) -> Response {
 async fn status(State(state): State<OpsState>) -> Json<Status> {
     let at = state.applied.snapshot(&state.store);
     let log_end = state.log.end();
-    let unready = state.readiness.writes().err();
+    let unready = not_ready_for_writes(&state).err();
     Json(Status {
         node: state.node,
         version: env!("CARGO_PKG_VERSION"),
@@ -127,5 +201,22 @@ async fn status(State(state): State<OpsState>) -> Json<Status> {
         digest: at.digest.to_string(),
         queue: state.writer.queue_patches(),
         uptime_s: state.telemetry.uptime().as_secs(),
+        restore: state.restore.current().map(|restore| RestoreStatus {
+            source: restore.source.display().to_string(),
+            done: restore.took.is_some(),
+            rows: restore.progress.rows(),
+            rows_expected: restore.progress.rows_expected(),
+            bytes: restore.progress.bytes(),
+            bytes_total: restore.bytes_total,
+            duration_s: restore.took.unwrap_or_else(|| restore.begun.elapsed()).as_secs_f64(),
+        }),
+        snapshot: state.last_snapshot.written().map(|(written, age)| SnapshotStatus {
+            position: written.head.position,
+            time: rfc3339(written.head.time_ns),
+            age_s: age.as_secs_f64(),
+            rows: written.rows,
+            bytes: written.bytes,
+            duration_s: written.took.as_secs_f64(),
+        }),
     })
 }

@@ -1,4 +1,4 @@
-//! The write port: `POST /set`.
+//! The write port: `POST /set`. Its other route is in [`super::backup`].
 
 use std::time::Duration;
 
@@ -40,7 +40,7 @@ pub fn routes(state: WriteState) -> Router {
             "/set",
             post(set_grade).fallback(|| async { ApiError::MethodNotAllowed("POST") }),
         )
-        .fallback(|| async { ApiError::RouteUnknown("POST /set") })
+        .fallback(|| async { ApiError::RouteUnknown("POST /set, GET /backup") })
         .with_state(state)
 }
 

@@ -19,6 +19,8 @@ struct Inner {
     /// Held while a batch is applied, so that who holds it sees no half of one.
     gate: Mutex<()>,
     seq: AtomicU64,
+    /// When the log took the batch at `seq`.
+    time_ns: AtomicU64,
     reached: watch::Sender<Seq>,
 }
 
@@ -33,15 +35,41 @@ pub struct AtPosition {
     pub digest: Digest,
 }
 
+/// A position and its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// The last batch applied.
+    pub seq: Seq,
+    /// When the log took it, in nanoseconds since 1970; before the first one, when the log began.
+    pub time_ns: u64,
+}
+
 impl Applied {
-    /// At `seq`: everything up to it is in the store.
+    /// Before the first batch of a log that began at `time_ns`.
     #[must_use]
-    pub fn at(seq: Seq) -> Self {
+    pub fn new(time_ns: u64) -> Self {
         Self(Arc::new(Inner {
             gate: Mutex::new(()),
-            seq: AtomicU64::new(seq),
-            reached: watch::Sender::new(seq),
+            seq: AtomicU64::new(0),
+            time_ns: AtomicU64::new(time_ns),
+            reached: watch::Sender::new(0),
         }))
+    }
+
+    /// The store has just been restored to `position`: the log goes on after it.
+    pub fn restored(&self, position: Position) {
+        self.advance(position, || {});
+        self.announce();
+    }
+
+    /// Where the log is, and since when.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        let _between_batches = self.0.gate.lock();
+        Position {
+            seq: self.seq(),
+            time_ns: self.0.time_ns.load(Ordering::Relaxed),
+        }
     }
 
     /// The last batch applied.
@@ -66,17 +94,23 @@ impl Applied {
         if self.seq() >= seq {
             return true;
         }
-        let mut reached = self.0.reached.subscribe();
-        let reached = reached.wait_for(|applied| *applied >= seq);
-        matches!(tokio::time::timeout(wait_max, reached).await, Ok(Ok(_)))
+        tokio::time::timeout(wait_max, self.reach(seq)).await.is_ok()
     }
 
-    /// Runs `apply`, which puts the batch at `seq` into the store, as one step to who takes a
+    /// Waits until `seq` is applied.
+    pub async fn reach(&self, seq: Seq) {
+        let mut reached = self.0.reached.subscribe();
+        // The sender lives in `self`.
+        let _ = reached.wait_for(|applied| *applied >= seq).await;
+    }
+
+    /// Runs `apply`, which puts the batch at `to` into the store, as one step to who takes a
     /// [`snapshot`](Self::snapshot). Only the log's reader calls this.
-    pub(super) fn advance(&self, seq: Seq, apply: impl FnOnce()) {
+    pub(super) fn advance(&self, to: Position, apply: impl FnOnce()) {
         let _whole = self.0.gate.lock();
         apply();
-        self.0.seq.store(seq, Ordering::Release);
+        self.0.time_ns.store(to.time_ns, Ordering::Relaxed);
+        self.0.seq.store(to.seq, Ordering::Release);
     }
 
     /// Wakes who waits for what was advanced to.

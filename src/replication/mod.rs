@@ -18,11 +18,15 @@
 //! nobody hears the answer.
 
 mod applied;
+mod bootstrap;
 mod own;
 mod reader;
+mod snapshotter;
 mod writer;
 
-pub use applied::{Applied, AtPosition};
+pub use applied::{Applied, AtPosition, Position};
+pub use bootstrap::{BootstrapError, Restore, RestoreTracker, restore_local, restore_seed};
 pub use own::OwnBatches;
 pub use reader::{Reader, ReaderError};
+pub use snapshotter::{LastSnapshot, Snapshotter};
 pub use writer::{WriteError, Writer, WriterLimits, WriterTask};

@@ -2,7 +2,7 @@
 
 use metrics::Counter;
 
-use super::applied::Applied;
+use super::applied::{Applied, Position};
 use super::own::OwnBatches;
 use crate::log::{Entry, Origin, ReadError, Seq, Subscription};
 use crate::store::Store;
@@ -74,7 +74,11 @@ impl Reader {
             Some(own) => &own.patches,
             None => &entry.batch.patches,
         };
-        self.applied.advance(entry.seq, || {
+        let to = Position {
+            seq: entry.seq,
+            time_ns: entry.time_ns,
+        };
+        self.applied.advance(to, || {
             for patch in patches.iter() {
                 self.store.apply(patch);
             }

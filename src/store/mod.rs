@@ -99,6 +99,13 @@ impl Store {
         }
     }
 
+    /// Removes all records and gives their memory back.
+    pub fn clear(&self) {
+        for shard in &self.0.shards {
+            *shard.write() = Shard::default();
+        }
+    }
+
     fn hash(&self, user_id: &str) -> u64 {
         self.0.hasher.hash_one(user_id.as_bytes())
     }

@@ -1,0 +1,209 @@
+//! Snapshots: backups that a node keeps in its own data directory.
+//!
+//! A snapshot is written under a temporary name, synced, renamed, and its directory synced: what
+//! goes by a snapshot's name is whole, whenever the machine stopped. Two are kept, so that a
+//! damaged newest one falls back to the one before.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::sync_channel;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{BackupError, BackupWriter, ChunkSource, Head, Progress, Row, Summary, read};
+use crate::grade::{Changes, Patch};
+use crate::log::Seq;
+use crate::store::Store;
+
+/// How many snapshots are kept.
+const KEPT: usize = 2;
+const PREFIX: &str = "grades-";
+const SUFFIX: &str = ".csv.gz";
+const PARTIAL: &str = ".partial";
+
+/// The snapshots of one data directory.
+#[derive(Debug, Clone)]
+pub struct Snapshots {
+    dir: PathBuf,
+}
+
+/// A snapshot that was written.
+#[derive(Debug, Clone)]
+pub struct Written {
+    /// What it holds and from where on to replay.
+    pub head: Head,
+    /// Rows.
+    pub rows: u64,
+    /// Its size.
+    pub bytes: u64,
+    /// How long writing took.
+    pub took: Duration,
+}
+
+impl Snapshots {
+    /// The snapshots in `dir`, which is made if need be. What a stopped process left unfinished is
+    /// removed.
+    ///
+    /// # Errors
+    /// The directory can't be made or read.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        fs::create_dir_all(dir)?;
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|end| end == "partial") {
+                fs::remove_file(path)?;
+            }
+        }
+        Ok(Self {
+            dir: dir.to_owned(),
+        })
+    }
+
+    /// Positions and files, newest first.
+    ///
+    /// # Errors
+    /// The directory can't be read.
+    pub fn list(&self) -> io::Result<Vec<(Seq, PathBuf)>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.dir)? {
+            let path = entry?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            let position = name
+                .and_then(|name| name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX))
+                .and_then(|position| position.parse().ok());
+            if let Some(position) = position {
+                found.push((position, path));
+            }
+        }
+        found.sort_unstable_by(|one, other| other.cmp(one));
+        Ok(found)
+    }
+
+    /// Writes a snapshot of `store`; `end` tells the position once the last record has been read.
+    /// Blocks for as long as that takes, on all cores.
+    ///
+    /// # Errors
+    /// The disk refused. The snapshots that were there are untouched.
+    pub fn write(
+        &self,
+        store: &Store,
+        head: Head,
+        end: impl FnOnce() -> Seq,
+    ) -> io::Result<Written> {
+        let begun = Instant::now();
+        let name = format!("{PREFIX}{:020}{SUFFIX}", head.position);
+        let partial = self.dir.join(format!("{name}{PARTIAL}"));
+        let written = write_file(&partial, store, &head, end).inspect_err(|_| {
+            // What it took is needed back; if that fails too, the next start removes it.
+            let _ = fs::remove_file(&partial);
+        });
+        let (rows, bytes) = written?;
+        fs::rename(&partial, self.dir.join(name))?;
+        File::open(&self.dir)?.sync_all()?;
+        Ok(Written {
+            head,
+            rows,
+            bytes,
+            took: begun.elapsed(),
+        })
+    }
+
+    /// Removes all but the newest two. The position of the older one: the log is needed from there
+    /// on. `None` while there are fewer than two.
+    ///
+    /// # Errors
+    /// The directory can't be read, or a file not removed.
+    pub fn prune(&self) -> io::Result<Option<Seq>> {
+        let found = self.list()?;
+        for (_, path) in found.iter().skip(KEPT) {
+            fs::remove_file(path)?;
+        }
+        Ok(found.get(KEPT - 1).map(|(position, _)| *position))
+    }
+}
+
+fn write_file(
+    path: &Path,
+    store: &Store,
+    head: &Head,
+    end: impl FnOnce() -> Seq,
+) -> io::Result<(u64, u64)> {
+    let mut file = BufWriter::new(File::create(path)?);
+    let (mut writer, first) = BackupWriter::begin(head);
+    file.write_all(&first)?;
+    let mut bytes = first.len() as u64;
+    let source = ChunkSource::new(store);
+    let threads = thread::available_parallelism().map_or(2, usize::from);
+    let written: io::Result<()> = thread::scope(|scope| {
+        let (chunks, made) = sync_channel(threads);
+        for _ in 0..threads {
+            let (source, chunks) = (&source, chunks.clone());
+            scope.spawn(move || {
+                while let Some(chunk) = source.next() {
+                    // Nobody takes it: writing has failed.
+                    if chunks.send(chunk).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        drop(chunks);
+        for chunk in made {
+            writer.add(&chunk);
+            file.write_all(&chunk.bytes)?;
+            bytes += chunk.bytes.len() as u64;
+        }
+        Ok(())
+    });
+    written?;
+    let rows = writer.rows();
+    let last = writer.end(end());
+    file.write_all(&last)?;
+    bytes += last.len() as u64;
+    let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+    file.sync_all()?;
+    Ok((rows, bytes))
+}
+
+/// Reads the backup in `source` into `store`, which must be empty and is empty again after an
+/// error. Blocks.
+///
+/// # Errors
+/// The file is not a whole, unchanged backup; see [`BackupError`].
+pub fn restore(
+    source: impl io::Read + Unpin + Send,
+    store: &Store,
+    progress: &Progress,
+) -> Result<Summary, BackupError> {
+    let sink = |row: Row<'_>| {
+        store.apply(&Patch {
+            user_id: row.user_id,
+            changes: Changes::all(row.values),
+        });
+    };
+    let restored = read(source, &sink, progress).and_then(|summary| {
+        let (rows, users) = (summary.rows, store.len() as u64);
+        match rows == users {
+            true => Ok(summary),
+            false => Err(BackupError::Repeated { rows, users }),
+        }
+    });
+    if restored.is_err() {
+        store.clear();
+    }
+    restored
+}
+
+/// The same from a file.
+///
+/// # Errors
+/// The file can't be opened, or see [`restore`].
+pub fn restore_file(
+    path: &Path,
+    store: &Store,
+    progress: &Progress,
+) -> Result<Summary, BackupError> {
+    let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
+    restore(file, store, progress)
+}

@@ -1,0 +1,194 @@
+//! From nothing to a position: what a node does before it reads its log.
+//!
+//! 1. the newest snapshot that is whole and whose position the log still covers; else
+//! 2. the whole log, if it still begins at its first batch; else
+//! 3. nothing: the node stays unready and says why.
+//!
+//! Nobody sees the store meanwhile: the node is unready until the log has been read to the end that
+//! it had when it was asked.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::{Applied, Position};
+use crate::backup::{BackupError, Head, Progress, Snapshots, Summary, restore_file};
+use crate::log::{Log, SeedError, Seq};
+use crate::store::Store;
+
+/// Why a node can't get to a position by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum BootstrapError {
+    /// The data directory can't be read.
+    #[error("cannot read the snapshots: {0}")]
+    Snapshots(#[from] std::io::Error),
+    /// No snapshot fits and the log is not whole.
+    #[error(
+        "no snapshot can be used and the log begins at batch {first}, not at its first one; \
+         put a good snapshot back, or start with an empty data directory and --restore-from"
+    )]
+    NoSource {
+        /// The oldest batch that the log holds.
+        first: Seq,
+    },
+    /// The snapshots were made from another log.
+    #[error(
+        "the snapshots belong to log {found}, the log here is {here}; put the right log back, or \
+         start with an empty data directory and --restore-from"
+    )]
+    OtherLog {
+        /// Whose they are.
+        found: Box<str>,
+        /// What is there.
+        here: Box<str>,
+    },
+    /// A backup was to seed a log that is not empty.
+    #[error(
+        "--restore-from seeds an empty log only, and this one has been written to; use an empty \
+         --data-dir, or leave --restore-from out"
+    )]
+    NotEmpty,
+    /// The backup to seed from is no good.
+    #[error("cannot restore from {path}: {error}")]
+    Seed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: BackupError,
+    },
+    /// The log did not take the position to begin at.
+    #[error("cannot begin the log after the backup: {0}")]
+    SeedLog(#[from] SeedError),
+}
+
+/// What is being restored, or was; for `/status` and metrics. Clones are the same.
+#[derive(Clone, Default)]
+pub struct RestoreTracker(Arc<Mutex<Option<Restore>>>);
+
+/// One restore.
+#[derive(Clone)]
+pub struct Restore {
+    /// The file.
+    pub source: PathBuf,
+    /// Its size in bytes.
+    pub bytes_total: u64,
+    /// How far it has come.
+    pub progress: Arc<Progress>,
+    /// When it began.
+    pub begun: Instant,
+    /// How long it took, once it has ended.
+    pub took: Option<Duration>,
+}
+
+impl RestoreTracker {
+    /// The restore that runs, or the last one.
+    #[must_use]
+    pub fn current(&self) -> Option<Restore> {
+        self.0.lock().clone()
+    }
+
+    fn run(&self, path: &Path, store: &Store) -> Result<Summary, BackupError> {
+        let progress = Arc::new(Progress::default());
+        *self.0.lock() = Some(Restore {
+            source: path.to_owned(),
+            bytes_total: fs::metadata(path).map_or(0, |metadata| metadata.len()),
+            progress: Arc::clone(&progress),
+            begun: Instant::now(),
+            took: None,
+        });
+        tracing::info!(path = %path.display(), "restoring");
+        let restored = restore_file(path, store, &progress);
+        if let Some(restore) = self.0.lock().as_mut() {
+            let took = restore.begun.elapsed();
+            restore.took = Some(took);
+            if let Ok(summary) = &restored {
+                let took_ms = took.as_millis() as u64;
+                tracing::info!(rows = summary.rows, bytes = summary.bytes, took_ms, "restored");
+            }
+        }
+        restored
+    }
+}
+
+/// Fills `store` from the newest snapshot that fits `log`, or leaves it empty for the whole log to
+/// be read. Blocks.
+///
+/// # Errors
+/// Neither is possible.
+pub fn restore_local(
+    store: &Store,
+    applied: &Applied,
+    log: &dyn Log,
+    snapshots: Option<&Snapshots>,
+    tracker: &RestoreTracker,
+) -> Result<(), BootstrapError> {
+    let mut other_log = None;
+    for (position, path) in snapshots.map_or(Ok(Vec::new()), Snapshots::list)? {
+        if position + 1 < log.first() || position > log.end() {
+            let (first, end) = (log.first(), log.end());
+            tracing::warn!(path = %path.display(), first, end, "snapshot not covered by the log");
+            continue;
+        }
+        match tracker.run(&path, store).map(|summary| summary.records) {
+            Ok(Some((head, _))) if head.log_id == log.id().0 => {
+                applied.restored(position_of(&head));
+                return Ok(());
+            }
+            Ok(records) => {
+                store.clear();
+                tracing::warn!(path = %path.display(), "snapshot of another log");
+                other_log = Some(records.map(|(head, _)| head.log_id).unwrap_or_default());
+            }
+            Err(error) => tracing::warn!(path = %path.display(), %error, "snapshot refused"),
+        }
+    }
+    match (other_log, log.first()) {
+        (Some(found), _) => Err(BootstrapError::OtherLog {
+            found,
+            here: log.id().0,
+        }),
+        (None, 1) => Ok(()),
+        (None, first) => Err(BootstrapError::NoSource { first }),
+    }
+}
+
+/// Fills `store` from the backup at `path` and makes `log` begin after it. Blocks.
+///
+/// # Errors
+/// The log is not empty, or the file is no whole backup. The store is empty then.
+pub fn restore_seed(
+    path: &Path,
+    store: &Store,
+    applied: &Applied,
+    log: &dyn Log,
+    snapshots: Option<&Snapshots>,
+    tracker: &RestoreTracker,
+) -> Result<(), BootstrapError> {
+    let snapshots = snapshots.map_or(Ok(Vec::new()), Snapshots::list)?;
+    if log.first() <= log.end() || !snapshots.is_empty() {
+        return Err(BootstrapError::NotEmpty);
+    }
+    let summary = tracker.run(path, store);
+    let summary = summary.map_err(|error| BootstrapError::Seed {
+        path: path.to_owned(),
+        error,
+    })?;
+    // Numbering goes on where the file ends, so that a client's Grade-Position never goes back.
+    let position = summary.records.map_or(applied.position(), |(head, end)| Position {
+        seq: head.position.max(end.position),
+        time_ns: head.time_ns,
+    });
+    log.seed(position.seq).inspect_err(|_| store.clear())?;
+    applied.restored(position);
+    Ok(())
+}
+
+fn position_of(head: &Head) -> Position {
+    Position {
+        seq: head.position,
+        time_ns: head.time_ns,
+    }
+}

@@ -1,0 +1,114 @@
+//! Writes snapshots while the node runs, and lets the log forget what they make superfluous.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+
+use super::Applied;
+use crate::backup::{FORMAT, Head, Snapshots, Written};
+use crate::log::{Log, Seq};
+use crate::store::Store;
+
+/// Writes snapshots of one store. Clones are the same.
+#[derive(Clone)]
+pub struct Snapshotter {
+    /// The records.
+    pub store: Store,
+    /// How far they have come.
+    pub applied: Applied,
+    /// The log they come from.
+    pub log: Arc<dyn Log>,
+    /// Where snapshots go.
+    pub snapshots: Snapshots,
+    /// What was written last.
+    pub last: LastSnapshot,
+}
+
+/// The last snapshot that this process wrote. Clones are the same.
+#[derive(Clone, Default)]
+pub struct LastSnapshot(Arc<Mutex<State>>);
+
+#[derive(Clone, Default)]
+struct State {
+    written: Option<(Written, Instant)>,
+    failures: u64,
+}
+
+impl LastSnapshot {
+    /// What was written and how long ago.
+    #[must_use]
+    pub fn written(&self) -> Option<(Written, Duration)> {
+        let written = self.0.lock().written.clone();
+        written.map(|(written, at)| (written, at.elapsed()))
+    }
+
+    /// How many could not be written since the start.
+    #[must_use]
+    pub fn failures(&self) -> u64 {
+        self.0.lock().failures
+    }
+}
+
+impl Snapshotter {
+    /// Writes one every `interval` until `stop`.
+    pub async fn run(self, interval: Duration, stop: CancellationToken) {
+        let mut every = tokio::time::interval(interval);
+        every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // The first tick is at once.
+        every.tick().await;
+        while stop.run_until_cancelled(every.tick()).await.is_some() {
+            self.write_if_changed().await;
+        }
+    }
+
+    /// Writes one, unless nothing has been applied since the last.
+    pub async fn write_if_changed(&self) {
+        let position = self.applied.position();
+        let newest = self.snapshots.list().ok().and_then(|found| found.first().cloned());
+        if newest.map_or(0, |(seq, _)| seq) >= position.seq {
+            return;
+        }
+        self.write().await;
+    }
+
+    /// Writes one now and trims the log behind the one before it. A failure is logged and counted:
+    /// the log still holds everything.
+    pub async fn write(&self) {
+        let this = self.clone();
+        let written = tokio::task::spawn_blocking(move || this.write_blocking()).await;
+        match written.map_err(io::Error::other).flatten() {
+            Ok((written, trim_through)) => {
+                let took_ms = written.took.as_millis() as u64;
+                let (position, rows, bytes) = (written.head.position, written.rows, written.bytes);
+                tracing::info!(position, rows, bytes, took_ms, "snapshot written");
+                self.last.0.lock().written = Some((written, Instant::now()));
+                if let Some(through) = trim_through
+                    && let Err(error) = self.log.trim(through).await
+                {
+                    tracing::warn!(through, %error, "log not trimmed");
+                }
+            }
+            Err(error) => {
+                self.last.0.lock().failures += 1;
+                tracing::error!(%error, "snapshot not written");
+            }
+        }
+    }
+
+    fn write_blocking(&self) -> io::Result<(Written, Option<Seq>)> {
+        // Position first: what the scan sees beyond it, replay repairs.
+        let position = self.applied.position();
+        let head = Head {
+            format: FORMAT,
+            log_id: self.log.id().0,
+            position: position.seq,
+            time_ns: position.time_ns,
+            rows_expected: self.store.len() as u64,
+        };
+        let written = self.snapshots.write(&self.store, head, || self.applied.seq())?;
+        Ok((written, self.snapshots.prune()?))
+    }
+}

@@ -1,0 +1,121 @@
+//! What a node keeps its log and snapshots in.
+//!
+//! A data directory holds `lock`, `log/` and `snapshots/`.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::backup::Snapshots;
+use crate::log::{DiskLog, Log, MemoryLog, OpenError, Origin};
+
+/// Where the log is kept.
+#[derive(Debug, Clone)]
+pub enum StorageConfig {
+    /// In memory; nothing survives the process.
+    Ephemeral,
+    /// On disk, with snapshots beside it.
+    Disk {
+        /// The data directory.
+        dir: PathBuf,
+        /// How often a snapshot is written.
+        snapshot_interval: Duration,
+    },
+}
+
+/// Why the data directory can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// Another process has it.
+    #[error("another gradestore uses --data-dir {dir}; stop it, or choose another directory")]
+    InUse {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The system refused.
+    #[error("cannot use --data-dir {dir}: {error}; choose a directory that this user may write to")]
+    Io {
+        /// The directory.
+        dir: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The log can't be opened.
+    #[error("cannot open the log in --data-dir {dir}: {error}")]
+    Log {
+        /// The directory.
+        dir: PathBuf,
+        /// Why.
+        error: OpenError,
+    },
+}
+
+/// An opened log and what stands beside it.
+pub struct Storage {
+    /// The log.
+    pub log: Arc<dyn Log>,
+    /// Snapshots and how often to write one; none for an ephemeral node.
+    pub snapshots: Option<(Snapshots, Duration)>,
+    /// Held for as long as the directory is used; the system lets go of it when the process ends.
+    _lock: Option<File>,
+}
+
+impl Storage {
+    /// Opens what `config` names. Blocks.
+    ///
+    /// # Errors
+    /// See [`StorageError`].
+    pub fn open(config: &StorageConfig, origin: Origin) -> Result<Self, StorageError> {
+        match config {
+            StorageConfig::Ephemeral => Ok(Self::of(Arc::new(MemoryLog::new(origin)))),
+            StorageConfig::Disk {
+                dir,
+                snapshot_interval,
+            } => {
+                let lock = lock(dir)?;
+                let snapshots = Snapshots::open(&dir.join("snapshots"));
+                let snapshots = snapshots.map_err(|error| io_error(dir, error))?;
+                let log = DiskLog::open(&dir.join("log")).map_err(|error| StorageError::Log {
+                    dir: dir.clone(),
+                    error,
+                })?;
+                Ok(Self {
+                    log: Arc::new(log),
+                    snapshots: Some((snapshots, *snapshot_interval)),
+                    _lock: Some(lock),
+                })
+            }
+        }
+    }
+
+    /// A log and nothing beside it.
+    #[must_use]
+    pub fn of(log: Arc<dyn Log>) -> Self {
+        Self {
+            log,
+            snapshots: None,
+            _lock: None,
+        }
+    }
+}
+
+fn lock(dir: &Path) -> Result<File, StorageError> {
+    fs::create_dir_all(dir).map_err(|error| io_error(dir, error))?;
+    let file = File::create(dir.join("lock")).map_err(|error| io_error(dir, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StorageError::InUse {
+            dir: dir.to_owned(),
+        }),
+        Err(TryLockError::Error(error)) => Err(io_error(dir, error)),
+    }
+}
+
+fn io_error(dir: &Path, error: io::Error) -> StorageError {
+    StorageError::Io {
+        dir: dir.to_owned(),
+        error,
+    }
+}
