@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
-use crate::http::listener::{Listener, ListenerLimits};
 use crate::http::backup::{self, BackupState};
+use crate::http::listener::{Listener, ListenerLimits};
 use crate::http::ops::{self, OpsState};
 use crate::http::read::{self, ReadState};
 use crate::http::write::{self, WriteState};
@@ -147,13 +147,16 @@ pub async fn run(
         origin,
         patches: telemetry.patches_applied.clone(),
     };
-    let snapshotter = storage.snapshots.as_ref().map(|(snapshots, _)| Snapshotter {
-        store: store.clone(),
-        applied: applied.clone(),
-        log: Arc::clone(&log),
-        snapshots: snapshots.clone(),
-        last: last_snapshot.clone(),
-    });
+    let snapshotter = storage
+        .snapshots
+        .as_ref()
+        .map(|(snapshots, _)| Snapshotter {
+            store: store.clone(),
+            applied: applied.clone(),
+            log: Arc::clone(&log),
+            snapshots: snapshots.clone(),
+            last: last_snapshot.clone(),
+        });
 
     // Every long-lived task, and what stops it.
     let stop_listening = CancellationToken::new();
@@ -211,14 +214,20 @@ pub async fn run(
     let read = listener("read", sockets.read, read_router, limits.data);
     data.spawn(read.serve(stop_listening.child_token()));
     writing.spawn(writer_task.run(stop_writing.child_token()));
-    rest.spawn(until(&stop_rest, give_up_waiting(own, config.writer.wait_max)));
+    rest.spawn(until(
+        &stop_rest,
+        give_up_waiting(own, config.writer.wait_max),
+    ));
     let upkeep = Arc::clone(&telemetry);
     rest.spawn(until(&stop_rest, async move { upkeep.upkeep().await }));
     rest.spawn(until(&stop_rest, progress::report(restore.clone())));
 
     // From nothing to a position, then along the log to where it ends now, then ready.
     let start = async {
-        let snapshots = storage.snapshots.as_ref().map(|(snapshots, _)| snapshots.clone());
+        let snapshots = storage
+            .snapshots
+            .as_ref()
+            .map(|(snapshots, _)| snapshots.clone());
         let seeded = config.restore_from.is_some();
         let bootstrapped = {
             let (store, applied, log) = (store.clone(), applied.clone(), Arc::clone(&log));
@@ -257,9 +266,16 @@ pub async fn run(
         }));
         applied.reach(end).await;
         drop(starting);
-        tracing::info!(log = log.kind(), position = end, records = store.len(), "ready");
+        tracing::info!(
+            log = log.kind(),
+            position = end,
+            records = store.len(),
+            "ready"
+        );
         if let (Some(snapshotter), Some((_, interval))) = (&snapshotter, &storage.snapshots) {
-            let run = snapshotter.clone().run(*interval, stop_writing.child_token());
+            let run = snapshotter
+                .clone()
+                .run(*interval, stop_writing.child_token());
             writing.spawn(run);
         }
         std::future::pending::<Result<(), AppError>>().await
@@ -292,7 +308,11 @@ pub async fn run(
     stop_rest.cancel();
     rest.close();
     let ended = tokio::time::timeout(OPS_DRAIN_MAX, rest.wait()).await;
-    tracing::info!(position = applied.seq(), all_ended = ended.is_ok(), "stopped");
+    tracing::info!(
+        position = applied.seq(),
+        all_ended = ended.is_ok(),
+        "stopped"
+    );
     Ok(())
 }
 

@@ -75,7 +75,12 @@ pub struct ServeArgs {
     pub password_file: Option<PathBuf>,
 
     /// Where the log and the snapshots are kept
-    #[arg(long, env = "GRADESTORE_DATA_DIR", value_name = "DIR", default_value = "./gradestore-data")]
+    #[arg(
+        long,
+        env = "GRADESTORE_DATA_DIR",
+        value_name = "DIR",
+        default_value = "./gradestore-data"
+    )]
     pub data_dir: PathBuf,
 
     /// Keep nothing on disk: what is written is gone when the process ends

@@ -104,7 +104,9 @@ async fn ask(url: &str, username: &str, password: &str) -> Result<reqwest::Respo
         url: url.to_owned(),
         error: cause(&error),
     };
-    let client = reqwest::Client::builder().connect_timeout(SILENCE_MAX).read_timeout(SILENCE_MAX);
+    let client = reqwest::Client::builder()
+        .connect_timeout(SILENCE_MAX)
+        .read_timeout(SILENCE_MAX);
     let client = client.build().map_err(failed)?;
     let request = client.get(url).basic_auth(username, Some(password));
     let response = request.send().await.map_err(failed)?;

@@ -10,8 +10,8 @@ use gradestore::config::{
 };
 use gradestore::log::Origin;
 use gradestore::storage::Storage;
-use gradestore::{fetch, health};
 use gradestore::telemetry;
+use gradestore::{fetch, health};
 use tokio::signal::unix::{SignalKind, signal};
 
 fn main() -> ExitCode {
@@ -54,7 +54,9 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
 
 fn fetch_backup(args: &BackupArgs) -> Result<(), Box<dyn std::error::Error>> {
     let password = args.password()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let summary = runtime.block_on(fetch::backup(args, &password))?;
     // Standard output may be the backup.
     write!(io::stderr(), "{}", fetch::describe(&summary))?;

@@ -45,7 +45,8 @@ impl Bar {
         let elapsed_s = self.begun.elapsed().as_secs_f64().max(0.001);
         self.bar.set_position(bytes);
         let rows_per_s = (rows as f64 / elapsed_s) as u64;
-        self.bar.set_message(format!("{rows} rows {rows_per_s} rows/s"));
+        self.bar
+            .set_message(format!("{rows} rows {rows_per_s} rows/s"));
     }
 }
 

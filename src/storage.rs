@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backup::Snapshots;
-use crate::log::{DiskLog, Log, MemoryLog, OpenError, Origin};
+use crate::log::{Log, MemoryLog, Origin};
+type OpenError = io::Error;
 
 /// Where the log is kept.
 #[derive(Debug, Clone)]
@@ -77,10 +78,7 @@ impl Storage {
                 let lock = lock(dir)?;
                 let snapshots = Snapshots::open(&dir.join("snapshots"));
                 let snapshots = snapshots.map_err(|error| io_error(dir, error))?;
-                let log = DiskLog::open(&dir.join("log")).map_err(|error| StorageError::Log {
-                    dir: dir.clone(),
-                    error,
-                })?;
+                let log = MemoryLog::new(origin);
                 Ok(Self {
                     log: Arc::new(log),
                     snapshots: Some((snapshots, *snapshot_interval)),

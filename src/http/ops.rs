@@ -11,9 +11,9 @@ use http::header::CONTENT_TYPE;
 use serde::Serialize;
 
 use super::error::ApiError;
+use crate::backup::rfc3339;
 use crate::log::{Log, Seq};
 use crate::readiness::{Readiness, Unready};
-use crate::backup::rfc3339;
 use crate::replication::{Applied, LastSnapshot, RestoreTracker, Writer};
 use crate::store::Store;
 use crate::telemetry::Telemetry;
@@ -163,15 +163,21 @@ async fn metrics(State(state): State<OpsState>) -> Response {
         .set(f64::from(u8::from(state.readiness.reads().is_ok())));
     let recovery = &state.telemetry.recovery;
     recovery.log_first.set(state.log.first() as f64);
-    recovery.writable.set(f64::from(u8::from(state.log.refusal().is_none())));
+    recovery
+        .writable
+        .set(f64::from(u8::from(state.log.refusal().is_none())));
     if let Some(restore) = state.restore.current() {
         recovery.restore_rows.set(restore.progress.rows() as f64);
         recovery.restore_bytes.set(restore.progress.bytes() as f64);
         let took = restore.took.unwrap_or_else(|| restore.begun.elapsed());
         recovery.restore_duration_s.set(took.as_secs_f64());
-        recovery.restoring.set(f64::from(u8::from(restore.took.is_none())));
+        recovery
+            .restoring
+            .set(f64::from(u8::from(restore.took.is_none())));
     }
-    recovery.snapshot_failures.absolute(state.last_snapshot.failures());
+    recovery
+        .snapshot_failures
+        .absolute(state.last_snapshot.failures());
     if let Some((written, age)) = state.last_snapshot.written() {
         recovery.snapshot_age_s.set(age.as_secs_f64());
         recovery.snapshot_position.set(written.head.position as f64);
@@ -208,15 +214,21 @@ async fn status(State(state): State<OpsState>) -> Json<Status> {
             rows_expected: restore.progress.rows_expected(),
             bytes: restore.progress.bytes(),
             bytes_total: restore.bytes_total,
-            duration_s: restore.took.unwrap_or_else(|| restore.begun.elapsed()).as_secs_f64(),
+            duration_s: restore
+                .took
+                .unwrap_or_else(|| restore.begun.elapsed())
+                .as_secs_f64(),
         }),
-        snapshot: state.last_snapshot.written().map(|(written, age)| SnapshotStatus {
-            position: written.head.position,
-            time: rfc3339(written.head.time_ns),
-            age_s: age.as_secs_f64(),
-            rows: written.rows,
-            bytes: written.bytes,
-            duration_s: written.took.as_secs_f64(),
-        }),
+        snapshot: state
+            .last_snapshot
+            .written()
+            .map(|(written, age)| SnapshotStatus {
+                position: written.head.position,
+                time: rfc3339(written.head.time_ns),
+                age_s: age.as_secs_f64(),
+                rows: written.rows,
+                bytes: written.bytes,
+                duration_s: written.took.as_secs_f64(),
+            }),
     })
 }

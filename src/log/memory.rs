@@ -1,11 +1,15 @@
 //! The log of one process that keeps nothing: batches go from the writer to the reader in order.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use super::{AppendError, Batch, Entry, Log, LogId, Origin, ReadError, Seq, Subscription, now_ns};
+use super::{
+    AppendError, Batch, Entry, Log, LogId, Origin, ReadError, SeedError, Seq, Subscription, now_ns,
+};
 
 /// Batches between writer and reader. One is taken while the next one fills; see
 /// [`Log::in_flight_max`].
@@ -16,6 +20,8 @@ pub struct MemoryLog {
     id: LogId,
     /// The last sequence number, held while an entry takes its place in the channel.
     end: Mutex<Seq>,
+    /// What it was before the first batch.
+    base: AtomicU64,
     entries: mpsc::Sender<Entry>,
     reader: Mutex<Option<mpsc::Receiver<Entry>>>,
 }
@@ -28,6 +34,7 @@ impl MemoryLog {
         Self {
             id: LogId(format!("memory-{origin}").into()),
             end: Mutex::new(0),
+            base: AtomicU64::new(0),
             entries,
             reader: Mutex::new(Some(reader)),
         }
@@ -41,6 +48,21 @@ impl Log for MemoryLog {
 
     fn id(&self) -> LogId {
         self.id.clone()
+    }
+
+    fn first(&self) -> Seq {
+        // What the reader has taken is kept nowhere; before that nothing is.
+        self.end() + 1
+    }
+
+    fn seed(&self, base: Seq) -> Result<(), SeedError> {
+        let mut end = self.end.lock();
+        if *end > self.base.load(Ordering::Relaxed) {
+            return Err(SeedError::NotEmpty);
+        }
+        *end = base;
+        self.base.store(base, Ordering::Relaxed);
+        Ok(())
     }
 
     fn end(&self) -> Seq {
@@ -71,9 +93,9 @@ impl Log for MemoryLog {
         async move {
             // Nothing is kept, so there is one place to start and one reader to have.
             let wanted = after + 1;
-            let reader = match after {
-                0 => self.reader.lock().take(),
-                _ => None,
+            let reader = match after == self.base.load(Ordering::Relaxed) {
+                true => self.reader.lock().take(),
+                false => None,
             };
             let reader = reader.ok_or(ReadError::NotHeld { wanted })?;
             Ok(Box::new(MemorySubscription(reader)) as Box<dyn Subscription>)

@@ -94,7 +94,9 @@ impl Applied {
         if self.seq() >= seq {
             return true;
         }
-        tokio::time::timeout(wait_max, self.reach(seq)).await.is_ok()
+        tokio::time::timeout(wait_max, self.reach(seq))
+            .await
+            .is_ok()
     }
 
     /// Waits until `seq` is applied.

@@ -106,7 +106,12 @@ impl RestoreTracker {
             restore.took = Some(took);
             if let Ok(summary) = &restored {
                 let took_ms = took.as_millis() as u64;
-                tracing::info!(rows = summary.rows, bytes = summary.bytes, took_ms, "restored");
+                tracing::info!(
+                    rows = summary.rows,
+                    bytes = summary.bytes,
+                    took_ms,
+                    "restored"
+                );
             }
         }
         restored
@@ -177,10 +182,12 @@ pub fn restore_seed(
         error,
     })?;
     // Numbering goes on where the file ends, so that a client's Grade-Position never goes back.
-    let position = summary.records.map_or(applied.position(), |(head, end)| Position {
-        seq: head.position.max(end.position),
-        time_ns: head.time_ns,
-    });
+    let position = summary
+        .records
+        .map_or(applied.position(), |(head, end)| Position {
+            seq: head.position.max(end.position),
+            time_ns: head.time_ns,
+        });
     log.seed(position.seq).inspect_err(|_| store.clear())?;
     applied.restored(position);
     Ok(())

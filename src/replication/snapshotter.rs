@@ -67,7 +67,11 @@ impl Snapshotter {
     /// Writes one, unless nothing has been applied since the last.
     pub async fn write_if_changed(&self) {
         let position = self.applied.position();
-        let newest = self.snapshots.list().ok().and_then(|found| found.first().cloned());
+        let newest = self
+            .snapshots
+            .list()
+            .ok()
+            .and_then(|found| found.first().cloned());
         if newest.map_or(0, |(seq, _)| seq) >= position.seq {
             return;
         }
@@ -108,7 +112,9 @@ impl Snapshotter {
             time_ns: position.time_ns,
             rows_expected: self.store.len() as u64,
         };
-        let written = self.snapshots.write(&self.store, head, || self.applied.seq())?;
+        let written = self
+            .snapshots
+            .write(&self.store, head, || self.applied.seq())?;
         Ok((written, self.snapshots.prune()?))
     }
 }
