@@ -1,0 +1,16 @@
+//! A node as its clients and operators meet it: through sockets, signals and its command line.
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test may panic, its helpers too"
+)]
+
+mod harness;
+mod held_log;
+mod wire;
+
+mod drain;
+mod get;
+mod ops;
+mod set;
+mod stall;
