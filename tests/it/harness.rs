@@ -23,7 +23,7 @@ pub(crate) const PASSWORD: &str = "correct horse";
 /// `admin` and [`PASSWORD`].
 pub(crate) const AUTHORIZATION: &str = "Basic YWRtaW46Y29ycmVjdCBob3JzZQ==";
 /// Each port anywhere.
-const ANY_PORTS: [&str; 3] = [
+pub(crate) const ANY_PORTS: [&str; 3] = [
     "--write-addr=127.0.0.1:0",
     "--read-addr=127.0.0.1:0",
     "--ops-addr=127.0.0.1:0",
@@ -146,11 +146,6 @@ impl Node {
                 .args(ANY_PORTS),
         )
         .await
-    }
-
-    /// One that makes its own password.
-    pub(crate) async fn start_without_password() -> Self {
-        Self::start_with(program().args(ANY_PORTS)).await
     }
 
     /// One that `command` starts.

@@ -9,8 +9,12 @@ mod harness;
 mod held_log;
 mod wire;
 
+mod cli;
+mod concurrency;
 mod drain;
 mod get;
+mod hostile;
+mod limits;
 mod ops;
 mod set;
 mod stall;
