@@ -12,6 +12,7 @@ mod wire;
 mod cli;
 mod concurrency;
 mod drain;
+mod fifth_field;
 mod get;
 mod hostile;
 mod limits;

@@ -123,7 +123,7 @@ impl Raw {
 
     /// The next answer.
     pub(crate) async fn answer(&mut self) -> Answer {
-        self.try_answer().await.expect("an answer")
+        self.try_answer().await.unwrap()
     }
 
     /// The next answer; `None` if the connection ends first.
@@ -135,7 +135,7 @@ impl Raw {
     pub(crate) async fn ask(&mut self, request: impl AsRef<[u8]>) -> Answer {
         let sent = self.outgoing.write_all(request.as_ref());
         let (_, answer) = tokio::join!(in_time("send", sent), self.incoming.answer());
-        answer.expect("an answer")
+        answer.unwrap()
     }
 
     /// Waits until the node ends the connection; nothing more may come.
