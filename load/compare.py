@@ -3,7 +3,8 @@
 
 Both run at once, each on the first core; wrk on the second drives one after the other, in turns, so
 that a slow minute of the machine hits both. Printed is each round and the median of the rounds'
-ratios: server CPU per request, and requests a second.
+ratios: server CPU per request, and requests a second. Exit code 1 when a request failed or a demand
+is missed.
 
     cargo build --release --bins --examples
     python3 load/compare.py --rounds 5 --seconds 5 --users 100000
@@ -27,6 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PASSWORD = "compare"
 AUTH = base64.b64encode(f"admin:{PASSWORD}".encode()).decode()
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+# What a node must keep to, as ratios to the bare server: median of the rounds.
+GET_DEMANDS = {"rate": (">=", 0.80), "cpu": ("<=", 1.25)}
+SET_DEMANDS = {"rate": (">=", 0.65)}
 PORTS = {"write": 18080, "read": 18081, "ops": 18082, "bare": 18090}
 
 
@@ -95,7 +99,9 @@ def main():
 
 
 def report(args, node, bare):
-    for name, script, port in (("GET /get", "get.lua", "read"), ("POST /set", "set.lua", "write")):
+    failed = 0
+    for name, script, port, demands in (("GET /get", "get.lua", "read", GET_DEMANDS),
+                                        ("POST /set", "set.lua", "write", SET_DEMANDS)):
         ratios = {"cpu": [], "rate": [], "p99": []}
         print(f"\n{name}, {args.connections} connections, {args.users} users, "
               f"{args.seconds} s a run, server on one core, wrk on the other")
@@ -108,11 +114,14 @@ def report(args, node, bare):
             ratios["p99"].append(g["p99_us"] / b["p99_us"])
             print(f"{n:5} {b['rate']:11.0f} {g['rate']:11.0f} {b['cpu_us']:10.2f} {g['cpu_us']:10.2f} "
                   f"{ratios['rate'][-1]:12.3f} {ratios['cpu'][-1]:11.3f}")
-        print("median of the rounds' ratios: "
-              f"requests a second {statistics.median(ratios['rate']):.3f}, "
-              f"server CPU per request {statistics.median(ratios['cpu']):.3f}, "
-              f"p99 {statistics.median(ratios['p99']):.3f}")
-    return 0
+        medians = {what: statistics.median(of_rounds) for what, of_rounds in ratios.items()}
+        print(f"median of the rounds' ratios: requests a second {medians['rate']:.3f}, "
+              f"server CPU per request {medians['cpu']:.3f}, p99 {medians['p99']:.3f}")
+        for what, (sign, bound) in demands.items():
+            met = medians[what] >= bound if sign == ">=" else medians[what] <= bound
+            print(f"demand: {what} ratio {sign} {bound:.2f}: {'met' if met else 'MISSED'}")
+            failed |= not met
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ const HEADER_BYTES_MAX: usize = 32 * 1024;
 const HEADER_LINES_MAX: usize = 64;
 /// How often deadlines are looked at.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
-/// How many of the idlest connections make room when all places are taken.
-const CUT_AT_ONCE: usize = 64;
+/// Of how many places one is freed when all are taken, those idle longest first: to look for the
+/// idlest means to look at all of them.
+const PLACES_A_CUT: usize = 128;
 /// After an answer that ends the connection early, what the client still sends is read and thrown
 /// away for this long and this far. Closing at once would reset the connection, and the client
 /// would lose the answer that says what it did wrong.
@@ -95,36 +96,41 @@ impl Listener {
         let connections = Connections::new(self.limits, self.connection_metrics.clone());
         let tasks = TaskTracker::new();
         let mut sweep = tokio::time::interval(SWEEP_EVERY);
-        loop {
-            let accepted = tokio::select! {
-                accepted = self.accept(&connections) => accepted,
-                _ = sweep.tick() => {
-                    connections.sweep();
-                    continue;
-                }
-                () = drain.cancelled() => break,
-            };
-            match accepted {
-                Ok((stream, _peer)) => {
-                    let connection = connections.add();
-                    let service = Observed {
-                        router: self.router.clone(),
-                        metrics: Arc::clone(&self.metrics),
-                        connection: Arc::clone(&connection),
-                    };
-                    let connections = Arc::clone(&connections);
-                    tasks.spawn(async move {
-                        // Removes it on every way out, a panic too.
-                        let _place = Place(&connections, &connection);
-                        serve_connection(stream, service, &connection).await;
-                    });
-                }
-                Err(error) => {
-                    // Out of file descriptors, most likely: making room may end it, trying again
-                    // at once won't.
-                    tracing::warn!(port = self.name, %error, "accept failed");
-                    connections.make_room();
-                    tokio::time::sleep(Duration::from_millis(10)).await;
+        {
+            // Kept from turn to turn: it may hold a connection that waits for a place.
+            let mut accepting = pin!(self.accept(&connections));
+            loop {
+                let accepted = tokio::select! {
+                    accepted = &mut accepting => accepted,
+                    _ = sweep.tick() => {
+                        connections.sweep();
+                        continue;
+                    }
+                    () = drain.cancelled() => break,
+                };
+                accepting.set(self.accept(&connections));
+                match accepted {
+                    Ok((stream, _peer)) => {
+                        let connection = connections.add();
+                        let service = Observed {
+                            router: self.router.clone(),
+                            metrics: Arc::clone(&self.metrics),
+                            connection: Arc::clone(&connection),
+                        };
+                        let connections = Arc::clone(&connections);
+                        tasks.spawn(async move {
+                            // Removes it on every way out, a panic too.
+                            let _place = Place(&connections, &connection);
+                            serve_connection(stream, service, &connection).await;
+                        });
+                    }
+                    Err(error) => {
+                        // Out of file descriptors, most likely: making room may end it, trying again
+                        // at once won't.
+                        tracing::warn!(port = self.name, %error, "accept failed");
+                        connections.make_room();
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                    }
                 }
             }
         }
@@ -140,12 +146,15 @@ impl Listener {
         }
     }
 
+    /// The next connection that has a place. Room is made when there is someone to take it and not
+    /// before, or the newest one, which has not sent its request yet, would be cut for it.
     async fn accept(&self, connections: &Connections) -> io::Result<(TcpStream, SocketAddr)> {
+        let accepted = self.socket.accept().await?;
         while connections.full() && !connections.make_room() {
             // All are at work; each has a deadline.
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        self.socket.accept().await
+        Ok(accepted)
     }
 }
 
@@ -331,7 +340,7 @@ impl Connections {
             .filter_map(|connection| Some((connection.idle()?, connection)))
             .collect();
         idle.sort_unstable_by_key(|(idle, _)| std::cmp::Reverse(*idle));
-        idle.truncate(CUT_AT_ONCE);
+        idle.truncate((self.limits.connections_max / PLACES_A_CUT).max(1));
         for (_, connection) in &idle {
             self.cut(connection);
         }

@@ -1,0 +1,117 @@
+//! get, apply and scan with one and two threads, of the store and of `scc::HashMap` with the same
+//! records.
+//!
+//! `cargo bench --bench store`, or `-- get/10000000` for a part of it. Users come in random order.
+
+mod stores;
+
+use std::hint::black_box;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use gradestore::grade::{Changes, FIELD_COUNT, Patch};
+use gradestore::store::Store;
+use stores::{Grades, Scc, check, filled, with_id};
+
+const ID_BYTES: usize = 13;
+
+fn store(c: &mut Criterion) {
+    // Without `--bench` this is a test run: one round of each is enough.
+    let measured = std::env::args().any(|arg| arg == "--bench");
+    let counts: &[u64] = if measured {
+        &[10_000, 10_000_000]
+    } else {
+        &[10_000]
+    };
+    for count in counts {
+        of_one::<Store>(c, *count);
+        of_one::<Scc>(c, *count);
+    }
+}
+
+fn of_one<G: Grades>(c: &mut Criterion, count: u64) {
+    let grades: G = filled(count, ID_BYTES);
+    for threads in [1, 2] {
+        let get = |user, _| {
+            let values = with_id(user, ID_BYTES, |id| grades.get(id));
+            assert!(black_box(values).is_some());
+        };
+        measure(c, "get", G::NAME, count, threads, get);
+        let apply = |user, round| {
+            let mut changes = Changes::default();
+            changes.set(round as usize % FIELD_COUNT, round as i64);
+            with_id(user, ID_BYTES, |user_id| {
+                grades.apply(&Patch { user_id, changes });
+            });
+        };
+        measure(c, "apply", G::NAME, count, threads, apply);
+
+        let mut group = c.benchmark_group(format!("scan/{count}"));
+        group.throughput(Throughput::Elements(count * threads));
+        group.bench_function(BenchmarkId::new(G::NAME, threads), |bencher| {
+            bencher.iter_custom(|rounds| {
+                in_threads(threads, |_| {
+                    for _ in 0..rounds {
+                        let mut sum = 0_i64;
+                        grades.scan(|id, values| {
+                            sum = sum.wrapping_add(values[0]).wrapping_add(id.len() as i64);
+                        });
+                        black_box(sum);
+                    }
+                })
+            });
+        });
+    }
+    check(&grades, count);
+}
+
+/// Calls `one(user, round)` for random users; the time is that of a round in which each thread
+/// makes one call.
+fn measure(
+    c: &mut Criterion,
+    what: &str,
+    name: &str,
+    count: u64,
+    threads: u64,
+    one: impl Fn(u64, u64) + Sync,
+) {
+    let mut group = c.benchmark_group(format!("{what}/{count}"));
+    group.throughput(Throughput::Elements(threads));
+    group.bench_function(BenchmarkId::new(name, threads), |bencher| {
+        bencher.iter_custom(|rounds| {
+            in_threads(threads, |thread| {
+                let mut random = thread + 1;
+                for round in 0..rounds {
+                    // Knuth's MMIX; its low bits are poor.
+                    random = random
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1_442_695_040_888_963_407);
+                    one((random >> 33) % count, round);
+                }
+            })
+        });
+    });
+}
+
+/// The time until all threads have done `work`.
+fn in_threads(threads: u64, work: impl Fn(u64) + Sync) -> Duration {
+    let began = Instant::now();
+    thread::scope(|scope| {
+        for thread in 0..threads {
+            let work = &work;
+            scope.spawn(move || work(thread));
+        }
+    });
+    began.elapsed()
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(2));
+    targets = store
+}
+criterion_main!(benches);

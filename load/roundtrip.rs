@@ -1,0 +1,250 @@
+//! Sets many users' grades through `POST /set`, reads all back through `GET /get`, and compares.
+//!
+//! What it sets is a function of the user's number alone: every field, negative values, zeros, the
+//! ends of `i64`. One user in ten comes in two requests with different fields, one more is set to
+//! ones first and then to its values, so a field that is lost or a zero that is ignored shows.
+//! Exit code 0: every answer was as wanted, byte by byte; 1: the first difference is printed.
+//!
+//! `GRADESTORE_PASSWORD=secret cargo run --release --example roundtrip -- --users 1000000`
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use axum_extra::headers::Authorization;
+use axum_extra::headers::authorization::Credentials as _;
+use clap::Parser;
+use gradestore::grade::{FIELD_COUNT, FIELDS, USER_ID};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// Sets many users' grades, reads all back and compares
+#[derive(Parser, Clone)]
+struct Args {
+    /// How many users
+    #[arg(long, default_value_t = 1_000_000)]
+    users: u64,
+    /// Keep-alive connections, each with one request at a time
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
+    connections: u64,
+    /// Where POST /set is taken
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8080")]
+    write: String,
+    /// Where GET /get is answered
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8081")]
+    read: String,
+    #[arg(long, default_value = "admin")]
+    username: String,
+    #[arg(long, env = "GRADESTORE_PASSWORD", hide_env_values = true)]
+    password: String,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match run(&Args::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "roundtrip: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(args: &Args) -> Result<(), Error> {
+    let mut out = io::stdout();
+    let (users, connections) = (args.users, args.connections);
+    writeln!(out, "{users} users over {connections} connections")?;
+    for phase in [Phase::Set, Phase::Get] {
+        let began = Instant::now();
+        let mut tasks = JoinSet::new();
+        for first in 0..connections {
+            tasks.spawn(phase.run(args.clone(), first));
+        }
+        let mut requests = 0;
+        while let Some(ended) = tasks.join_next().await {
+            requests += ended??;
+        }
+        let took_s = began.elapsed().as_secs_f64();
+        let rate = requests as f64 / took_s;
+        let name = phase.name();
+        writeln!(
+            out,
+            "{name}: {requests} requests in {took_s:.2} s, {rate:.0} a second"
+        )?;
+    }
+    writeln!(out, "all equal")?;
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+enum Phase {
+    Set,
+    Get,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Set => "POST /set",
+            Self::Get => "GET /get",
+        }
+    }
+
+    /// One connection's share: every `connections`-th user from `first` on. Returns how many
+    /// requests that took.
+    async fn run(self, args: Args, first: u64) -> Result<u64, Error> {
+        let basic = Authorization::basic(&args.username, &args.password);
+        let basic = basic.0.encode();
+        let mut connection = match self {
+            Self::Set => Connection::open(&args.write).await?,
+            Self::Get => Connection::open(&args.read).await?,
+        };
+        let host = connection.host.clone();
+        let mut requests = 0;
+        for user in (first..args.users).step_by(args.connections as usize) {
+            match self {
+                Self::Set => {
+                    for fields in patches(user) {
+                        let body = json(user, &fields);
+                        let request = format!(
+                            "POST /set HTTP/1.1\r\nhost: {host}\r\nauthorization: {}\r\n\
+                             content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+                            basic.to_str()?,
+                            body.len()
+                        );
+                        connection.expect(&request, 204, "").await?;
+                        requests += 1;
+                    }
+                }
+                Self::Get => {
+                    let id = user_id(user);
+                    let request =
+                        format!("GET /get?{USER_ID}={id} HTTP/1.1\r\nhost: {host}\r\n\r\n");
+                    connection.expect(&request, 200, &grade(user)).await?;
+                    requests += 1;
+                }
+            }
+        }
+        Ok(requests)
+    }
+}
+
+/// 13 bytes, as `load/*.lua` and `load/smoke.js` make them.
+fn user_id(user: u64) -> u64 {
+    1_000_000_000_000 + user
+}
+
+fn value(user: u64, field: usize) -> i64 {
+    // Another one for each user and field.
+    let n = user * FIELD_COUNT as u64 + field as u64;
+    match n % 101 {
+        0 => i64::MIN,
+        1 => i64::MAX,
+        2..20 => 0,
+        odd if odd % 2 == 1 => -(n as i64),
+        _ => n as i64,
+    }
+}
+
+/// What is sent for one user: the fields of each request.
+fn patches(user: u64) -> Vec<Vec<(usize, i64)>> {
+    let all: Vec<_> = (0..FIELD_COUNT).map(|f| (f, value(user, f))).collect();
+    match user % 10 {
+        0 => all.chunks(FIELD_COUNT.div_ceil(2)).map(Vec::from).collect(),
+        1 => vec![(0..FIELD_COUNT).map(|f| (f, 1)).collect(), all],
+        _ => vec![all],
+    }
+}
+
+/// What is read back for one user.
+fn grade(user: u64) -> String {
+    let all: Vec<_> = (0..FIELD_COUNT).map(|f| (f, value(user, f))).collect();
+    json(user, &all)
+}
+
+/// Written out here, not by the library that is being checked.
+fn json(user: u64, fields: &[(usize, i64)]) -> String {
+    let mut json = format!(r#"{{"{USER_ID}":"{}""#, user_id(user));
+    for (field, value) in fields {
+        let name = FIELDS.get(*field).copied().unwrap_or_default();
+        let _ = write!(json, r#","{name}":{value}"#);
+    }
+    json.push('}');
+    json
+}
+
+/// A keep-alive connection that has one request under way at most.
+struct Connection {
+    stream: BufReader<TcpStream>,
+    host: String,
+    /// The answer's header and body.
+    head: String,
+    body: Vec<u8>,
+}
+
+impl Connection {
+    async fn open(url: &str) -> Result<Self, Error> {
+        let host = url.strip_prefix("http://").unwrap_or(url);
+        let host = host.trim_end_matches('/');
+        let stream = TcpStream::connect(host).await;
+        let stream = stream.map_err(|error| format!("cannot connect to {url}: {error}"))?;
+        stream.set_nodelay(true)?;
+        Ok(Self {
+            stream: BufReader::new(stream),
+            host: host.to_owned(),
+            head: String::new(),
+            body: Vec::new(),
+        })
+    }
+
+    /// Sends `request`; anything but this status and body is an error.
+    async fn expect(&mut self, request: &str, status: u16, body: &str) -> Result<(), Error> {
+        self.stream.write_all(request.as_bytes()).await?;
+        let answered = self.read_answer().await;
+        let got = String::from_utf8_lossy(&self.body);
+        match answered {
+            Ok(answered) if answered == status && got == body => Ok(()),
+            Ok(answered) => Err(format!(
+                "{}\n  wanted {status} {body}\n  got    {answered} {got}",
+                shown(request)
+            )
+            .into()),
+            Err(error) => Err(format!("{}: no answer: {error}", shown(request)).into()),
+        }
+    }
+
+    /// Reads one answer; returns its status.
+    async fn read_answer(&mut self) -> Result<u16, Error> {
+        self.head.clear();
+        self.body.clear();
+        while !self.head.ends_with("\r\n\r\n") {
+            if self.stream.read_line(&mut self.head).await? == 0 {
+                return Err("the node closed the connection".into());
+            }
+        }
+        let mut lines = self.head.lines();
+        let status = lines.next().and_then(|line| line.split(' ').nth(1));
+        let status: u16 = status.ok_or("no status line")?.parse()?;
+        let length = lines
+            .filter_map(|line| line.split_once(':'))
+            .find(|(name, _)| name.eq_ignore_ascii_case("content-length"));
+        match length {
+            Some((_, length)) => self.body.resize(length.trim().parse()?, 0),
+            None if status == 204 => {}
+            None => return Err(format!("no content-length in {}", self.head).into()),
+        }
+        self.stream.read_exact(&mut self.body).await?;
+        Ok(status)
+    }
+}
+
+/// A request without its header, which holds the password.
+fn shown(request: &str) -> String {
+    let line = request.lines().next().unwrap_or_default();
+    let body = request.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    format!("{line} {body}")
+}

@@ -1,0 +1,112 @@
+//! Many clients at once: no field is lost, and who got an answer reads it back.
+
+use futures_util::future::join_all;
+use gradestore::grade::FIELDS;
+
+use crate::harness::{Node, get_request, set_request_of};
+use crate::wire::Raw;
+
+const CLIENTS: usize = 64;
+const USERS: usize = 100;
+
+/// A write that was answered.
+struct Written {
+    user: usize,
+    field: usize,
+    value: usize,
+    position: u64,
+}
+
+/// Sets one field of every user, over one connection.
+async fn set_one_field(node: &Node, client: usize) -> Vec<Written> {
+    let field = client % FIELDS.len();
+    let mut connection = Raw::connect(node.write).await;
+    let mut written = Vec::new();
+    let mut last = 0;
+    // Each begins at another user, so that all meet all.
+    for user in (0..USERS).map(|turn| (client * 7 + turn) % USERS) {
+        let value = 1 + client * USERS + user;
+        let patch = format!(r#"{{"user_id":"user {user}","{}":{value}}}"#, FIELDS[field]);
+        connection.send(set_request_of(&patch)).await;
+        let position = connection.answer().await.position();
+        assert!(position > last, "{position} after {last}");
+        last = position;
+        written.push(Written {
+            user,
+            field,
+            value,
+            position,
+        });
+    }
+    written
+}
+
+#[tokio::test]
+async fn fields_set_by_64_clients_at_once_all_stay() {
+    let node = Node::start().await;
+    let written = join_all((0..CLIENTS).map(|client| set_one_field(&node, client))).await;
+    let written: Vec<Written> = written.into_iter().flatten().collect();
+    for user in 0..USERS {
+        let grade = node.get(&format!("user {user}")).await.json();
+        for (field, name) in FIELDS.iter().enumerate() {
+            let to_this = written
+                .iter()
+                .filter(|w| (w.user, w.field) == (user, field));
+            let last = to_this.clone().map(|w| w.position).max().unwrap();
+            let stayed = to_this.clone().find(|w| grade[name] == w.value);
+            let stayed = stayed.unwrap_or_else(|| panic!("{name} of {user} is lost: {grade}"));
+            assert_eq!(
+                stayed.position, last,
+                "{name} of {user} is not the last one set"
+            );
+        }
+    }
+    let status = node.ops("/status").await.json();
+    assert_eq!(status["records"], USERS);
+    let applied = node.metric("gradestore_patches_applied_total").await;
+    assert_eq!(applied, Some(written.len() as f64));
+    // Group commit: fewer batches than patches.
+    assert!(status["position"].as_u64().unwrap() < written.len() as u64);
+}
+
+#[tokio::test]
+async fn an_answered_write_is_read_back_at_once() {
+    let node = Node::start().await;
+    let clients = (0..16).map(async |client| {
+        let mut writer = Raw::connect(node.write).await;
+        let mut reader = Raw::connect(node.read).await;
+        for value in 0..100 {
+            let patch = format!(r#"{{"user_id":"{client}","spp":{value}}}"#);
+            writer.send(set_request_of(&patch)).await;
+            writer.answer().await.position();
+            reader
+                .send(get_request(&format!("?user_id={client}"), ""))
+                .await;
+            assert_eq!(reader.answer().await.json()["spp"], value);
+        }
+    });
+    join_all(clients).await;
+}
+
+#[tokio::test]
+async fn a_patch_of_two_fields_is_seen_whole_or_not_at_all() {
+    let node = Node::start().await;
+    let clients = (0..8).map(async |client| {
+        let mut writer = Raw::connect(node.write).await;
+        let mut reader = Raw::connect(node.read).await;
+        for turn in 0..100 {
+            let value = client * 100 + turn;
+            let patch = format!(r#"{{"user_id":"a","spp":{value},"return_fee":{value}}}"#);
+            writer.send(set_request_of(&patch)).await;
+            reader.send(get_request("?user_id=a", "")).await;
+            let answer = reader.answer().await;
+            if answer.status == 200 {
+                let grade = answer.json();
+                assert_eq!(grade["spp"], grade["return_fee"]);
+            }
+            writer.answer().await.position();
+        }
+    });
+    join_all(clients).await;
+    assert_eq!(node.get("a").await.status, 200);
+}

@@ -1,0 +1,111 @@
+//! How a node ends: unready first, then what runs, then the process.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use tokio::net::TcpStream;
+
+use crate::harness::{Node, Ports, half_sent_set};
+use crate::stall::{start, start_with, waiting_set};
+use crate::wire::{PATIENCE, Raw, eventually};
+
+const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
+
+async fn unready(node: &Ports) {
+    let detail = eventually("unready", async || {
+        let answer = node.ops("/readyz").await;
+        (answer.status != 200).then(|| answer.problem(503, "not-ready"))
+    })
+    .await;
+    assert!(detail.contains("stopping"), "{detail}");
+}
+
+async fn refused(node: &Ports) {
+    for address in [node.write, node.read] {
+        eventually("a refused connection", async || {
+            TcpStream::connect(address).await.err()
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_signal_lets_the_running_request_finish_and_takes_no_other() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut node = Node::start().await;
+        let mut idle = Raw::connect(node.read).await;
+        let mut running = half_sent_set(&node, PATCH).await;
+        node.signal(signal);
+        unready(&node).await;
+        refused(&node).await;
+        idle.closed().await;
+        assert_eq!(node.ops("/livez").await.status, 200);
+
+        running.send(PATCH).await;
+        // It came before the stop, so it is as good as any.
+        let answer = running.answer().await;
+        assert_eq!(answer.position(), 1);
+        assert_eq!(answer.header("connection"), "close");
+        running.closed().await;
+        assert_eq!(node.exit().await.code(), Some(0));
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_does_nothing_stops_at_once() {
+    let mut node = Node::start().await;
+    node.get("a").await;
+    let begun = Instant::now();
+    node.signal(Signal::TERM);
+    assert_eq!(node.exit().await.code(), Some(0));
+    assert!(
+        begun.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn a_second_signal_ends_the_process_at_once() {
+    let mut node = Node::start().await;
+    let _running = half_sent_set(&node, PATCH).await;
+    node.signal(Signal::TERM);
+    unready(&node).await;
+    node.signal(Signal::INT);
+    assert_eq!(node.exit().await.code(), Some(130));
+}
+
+#[tokio::test]
+async fn writes_under_way_are_answered_before_the_node_ends() {
+    let (log, mut node) = start(Duration::from_secs(60)).await;
+    let mut running = Vec::new();
+    for _ in 0..4 {
+        running.push(waiting_set(&node, PATCH).await);
+    }
+    node.stop();
+    unready(&node).await;
+    refused(&node).await;
+    log.release();
+    for (before, connection) in running.iter_mut().enumerate() {
+        assert_eq!(connection.answer().await.position(), before as u64 + 1);
+        connection.closed().await;
+    }
+    node.stopped().await;
+}
+
+#[tokio::test]
+async fn a_request_that_does_not_end_keeps_the_node_until_the_deadline_only() {
+    let (_log, mut node) = start_with(|config| {
+        config.http.drain_max = Duration::from_millis(200);
+    })
+    .await;
+    let _running = waiting_set(&node, PATCH).await;
+    let begun = Instant::now();
+    node.stop();
+    node.stopped().await;
+    let took = begun.elapsed();
+    assert!(
+        took >= Duration::from_millis(200) && took < PATIENCE / 2,
+        "{took:?}"
+    );
+}

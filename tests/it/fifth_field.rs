@@ -1,0 +1,112 @@
+//! Adding a field is a change in `src/grade.rs` alone: here one is added to a copy of the crate,
+//! which then passes its tests and serves the field.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use crate::harness::{ANY_PORTS, Node, PASSWORD, program_at};
+
+/// What the copy and its program are called. Under its own name cargo would take the copy for the
+/// crate itself, wherever it lies, and put its build in the place of the one that other tests run.
+const PACKAGE: &str = "gradestore-fifth-field";
+
+fn copy(from: &Path, to: &Path) {
+    if from.is_dir() {
+        fs::create_dir(to).unwrap();
+        for entry in fs::read_dir(from).unwrap() {
+            let name = entry.unwrap().file_name();
+            copy(&from.join(&name), &to.join(&name));
+        }
+    } else if from.exists() {
+        fs::copy(from, to).unwrap();
+    }
+}
+
+fn edit(path: &Path, old: &str, new: &str) {
+    let text = fs::read_to_string(path).unwrap();
+    assert_eq!(
+        text.matches(old).count(),
+        1,
+        "{old:?} in {}",
+        path.display()
+    );
+    fs::write(path, text.replace(old, new)).unwrap();
+}
+
+#[tokio::test]
+async fn a_fifth_field_needs_one_more_name_in_one_file() {
+    // Always the same place, so that a second run builds little and leaves nothing more behind.
+    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let target = scratch.parent().unwrap();
+    let crate_copy = scratch.join("fifth-field");
+    let _ = fs::remove_dir_all(&crate_copy);
+    fs::create_dir(&crate_copy).unwrap();
+    for name in ["Cargo.toml", "Cargo.lock", "src", "load", "benches"] {
+        copy(
+            &Path::new(env!("CARGO_MANIFEST_DIR")).join(name),
+            &crate_copy.join(name),
+        );
+    }
+    let manifest = crate_copy.join("Cargo.toml");
+    let package = format!("[lib]\nname = \"gradestore\"\n\n[package]\nname = \"{PACKAGE}\"\n");
+    edit(
+        &manifest,
+        "[package]\nname = \"gradestore\"\n",
+        &format!("[workspace]\n\n{package}"),
+    );
+    let locked = |name: &str| format!("[[package]]\nname = \"{name}\"\n");
+    edit(
+        &crate_copy.join("Cargo.lock"),
+        &locked("gradestore"),
+        &locked(PACKAGE),
+    );
+    // With a test beside the library's own, cargo builds the program too, and all dependencies as
+    // they were built for the tests that run now.
+    fs::create_dir(crate_copy.join("tests")).unwrap();
+    fs::write(
+        crate_copy.join("tests/built.rs"),
+        "#[test]\nfn built() {}\n",
+    )
+    .unwrap();
+
+    edit(
+        &crate_copy.join("src/grade.rs"),
+        "    \"return_fee\",\n];",
+        "    \"return_fee\",\n    \"fifth_fee\",\n];",
+    );
+
+    let tests = Command::new(env!("CARGO"))
+        .args([
+            "test",
+            "--offline",
+            "--locked",
+            "--lib",
+            "--test",
+            "built",
+            "--target-dir",
+        ])
+        .arg(target)
+        .current_dir(&crate_copy)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(tests.stdout).unwrap() + &String::from_utf8(tests.stderr).unwrap();
+    assert!(tests.status.success(), "{said}");
+
+    let program = target.join("debug").join(PACKAGE);
+    let mut command = program_at(&program);
+    let node = Node::start_with(command.args(ANY_PORTS).env("GRADESTORE_PASSWORD", PASSWORD)).await;
+    node.set(r#"{"user_id":"a","fifth_fee":5}"#)
+        .await
+        .position();
+    node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    assert_eq!(
+        node.get("a").await.body,
+        r#"{"user_id":"a","postpaid_limit":0,"spp":1,"shipping_fee":0,"return_fee":0,"fifth_fee":5}"#
+    );
+    let detail = node
+        .set(r#"{"user_id":"a","fifth_fee":1.5}"#)
+        .await
+        .problem(422, "not-a-patch");
+    assert!(detail.contains("fifth_fee"), "{detail}");
+}

@@ -1,0 +1,147 @@
+//! The contract of `GET /get`.
+
+use std::time::Duration;
+
+use crate::harness::{Local, Node, Ports, get_request};
+use crate::wire::{Answer, Raw};
+
+async fn ask(node: &Ports, query: &str, headers: &str) -> Answer {
+    let mut connection = Raw::connect(node.read).await;
+    connection.send(get_request(query, headers)).await;
+    connection.answer().await
+}
+
+#[tokio::test]
+async fn the_user_id_is_decoded_as_forms_encode_it() {
+    let node = Node::start().await;
+    node.set(r#"{"user_id":"a b+é😀","spp":1}"#)
+        .await
+        .position();
+    for query in [
+        "?user_id=a%20b%2Bé😀",
+        "?user_id=a+b%2b%c3%a9%F0%9F%98%80",
+        "?x=1&user%5Fid=%61+b%2B%C3%A9%F0%9F%98%80&y",
+    ] {
+        let answer = ask(&node, query, "").await;
+        assert_eq!(answer.status, 200, "{query}: {}", answer.body);
+        assert_eq!(answer.json()["user_id"], "a b+é😀");
+    }
+}
+
+#[tokio::test]
+async fn a_query_that_names_no_one_user_is_refused() {
+    let node = Node::start().await;
+    let long = format!("?user_id={}", "x".repeat(257));
+    for (query, status, cause) in [
+        ("", 400, "user-id-missing"),
+        ("?", 400, "user-id-missing"),
+        ("?user=a", 400, "user-id-missing"),
+        ("?USER_ID=a", 400, "user-id-missing"),
+        ("?user_id=a&user_id=a", 400, "user-id-repeated"),
+        ("?user_id=a&user%5fid=b", 400, "user-id-repeated"),
+        ("?user_id", 400, "user-id-invalid"),
+        ("?user_id=", 400, "user-id-invalid"),
+        ("?user_id=%00", 400, "user-id-invalid"),
+        ("?user_id=a%0a", 400, "user-id-invalid"),
+        (&long, 400, "user-id-invalid"),
+        ("?user_id=%", 400, "query-encoding"),
+        ("?user_id=%zz", 400, "query-encoding"),
+        ("?user_id=%ff", 400, "query-encoding"),
+        ("?user_id=%ed%a0%80", 400, "query-encoding"),
+        ("?user_id=nobody", 404, "user-unknown"),
+    ] {
+        ask(&node, query, "").await.problem(status, cause);
+    }
+}
+
+#[tokio::test]
+async fn head_answers_as_get_does_without_the_body() {
+    let node = Node::start().await;
+    node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    let head = async |user_id: &str| {
+        let url = format!("http://{}/get?user_id={user_id}", node.read);
+        Answer::of(node.client.head(url).send().await.unwrap()).await
+    };
+    let (got, asked) = (node.get("a").await, head("a").await);
+    assert_eq!((asked.status, asked.body.as_str()), (200, ""));
+    assert_eq!(asked.header("content-length"), got.body.len().to_string());
+    assert_eq!(head("nobody").await.status, 404);
+}
+
+#[tokio::test]
+async fn other_methods_and_paths_are_told_what_there_is() {
+    let node = Node::start().await;
+    for method in ["POST", "PUT", "PATCH", "DELETE"] {
+        let url = format!("http://{}/get?user_id=a", node.read);
+        let request = node.client.request(method.parse().unwrap(), url);
+        let answer = Answer::of(request.send().await.unwrap()).await;
+        answer.problem(405, "method-not-allowed");
+        assert_eq!(answer.header("allow"), "GET, HEAD");
+    }
+    for path in ["/", "/set", "/get/", "/metrics"] {
+        let request = node.client.get(format!("http://{}{path}", node.read));
+        let detail = Answer::of(request.send().await.unwrap())
+            .await
+            .problem(404, "route-unknown");
+        assert!(detail.contains("GET /get"), "{detail}");
+    }
+}
+
+#[tokio::test]
+async fn a_read_waits_for_the_position_it_asks_for() {
+    let node = Node::start().await;
+    let mut reader = Raw::connect(node.read).await;
+    reader
+        .send(get_request("?user_id=a", "grade-position: 2\r\n"))
+        .await;
+    node.metric_reaches("gradestore_http_requests_in_flight", 2.0)
+        .await;
+    node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    node.set(r#"{"user_id":"a","spp":2}"#).await.position();
+    assert_eq!(reader.answer().await.json()["spp"], 2);
+    // What is reached already is not waited for.
+    for position in ["0", "2", "0002"] {
+        let answer = ask(
+            &node,
+            "?user_id=a",
+            &format!("Grade-Position: {position}\r\n"),
+        )
+        .await;
+        assert_eq!(answer.json()["spp"], 2);
+    }
+}
+
+#[tokio::test]
+async fn a_position_that_is_not_reached_in_time_is_a_503() {
+    let node =
+        Local::start(|config| config.http.position_wait_max = Duration::from_millis(50)).await;
+    let farthest = u64::MAX.to_string();
+    for position in ["1", &farthest] {
+        let headers = format!("grade-position: {position}\r\n");
+        let detail = ask(&node, "?user_id=a", &headers)
+            .await
+            .problem(503, "position-not-reached");
+        assert!(detail.contains(position), "{detail}");
+    }
+}
+
+#[tokio::test]
+async fn a_position_that_is_no_number_is_refused() {
+    let node = Node::start().await;
+    for headers in [
+        "grade-position:\r\n",
+        "grade-position: x\r\n",
+        "grade-position: -1\r\n",
+        "grade-position: +1\r\n",
+        "grade-position: 1.0\r\n",
+        "grade-position: 0x1\r\n",
+        "grade-position: 1 1\r\n",
+        "grade-position: 18446744073709551616\r\n",
+        "grade-position: 0\r\ngrade-position: 0\r\n",
+        "grade-position: é\r\n",
+    ] {
+        ask(&node, "?user_id=a", headers)
+            .await
+            .problem(400, "position-invalid");
+    }
+}

@@ -1,0 +1,105 @@
+//! A log that keeps batches back until it is told to give them, refuses them, or loses one: what a
+//! broker can do to a node, when a test says so.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use gradestore::log::{
+    AppendError, Batch, Entry, Log, LogId, MemoryLog, Origin, ReadError, Seq, Subscription,
+};
+use tokio::sync::watch;
+
+/// A memory log behind a gate.
+pub(crate) struct HeldLog {
+    inner: MemoryLog,
+    open: watch::Sender<bool>,
+    refusing: AtomicBool,
+    losing: Arc<AtomicBool>,
+}
+
+impl HeldLog {
+    pub(crate) fn new(origin: Origin) -> Arc<Self> {
+        Arc::new(Self {
+            inner: MemoryLog::new(origin),
+            open: watch::Sender::new(false),
+            refusing: AtomicBool::new(false),
+            losing: Arc::default(),
+        })
+    }
+
+    /// Gives what was kept back, and from now on everything at once.
+    pub(crate) fn release(&self) {
+        self.open.send_replace(true);
+    }
+
+    /// Takes no more batches.
+    pub(crate) fn refuse(&self) {
+        self.refusing.store(true, Ordering::Relaxed);
+    }
+
+    /// Loses the batches that are given next.
+    pub(crate) fn lose(&self) {
+        self.losing.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Log for HeldLog {
+    fn kind(&self) -> &'static str {
+        self.inner.kind()
+    }
+
+    fn id(&self) -> LogId {
+        self.inner.id()
+    }
+
+    fn end(&self) -> Seq {
+        self.inner.end()
+    }
+
+    fn in_flight_max(&self) -> usize {
+        self.inner.in_flight_max()
+    }
+
+    fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>> {
+        match self.refusing.load(Ordering::Relaxed) {
+            true => async { Err(AppendError::Closed) }.boxed(),
+            false => self.inner.append(batch),
+        }
+    }
+
+    fn subscribe(&self, after: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
+        async move {
+            Ok(Box::new(HeldSubscription {
+                inner: self.inner.subscribe(after).await?,
+                open: self.open.subscribe(),
+                losing: Arc::clone(&self.losing),
+            }) as Box<dyn Subscription>)
+        }
+        .boxed()
+    }
+}
+
+struct HeldSubscription {
+    inner: Box<dyn Subscription>,
+    open: watch::Receiver<bool>,
+    losing: Arc<AtomicBool>,
+}
+
+impl Subscription for HeldSubscription {
+    fn next<'a>(&'a mut self, entries: &'a mut Vec<Entry>) -> BoxFuture<'a, Result<(), ReadError>> {
+        async {
+            let opened = self.open.wait_for(|open| *open).await;
+            opened.map_err(|_| ReadError::Closed)?;
+            self.inner.next(entries).await?;
+            if self.losing.load(Ordering::Relaxed) {
+                for entry in entries {
+                    entry.seq += 1;
+                }
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+}

@@ -1,0 +1,187 @@
+//! Clients that break the protocol, send too much or hang up.
+
+use crate::harness::{Node, get_request, set_request, set_request_of};
+use crate::set::bad_bodies;
+use crate::stall;
+use crate::wire::{PATIENCE, Raw};
+
+const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
+
+#[tokio::test]
+async fn a_request_of_unclear_length_is_refused_and_the_connection_ends() {
+    let node = Node::start().await;
+    let hidden = set_request_of(r#"{"user_id":"smuggled","spp":1}"#);
+    let chunked = format!("{:x}\r\n{PATCH}\r\n0\r\n\r\n", PATCH.len());
+    for (framing, body) in [
+        ("content-length: 23\r\ncontent-length: 24", PATCH),
+        ("content-length: 24\r\ncontent-length: 23", PATCH),
+        ("content-length: 23, 24", PATCH),
+        ("content-length: -1", PATCH),
+        ("content-length: +23", PATCH),
+        ("content-length: 0x17", PATCH),
+        ("content-length: 99999999999999999999", PATCH),
+        ("transfer-encoding: identity", PATCH),
+        ("transfer-encoding: chunked, gzip", &chunked),
+        ("transfer-encoding : chunked", &chunked),
+    ] {
+        let mut connection = Raw::connect(node.write).await;
+        connection.send(set_request(framing, body) + &hidden).await;
+        assert_eq!(connection.answer().await.status, 400, "{framing}");
+        connection.closed().await;
+    }
+    assert_eq!(node.ops("/status").await.json()["position"], 0);
+}
+
+#[tokio::test]
+async fn a_chunked_request_with_a_length_hides_no_second_one() {
+    let node = Node::start().await;
+    let hidden = set_request_of(r#"{"user_id":"smuggled","spp":1}"#);
+    let body = format!("{:x}\r\n{PATCH}\r\n0\r\n\r\n", PATCH.len());
+    // A proxy that goes by the length takes `hidden` for a part of this body.
+    let length = body.len() + hidden.len();
+    let framing = format!("content-length: {length}\r\ntransfer-encoding: chunked");
+    let mut connection = Raw::connect(node.write).await;
+    connection
+        .send(set_request(&framing, &body) + &hidden)
+        .await;
+    // It is framed by its chunks, and nothing is taken from after it.
+    assert_eq!(connection.answer().await.position(), 1);
+    connection.closed().await;
+    node.get("smuggled").await.problem(404, "user-unknown");
+}
+
+#[tokio::test]
+async fn a_header_that_is_too_large_or_no_header_is_answered() {
+    let node = Node::start().await;
+    let line = |bytes: usize| format!("x-long: {}\r\n", "x".repeat(bytes));
+    let lines = |count: usize| "x: y\r\n".repeat(count);
+    for (headers, status) in [
+        (line(30 * 1024), 404),
+        (line(100 * 1024), 431),
+        (line(1024 * 1024), 431),
+        (lines(60), 404),
+        (lines(100), 431),
+        ("no colon\r\n".to_owned(), 400),
+        ("bad name: x\r\n".to_owned(), 400),
+        ("x: \0\r\n".to_owned(), 400),
+    ] {
+        let mut connection = Raw::connect(node.read).await;
+        let answer = connection
+            .ask(get_request("?user_id=nobody", &headers))
+            .await;
+        assert_eq!(answer.status, status, "{:.20}", headers);
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_request_is_answered_or_dropped() {
+    let node = Node::start().await;
+    let tls_hello = &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"[..];
+    for bytes in [
+        tls_hello,
+        b"GET / HTTP/3.0\r\n\r\n",
+        b"GET /\r\n\r\n",
+        b"\0\0\0\0",
+    ] {
+        let mut connection = Raw::connect(node.read).await;
+        assert_eq!(connection.ask(bytes).await.status, 400);
+        connection.closed().await;
+    }
+    // A preface of HTTP/2, which is not spoken here.
+    let mut connection = Raw::connect(node.read).await;
+    connection.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
+    connection.closed().await;
+}
+
+#[tokio::test]
+async fn pipelined_requests_are_answered_in_order() {
+    let node = Node::start().await;
+    let requests: String = (1..=50)
+        .map(|spp| set_request_of(&format!(r#"{{"user_id":"a","spp":{spp}}}"#)))
+        .collect();
+    let mut connection = Raw::connect(node.write).await;
+    connection.send(requests).await;
+    for position in 1..=50 {
+        assert_eq!(connection.answer().await.position(), position);
+    }
+    assert_eq!(node.get("a").await.json()["spp"], 50);
+}
+
+#[tokio::test]
+async fn a_refusal_can_be_read_while_the_body_still_comes() {
+    let node = Node::start().await;
+    let body = " ".repeat(1024 * 1024);
+    for (request, status, cause) in [
+        (set_request_of(&body), 413, "body-too-large"),
+        (
+            set_request(
+                "transfer-encoding: chunked",
+                &format!("100000\r\n{body}\r\n0\r\n\r\n"),
+            ),
+            413,
+            "body-too-large",
+        ),
+        (
+            set_request_of(&body).replace("authorization", "x"),
+            401,
+            "unauthorized",
+        ),
+        (
+            set_request_of(&body).replace("application/json", "x"),
+            415,
+            "unsupported-media-type",
+        ),
+        (
+            set_request_of(&body).replace("/set", "/"),
+            404,
+            "route-unknown",
+        ),
+    ] {
+        let mut connection = Raw::connect(node.write).await;
+        // First all of it, then the answer, as plain clients do.
+        connection.send(&request).await;
+        connection.answer().await.problem(status, cause);
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_sends_no_more_still_gets_its_answer() {
+    let (log, node) = stall::start(PATIENCE).await;
+    let mut connection = stall::waiting_set(&node, PATCH).await;
+    connection.send_no_more().await;
+    log.release();
+    assert_eq!(connection.answer().await.position(), 1);
+    connection.closed().await;
+
+    let mut connection = Raw::connect(node.write).await;
+    connection
+        .send(set_request("content-length: 50", PATCH))
+        .await;
+    connection.send_no_more().await;
+    connection.answer().await.problem(400, "body-broken");
+    connection.closed().await;
+}
+
+#[tokio::test]
+async fn bad_requests_leave_no_memory_behind() {
+    let node = Node::start().await;
+    let bodies = bad_bodies();
+    let round = async |connection: &mut Raw| {
+        for (body, status, cause) in &bodies {
+            let framing = format!("content-length: {}", body.len());
+            connection.send(set_request(&framing, "")).await;
+            connection.send(body).await;
+            connection.answer().await.problem(*status, cause);
+        }
+    };
+    let rss = async || node.metric("process_resident_memory_bytes").await.unwrap();
+    let mut connection = Raw::connect(node.write).await;
+    round(&mut connection).await;
+    let before = rss().await;
+    for _ in 0..200 {
+        round(&mut connection).await;
+    }
+    let grown = rss().await - before;
+    assert!(grown < 8.0 * 1024.0 * 1024.0, "{grown} bytes more");
+    node.set(PATCH).await.position();
+}

@@ -1,0 +1,21 @@
+//! A node as its clients and operators meet it: through sockets, signals and its command line.
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test may panic, its helpers too"
+)]
+
+mod harness;
+mod held_log;
+mod wire;
+
+mod cli;
+mod concurrency;
+mod drain;
+mod fifth_field;
+mod get;
+mod hostile;
+mod limits;
+mod ops;
+mod set;
+mod stall;

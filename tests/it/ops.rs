@@ -1,0 +1,152 @@
+//! The contract of the ops port, and what it measures.
+
+use crate::harness::Node;
+use crate::wire::Answer;
+
+#[tokio::test]
+async fn a_node_says_that_it_lives_and_is_ready() {
+    let node = Node::start().await;
+    for path in ["/livez", "/readyz", "/readyz/write"] {
+        assert_eq!(node.ops(path).await.status, 200, "{path}");
+    }
+    for path in ["/", "/get?user_id=a", "/readyz/read"] {
+        node.ops(path).await.problem(404, "route-unknown");
+    }
+    for path in ["/livez", "/readyz", "/readyz/write", "/metrics", "/status"] {
+        let request = node.client.post(format!("http://{}{path}", node.ops));
+        let answer = Answer::of(request.send().await.unwrap()).await;
+        answer.problem(405, "method-not-allowed");
+        assert_eq!(answer.header("allow"), "GET, HEAD");
+    }
+}
+
+#[tokio::test]
+async fn status_tells_what_the_node_holds() {
+    let node = Node::start().await;
+    let empty = node.ops("/status").await.json();
+    assert_eq!(empty["state"], "ready");
+    assert_eq!(empty["log_kind"], "memory");
+    assert_eq!(empty["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(empty["digest"], "0".repeat(32));
+    for patch in [
+        r#"{"user_id":"alice","spp":4}"#,
+        r#"{"user_id":"alice","spp":5}"#,
+    ] {
+        node.set(patch).await.position();
+    }
+    let one = node.ops("/status").await.json();
+    for (name, value) in [
+        ("records", 1),
+        ("position", 2),
+        ("log_end", 2),
+        ("lag", 0),
+        ("queue", 0),
+    ] {
+        assert_eq!(one[name], value, "{name}");
+    }
+    // The digest of this one record, which no version may change.
+    assert_eq!(one["digest"], "dd6a0570c454b97f66aac1625bf5536d");
+    assert_eq!(one["node"], empty["node"]);
+}
+
+#[tokio::test]
+async fn metrics_count_and_time_and_name_no_user() {
+    let node = Node::start().await;
+    for spp in 0..3 {
+        node.set(format!(r#"{{"user_id":"secret-user","spp":{spp}}}"#))
+            .await
+            .position();
+    }
+    node.get("secret-user").await;
+    node.get("secret-nobody").await;
+    node.set(r#"{"secret-field":1}"#).await;
+    let odd = format!("http://{}/secret-path", node.read);
+    node.client.get(odd).send().await.unwrap();
+
+    for (name, value) in [
+        (
+            r#"gradestore_http_requests_total{route="/set",status="204"}"#,
+            3.0,
+        ),
+        (
+            r#"gradestore_http_requests_total{route="/set",status="422"}"#,
+            1.0,
+        ),
+        (
+            r#"gradestore_http_requests_total{route="/get",status="200"}"#,
+            1.0,
+        ),
+        (
+            r#"gradestore_http_requests_total{route="/get",status="404"}"#,
+            1.0,
+        ),
+        (
+            r#"gradestore_http_requests_total{route="other",status="404"}"#,
+            1.0,
+        ),
+        (
+            r#"gradestore_http_request_duration_seconds_count{route="/set"}"#,
+            4.0,
+        ),
+        (
+            r#"gradestore_http_request_duration_seconds_bucket{route="/set",le="+Inf"}"#,
+            4.0,
+        ),
+        (r#"gradestore_http_connections{port="write"}"#, 1.0),
+        (
+            r#"gradestore_http_connections_accepted_total{port="read"}"#,
+            1.0,
+        ),
+        ("gradestore_http_requests_in_flight", 1.0),
+        ("gradestore_records", 1.0),
+        ("gradestore_log_position", 3.0),
+        ("gradestore_log_end", 3.0),
+        ("gradestore_patches_applied_total", 3.0),
+        ("gradestore_batch_patches_count", 3.0),
+        (r#"gradestore_batch_patches_bucket{le="1"}"#, 3.0),
+        ("gradestore_write_queue_patches", 0.0),
+        ("gradestore_ready", 1.0),
+    ] {
+        assert_eq!(node.metric(name).await, Some(value), "{name}");
+    }
+    let answer = node.ops("/metrics").await;
+    assert!(
+        answer
+            .header("content-type")
+            .starts_with("text/plain; version=0.0.4")
+    );
+    let metrics = answer.body;
+    assert!(!metrics.contains("secret"), "{metrics}");
+    let version = env!("CARGO_PKG_VERSION");
+    for name in [
+        &format!(r#"gradestore_build_info{{version="{version}"}} 1"#),
+        r#"gradestore_http_request_duration_seconds_bucket{route="/get",le="0.00005"}"#,
+        "process_cpu_seconds_total",
+        "process_resident_memory_bytes",
+        "process_open_fds",
+        "process_start_time_seconds",
+    ] {
+        assert!(
+            metrics.contains(&format!("\n{name}")),
+            "{name} in {metrics}"
+        );
+    }
+    let measured: Vec<&str> = metrics
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .collect();
+    for line in metrics
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE "))
+    {
+        let name = line.split(' ').next().unwrap();
+        assert!(
+            measured.iter().any(|line| line.starts_with(name)),
+            "{name} has no value"
+        );
+        assert!(
+            metrics.contains(&format!("# HELP {name} ")),
+            "{name} has no help"
+        );
+    }
+}

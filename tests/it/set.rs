@@ -1,0 +1,326 @@
+//! The contract of `POST /set`.
+
+use std::time::Duration;
+
+use crate::harness::{AUTHORIZATION, Local, Node, set_request, set_request_of};
+use crate::wire::{Answer, Raw};
+
+#[tokio::test]
+async fn a_write_is_answered_with_its_position_and_read_back() {
+    let node = Node::start().await;
+    let answer = node.set(r#"{"user_id":"alice","spp":5}"#).await;
+    assert_eq!((answer.position(), answer.body.as_str()), (1, ""));
+    let answer = node.set(r#"{"user_id":"alice","return_fee":-7}"#).await;
+    assert_eq!(answer.position(), 2);
+    let answer = node.get("alice").await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.header("content-type"), "application/json");
+    assert_eq!(
+        answer.body,
+        r#"{"user_id":"alice","postpaid_limit":0,"spp":5,"shipping_fee":0,"return_fee":-7}"#
+    );
+}
+
+#[tokio::test]
+async fn patches_merge_and_zero_and_the_extremes_are_values() {
+    let node = Node::start().await;
+    for (patch, values) in [
+        (r#"{"user_id":"a"}"#, [0, 0, 0, 0]),
+        (r#"{"user_id":"a","spp":5}"#, [0, 5, 0, 0]),
+        (
+            r#"{"shipping_fee":9223372036854775807,"user_id":"a","return_fee":-9223372036854775808}"#,
+            [0, 5, i64::MAX, i64::MIN],
+        ),
+        (r#"{"user_id":"a","spp":0}"#, [0, 0, i64::MAX, i64::MIN]),
+        (
+            r#"{"user_id":"a","postpaid_limit":-1,"shipping_fee":0}"#,
+            [-1, 0, 0, i64::MIN],
+        ),
+        (
+            r#" { "user_id" : "\u0061" , "s\u0070p" : -0 } "#,
+            [-1, 0, 0, i64::MIN],
+        ),
+        (r#"{"user_id":"a"}"#, [-1, 0, 0, i64::MIN]),
+    ] {
+        node.set(patch).await.position();
+        let grade = node.get("a").await.json();
+        let names = ["postpaid_limit", "spp", "shipping_fee", "return_fee"];
+        assert_eq!(
+            names.map(|name| grade[name].as_i64().unwrap()),
+            values,
+            "{patch}"
+        );
+    }
+    assert_eq!(node.ops("/status").await.json()["records"], 1);
+}
+
+/// Bodies of JSON that are no patch, each with what its `detail` has to name.
+fn no_patches() -> Vec<(String, &'static str)> {
+    let nested = "[".repeat(20_000) + &"]".repeat(20_000);
+    let long = "x".repeat(257);
+    [
+        ("[]", "an object"),
+        (r#"["a",1,2,3,4]"#, "an object"),
+        (r#"[{"user_id":"a","spp":1}]"#, "an object"),
+        ("null", "an object"),
+        ("7", "an object"),
+        (r#""a""#, "an object"),
+        ("{}", "user_id"),
+        (r#"{"spp":1}"#, "user_id"),
+        (r#"{"user_id":"a","discount":1}"#, "discount"),
+        (r#"{"user_id":"a","SPP":1}"#, "SPP"),
+        (r#"{"user_id":"a","spp":1,"spp":1}"#, "spp"),
+        (r#"{"user_id":"a","spp":1,"s\u0070p":2}"#, "spp"),
+        (r#"{"user_id":"a","user_id":"a"}"#, "user_id"),
+        (r#"{"user_id":"a","user\u005fid":"b"}"#, "user_id"),
+        (r#"{"user_id":"a","spp":null}"#, "spp"),
+        (r#"{"user_id":"a","spp":true}"#, "spp"),
+        (r#"{"user_id":"a","spp":"1"}"#, "spp"),
+        (r#"{"user_id":"a","spp":[1]}"#, "spp"),
+        (r#"{"user_id":"a","spp":{}}"#, "spp"),
+        (r#"{"user_id":"a","spp":1.0}"#, "spp"),
+        (r#"{"user_id":"a","spp":1e2}"#, "spp"),
+        (r#"{"user_id":"a","spp":1E400}"#, "out of range"),
+        (r#"{"user_id":"a","spp":9223372036854775808}"#, "spp"),
+        (r#"{"user_id":"a","spp":-9223372036854775809}"#, "spp"),
+        (
+            r#"{"user_id":"a","spp":123456789012345678901234567890}"#,
+            "spp",
+        ),
+        (r#"{"user_id":null}"#, "string"),
+        (r#"{"user_id":7}"#, "string"),
+        (r#"{"user_id":""}"#, "empty"),
+        (r#"{"user_id":"a\u0000b"}"#, "U+0000"),
+        (r#"{"user_id":"a\n"}"#, "U+000A"),
+        (r#"{"user_id":"\u007f"}"#, "U+007F"),
+        (r#"{"user_id":"\u0085"}"#, "U+0085"),
+        (r#"{"user_id":"\ud800"}"#, "hex escape"),
+        (r#"{"user_id":"\udc00\ud800"}"#, "hex escape"),
+    ]
+    .map(|(body, named)| (body.to_owned(), named))
+    .into_iter()
+    .chain([
+        (format!(r#"{{"user_id":"{long}"}}"#), "257"),
+        (format!(r#"{{"user_id":"a","spp":{nested}}}"#), "spp"),
+        (nested, "an object"),
+    ])
+    .collect()
+}
+
+/// Bodies that are no JSON at all.
+fn no_json() -> Vec<(Vec<u8>, &'static str)> {
+    let open = "[".repeat(60_000).into_bytes();
+    [
+        (&b""[..], "not-json"),
+        (b"{", "not-json"),
+        (b"user_id=a&spp=1", "not-json"),
+        (br#"{"user_id":"a",}"#, "not-json"),
+        (br#"{'user_id':'a'}"#, "not-json"),
+        (br#"{"user_id":"a","spp":01}"#, "not-json"),
+        (br#"{"user_id":"a","spp":+1}"#, "not-json"),
+        (br#"{"user_id":"a","spp":0x1}"#, "not-json"),
+        (br#"{"user_id":"a","spp":NaN}"#, "not-json"),
+        (br#"{"user_id":"a"}{"user_id":"b"}"#, "not-json"),
+        (br#"{"user_id":"a"} /* */"#, "not-json"),
+        (b"{\"user_id\":\"a\nb\"}", "not-json"),
+        (b"{\"user_id\":\"a\0\"}", "not-json"),
+        (b"\xef\xbb\xbf{\"user_id\":\"a\"}", "not-json"),
+        (b"{\"user_id\":\"\xff\"}", "body-not-utf8"),
+        (b"{\"user_id\":\"\xc0\x80\"}", "body-not-utf8"),
+        (b"{\"user_id\":\"\xed\xa0\x80\"}", "body-not-utf8"),
+    ]
+    .map(|(body, cause)| (body.to_owned(), cause))
+    .into_iter()
+    .chain([(open, "not-json")])
+    .collect()
+}
+
+/// Every bad body, with the status and the cause it must be answered with.
+pub(crate) fn bad_bodies() -> Vec<(Vec<u8>, u16, &'static str)> {
+    let no_patches = no_patches().into_iter();
+    let no_patches = no_patches.map(|(body, _)| (body.into_bytes(), 422, "not-a-patch"));
+    let no_json = no_json().into_iter();
+    no_patches
+        .chain(no_json.map(|(body, cause)| (body, 400, cause)))
+        .collect()
+}
+
+#[tokio::test]
+async fn a_bad_body_is_answered_with_its_cause_and_stores_nothing() {
+    let node = Node::start().await;
+    for (body, named) in no_patches() {
+        let detail = node.set(body.clone()).await.problem(422, "not-a-patch");
+        assert!(detail.contains(named), "{detail} for {:.60}", body);
+        assert!(detail.len() < 400, "{detail}");
+    }
+    for (body, cause) in no_json() {
+        node.set(body).await.problem(400, cause);
+    }
+    node.get("a").await.problem(404, "user-unknown");
+    assert_eq!(node.ops("/status").await.json()["position"], 0);
+}
+
+#[tokio::test]
+async fn ids_of_any_script_up_to_256_bytes_are_kept_as_they_are() {
+    let node = Node::start().await;
+    let longest = "é".repeat(128);
+    for user_id in [
+        "a+b c&d=e%f#g?/",
+        "\"quoted\\\"",
+        "日本語",
+        "😀",
+        " ",
+        "\u{a0}",
+        &longest,
+    ] {
+        let patch = serde_json::json!({ "user_id": user_id, "spp": 1 });
+        node.set(patch.to_string()).await.position();
+        assert_eq!(node.get(user_id).await.json()["user_id"], user_id);
+    }
+    assert_eq!(node.ops("/status").await.json()["records"], 7);
+}
+
+#[tokio::test]
+async fn credentials_must_be_right_and_readable() {
+    let node = Node::start().await;
+    let send = async |authorization: &str| {
+        let body = r#"{"user_id":"a","spp":1}"#;
+        let request = set_request_of(body);
+        let ours = format!("authorization: {AUTHORIZATION}\r\n");
+        let mut connection = Raw::connect(node.write).await;
+        connection.send(request.replace(&ours, authorization)).await;
+        connection.answer().await
+    };
+    let long = format!("authorization: Basic {}\r\n", "YWFh".repeat(6000));
+    for wrong in [
+        "",
+        // admin:wrong, admin:correct hors, nobody:correct horse, admin: and :correct horse
+        "authorization: Basic YWRtaW46d3Jvbmc=\r\n",
+        "authorization: Basic YWRtaW46Y29ycmVjdCBob3Jz\r\n",
+        "authorization: Basic bm9ib2R5OmNvcnJlY3QgaG9yc2U=\r\n",
+        "authorization: Basic YWRtaW46\r\n",
+        "authorization: Basic OmNvcnJlY3QgaG9yc2U=\r\n",
+        // No colon; no UTF-8; no base64.
+        "authorization: Basic YWRtaW4=\r\n",
+        "authorization: Basic //8=\r\n",
+        "authorization: Basic !!!\r\n",
+        "authorization: Basic\r\n",
+        "authorization: Bearer YWRtaW46Y29ycmVjdCBob3JzZQ==\r\n",
+        &long,
+    ] {
+        let answer = send(wrong).await;
+        answer.problem(401, "unauthorized");
+        let challenge = answer.header("www-authenticate");
+        assert!(challenge.starts_with("Basic realm="), "{challenge}");
+    }
+    node.get("a").await.problem(404, "user-unknown");
+    send(&format!(
+        "Authorization: {}\r\n",
+        AUTHORIZATION.replace("Basic", "bASIC")
+    ))
+    .await
+    .position();
+}
+
+#[tokio::test]
+async fn the_body_must_be_called_json() {
+    let node = Node::start().await;
+    let body = r#"{"user_id":"a","spp":1}"#;
+    let send = async |content_type: &str| {
+        let request = set_request_of(body);
+        let mut connection = Raw::connect(node.write).await;
+        connection
+            .send(request.replace("content-type: application/json\r\n", content_type))
+            .await;
+        connection.answer().await
+    };
+    for wrong in [
+        "",
+        "content-type:\r\n",
+        "content-type: text/plain\r\n",
+        "content-type: application/x-www-form-urlencoded\r\n",
+        "content-type: application/jsonp\r\n",
+        "content-type: application/merge-patch+json\r\n",
+    ] {
+        send(wrong).await.problem(415, "unsupported-media-type");
+    }
+    node.get("a").await.problem(404, "user-unknown");
+    for right in [
+        "content-type: application/json\r\n",
+        "Content-Type: Application/JSON\r\n",
+        "content-type: application/json; charset=utf-8\r\n",
+        "content-type: application/json;charset=UTF-8\r\n",
+    ] {
+        send(right).await.position();
+    }
+}
+
+#[tokio::test]
+async fn a_body_of_64_kib_is_the_largest() {
+    let node = Node::start().await;
+    let patch = r#"{"user_id":"a","spp":1}"#;
+    let padded = |bytes: usize| format!("{patch}{}", " ".repeat(bytes - patch.len()));
+    node.set(padded(64 * 1024)).await.position();
+    let detail = node
+        .set(padded(64 * 1024 + 1))
+        .await
+        .problem(413, "body-too-large");
+    assert!(detail.contains("65536"), "{detail}");
+
+    let chunked = async |bytes: usize| -> Answer {
+        let (first, second) = (padded(bytes), " ".repeat(1024));
+        let body = format!(
+            "{:x}\r\n{first}\r\n{:x}\r\n{second}\r\n0\r\n\r\n",
+            first.len(),
+            second.len()
+        );
+        let mut connection = Raw::connect(node.write).await;
+        connection
+            .send(set_request("transfer-encoding: chunked", &body))
+            .await;
+        connection.answer().await
+    };
+    chunked(63 * 1024).await.position();
+    chunked(63 * 1024 + 1).await.problem(413, "body-too-large");
+    assert_eq!(node.ops("/status").await.json()["position"], 2);
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_come_or_breaks_off_is_answered() {
+    let node = Local::start(|config| config.http.body_wait_max = Duration::from_millis(50)).await;
+    let mut connection = Raw::connect(node.write).await;
+    connection
+        .send(set_request("content-length: 20", r#"{"user_id":"#))
+        .await;
+    connection.answer().await.problem(408, "body-slow");
+    connection.closed().await;
+
+    let mut connection = Raw::connect(node.write).await;
+    connection
+        .send(set_request("transfer-encoding: chunked", "xyz\r\n"))
+        .await;
+    connection.answer().await.problem(400, "body-broken");
+    connection.closed().await;
+    assert_eq!(node.ops("/status").await.json()["position"], 0);
+}
+
+#[tokio::test]
+async fn other_methods_and_paths_are_told_what_there_is() {
+    let node = Node::start().await;
+    for method in ["GET", "PUT", "PATCH", "DELETE", "OPTIONS"] {
+        let request = node.client.request(
+            method.parse().unwrap(),
+            format!("http://{}/set", node.write),
+        );
+        let answer = Answer::of(request.send().await.unwrap()).await;
+        answer.problem(405, "method-not-allowed");
+        assert_eq!(answer.header("allow"), "POST");
+    }
+    for path in ["/", "/get?user_id=a", "/set/", "/SET", "/backups"] {
+        let request = node.client.post(format!("http://{}{path}", node.write));
+        let detail = Answer::of(request.send().await.unwrap())
+            .await
+            .problem(404, "route-unknown");
+        assert!(detail.contains("POST /set"), "{detail}");
+    }
+}

@@ -1,0 +1,187 @@
+//! Requests and answers as bytes, and waiting for what is to come.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+
+/// How long anything may take before a test gives up on it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Looks again and again until `look` finds what it looks for.
+pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(begun.elapsed() < PATIENCE, "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// `task`, which must end in time.
+pub(crate) async fn in_time<T>(what: &str, task: impl Future<Output = T>) -> T {
+    let ended = tokio::time::timeout(PATIENCE, task).await;
+    ended.unwrap_or_else(|_| panic!("not in time: {what}"))
+}
+
+/// One answer, whole.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: String,
+}
+
+impl Answer {
+    /// A header's value; empty without it.
+    pub(crate) fn header(&self, name: &str) -> &str {
+        let value = self.headers.get(name);
+        value.map_or("", |value| value.to_str().unwrap())
+    }
+
+    /// The position that an answered write gives.
+    #[track_caller]
+    pub(crate) fn position(&self) -> u64 {
+        assert_eq!(self.status, 204, "{}", self.body);
+        self.header("grade-position").parse().unwrap()
+    }
+
+    pub(crate) fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.body).unwrap()
+    }
+
+    /// Checks that this is the problem `cause` in all that the contract says of one; its `detail`.
+    #[track_caller]
+    pub(crate) fn problem(&self, status: u16, cause: &str) -> String {
+        assert_eq!(self.status, status, "{cause}: {}", self.body);
+        assert_eq!(self.header("content-type"), "application/problem+json");
+        let problem = self.json();
+        assert_eq!(problem["type"], format!("urn:gradestore:problem:{cause}"));
+        assert_eq!(problem["status"], status);
+        assert_ne!(problem["title"], "");
+        let detail = problem["detail"].as_str().unwrap();
+        assert_ne!(detail, "");
+        for (needing, header) in [
+            (401, "www-authenticate"),
+            (405, "allow"),
+            (503, "retry-after"),
+        ] {
+            let has = !self.header(header).is_empty();
+            assert_eq!(has, status == needing, "{header} with {status}");
+        }
+        detail.to_owned()
+    }
+
+    pub(crate) async fn of(response: reqwest::Response) -> Self {
+        Self {
+            status: response.status().as_u16(),
+            headers: response.headers().clone(),
+            body: response.text().await.unwrap(),
+        }
+    }
+}
+
+/// A connection on which a test says every byte.
+pub(crate) struct Raw {
+    incoming: Incoming,
+    outgoing: OwnedWriteHalf,
+}
+
+struct Incoming {
+    stream: OwnedReadHalf,
+    received: Vec<u8>,
+}
+
+impl Raw {
+    pub(crate) async fn connect(address: SocketAddr) -> Self {
+        let stream = in_time("connect", TcpStream::connect(address)).await;
+        let stream = stream.unwrap();
+        // Else a second small write waits 40 ms for the answer to the first.
+        stream.set_nodelay(true).unwrap();
+        let (stream, outgoing) = stream.into_split();
+        let received = Vec::new();
+        Self {
+            incoming: Incoming { stream, received },
+            outgoing,
+        }
+    }
+
+    pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        let sent = self.outgoing.write_all(bytes.as_ref());
+        in_time("send", sent).await.unwrap();
+    }
+
+    /// Says that nothing more will be sent.
+    pub(crate) async fn send_no_more(&mut self) {
+        self.outgoing.shutdown().await.unwrap();
+    }
+
+    /// The next answer.
+    pub(crate) async fn answer(&mut self) -> Answer {
+        self.try_answer().await.unwrap()
+    }
+
+    /// The next answer; `None` if the connection ends first.
+    pub(crate) async fn try_answer(&mut self) -> Option<Answer> {
+        self.incoming.answer().await
+    }
+
+    /// Sends `request` and reads the answer meanwhile: the node may answer before it has all.
+    pub(crate) async fn ask(&mut self, request: impl AsRef<[u8]>) -> Answer {
+        let sent = self.outgoing.write_all(request.as_ref());
+        let (_, answer) = tokio::join!(in_time("send", sent), self.incoming.answer());
+        answer.unwrap()
+    }
+
+    /// Waits until the node ends the connection; nothing more may come.
+    pub(crate) async fn closed(&mut self) {
+        let more = self.incoming.receive().await;
+        assert_eq!((more, self.incoming.received.len()), (0, 0), "not the end");
+    }
+}
+
+impl Incoming {
+    async fn answer(&mut self) -> Option<Answer> {
+        let head_end = loop {
+            let end = self.received.windows(4).position(|at| at == b"\r\n\r\n");
+            match end {
+                Some(at) => break at + 4,
+                None if self.receive().await == 0 => return None,
+                None => {}
+            }
+        };
+        let head = String::from_utf8(self.received.drain(..head_end).collect()).unwrap();
+        let mut lines = head.lines();
+        let status = lines.next()?.split(' ').nth(1)?.parse().unwrap();
+        let headers: HeaderMap = lines
+            .filter_map(|line| line.split_once(": "))
+            .map(|(name, value)| {
+                let name: HeaderName = name.parse().unwrap();
+                (name, HeaderValue::from_str(value).unwrap())
+            })
+            .collect();
+        let body_len = headers.get("content-length");
+        let body_len = body_len.map_or(0, |len| len.to_str().unwrap().parse().unwrap());
+        while self.received.len() < body_len {
+            assert_ne!(self.receive().await, 0, "the answer is cut off: {head}");
+        }
+        let body = self.received.drain(..body_len).collect();
+        Some(Answer {
+            status,
+            headers,
+            body: String::from_utf8(body).unwrap(),
+        })
+    }
+
+    /// Takes what comes; 0 at the connection's end.
+    async fn receive(&mut self) -> usize {
+        let received = self.stream.read_buf(&mut self.received);
+        // A reset ends it, too.
+        in_time("something to read", received).await.unwrap_or(0)
+    }
+}
