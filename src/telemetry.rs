@@ -223,6 +223,48 @@ fn describe() {
         "gradestore_http_connections_cut_total",
         "Connections closed for a deadline or to make room, by port."
     );
+    describe_gauge!(
+        "gradestore_log_first",
+        "Sequence number of the oldest batch in the log."
+    );
+    describe_gauge!(
+        "gradestore_log_writable",
+        "1 while the log takes batches, else 0."
+    );
+    describe_gauge!(
+        "gradestore_restore_running",
+        "1 while a backup is being restored."
+    );
+    describe_gauge!(
+        "gradestore_restore_rows",
+        "Rows that the last restore has read."
+    );
+    describe_gauge!(
+        "gradestore_restore_bytes",
+        "Bytes that the last restore has read."
+    );
+    describe_gauge!(
+        "gradestore_restore_duration_seconds",
+        "Time that the last restore took so far."
+    );
+    describe_counter!(
+        "gradestore_snapshot_failures_total",
+        "Snapshots that could not be written."
+    );
+    describe_gauge!(
+        "gradestore_snapshot_age_seconds",
+        "Time since a snapshot was finished."
+    );
+    describe_gauge!(
+        "gradestore_snapshot_position",
+        "Position of the last snapshot."
+    );
+    describe_gauge!("gradestore_snapshot_rows", "Rows of the last snapshot.");
+    describe_gauge!("gradestore_snapshot_bytes", "Size of the last snapshot.");
+    describe_gauge!(
+        "gradestore_snapshot_duration_seconds",
+        "Time that the last snapshot took."
+    );
 }
 
 /// Sends log lines to standard error, from `info` up or as `RUST_LOG` says

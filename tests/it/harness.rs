@@ -12,6 +12,7 @@ use gradestore::app::{self, Sockets};
 use gradestore::config::{Config, HttpConfig, default_writer_limits};
 use gradestore::http::Credentials;
 use gradestore::log::{Log, MemoryLog, Origin};
+use gradestore::storage::Storage;
 use parking_lot::Mutex;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use rustix::process::{Pid, Signal, kill_process};
@@ -123,6 +124,8 @@ pub(crate) fn program_at(path: &Path) -> Command {
             command.env_remove(name);
         }
     }
+    // A test that wants a disk says which.
+    command.env("GRADESTORE_EPHEMERAL", "true");
     command
 }
 
@@ -255,6 +258,7 @@ impl Local {
             credentials: Credentials::new("admin", PASSWORD),
             http: HttpConfig::default(),
             writer: default_writer_limits(),
+            restore_from: None,
         };
         adjust(&mut config);
         let sockets = Sockets::bind(&config).unwrap();
@@ -268,10 +272,14 @@ impl Local {
             let shutdown = async {
                 let _ = stopped.await;
             };
-            app::run(config, origin, log, sockets, shutdown)
+            app::run(config, origin, Storage::of(log), sockets, shutdown)
                 .await
                 .unwrap();
         });
+        eventually("ready", async || {
+            (ports.ops("/readyz").await.status == 200).then_some(())
+        })
+        .await;
         Self {
             ports,
             stop: Some(stop),

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use gradestore::log::{
-    AppendError, Batch, Entry, Log, LogId, MemoryLog, Origin, ReadError, Seq, Subscription,
+    AppendError, Batch, Entry, Log, LogId, MemoryLog, Origin, ReadError, SeedError, Seq,
+    Subscription,
 };
 use tokio::sync::watch;
 
@@ -54,8 +55,16 @@ impl Log for HeldLog {
         self.inner.id()
     }
 
+    fn first(&self) -> Seq {
+        self.inner.first()
+    }
+
     fn end(&self) -> Seq {
         self.inner.end()
+    }
+
+    fn seed(&self, base: Seq) -> Result<(), SeedError> {
+        self.inner.seed(base)
     }
 
     fn in_flight_max(&self) -> usize {
