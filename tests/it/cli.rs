@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::process::{Command, Output};
 
-use crate::harness::{ANY_PORTS, Node, PASSWORD, program};
+use crate::harness::{ANY_PORTS, Node, PASSWORD, program, run};
 use crate::wire::eventually;
 
 /// What a run that must fail to start says.
@@ -13,7 +13,7 @@ fn refused(command: &mut Command) -> String {
         status,
         stdout,
         stderr,
-    } = command.output().unwrap();
+    } = run(command);
     assert!(!status.success());
     assert!(stdout.is_empty());
     String::from_utf8(stderr).unwrap()
@@ -137,10 +137,9 @@ async fn a_password_that_was_made_is_shown_in_lines_that_work() {
         (said.matches("curl").count() == 2).then_some(said)
     })
     .await;
-    let sent = Command::new("sh")
-        .args(["-e", "-c", &said[said.find("  curl").unwrap()..]])
-        .output();
-    let sent = sent.unwrap();
+    let lines = &said[said.find("  curl").unwrap()..];
+    let mut shell = Command::new("sh");
+    let sent = run(shell.args(["-e", "-c", lines]).env("NO_PROXY", "*"));
     assert!(sent.status.success(), "{sent:?}");
     let got = String::from_utf8(sent.stdout).unwrap();
     assert_eq!(got, node.get("alice").await.body);
@@ -188,19 +187,11 @@ async fn the_password_is_said_nowhere() {
 async fn health_asks_whether_a_node_is_ready() {
     let node = Node::start().await;
     let address = node.ops.to_string();
-    let health = |address: &str| {
-        program()
-            .args(["health", "--ops-addr", address])
-            .output()
-            .unwrap()
-    };
+    let health = |address: &str| run(program().args(["health", "--ops-addr", address]));
     let ready = health(&address);
     assert!(ready.status.success(), "{ready:?}");
-    let by_variable = program()
-        .arg("health")
-        .env("GRADESTORE_OPS_ADDR", &address)
-        .output();
-    assert!(by_variable.unwrap().status.success());
+    let by_variable = run(program().arg("health").env("GRADESTORE_OPS_ADDR", &address));
+    assert!(by_variable.status.success(), "{by_variable:?}");
 
     // Its read port answers, but not that it is ready.
     let other = health(&node.read.to_string());
@@ -215,7 +206,7 @@ async fn health_asks_whether_a_node_is_ready() {
 #[test]
 fn help_and_version_are_printed() {
     let said = |args: &[&str]| {
-        let output = program().args(args).output().unwrap();
+        let output = run(program().args(args));
         assert!(output.status.success(), "{args:?}");
         String::from_utf8(output.stdout).unwrap()
     };

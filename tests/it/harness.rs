@@ -5,8 +5,8 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::ops::Deref;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, mpsc};
 
 use gradestore::app::{self, Sockets};
 use gradestore::config::{Config, HttpConfig, default_writer_limits};
@@ -19,7 +19,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::wire::{Answer, Raw, eventually, in_time};
+use crate::wire::{Answer, PATIENCE, Raw, eventually, in_time};
 
 pub(crate) const PASSWORD: &str = "correct horse";
 /// `admin` and [`PASSWORD`].
@@ -129,10 +129,40 @@ pub(crate) fn program_at(path: &Path) -> Command {
     command
 }
 
-/// The program as a child process; killed when dropped.
+/// Runs a command that must end by itself.
+pub(crate) fn run(command: &mut Command) -> Output {
+    let command = command.stdin(Stdio::null());
+    let child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pid = Pid::from_child(&child);
+    let (ended, end) = mpsc::channel();
+    std::thread::spawn(move || ended.send(child.wait_with_output()));
+    match end.recv_timeout(PATIENCE) {
+        Ok(output) => output.unwrap(),
+        Err(_) => {
+            kill_process(pid, Signal::KILL).unwrap();
+            panic!("does not end: {command:?}");
+        }
+    }
+}
+
+/// A child process that is killed when dropped.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The program as a child process.
 pub(crate) struct Node {
     ports: Ports,
-    child: Child,
+    process: Process,
     /// What it has said so far.
     pub(crate) stdout: Arc<Mutex<String>>,
     pub(crate) stderr: Arc<Mutex<String>>,
@@ -160,13 +190,10 @@ impl Node {
     /// One that `command` starts.
     pub(crate) async fn start_with(command: &mut Command) -> Self {
         let command = command.stdin(Stdio::null());
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let stdout = collected(child.stdout.take().unwrap());
-        let stderr = collected(child.stderr.take().unwrap());
+        let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = Process(command.spawn().unwrap());
+        let stdout = collected(process.0.stdout.take().unwrap());
+        let stderr = collected(process.0.stderr.take().unwrap());
         let listening = eventually("the log line that names the ports", async || {
             let stderr = stderr.lock();
             let mut lines = stderr.lines();
@@ -182,7 +209,7 @@ impl Node {
         let ports = Ports::new(address("write"), address("read"), address("ops"));
         let node = Self {
             ports,
-            child,
+            process,
             stdout,
             stderr,
         };
@@ -194,19 +221,15 @@ impl Node {
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
+        kill_process(Pid::from_child(&self.process.0), signal).unwrap();
     }
 
     /// Waits until it has ended by itself.
     pub(crate) async fn exit(&mut self) -> ExitStatus {
-        eventually("the process's end", async || self.child.try_wait().unwrap()).await
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        eventually("the process's end", async || {
+            self.process.0.try_wait().unwrap()
+        })
+        .await
     }
 }
 

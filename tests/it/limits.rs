@@ -48,8 +48,8 @@ async fn a_new_client_waits_while_all_places_are_at_work() {
 #[tokio::test]
 async fn a_header_that_does_not_end_and_a_connection_that_idles_are_cut() {
     let node = Local::start(|config| {
-        config.http.data.header_wait_max = Duration::from_millis(100);
-        config.http.data.idle_max = Duration::from_millis(100);
+        config.http.data.header_wait_max = Duration::from_millis(500);
+        config.http.data.idle_max = Duration::from_millis(500);
     })
     .await;
     let (mut silent, mut slow) = (Raw::connect(node.read).await, Raw::connect(node.read).await);
@@ -69,8 +69,8 @@ async fn a_header_that_does_not_end_and_a_connection_that_idles_are_cut() {
 #[tokio::test]
 async fn a_request_that_runs_is_not_cut_for_being_idle() {
     let node = Local::start(|config| {
-        config.http.data.header_wait_max = Duration::from_millis(1);
-        config.http.data.idle_max = Duration::from_millis(1);
+        config.http.data.header_wait_max = Duration::from_millis(500);
+        config.http.data.idle_max = Duration::from_millis(500);
     })
     .await;
     let mut running = half_sent_set(&node, PATCH).await;
@@ -83,6 +83,7 @@ async fn a_request_that_runs_is_not_cut_for_being_idle() {
 #[tokio::test]
 async fn thousands_of_idle_and_slow_connections_stand_in_nobodys_way() {
     const EACH: usize = 1500;
+    rlimit::increase_nofile_limit(u64::MAX).unwrap();
     let node = Node::start().await;
     node.set(PATCH).await.position();
     let mut open = Vec::new();

@@ -68,10 +68,13 @@ async fn a_full_queue_refuses_and_what_waits_is_written_in_order() {
 
 #[tokio::test]
 async fn a_batch_that_does_not_come_back_has_an_unknown_outcome_and_may_still_land() {
-    let (log, node) = start(Duration::from_millis(100)).await;
+    let (log, node) = start(Duration::from_secs(1)).await;
     let mut sent = Vec::new();
     for spp in [6, 7] {
-        sent.push(waiting_set(&node, &format!(r#"{{"user_id":"a","spp":{spp}}}"#)).await);
+        let mut connection = Raw::connect(node.write).await;
+        let patch = format!(r#"{{"user_id":"a","spp":{spp}}}"#);
+        connection.send(set_request_of(&patch)).await;
+        sent.push(connection);
         node.metric_reaches("gradestore_log_end", (spp - 5) as f64)
             .await;
     }
@@ -102,7 +105,7 @@ async fn a_log_that_takes_nothing_is_told_to_the_client() {
 
 #[tokio::test]
 async fn a_node_that_misses_a_batch_answers_no_more() {
-    let (log, node) = start(Duration::from_millis(100)).await;
+    let (log, node) = start(Duration::from_secs(1)).await;
     log.release();
     node.set(PATCH).await.position();
     log.lose();
