@@ -6,12 +6,14 @@
 //! - [`grade`]: what a grade and a patch are. The only room that knows the fields.
 //! - [`store`]: the records in memory, sharded; get, apply, scan, digest.
 //! - [`log`]: the one total order of batches, as a trait and its kinds.
+//! - [`backup`]: the store as a file: format, reading, writing, snapshots.
 //! - [`readiness`]: whether this replica may answer, and if not, why.
 //! - [`replication`]: the invariant, *a replica's state is exactly its log's batches, in order, up
-//!   to its position*; group commit on the way in, ordered apply on the way out.
-//! - [`http`]: three ports; [`telemetry`]: logs and metrics.
-//! - [`config`] and [`app`]: from flags to a node, and its life; [`health`]: asking one from
-//!   outside.
+//!   to its position*; group commit on the way in, ordered apply on the way out; getting to a
+//!   position at the start, and snapshots.
+//! - [`http`]: three ports; [`telemetry`]: logs and metrics; [`progress`]: bars.
+//! - [`storage`]: the data directory; [`config`] and [`app`]: from flags to a node, and its life.
+//! - [`fetch`] and [`health`]: what the program does from outside a node.
 //!
 //! # One write, from socket to reply
 //!

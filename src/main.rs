@@ -41,7 +41,10 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
         let shutdown = shutdown()?;
         let sockets = Sockets::bind(&config)?;
         let storage = args.storage();
-        let storage = tokio::task::spawn_blocking(move || Storage::open(&storage, origin));
+        let restore_from = config.restore_from.clone();
+        let storage = tokio::task::spawn_blocking(move || {
+            Storage::open(&storage, origin, restore_from.as_deref())
+        });
         let storage = storage.await??;
         greet(&sockets, &args.username, made_password.as_ref())?;
         app::run(config, origin, storage, sockets, shutdown).await?;

@@ -8,9 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::backup::Snapshots;
-use crate::log::{Log, MemoryLog, Origin};
-type OpenError = io::Error;
+use crate::backup::{BackupError, Snapshots, end_position};
+use crate::log::{DiskLog, Log, MemoryLog, OpenError, Origin, Seq};
 
 /// Where the log is kept.
 #[derive(Debug, Clone)]
@@ -44,12 +43,15 @@ pub enum StorageError {
         error: io::Error,
     },
     /// The log can't be opened.
-    #[error("cannot open the log in --data-dir {dir}: {error}")]
-    Log {
-        /// The directory.
-        dir: PathBuf,
-        /// Why.
-        error: OpenError,
+    #[error(transparent)]
+    Log(#[from] OpenError),
+    /// The backup to begin from can't be.
+    #[error("cannot restore from {path}: {error}")]
+    RestoreFrom {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: BackupError,
     },
 }
 
@@ -64,13 +66,22 @@ pub struct Storage {
 }
 
 impl Storage {
-    /// Opens what `config` names. Blocks.
+    /// Opens what `config` names. With a backup to begin from, the log begins where that ends.
+    /// Blocks.
     ///
     /// # Errors
     /// See [`StorageError`].
-    pub fn open(config: &StorageConfig, origin: Origin) -> Result<Self, StorageError> {
+    pub fn open(
+        config: &StorageConfig,
+        origin: Origin,
+        restore_from: Option<&Path>,
+    ) -> Result<Self, StorageError> {
+        let base = restore_from.map(base_of).transpose()?;
         match config {
-            StorageConfig::Ephemeral => Ok(Self::of(Arc::new(MemoryLog::new(origin)))),
+            StorageConfig::Ephemeral => {
+                let log = MemoryLog::new(origin, base.unwrap_or(0));
+                Ok(Self::of(Arc::new(log)))
+            }
             StorageConfig::Disk {
                 dir,
                 snapshot_interval,
@@ -78,7 +89,7 @@ impl Storage {
                 let lock = lock(dir)?;
                 let snapshots = Snapshots::open(&dir.join("snapshots"));
                 let snapshots = snapshots.map_err(|error| io_error(dir, error))?;
-                let log = MemoryLog::new(origin);
+                let log = DiskLog::open(&dir.join("log"), base)?;
                 Ok(Self {
                     log: Arc::new(log),
                     snapshots: Some((snapshots, *snapshot_interval)),
@@ -97,6 +108,15 @@ impl Storage {
             _lock: None,
         }
     }
+}
+
+fn base_of(path: &Path) -> Result<Seq, StorageError> {
+    let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error });
+    file.and_then(end_position)
+        .map_err(|error| StorageError::RestoreFrom {
+            path: path.to_owned(),
+            error,
+        })
 }
 
 fn lock(dir: &Path) -> Result<File, StorageError> {

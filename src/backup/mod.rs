@@ -35,7 +35,7 @@ mod writer;
 use serde::{Deserialize, Serialize};
 
 pub use error::BackupError;
-pub use reader::{Progress, Summary, read};
+pub use reader::{Progress, Summary, end_position, read};
 pub use row::Row;
 pub use snapshots::{Snapshots, Written, restore, restore_file};
 pub use writer::{BackupWriter, Chunk, ChunkSource};

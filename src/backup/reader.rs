@@ -12,6 +12,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 use super::member::{self, Content, FIXED_BYTES, Kind, TRAILER_BYTES};
 use super::{BackupError, End, FORMAT, Head, Row, foreign, row};
 use crate::grade::Digest;
+use crate::log::Seq;
 
 /// The longest name in the first member.
 const NAME_BYTES_MAX: usize = 256;
@@ -98,6 +99,42 @@ pub fn read(
         }),
         Kind::Foreign => foreign::read(&mut source, sink, progress),
         Kind::Ours(_) => Own::new(source, progress).read(sink),
+    }
+}
+
+/// The position that the backup in `source` ends at; 0 for a foreign file. Looks at the members'
+/// headers alone: what it says holds once [`read`] has accepted the file.
+///
+/// # Errors
+/// The headers can't be followed to the end record.
+pub fn end_position(mut source: impl Read + Unpin + Send) -> Result<Seq, BackupError> {
+    let mut start = Vec::with_capacity(START_BYTES);
+    let taken = (&mut source)
+        .take(START_BYTES as u64)
+        .read_to_end(&mut start);
+    taken.map_err(|error| BackupError::Io { at: 0, error })?;
+    if !matches!(member::kind_of(&start), Kind::Ours(_)) {
+        return Ok(0);
+    }
+    let progress = Progress::default();
+    let mut own = Own::new(io::Cursor::new(start).chain(source), &progress);
+    own.read_head()?;
+    let mut skipped = Vec::new();
+    loop {
+        let at = own.at;
+        let (header, content) = own.read_header()?;
+        match content {
+            Content::End(end) => return Ok(end.position),
+            Content::Rows { member, .. } if (member as usize) < member::MEMBER_BYTES_MAX => {
+                skipped.clear();
+                let rest = (member as usize).saturating_sub(header.len());
+                own.read_some(rest, &mut skipped)?;
+            }
+            _ => {
+                let what = "its members do not lead to an end record";
+                return Err(BackupError::Damaged { at, what });
+            }
+        }
     }
 }
 

@@ -27,10 +27,9 @@ use tokio_util::task::TaskTracker;
 
 use super::observe::{HttpMetrics, Observed};
 
-/// The most header bytes of a request; more is answered with 431.
+/// The most header bytes of a request; more is answered with 431. So are more than 100 lines, which
+/// is hyper's own bound: with another it would allocate for each request.
 const HEADER_BYTES_MAX: usize = 32 * 1024;
-/// The most header lines of a request; more is answered with 431.
-const HEADER_LINES_MAX: usize = 64;
 /// How often deadlines are looked at.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 /// Of how many places one is freed when all are taken, those idle longest first: to look for the
@@ -162,8 +161,8 @@ async fn serve_connection(stream: TcpStream, service: Observed, connection: &Con
     // Answers are written whole: waiting to send more at once only delays them.
     let _ = stream.set_nodelay(true);
     let mut http = http1::Builder::new()
-        .max_buf_size(HEADER_BYTES_MAX)
-        .max_headers(HEADER_LINES_MAX)
+        .max_buf_size(2 * HEADER_BYTES_MAX)
+        .max_header_size(HEADER_BYTES_MAX)
         .serve_connection(TokioIo::new(stream), service);
     let mut draining = false;
     let served = std::future::poll_fn(|cx| {

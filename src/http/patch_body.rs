@@ -50,6 +50,10 @@ fn explain(body: &[u8]) -> ApiError {
         return ApiError::NotJson(error.to_string());
     }
     match serde_json::from_str::<Patch<String>>(text) {
+        // The grammar holds, so what is left of syntax is an escape that stands for no character.
+        Err(error) if error.is_syntax() => ApiError::NotAPatch(format!(
+            "a \\u escape is half of a surrogate pair ({error}); escape both halves, or neither"
+        )),
         Err(error) => ApiError::NotAPatch(error.to_string()),
         Ok(_) => ApiError::NotAPatch("it could not be read".to_owned()),
     }

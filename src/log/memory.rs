@@ -1,15 +1,11 @@
 //! The log of one process that keeps nothing: batches go from the writer to the reader in order.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use super::{
-    AppendError, Batch, Entry, Log, LogId, Origin, ReadError, SeedError, Seq, Subscription, now_ns,
-};
+use super::{AppendError, Batch, Entry, Log, LogId, Origin, ReadError, Seq, Subscription, now_ns};
 
 /// Batches between writer and reader. One is taken while the next one fills; see
 /// [`Log::in_flight_max`].
@@ -18,23 +14,24 @@ const IN_FLIGHT_MAX: usize = 2;
 /// A log in memory, with one reader. Nothing survives the process.
 pub struct MemoryLog {
     id: LogId,
+    /// Where numbering began.
+    base: Seq,
     /// The last sequence number, held while an entry takes its place in the channel.
     end: Mutex<Seq>,
-    /// What it was before the first batch.
-    base: AtomicU64,
     entries: mpsc::Sender<Entry>,
     reader: Mutex<Option<mpsc::Receiver<Entry>>>,
 }
 
 impl MemoryLog {
-    /// An empty log that is known by `origin`: it lives as long as the process does.
+    /// An empty log that is known by `origin`: it lives as long as the process does. Its first
+    /// batch is `base` + 1.
     #[must_use]
-    pub fn new(origin: Origin) -> Self {
+    pub fn new(origin: Origin, base: Seq) -> Self {
         let (entries, reader) = mpsc::channel(IN_FLIGHT_MAX);
         Self {
             id: LogId(format!("memory-{origin}").into()),
-            end: Mutex::new(0),
-            base: AtomicU64::new(0),
+            base,
+            end: Mutex::new(base),
             entries,
             reader: Mutex::new(Some(reader)),
         }
@@ -51,18 +48,8 @@ impl Log for MemoryLog {
     }
 
     fn first(&self) -> Seq {
-        // What the reader has taken is kept nowhere; before that nothing is.
+        // Nothing is held: what is under way is its reader's alone.
         self.end() + 1
-    }
-
-    fn seed(&self, base: Seq) -> Result<(), SeedError> {
-        let mut end = self.end.lock();
-        if *end > self.base.load(Ordering::Relaxed) {
-            return Err(SeedError::NotEmpty);
-        }
-        *end = base;
-        self.base.store(base, Ordering::Relaxed);
-        Ok(())
     }
 
     fn end(&self) -> Seq {
@@ -93,7 +80,7 @@ impl Log for MemoryLog {
         async move {
             // Nothing is kept, so there is one place to start and one reader to have.
             let wanted = after + 1;
-            let reader = match after == self.base.load(Ordering::Relaxed) {
+            let reader = match after == self.base {
                 true => self.reader.lock().take(),
                 false => None,
             };

@@ -4,7 +4,9 @@
 //! What becomes of a batch is told by its coming back through a [`Subscription`], not by
 //! [`Log::append`] returning: only the log knows where a batch stands.
 
+mod disk;
 mod memory;
+mod patches;
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,6 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use futures_util::future::BoxFuture;
 
 use crate::grade::Patch;
+pub use disk::{DiskLog, OpenError};
 pub use memory::MemoryLog;
 
 /// A batch's place in its log: 1 for the first. 0 is the place before it.
@@ -94,17 +97,6 @@ pub enum TrimError {
     Failed(Arc<str>),
 }
 
-/// Why a log can't begin at a position.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum SeedError {
-    /// It has begun already.
-    #[error("the log is not empty")]
-    NotEmpty,
-    /// What the log is kept on failed.
-    #[error("the log can't be written: {0}")]
-    Failed(Arc<str>),
-}
-
 /// Why a log can't be read.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ReadError {
@@ -172,13 +164,6 @@ pub trait Log: Send + Sync + 'static {
         let _ = through;
         Box::pin(std::future::ready(Ok(())))
     }
-
-    /// Makes the first batch number `base + 1`: the store holds what comes before. For a log that
-    /// no batch was ever appended to. Blocks.
-    ///
-    /// # Errors
-    /// The log has begun already, or can't be written.
-    fn seed(&self, base: Seq) -> Result<(), SeedError>;
 
     /// Starts reading at the batch after `after`.
     ///

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 
 use super::{Applied, Position};
 use crate::backup::{BackupError, Head, Progress, Snapshots, Summary, restore_file};
-use crate::log::{Log, SeedError, Seq};
+use crate::log::{Log, Seq};
 use crate::store::Store;
 
 /// Why a node can't get to a position by itself.
@@ -59,9 +59,6 @@ pub enum BootstrapError {
         /// What is wrong with it.
         error: BackupError,
     },
-    /// The log did not take the position to begin at.
-    #[error("cannot begin the log after the backup: {0}")]
-    SeedLog(#[from] SeedError),
 }
 
 /// What is being restored, or was; for `/status` and metrics. Clones are the same.
@@ -160,10 +157,11 @@ pub fn restore_local(
     }
 }
 
-/// Fills `store` from the backup at `path` and makes `log` begin after it. Blocks.
+/// Fills `store` from the backup at `path`; `log` is new and begins where the backup ends, so that a
+/// client's `Grade-Position` never goes back. Blocks.
 ///
 /// # Errors
-/// The log is not empty, or the file is no whole backup. The store is empty then.
+/// The log or the snapshots are not new, or the file is no whole backup. The store is empty then.
 pub fn restore_seed(
     path: &Path,
     store: &Store,
@@ -181,15 +179,11 @@ pub fn restore_seed(
         path: path.to_owned(),
         error,
     })?;
-    // Numbering goes on where the file ends, so that a client's Grade-Position never goes back.
-    let position = summary
-        .records
-        .map_or(applied.position(), |(head, end)| Position {
-            seq: head.position.max(end.position),
-            time_ns: head.time_ns,
-        });
-    log.seed(position.seq).inspect_err(|_| store.clear())?;
-    applied.restored(position);
+    let head = summary.records.map(|(head, _)| head);
+    applied.restored(Position {
+        seq: log.end(),
+        time_ns: head.map_or(applied.position().time_ns, |head| head.time_ns),
+    });
     Ok(())
 }
 

@@ -264,7 +264,7 @@ impl Local {
     /// One with a memory log and the limits that `adjust` makes.
     pub(crate) async fn start(adjust: impl FnOnce(&mut Config)) -> Self {
         let origin = Origin::random().unwrap();
-        Self::run(Arc::new(MemoryLog::new(origin)), origin, adjust).await
+        Self::run(Arc::new(MemoryLog::new(origin, 0)), origin, adjust).await
     }
 
     /// One on `log`. All that knows how a node is put together is here.

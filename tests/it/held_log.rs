@@ -7,8 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use gradestore::log::{
-    AppendError, Batch, Entry, Log, LogId, MemoryLog, Origin, ReadError, SeedError, Seq,
-    Subscription,
+    AppendError, Batch, Entry, Log, LogId, MemoryLog, Origin, ReadError, Seq, Subscription,
 };
 use tokio::sync::watch;
 
@@ -23,7 +22,7 @@ pub(crate) struct HeldLog {
 impl HeldLog {
     pub(crate) fn new(origin: Origin) -> Arc<Self> {
         Arc::new(Self {
-            inner: MemoryLog::new(origin),
+            inner: MemoryLog::new(origin, 0),
             open: watch::Sender::new(false),
             refusing: AtomicBool::new(false),
             losing: Arc::default(),
@@ -61,10 +60,6 @@ impl Log for HeldLog {
 
     fn end(&self) -> Seq {
         self.inner.end()
-    }
-
-    fn seed(&self, base: Seq) -> Result<(), SeedError> {
-        self.inner.seed(base)
     }
 
     fn in_flight_max(&self) -> usize {
