@@ -167,10 +167,11 @@ pub async fn run(
     let rest = TaskTracker::new();
 
     let limits = connection_limits(&config);
-    let listener = |name, socket, router, limits| Listener {
+    let listener = |name, socket, router, direct, limits| Listener {
         name,
         socket,
         router,
+        direct,
         limits,
         metrics: Arc::clone(&telemetry.http),
         connection_metrics: telemetry.connections(name),
@@ -200,18 +201,26 @@ pub async fn run(
         credentials: config.credentials.clone(),
         slots: Arc::new(Semaphore::new(config.http.backups_max)),
     });
-    let read_router = read::routes(ReadState {
+    let read_state = ReadState {
         store: store.clone(),
         applied: applied.clone(),
         readiness: readiness.clone(),
         position_wait_max: config.http.position_wait_max,
-    });
-    let ops = listener("ops", sockets.ops, ops_router, limits.ops);
+    };
+    let read_direct = read::direct(read_state.clone());
+    let read_router = read::routes(read_state);
+    let ops = listener("ops", sockets.ops, ops_router, None, limits.ops);
     rest.spawn(ops.serve(stop_rest.child_token()));
     let write_router = write_router.merge(backup_router);
-    let write = listener("write", sockets.write, write_router, limits.data);
+    let write = listener("write", sockets.write, write_router, None, limits.data);
     data.spawn(write.serve(stop_listening.child_token()));
-    let read = listener("read", sockets.read, read_router, limits.data);
+    let read = listener(
+        "read",
+        sockets.read,
+        read_router,
+        Some(read_direct),
+        limits.data,
+    );
     data.spawn(read.serve(stop_listening.child_token()));
     writing.spawn(writer_task.run(stop_writing.child_token()));
     rest.spawn(until(

@@ -14,6 +14,11 @@ use gradestore::telemetry;
 use gradestore::{fetch, health};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// Gives memory back after a crowd of connections has gone, where the system's allocator kept nine
+/// tenths of it, and takes less time a request (`load/README.md`).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let done = match config::parse_args().command {
         Command::Serve(args) => serve(&args),

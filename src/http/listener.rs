@@ -9,12 +9,15 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use axum::response::Response;
 use futures_util::task::AtomicWaker;
+use http::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
 use metrics::{Counter, Gauge, counter, gauge};
@@ -53,6 +56,9 @@ pub struct ListenerLimits {
     pub idle_max: Duration,
 }
 
+/// A way past the router for a port's one hot route.
+pub type Direct = Arc<dyn Fn(&Request<Incoming>) -> Option<Response> + Send + Sync>;
+
 /// One port: where it listens, what it answers and how it is bounded.
 pub struct Listener {
     /// `read`, `write` or `ops`, in logs and metrics.
@@ -61,6 +67,8 @@ pub struct Listener {
     pub socket: TcpListener,
     /// Answers.
     pub router: Router,
+    /// Answers at once what needs no waiting, past the router; `None` leaves it to that.
+    pub direct: Option<Direct>,
     /// Bounds.
     pub limits: ListenerLimits,
     /// Handles for what is measured about requests.
@@ -113,6 +121,7 @@ impl Listener {
                         let connection = connections.add();
                         let service = Observed {
                             router: self.router.clone(),
+                            direct: self.direct.clone(),
                             metrics: Arc::clone(&self.metrics),
                             connection: Arc::clone(&connection),
                         };
@@ -149,9 +158,14 @@ impl Listener {
     /// before, or the newest one, which has not sent its request yet, would be cut for it.
     async fn accept(&self, connections: &Connections) -> io::Result<(TcpStream, SocketAddr)> {
         let accepted = self.socket.accept().await?;
-        while connections.full() && !connections.make_room() {
-            // All are at work; each has a deadline.
-            tokio::time::sleep(Duration::from_millis(10)).await;
+        while connections.full() {
+            if connections.make_room() {
+                // Lets those that were cut go.
+                tokio::task::yield_now().await;
+            } else {
+                // All are at work; each has a deadline.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
         }
         Ok(accepted)
     }
@@ -293,6 +307,8 @@ struct Connections {
     metrics: ConnectionMetrics,
     /// By id, so oldest first.
     open: Mutex<BTreeMap<u64, Arc<Connection>>>,
+    /// How many of them have been told to close and did not yet.
+    leaving: AtomicUsize,
     next_id: AtomicU64,
 }
 
@@ -302,6 +318,10 @@ struct Place<'a>(&'a Connections, &'a Connection);
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         self.0.open.lock().remove(&self.1.id);
+        // From here on nobody can cut it any more.
+        if self.1.cut.load(Ordering::Acquire) {
+            self.0.leaving.fetch_sub(1, Ordering::Relaxed);
+        }
         self.0.metrics.open.decrement(1.0);
     }
 }
@@ -312,6 +332,7 @@ impl Connections {
             limits,
             metrics,
             open: Mutex::default(),
+            leaving: AtomicUsize::new(0),
             next_id: AtomicU64::new(0),
         })
     }
@@ -325,8 +346,12 @@ impl Connections {
         connection
     }
 
+    /// Whether all places are taken. One that is being given up is free: else a burst of new
+    /// connections, quicker than the old ones' tasks, would cut many times what it needs.
     fn full(&self) -> bool {
-        self.open.lock().len() >= self.limits.connections_max
+        let open = self.open.lock().len();
+        let leaving = self.leaving.load(Ordering::Relaxed);
+        open.saturating_sub(leaving) >= self.limits.connections_max
     }
 
     /// Cuts the connections that are idle longest; says whether there was one. Their places are
@@ -365,8 +390,12 @@ impl Connections {
         }
     }
 
+    /// Only while `open` is locked and has `connection`.
     fn cut(&self, connection: &Connection) {
-        self.metrics.cut.increment(1);
-        connection.order(&connection.cut);
+        if !connection.cut.load(Ordering::Relaxed) {
+            self.leaving.fetch_add(1, Ordering::Relaxed);
+            self.metrics.cut.increment(1);
+            connection.order(&connection.cut);
+        }
     }
 }

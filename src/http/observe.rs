@@ -20,7 +20,7 @@ use std::task::{Context, Poll};
 use tower::Service;
 
 use super::error::ApiError;
-use super::listener::Connection;
+use super::listener::{Connection, Direct};
 
 /// The routes as metrics name them; whatever else is asked for counts as the last one.
 const ROUTES: [&str; 9] = [
@@ -106,6 +106,7 @@ impl HttpMetrics {
 /// The service of one connection: a port's router, watched.
 pub(super) struct Observed {
     pub(super) router: Router,
+    pub(super) direct: Option<Direct>,
     pub(super) metrics: Arc<HttpMetrics>,
     pub(super) connection: Arc<Connection>,
 }
@@ -125,17 +126,34 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
             request.extensions_mut().insert(connection);
         }
         self.metrics.in_flight.increment(1.0);
-        let answer = self.router.clone().call(request.map(Body::new));
-        ObservedFuture {
-            answer: AssertUnwindSafe(answer).catch_unwind(),
-            running: Running {
-                metrics: Arc::clone(&self.metrics),
-                connection: Arc::clone(&self.connection),
-                begun,
-                route: route.unwrap_or(OTHER),
+        let running = Running {
+            metrics: Arc::clone(&self.metrics),
+            connection: Arc::clone(&self.connection),
+            begun,
+            route: route.unwrap_or(OTHER),
+        };
+        let direct = self.direct.as_ref().and_then(|direct| {
+            let answer = || direct(&request);
+            std::panic::catch_unwind(AssertUnwindSafe(answer)).unwrap_or_else(|_| Some(internal()))
+        });
+        let answer = match direct {
+            Some(response) => AnswerFuture::Ready {
+                response: Some(response),
             },
-        }
+            None => {
+                let answer = self.router.clone().call(request.map(Body::new));
+                AnswerFuture::Router {
+                    answer: AssertUnwindSafe(answer).catch_unwind(),
+                }
+            }
+        };
+        ObservedFuture { answer, running }
     }
+}
+
+/// What a panic is answered with. The panic hook has logged it.
+fn internal() -> Response {
+    ApiError::Internal.into_response()
 }
 
 type RouterFuture = <Router as Service<Request<Body>>>::Future;
@@ -143,8 +161,34 @@ type RouterFuture = <Router as Service<Request<Body>>>::Future;
 pin_project_lite::pin_project! {
     pub(super) struct ObservedFuture {
         #[pin]
-        answer: CatchUnwind<AssertUnwindSafe<RouterFuture>>,
+        answer: AnswerFuture,
         running: Running,
+    }
+}
+
+pin_project_lite::pin_project! {
+    #[project = AnswerProjection]
+    enum AnswerFuture {
+        Ready { response: Option<Response> },
+        Router { #[pin] answer: CatchUnwind<AssertUnwindSafe<RouterFuture>> },
+    }
+}
+
+impl Future for AnswerFuture {
+    type Output = Response;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response> {
+        match self.project() {
+            // Polled once: hyper drops a future that has answered.
+            AnswerProjection::Ready { response } => {
+                Poll::Ready(response.take().unwrap_or_else(internal))
+            }
+            AnswerProjection::Router { answer } => answer.poll(cx).map(|answered| match answered {
+                Ok(Ok(response)) => response,
+                Ok(Err(never)) => match never {},
+                Err(_panic) => internal(),
+            }),
+        }
     }
 }
 
@@ -168,13 +212,7 @@ impl Future for ObservedFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let answer = std::task::ready!(this.answer.poll(cx));
-        let response = match answer {
-            Ok(Ok(response)) => response,
-            Ok(Err(never)) => match never {},
-            // The panic hook has logged it.
-            Err(_panic) => ApiError::Internal.into_response(),
-        };
+        let response = std::task::ready!(this.answer.poll(cx));
         let duration_s = this.running.begun.elapsed().as_secs_f64();
         let running = &this.running;
         running

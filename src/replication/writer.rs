@@ -148,7 +148,17 @@ impl WriterTask {
             });
             match received.await {
                 Some(0) => break,
-                Some(_) => {}
+                Some(_) => {
+                    // One turn for the tasks that are ready to run: what they hand in goes along.
+                    // A batch then holds dozens of patches where it held one or two, and a writer
+                    // that is alone waits for nobody.
+                    tokio::task::yield_now().await;
+                    while waiting.len() < patches_max
+                        && let Ok(another) = self.queue.try_recv()
+                    {
+                        waiting.push(another);
+                    }
+                }
                 None => {
                     self.queue.close();
                     continue;
