@@ -34,7 +34,7 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
         .build()?;
     let ended = runtime.block_on(async {
         let origin = Origin::random()?;
-        let log = Arc::new(MemoryLog::new(origin));
+        let log = Arc::new(MemoryLog::new(origin, 0));
         let shutdown = shutdown()?;
         let sockets = Sockets::bind(&config)?;
         greet(&sockets, &args.username, made_password.as_ref())?;

@@ -14,6 +14,8 @@ const IN_FLIGHT_MAX: usize = 2;
 /// A log in memory, with one reader. Nothing survives the process.
 pub struct MemoryLog {
     id: LogId,
+    /// Where numbering began.
+    base: Seq,
     /// The last sequence number, held while an entry takes its place in the channel.
     end: Mutex<Seq>,
     entries: mpsc::Sender<Entry>,
@@ -21,13 +23,15 @@ pub struct MemoryLog {
 }
 
 impl MemoryLog {
-    /// An empty log that is known by `origin`: it lives as long as the process does.
+    /// An empty log that is known by `origin`: it lives as long as the process does. Its first
+    /// batch is `base` + 1.
     #[must_use]
-    pub fn new(origin: Origin) -> Self {
+    pub fn new(origin: Origin, base: Seq) -> Self {
         let (entries, reader) = mpsc::channel(IN_FLIGHT_MAX);
         Self {
             id: LogId(format!("memory-{origin}").into()),
-            end: Mutex::new(0),
+            base,
+            end: Mutex::new(base),
             entries,
             reader: Mutex::new(Some(reader)),
         }
@@ -41,6 +45,11 @@ impl Log for MemoryLog {
 
     fn id(&self) -> LogId {
         self.id.clone()
+    }
+
+    fn first(&self) -> Seq {
+        // Nothing is held: what is under way is its reader's alone.
+        self.end() + 1
     }
 
     fn end(&self) -> Seq {
@@ -71,9 +80,9 @@ impl Log for MemoryLog {
         async move {
             // Nothing is kept, so there is one place to start and one reader to have.
             let wanted = after + 1;
-            let reader = match after {
-                0 => self.reader.lock().take(),
-                _ => None,
+            let reader = match after == self.base {
+                true => self.reader.lock().take(),
+                false => None,
             };
             let reader = reader.ok_or(ReadError::NotHeld { wanted })?;
             Ok(Box::new(MemorySubscription(reader)) as Box<dyn Subscription>)

@@ -4,7 +4,9 @@
 //! What becomes of a batch is told by its coming back through a [`Subscription`], not by
 //! [`Log::append`] returning: only the log knows where a batch stands.
 
+mod disk;
 mod memory;
+mod patches;
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,6 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use futures_util::future::BoxFuture;
 
 use crate::grade::Patch;
+pub use disk::{DiskLog, OpenError};
 pub use memory::MemoryLog;
 
 /// A batch's place in its log: 1 for the first. 0 is the place before it.
@@ -78,6 +81,20 @@ pub enum AppendError {
     /// The log is closed: nobody reads it any more.
     #[error("the log is closed")]
     Closed,
+    /// The log did not take the batch and won't; says why and what to do.
+    #[error("{0}")]
+    Refused(Arc<str>),
+}
+
+/// Why a log forgot nothing.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum TrimError {
+    /// The log is closed.
+    #[error("the log is closed")]
+    Closed,
+    /// What the log is kept on failed. What was to be forgotten may be kept, in part or whole.
+    #[error("the log can't be trimmed: {0}")]
+    Failed(Arc<str>),
 }
 
 /// Why a log can't be read.
@@ -89,6 +106,17 @@ pub enum ReadError {
         /// The batch that was asked for.
         wanted: Seq,
     },
+    /// A stored batch is not what was written.
+    #[error("batch {seq} of the log is damaged: {why}; restore from a backup")]
+    Damaged {
+        /// The batch.
+        seq: Seq,
+        /// What is wrong with it.
+        why: Box<str>,
+    },
+    /// What the log is kept on can't be read.
+    #[error("the log can't be read: {0}")]
+    Failed(Arc<str>),
     /// The log is closed.
     #[error("the log is closed")]
     Closed,
@@ -102,6 +130,10 @@ pub trait Log: Send + Sync + 'static {
     /// Which log this is.
     fn id(&self) -> LogId;
 
+    /// The sequence number of the oldest batch that is still held; one past the [end](Self::end)
+    /// when there is none.
+    fn first(&self) -> Seq;
+
     /// The sequence number of the last batch, as far as this process knows.
     fn end(&self) -> Seq;
 
@@ -111,9 +143,27 @@ pub trait Log: Send + Sync + 'static {
 
     /// Gives `batch` to the log. When this returns `Ok` the batch has a place or soon will.
     ///
+    /// Batches take their places in the order in which their futures are first polled, so several
+    /// may be under way at once.
+    ///
     /// # Errors
     /// The batch is not in the log and won't be.
     fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>>;
+
+    /// Why an append would be refused now and what to do about it; `None` when it would be taken.
+    fn refusal(&self) -> Option<Arc<str>> {
+        None
+    }
+
+    /// Lets the log forget the batches up to and including `through`. It may keep some of them, or
+    /// all: [`first`](Self::first) tells.
+    ///
+    /// # Errors
+    /// The log could not do it. It is whole and may be asked again.
+    fn trim(&self, through: Seq) -> BoxFuture<'_, Result<(), TrimError>> {
+        let _ = through;
+        Box::pin(std::future::ready(Ok(())))
+    }
 
     /// Starts reading at the batch after `after`.
     ///

@@ -1,15 +1,21 @@
 //! Group commit: from patches that wait to batches in the log.
 
+use std::future::{self, Future};
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
 use metrics::Histogram;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::own::{Answer, OwnBatch, OwnBatches};
 use crate::grade::Patch;
-use crate::log::{Batch, Log, Origin, Seq};
+use crate::log::{AppendError, Batch, Log, Origin, Seq};
 
 /// The bounds of the write path.
 #[derive(Debug, Clone, Copy)]
@@ -116,11 +122,14 @@ pub struct WriterTask {
 impl WriterTask {
     /// Runs until `stop` is cancelled, what waits is appended and what was appended came back.
     pub async fn run(mut self, stop: CancellationToken) {
+        let log = Arc::clone(&self.log);
+        let mut appends = Appends::new(&self.own);
         let mut waiting = Vec::with_capacity(self.limits.batch_patches_max);
         loop {
             // The slot first: what arrives while all are taken makes the next batch larger.
             let acquired = Arc::clone(&self.slots).acquire_owned();
-            let slot = match tokio::time::timeout(self.limits.wait_max, acquired).await {
+            let acquired = tokio::time::timeout(self.limits.wait_max, acquired);
+            let slot = match appends.beside(acquired).await {
                 Ok(Ok(slot)) => slot,
                 Ok(Err(_closed)) => break,
                 Err(_elapsed) => {
@@ -128,17 +137,22 @@ impl WriterTask {
                     continue;
                 }
             };
-            let received = tokio::select! {
-                biased;
-                received = self.queue.recv_many(&mut waiting, self.limits.batch_patches_max) => received,
-                () = stop.cancelled(), if !self.queue.is_closed() => {
+            let patches_max = self.limits.batch_patches_max;
+            let open = !self.queue.is_closed();
+            let received = appends.beside(async {
+                tokio::select! {
+                    biased;
+                    received = self.queue.recv_many(&mut waiting, patches_max) => Some(received),
+                    () = stop.cancelled(), if open => None,
+                }
+            });
+            match received.await {
+                Some(0) => break,
+                Some(_) => {}
+                None => {
                     self.queue.close();
                     continue;
                 }
-            };
-            if received == 0 {
-                drop(slot);
-                break;
             }
             self.number += 1;
             let number = self.number;
@@ -160,16 +174,11 @@ impl WriterTask {
                 number,
                 patches,
             };
-            if let Err(error) = self.log.append(batch).await {
-                tracing::error!(number, %error, "batch not written");
-                if let Some(batch) = self.own.take(number) {
-                    batch.answer(&Err(WriteError::NotWritten(error.to_string().into())));
-                }
-            }
+            appends.begin(number, log.append(batch)).await;
         }
         // All slots are back when every batch is.
         let all = u32::try_from(self.in_flight_max).unwrap_or(u32::MAX);
-        let _ = self.slots.acquire_many(all).await;
+        let _ = appends.beside(self.slots.acquire_many(all)).await;
     }
 
     /// The log has taken nothing for too long: who waits is told that nothing was written.
@@ -181,5 +190,63 @@ impl WriterTask {
             refused += 1;
         }
         tracing::warn!(refused, "log stalled");
+    }
+}
+
+/// The appends that the log has begun and not ended.
+struct Appends<'a> {
+    under_way: FuturesUnordered<BoxFuture<'a, (u64, Result<(), AppendError>)>>,
+    own: OwnBatches,
+    /// Whether the last one failed: a log that refuses everything is told of once.
+    failing: bool,
+}
+
+impl<'a> Appends<'a> {
+    fn new(own: &OwnBatches) -> Self {
+        Self {
+            under_way: FuturesUnordered::new(),
+            own: own.clone(),
+            failing: false,
+        }
+    }
+
+    /// Starts an append. It takes its place now, before any that is started later; most logs end
+    /// it at once as well.
+    async fn begin(&mut self, number: u64, mut append: BoxFuture<'a, Result<(), AppendError>>) {
+        let polled = future::poll_fn(|context| Poll::Ready(append.as_mut().poll(context))).await;
+        match polled {
+            Poll::Ready(result) => self.end(number, result),
+            Poll::Pending => {
+                let append = async move { (number, append.await) };
+                self.under_way.push(Box::pin(append));
+            }
+        }
+    }
+
+    /// `wait`, while the appends go on.
+    async fn beside<T>(&mut self, wait: impl Future<Output = T>) -> T {
+        let mut wait = pin!(wait);
+        loop {
+            tokio::select! {
+                biased;
+                Some((number, result)) = self.under_way.next() => self.end(number, result),
+                waited = &mut wait => return waited,
+            }
+        }
+    }
+
+    /// Tells who waits for a batch that the log did not take. One that it took comes back.
+    fn end(&mut self, number: u64, result: Result<(), AppendError>) {
+        match &result {
+            Err(error) if !self.failing => tracing::error!(number, %error, "batch not written"),
+            Ok(()) if self.failing => tracing::info!(number, "batches written again"),
+            _ => {}
+        }
+        self.failing = result.is_err();
+        if let Err(error) = result
+            && let Some(batch) = self.own.take(number)
+        {
+            batch.answer(&Err(WriteError::NotWritten(error.to_string().into())));
+        }
     }
 }

@@ -1,0 +1,92 @@
+//! A stored batch as bytes. The key is its sequence number, big-endian, so that keys sort as
+//! numbers do. The value, with integers little-endian:
+//!
+//! | bytes | what |
+//! | --- | --- |
+//! | 1 | format, 1 |
+//! | 8 | the log's time, nanoseconds since 1970 |
+//! | 16 | the sender's origin |
+//! | 8 | the sender's number of the batch |
+//! | rest | the patches, a JSON array |
+//!
+//! There is no checksum: the library has its own.
+
+use crate::log::{Batch, Entry, Origin, ReadError, Seq, patches};
+
+/// The format that is written, and the only one that is read.
+const FORMAT: u8 = 1;
+
+/// The key of batch `seq`.
+pub(super) fn key(seq: Seq) -> [u8; 8] {
+    seq.to_be_bytes()
+}
+
+/// The batch that `key` stands for.
+pub(super) fn seq(key: &[u8]) -> Option<Seq> {
+    Some(Seq::from_be_bytes(key.try_into().ok()?))
+}
+
+/// Replaces what is in `out` by `entry`'s value.
+pub(super) fn write(entry: &Entry, out: &mut Vec<u8>) {
+    out.clear();
+    out.push(FORMAT);
+    out.extend_from_slice(&entry.time_ns.to_le_bytes());
+    out.extend_from_slice(&entry.batch.origin.0.to_le_bytes());
+    out.extend_from_slice(&entry.batch.number.to_le_bytes());
+    patches::write(&entry.batch.patches, out);
+}
+
+/// What stands before the patches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) time_ns: u64,
+    pub(super) origin: Origin,
+    pub(super) number: u64,
+}
+
+/// Takes the value of batch `seq` apart: its header, and the patches as JSON.
+pub(super) fn header(seq: Seq, value: &[u8]) -> Result<(Header, &[u8]), ReadError> {
+    let damaged = |why: &str| ReadError::Damaged {
+        seq,
+        why: why.into(),
+    };
+    match value.first() {
+        Some(&FORMAT) => {}
+        Some(format) => {
+            let why = format!("its format is {format}, this version reads {FORMAT} only");
+            return Err(damaged(&why));
+        }
+        None => return Err(damaged("it is empty")),
+    }
+    let mut rest = value.get(1..).unwrap_or_default();
+    let parts = (|| {
+        let header = Header {
+            time_ns: u64::from_le_bytes(take(&mut rest)?),
+            origin: Origin(u128::from_le_bytes(take(&mut rest)?)),
+            number: u64::from_le_bytes(take(&mut rest)?),
+        };
+        Some((header, rest))
+    })();
+    parts.ok_or_else(|| damaged("it ends within its header"))
+}
+
+/// The whole of batch `seq`.
+pub(super) fn read(seq: Seq, value: &[u8]) -> Result<Entry, ReadError> {
+    let (header, json) = header(seq, value)?;
+    let patches = patches::read(json).map_err(|why| ReadError::Damaged { seq, why })?;
+    Ok(Entry {
+        seq,
+        time_ns: header.time_ns,
+        batch: Batch {
+            origin: header.origin,
+            number: header.number,
+            patches,
+        },
+    })
+}
+
+fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+    let (taken, after) = rest.split_first_chunk()?;
+    *rest = after;
+    Some(*taken)
+}

@@ -1,0 +1,83 @@
+//! A batch's patches as bytes: a JSON array of what `POST /set` takes.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use crate::grade::Patch;
+
+thread_local! {
+    /// What simd-json works in, kept between batches: it rewrites strings in place.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+#[derive(Default)]
+struct Scratch {
+    bytes: Vec<u8>,
+    buffers: simd_json::Buffers,
+}
+
+/// Appends `patches` to `out`.
+pub(super) fn write(patches: &[Patch], out: &mut Vec<u8>) {
+    out.push(b'[');
+    for (index, patch) in patches.iter().enumerate() {
+        if index > 0 {
+            out.push(b',');
+        }
+        patch.write_json(out);
+    }
+    out.push(b']');
+}
+
+/// Reads what [`write`] wrote.
+///
+/// # Errors
+/// The bytes are no array of valid patches; says what is wrong.
+pub(super) fn read(json: &[u8]) -> Result<Arc<[Patch]>, Box<str>> {
+    SCRATCH.with_borrow_mut(|Scratch { bytes, buffers }| {
+        bytes.clear();
+        bytes.extend_from_slice(json);
+        simd_json::serde::from_slice_with_buffers::<Vec<Patch<&str>>>(bytes, buffers)
+            .map(|patches| patches.iter().map(Patch::to_owned).collect())
+            .map_err(|error| error.to_string().into())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::grade::Changes;
+
+    #[test]
+    fn what_was_written_is_read() {
+        let mut changes = Changes::default();
+        changes.set(1, i64::MIN);
+        let patches = [
+            ("a", Changes::default()),
+            ("\"\\é\u{1f600}", changes),
+            ("a", changes),
+        ]
+        .map(|(user_id, changes)| Patch {
+            user_id: user_id.into(),
+            changes,
+        });
+        for patches in [&patches[..], &patches[..1], &[]] {
+            let mut json = Vec::new();
+            write(patches, &mut json);
+            assert_eq!(read(&json).as_deref(), Ok(patches));
+        }
+    }
+
+    #[test]
+    fn what_is_no_array_of_patches_is_refused() {
+        for json in [
+            "",
+            "{}",
+            "[1]",
+            "[[]]",
+            r#"[{"spp":1}]"#,
+            r#"[{"user_id":"a"}"#,
+        ] {
+            assert!(read(json.as_bytes()).is_err(), "{json}");
+        }
+    }
+}
