@@ -5,6 +5,7 @@
 //! refused. Until that is known nothing else is taken.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -67,7 +68,7 @@ pub(super) struct Keeper {
     pub(super) end: watch::Sender<Seq>,
     /// The last batch's time.
     pub(super) time_ns: u64,
-    /// `None` after a failure, until the database is open again.
+    /// `None` while the database is closed.
     pub(super) pen: Option<Pen>,
     /// The batch that a failure left in doubt.
     pub(super) doubt: Option<(Entry, oneshot::Sender<Result<(), AppendError>>)>,
@@ -98,7 +99,7 @@ impl Keeper {
         {
             tracing::error!(error = plain(&error), "log not synced at close");
         }
-        *self.shared.shelf.write() = None;
+        self.close();
     }
 
     /// Makes a batch durable and shows it, or refuses it.
@@ -190,6 +191,11 @@ impl Keeper {
         {
             self.fail(&error);
         }
+        // It also keeps the files of dropped segments open, and their bytes taken, until it is
+        // closed. The next look opens it again.
+        if self.shared.dropped.swap(false, Ordering::AcqRel) {
+            self.close();
+        }
         Err(why)
     }
 
@@ -198,6 +204,11 @@ impl Keeper {
         let why = self.failure(&plain(error));
         tracing::error!(why = &*why, "log failed");
         *self.shared.refusal.lock() = Some(why);
+        self.close();
+    }
+
+    /// Closes the database, until [`reopen`](Self::reopen). Readers that need it wait.
+    fn close(&mut self) {
         self.pen = None;
         *self.shared.shelf.write() = None;
     }
@@ -207,7 +218,7 @@ impl Keeper {
         format!("the log in {dir} failed: {why}; it is being reopened, check the disk").into()
     }
 
-    /// Opens the database again if it was closed, and settles the batch in doubt.
+    /// Opens the database again if it is closed, and settles the batch in doubt.
     fn reopen(&mut self) -> Result<(), Arc<str>> {
         if self.pen.is_some() {
             return Ok(());

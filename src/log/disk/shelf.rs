@@ -21,8 +21,9 @@ use crate::log::{LogId, Origin, ReadError, Seq};
 
 /// Bytes of blocks kept in memory. The log is read from front to back, once.
 const CACHE_BYTES: u64 = 1024 * 1024;
-/// Files held open: connections need the rest.
-const FILES_OPEN_MAX: usize = 64;
+/// Files held open, nearly the least that the library allows: connections need the rest, and what
+/// is held open of a dropped segment takes room.
+const FILES_OPEN_MAX: usize = 16;
 /// Tables that a segment may have before they are merged. A whole segment has fewer, so nothing is
 /// written twice; only a node that is restarted again and again, each leaving a small table, comes
 /// here.
