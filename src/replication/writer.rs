@@ -260,3 +260,103 @@ impl<'a> Appends<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use parking_lot::Mutex;
+
+    use super::*;
+    use crate::grade::Changes;
+    use crate::log::{LogId, ReadError, Subscription};
+
+    /// Takes batches in order and says what became of them when told to.
+    #[derive(Default)]
+    struct SlowLog(Mutex<Vec<(Batch, Verdict)>>);
+
+    type Verdict = oneshot::Sender<Result<(), AppendError>>;
+
+    impl Log for SlowLog {
+        fn kind(&self) -> &'static str {
+            "slow"
+        }
+        fn id(&self) -> LogId {
+            LogId("slow".into())
+        }
+        fn first(&self) -> Seq {
+            1
+        }
+        fn end(&self) -> Seq {
+            0
+        }
+        fn in_flight_max(&self) -> usize {
+            2
+        }
+        fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>> {
+            async {
+                let (verdict, given) = oneshot::channel();
+                self.0.lock().push((batch, verdict));
+                given.await.unwrap()
+            }
+            .boxed()
+        }
+        fn subscribe(&self, _: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
+            async { Err(ReadError::Closed) }.boxed()
+        }
+    }
+
+    #[tokio::test]
+    async fn batches_go_side_by_side_and_a_refused_one_says_why() {
+        let log = Arc::new(SlowLog::default());
+        let limits = WriterLimits {
+            queue_patches_max: 8,
+            batch_patches_max: 1,
+            wait_max: Duration::from_secs(60),
+        };
+        let (origin, own) = (Origin::random().unwrap(), OwnBatches::default());
+        let as_log = Arc::clone(&log) as Arc<dyn Log>;
+        let (writer, task) = Writer::new(as_log, origin, own.clone(), limits, Histogram::noop());
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(task.run(stop.clone()));
+        let writes: Vec<_> = (0..3)
+            .map(|user| {
+                let writer = writer.clone();
+                let patch = Patch {
+                    user_id: user.to_string().into(),
+                    changes: Changes::default(),
+                };
+                tokio::spawn(async move { writer.write(patch).await })
+            })
+            .collect();
+        let appended = async |count: usize| {
+            while log.0.lock().len() < count {
+                tokio::task::yield_now().await;
+            }
+            tokio::task::yield_now().await;
+            let numbers: Vec<_> = log.0.lock().iter().map(|(batch, _)| batch.number).collect();
+            numbers
+        };
+        // Two at once, the third waits for a slot.
+        assert_eq!(appended(2).await, [1, 2]);
+        let (_, verdict) = log.0.lock().remove(1);
+        let why: Arc<str> = "no room".into();
+        verdict
+            .send(Err(AppendError::Refused(Arc::clone(&why))))
+            .unwrap();
+        assert_eq!(appended(2).await, [1, 3]);
+        let (_, verdict) = log.0.lock().remove(0);
+        verdict.send(Ok(())).unwrap();
+        own.take(1).unwrap().answer(&Ok(1));
+        let (_, verdict) = log.0.lock().remove(0);
+        stop.cancel();
+        verdict.send(Err(AppendError::Closed)).unwrap();
+        let mut results = Vec::new();
+        for write in writes {
+            results.push(write.await.unwrap());
+        }
+        assert_eq!(results[0], Ok(1));
+        assert_eq!(results[1], Err(WriteError::NotWritten(why)));
+        assert!(matches!(results[2], Err(WriteError::NotWritten(_))));
+        task.await.unwrap();
+    }
+}

@@ -5,6 +5,7 @@
 //! refused. Until that is known nothing else is taken.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,6 +52,13 @@ impl Pen {
             table_bytes: 0,
         })
     }
+
+    /// Has the memory table written to the disk, by the library's worker.
+    fn hand_on(&mut self) -> fjall::Result<()> {
+        self.segment.keyspace.rotate_memtable()?;
+        self.table_bytes = 0;
+        Ok(())
+    }
 }
 
 /// The thread's state.
@@ -60,7 +68,7 @@ pub(super) struct Keeper {
     pub(super) end: watch::Sender<Seq>,
     /// The last batch's time.
     pub(super) time_ns: u64,
-    /// `None` after a failure, until the database is open again.
+    /// `None` while the database is closed.
     pub(super) pen: Option<Pen>,
     /// The batch that a failure left in doubt.
     pub(super) doubt: Option<(Entry, oneshot::Sender<Result<(), AppendError>>)>,
@@ -91,7 +99,7 @@ impl Keeper {
         {
             tracing::error!(error = plain(&error), "log not synced at close");
         }
-        *self.shared.shelf.write() = None;
+        self.close();
     }
 
     /// Makes a batch durable and shows it, or refuses it.
@@ -128,8 +136,7 @@ impl Keeper {
             // So that memory, and what is still to be written when the disk is nearly full, stay
             // within bounds. This is where a slow disk slows writers down.
             wait_for_tables(pen, TABLES_WAITING_MAX)?;
-            pen.segment.keyspace.rotate_memtable()?;
-            pen.table_bytes = 0;
+            pen.hand_on()?;
             if pen.segment_bytes >= sizes.segment_bytes {
                 pen.segment = new_segment(&pen.db, entry.seq)?;
                 pen.segment_bytes = 0;
@@ -159,7 +166,7 @@ impl Keeper {
 
     /// Whether a batch may be written now: the database is open and the disk has room.
     fn ready(&mut self) -> Result<(), Arc<str>> {
-        let able = self.reopen().and_then(|()| self.shared.room());
+        let able = self.reopen().and_then(|()| self.room());
         let mut refusal = self.shared.refusal.lock();
         match (&able, refusal.is_some()) {
             (Err(why), false) => tracing::error!(why = &**why, "log refuses batches"),
@@ -170,11 +177,38 @@ impl Keeper {
         able
     }
 
+    /// Whether the disk has room for a batch.
+    fn room(&mut self) -> Result<(), Arc<str>> {
+        let Err(why) = self.shared.room() else {
+            return Ok(());
+        };
+        // The reserve is for this: the library lets go of a journal, and of the files of dropped
+        // segments that it had a part of, only when all in it is in tables. Without this a trim
+        // might free nothing, and writing, which would, never begin again.
+        if let Some(pen) = self.pen.as_mut()
+            && pen.table_bytes > 0
+            && let Err(error) = pen.hand_on()
+        {
+            self.fail(&error);
+        }
+        // It also keeps the files of dropped segments open, and their bytes taken, until it is
+        // closed. The next look opens it again.
+        if self.shared.dropped.swap(false, Ordering::AcqRel) {
+            self.close();
+        }
+        Err(why)
+    }
+
     /// Closes the database after a failure.
     fn fail(&mut self, error: &fjall::Error) {
         let why = self.failure(&plain(error));
         tracing::error!(why = &*why, "log failed");
         *self.shared.refusal.lock() = Some(why);
+        self.close();
+    }
+
+    /// Closes the database, until [`reopen`](Self::reopen). Readers that need it wait.
+    fn close(&mut self) {
         self.pen = None;
         *self.shared.shelf.write() = None;
     }
@@ -184,7 +218,7 @@ impl Keeper {
         format!("the log in {dir} failed: {why}; it is being reopened, check the disk").into()
     }
 
-    /// Opens the database again if it was closed, and settles the batch in doubt.
+    /// Opens the database again if it is closed, and settles the batch in doubt.
     fn reopen(&mut self) -> Result<(), Arc<str>> {
         if self.pen.is_some() {
             return Ok(());

@@ -25,11 +25,12 @@ mod shelf;
 mod subscription;
 #[cfg(test)]
 mod tests;
+mod torn;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::thread::{self, JoinHandle};
 
@@ -126,11 +127,14 @@ struct Shared {
     dir: PathBuf,
     id: LogId,
     sizes: Sizes,
-    /// `None` while the database is reopened after a failure, and when the log is closed.
+    /// `None` while the database is closed: after a failure until it is open again, and for good
+    /// when the log is.
     shelf: RwLock<Option<Shelf>>,
     first: AtomicU64,
     recent: Mutex<Recent>,
     refusal: Mutex<Option<Arc<str>>>,
+    /// Whether segments were dropped since the database was opened.
+    dropped: AtomicBool,
     /// Held while segments are dropped: they must go oldest first.
     trimming: Mutex<()>,
 }
@@ -179,6 +183,7 @@ impl DiskLog {
             first: AtomicU64::new(0),
             recent: Mutex::default(),
             refusal: Mutex::default(),
+            dropped: AtomicBool::new(false),
             trimming: Mutex::default(),
         });
         let keeper = Keeper {
@@ -262,6 +267,7 @@ impl Shared {
                 (oldest == segment.first).then(|| shelf.segments.remove(0))
             });
             drop(dropped);
+            self.dropped.store(true, Ordering::Release);
         }
     }
 }

@@ -15,13 +15,15 @@ use fjall::compaction::Leveled;
 use fjall::config::FilterPolicy;
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode, UserValue};
 
+use super::torn::Cut;
 use super::{OpenError, format};
 use crate::log::{LogId, Origin, ReadError, Seq};
 
 /// Bytes of blocks kept in memory. The log is read from front to back, once.
 const CACHE_BYTES: u64 = 1024 * 1024;
-/// Files held open: connections need the rest.
-const FILES_OPEN_MAX: usize = 64;
+/// Files held open, nearly the least that the library allows: connections need the rest, and what
+/// is held open of a dropped segment takes room.
+const FILES_OPEN_MAX: usize = 16;
 /// Tables that a segment may have before they are merged. A whole segment has fewer, so nothing is
 /// written twice; only a node that is restarted again and again, each leaving a small table, comes
 /// here.
@@ -106,7 +108,10 @@ impl Shelf {
             dir: dir.into(),
             why: why.into(),
         };
-        let db = open_database(dir).map_err(storage)?;
+        let db = match open_database(dir) {
+            Err(fjall::Error::JournalRecovery(error)) => open_torn(dir, error)?,
+            opened => opened.map_err(storage)?,
+        };
         let (id, base) = about(&db)
             .map_err(storage)?
             .ok_or_else(|| damaged("it does not say which log it is".to_owned()))?;
@@ -247,6 +252,7 @@ pub(super) fn plain(error: &fjall::Error) -> String {
         fjall::Error::Storage(fjall::LsmError::Io(error)) => error.to_string(),
         fjall::Error::Poisoned => "an earlier write or sync failed".to_owned(),
         fjall::Error::Locked => "it is open already".to_owned(),
+        fjall::Error::JournalRecovery(error) => format!("its journal can't be read: {error}"),
         other => other.to_string(),
     }
 }
@@ -262,6 +268,22 @@ fn open_database(dir: &Path) -> fjall::Result<Database> {
         // The log says itself when to sync.
         .manual_journal_persist(true)
         .open()
+}
+
+/// Opens a database whose journal the library found damaged, if only its last entry is torn.
+fn open_torn(dir: &Path, error: fjall::JournalRecoveryError) -> Result<Database, OpenError> {
+    let io = |error| OpenError::io(dir, error);
+    if let Some(cut) = Cut::make(dir).map_err(io)? {
+        if let Ok(db) = open_database(dir) {
+            tracing::warn!("log's torn last write cut off; it was never answered");
+            return Ok(db);
+        }
+        cut.undo().map_err(io)?;
+    }
+    Err(OpenError::storage(
+        dir,
+        &fjall::Error::JournalRecovery(error),
+    ))
 }
 
 fn options() -> KeyspaceCreateOptions {
