@@ -28,7 +28,7 @@ pub(super) fn write(patches: &[Patch], out: &mut Vec<u8>) {
     out.push(b']');
 }
 
-/// Reads what [`write`] wrote.
+/// Reads what [`write()`] wrote.
 ///
 /// # Errors
 /// The bytes are no array of valid patches; says what is wrong.

@@ -236,13 +236,15 @@ impl<'a> Appends<'a> {
     /// `wait`, while the appends go on.
     async fn beside<T>(&mut self, wait: impl Future<Output = T>) -> T {
         let mut wait = pin!(wait);
-        loop {
+        // A log that ends its appends at once pays nothing for those that don't.
+        while !self.under_way.is_empty() {
             tokio::select! {
                 biased;
                 Some((number, result)) = self.under_way.next() => self.end(number, result),
                 waited = &mut wait => return waited,
             }
         }
+        wait.await
     }
 
     /// Tells who waits for a batch that the log did not take. One that it took comes back.
