@@ -14,7 +14,7 @@ test: ## every test
 check: ## format, lints and docs, warnings as errors
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 
 bench: ## micro benchmarks; figures in benches/README.md
 	cargo bench --locked

@@ -82,9 +82,24 @@ fn check(entries: &[Entry], after: Seq) {
     }
 }
 
+/// What a crash would leave: `from` as it is at one moment, though the library's worker may be
+/// writing and removing tables.
 fn copy(from: &Path, to: &Path) {
-    let copied = Command::new("cp").arg("-a").args([from, to]).status();
-    assert!(copied.unwrap().success());
+    let run = |program: &str, args: &[&str]| {
+        let ran = Command::new(program).args(args).output().unwrap();
+        (ran.status.success(), ran.stdout)
+    };
+    let (from, to) = (from.to_str().unwrap(), to.to_str().unwrap());
+    let seen = || run("find", &[from, "-printf", "%p %s %T@\n"]);
+    for _ in 0..1_000 {
+        let before = seen();
+        let (copied, _) = run("cp", &["-a", from, to]);
+        if copied && seen() == before {
+            return;
+        }
+        std::fs::remove_dir_all(to).unwrap();
+    }
+    panic!("{from} never stood still");
 }
 
 fn journal(dir: &Path) -> PathBuf {
@@ -289,6 +304,7 @@ async fn a_torn_tail_is_cut_off_and_nothing_else() {
     append(&log, 1..=9).await;
     // Over a page long, so that one of its pages can be lost without the others.
     log.append(batch(10, 400)).await.unwrap();
+    drop(log);
     let whole = root.path().join("whole");
     copy(&dir, &whole);
     let bytes = std::fs::read(journal(&whole)).unwrap();
