@@ -185,7 +185,7 @@ pub async fn run(
         readiness: readiness.clone(),
         telemetry: Arc::clone(&telemetry),
         restore: restore.clone(),
-        last_snapshot,
+        last_snapshot: last_snapshot.clone(),
     });
     let write_router = write::routes(WriteState {
         writer,
@@ -200,6 +200,7 @@ pub async fn run(
         readiness: readiness.clone(),
         credentials: config.credentials.clone(),
         slots: Arc::new(Semaphore::new(config.http.backups_max)),
+        metrics: telemetry.backup.clone(),
     });
     let read_state = ReadState {
         store: store.clone(),
@@ -244,13 +245,17 @@ pub async fn run(
             tokio::task::spawn_blocking(move || {
                 let snapshots = snapshots.as_ref();
                 match seed {
-                    Some(seed) => restore_seed(&seed, &store, &applied, &*log, snapshots, &restore),
+                    Some(seed) => {
+                        restore_seed(&seed, &store, &applied, &*log, snapshots, &restore)?;
+                        Ok(None)
+                    }
                     None => restore_local(&store, &applied, &*log, snapshots, &restore),
                 }
             })
         };
         match bootstrapped.await.map_err(io::Error::other)? {
-            Ok(()) => {}
+            Ok(Some(written)) => last_snapshot.set(written),
+            Ok(None) => {}
             Err(error) if seeded => return Err(error.into()),
             Err(error) => {
                 tracing::error!(%error, "no way to a whole state, not serving");

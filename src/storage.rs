@@ -120,7 +120,7 @@ fn base_of(path: &Path) -> Result<Seq, StorageError> {
 }
 
 fn lock(dir: &Path) -> Result<File, StorageError> {
-    fs::create_dir_all(dir).map_err(|error| io_error(dir, error))?;
+    make_dir(dir).map_err(|error| io_error(dir, error))?;
     let file = File::create(dir.join("lock")).map_err(|error| io_error(dir, error))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -129,6 +129,13 @@ fn lock(dir: &Path) -> Result<File, StorageError> {
         }),
         Err(TryLockError::Error(error)) => Err(io_error(dir, error)),
     }
+}
+
+/// Makes `dir` such that a power loss does not take it away again.
+fn make_dir(dir: &Path) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    let parent = fs::canonicalize(dir)?.join("..");
+    File::open(parent)?.sync_all()
 }
 
 fn io_error(dir: &Path, error: io::Error) -> StorageError {

@@ -13,6 +13,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::http::HttpMetrics;
+use crate::http::backup::{BackupMetrics, DURATION_BUCKETS_S, DURATION_METRIC};
 use crate::http::listener::ConnectionMetrics;
 use crate::http::observe::{LATENCY_BUCKETS_S, LATENCY_METRIC};
 
@@ -38,6 +39,8 @@ pub struct Telemetry {
     pub gauges: Gauges,
     /// Set at a scrape.
     pub recovery: Recovery,
+    /// What backups are counted with.
+    pub backup: BackupMetrics,
     /// Patches a batch that this process sent.
     pub batch_patches: Histogram,
     /// Patches applied, own and others'.
@@ -114,6 +117,10 @@ impl Telemetry {
         let recorder = PrometheusBuilder::new()
             .set_buckets_for_metric(Matcher::Full(LATENCY_METRIC.to_owned()), LATENCY_BUCKETS_S)?
             .set_buckets_for_metric(Matcher::Full(BATCH_METRIC.to_owned()), BATCH_BUCKETS)?
+            .set_buckets_for_metric(
+                Matcher::Full(DURATION_METRIC.to_owned()),
+                DURATION_BUCKETS_S,
+            )?
             .build_recorder();
         let recorder = Arc::new(recorder);
         let handle = recorder.handle();
@@ -140,6 +147,7 @@ impl Telemetry {
                     ready: gauge!("gradestore_ready"),
                 },
                 recovery: Recovery::new(),
+                backup: BackupMetrics::new(),
                 batch_patches: histogram!(BATCH_METRIC),
                 patches_applied: counter!("gradestore_patches_applied_total"),
                 recorder: Arc::clone(&recorder),

@@ -10,12 +10,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 
 use super::{Applied, Position};
-use crate::backup::{BackupError, Head, Progress, Snapshots, Summary, restore_file};
+use crate::backup::{BackupError, Progress, Snapshots, Summary, Written, restore_file};
 use crate::log::{Log, Seq};
 use crate::store::Store;
 
@@ -116,7 +116,7 @@ impl RestoreTracker {
 }
 
 /// Fills `store` from the newest snapshot that fits `log`, or leaves it empty for the whole log to
-/// be read. Blocks.
+/// be read. Returns the snapshot that was used. Blocks.
 ///
 /// # Errors
 /// Neither is possible.
@@ -126,7 +126,7 @@ pub fn restore_local(
     log: &dyn Log,
     snapshots: Option<&Snapshots>,
     tracker: &RestoreTracker,
-) -> Result<(), BootstrapError> {
+) -> Result<Option<Written>, BootstrapError> {
     let mut other_log = None;
     for (position, path) in snapshots.map_or(Ok(Vec::new()), Snapshots::list)? {
         if position + 1 < log.first() || position > log.end() {
@@ -134,15 +134,26 @@ pub fn restore_local(
             tracing::warn!(path = %path.display(), first, end, "snapshot not covered by the log");
             continue;
         }
-        match tracker.run(&path, store).map(|summary| summary.records) {
-            Ok(Some((head, _))) if head.log_id == log.id().0 => {
-                applied.restored(position_of(&head));
-                return Ok(());
-            }
-            Ok(records) => {
+        match tracker.run(&path, store) {
+            Ok(summary) => {
+                let (rows, bytes) = (summary.rows, summary.bytes);
+                let head = summary.records.map(|(head, _)| head);
+                if let Some(head) = head.as_ref().filter(|head| head.log_id == log.id().0) {
+                    applied.restored(Position {
+                        seq: head.position,
+                        time_ns: head.time_ns,
+                    });
+                    return Ok(Some(Written {
+                        head: head.clone(),
+                        rows,
+                        bytes,
+                        took: Duration::ZERO,
+                        at: modified(&path),
+                    }));
+                }
                 store.clear();
                 tracing::warn!(path = %path.display(), "snapshot of another log");
-                other_log = Some(records.map(|(head, _)| head.log_id).unwrap_or_default());
+                other_log = Some(head.map(|head| head.log_id).unwrap_or_default());
             }
             Err(error) => tracing::warn!(path = %path.display(), %error, "snapshot refused"),
         }
@@ -152,7 +163,7 @@ pub fn restore_local(
             found,
             here: log.id().0,
         }),
-        (None, 1) => Ok(()),
+        (None, 1) => Ok(None),
         (None, first) => Err(BootstrapError::NoSource { first }),
     }
 }
@@ -187,9 +198,7 @@ pub fn restore_seed(
     Ok(())
 }
 
-fn position_of(head: &Head) -> Position {
-    Position {
-        seq: head.position,
-        time_ns: head.time_ns,
-    }
+fn modified(path: &Path) -> SystemTime {
+    let modified = fs::metadata(path).and_then(|metadata| metadata.modified());
+    modified.unwrap_or_else(|_| SystemTime::now())
 }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -27,13 +27,13 @@ pub struct Snapshotter {
     pub last: LastSnapshot,
 }
 
-/// The last snapshot that this process wrote. Clones are the same.
+/// The last snapshot that this process wrote or started from. Clones are the same.
 #[derive(Clone, Default)]
 pub struct LastSnapshot(Arc<Mutex<State>>);
 
 #[derive(Clone, Default)]
 struct State {
-    written: Option<(Written, Instant)>,
+    written: Option<Written>,
     failures: u64,
 }
 
@@ -41,8 +41,14 @@ impl LastSnapshot {
     /// What was written and how long ago.
     #[must_use]
     pub fn written(&self) -> Option<(Written, Duration)> {
-        let written = self.0.lock().written.clone();
-        written.map(|(written, at)| (written, at.elapsed()))
+        let written = self.0.lock().written.clone()?;
+        let age = written.at.elapsed().unwrap_or_default();
+        Some((written, age))
+    }
+
+    /// This one is the last.
+    pub fn set(&self, written: Written) {
+        self.0.lock().written = Some(written);
     }
 
     /// How many could not be written since the start.
@@ -88,7 +94,7 @@ impl Snapshotter {
                 let took_ms = written.took.as_millis() as u64;
                 let (position, rows, bytes) = (written.head.position, written.rows, written.bytes);
                 tracing::info!(position, rows, bytes, took_ms, "snapshot written");
-                self.last.0.lock().written = Some((written, Instant::now()));
+                self.last.set(written);
                 if let Some(through) = trim_through
                     && let Err(error) = self.log.trim(through).await
                 {
