@@ -5,12 +5,15 @@
     reason = "a test may panic, its helpers too"
 )]
 
+mod disk;
 mod harness;
 mod held_log;
 mod wire;
 
+mod backup;
 mod cli;
 mod concurrency;
+mod damaged;
 mod drain;
 mod fifth_field;
 mod get;
