@@ -125,11 +125,12 @@ impl Rng {
     }
 }
 
-/// A store whose values hardly compress: some 35 bytes a row in a backup.
-pub(crate) fn store_of(rows: u64) -> Store {
+/// A store with values below `bound`; the larger that is, the larger are its backups: 35 bytes a
+/// row with all of `u64`.
+pub(crate) fn store_of(rows: u64, bound: u64) -> Store {
     let (store, mut rng) = (Store::new(), Rng(rows));
     for row in 0..rows {
-        let values: Values = std::array::from_fn::<_, FIELD_COUNT, _>(|_| rng.next() as i64);
+        let values: Values = std::array::from_fn::<_, FIELD_COUNT, _>(|_| rng.below(bound) as i64);
         store.apply(&Patch {
             user_id: format!("user {row}"),
             changes: Changes::all(values),

@@ -11,6 +11,7 @@ mod held_log;
 mod wire;
 
 mod backup;
+mod broken_off;
 mod cli;
 mod concurrency;
 mod damaged;

@@ -138,6 +138,12 @@ impl Raw {
         answer.unwrap()
     }
 
+    /// All that comes until the node ends the connection.
+    pub(crate) async fn rest(&mut self) -> Vec<u8> {
+        while self.incoming.receive().await > 0 {}
+        std::mem::take(&mut self.incoming.received)
+    }
+
     /// Waits until the node ends the connection; nothing more may come.
     pub(crate) async fn closed(&mut self) {
         let more = self.incoming.receive().await;
