@@ -116,6 +116,11 @@ impl Raw {
         in_time("send", sent).await.unwrap();
     }
 
+    /// The same to a node that may be gone.
+    pub(crate) async fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> std::io::Result<()> {
+        in_time("send", self.outgoing.write_all(bytes.as_ref())).await
+    }
+
     /// Says that nothing more will be sent.
     pub(crate) async fn send_no_more(&mut self) {
         self.outgoing.shutdown().await.unwrap();
