@@ -22,6 +22,8 @@ mod get;
 mod hostile;
 mod limits;
 mod ops;
+mod recover;
+mod restore_from;
 mod set;
 mod stall;
 mod under_writes;
