@@ -7,7 +7,6 @@ use std::process::Command;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use gradestore::store::Store;
 use tempfile::tempdir;
 
 use crate::disk::{
@@ -194,7 +193,7 @@ async fn nothing_is_answered_while_a_restore_runs() {
     let pipe = directory.path().join("pipe");
     let made = run(Command::new("mkfifo").arg(&pipe));
     assert!(made.status.success(), "{made:?}");
-    let store: Store = store_of(20_000, u64::MAX);
+    let store = store_of(20_000, u64::MAX);
     let file = file_of(&store, 12);
     let half = file.len() / 2;
     // With both ends open here, the pipe outlives each of the two times that the node opens it.
@@ -214,9 +213,9 @@ async fn nothing_is_answered_while_a_restore_runs() {
         feed.write_all(&fed[half..]).unwrap();
     });
     let node = Node::launch(&mut program_from(&pipe)).await;
-    let restore = eventually("half of it", async || {
+    let restore = eventually("some of it", async || {
         let restore = node.ops("/status").await.json()["restore"].clone();
-        (restore["bytes"] == half as u64).then_some(restore)
+        (restore["rows"].as_u64() > Some(0)).then_some(restore)
     })
     .await;
     assert_eq!(restore["done"], false);
