@@ -110,9 +110,12 @@ impl Storage {
     }
 }
 
+/// The position that a log seeded from `path` begins after. Never 0: a log that begins at its first
+/// batch passes for all there is, and this one lacks the rows of the file.
 fn base_of(path: &Path) -> Result<Seq, StorageError> {
     let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error });
     file.and_then(end_position)
+        .map(|position| position.max(1))
         .map_err(|error| StorageError::RestoreFrom {
             path: path.to_owned(),
             error,

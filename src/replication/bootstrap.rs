@@ -45,6 +45,21 @@ pub enum BootstrapError {
         /// What is there.
         here: Box<str>,
     },
+    /// A snapshot holds batches that the log does not have, though every batch is in the log before
+    /// it is applied. Beginning without them would lose answered writes in silence.
+    #[error(
+        "snapshot {path} is at batch {position} and the log ends at batch {end}: it has lost \
+         batches, or is another log; put the right log back, or start with an empty data directory \
+         and --restore-from {path}"
+    )]
+    LogBehind {
+        /// The snapshot.
+        path: PathBuf,
+        /// Its position.
+        position: Seq,
+        /// The log's last batch.
+        end: Seq,
+    },
     /// A backup was to seed a log that is not empty.
     #[error(
         "--restore-from seeds an empty log only, and this one has been written to; use an empty \
@@ -129,9 +144,16 @@ pub fn restore_local(
 ) -> Result<Option<Written>, BootstrapError> {
     let mut other_log = None;
     for (position, path) in snapshots.map_or(Ok(Vec::new()), Snapshots::list)? {
-        if position + 1 < log.first() || position > log.end() {
-            let (first, end) = (log.first(), log.end());
-            tracing::warn!(path = %path.display(), first, end, "snapshot not covered by the log");
+        let (first, end) = (log.first(), log.end());
+        if position > end {
+            return Err(BootstrapError::LogBehind {
+                path,
+                position,
+                end,
+            });
+        }
+        if position + 1 < first {
+            tracing::warn!(path = %path.display(), first, "snapshot not covered by the log");
             continue;
         }
         match tracker.run(&path, store) {

@@ -187,8 +187,18 @@ impl Node {
         .await
     }
 
-    /// One that `command` starts.
+    /// One that `command` starts, ready.
     pub(crate) async fn start_with(command: &mut Command) -> Self {
+        let node = Self::launch(command).await;
+        eventually("ready", async || {
+            (node.ops("/readyz").await.status == 200).then_some(())
+        })
+        .await;
+        node
+    }
+
+    /// One that `command` starts, listening.
+    pub(crate) async fn launch(command: &mut Command) -> Self {
         let command = command.stdin(Stdio::null());
         let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = Process(command.spawn().unwrap());
@@ -207,17 +217,23 @@ impl Node {
             rest.split('"').next().unwrap().parse().unwrap()
         };
         let ports = Ports::new(address("write"), address("read"), address("ops"));
-        let node = Self {
+        Self {
             ports,
             process,
             stdout,
             stderr,
-        };
-        eventually("ready", async || {
-            (node.ops("/readyz").await.status == 200).then_some(())
-        })
-        .await;
-        node
+        }
+    }
+
+    /// Kills it as the system would: at once, with no chance to tidy up.
+    pub(crate) fn kill(self) {
+        drop(self.process);
+    }
+
+    /// Stops it as an operator would.
+    pub(crate) async fn end(mut self) {
+        self.signal(Signal::TERM);
+        assert_eq!(self.exit().await.code(), Some(0));
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

@@ -5,17 +5,25 @@
     reason = "a test may panic, its helpers too"
 )]
 
+mod disk;
 mod harness;
 mod held_log;
 mod wire;
 
+mod backup;
+mod broken_off;
 mod cli;
 mod concurrency;
+mod damaged;
 mod drain;
+mod durable;
 mod fifth_field;
 mod get;
 mod hostile;
 mod limits;
 mod ops;
+mod recover;
+mod restore_from;
 mod set;
 mod stall;
+mod under_writes;
