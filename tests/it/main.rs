@@ -1,6 +1,7 @@
 //! A node as its clients and operators meet it: through sockets, signals and its command line.
 #![expect(
     clippy::unwrap_used,
+    clippy::expect_used,
     clippy::indexing_slicing,
     reason = "a test may panic, its helpers too"
 )]
