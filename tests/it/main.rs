@@ -18,6 +18,7 @@ mod damaged;
 mod drain;
 mod durable;
 mod fifth_field;
+mod full_disk;
 mod get;
 mod hostile;
 mod limits;
