@@ -1,6 +1,7 @@
 //! A node as its clients and operators meet it: through sockets, signals and its command line.
 #![expect(
     clippy::unwrap_used,
+    clippy::expect_used,
     clippy::indexing_slicing,
     reason = "a test may panic, its helpers too"
 )]
@@ -27,4 +28,5 @@ mod recover;
 mod restore_from;
 mod set;
 mod stall;
+mod trim;
 mod under_writes;
