@@ -62,6 +62,12 @@ pub enum AppError {
     /// The store can't be filled.
     #[error(transparent)]
     Bootstrap(#[from] BootstrapError),
+    /// What was restored has no place on the disk: the next start would not have it.
+    #[error(
+        "no snapshot of what was restored can be written: {0}; make room for it, and start again \
+         with --restore-from"
+    )]
+    SeedNotKept(#[source] io::Error),
     /// The system refused something that a node can't do without.
     #[error("cannot start: {0}")]
     System(#[from] io::Error),
@@ -266,7 +272,7 @@ pub async fn run(
         }
         if let Some(snapshotter) = snapshotter.as_ref().filter(|_| seeded) {
             // The log can't bring back what it never held.
-            snapshotter.write().await;
+            snapshotter.write().await.map_err(AppError::SeedNotKept)?;
         }
         let end = log.end();
         let mut subscription = log.subscribe(applied.seq()).await?;

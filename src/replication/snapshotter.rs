@@ -81,12 +81,16 @@ impl Snapshotter {
         if newest.map_or(0, |(seq, _)| seq) >= position.seq {
             return;
         }
-        self.write().await;
+        // Logged and counted; the log still holds everything.
+        let _ = self.write().await;
     }
 
-    /// Writes one now and trims the log behind the one before it. A failure is logged and counted:
-    /// the log still holds everything.
-    pub async fn write(&self) {
+    /// Writes one now and trims the log behind the one before it. A failure is logged and counted,
+    /// too.
+    ///
+    /// # Errors
+    /// The disk refused.
+    pub async fn write(&self) -> io::Result<()> {
         let this = self.clone();
         let written = tokio::task::spawn_blocking(move || this.write_blocking()).await;
         match written.map_err(io::Error::other).flatten() {
@@ -100,10 +104,12 @@ impl Snapshotter {
                 {
                     tracing::warn!(through, %error, "log not trimmed");
                 }
+                Ok(())
             }
             Err(error) => {
                 self.last.0.lock().failures += 1;
                 tracing::error!(%error, "snapshot not written");
+                Err(error)
             }
         }
     }

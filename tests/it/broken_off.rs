@@ -7,7 +7,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gradestore::backup::{BackupError, Progress, read};
 use rustix::process::Signal;
@@ -135,6 +135,29 @@ async fn a_client_that_stops_reading_is_cut_and_writes_go_on_meanwhile() {
     let cut = "gradestore_http_connections_cut_total{port=\"write\"}";
     assert_eq!(node.metric(cut).await, Some(1.0));
     assert_broken_off(&mut stalled).await;
+}
+
+#[tokio::test]
+async fn a_client_that_reads_slowly_gets_it_all() {
+    let (_directory, seed) = seed();
+    let node = Local::start(|config| {
+        // Many times what one part takes at this client's speed, and much less than the whole does.
+        config.http.data.idle_max = Duration::from_secs(1);
+        config.restore_from = Some(seed);
+    })
+    .await;
+    let mut slow = stalled_backup(&node).await;
+    let begun = Instant::now();
+    let mut pace = tokio::time::interval(Duration::from_millis(32));
+    let mut body = Vec::new();
+    while slow.some(32 * 1024, &mut body).await > 0 {
+        pace.tick().await;
+    }
+    let took = begun.elapsed();
+    assert!(took > Duration::from_millis(2500), "{took:?} shows nothing");
+    let (content, ended) = unchunked(&body);
+    assert!(ended);
+    assert_eq!(restored(&content).1.rows, ROWS);
 }
 
 #[tokio::test]

@@ -1,12 +1,8 @@
 //! kill -9, over and over: what was answered is there, and what is there fits together.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use gradestore::backup::{FORMAT, Head, Snapshots};
-use gradestore::grade::{Changes, FIELDS, Patch};
-use gradestore::log::{Batch, DiskLog, Log, Origin};
-use gradestore::store::Store;
+use gradestore::grade::FIELDS;
 use tempfile::tempdir;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -101,7 +97,7 @@ impl Writer {
 }
 
 /// What a node says of itself is what a backup of it holds.
-async fn assert_consistent(node: &Ports) -> Held {
+pub(crate) async fn assert_consistent(node: &Ports) -> Held {
     let held = Held::by(node).await;
     let (store, summary) = restored(&backup_of(node).await);
     assert_eq!(summary.records.unwrap().1.position, held.position);
@@ -216,69 +212,4 @@ async fn a_kill_in_the_middle_of_a_snapshot_loses_nothing() {
         !left.iter().any(|name| name.ends_with(".partial")),
         "{left:?}"
     );
-}
-
-const BATCHES: u64 = 24;
-
-/// Makes a log of many segments, with a snapshot at its end; the store that is its sum.
-async fn long_log(dir: &Path) -> Store {
-    let (store, log) = (Store::new(), DiskLog::open(&dir.join("log"), None).unwrap());
-    let origin = Origin::random().unwrap();
-    for number in 0..BATCHES {
-        let patches = (0..15_000).map(|user| {
-            let mut changes = Changes::default();
-            changes.set((number % 4) as usize, (number * user) as i64);
-            let user_id = format!("{user:0>250}").into_boxed_str();
-            Patch { user_id, changes }
-        });
-        let patches: Arc<[Patch]> = patches.collect();
-        patches.iter().for_each(|patch| store.apply(patch));
-        log.append(Batch {
-            origin,
-            number,
-            patches,
-        })
-        .await
-        .unwrap();
-    }
-    let head = Head {
-        format: FORMAT,
-        log_id: log.id().0,
-        position: BATCHES,
-        time_ns: 1,
-        rows_expected: 0,
-    };
-    // The node's own first one will be the second: the one that the log is trimmed for.
-    let snapshots = Snapshots::open(&dir.join("snapshots")).unwrap();
-    snapshots.write(&store, head, || BATCHES).unwrap();
-    store
-}
-
-#[tokio::test]
-async fn a_kill_in_the_middle_of_a_trim_loses_nothing() {
-    let directory = tempdir().unwrap();
-    let dir = directory.path();
-    let store = long_log(dir).await;
-    // A folder a segment, and one more.
-    let folders = || names_in(&dir.join("log").join("keyspaces")).len();
-    assert!(folders() > 5, "{} are too few to trim", folders());
-    let mut answered = BATCHES;
-    loop {
-        let node = Node::start_with(program_on(dir).arg("--snapshot-interval=1s")).await;
-        let held = assert_consistent(&node).await;
-        assert!(held.position >= answered, "{held:?}");
-        assert_eq!(held, Held::in_store(&store, held.position));
-        let before = folders();
-        if before < 4 {
-            break;
-        }
-        eventually("a trim", async || {
-            // Else there would be nothing to take a snapshot of. It changes nothing.
-            let patch = format!(r#"{{"user_id":"{}","spp":0}}"#, "0".repeat(250));
-            answered = node.set(patch).await.position();
-            (folders() < before).then_some(())
-        })
-        .await;
-        node.kill();
-    }
 }

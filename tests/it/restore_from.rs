@@ -188,6 +188,33 @@ async fn a_directory_that_was_written_to_is_not_seeded() {
 }
 
 #[tokio::test]
+async fn a_seed_that_a_kill_interrupts_is_begun_again() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path().join("data");
+    let store = store_of(60_000, u64::MAX);
+    let seed = write_file_of(directory.path(), &store, 77);
+    let node = Node::launch(program_on(&dir).arg("--restore-from").arg(&seed)).await;
+    eventually("the snapshot under way", async || {
+        let names = names_in(&dir.join("snapshots"));
+        names
+            .iter()
+            .any(|name| name.ends_with(".partial"))
+            .then_some(())
+    })
+    .await;
+    node.kill();
+    // What there is does not pass for a store that is empty.
+    let node = Node::launch(&mut program_on(&dir)).await;
+    eventually("a verdict", async || {
+        (node.ops("/status").await.json()["state"] == "no-source").then_some(())
+    })
+    .await;
+    node.end().await;
+    let node = Node::start_with(program_on(&dir).arg("--restore-from").arg(&seed)).await;
+    assert_eq!(Held::by(&node).await, Held::in_store(&store, 77));
+}
+
+#[tokio::test]
 async fn nothing_is_answered_while_a_restore_runs() {
     let directory = tempdir().unwrap();
     let pipe = directory.path().join("pipe");

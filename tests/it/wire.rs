@@ -149,6 +149,16 @@ impl Raw {
         std::mem::take(&mut self.incoming.received)
     }
 
+    /// Moves what comes next into `into`, `bytes_max` of it at most; 0 at the connection's end.
+    pub(crate) async fn some(&mut self, bytes_max: usize, into: &mut Vec<u8>) -> usize {
+        into.append(&mut self.incoming.received);
+        let mut room = vec![0; bytes_max];
+        let read = in_time("something to read", self.incoming.stream.read(&mut room)).await;
+        let bytes = read.unwrap_or(0);
+        into.extend_from_slice(&room[..bytes]);
+        bytes
+    }
+
     /// Waits until the node ends the connection; nothing more may come.
     pub(crate) async fn closed(&mut self) {
         let more = self.incoming.receive().await;
