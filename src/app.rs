@@ -12,11 +12,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
-use crate::http::backup::{self, BackupState};
-use crate::http::listener::{Listener, ListenerLimits};
+use crate::http::backup::{self, BackupMetrics, BackupState};
+use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops::{self, OpsState};
 use crate::http::read::{self, ReadState};
 use crate::http::write::{self, WriteState};
+use crate::http::{self, HttpMetrics};
 use crate::log::{Origin, ReadError, now_ns};
 use crate::progress;
 use crate::readiness::{Readiness, Scope};
@@ -133,7 +134,11 @@ pub async fn run(
     let log = Arc::clone(&storage.log);
     let readiness = Readiness::default();
     let starting = readiness.hold(Scope::All, "starting", "the store is being restored");
-    let telemetry = Arc::new(Telemetry::new()?);
+    let telemetry = Arc::new(Telemetry::new(&http::BUCKETS)?);
+    let recorder = Arc::clone(&telemetry);
+    let count =
+        move |route, status| recorder.register(|| HttpMetrics::requests_counter(route, status));
+    let http_metrics = Arc::new(telemetry.register(|| HttpMetrics::new(count)));
     let store = Store::new();
     let applied = Applied::new(now_ns());
     let own = OwnBatches::default();
@@ -179,8 +184,8 @@ pub async fn run(
         router,
         direct,
         limits,
-        metrics: Arc::clone(&telemetry.http),
-        connection_metrics: telemetry.connections(name),
+        metrics: Arc::clone(&http_metrics),
+        connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
     };
     let ops_router = ops::routes(OpsState {
         node: format!("{origin}").into(),
@@ -206,7 +211,7 @@ pub async fn run(
         readiness: readiness.clone(),
         credentials: config.credentials.clone(),
         slots: Arc::new(Semaphore::new(config.http.backups_max)),
-        metrics: telemetry.backup.clone(),
+        metrics: telemetry.register(BackupMetrics::new),
     });
     let read_state = ReadState {
         store: store.clone(),

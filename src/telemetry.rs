@@ -1,7 +1,6 @@
 //! Logs and metrics. Metric handles are made once, here or by the room they belong to, and kept.
 
 use std::str::FromStr;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
@@ -11,11 +10,6 @@ use metrics_exporter_prometheus::{
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-
-use crate::http::HttpMetrics;
-use crate::http::backup::{BackupMetrics, DURATION_BUCKETS_S, DURATION_METRIC};
-use crate::http::listener::ConnectionMetrics;
-use crate::http::observe::{LATENCY_BUCKETS_S, LATENCY_METRIC};
 
 /// How often samples are folded into the histograms. Between two folds a sample takes 8 bytes, so
 /// this and the request rate bound that memory, scraped or not.
@@ -30,17 +24,13 @@ const BATCH_METRIC: &str = "gradestore_batch_patches";
 /// One node's metrics: a recorder of its own, so that several nodes fit in one process.
 pub struct Telemetry {
     started: Instant,
-    recorder: Arc<PrometheusRecorder>,
+    recorder: PrometheusRecorder,
     handle: PrometheusHandle,
     process: metrics_process::Collector,
-    /// What requests are counted with.
-    pub http: Arc<HttpMetrics>,
     /// Set at a scrape.
     pub gauges: Gauges,
     /// Set at a scrape.
     pub recovery: Recovery,
-    /// What backups are counted with.
-    pub backup: BackupMetrics,
     /// Patches a batch that this process sent.
     pub batch_patches: Histogram,
     /// Patches applied, own and others'.
@@ -59,6 +49,18 @@ pub struct Gauges {
     pub queue_patches: Gauge,
     /// 1 while reads are answered.
     pub ready: Gauge,
+}
+
+impl Gauges {
+    fn new() -> Self {
+        Self {
+            records: gauge!("gradestore_records"),
+            position: gauge!("gradestore_log_position"),
+            log_end: gauge!("gradestore_log_end"),
+            queue_patches: gauge!("gradestore_write_queue_patches"),
+            ready: gauge!("gradestore_ready"),
+        }
+    }
 }
 
 /// Log, restore and snapshots.
@@ -109,63 +111,53 @@ impl Recovery {
 }
 
 impl Telemetry {
-    /// A recorder and the handles of everything that is measured.
+    /// A recorder. `buckets` are the upper bounds of histograms by name, beside the one that is made
+    /// here; a histogram without bounds would be a summary.
     ///
     /// # Errors
-    /// A bucket list is empty.
-    pub fn new() -> Result<Self, BuildError> {
-        let recorder = PrometheusBuilder::new()
-            .set_buckets_for_metric(Matcher::Full(LATENCY_METRIC.to_owned()), LATENCY_BUCKETS_S)?
-            .set_buckets_for_metric(Matcher::Full(BATCH_METRIC.to_owned()), BATCH_BUCKETS)?
-            .set_buckets_for_metric(
-                Matcher::Full(DURATION_METRIC.to_owned()),
-                DURATION_BUCKETS_S,
-            )?
-            .build_recorder();
-        let recorder = Arc::new(recorder);
+    /// A list of bounds is empty.
+    pub fn new(buckets: &[(&str, &[f64])]) -> Result<Self, BuildError> {
+        let mut builder = PrometheusBuilder::new();
+        for (name, bounds) in buckets.iter().chain(&[(BATCH_METRIC, BATCH_BUCKETS)]) {
+            let name = Matcher::Full((*name).to_owned());
+            builder = builder.set_buckets_for_metric(name, bounds)?;
+        }
+        let recorder = builder.build_recorder();
         let handle = recorder.handle();
         let process = metrics_process::Collector::default();
-        let for_counters = Arc::clone(&recorder);
-        let telemetry = metrics::with_local_recorder(&*recorder, || {
-            describe();
-            process.describe();
-            gauge!("gradestore_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-            Self {
-                started: Instant::now(),
-                handle,
-                process,
-                http: Arc::new(HttpMetrics::new(move |route, status| {
-                    metrics::with_local_recorder(&*for_counters, || {
-                        HttpMetrics::requests_counter(route, status)
-                    })
-                })),
-                gauges: Gauges {
-                    records: gauge!("gradestore_records"),
-                    position: gauge!("gradestore_log_position"),
-                    log_end: gauge!("gradestore_log_end"),
-                    queue_patches: gauge!("gradestore_write_queue_patches"),
-                    ready: gauge!("gradestore_ready"),
-                },
-                recovery: Recovery::new(),
-                backup: BackupMetrics::new(),
-                batch_patches: histogram!(BATCH_METRIC),
-                patches_applied: counter!("gradestore_patches_applied_total"),
-                recorder: Arc::clone(&recorder),
-            }
-        });
-        Ok(telemetry)
+        let (gauges, recovery, batch_patches, patches_applied) =
+            metrics::with_local_recorder(&recorder, || {
+                describe();
+                process.describe();
+                gauge!("gradestore_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+                (
+                    Gauges::new(),
+                    Recovery::new(),
+                    histogram!(BATCH_METRIC),
+                    counter!("gradestore_patches_applied_total"),
+                )
+            });
+        Ok(Self {
+            started: Instant::now(),
+            recorder,
+            handle,
+            process,
+            gauges,
+            recovery,
+            batch_patches,
+            patches_applied,
+        })
     }
 
-    /// Handles for the connections of the port `name`.
-    #[must_use]
-    pub fn connections(&self, name: &'static str) -> ConnectionMetrics {
-        metrics::with_local_recorder(&*self.recorder, || ConnectionMetrics::new(name))
+    /// Runs `make`, whose metric handles belong to this node then.
+    pub fn register<T>(&self, make: impl FnOnce() -> T) -> T {
+        metrics::with_local_recorder(&self.recorder, make)
     }
 
     /// Everything measured, in Prometheus' text format.
     #[must_use]
     pub fn render(&self) -> String {
-        metrics::with_local_recorder(&*self.recorder, || self.process.collect());
+        self.register(|| self.process.collect());
         self.handle.render()
     }
 
@@ -209,27 +201,6 @@ fn describe() {
     describe_counter!(
         "gradestore_patches_applied_total",
         "Patches applied to the store."
-    );
-    describe_counter!(
-        "gradestore_http_requests_total",
-        "Requests answered, by route and status."
-    );
-    describe_histogram!(
-        LATENCY_METRIC,
-        "Time from a request's header to its answer, by route."
-    );
-    describe_gauge!(
-        "gradestore_http_requests_in_flight",
-        "Requests that are being answered."
-    );
-    describe_gauge!("gradestore_http_connections", "Open connections, by port.");
-    describe_counter!(
-        "gradestore_http_connections_accepted_total",
-        "Connections accepted, by port."
-    );
-    describe_counter!(
-        "gradestore_http_connections_cut_total",
-        "Connections closed for a deadline or to make room, by port."
     );
     describe_gauge!(
         "gradestore_log_first",

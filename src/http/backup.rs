@@ -26,10 +26,10 @@ use tokio::task::JoinHandle;
 use super::error::ApiError;
 use super::listener::Connection;
 use super::{Credentials, GRADE_POSITION};
-use crate::backup::{BackupWriter, Chunk, ChunkSource, FORMAT, Head, file_name};
+use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
 use crate::log::Log;
 use crate::readiness::Readiness;
-use crate::replication::Applied;
+use crate::replication::{Applied, backup_head};
 use crate::store::Store;
 
 /// What a backup is made from.
@@ -115,19 +115,12 @@ async fn get_backup(
     state.readiness.reads()?;
     let slot = Arc::clone(&state.slots).try_acquire_owned();
     let slot = slot.map_err(|_none_left| ApiError::BackupsRunning)?;
-    let position = state.applied.position();
-    let head = Head {
-        format: FORMAT,
-        log_id: state.log.id().0,
-        position: position.seq,
-        time_ns: position.time_ns,
-        rows_expected: state.store.len() as u64,
-    };
+    let head = backup_head(&state.store, &state.applied, &*state.log);
     let name = format!("attachment; filename=\"{}\"", file_name(head.time_ns));
     let headers = [
         (CONTENT_TYPE, "application/gzip".to_owned()),
         (CONTENT_DISPOSITION, name),
-        (GRADE_POSITION, position.seq.to_string()),
+        (GRADE_POSITION, head.position.to_string()),
     ];
     if request.method() == Method::HEAD {
         return Ok((headers, Body::empty()).into_response());

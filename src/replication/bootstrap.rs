@@ -177,7 +177,10 @@ pub fn restore_local(
                 tracing::warn!(path = %path.display(), "snapshot of another log");
                 other_log = Some(head.map(|head| head.log_id).unwrap_or_default());
             }
-            Err(error) => tracing::warn!(path = %path.display(), %error, "snapshot refused"),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "snapshot refused");
+                set_aside(&path, &error);
+            }
         }
     }
     match (other_log, log.first()) {
@@ -218,6 +221,19 @@ pub fn restore_seed(
         time_ns: head.map_or(applied.position().time_ns, |head| head.time_ns),
     });
     Ok(())
+}
+
+/// Renames a snapshot that is damaged, for people to look at. Under its own name it would go on
+/// counting as one of the two that are kept, and the log would be cut behind it.
+fn set_aside(path: &Path, error: &BackupError) {
+    if matches!(error, BackupError::Io { .. } | BackupError::Newer { .. }) {
+        return;
+    }
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".damaged");
+    if let Err(error) = fs::rename(path, aside) {
+        tracing::warn!(path = %path.display(), %error, "damaged snapshot not set aside");
+    }
 }
 
 fn modified(path: &Path) -> SystemTime {

@@ -37,6 +37,20 @@ struct State {
     failures: u64,
 }
 
+/// What a backup that begins now says first. The position is taken before the scan: what that sees
+/// beyond it, replay repairs.
+#[must_use]
+pub fn backup_head(store: &Store, applied: &Applied, log: &dyn Log) -> Head {
+    let position = applied.position();
+    Head {
+        format: FORMAT,
+        log_id: log.id().0,
+        position: position.seq,
+        time_ns: position.time_ns,
+        rows_expected: store.len() as u64,
+    }
+}
+
 impl LastSnapshot {
     /// What was written and how long ago.
     #[must_use]
@@ -115,15 +129,7 @@ impl Snapshotter {
     }
 
     fn write_blocking(&self) -> io::Result<(Written, Option<Seq>)> {
-        // Position first: what the scan sees beyond it, replay repairs.
-        let position = self.applied.position();
-        let head = Head {
-            format: FORMAT,
-            log_id: self.log.id().0,
-            position: position.seq,
-            time_ns: position.time_ns,
-            rows_expected: self.store.len() as u64,
-        };
+        let head = backup_head(&self.store, &self.applied, &*self.log);
         let written = self
             .snapshots
             .write(&self.store, head, || self.applied.seq())?;
