@@ -137,8 +137,7 @@ fn lock(dir: &Path) -> Result<File, StorageError> {
 /// Makes `dir` such that a power loss does not take it away again.
 fn make_dir(dir: &Path) -> io::Result<()> {
     fs::create_dir_all(dir)?;
-    let parent = fs::canonicalize(dir)?.join("..");
-    File::open(parent)?.sync_all()
+    File::open(dir.join(".."))?.sync_all()
 }
 
 fn io_error(dir: &Path, error: io::Error) -> StorageError {
