@@ -167,6 +167,7 @@ pub async fn run(
             log: Arc::clone(&log),
             snapshots: snapshots.clone(),
             last: last_snapshot.clone(),
+            writing: Arc::default(),
         });
 
     // Every long-lived task, and what stops it.
@@ -282,14 +283,23 @@ pub async fn run(
         let end = log.end();
         let mut subscription = log.subscribe(applied.seq()).await?;
         let for_reader = readiness.clone();
+        let (stopped, reader_stopped) = tokio::sync::oneshot::channel();
         rest.spawn(until(&stop_rest, async move {
             let error = reader.run(subscription.as_mut()).await;
             tracing::error!(%error, "log reader stopped");
             // Nothing after the gap may be served: unready until the process ends.
             let _gap = for_reader.hold(Scope::All, "gap", error.to_string());
+            // A start that still goes on has nothing to wait for: the gap is what to tell.
+            let _ = stopped.send(());
             std::future::pending::<()>().await;
         }));
-        applied.reach(end).await;
+        tokio::select! {
+            () = applied.reach(end) => {}
+            _ = reader_stopped => {
+                drop(starting);
+                return std::future::pending().await;
+            }
+        }
         drop(starting);
         tracing::info!(
             log = log.kind(),
@@ -368,8 +378,10 @@ struct ConnectionLimits {
 /// Raises the limit of open files to what the system allows and fits the numbers of connections
 /// into it: a connection that finds no descriptor left can't even be refused.
 fn connection_limits(config: &Config) -> ConnectionLimits {
-    let (mut data, ops) = (config.http.data, config.http.ops);
+    let (mut data, mut ops) = (config.http.data, config.http.ops);
     let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
+    let for_ops = usize::try_from(files / 16).unwrap_or(usize::MAX).max(8);
+    ops.connections_max = ops.connections_max.min(for_ops);
     let for_data = files.saturating_sub(SPARE_FILES + ops.connections_max as u64) / 2;
     let fitting = usize::try_from(for_data).unwrap_or(usize::MAX).max(16);
     if fitting < data.connections_max {

@@ -84,7 +84,7 @@ pub struct ServeArgs {
     pub data_dir: PathBuf,
 
     /// Keep nothing on disk: what is written is gone when the process ends
-    #[arg(long, env = "GRADESTORE_EPHEMERAL", value_parser = clap::builder::BoolishValueParser::new())]
+    #[arg(long, env = "GRADESTORE_EPHEMERAL", value_parser = yes_or_no)]
     pub ephemeral: bool,
 
     /// How often a snapshot is written to the data directory
@@ -101,11 +101,11 @@ pub struct ServeArgs {
 #[derive(Debug, Args)]
 pub struct BackupArgs {
     /// The node's write port, such as http://127.0.0.1:8080
-    #[arg(long, value_name = "URL", value_parser = base_url)]
+    #[arg(long, env = "GRADESTORE_FROM", value_name = "URL", value_parser = base_url)]
     pub from: String,
 
     /// Where to put it; - for standard output
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, env = "GRADESTORE_OUTPUT", value_name = "FILE")]
     pub output: PathBuf,
 
     /// The user name that the node wants
@@ -154,6 +154,15 @@ fn interval(text: &str) -> Result<Duration, String> {
         Ok(interval) if interval >= Duration::from_secs(1) => Ok(interval),
         Ok(_) => Err(format!("it must be 1s or more; {fix}")),
         Err(error) => Err(format!("{error}; {fix}")),
+    }
+}
+
+fn yes_or_no(text: &str) -> Result<bool, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "1" => Ok(true),
+        // Set to nothing is how a compose file leaves a variable out.
+        "false" | "no" | "off" | "0" | "" => Ok(false),
+        _ => Err("set GRADESTORE_EPHEMERAL to true or false, or leave it out".to_owned()),
     }
 }
 
@@ -307,7 +316,6 @@ impl Config {
     /// # Errors
     /// See [`ConfigError`].
     pub fn from_args(args: &ServeArgs) -> Result<(Self, Option<MadePassword>), ConfigError> {
-        check_env_names(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()))?;
         let addresses = [
             ("--write-addr", args.write_addr),
             ("--read-addr", args.read_addr),
@@ -366,6 +374,14 @@ impl BackupArgs {
     pub fn password(&self) -> Result<String, ConfigError> {
         given_password(self.password_file.as_deref())?.ok_or(ConfigError::NoPassword)
     }
+}
+
+/// Refuses environment variables that begin like ours and are none.
+///
+/// # Errors
+/// Names the first one.
+pub fn check_env() -> Result<(), ConfigError> {
+    check_env_names(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()))
 }
 
 /// Parses a command line in which `serve` may be left out. Ends the process after help, version or

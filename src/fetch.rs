@@ -72,9 +72,20 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
         path: path.to_owned(),
         error,
     };
+    // What a link leads to is replaced, not the link.
+    let target = fs::canonicalize(path);
+    let path = target.as_deref().unwrap_or(path);
     let response = ask(&url, &args.username, password).await?;
     if path == Path::new("-") {
         return copy(response, &url, &mut io::stdout(), write_error).await;
+    }
+    if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
+        // A device or a pipe is written to: there is nothing to put in its place.
+        let mut file = File::options()
+            .write(true)
+            .open(path)
+            .map_err(write_error)?;
+        return copy(response, &url, &mut file, write_error).await;
     }
     let directory = match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
@@ -82,21 +93,23 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
     };
     let mut partial = path.as_os_str().to_owned();
     partial.push(format!(".{}.partial", std::process::id()));
-    let partial = PathBuf::from(partial);
-    let kept = async {
-        let mut file = File::create(&partial).map_err(write_error)?;
-        let summary = copy(response, &url, &mut file, write_error).await?;
-        file.sync_all().map_err(write_error)?;
-        fs::rename(&partial, path).map_err(write_error)?;
-        let synced = File::open(directory).and_then(|directory| directory.sync_all());
-        synced.map_err(write_error)?;
-        Ok(summary)
-    };
-    let kept = kept.await;
-    if kept.is_err() {
-        let _ = fs::remove_file(&partial);
+    let partial = Partial(PathBuf::from(partial));
+    let mut file = File::create(&partial.0).map_err(write_error)?;
+    let summary = copy(response, &url, &mut file, write_error).await?;
+    file.sync_all().map_err(write_error)?;
+    fs::rename(&partial.0, path).map_err(write_error)?;
+    let synced = File::open(directory).and_then(|directory| directory.sync_all());
+    synced.map_err(write_error)?;
+    Ok(summary)
+}
+
+/// A file that is removed unless it was renamed, however fetching ends.
+struct Partial(PathBuf);
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
     }
-    kept
 }
 
 async fn ask(url: &str, username: &str, password: &str) -> Result<reqwest::Response, FetchError> {

@@ -134,8 +134,11 @@ fn lock(dir: &Path) -> Result<File, StorageError> {
     }
 }
 
-/// Makes `dir` such that a power loss does not take it away again.
+/// Makes `dir`, if it is not there, such that a power loss does not take it away again.
 fn make_dir(dir: &Path) -> io::Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
     fs::create_dir_all(dir)?;
     File::open(dir.join(".."))?.sync_all()
 }

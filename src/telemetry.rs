@@ -101,7 +101,12 @@ impl Recovery {
             restore_bytes: gauge!("gradestore_restore_bytes"),
             restore_duration_s: gauge!("gradestore_restore_duration_seconds"),
             snapshot_failures: counter!("gradestore_snapshot_failures_total"),
-            snapshot_age_s: gauge!("gradestore_snapshot_age_seconds"),
+            snapshot_age_s: {
+                // 0 would look like one that was just written.
+                let age = gauge!("gradestore_snapshot_age_seconds");
+                age.set(f64::NAN);
+                age
+            },
             snapshot_position: gauge!("gradestore_snapshot_position"),
             snapshot_rows: gauge!("gradestore_snapshot_rows"),
             snapshot_bytes: gauge!("gradestore_snapshot_bytes"),

@@ -117,11 +117,11 @@ fn write_trailer(out: &mut Vec<u8>, text: &[u8]) {
 pub(super) enum Kind {
     /// No gzip.
     NotGzip,
-    /// Gzip, without an extra field or with BGZF's (`bgzip` makes such files).
+    /// Gzip, without an extra field or with another program's.
     Foreign,
     /// Ours: FEXTRA's bytes are so many.
     Ours(usize),
-    /// An extra field that is neither.
+    /// An extra field that may have been ours.
     Unknown,
 }
 
@@ -131,6 +131,10 @@ pub(super) fn begins_gzip(start: &[u8]) -> bool {
         .iter()
         .zip(MAGIC)
         .all(|(found, wanted)| *found == wanted)
+}
+
+fn bits_between(one: [u8; 2], other: [u8; 2]) -> u32 {
+    (u16::from_le_bytes(one) ^ u16::from_le_bytes(other)).count_ones()
 }
 
 /// Looks at the fixed part, FEXTRA's length and the first subfield's name: 14 bytes.
@@ -148,7 +152,8 @@ pub(super) fn kind_of(start: &[u8]) -> Kind {
         [low, high, first, second, ..] if [first, second] == SUBFIELD => {
             Kind::Ours(usize::from(u16::from_le_bytes([low, high])))
         }
-        [_, _, b'B', b'C', ..] => Kind::Foreign,
+        // bgzip's, mgzip's and others'; but not what a flipped bit or two would make of ours.
+        [_, _, first, second, ..] if bits_between([first, second], SUBFIELD) > 2 => Kind::Foreign,
         _ => Kind::Unknown,
     }
 }

@@ -74,7 +74,9 @@ impl Snapshots {
             let position = name
                 .and_then(|name| name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX))
                 .and_then(|position| position.parse().ok());
-            if let Some(position) = position {
+            if let Some(position) = position
+                && path.is_file()
+            {
                 found.push((position, path));
             }
         }

@@ -123,7 +123,9 @@ async fn get_backup(
         (GRADE_POSITION, head.position.to_string()),
     ];
     if request.method() == Method::HEAD {
-        return Ok((headers, Body::empty()).into_response());
+        // As GET's, of a length that is not known.
+        let nothing = futures_util::stream::empty::<io::Result<Bytes>>();
+        return Ok((headers, Body::from_stream(nothing)).into_response());
     }
     let connection = request.extensions().get::<Arc<Connection>>().cloned();
     let body = Body::from_stream(members(state, &head, slot, connection));
@@ -165,6 +167,9 @@ fn members(
         _slot: slot,
     };
     running.metrics.running.increment(1.0);
+    if let Some(connection) = &running.connection {
+        connection.stream(true);
+    }
     let first = futures_util::stream::iter([Ok(Bytes::from(first))]);
     first.chain(unfold(running, |mut running| async {
         let next = running.next().await?;
@@ -218,6 +223,9 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.metrics.running.decrement(1.0);
+        if let Some(connection) = &self.connection {
+            connection.stream(false);
+        }
         match self.whole {
             true => self.metrics.whole.increment(1),
             false => {

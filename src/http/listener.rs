@@ -186,6 +186,8 @@ async fn serve_connection(stream: TcpStream, service: Observed, connection: &Con
     let mut http = http1::Builder::new()
         .max_buf_size(2 * HEADER_BYTES_MAX)
         .max_header_size(HEADER_BYTES_MAX)
+        // A client that has said all it has to may still want the answer.
+        .half_close(true)
         .serve_connection(TokioIo::new(stream), service);
     let mut draining = false;
     let served = std::future::poll_fn(|cx| {
@@ -249,6 +251,8 @@ pub(super) struct Connection {
     idle_since_ms: AtomicU64,
     /// Whether a request's header has come whole, ever.
     greeted: AtomicBool,
+    /// Whether it is being sent a long answer: then it is not cut to make room.
+    streaming: AtomicBool,
     drain: AtomicBool,
     cut: AtomicBool,
     task: AtomicWaker,
@@ -263,6 +267,7 @@ impl Connection {
             opened: Instant::now(),
             idle_since_ms: AtomicU64::new(0),
             greeted: AtomicBool::new(false),
+            streaming: AtomicBool::new(false),
             drain: AtomicBool::new(false),
             cut: AtomicBool::new(false),
             task: AtomicWaker::new(),
@@ -279,6 +284,12 @@ impl Connection {
     pub(super) fn end(&self) {
         let since_ms = self.opened.elapsed().as_millis() as u64;
         self.idle_since_ms.store(since_ms, Ordering::Relaxed);
+    }
+
+    /// A long answer begins or ends; between its parts the connection counts as idle, for the
+    /// deadline alone.
+    pub(super) fn stream(&self, streaming: bool) {
+        self.streaming.store(streaming, Ordering::Relaxed);
     }
 
     /// For how long nothing has run; `None` while something does.
@@ -370,6 +381,7 @@ impl Connections {
         let mut idle: Vec<_> = open
             .values()
             .filter(|connection| !connection.cut.load(Ordering::Relaxed))
+            .filter(|connection| !connection.streaming.load(Ordering::Relaxed))
             .filter_map(|connection| Some((connection.idle()?, connection)))
             .collect();
         idle.sort_unstable_by_key(|(idle, _)| std::cmp::Reverse(*idle));

