@@ -22,7 +22,7 @@ use gradestore::grade::{
 use gradestore::store::{Piece, Store};
 
 // The rows themselves, which the library keeps to itself.
-#[expect(dead_code, reason = "what the reader of whole files needs beside them")]
+#[expect(dead_code, unreachable_pub, reason = "here it is a room of a bench")]
 #[path = "../src/backup/row.rs"]
 mod row;
 
@@ -89,7 +89,7 @@ fn refs(rows: &[(String, Values)]) -> impl Iterator<Item = (&str, &Values)> {
 
 fn write_csv_async<'a>(rows: impl Iterator<Item = (&'a str, &'a Values)>, text: &mut Vec<u8>) {
     let mut csv = AsyncWriterBuilder::new().create_writer(text);
-    let mut numbers = [const { itoa::Buffer::new() }; FIELD_COUNT];
+    let mut numbers = [itoa::Buffer::new(); FIELD_COUNT];
     for (id, values) in rows {
         let numbers = numbers.iter_mut().zip(values);
         let numbers = numbers.map(|(buffer, value)| buffer.format(*value).as_bytes());

@@ -177,7 +177,10 @@ def python_values(users, directory):
 
 def duckdb_values(users, directory):
     differs = " OR ".join(f"{name} IS DISTINCT FROM value_of(n, {field})" for field, name in enumerate(generate.FIELDS))
+    columns = {"user_id": "VARCHAR"} | dict.fromkeys(generate.FIELDS, "BIGINT")
     statements = (
+        # It would draw on standard output.
+        "SET enable_progress_bar = false",
         # The formulas of generate.py once more.
         """CREATE MACRO value_of(n, field) AS CASE
             WHEN (4 * n + field) % 101 = 0 THEN -9223372036854775808
@@ -190,11 +193,11 @@ def duckdb_values(users, directory):
         f"""SELECT count(*), count(DISTINCT n), min(n), max(n),
                 count(*) FILTER (WHERE user_id IS DISTINCT FROM id_of(n) OR {differs})
             FROM (SELECT *, left(user_id, 13)::BIGINT - 1000000000000 AS n
-                FROM read_csv('grades.csv.gz', header = true, types = {{'user_id': 'VARCHAR'}}))""",
+                FROM read_csv('grades.csv.gz', auto_detect = false, header = true, columns = {columns}))""",
     )
     program = ("import duckdb, json, sys\n"
                "for statement in json.load(sys.stdin): result = duckdb.execute(statement)\n"
-               "print(json.dumps([duckdb.__version__, *result.fetchone()]))")
+               "print(json.dumps([duckdb.__version__, *result.fetchall()[0]]))")
     began = time.monotonic()
     done = subprocess.run([TOOLS / "venv" / "bin" / "python", "-c", program], cwd=directory, check=True,
                           input=json.dumps(statements), stdout=subprocess.PIPE, text=True)
@@ -340,7 +343,8 @@ def memory(args, directory):
         with Node(directory, generated(directory, users)) as node:
             time.sleep(2)
             before = node.rss_mib()
-            print(f"RSS before {before:.1f} MiB")
+            print(f"RSS before {before:.1f} MiB; all else is counted from there, so what one backup leaves behind "
+                  "is in the next one's figure")
             grown = 0
             for n in range(1, args.rounds + 1):
                 samples = [node.rss_mib()]
