@@ -15,8 +15,8 @@ const CHUNK_TEXT_BYTES: usize = 256 * 1024;
 const _: () =
     assert!(CHUNK_TEXT_BYTES + Piece::RECORDS_MAX * row::ROW_BYTES_MAX <= member::TEXT_BYTES_MAX);
 
-/// libdeflate's level. Smaller than zlib's and pigz's level 1 at over twice the speed; see
-/// `benches/README.md`.
+/// libdeflate's level. It makes smaller files than `pigz -1` at twice the speed of one of its threads;
+/// zlib-rs makes files of this size in twice the time. See `benches/README.md`.
 const DEFLATE_LEVEL: i32 = 1;
 
 /// Some rows as one gzip member.
