@@ -9,6 +9,7 @@ run: ## a node on the default ports
 	cargo run --release
 
 test: ## every test
+	tests/install.sh
 	cargo test --locked
 
 check: ## format, lints and docs, warnings as errors

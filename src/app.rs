@@ -17,7 +17,7 @@ use crate::http::listener::{Listener, ListenerLimits};
 use crate::http::ops::{self, OpsState};
 use crate::http::read::{self, ReadState};
 use crate::http::write::{self, WriteState};
-use crate::log::{Origin, ReadError, now_ns};
+use crate::log::{Origin, now_ns};
 use crate::progress;
 use crate::readiness::{Readiness, Scope};
 use crate::replication::{
@@ -56,9 +56,6 @@ pub enum AppError {
         /// What the system said.
         error: io::Error,
     },
-    /// The log can't be read.
-    #[error("cannot read the log: {0}")]
-    Log(#[from] ReadError),
     /// The store can't be filled.
     #[error(transparent)]
     Bootstrap(#[from] BootstrapError),
@@ -146,6 +143,7 @@ pub async fn run(
         own: own.clone(),
         origin,
         patches: telemetry.patches_applied.clone(),
+        round_trip: telemetry.batch_duration.clone(),
     };
     let snapshotter = storage
         .snapshots
@@ -263,17 +261,34 @@ pub async fn run(
             // The log can't bring back what it never held.
             snapshotter.write().await;
         }
+        let mut subscription = match log.subscribe(applied.seq()).await {
+            Ok(subscription) => subscription,
+            Err(error) => {
+                tracing::error!(%error, "log not readable, not serving");
+                let _gap = readiness.hold(Scope::All, "gap", error.to_string());
+                drop(starting);
+                return std::future::pending().await;
+            }
+        };
+        // Asked for after subscribing, which has just looked.
         let end = log.end();
-        let mut subscription = log.subscribe(applied.seq()).await?;
-        let for_reader = readiness.clone();
+        let stopped = CancellationToken::new();
+        let (for_reader, reader_stopped) = (readiness.clone(), stopped.clone());
         rest.spawn(until(&stop_rest, async move {
             let error = reader.run(subscription.as_mut()).await;
             tracing::error!(%error, "log reader stopped");
             // Nothing after the gap may be served: unready until the process ends.
             let _gap = for_reader.hold(Scope::All, "gap", error.to_string());
+            reader_stopped.cancel();
             std::future::pending::<()>().await;
         }));
-        applied.reach(end).await;
+        tokio::select! {
+            () = applied.reach(end) => {}
+            () = stopped.cancelled() => {
+                drop(starting);
+                return std::future::pending().await;
+            }
+        }
         drop(starting);
         tracing::info!(
             log = log.kind(),

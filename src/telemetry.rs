@@ -15,6 +15,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::http::HttpMetrics;
 use crate::http::listener::ConnectionMetrics;
 use crate::http::observe::{LATENCY_BUCKETS_S, LATENCY_METRIC};
+use crate::log::Counts;
 
 /// How often samples are folded into the histograms. Between two folds a sample takes 8 bytes, so
 /// this and the request rate bound that memory, scraped or not.
@@ -25,6 +26,14 @@ const BATCH_BUCKETS: &[f64] = &[
     1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0,
 ];
 const BATCH_METRIC: &str = "gradestore_batch_patches";
+
+/// From a log in memory, tens of microseconds, over a disk's or a broker's milliseconds to the 5 s
+/// after which a write is given up.
+const BATCH_BUCKETS_S: &[f64] = &[
+    0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+    1.0, 2.5, 5.0,
+];
+const BATCH_DURATION_METRIC: &str = "gradestore_batch_duration_seconds";
 
 /// One node's metrics: a recorder of its own, so that several nodes fit in one process.
 pub struct Telemetry {
@@ -38,8 +47,12 @@ pub struct Telemetry {
     pub gauges: Gauges,
     /// Set at a scrape.
     pub recovery: Recovery,
+    /// Set at a scrape.
+    pub log: LogMetrics,
     /// Patches a batch that this process sent.
     pub batch_patches: Histogram,
+    /// Time from a batch's being sent until it has come back and is applied.
+    pub batch_duration: Histogram,
     /// Patches applied, own and others'.
     pub patches_applied: Counter,
 }
@@ -56,6 +69,44 @@ pub struct Gauges {
     pub queue_patches: Gauge,
     /// 1 while reads are answered.
     pub ready: Gauge,
+}
+
+/// What happened to the log, for those of its kinds to which anything can.
+pub struct LogMetrics {
+    /// Age of the last batch applied while the log has newer ones.
+    pub lag_s: Gauge,
+    /// Connections made anew.
+    pub reconnects: Counter,
+    /// Times that reading was taken up again.
+    pub resumes: Counter,
+    /// Batches sent again.
+    pub resends: Counter,
+    /// Batches missing between two that came.
+    pub gaps: Counter,
+    /// Messages that are no batch.
+    pub poisoned: Counter,
+}
+
+impl LogMetrics {
+    fn new() -> Self {
+        Self {
+            lag_s: gauge!("gradestore_log_lag_seconds"),
+            reconnects: counter!("gradestore_log_reconnects_total"),
+            resumes: counter!("gradestore_log_resumes_total"),
+            resends: counter!("gradestore_log_resends_total"),
+            gaps: counter!("gradestore_log_gaps_total"),
+            poisoned: counter!("gradestore_log_poisoned_total"),
+        }
+    }
+
+    /// Takes over what the log has counted.
+    pub fn count(&self, counts: Counts) {
+        self.reconnects.absolute(counts.reconnects);
+        self.resumes.absolute(counts.resumes);
+        self.resends.absolute(counts.resends);
+        self.gaps.absolute(counts.gaps);
+        self.poisoned.absolute(counts.poisoned);
+    }
 }
 
 /// Log, restore and snapshots.
@@ -114,6 +165,10 @@ impl Telemetry {
         let recorder = PrometheusBuilder::new()
             .set_buckets_for_metric(Matcher::Full(LATENCY_METRIC.to_owned()), LATENCY_BUCKETS_S)?
             .set_buckets_for_metric(Matcher::Full(BATCH_METRIC.to_owned()), BATCH_BUCKETS)?
+            .set_buckets_for_metric(
+                Matcher::Full(BATCH_DURATION_METRIC.to_owned()),
+                BATCH_BUCKETS_S,
+            )?
             .build_recorder();
         let recorder = Arc::new(recorder);
         let handle = recorder.handle();
@@ -140,7 +195,9 @@ impl Telemetry {
                     ready: gauge!("gradestore_ready"),
                 },
                 recovery: Recovery::new(),
+                log: LogMetrics::new(),
                 batch_patches: histogram!(BATCH_METRIC),
+                batch_duration: histogram!(BATCH_DURATION_METRIC),
                 patches_applied: counter!("gradestore_patches_applied_total"),
                 recorder: Arc::clone(&recorder),
             }
@@ -198,6 +255,34 @@ fn describe() {
         "Patches that wait for a batch."
     );
     describe_histogram!(BATCH_METRIC, "Patches in a batch that this process sent.");
+    describe_histogram!(
+        BATCH_DURATION_METRIC,
+        "Time from a batch's being sent until it came back and was applied."
+    );
+    describe_gauge!(
+        "gradestore_log_lag_seconds",
+        "Age of the last batch applied while the log has newer ones, else 0."
+    );
+    describe_counter!(
+        "gradestore_log_reconnects_total",
+        "Connections to the broker made anew."
+    );
+    describe_counter!(
+        "gradestore_log_resumes_total",
+        "Times that reading the log was taken up again where it had stopped."
+    );
+    describe_counter!(
+        "gradestore_log_resends_total",
+        "Batches sent again because nothing was heard of them."
+    );
+    describe_counter!(
+        "gradestore_log_gaps_total",
+        "Times that batches were missing between two that came."
+    );
+    describe_counter!(
+        "gradestore_log_poisoned_total",
+        "Messages of the log that are no batch and were skipped."
+    );
     describe_counter!(
         "gradestore_patches_applied_total",
         "Patches applied to the store."
@@ -267,20 +352,24 @@ fn describe() {
     );
 }
 
+/// The NATS client tells of each connection what the log tells as well.
+fn by_default() -> Targets {
+    use tracing::Level;
+    let targets = Targets::new().with_default(Level::INFO);
+    targets.with_target("async_nats", Level::WARN)
+}
+
 /// Sends log lines to standard error, from `info` up or as `RUST_LOG` says
 /// (`RUST_LOG=gradestore=debug`).
 pub fn init_logs() {
     let wanted = std::env::var("RUST_LOG").unwrap_or_default();
     let targets = match wanted.is_empty() {
-        true => Ok(Targets::new().with_default(tracing::Level::INFO)),
+        true => Ok(by_default()),
         false => Targets::from_str(&wanted),
     };
     let (targets, wrong) = match targets {
         Ok(targets) => (targets, None),
-        Err(error) => (
-            Targets::new().with_default(tracing::Level::INFO),
-            Some(error),
-        ),
+        Err(error) => (by_default(), Some(error)),
     };
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
