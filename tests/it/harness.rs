@@ -150,7 +150,7 @@ pub(crate) fn run(command: &mut Command) -> Output {
 }
 
 /// A child process that is killed when dropped.
-struct Process(Child);
+pub(crate) struct Process(pub(crate) Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -187,8 +187,18 @@ impl Node {
         .await
     }
 
-    /// One that `command` starts.
+    /// One that `command` starts, ready.
     pub(crate) async fn start_with(command: &mut Command) -> Self {
+        let node = Self::spawn(command).await;
+        eventually("ready", async || {
+            (node.ops("/readyz").await.status == 200).then_some(())
+        })
+        .await;
+        node
+    }
+
+    /// One that `command` starts, listening.
+    pub(crate) async fn spawn(command: &mut Command) -> Self {
         let command = command.stdin(Stdio::null());
         let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = Process(command.spawn().unwrap());
@@ -207,17 +217,12 @@ impl Node {
             rest.split('"').next().unwrap().parse().unwrap()
         };
         let ports = Ports::new(address("write"), address("read"), address("ops"));
-        let node = Self {
+        Self {
             ports,
             process,
             stdout,
             stderr,
-        };
-        eventually("ready", async || {
-            (node.ops("/readyz").await.status == 200).then_some(())
-        })
-        .await;
-        node
+        }
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
@@ -234,7 +239,7 @@ impl Node {
 }
 
 /// Collects what a child says, whole lines at a time.
-fn collected(pipe: impl Read + Send + 'static) -> Arc<Mutex<String>> {
+pub(crate) fn collected(pipe: impl Read + Send + 'static) -> Arc<Mutex<String>> {
     let said = Arc::new(Mutex::new(String::new()));
     let lines = Arc::clone(&said);
     std::thread::spawn(move || {

@@ -5,17 +5,22 @@
     reason = "a test may panic, its helpers too"
 )]
 
+mod broker;
 mod harness;
 mod held_log;
+mod proxy;
 mod wire;
 
+mod broker_faults;
 mod cli;
+mod cluster;
 mod concurrency;
 mod drain;
 mod fifth_field;
 mod get;
 mod hostile;
 mod limits;
+mod log_faults;
 mod ops;
 mod set;
 mod stall;
