@@ -1,12 +1,15 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench load-tools roundtrip compare
+.PHONY: help run cluster test check bench load-tools roundtrip compare
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 run: ## a node on the default ports
 	cargo run --release
+
+cluster: ## a broker and three replicas on this machine; Ctrl-C ends all
+	load/cluster.sh
 
 test: ## every test
 	tests/install.sh

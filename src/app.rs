@@ -261,7 +261,8 @@ pub async fn run(
             // The log can't bring back what it never held.
             snapshotter.write().await;
         }
-        let mut subscription = match log.subscribe(applied.seq()).await {
+        let position = applied.position();
+        let mut subscription = match log.resume(position.seq, position.time_ns).await {
             Ok(subscription) => subscription,
             Err(error) => {
                 tracing::error!(%error, "log not readable, not serving");

@@ -261,6 +261,20 @@ pub trait Log: Send + Sync + 'static {
     /// # Errors
     /// The log can't be read from there.
     fn subscribe(&self, after: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>>;
+
+    /// The same for a caller who knows when the log took the batch at `after`: a log that can have
+    /// another one there by now looks first.
+    ///
+    /// # Errors
+    /// The log can't be read from there, or it went another way before.
+    fn resume(
+        &self,
+        after: Seq,
+        time_ns: u64,
+    ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
+        let _ = time_ns;
+        self.subscribe(after)
+    }
 }
 
 /// A place in the log that moves on as entries are taken.

@@ -1,6 +1,7 @@
 //! A broker to test with, replicas on it, and what must hold of them afterwards.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -52,6 +53,21 @@ impl Broker {
         (self.process, self.address) = spawn(self.dir.path(), port).await;
     }
 
+    /// Kills it and copies what it has on its disk.
+    pub(crate) fn kill_and_copy(&mut self) -> TempDir {
+        self.kill();
+        let copy = tempfile::tempdir().unwrap();
+        copy_tree(self.dir.path(), copy.path());
+        copy
+    }
+
+    /// Starts it again with what it had when `copy` was made: a broker that lost its last batches.
+    pub(crate) async fn roll_back(&mut self, copy: TempDir) {
+        self.kill();
+        self.dir = copy;
+        self.restart().await;
+    }
+
     /// A client of the test's own.
     pub(crate) async fn client(&self) -> Context {
         let client = async_nats::connect(self.address.to_string()).await.unwrap();
@@ -69,6 +85,20 @@ impl Broker {
             nodes.push(self.replica().await);
         }
         nodes.try_into().ok().unwrap()
+    }
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap().path();
+        let to = to.join(entry.file_name().unwrap());
+        match entry.is_dir() {
+            true => {
+                fs::create_dir(&to).unwrap();
+                copy_tree(&entry, &to);
+            }
+            false => drop(fs::copy(&entry, &to).unwrap()),
+        }
     }
 }
 

@@ -5,6 +5,8 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 use async_nats::jetstream::stream::{Config, StorageType};
 
+use rustix::process::Signal;
+
 use crate::broker::{Broker, STREAM, SUBJECT, at, get_at, replica_at, status_where};
 use crate::harness::{Node, Ports, run};
 use crate::proxy::{Proxy, Rules};
@@ -92,6 +94,52 @@ async fn a_replica_that_the_log_has_forgotten_says_so() {
     let status = status_where(&late, "no source", |status| status["state"] == "no-source").await;
     let said = status["reason"].as_str().unwrap();
     assert!(said.contains("begins at batch 6"), "{said}");
+}
+
+#[tokio::test]
+async fn a_broker_that_lost_batches_is_not_followed() {
+    let mut broker = Broker::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let with_dir = |address| {
+        let mut command = replica_at(address);
+        command.env("GRADESTORE_EPHEMERAL", "false");
+        command.arg("--data-dir").arg(dir.path());
+        command
+    };
+    let mut restarted = Node::start_with(&mut with_dir(broker.address)).await;
+    let a = broker.replica().await;
+    a.set(PATCH).await.position();
+    let copy = broker.kill_and_copy();
+    broker.restart().await;
+    for node in [&restarted, &a] {
+        status_where(node, "ready", |status| status["state"] == "ready").await;
+    }
+    for _ in 0..3 {
+        restarted.set(PATCH).await.position();
+    }
+    at(&a, 4).await;
+    let proxy = Proxy::to(broker.address).await;
+    let b = Node::start_with(&mut replica_at(proxy.address)).await;
+    at(&b, 4).await;
+    proxy.set(DEAD);
+    proxy.cut();
+    restarted.signal(Signal::TERM);
+    assert!(restarted.exit().await.success());
+
+    broker.roll_back(copy).await;
+    stopped(&a, "the log ends at batch 1 and had batch 4 before").await;
+    // As long as it was, with others in it.
+    let c = broker.replica().await;
+    for spp in 2..=6 {
+        c.set(format!(r#"{{"user_id":"x","spp":{spp}}}"#))
+            .await
+            .position();
+    }
+    proxy.set(Rules::default());
+    stopped(&b, "batch 4 of the log is not the one it was").await;
+    let restarted = Node::spawn(&mut with_dir(broker.address)).await;
+    stopped(&restarted, "batch 4 of the log is not the one it was").await;
+    at(&c, 6).await;
 }
 
 #[tokio::test]

@@ -271,6 +271,17 @@ impl Trouble {
 }
 
 impl Shared {
+    /// A subscription that begins at `wanted`, after a batch that the log took at `before_time_ns`.
+    async fn read_from(
+        self: &Arc<Self>,
+        wanted: Seq,
+        before_time_ns: Option<u64>,
+    ) -> Result<Box<dyn Subscription>, ReadError> {
+        let shared = Arc::clone(self);
+        let subscription = JetStreamSubscription::begin(shared, wanted, before_time_ns).await?;
+        Ok(Box::new(subscription))
+    }
+
     /// The connection, if there is one.
     fn session(&self) -> Result<Session, Arc<str>> {
         match &*self.link.borrow() {
@@ -380,12 +391,15 @@ impl Log for JetStreamLog {
     }
 
     fn subscribe(&self, after: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
-        async move {
-            let shared = Arc::clone(&self.shared);
-            let subscription = JetStreamSubscription::begin(shared, after + 1).await?;
-            Ok(Box::new(subscription) as Box<dyn Subscription>)
-        }
-        .boxed()
+        self.shared.read_from(after + 1, None).boxed()
+    }
+
+    fn resume(
+        &self,
+        after: Seq,
+        time_ns: u64,
+    ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
+        self.shared.read_from(after + 1, Some(time_ns)).boxed()
     }
 
     fn counts(&self) -> Counts {

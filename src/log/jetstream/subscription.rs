@@ -35,8 +35,8 @@ pub(super) struct JetStreamSubscription {
     shared: Arc<Shared>,
     /// The batch to give next.
     wanted: Seq,
-    /// When the log took the batch before it, if that was read here: what tells it from another one
-    /// with the same number.
+    /// When the log took the batch before it, if that is known: what tells it from another one with
+    /// the same number.
     before_time_ns: Option<u64>,
     source: Option<Source>,
     /// Whether the consumer was made anew because of a gap, and nothing has come since.
@@ -61,11 +61,15 @@ enum Taken {
 
 impl JetStreamSubscription {
     /// Starts at `wanted`.
-    pub(super) async fn begin(shared: Arc<Shared>, wanted: Seq) -> Result<Self, ReadError> {
+    pub(super) async fn begin(
+        shared: Arc<Shared>,
+        wanted: Seq,
+        before_time_ns: Option<u64>,
+    ) -> Result<Self, ReadError> {
         let mut this = Self {
             shared,
             wanted,
-            before_time_ns: None,
+            before_time_ns,
             source: None,
             after_gap: false,
             ended: None,
