@@ -31,7 +31,7 @@ trap 'exit 0' INT TERM
 
 cat >"$dir/nats.conf" <<CONF
 listen: 127.0.0.1:4222
-jetstream { store_dir: "$dir/nats", sync_interval: ${SYNC:-2m} }
+jetstream { store_dir: "$dir/nats", sync_interval: "${SYNC:-2m}" }
 CONF
 # Out of the terminal's reach: its Ctrl-C is for this script, which ends all in order.
 setsid .tools/bin/nats-server -c "$dir/nats.conf" -l "$dir/nats.log" &

@@ -336,7 +336,7 @@ mod tests {
         let (writer, task) = Writer::new(as_log, origin, own.clone(), limits, Histogram::noop());
         let stop = CancellationToken::new();
         let task = tokio::spawn(task.run(stop.clone()));
-        let writes: Vec<_> = (0..3)
+        let writes: Vec<_> = (0..4)
             .map(|user| {
                 let writer = writer.clone();
                 let patch = Patch {
@@ -365,6 +365,9 @@ mod tests {
         let (_, verdict) = log.0.lock().remove(0);
         verdict.send(Ok(())).unwrap();
         own.take(1).unwrap().answer(&Ok(1));
+        assert_eq!(appended(2).await, [3, 4]);
+        let (_, verdict) = log.0.lock().remove(0);
+        verdict.send(Err(AppendError::Unknown)).unwrap();
         let (_, verdict) = log.0.lock().remove(0);
         stop.cancel();
         verdict.send(Err(AppendError::Closed)).unwrap();
@@ -374,7 +377,8 @@ mod tests {
         }
         assert_eq!(results[0], Ok(1));
         assert_eq!(results[1], Err(WriteError::NotWritten(why)));
-        assert!(matches!(results[2], Err(WriteError::NotWritten(_))));
+        assert_eq!(results[2], Err(WriteError::OutcomeUnknown));
+        assert!(matches!(results[3], Err(WriteError::NotWritten(_))));
         task.await.unwrap();
     }
 }

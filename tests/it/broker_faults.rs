@@ -118,7 +118,7 @@ async fn a_consumer_that_is_deleted_is_made_anew() {
 
 #[tokio::test]
 async fn a_broker_whose_word_got_lost_is_not_told_twice() {
-    let broker = Broker::start().await;
+    let mut broker = Broker::start().await;
     let proxy = Proxy::to(broker.address).await;
     let a = Node::start_with(&mut replica_at(proxy.address)).await;
     // The batch itself is word enough.
@@ -130,16 +130,27 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
     a.metric_reaches("gradestore_log_resends_total", 0.0).await;
 
     // Neither comes: it is sent again, and is in the log once.
-    proxy.set(Rules {
+    let silent = Rules {
         lose_acks: true,
         lose_batches: true,
         ..Rules::default()
-    });
+    };
+    proxy.set(silent);
     let mut waiting = stall::waiting_set(&a, r#"{"user_id":"x","spp":2}"#).await;
     a.metric_reaches("gradestore_log_resends_total", 1.0).await;
     proxy.set(Rules::default());
     assert_eq!(waiting.answer().await.position(), 2);
     assert_eq!(a.set(r#"{"user_id":"x","spp":3}"#).await.position(), 3);
-    at(&a, 3).await;
-    check(&broker.client().await, &[&a], &[]).await;
+
+    // The broker dies having stored it and having told nobody but another replica.
+    let b = broker.replica().await;
+    proxy.set(silent);
+    let mut waiting = stall::waiting_set(&a, r#"{"user_id":"x","spp":4}"#).await;
+    at(&b, 4).await;
+    broker.kill();
+    broker.restart().await;
+    proxy.set(Rules::default());
+    assert_eq!(waiting.answer().await.position(), 4);
+    assert_eq!(a.set(r#"{"user_id":"x","spp":5}"#).await.position(), 5);
+    check(&broker.client().await, &[&a, &b], &[]).await;
 }
