@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::process::ExitCode;
 
 use gradestore::app::{self, Sockets};
@@ -43,14 +44,18 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
         .build()?;
     let ended = runtime.block_on(async {
         let origin = Origin::random()?;
-        let shutdown = shutdown()?;
+        let mut shutdown = pin!(shutdown()?);
         let sockets = Sockets::bind(&config)?;
         let storage = args.storage();
         let restore_from = config.restore_from.clone();
         let storage = tokio::task::spawn_blocking(move || {
             Storage::open(&storage, origin, restore_from.as_deref())
         });
-        let storage = storage.await??;
+        // A broker may be waited for.
+        let storage = tokio::select! {
+            storage = storage => storage??,
+            () = &mut shutdown => return Ok(()),
+        };
         greet(&sockets, &args.username, made_password.as_ref())?;
         app::run(config, origin, storage, sockets, shutdown).await?;
         Ok(())

@@ -28,16 +28,23 @@ pub(crate) struct Broker {
     dir: TempDir,
     pub(crate) address: SocketAddr,
     process: Process,
+    args: &'static [&'static str],
 }
 
 impl Broker {
     pub(crate) async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// One with more arguments.
+    pub(crate) async fn start_with(args: &'static [&'static str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (process, address) = spawn(dir.path(), -1).await;
+        let (process, address) = spawn(dir.path(), -1, args).await;
         Self {
             dir,
             address,
             process,
+            args,
         }
     }
 
@@ -50,7 +57,7 @@ impl Broker {
     /// Starts it again where it was.
     pub(crate) async fn restart(&mut self) {
         let port = self.address.port().into();
-        (self.process, self.address) = spawn(self.dir.path(), port).await;
+        (self.process, self.address) = spawn(self.dir.path(), port, self.args).await;
     }
 
     /// Kills it and copies what it has on its disk.
@@ -102,11 +109,12 @@ fn copy_tree(from: &Path, to: &Path) {
     }
 }
 
-async fn spawn(dir: &Path, port: i32) -> (Process, SocketAddr) {
+async fn spawn(dir: &Path, port: i32, args: &[&str]) -> (Process, SocketAddr) {
     let program = concat!(env!("CARGO_MANIFEST_DIR"), "/.tools/bin/nats-server");
     let spawned = Command::new(program)
         .args(["-js", "-a", "127.0.0.1", "-p", &port.to_string(), "-sd"])
         .arg(dir)
+        .args(args)
         .stdin(Stdio::null())
         .stderr(Stdio::piped())
         .spawn();
@@ -125,10 +133,15 @@ async fn spawn(dir: &Path, port: i32) -> (Process, SocketAddr) {
 
 /// The command that starts a replica whose broker is at `address`.
 pub(crate) fn replica_at(address: SocketAddr) -> Command {
+    replica_with(&address.to_string())
+}
+
+/// The command that starts a replica that finds its broker so.
+pub(crate) fn replica_with(nats_url: &str) -> Command {
     let mut command = program();
     command
         .env("GRADESTORE_PASSWORD", PASSWORD)
-        .args(["--nats-url", &address.to_string()])
+        .args(["--nats-url", nats_url])
         .args(ANY_PORTS);
     command
 }

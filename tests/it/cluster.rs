@@ -1,9 +1,12 @@
 //! Replicas on one broker are one store.
 
-use rustix::process::Signal;
+use std::process::Stdio;
 
-use crate::broker::{Broker, Load, at, check, get_at, replica_at};
-use crate::harness::{ANY_PORTS, Node, program, run};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::net::TcpListener;
+
+use crate::broker::{Broker, Load, at, check, get_at, replica_at, replica_with};
+use crate::harness::{ANY_PORTS, Node, Process, collected, program, run};
 use crate::proxy::{Proxy, Rules};
 use crate::wire::eventually;
 use crate::{harness, stall};
@@ -132,6 +135,36 @@ async fn a_backup_seeds_a_new_stream_at_its_position() {
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success());
     assert!(said.contains("--restore-from begins a new one"), "{said}");
+}
+
+#[tokio::test]
+async fn the_broker_may_want_a_name_and_a_password() {
+    let broker = Broker::start_with(&["--user", "u", "--pass", "p w"]).await;
+    let url = |user: &str| format!("nats://{user}@{}", broker.address);
+    let mut output = replica_with(&url("u:wrong"));
+    let output = run(&mut output);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success());
+    assert!(said.contains("refuses this process"), "{said}");
+    assert!(!said.contains("wrong"), "{said}");
+    let a = Node::start_with(&mut replica_with(&url("u:p%20w"))).await;
+    assert_eq!(a.set(r#"{"user_id":"x"}"#).await.position(), 1);
+}
+
+#[tokio::test]
+async fn a_replica_that_waits_for_its_broker_can_be_stopped() {
+    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut command = replica_at(nobody.local_addr().unwrap());
+    drop(nobody);
+    let mut process = Process(command.stderr(Stdio::piped()).spawn().unwrap());
+    let said = collected(process.0.stderr.take().unwrap());
+    eventually("waiting", async || {
+        said.lock().contains("waiting for the broker").then_some(())
+    })
+    .await;
+    kill_process(Pid::from_child(&process.0), Signal::TERM).unwrap();
+    let exit = eventually("the end", async || process.0.try_wait().unwrap()).await;
+    assert!(exit.success());
 }
 
 #[test]

@@ -88,6 +88,10 @@ impl Session {
                 }
                 Duration::ZERO
             });
+        // The library does not look for them in the URL.
+        if let Some((user, password)) = config.servers.user() {
+            options = options.user_and_password(user, password);
+        }
         if let Some(creds) = &config.creds {
             let with_creds = options.credentials_file(creds).await;
             options = with_creds.map_err(|error| {

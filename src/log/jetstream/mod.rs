@@ -32,6 +32,7 @@ use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::{ConnectErrorKind, ServerAddr};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use percent_encoding::percent_decode_str;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -70,6 +71,17 @@ pub struct Servers(Vec<ServerAddr>);
 impl Servers {
     fn addresses(&self) -> &[ServerAddr] {
         &self.0
+    }
+
+    /// Name and password, from the first URL that has them.
+    fn user(&self) -> Option<(String, String)> {
+        self.0.iter().find_map(|address| {
+            let plain = |text: &str| {
+                let text = percent_decode_str(text).decode_utf8();
+                text.ok().map(std::borrow::Cow::into_owned)
+            };
+            Some((plain(address.username()?)?, plain(address.password()?)?))
+        })
     }
 }
 
@@ -113,7 +125,10 @@ pub enum SetupError {
         why: Box<str>,
     },
     /// The broker does not let this process in.
-    #[error("the broker at {servers} refuses this process: {why}; see --nats-creds")]
+    #[error(
+        "the broker at {servers} refuses this process: {why}; give a name and password in \
+         --nats-url, or a file in --nats-creds"
+    )]
     NotAllowed {
         /// Where it is.
         servers: Servers,
