@@ -12,6 +12,7 @@ use std::time::Duration;
 use async_nats::jetstream::consumer::{AckPolicy, pull};
 use async_nats::jetstream::{self, Context};
 use futures_util::StreamExt;
+use futures_util::future::join_all;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -86,11 +87,9 @@ impl Broker {
         Node::start_with(&mut replica_at(self.address)).await
     }
 
+    /// Some that start at once, so that one of them makes the stream and the others find it.
     pub(crate) async fn replicas<const N: usize>(&self) -> [Node; N] {
-        let mut nodes = Vec::new();
-        for _ in 0..N {
-            nodes.push(self.replica().await);
-        }
+        let nodes = join_all((0..N).map(|_| self.replica())).await;
         nodes.try_into().ok().unwrap()
     }
 }

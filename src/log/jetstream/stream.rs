@@ -14,6 +14,10 @@ use crate::log::{LogId, Seq};
 /// How long the broker knows a batch's id again. Nothing is sent twice later than a quarter of it.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(120);
 
+/// The largest message that the stream takes, headers and all: twice the largest batch, and well
+/// below what a reader asks for at once, as one that is larger would never be sent to it.
+const MESSAGE_BYTES_MAX: i32 = 2 << 20;
+
 /// What matters about a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Facts {
@@ -100,7 +104,7 @@ fn wanted(config: &JetStreamConfig, base: Option<Seq>) -> Config {
         max_messages: -1,
         max_bytes: -1,
         max_messages_per_subject: -1,
-        max_message_size: -1,
+        max_message_size: MESSAGE_BYTES_MAX,
         num_replicas: config.replicas,
         duplicate_window: duplicate_window(config),
         deny_delete: true,
@@ -184,7 +188,7 @@ fn check(wanted: &Config, found: &Config) -> Result<(), SetupError> {
             "max_msg_size",
             count(wanted.max_message_size.into()),
             count(found.max_message_size.into()),
-            edit("--max-msg-size -1"),
+            edit(&format!("--max-msg-size {MESSAGE_BYTES_MAX}")),
         ),
         (
             "deny_delete",

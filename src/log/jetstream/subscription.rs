@@ -17,7 +17,7 @@ use super::{Shared, Trouble};
 use crate::log::{Batch, Entry, Origin, ReadError, Seq, Subscription};
 
 /// What is asked of the broker at once. It bounds what waits in memory: twice this, as more is asked
-/// for when half has come. A single message has at most what the broker takes, 1 MiB as it comes.
+/// for when half has come. The largest message that the stream takes is far smaller.
 const PULL_MESSAGES_MAX: usize = 512;
 const PULL_BYTES_MAX: usize = 8 << 20;
 /// Entries handed out at once.
