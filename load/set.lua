@@ -1,5 +1,6 @@
 -- wrk: POST /set of one field of random users out of the first USERS.
--- PASSWORD is that of the user admin, base64 of "admin:PASSWORD" in AUTH.
+-- PASSWORD is that of the user admin, base64 of "admin:PASSWORD" in AUTH. With DELAY_MS a connection waits so
+-- long before each request; without it sends the next at once.
 local users = tonumber(os.getenv("USERS") or "100000")
 local fields = { "postpaid_limit", "spp", "shipping_fee", "return_fee" }
 local requests = {}
@@ -21,6 +22,13 @@ end
 function request()
   at = at % #requests + 1
   return requests[at]
+end
+
+local delay_ms = tonumber(os.getenv("DELAY_MS") or "0")
+if delay_ms > 0 then
+  function delay()
+    return delay_ms
+  end
 end
 
 function done(summary, latency)

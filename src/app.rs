@@ -12,11 +12,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
-use crate::http::backup::{self, BackupState};
-use crate::http::listener::{Listener, ListenerLimits};
+use crate::http::backup::{self, BackupMetrics, BackupState};
+use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops::{self, OpsState};
 use crate::http::read::{self, ReadState};
 use crate::http::write::{self, WriteState};
+use crate::http::{self, HttpMetrics};
 use crate::log::{Origin, now_ns};
 use crate::progress;
 use crate::readiness::{Readiness, Scope};
@@ -59,6 +60,12 @@ pub enum AppError {
     /// The store can't be filled.
     #[error(transparent)]
     Bootstrap(#[from] BootstrapError),
+    /// What was restored has no place on the disk: the next start would not have it.
+    #[error(
+        "no snapshot of what was restored can be written: {0}; make room for it, and start again \
+         with --restore-from"
+    )]
+    SeedNotKept(#[source] io::Error),
     /// The system refused something that a node can't do without.
     #[error("cannot start: {0}")]
     System(#[from] io::Error),
@@ -124,7 +131,11 @@ pub async fn run(
     let log = Arc::clone(&storage.log);
     let readiness = Readiness::default();
     let starting = readiness.hold(Scope::All, "starting", "the store is being restored");
-    let telemetry = Arc::new(Telemetry::new()?);
+    let telemetry = Arc::new(Telemetry::new(&http::BUCKETS)?);
+    let recorder = Arc::clone(&telemetry);
+    let count =
+        move |route, status| recorder.register(|| HttpMetrics::requests_counter(route, status));
+    let http_metrics = Arc::new(telemetry.register(|| HttpMetrics::new(count)));
     let store = Store::new();
     let applied = Applied::new(now_ns());
     let own = OwnBatches::default();
@@ -171,8 +182,8 @@ pub async fn run(
         router,
         direct,
         limits,
-        metrics: Arc::clone(&telemetry.http),
-        connection_metrics: telemetry.connections(name),
+        metrics: Arc::clone(&http_metrics),
+        connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
     };
     let ops_router = ops::routes(OpsState {
         node: format!("{origin}").into(),
@@ -183,7 +194,7 @@ pub async fn run(
         readiness: readiness.clone(),
         telemetry: Arc::clone(&telemetry),
         restore: restore.clone(),
-        last_snapshot,
+        last_snapshot: last_snapshot.clone(),
     });
     let write_router = write::routes(WriteState {
         writer,
@@ -198,6 +209,7 @@ pub async fn run(
         readiness: readiness.clone(),
         credentials: config.credentials.clone(),
         slots: Arc::new(Semaphore::new(config.http.backups_max)),
+        metrics: telemetry.register(BackupMetrics::new),
     });
     let read_state = ReadState {
         store: store.clone(),
@@ -242,13 +254,17 @@ pub async fn run(
             tokio::task::spawn_blocking(move || {
                 let snapshots = snapshots.as_ref();
                 match seed {
-                    Some(seed) => restore_seed(&seed, &store, &applied, &*log, snapshots, &restore),
+                    Some(seed) => {
+                        restore_seed(&seed, &store, &applied, &*log, snapshots, &restore)?;
+                        Ok(None)
+                    }
                     None => restore_local(&store, &applied, &*log, snapshots, &restore),
                 }
             })
         };
         match bootstrapped.await.map_err(io::Error::other)? {
-            Ok(()) => {}
+            Ok(Some(written)) => last_snapshot.set(written),
+            Ok(None) => {}
             Err(error) if seeded => return Err(error.into()),
             Err(error) => {
                 tracing::error!(%error, "no way to a whole state, not serving");
@@ -259,7 +275,7 @@ pub async fn run(
         }
         if let Some(snapshotter) = snapshotter.as_ref().filter(|_| seeded) {
             // The log can't bring back what it never held.
-            snapshotter.write().await;
+            snapshotter.write().await.map_err(AppError::SeedNotKept)?;
         }
         let position = applied.position();
         let mut subscription = match log.resume(position.seq, position.time_ns).await {

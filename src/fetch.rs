@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -134,7 +134,7 @@ async fn copy(
         let progress = Arc::clone(&progress);
         thread::spawn(move || read(Parts::new(received), &|_| {}, &progress))
     };
-    let bar = Bar::new(0);
+    let bar = Bar::new(0, Instant::now());
     loop {
         let part = response.chunk().await.map_err(|error| FetchError::Http {
             url: url.to_owned(),
@@ -211,7 +211,7 @@ pub fn verify(path: &Path) -> Result<Summary, BackupError> {
     let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
     let bytes_total = file.metadata().map_or(0, |metadata| metadata.len());
     let progress = Progress::default();
-    let bar = Bar::new(bytes_total);
+    let bar = Bar::new(bytes_total, Instant::now());
     thread::scope(|scope| {
         let reader = scope.spawn(|| read(BufReader::new(file), &|_| {}, &progress));
         while !reader.is_finished() {

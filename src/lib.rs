@@ -36,6 +36,7 @@ pub mod fetch;
 pub mod grade;
 pub mod health;
 pub mod http;
+mod json;
 pub mod log;
 pub mod progress;
 pub mod readiness;

@@ -19,13 +19,14 @@ pub struct Bar {
 }
 
 impl Bar {
-    /// Of `bytes_total` bytes; 0 where that is not known.
+    /// Of `bytes_total` bytes, 0 where that is not known, on their way since `begun`.
     #[must_use]
-    pub fn new(bytes_total: u64) -> Self {
+    pub fn new(bytes_total: u64, begun: Instant) -> Self {
         let bar = ProgressBar::with_draw_target(
             (bytes_total > 0).then_some(bytes_total),
             ProgressDrawTarget::stderr(),
-        );
+        )
+        .with_elapsed(begun.elapsed());
         let template = match bytes_total {
             0 => "{spinner} {bytes} {bytes_per_sec} {msg}",
             _ => "{bar:30} {percent}% {bytes}/{total_bytes} {bytes_per_sec} {msg} {eta} left",
@@ -34,10 +35,7 @@ impl Bar {
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
-        Self {
-            bar,
-            begun: Instant::now(),
-        }
+        Self { bar, begun }
     }
 
     /// Shows how far it is.
@@ -71,7 +69,7 @@ pub async fn report(tracker: RestoreTracker) {
         };
         let (rows, bytes) = (restore.progress.rows(), restore.progress.bytes());
         if terminal {
-            let bar = bar.get_or_insert_with(|| Bar::new(restore.bytes_total));
+            let bar = bar.get_or_insert_with(|| Bar::new(restore.bytes_total, restore.begun));
             bar.set(rows, bytes);
         } else {
             let elapsed_s = restore.begun.elapsed().as_secs_f64();

@@ -143,9 +143,12 @@ impl Storage {
     }
 }
 
+/// The position that a log seeded from `path` begins after. Never 0: a log that begins at its first
+/// batch passes for all there is, and this one lacks the rows of the file.
 fn base_of(path: &Path) -> Result<Seq, StorageError> {
     let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error });
     file.and_then(end_position)
+        .map(|position| position.max(1))
         .map_err(|error| StorageError::RestoreFrom {
             path: path.to_owned(),
             error,
@@ -153,7 +156,7 @@ fn base_of(path: &Path) -> Result<Seq, StorageError> {
 }
 
 fn lock(dir: &Path) -> Result<File, StorageError> {
-    fs::create_dir_all(dir).map_err(|error| io_error(dir, error))?;
+    make_dir(dir).map_err(|error| io_error(dir, error))?;
     let file = File::create(dir.join("lock")).map_err(|error| io_error(dir, error))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -162,6 +165,12 @@ fn lock(dir: &Path) -> Result<File, StorageError> {
         }),
         Err(TryLockError::Error(error)) => Err(io_error(dir, error)),
     }
+}
+
+/// Makes `dir` such that a power loss does not take it away again.
+fn make_dir(dir: &Path) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    File::open(dir.join(".."))?.sync_all()
 }
 
 fn io_error(dir: &Path, error: io::Error) -> StorageError {

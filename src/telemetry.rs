@@ -1,7 +1,6 @@
 //! Logs and metrics. Metric handles are made once, here or by the room they belong to, and kept.
 
 use std::str::FromStr;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
@@ -12,9 +11,6 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::http::HttpMetrics;
-use crate::http::listener::ConnectionMetrics;
-use crate::http::observe::{LATENCY_BUCKETS_S, LATENCY_METRIC};
 use crate::log::Counts;
 
 /// How often samples are folded into the histograms. Between two folds a sample takes 8 bytes, so
@@ -35,14 +31,18 @@ const BATCH_BUCKETS_S: &[f64] = &[
 ];
 const BATCH_DURATION_METRIC: &str = "gradestore_batch_duration_seconds";
 
+/// The histograms that are made here.
+const OWN_BUCKETS: [(&str, &[f64]); 2] = [
+    (BATCH_METRIC, BATCH_BUCKETS),
+    (BATCH_DURATION_METRIC, BATCH_BUCKETS_S),
+];
+
 /// One node's metrics: a recorder of its own, so that several nodes fit in one process.
 pub struct Telemetry {
     started: Instant,
-    recorder: Arc<PrometheusRecorder>,
+    recorder: PrometheusRecorder,
     handle: PrometheusHandle,
     process: metrics_process::Collector,
-    /// What requests are counted with.
-    pub http: Arc<HttpMetrics>,
     /// Set at a scrape.
     pub gauges: Gauges,
     /// Set at a scrape.
@@ -109,6 +109,18 @@ impl LogMetrics {
     }
 }
 
+impl Gauges {
+    fn new() -> Self {
+        Self {
+            records: gauge!("gradestore_records"),
+            position: gauge!("gradestore_log_position"),
+            log_end: gauge!("gradestore_log_end"),
+            queue_patches: gauge!("gradestore_write_queue_patches"),
+            ready: gauge!("gradestore_ready"),
+        }
+    }
+}
+
 /// Log, restore and snapshots.
 pub struct Recovery {
     /// The oldest batch that the log holds.
@@ -157,64 +169,53 @@ impl Recovery {
 }
 
 impl Telemetry {
-    /// A recorder and the handles of everything that is measured.
+    /// A recorder. `buckets` are the upper bounds of histograms by name, beside those that are made
+    /// here; a histogram without bounds would be a summary.
     ///
     /// # Errors
-    /// A bucket list is empty.
-    pub fn new() -> Result<Self, BuildError> {
-        let recorder = PrometheusBuilder::new()
-            .set_buckets_for_metric(Matcher::Full(LATENCY_METRIC.to_owned()), LATENCY_BUCKETS_S)?
-            .set_buckets_for_metric(Matcher::Full(BATCH_METRIC.to_owned()), BATCH_BUCKETS)?
-            .set_buckets_for_metric(
-                Matcher::Full(BATCH_DURATION_METRIC.to_owned()),
-                BATCH_BUCKETS_S,
-            )?
-            .build_recorder();
-        let recorder = Arc::new(recorder);
+    /// A list of bounds is empty.
+    pub fn new(buckets: &[(&str, &[f64])]) -> Result<Self, BuildError> {
+        let mut builder = PrometheusBuilder::new();
+        for (name, bounds) in buckets.iter().chain(&OWN_BUCKETS) {
+            let name = Matcher::Full((*name).to_owned());
+            builder = builder.set_buckets_for_metric(name, bounds)?;
+        }
+        let recorder = builder.build_recorder();
         let handle = recorder.handle();
         let process = metrics_process::Collector::default();
-        let for_counters = Arc::clone(&recorder);
-        let telemetry = metrics::with_local_recorder(&*recorder, || {
-            describe();
-            process.describe();
-            gauge!("gradestore_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-            Self {
-                started: Instant::now(),
-                handle,
-                process,
-                http: Arc::new(HttpMetrics::new(move |route, status| {
-                    metrics::with_local_recorder(&*for_counters, || {
-                        HttpMetrics::requests_counter(route, status)
-                    })
-                })),
-                gauges: Gauges {
-                    records: gauge!("gradestore_records"),
-                    position: gauge!("gradestore_log_position"),
-                    log_end: gauge!("gradestore_log_end"),
-                    queue_patches: gauge!("gradestore_write_queue_patches"),
-                    ready: gauge!("gradestore_ready"),
-                },
-                recovery: Recovery::new(),
-                log: LogMetrics::new(),
-                batch_patches: histogram!(BATCH_METRIC),
-                batch_duration: histogram!(BATCH_DURATION_METRIC),
-                patches_applied: counter!("gradestore_patches_applied_total"),
-                recorder: Arc::clone(&recorder),
-            }
-        });
-        Ok(telemetry)
+        let (gauges, recovery, log, batches, patches_applied) =
+            metrics::with_local_recorder(&recorder, || {
+                describe();
+                process.describe();
+                gauge!("gradestore_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+                let (gauges, recovery, log) = (Gauges::new(), Recovery::new(), LogMetrics::new());
+                let batches = (histogram!(BATCH_METRIC), histogram!(BATCH_DURATION_METRIC));
+                let patches_applied = counter!("gradestore_patches_applied_total");
+                (gauges, recovery, log, batches, patches_applied)
+            });
+        Ok(Self {
+            started: Instant::now(),
+            recorder,
+            handle,
+            process,
+            gauges,
+            recovery,
+            log,
+            batch_patches: batches.0,
+            batch_duration: batches.1,
+            patches_applied,
+        })
     }
 
-    /// Handles for the connections of the port `name`.
-    #[must_use]
-    pub fn connections(&self, name: &'static str) -> ConnectionMetrics {
-        metrics::with_local_recorder(&*self.recorder, || ConnectionMetrics::new(name))
+    /// Runs `make`, whose metric handles belong to this node then.
+    pub fn register<T>(&self, make: impl FnOnce() -> T) -> T {
+        metrics::with_local_recorder(&self.recorder, make)
     }
 
     /// Everything measured, in Prometheus' text format.
     #[must_use]
     pub fn render(&self) -> String {
-        metrics::with_local_recorder(&*self.recorder, || self.process.collect());
+        self.register(|| self.process.collect());
         self.handle.render()
     }
 
@@ -286,27 +287,6 @@ fn describe() {
     describe_counter!(
         "gradestore_patches_applied_total",
         "Patches applied to the store."
-    );
-    describe_counter!(
-        "gradestore_http_requests_total",
-        "Requests answered, by route and status."
-    );
-    describe_histogram!(
-        LATENCY_METRIC,
-        "Time from a request's header to its answer, by route."
-    );
-    describe_gauge!(
-        "gradestore_http_requests_in_flight",
-        "Requests that are being answered."
-    );
-    describe_gauge!("gradestore_http_connections", "Open connections, by port.");
-    describe_counter!(
-        "gradestore_http_connections_accepted_total",
-        "Connections accepted, by port."
-    );
-    describe_counter!(
-        "gradestore_http_connections_cut_total",
-        "Connections closed for a deadline or to make room, by port."
     );
     describe_gauge!(
         "gradestore_log_first",

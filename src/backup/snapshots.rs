@@ -9,7 +9,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::{BackupError, BackupWriter, ChunkSource, Head, Progress, Row, Summary, read};
 use crate::grade::{Changes, Patch};
@@ -37,8 +37,10 @@ pub struct Written {
     pub rows: u64,
     /// Its size.
     pub bytes: u64,
-    /// How long writing took.
+    /// How long writing took; 0 for one that an earlier process wrote.
     pub took: Duration,
+    /// When it was finished.
+    pub at: SystemTime,
 }
 
 impl Snapshots {
@@ -106,6 +108,7 @@ impl Snapshots {
             rows,
             bytes,
             took: begun.elapsed(),
+            at: SystemTime::now(),
         })
     }
 

@@ -27,6 +27,14 @@ pub struct Chunk {
     digest: Digest,
 }
 
+impl Chunk {
+    /// How many rows.
+    #[must_use]
+    pub fn rows(&self) -> u32 {
+        self.rows
+    }
+}
+
 /// Turns a store's records into chunks. Shared between the threads that do the work.
 pub struct ChunkSource {
     scan: Mutex<Scan>,

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -13,17 +14,22 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use futures_util::stream::{FuturesUnordered, Stream, StreamExt, unfold};
+use http::Method;
 use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
+use metrics::{
+    Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram,
+    gauge, histogram,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 
 use super::error::ApiError;
 use super::listener::Connection;
 use super::{Credentials, GRADE_POSITION};
-use crate::backup::{BackupWriter, Chunk, ChunkSource, FORMAT, Head, file_name};
+use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
 use crate::log::Log;
 use crate::readiness::Readiness;
-use crate::replication::Applied;
+use crate::replication::{Applied, backup_head};
 use crate::store::Store;
 
 /// What a backup is made from.
@@ -41,6 +47,54 @@ pub struct BackupState {
     pub credentials: Credentials,
     /// A permit a backup that may run at once.
     pub slots: Arc<Semaphore>,
+    /// What is measured about backups.
+    pub metrics: BackupMetrics,
+}
+
+/// Handles of what is measured about backups, made once.
+#[derive(Clone)]
+pub struct BackupMetrics {
+    running: Gauge,
+    whole: Counter,
+    broken: Counter,
+    rows: Counter,
+    bytes: Counter,
+    duration_s: Histogram,
+}
+
+/// The name of the duration histogram.
+pub(crate) const DURATION_METRIC: &str = "gradestore_backup_duration_seconds";
+/// Its upper bounds in seconds: from a small store to a slow client's hour.
+pub(crate) const DURATION_BUCKETS_S: &[f64] =
+    &[0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3600.0];
+
+impl BackupMetrics {
+    /// Registers the handles with the current recorder.
+    #[must_use]
+    pub fn new() -> Self {
+        describe_gauge!("gradestore_backups_running", "Backups that are being sent.");
+        describe_counter!(
+            "gradestore_backups_total",
+            "Backups sent, whole or broken off."
+        );
+        describe_counter!("gradestore_backup_rows_total", "Rows sent in backups.");
+        describe_counter!("gradestore_backup_bytes_total", "Bytes sent in backups.");
+        describe_histogram!(DURATION_METRIC, "Time that a whole backup took to be sent.");
+        Self {
+            running: gauge!("gradestore_backups_running"),
+            whole: counter!("gradestore_backups_total", "result" => "whole"),
+            broken: counter!("gradestore_backups_total", "result" => "broken"),
+            rows: counter!("gradestore_backup_rows_total"),
+            bytes: counter!("gradestore_backup_bytes_total"),
+            duration_s: histogram!(DURATION_METRIC),
+        }
+    }
+}
+
+impl Default for BackupMetrics {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 /// The route.
@@ -61,20 +115,16 @@ async fn get_backup(
     state.readiness.reads()?;
     let slot = Arc::clone(&state.slots).try_acquire_owned();
     let slot = slot.map_err(|_none_left| ApiError::BackupsRunning)?;
-    let position = state.applied.position();
-    let head = Head {
-        format: FORMAT,
-        log_id: state.log.id().0,
-        position: position.seq,
-        time_ns: position.time_ns,
-        rows_expected: state.store.len() as u64,
-    };
+    let head = backup_head(&state.store, &state.applied, &*state.log);
     let name = format!("attachment; filename=\"{}\"", file_name(head.time_ns));
     let headers = [
         (CONTENT_TYPE, "application/gzip".to_owned()),
         (CONTENT_DISPOSITION, name),
-        (GRADE_POSITION, position.seq.to_string()),
+        (GRADE_POSITION, head.position.to_string()),
     ];
+    if request.method() == Method::HEAD {
+        return Ok((headers, Body::empty()).into_response());
+    }
     let connection = request.extensions().get::<Arc<Connection>>().cloned();
     let body = Body::from_stream(members(state, &head, slot, connection));
     Ok((headers, body).into_response())
@@ -85,7 +135,11 @@ struct Running {
     source: Arc<ChunkSource>,
     chunks: FuturesUnordered<JoinHandle<Option<Chunk>>>,
     exhausted: bool,
+    /// Taken when the end is sent, or when it never will be.
     writer: Option<BackupWriter>,
+    whole: bool,
+    begun: Instant,
+    metrics: BackupMetrics,
     applied: Applied,
     connection: Option<Arc<Connection>>,
     _slot: OwnedSemaphorePermit,
@@ -103,10 +157,14 @@ fn members(
         chunks: FuturesUnordered::new(),
         exhausted: false,
         writer: Some(writer),
+        whole: false,
+        begun: Instant::now(),
+        metrics: state.metrics,
         applied: state.applied,
         connection,
         _slot: slot,
     };
+    running.metrics.running.increment(1.0);
     let first = futures_util::stream::iter([Ok(Bytes::from(first))]);
     first.chain(unfold(running, |mut running| async {
         let next = running.next().await?;
@@ -132,6 +190,8 @@ impl Running {
                     if let Some(writer) = &mut self.writer {
                         writer.add(&chunk);
                     }
+                    self.metrics.rows.increment(chunk.rows().into());
+                    self.metrics.bytes.increment(chunk.bytes.len() as u64);
                     return Some(Ok(chunk.bytes.into()));
                 }
                 // The others may still be at the last ones.
@@ -147,7 +207,24 @@ impl Running {
         let writer = self.writer.take()?;
         let rows = writer.rows();
         let last = writer.end(self.applied.seq());
-        tracing::info!(rows, "backup sent");
+        let took = self.begun.elapsed();
+        self.whole = true;
+        self.metrics.duration_s.record(took.as_secs_f64());
+        tracing::info!(rows, took_ms = took.as_millis() as u64, "backup sent");
         Some(Ok(last.into()))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.metrics.running.decrement(1.0);
+        match self.whole {
+            true => self.metrics.whole.increment(1),
+            false => {
+                self.metrics.broken.increment(1);
+                let rows = self.writer.as_ref().map(BackupWriter::rows);
+                tracing::warn!(rows, "backup not taken to its end");
+            }
+        }
     }
 }

@@ -20,7 +20,7 @@ use http::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
-use metrics::{Counter, Gauge, counter, gauge};
+use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -89,6 +89,15 @@ impl ConnectionMetrics {
     /// Registers the handles of the port `name` with the current recorder.
     #[must_use]
     pub fn new(name: &'static str) -> Self {
+        describe_gauge!("gradestore_http_connections", "Open connections, by port.");
+        describe_counter!(
+            "gradestore_http_connections_accepted_total",
+            "Connections accepted, by port."
+        );
+        describe_counter!(
+            "gradestore_http_connections_cut_total",
+            "Connections closed for a deadline or to make room, by port."
+        );
         Self {
             open: gauge!("gradestore_http_connections", "port" => name),
             accepted: counter!("gradestore_http_connections_accepted_total", "port" => name),

@@ -14,7 +14,7 @@ mod auth;
 pub mod backup;
 pub mod error;
 pub mod listener;
-pub(crate) mod observe;
+mod observe;
 pub mod ops;
 mod patch_body;
 pub mod read;
@@ -24,6 +24,12 @@ pub use auth::Credentials;
 pub use observe::HttpMetrics;
 
 use http::HeaderName;
+
+/// The upper bounds of this room's histograms, by name.
+pub const BUCKETS: [(&str, &[f64]); 2] = [
+    (observe::LATENCY_METRIC, observe::LATENCY_BUCKETS_S),
+    (backup::DURATION_METRIC, backup::DURATION_BUCKETS_S),
+];
 
 /// The header that says a position, in an answer to a write and in a read that wants to see it.
 pub const GRADE_POSITION: HeaderName = HeaderName::from_static("grade-position");

@@ -11,7 +11,10 @@ use futures_util::FutureExt;
 use futures_util::future::CatchUnwind;
 use http::{Request, StatusCode};
 use hyper::body::Incoming;
-use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use metrics::{
+    Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram,
+    gauge, histogram,
+};
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
@@ -71,6 +74,18 @@ impl HttpMetrics {
     pub fn new(
         counter_of: impl Fn(&'static str, u16) -> Counter + Clone + Send + Sync + 'static,
     ) -> Self {
+        describe_counter!(
+            "gradestore_http_requests_total",
+            "Requests answered, by route and status."
+        );
+        describe_histogram!(
+            LATENCY_METRIC,
+            "Time from a request's header to its answer, by route."
+        );
+        describe_gauge!(
+            "gradestore_http_requests_in_flight",
+            "Requests that are being answered."
+        );
         Self {
             routes: ROUTES.map(|route| {
                 let counter_of = counter_of.clone();

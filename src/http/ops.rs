@@ -72,7 +72,7 @@ pub struct Status {
     pub uptime_s: u64,
     /// The restore that runs or ran at the start; `null` if there was none.
     pub restore: Option<RestoreStatus>,
-    /// The last snapshot that this process wrote; `null` before the first.
+    /// The last snapshot that this process wrote or started from; `null` before the first.
     pub snapshot: Option<SnapshotStatus>,
 }
 
@@ -108,7 +108,7 @@ pub struct SnapshotStatus {
     pub rows: u64,
     /// Its size.
     pub bytes: u64,
-    /// How long writing it took.
+    /// How long writing it took; 0 for one that an earlier process wrote.
     pub duration_s: f64,
 }
 

@@ -1,32 +1,17 @@
 //! From a request's bytes to a patch.
 
-use std::cell::RefCell;
-
 use serde::de::IgnoredAny;
 
 use super::error::ApiError;
 use crate::grade::Patch;
-
-thread_local! {
-    /// What simd-json works in, kept between requests: it rewrites strings in place, and the bytes
-    /// of a body are shared with the connection.
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-#[derive(Default)]
-struct Scratch {
-    bytes: Vec<u8>,
-    buffers: simd_json::Buffers,
-}
+use crate::json;
 
 /// Parses the body of `POST /set`.
 ///
 /// # Errors
 /// Not UTF-8 or not JSON; or JSON, but no patch.
 pub fn parse_patch(body: &[u8]) -> Result<Patch, ApiError> {
-    let parsed = SCRATCH.with_borrow_mut(|Scratch { bytes, buffers }| {
-        bytes.clear();
-        bytes.extend_from_slice(body);
+    let parsed = json::in_place(body, |bytes, buffers| {
         simd_json::serde::from_slice_with_buffers::<Patch<&str>>(bytes, buffers)
             .map(|patch| patch.to_owned())
     });

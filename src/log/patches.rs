@@ -1,20 +1,9 @@
 //! A batch's patches as bytes: a JSON array of what `POST /set` takes.
 
-use std::cell::RefCell;
 use std::sync::Arc;
 
 use crate::grade::Patch;
-
-thread_local! {
-    /// What simd-json works in, kept between batches: it rewrites strings in place.
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-#[derive(Default)]
-struct Scratch {
-    bytes: Vec<u8>,
-    buffers: simd_json::Buffers,
-}
+use crate::json;
 
 /// Appends `patches` to `out`.
 pub(super) fn write(patches: &[Patch], out: &mut Vec<u8>) {
@@ -33,9 +22,7 @@ pub(super) fn write(patches: &[Patch], out: &mut Vec<u8>) {
 /// # Errors
 /// The bytes are no array of valid patches; says what is wrong.
 pub(super) fn read(json: &[u8]) -> Result<Arc<[Patch]>, Box<str>> {
-    SCRATCH.with_borrow_mut(|Scratch { bytes, buffers }| {
-        bytes.clear();
-        bytes.extend_from_slice(json);
+    json::in_place(json, |bytes, buffers| {
         simd_json::serde::from_slice_with_buffers::<Vec<Patch<&str>>>(bytes, buffers)
             .map(|patches| patches.iter().map(Patch::to_owned).collect())
             .map_err(|error| error.to_string().into())

@@ -10,12 +10,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 
 use super::{Applied, Position};
-use crate::backup::{BackupError, Head, Progress, Snapshots, Summary, restore_file};
+use crate::backup::{BackupError, Progress, Snapshots, Summary, Written, restore_file};
 use crate::log::{Log, Seq};
 use crate::store::Store;
 
@@ -44,6 +44,21 @@ pub enum BootstrapError {
         found: Box<str>,
         /// What is there.
         here: Box<str>,
+    },
+    /// A snapshot holds batches that the log does not have, though every batch is in the log before
+    /// it is applied. Beginning without them would lose answered writes in silence.
+    #[error(
+        "snapshot {path} is at batch {position} and the log ends at batch {end}: it has lost \
+         batches, or is another log; put the right log back, or start with an empty data directory \
+         and --restore-from {path}"
+    )]
+    LogBehind {
+        /// The snapshot.
+        path: PathBuf,
+        /// Its position.
+        position: Seq,
+        /// The log's last batch.
+        end: Seq,
     },
     /// A backup was to seed a log that is not empty.
     #[error(
@@ -116,7 +131,7 @@ impl RestoreTracker {
 }
 
 /// Fills `store` from the newest snapshot that fits `log`, or leaves it empty for the whole log to
-/// be read. Blocks.
+/// be read. Returns the snapshot that was used. Blocks.
 ///
 /// # Errors
 /// Neither is possible.
@@ -126,25 +141,46 @@ pub fn restore_local(
     log: &dyn Log,
     snapshots: Option<&Snapshots>,
     tracker: &RestoreTracker,
-) -> Result<(), BootstrapError> {
+) -> Result<Option<Written>, BootstrapError> {
     let mut other_log = None;
     for (position, path) in snapshots.map_or(Ok(Vec::new()), Snapshots::list)? {
-        if position + 1 < log.first() || position > log.end() {
-            let (first, end) = (log.first(), log.end());
-            tracing::warn!(path = %path.display(), first, end, "snapshot not covered by the log");
+        let (first, end) = (log.first(), log.end());
+        if position > end {
+            return Err(BootstrapError::LogBehind {
+                path,
+                position,
+                end,
+            });
+        }
+        if position + 1 < first {
+            tracing::warn!(path = %path.display(), first, "snapshot not covered by the log");
             continue;
         }
-        match tracker.run(&path, store).map(|summary| summary.records) {
-            Ok(Some((head, _))) if head.log_id == log.id().0 => {
-                applied.restored(position_of(&head));
-                return Ok(());
-            }
-            Ok(records) => {
+        match tracker.run(&path, store) {
+            Ok(summary) => {
+                let (rows, bytes) = (summary.rows, summary.bytes);
+                let head = summary.records.map(|(head, _)| head);
+                if let Some(head) = head.as_ref().filter(|head| head.log_id == log.id().0) {
+                    applied.restored(Position {
+                        seq: head.position,
+                        time_ns: head.time_ns,
+                    });
+                    return Ok(Some(Written {
+                        head: head.clone(),
+                        rows,
+                        bytes,
+                        took: Duration::ZERO,
+                        at: modified(&path),
+                    }));
+                }
                 store.clear();
                 tracing::warn!(path = %path.display(), "snapshot of another log");
-                other_log = Some(records.map(|(head, _)| head.log_id).unwrap_or_default());
+                other_log = Some(head.map(|head| head.log_id).unwrap_or_default());
             }
-            Err(error) => tracing::warn!(path = %path.display(), %error, "snapshot refused"),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "snapshot refused");
+                set_aside(&path, &error);
+            }
         }
     }
     match (other_log, log.first()) {
@@ -152,7 +188,7 @@ pub fn restore_local(
             found,
             here: log.id().0,
         }),
-        (None, 1) => Ok(()),
+        (None, 1) => Ok(None),
         (None, first) => Err(BootstrapError::NoSource { first }),
     }
 }
@@ -187,9 +223,20 @@ pub fn restore_seed(
     Ok(())
 }
 
-fn position_of(head: &Head) -> Position {
-    Position {
-        seq: head.position,
-        time_ns: head.time_ns,
+/// Renames a snapshot that is damaged, for people to look at. Under its own name it would go on
+/// counting as one of the two that are kept, and the log would be cut behind it.
+fn set_aside(path: &Path, error: &BackupError) {
+    if matches!(error, BackupError::Io { .. } | BackupError::Newer { .. }) {
+        return;
     }
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".damaged");
+    if let Err(error) = fs::rename(path, aside) {
+        tracing::warn!(path = %path.display(), %error, "damaged snapshot not set aside");
+    }
+}
+
+fn modified(path: &Path) -> SystemTime {
+    let modified = fs::metadata(path).and_then(|metadata| metadata.modified());
+    modified.unwrap_or_else(|_| SystemTime::now())
 }

@@ -28,5 +28,5 @@ pub use applied::{Applied, AtPosition, Position};
 pub use bootstrap::{BootstrapError, Restore, RestoreTracker, restore_local, restore_seed};
 pub use own::OwnBatches;
 pub use reader::{Reader, ReaderError};
-pub use snapshotter::{LastSnapshot, Snapshotter};
+pub use snapshotter::{LastSnapshot, Snapshotter, backup_head};
 pub use writer::{WriteError, Writer, WriterLimits, WriterTask};

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -27,22 +27,42 @@ pub struct Snapshotter {
     pub last: LastSnapshot,
 }
 
-/// The last snapshot that this process wrote. Clones are the same.
+/// The last snapshot that this process wrote or started from. Clones are the same.
 #[derive(Clone, Default)]
 pub struct LastSnapshot(Arc<Mutex<State>>);
 
 #[derive(Clone, Default)]
 struct State {
-    written: Option<(Written, Instant)>,
+    written: Option<Written>,
     failures: u64,
+}
+
+/// What a backup that begins now says first. The position is taken before the scan: what that sees
+/// beyond it, replay repairs.
+#[must_use]
+pub fn backup_head(store: &Store, applied: &Applied, log: &dyn Log) -> Head {
+    let position = applied.position();
+    Head {
+        format: FORMAT,
+        log_id: log.id().0,
+        position: position.seq,
+        time_ns: position.time_ns,
+        rows_expected: store.len() as u64,
+    }
 }
 
 impl LastSnapshot {
     /// What was written and how long ago.
     #[must_use]
     pub fn written(&self) -> Option<(Written, Duration)> {
-        let written = self.0.lock().written.clone();
-        written.map(|(written, at)| (written, at.elapsed()))
+        let written = self.0.lock().written.clone()?;
+        let age = written.at.elapsed().unwrap_or_default();
+        Some((written, age))
+    }
+
+    /// This one is the last.
+    pub fn set(&self, written: Written) {
+        self.0.lock().written = Some(written);
     }
 
     /// How many could not be written since the start.
@@ -75,12 +95,16 @@ impl Snapshotter {
         if newest.map_or(0, |(seq, _)| seq) >= position.seq {
             return;
         }
-        self.write().await;
+        // Logged and counted; the log still holds everything.
+        let _ = self.write().await;
     }
 
-    /// Writes one now and trims the log behind the one before it. A failure is logged and counted:
-    /// the log still holds everything.
-    pub async fn write(&self) {
+    /// Writes one now and trims the log behind the one before it. A failure is logged and counted,
+    /// too.
+    ///
+    /// # Errors
+    /// The disk refused.
+    pub async fn write(&self) -> io::Result<()> {
         let this = self.clone();
         let written = tokio::task::spawn_blocking(move || this.write_blocking()).await;
         match written.map_err(io::Error::other).flatten() {
@@ -88,30 +112,24 @@ impl Snapshotter {
                 let took_ms = written.took.as_millis() as u64;
                 let (position, rows, bytes) = (written.head.position, written.rows, written.bytes);
                 tracing::info!(position, rows, bytes, took_ms, "snapshot written");
-                self.last.0.lock().written = Some((written, Instant::now()));
+                self.last.set(written);
                 if let Some(through) = trim_through
                     && let Err(error) = self.log.trim(through).await
                 {
                     tracing::warn!(through, %error, "log not trimmed");
                 }
+                Ok(())
             }
             Err(error) => {
                 self.last.0.lock().failures += 1;
                 tracing::error!(%error, "snapshot not written");
+                Err(error)
             }
         }
     }
 
     fn write_blocking(&self) -> io::Result<(Written, Option<Seq>)> {
-        // Position first: what the scan sees beyond it, replay repairs.
-        let position = self.applied.position();
-        let head = Head {
-            format: FORMAT,
-            log_id: self.log.id().0,
-            position: position.seq,
-            time_ns: position.time_ns,
-            rows_expected: self.store.len() as u64,
-        };
+        let head = backup_head(&self.store, &self.applied, &*self.log);
         let written = self
             .snapshots
             .write(&self.store, head, || self.applied.seq())?;

@@ -3,10 +3,12 @@
 //! The store knows nothing of logs or HTTP. Its handle is cheap to clone, its methods are short and
 //! synchronous, and no lock outlives a call, so none can be held across an `.await`.
 //!
-//! A shard is a hash table of record numbers over records that never move (see `shard.rs`). Compared
-//! with a concurrent map of the same records this costs less than half the memory, and a scan is a
-//! cursor: it needs no lock between two pieces and sees every record once, however much the shard
-//! grows meanwhile. `benches/store.rs` measures both; the figures stand in `benches/README.md`.
+//! A shard is a hash table of record numbers over records that never move (see `shard.rs`). Beside
+//! a concurrent map of the same records (scc) it takes half to two thirds of the memory from a
+//! million records on, and a scan is a cursor: it needs no lock between two pieces and sees every
+//! record once, however much the shard grows meanwhile. The price is one more cache miss to find a
+//! record. `benches/store.rs` and `benches/memory.rs` measure both; the figures stand in
+//! `benches/README.md`.
 
 mod shard;
 

@@ -189,7 +189,7 @@ impl Node {
 
     /// One that `command` starts, ready.
     pub(crate) async fn start_with(command: &mut Command) -> Self {
-        let node = Self::spawn(command).await;
+        let node = Self::launch(command).await;
         eventually("ready", async || {
             (node.ops("/readyz").await.status == 200).then_some(())
         })
@@ -198,7 +198,7 @@ impl Node {
     }
 
     /// One that `command` starts, listening.
-    pub(crate) async fn spawn(command: &mut Command) -> Self {
+    pub(crate) async fn launch(command: &mut Command) -> Self {
         let command = command.stdin(Stdio::null());
         let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = Process(command.spawn().unwrap());
@@ -223,6 +223,17 @@ impl Node {
             stdout,
             stderr,
         }
+    }
+
+    /// Kills it as the system would: at once, with no chance to tidy up.
+    pub(crate) fn kill(self) {
+        drop(self.process);
+    }
+
+    /// Stops it as an operator would.
+    pub(crate) async fn end(mut self) {
+        self.signal(Signal::TERM);
+        assert_eq!(self.exit().await.code(), Some(0));
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

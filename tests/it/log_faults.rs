@@ -90,7 +90,7 @@ async fn a_replica_that_the_log_has_forgotten_says_so() {
     assert_eq!(b.set(PATCH).await.position(), 7);
 
     // And one that starts now has no way to a whole state.
-    let late = Node::spawn(&mut replica_at(broker.address)).await;
+    let late = Node::launch(&mut replica_at(broker.address)).await;
     let status = status_where(&late, "no source", |status| status["state"] == "no-source").await;
     let said = status["reason"].as_str().unwrap();
     assert!(said.contains("begins at batch 6"), "{said}");
@@ -137,7 +137,7 @@ async fn a_broker_that_lost_batches_is_not_followed() {
     }
     proxy.set(Rules::default());
     stopped(&b, "batch 4 of the log is not the one it was").await;
-    let restarted = Node::spawn(&mut with_dir(broker.address)).await;
+    let restarted = Node::launch(&mut with_dir(broker.address)).await;
     stopped(&restarted, "batch 4 of the log is not the one it was").await;
     at(&c, 6).await;
 }

@@ -1,26 +1,37 @@
 //! A node as its clients and operators meet it: through sockets, signals and its command line.
 #![expect(
     clippy::unwrap_used,
+    clippy::expect_used,
     clippy::indexing_slicing,
     reason = "a test may panic, its helpers too"
 )]
 
 mod broker;
+mod disk;
 mod harness;
 mod held_log;
 mod proxy;
 mod wire;
 
+mod backup;
+mod broken_off;
 mod broker_faults;
 mod cli;
 mod cluster;
 mod concurrency;
+mod damaged;
 mod drain;
+mod durable;
 mod fifth_field;
+mod full_disk;
 mod get;
 mod hostile;
 mod limits;
 mod log_faults;
 mod ops;
+mod recover;
+mod restore_from;
 mod set;
 mod stall;
+mod trim;
+mod under_writes;

@@ -116,6 +116,11 @@ impl Raw {
         in_time("send", sent).await.unwrap();
     }
 
+    /// The same to a node that may be gone.
+    pub(crate) async fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> std::io::Result<()> {
+        in_time("send", self.outgoing.write_all(bytes.as_ref())).await
+    }
+
     /// Says that nothing more will be sent.
     pub(crate) async fn send_no_more(&mut self) {
         self.outgoing.shutdown().await.unwrap();
@@ -136,6 +141,22 @@ impl Raw {
         let sent = self.outgoing.write_all(request.as_ref());
         let (_, answer) = tokio::join!(in_time("send", sent), self.incoming.answer());
         answer.unwrap()
+    }
+
+    /// All that comes until the node ends the connection.
+    pub(crate) async fn rest(&mut self) -> Vec<u8> {
+        while self.incoming.receive().await > 0 {}
+        std::mem::take(&mut self.incoming.received)
+    }
+
+    /// Moves what comes next into `into`, `bytes_max` of it at most; 0 at the connection's end.
+    pub(crate) async fn some(&mut self, bytes_max: usize, into: &mut Vec<u8>) -> usize {
+        into.append(&mut self.incoming.received);
+        let mut room = vec![0; bytes_max];
+        let read = in_time("something to read", self.incoming.stream.read(&mut room)).await;
+        let bytes = read.unwrap_or(0);
+        into.extend_from_slice(&room[..bytes]);
+        bytes
     }
 
     /// Waits until the node ends the connection; nothing more may come.

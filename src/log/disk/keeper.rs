@@ -61,6 +61,14 @@ impl Pen {
     }
 }
 
+/// A batch of which it is not known whether it is in the log.
+pub(super) struct Doubt {
+    entry: Entry,
+    verdict: oneshot::Sender<Result<(), AppendError>>,
+    /// Whether it may be written once more if it is not.
+    again: bool,
+}
+
 /// The thread's state.
 pub(super) struct Keeper {
     pub(super) shared: Arc<Shared>,
@@ -71,7 +79,7 @@ pub(super) struct Keeper {
     /// `None` while the database is closed.
     pub(super) pen: Option<Pen>,
     /// The batch that a failure left in doubt.
-    pub(super) doubt: Option<(Entry, oneshot::Sender<Result<(), AppendError>>)>,
+    pub(super) doubt: Option<Doubt>,
     /// Where batches are encoded.
     pub(super) value: Vec<u8>,
 }
@@ -123,7 +131,11 @@ impl Keeper {
             }
             Err(error) => {
                 self.fail(&error);
-                self.doubt = Some((entry, verdict));
+                self.doubt = Some(Doubt {
+                    entry,
+                    verdict,
+                    again: true,
+                });
             }
         }
     }
@@ -218,6 +230,37 @@ impl Keeper {
         format!("the log in {dir} failed: {why}; it is being reopened, check the disk").into()
     }
 
+    /// Answers who waits for a batch that was in doubt, now that it is known whether it is there.
+    fn settle(&mut self, doubt: Doubt, there: bool) -> Result<(), Arc<str>> {
+        let written = match (there, doubt.again && self.room().is_ok()) {
+            (true, _) => Ok(()),
+            // It is not, so it can be written again: what failed was often an earlier one's table,
+            // for want of room that there is now.
+            (false, true) => self.write(&doubt.entry).map_err(Some),
+            (false, false) => Err(None),
+        };
+        match written {
+            Ok(()) => {
+                self.show(doubt.entry);
+                let _ = doubt.verdict.send(Ok(()));
+                Ok(())
+            }
+            Err(None) => {
+                let why = self.failure("the batch is not in it");
+                let _ = doubt.verdict.send(Err(AppendError::Refused(why)));
+                Ok(())
+            }
+            Err(Some(error)) => {
+                self.fail(&error);
+                self.doubt = Some(Doubt {
+                    again: false,
+                    ..doubt
+                });
+                Err(self.failure(&plain(&error)))
+            }
+        }
+    }
+
     /// Opens the database again if it is closed, and settles the batch in doubt.
     fn reopen(&mut self) -> Result<(), Arc<str>> {
         if self.pen.is_some() {
@@ -235,16 +278,8 @@ impl Keeper {
         let there = shelf.end > end;
         self.shared.adopt(shelf);
         self.pen = Some(pen);
-        match self.doubt.take() {
-            Some((entry, verdict)) if there => {
-                self.show(entry);
-                let _ = verdict.send(Ok(()));
-            }
-            Some((_, verdict)) => {
-                let why = self.failure("the batch is not in it");
-                let _ = verdict.send(Err(AppendError::Refused(why)));
-            }
-            None => {}
+        if let Some(doubt) = self.doubt.take() {
+            self.settle(doubt, there)?;
         }
         tracing::info!(end = *self.end.borrow(), "log reopened");
         Ok(())

@@ -1,0 +1,215 @@
+//! kill -9, over and over: what was answered is there, and what is there fits together.
+
+use std::sync::Arc;
+
+use gradestore::grade::FIELDS;
+use tempfile::tempdir;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::disk::{Held, Rng, backup_of, names_in, program_on, restored, store_of, write_file_of};
+use crate::harness::{Node, Ports, set_request_of};
+use crate::wire::{PATIENCE, Raw, eventually};
+
+const ROUNDS: u64 = 50;
+const WRITERS: usize = 6;
+const USERS: usize = 5;
+
+/// Each writes ever larger values to fields that no other writes.
+#[derive(Clone)]
+struct Writer {
+    index: usize,
+    /// By user.
+    sent: [u64; USERS],
+    answered: [u64; USERS],
+    position: u64,
+}
+
+impl Writer {
+    fn new(index: usize) -> Self {
+        Self {
+            index,
+            sent: [0; USERS],
+            answered: [0; USERS],
+            position: 0,
+        }
+    }
+
+    fn field(&self) -> &'static str {
+        FIELDS[self.index % FIELDS.len()]
+    }
+
+    fn user(&self, user: usize) -> String {
+        format!("{} of {}", user, self.index / FIELDS.len())
+    }
+
+    /// Writes until the node is gone; counts what was answered.
+    async fn write(mut self, mut connection: Raw, answered: Arc<watch::Sender<u64>>) -> Self {
+        for user in (0..USERS).cycle() {
+            self.sent[user] += 1;
+            let patch = format!(
+                r#"{{"user_id":"{}","{}":{}}}"#,
+                self.user(user),
+                self.field(),
+                self.sent[user]
+            );
+            if connection.try_send(set_request_of(&patch)).await.is_err() {
+                break;
+            }
+            let Some(answer) = connection.try_answer().await else {
+                break;
+            };
+            let position = answer.position();
+            assert!(
+                position > self.position,
+                "{position} after {}",
+                self.position
+            );
+            (self.position, self.answered[user]) = (position, self.sent[user]);
+            answered.send_modify(|count| *count += 1);
+        }
+        self
+    }
+
+    /// Checks that nothing answered is lost and nothing is there that was never sent.
+    async fn check(&mut self, node: &Ports) {
+        let held = Held::by(node).await;
+        assert!(
+            held.position >= self.position,
+            "{held:?}: {} was answered",
+            self.position
+        );
+        for user in 0..USERS {
+            let answer = node.get(&self.user(user)).await;
+            let value = match answer.status {
+                404 => 0,
+                _ => answer.json()[self.field()].as_u64().unwrap(),
+            };
+            let (answered, sent) = (self.answered[user], self.sent[user]);
+            let fits = answered <= value && value <= sent;
+            assert!(
+                fits,
+                "{}: {answered} answered, {sent} sent, {value} found",
+                self.user(user)
+            );
+        }
+    }
+}
+
+/// What a node says of itself is what a backup of it holds.
+pub(crate) async fn assert_consistent(node: &Ports) -> Held {
+    let held = Held::by(node).await;
+    let (store, summary) = restored(&backup_of(node).await);
+    assert_eq!(summary.records.unwrap().1.position, held.position);
+    assert_eq!(Held::in_store(&store, held.position), held);
+    held
+}
+
+async fn start_writing(
+    writers: Vec<Writer>,
+    node: &Node,
+) -> (Vec<JoinHandle<Writer>>, watch::Receiver<u64>) {
+    let (count, answered) = watch::channel(0);
+    let count = Arc::new(count);
+    let mut writing = Vec::new();
+    for writer in writers {
+        let connection = Raw::connect(node.write).await;
+        writing.push(tokio::spawn(writer.write(connection, Arc::clone(&count))));
+    }
+    (writing, answered)
+}
+
+async fn ended(writing: Vec<JoinHandle<Writer>>) -> Vec<Writer> {
+    let mut writers = Vec::new();
+    for writer in writing {
+        writers.push(writer.await.unwrap());
+    }
+    writers
+}
+
+#[tokio::test]
+async fn what_was_answered_survives_fifty_kills() {
+    let directory = tempdir().unwrap();
+    let snapshots = directory.path().join("snapshots");
+    let mut writers: Vec<Writer> = (0..WRITERS).map(Writer::new).collect();
+    let mut rng = Rng(20_240_229);
+    let mut position = 0;
+    for round in 0..ROUNDS {
+        let node =
+            Node::start_with(program_on(directory.path()).arg("--snapshot-interval=1s")).await;
+        for writer in &mut writers {
+            writer.check(&node).await;
+        }
+        let held = assert_consistent(&node).await;
+        assert!(held.position >= position);
+        position = held.position;
+
+        let before = names_in(&snapshots);
+        let (writing, mut answered) = start_writing(writers, &node).await;
+        if round % 7 == 3 {
+            eventually("another snapshot", async || {
+                (names_in(&snapshots) != before).then_some(())
+            })
+            .await;
+        }
+        let moment = *answered.borrow_and_update() + 1 + rng.below(150);
+        let reached = answered.wait_for(|count| *count >= moment);
+        tokio::time::timeout(PATIENCE, reached)
+            .await
+            .unwrap()
+            .unwrap();
+        node.kill();
+        writers = ended(writing).await;
+    }
+    let node = Node::start_with(&mut program_on(directory.path())).await;
+    for writer in &mut writers {
+        writer.check(&node).await;
+    }
+    assert_consistent(&node).await;
+    assert_eq!(names_in(&snapshots).len(), 2);
+}
+
+#[tokio::test]
+async fn a_kill_in_the_middle_of_a_snapshot_loses_nothing() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path().join("data");
+    let snapshots = dir.join("snapshots");
+    let seed = write_file_of(directory.path(), &store_of(60_000, u64::MAX), 1);
+    let seeded = Node::start_with(program_on(&dir).arg("--restore-from").arg(&seed)).await;
+    seeded.kill();
+    let mut writers: Vec<Writer> = (0..WRITERS).map(Writer::new).collect();
+    for _ in 0..3 {
+        let node = Node::start_with(program_on(&dir).arg("--snapshot-interval=1s")).await;
+        for writer in &mut writers {
+            writer.check(&node).await;
+        }
+        assert_consistent(&node).await;
+        let (writing, _) = start_writing(writers, &node).await;
+        eventually("a snapshot under way", async || {
+            names_in(&snapshots)
+                .iter()
+                .any(|name| name.ends_with(".partial"))
+                .then_some(())
+        })
+        .await;
+        node.kill();
+        writers = ended(writing).await;
+        // It was in the middle indeed.
+        let left = names_in(&snapshots);
+        assert!(
+            left.iter().any(|name| name.ends_with(".partial")),
+            "{left:?}"
+        );
+    }
+    let node = Node::start_with(&mut program_on(&dir)).await;
+    for writer in &mut writers {
+        writer.check(&node).await;
+    }
+    let held = assert_consistent(&node).await;
+    assert!(held.records > 60_000);
+    let left = names_in(&snapshots);
+    assert!(
+        !left.iter().any(|name| name.ends_with(".partial")),
+        "{left:?}"
+    );
+}

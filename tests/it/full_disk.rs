@@ -1,0 +1,194 @@
+//! A disk without room: writes wait for it to come back, reads do not, and nothing answered is lost.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use tempfile::tempdir;
+
+use crate::disk::{Held, backup_of, program_on, restored, store_of, write_file_of};
+use crate::harness::{Node, run};
+use crate::wire::eventually;
+
+/// A disk of its own: memory mounted in a mount namespace that ends with the process that holds it,
+/// so that nothing is left mounted however a test ends. Root may do that, and where the system has
+/// user namespaces so may everyone.
+struct SmallDisk {
+    holder: Child,
+    dir: PathBuf,
+}
+
+impl SmallDisk {
+    fn new(mib: usize) -> Self {
+        let mount = format!("mount -t tmpfs -o size={mib}m none /mnt && echo mounted && exec cat");
+        let mut unshare = Command::new("unshare");
+        if !rustix::process::geteuid().is_root() {
+            unshare.arg("--map-root-user");
+        }
+        let unshare = unshare.args(["--mount", "sh", "-c", &mount]);
+        let unshare = unshare.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut holder = unshare.spawn().unwrap();
+        let mut said = [0; 8];
+        let mounted = holder.stdout.as_mut().unwrap().read_exact(&mut said);
+        mounted
+            .expect("this test needs a disk of its own: run it as root or allow user namespaces");
+        // The way into its namespace from outside.
+        let dir = format!("/proc/{}/root/mnt", holder.id()).into();
+        Self { holder, dir }
+    }
+
+    fn data(&self) -> PathBuf {
+        self.dir.join("data")
+    }
+
+    /// Leaves so much free.
+    fn fill(&self, free_bytes: u64) -> Ballast {
+        let ballast = Ballast(self.dir.join("ballast"));
+        let mut file = File::create(&ballast.0).unwrap();
+        for piece in [1 << 20, 4096, 1] {
+            let zeros = vec![0; piece];
+            let full = loop {
+                if let Err(error) = file.write_all(&zeros) {
+                    break error;
+                }
+            };
+            assert_eq!(full.kind(), ErrorKind::StorageFull);
+        }
+        let filled = file.metadata().unwrap().len();
+        file.set_len(filled - free_bytes).unwrap();
+        ballast
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
+    }
+}
+
+/// Takes up room until it is dropped.
+struct Ballast(PathBuf);
+
+impl Drop for Ballast {
+    fn drop(&mut self) {
+        fs::remove_file(&self.0).unwrap();
+    }
+}
+
+async fn set(node: &Node, value: u64) -> crate::wire::Answer {
+    node.set(format!(r#"{{"user_id":"user {value}","spp":{value}}}"#))
+        .await
+}
+
+async fn assert_read_only(node: &Node, data: &Path, held: &Held) {
+    for _ in 0..10 {
+        let detail = set(node, 0).await.problem(503, "not-written");
+        assert!(
+            detail.contains("full") && detail.contains(data.to_str().unwrap()),
+            "{detail}"
+        );
+    }
+    assert_eq!(node.get("user 1").await.json()["spp"], 1);
+    assert_eq!(node.ops("/readyz").await.status, 200);
+    let reason = node.ops("/readyz/write").await.problem(503, "not-ready");
+    assert!(reason.contains("full"), "{reason}");
+    assert_eq!(node.ops("/status").await.json()["state"], "read-only");
+    assert_eq!(&Held::by(node).await, held);
+    // What to do about a full disk may begin with a backup.
+    let (store, _) = restored(&backup_of(node).await);
+    assert_eq!(&Held::in_store(&store, held.position), held);
+}
+
+async fn assert_takes_writes(node: &Node, value: u64) -> Held {
+    eventually("writes", async || {
+        (node.ops("/readyz/write").await.status == 200).then_some(())
+    })
+    .await;
+    set(node, value).await.position();
+    assert_eq!(
+        node.get(&format!("user {value}")).await.json()["spp"],
+        value
+    );
+    Held::by(node).await
+}
+
+#[tokio::test]
+async fn a_full_disk_refuses_writes_until_there_is_room() {
+    let disk = SmallDisk::new(160);
+    let data = disk.data();
+    let node = Node::start_with(program_on(&data).arg("--snapshot-interval=1s")).await;
+    let mut held = Held::by(&node).await;
+    for round in 0..3 {
+        for value in 1..20 {
+            set(&node, round * 100 + value).await.position();
+        }
+        held = Held::by(&node).await;
+        let ballast = disk.fill(0);
+        assert_read_only(&node, &data, &held).await;
+        drop(ballast);
+        held = assert_takes_writes(&node, round * 100 + 50).await;
+    }
+
+    let ballast = disk.fill(0);
+    assert_read_only(&node, &data, &held).await;
+    node.kill();
+    drop(ballast);
+    let node = Node::start_with(&mut program_on(&data)).await;
+    assert_eq!(Held::by(&node).await, held);
+    held = assert_takes_writes(&node, 99).await;
+    node.kill();
+    let node = Node::start_with(&mut program_on(&data)).await;
+    assert_eq!(Held::by(&node).await, held);
+}
+
+#[tokio::test]
+async fn a_node_starts_on_a_full_disk_and_answers_reads() {
+    let disk = SmallDisk::new(160);
+    let data = disk.data();
+    let node = Node::start_with(&mut program_on(&data)).await;
+    for value in 1..20 {
+        set(&node, value).await.position();
+    }
+    let held = Held::by(&node).await;
+    node.kill();
+    let ballast = disk.fill(0);
+    let node = Node::start_with(&mut program_on(&data)).await;
+    assert_read_only(&node, &data, &held).await;
+    // There is no room for a last snapshot either: the log has it all.
+    node.end().await;
+    let node = Node::start_with(&mut program_on(&data)).await;
+    assert_read_only(&node, &data, &held).await;
+    drop(ballast);
+    // The first ones may find that the log has to be opened anew.
+    eventually("a write", async || {
+        (set(&node, 98).await.status == 204).then_some(())
+    })
+    .await;
+    let held = assert_takes_writes(&node, 99).await;
+    node.kill();
+    let node = Node::start_with(&mut program_on(&data)).await;
+    assert_eq!(Held::by(&node).await, held);
+}
+
+#[tokio::test]
+async fn a_seed_that_does_not_fit_on_the_disk_is_no_start() {
+    let directory = tempdir().unwrap();
+    let store = store_of(100_000, u64::MAX);
+    let seed = write_file_of(directory.path(), &store, 9);
+    let disk = SmallDisk::new(40);
+    let ballast = disk.fill(3 << 20);
+    let output = run(program_on(&disk.data()).arg("--restore-from").arg(&seed));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    let last = said.lines().last().unwrap();
+    assert!(
+        last.contains("snapshot") && last.contains("No space left"),
+        "{said}"
+    );
+    // Room is all it lacks.
+    drop(ballast);
+    let node = Node::start_with(program_on(&disk.data()).arg("--restore-from").arg(&seed)).await;
+    assert_eq!(Held::by(&node).await, Held::in_store(&store, 9));
+}

@@ -1,0 +1,236 @@
+//! How a node starts again: from its newest good snapshot and the log, or not at all, and then it
+//! says why.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use tempfile::tempdir;
+
+use crate::disk::{Held, names_in, program_on, restored, store_of, write_file_of};
+use crate::harness::{AUTHORIZATION, Node, run};
+use crate::wire::{Answer, eventually};
+
+/// Sets some grades and stops.
+async fn write_and_end(dir: &Path, users: std::ops::Range<u64>) -> Held {
+    let node = Node::start_with(&mut program_on(dir)).await;
+    for user in users {
+        let patch = format!(r#"{{"user_id":"{user}","spp":{user}}}"#);
+        node.set(patch).await.position();
+    }
+    let held = Held::by(&node).await;
+    node.end().await;
+    held
+}
+
+/// A directory's snapshots, oldest first.
+fn snapshots(dir: &Path) -> Vec<PathBuf> {
+    let dir = dir.join("snapshots");
+    names_in(&dir).iter().map(|name| dir.join(name)).collect()
+}
+
+/// Changes one bit in the middle.
+fn damage(file: &Path) {
+    let mut bytes = fs::read(file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    fs::write(file, bytes).unwrap();
+}
+
+/// The file that a node says it was restored from.
+async fn restored_from(node: &Node) -> PathBuf {
+    let restore = &node.ops("/status").await.json()["restore"];
+    assert_eq!(restore["done"], true, "{restore}");
+    restore["source"].as_str().unwrap().into()
+}
+
+#[tokio::test]
+async fn a_clean_stop_leaves_a_snapshot_that_the_next_start_uses() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path();
+    let held = write_and_end(dir, 0..10).await;
+    let first = snapshots(dir);
+    assert_eq!(first.len(), 1);
+    let (store, summary) = restored(&fs::read(&first[0]).unwrap());
+    assert_eq!(summary.records.unwrap().0.position, held.position);
+    assert_eq!(Held::in_store(&store, held.position), held);
+
+    let node = Node::start_with(&mut program_on(dir)).await;
+    assert_eq!(Held::by(&node).await, held);
+    assert_eq!(restored_from(&node).await, first[0]);
+    let path = first[0].display().to_string();
+    eventually("a log line", async || {
+        node.stderr.lock().contains(&path).then_some(())
+    })
+    .await;
+    // Nothing was written since: nothing is to be kept anew.
+    node.end().await;
+    assert_eq!(snapshots(dir), first);
+
+    for last in [20, 30, 40] {
+        write_and_end(dir, last - 10..last).await;
+    }
+    assert_eq!(snapshots(dir).len(), 2);
+}
+
+#[tokio::test]
+async fn a_damaged_newest_snapshot_falls_back_to_the_one_before() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path();
+    write_and_end(dir, 0..10).await;
+    let held = write_and_end(dir, 5..20).await;
+    let both = snapshots(dir);
+    let whole = fs::read(&both[1]).unwrap();
+    let mut swapped = whole.clone();
+    swapped.reverse();
+    for wrong in [&whole[..whole.len() - 1], &whole[..9], &[], &swapped] {
+        fs::write(&both[1], wrong).unwrap();
+        let node = Node::start_with(&mut program_on(dir)).await;
+        assert_eq!(Held::by(&node).await, held);
+        assert_eq!(restored_from(&node).await, both[0]);
+        let path = both[1].display().to_string();
+        eventually("a warning", async || {
+            let said = node.stderr.lock();
+            said.lines()
+                .any(|line| line.contains("refused") && line.contains(&path))
+                .then_some(())
+        })
+        .await;
+        node.kill();
+    }
+    // Set aside, it does not count as one of the two that are kept.
+    assert!(!both[1].exists());
+    // The log is whole: it does without either.
+    fs::write(&both[1], whole).unwrap();
+    both.iter().for_each(|file| damage(file));
+    let node = Node::start_with(&mut program_on(dir)).await;
+    assert_eq!(Held::by(&node).await, held);
+}
+
+/// Starts a node that must not serve; why not.
+async fn unready(dir: &Path) -> String {
+    let names = || {
+        let names = names_in(&dir.join("snapshots"));
+        let name = |name: &String| name.trim_end_matches(".damaged").to_owned();
+        names.iter().map(name).collect::<Vec<_>>()
+    };
+    let before = names();
+    let node = Node::launch(&mut program_on(dir)).await;
+    let state = eventually("a verdict", async || {
+        let status = node.ops("/status").await.json();
+        (status["state"] != "starting").then_some(status)
+    })
+    .await;
+    assert_eq!(state["state"], "no-source");
+    let reason = node.ops("/readyz").await.problem(503, "not-ready");
+    assert!(
+        reason.contains(state["reason"].as_str().unwrap()),
+        "{reason}"
+    );
+    node.ops("/readyz/write").await.problem(503, "not-ready");
+    node.get("1").await.problem(503, "not-ready");
+    let patch = r#"{"user_id":"1","spp":5}"#;
+    node.set(patch).await.problem(503, "not-ready");
+    let backup = node.client.get(format!("http://{}/backup", node.write));
+    let backup = backup.header("authorization", AUTHORIZATION).send().await;
+    Answer::of(backup.unwrap()).await.problem(503, "not-ready");
+    assert_eq!(node.ops("/livez").await.status, 200);
+    // What it does not have must not take a snapshot's place.
+    node.end().await;
+    assert_eq!(names(), before);
+    reason
+}
+
+/// A data directory whose log does not begin at its first batch, as after a trim.
+async fn seeded(root: &Path, name: &str, position: u64) -> (PathBuf, Held) {
+    let dir = root.join(name);
+    let seed = write_file_of(root, &store_of(100, 50), position);
+    let node = Node::start_with(program_on(&dir).arg("--restore-from").arg(&seed)).await;
+    node.set(r#"{"user_id":"new","spp":1}"#).await.position();
+    let held = Held::by(&node).await;
+    node.kill();
+    (dir, held)
+}
+
+#[tokio::test]
+async fn without_a_good_snapshot_and_a_whole_log_a_node_serves_nothing() {
+    let directory = tempdir().unwrap();
+    let (dir, held) = seeded(directory.path(), "data", 500).await;
+    let [snapshot] = snapshots(&dir).try_into().unwrap();
+    let good = fs::read(&snapshot).unwrap();
+    damage(&snapshot);
+    let reason = unready(&dir).await;
+    assert!(reason.contains("begins at batch 501"), "{reason}");
+    assert!(reason.contains("--restore-from"), "{reason}");
+    assert!(!snapshot.exists());
+    unready(&dir).await;
+    // As the reason says.
+    fs::write(&snapshot, good).unwrap();
+    let node = Node::start_with(&mut program_on(&dir)).await;
+    assert_eq!(Held::by(&node).await, held);
+}
+
+#[tokio::test]
+async fn snapshots_of_another_log_are_not_used() {
+    let directory = tempdir().unwrap();
+    let (one, _) = seeded(directory.path(), "one", 500).await;
+    let (other, held) = seeded(directory.path(), "other", 500).await;
+    let kept = directory.path().join("kept");
+    fs::rename(other.join("snapshots"), &kept).unwrap();
+    fs::rename(one.join("snapshots"), other.join("snapshots")).unwrap();
+    let reason = unready(&other).await;
+    assert!(reason.contains("belong to log disk-"), "{reason}");
+
+    fs::remove_dir_all(other.join("snapshots")).unwrap();
+    fs::rename(&kept, other.join("snapshots")).unwrap();
+    let node = Node::start_with(&mut program_on(&other)).await;
+    assert_eq!(Held::by(&node).await, held);
+}
+
+#[tokio::test]
+async fn a_log_that_was_lost_is_not_begun_anew_beside_its_snapshots() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path();
+    write_and_end(dir, 0..10).await;
+    fs::rename(dir.join("log"), dir.join("lost")).unwrap();
+    let reason = unready(dir).await;
+    let snapshot = snapshots(dir)[0].display().to_string();
+    assert!(reason.contains(&snapshot), "{reason}");
+}
+
+#[tokio::test]
+async fn one_process_uses_a_data_directory_at_a_time() {
+    let directory = tempdir().unwrap();
+    let node = Node::start_with(&mut program_on(directory.path())).await;
+    node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    let second = run(&mut program_on(directory.path()));
+    assert_eq!(second.status.code(), Some(1), "{second:?}");
+    let said = String::from_utf8(second.stderr).unwrap();
+    let name = directory.path().to_str().unwrap();
+    assert!(
+        said.contains(name) && said.contains("another gradestore"),
+        "{said}"
+    );
+    assert!(second.stdout.is_empty());
+    node.set(r#"{"user_id":"a","spp":2}"#).await.position();
+    let held = Held::by(&node).await;
+    // The system lets go of it, however the process ends.
+    node.kill();
+    let node = Node::start_with(&mut program_on(directory.path())).await;
+    assert_eq!(Held::by(&node).await, held);
+}
+
+#[tokio::test]
+async fn a_data_directory_that_cannot_be_one_is_named() {
+    let directory = tempdir().unwrap();
+    let file = directory.path().join("file");
+    fs::write(&file, "").unwrap();
+    for dir in [file.clone(), file.join("below")] {
+        let output = run(&mut program_on(&dir));
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            said.contains(dir.to_str().unwrap()) && said.contains("--data-dir"),
+            "{said}"
+        );
+    }
+}

@@ -1,0 +1,111 @@
+//! Logs that are long enough to be trimmed.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use gradestore::backup::{FORMAT, Head, Snapshots};
+use gradestore::grade::{Changes, Patch};
+use gradestore::log::{Batch, DiskLog, Log, Origin};
+use gradestore::store::Store;
+use tempfile::tempdir;
+
+use crate::disk::{Held, names_in, program_on};
+use crate::durable::assert_consistent;
+use crate::harness::Node;
+use crate::wire::eventually;
+
+/// Makes a log of many segments, with one snapshot; the store that is the log's sum.
+async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
+    let (store, log) = (Store::new(), DiskLog::open(&dir.join("log"), None).unwrap());
+    // The node's own first one will be the second: then the log is trimmed behind this one.
+    let snapshots = Snapshots::open(&dir.join("snapshots")).unwrap();
+    let origin = Origin::random().unwrap();
+    for number in 1..=batches {
+        let patches = (0..15_000).map(|user| {
+            let mut changes = Changes::default();
+            changes.set((number % 4) as usize, (number * user) as i64);
+            let user_id = format!("{user:0>250}").into_boxed_str();
+            Patch { user_id, changes }
+        });
+        let patches: Arc<[Patch]> = patches.collect();
+        // Four batches set all fields of all users: those before them leave nothing.
+        if number + 4 > batches || (snapshot_at - 3..=snapshot_at).contains(&number) {
+            patches.iter().for_each(|patch| store.apply(patch));
+        }
+        log.append(Batch {
+            origin,
+            number,
+            patches,
+        })
+        .await
+        .unwrap();
+        if number == snapshot_at {
+            let head = Head {
+                format: FORMAT,
+                log_id: log.id().0,
+                position: number,
+                time_ns: 1,
+                rows_expected: 0,
+            };
+            snapshots.write(&store, head, || number).unwrap();
+        }
+    }
+    store
+}
+
+/// The log's folders: one a segment, and one more.
+fn folders(dir: &Path) -> usize {
+    names_in(&dir.join("log").join("keyspaces")).len()
+}
+
+#[tokio::test]
+async fn a_kill_in_the_middle_of_a_trim_loses_nothing() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path();
+    let store = long_log(dir, 18, 18).await;
+    assert!(folders(dir) > 5, "{} are too few to trim", folders(dir));
+    let mut answered = 18;
+    loop {
+        let node = Node::start_with(program_on(dir).arg("--snapshot-interval=1s")).await;
+        let held = assert_consistent(&node).await;
+        assert!(held.position >= answered, "{held:?}");
+        assert_eq!(held, Held::in_store(&store, held.position));
+        let before = folders(dir);
+        if before < 4 {
+            break;
+        }
+        eventually("a trim", async || {
+            // Else there would be nothing to take a snapshot of. It changes nothing.
+            let patch = format!(r#"{{"user_id":"{}","spp":0}}"#, "0".repeat(250));
+            answered = node.set(patch).await.position();
+            (folders(dir) < before).then_some(())
+        })
+        .await;
+        node.kill();
+    }
+}
+
+#[tokio::test]
+async fn a_trimmed_log_still_covers_the_snapshot_before_the_newest() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path();
+    let store = long_log(dir, 14, 8).await;
+    let held = Held::in_store(&store, 14);
+    let snapshots = dir.join("snapshots");
+    let before = folders(dir);
+    let node = Node::start_with(program_on(dir).arg("--snapshot-interval=1s")).await;
+    eventually("a second snapshot", async || {
+        let names = names_in(&snapshots);
+        (names.len() == 2 && names[1].ends_with(".gz")).then_some(())
+    })
+    .await;
+    // It ends when the trim has.
+    node.end().await;
+    assert!(folders(dir) < before, "nothing was trimmed");
+
+    let newest = snapshots.join(&names_in(&snapshots)[1]);
+    fs::write(newest, "no snapshot").unwrap();
+    let node = Node::start_with(&mut program_on(dir)).await;
+    assert_eq!(assert_consistent(&node).await, held);
+}

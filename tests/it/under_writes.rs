@@ -1,0 +1,86 @@
+//! Backups taken while writes go on: each, with the log after it, is the node's own state.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use futures_util::future::join_all;
+use gradestore::grade::FIELDS;
+use gradestore::log::{DiskLog, Log};
+use gradestore::store::Store;
+use tempfile::tempdir;
+
+use crate::disk::{
+    Held, Rng, backup_of, file_of, program_on, replay, restored, store_of, write_file_of,
+};
+use crate::harness::{Node, set_request_of};
+use crate::wire::Raw;
+
+const ROWS: u64 = 30_000;
+const WRITERS: u64 = 8;
+const BACKUPS: usize = 4;
+
+/// Writes to users old and new until told to stop.
+async fn write_until(node: &Node, writer: u64, stop: &AtomicBool) {
+    let (mut rng, mut connection) = (Rng(writer + 1), Raw::connect(node.write).await);
+    while !stop.load(Ordering::Relaxed) {
+        let field = FIELDS[rng.below(FIELDS.len() as u64) as usize];
+        let (user, value) = (rng.below(ROWS + 1000), rng.next() as i64);
+        let patch = format!(r#"{{"user_id":"user {user}","{field}":{value}}}"#);
+        connection.send(set_request_of(&patch)).await;
+        connection.answer().await.position();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_under_writes_and_the_log_after_it_are_the_whole_state() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path().join("data");
+    let before = store_of(ROWS, u64::MAX);
+    let seed = write_file_of(directory.path(), &before, 1000);
+    let node = Node::start_with(program_on(&dir).arg("--restore-from").arg(&seed)).await;
+
+    let stop = AtomicBool::new(false);
+    let backing_up = async {
+        let mut backups = Vec::new();
+        for _ in 0..BACKUPS {
+            backups.push(backup_of(&node).await);
+        }
+        stop.store(true, Ordering::Relaxed);
+        backups
+    };
+    let writing = join_all((0..WRITERS).map(|writer| write_until(&node, writer, &stop)));
+    let (backups, _) = tokio::join!(backing_up, writing);
+    let held = Held::by(&node).await;
+    node.end().await;
+
+    let log = DiskLog::open(&dir.join("log"), None).unwrap();
+    assert_eq!((log.first(), log.end()), (1001, held.position));
+    // What the log alone makes of what was there before, as far as each backup.
+    let (folded, mut folded_to) = (restored(&file_of(&before, 0)).0, 1000);
+    let mut scans_met_writes = 0;
+    for backup in &backups {
+        let (store, summary) = restored(backup);
+        let (head, end) = summary.records.unwrap();
+        assert_eq!(head.log_id, log.id().0);
+        let in_order = folded_to <= head.position && head.position <= end.position;
+        assert!(
+            in_order && end.position <= held.position,
+            "{head:?} {end:?}"
+        );
+
+        replay(&log, &folded, folded_to, head.position).await;
+        scans_met_writes += usize::from(folded.digest() != store.digest());
+        replay(&log, &folded, head.position, end.position).await;
+        folded_to = end.position;
+        replay(&log, &store, head.position, end.position).await;
+        assert_same(&store, &folded, end.position);
+
+        replay(&log, &store, end.position, held.position).await;
+        assert_eq!(Held::in_store(&store, held.position), held);
+    }
+    // Else nothing was to be repaired, and this shows nothing.
+    assert!(scans_met_writes > 0);
+}
+
+fn assert_same(one: &Store, other: &Store, at: u64) {
+    assert_eq!(Held::in_store(one, at), Held::in_store(other, at));
+}
