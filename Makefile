@@ -1,6 +1,6 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench fuzz load-tools roundtrip compare backups
+.PHONY: help run cluster test check bench fuzz load-tools roundtrip compare backups
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -8,7 +8,11 @@ help: ## this list
 run: ## a node on the default ports
 	cargo run --release
 
+cluster: ## a broker and three replicas on this machine; Ctrl-C ends all
+	load/cluster.sh
+
 test: ## every test
+	tests/install.sh
 	cargo test --locked
 
 check: ## format, lints and docs, warnings as errors

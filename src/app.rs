@@ -18,7 +18,7 @@ use crate::http::ops::{self, OpsState};
 use crate::http::read::{self, ReadState};
 use crate::http::write::{self, WriteState};
 use crate::http::{self, HttpMetrics};
-use crate::log::{Origin, ReadError, now_ns};
+use crate::log::{Origin, now_ns};
 use crate::progress;
 use crate::readiness::{Readiness, Scope};
 use crate::replication::{
@@ -57,9 +57,6 @@ pub enum AppError {
         /// What the system said.
         error: io::Error,
     },
-    /// The log can't be read.
-    #[error("cannot read the log: {0}")]
-    Log(#[from] ReadError),
     /// The store can't be filled.
     #[error(transparent)]
     Bootstrap(#[from] BootstrapError),
@@ -157,6 +154,7 @@ pub async fn run(
         own: own.clone(),
         origin,
         patches: telemetry.patches_applied.clone(),
+        round_trip: telemetry.batch_duration.clone(),
     };
     let snapshotter = storage
         .snapshots
@@ -280,22 +278,31 @@ pub async fn run(
             // The log can't bring back what it never held.
             snapshotter.write().await.map_err(AppError::SeedNotKept)?;
         }
+        let position = applied.position();
+        let mut subscription = match log.resume(position.seq, position.time_ns).await {
+            Ok(subscription) => subscription,
+            Err(error) => {
+                tracing::error!(%error, "log not readable, not serving");
+                let _gap = readiness.hold(Scope::All, "gap", error.to_string());
+                drop(starting);
+                return std::future::pending().await;
+            }
+        };
+        // Asked for after subscribing, which has just looked.
         let end = log.end();
-        let mut subscription = log.subscribe(applied.seq()).await?;
-        let for_reader = readiness.clone();
-        let (stopped, reader_stopped) = tokio::sync::oneshot::channel();
+        let stopped = CancellationToken::new();
+        let (for_reader, reader_stopped) = (readiness.clone(), stopped.clone());
         rest.spawn(until(&stop_rest, async move {
             let error = reader.run(subscription.as_mut()).await;
             tracing::error!(%error, "log reader stopped");
             // Nothing after the gap may be served: unready until the process ends.
             let _gap = for_reader.hold(Scope::All, "gap", error.to_string());
-            // A start that still goes on has nothing to wait for: the gap is what to tell.
-            let _ = stopped.send(());
+            reader_stopped.cancel();
             std::future::pending::<()>().await;
         }));
         tokio::select! {
             () = applied.reach(end) => {}
-            _ = reader_stopped => {
+            () = stopped.cancelled() => {
                 drop(starting);
                 return std::future::pending().await;
             }

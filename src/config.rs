@@ -11,8 +11,9 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::http::Credentials;
 use crate::http::listener::ListenerLimits;
+use crate::log::{JetStreamConfig, Servers};
 use crate::replication::WriterLimits;
-use crate::storage::StorageConfig;
+use crate::storage::{DataDir, StorageConfig};
 
 /// What every environment twin begins with.
 const ENV_PREFIX: &str = "GRADESTORE_";
@@ -95,6 +96,35 @@ pub struct ServeArgs {
     /// A backup to begin from; only for a data directory that nothing has been written to
     #[arg(long, env = "GRADESTORE_RESTORE_FROM", value_name = "FILE")]
     pub restore_from: Option<PathBuf>,
+
+    /// NATS servers with JetStream, with a comma between two; all nodes that share them and
+    /// --stream are one store. Without it a node is alone
+    #[arg(long, env = "GRADESTORE_NATS_URL", value_name = "URL", value_parser = servers)]
+    pub nats_url: Option<Servers>,
+
+    /// A file with credentials for the NATS servers
+    #[arg(
+        long,
+        env = "GRADESTORE_NATS_CREDS",
+        value_name = "FILE",
+        requires = "nats_url"
+    )]
+    pub nats_creds: Option<PathBuf>,
+
+    /// The stream that holds the log; it is made if it is not there
+    #[arg(long, env = "GRADESTORE_STREAM", value_name = "NAME", default_value = "GRADES",
+        value_parser = stream_name, requires = "nats_url")]
+    pub stream: String,
+
+    /// On how many NATS servers the stream is kept, 1 to 5
+    #[arg(long, env = "GRADESTORE_REPLICAS", value_name = "N", default_value = "1",
+        value_parser = replicas, requires = "nats_url")]
+    pub replicas: usize,
+
+    /// How long the stream keeps a batch; a node that was away for longer can't follow it
+    #[arg(long, env = "GRADESTORE_LOG_RETENTION", value_name = "TIME", default_value = "24h",
+        value_parser = retention, requires = "nats_url")]
+    pub log_retention: Duration,
 }
 
 /// Flags of `gradestore backup`.
@@ -166,6 +196,46 @@ fn yes_or_no(text: &str) -> Result<bool, String> {
     }
 }
 
+fn servers(text: &str) -> Result<Servers, String> {
+    text.parse().map_err(|error| {
+        format!(
+            "{error}; set --nats-url or GRADESTORE_NATS_URL to one such as nats://127.0.0.1:4222"
+        )
+    })
+}
+
+fn stream_name(text: &str) -> Result<String, String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    match !text.is_empty() && text.len() <= 64 && text.chars().all(allowed) {
+        true => Ok(text.to_owned()),
+        false => Err(
+            "it must be 1 to 64 letters, digits, - or _; set --stream or GRADESTORE_STREAM to one \
+             such as GRADES"
+                .to_owned(),
+        ),
+    }
+}
+
+fn replicas(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(replicas @ 1..=5) => Ok(replicas),
+        _ => Err(
+            "it must be a number from 1 to 5; set --replicas or GRADESTORE_REPLICAS to 1, or to 3 \
+             where there are three NATS servers"
+                .to_owned(),
+        ),
+    }
+}
+
+fn retention(text: &str) -> Result<Duration, String> {
+    let fix = "set --log-retention or GRADESTORE_LOG_RETENTION to one such as 24h or 7d";
+    match humantime::parse_duration(text) {
+        Ok(retention) if retention >= Duration::from_secs(60) => Ok(retention),
+        Ok(_) => Err(format!("it must be 1m or more; {fix}")),
+        Err(error) => Err(format!("{error}; {fix}")),
+    }
+}
+
 fn base_url(text: &str) -> Result<String, String> {
     let fix = "set --from to the node's write port, such as http://127.0.0.1:8080";
     match text.strip_prefix("http://") {
@@ -232,6 +302,12 @@ pub enum ConfigError {
         /// What both say.
         address: SocketAddr,
     },
+    /// Nodes of one store must have one password.
+    #[error(
+        "--nats-url needs a password, the same for all nodes of the store; set GRADESTORE_PASSWORD \
+         or --password-file"
+    )]
+    NoSharedPassword,
     /// A backup can't be fetched without a password.
     #[error("no password; set GRADESTORE_PASSWORD or --password-file to the node's")]
     NoPassword,
@@ -334,6 +410,8 @@ impl Config {
         let given = given_password(args.password_file.as_deref())?;
         let made = match &given {
             Some(_) => None,
+            // One made here would be another one on each node.
+            None if args.nats_url.is_some() => return Err(ConfigError::NoSharedPassword),
             None => Some(MadePassword(make_password()?)),
         };
         let password = given
@@ -356,12 +434,23 @@ impl ServeArgs {
     /// Where the log is kept.
     #[must_use]
     pub fn storage(&self) -> StorageConfig {
-        match self.ephemeral {
-            true => StorageConfig::Ephemeral,
-            false => StorageConfig::Disk {
-                dir: self.data_dir.clone(),
-                snapshot_interval: self.snapshot_interval,
+        let dir = (!self.ephemeral).then(|| DataDir {
+            dir: self.data_dir.clone(),
+            snapshot_interval: self.snapshot_interval,
+        });
+        match (&self.nats_url, dir) {
+            (Some(servers), data_dir) => StorageConfig::JetStream {
+                stream: JetStreamConfig {
+                    servers: servers.clone(),
+                    creds: self.nats_creds.clone(),
+                    stream: self.stream.clone(),
+                    replicas: self.replicas,
+                    retention: self.log_retention,
+                },
+                data_dir,
             },
+            (None, Some(data_dir)) => StorageConfig::Disk(data_dir),
+            (None, None) => StorageConfig::Ephemeral,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::process::ExitCode;
 
 use gradestore::app::{self, Sockets};
@@ -46,17 +47,16 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
         .build()?;
     let ended = runtime.block_on(async {
         let origin = Origin::random()?;
-        let shutdown = shutdown()?;
+        let mut shutdown = pin!(shutdown()?);
         let sockets = Sockets::bind(&config)?;
         let storage = args.storage();
         let restore_from = config.restore_from.clone();
         let opening = tokio::task::spawn_blocking(move || {
             Storage::open(&storage, origin, restore_from.as_deref())
         });
-        let mut shutdown = std::pin::pin!(shutdown);
         let storage = tokio::select! {
             opened = opening => opened??,
-            // A slow disk must not keep the process from being stopped.
+            // A slow disk, or a broker that is away, must not keep the process from being stopped.
             () = &mut shutdown => return Ok(()),
         };
         greet(&sockets, &args.username, made_password.as_ref())?;

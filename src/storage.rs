@@ -1,6 +1,6 @@
 //! What a node keeps its log and snapshots in.
 //!
-//! A data directory holds `lock`, `log/` and `snapshots/`.
+//! A data directory holds `lock`, `snapshots/` and, where the node is alone, `log/`.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -8,8 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
+
 use crate::backup::{BackupError, Snapshots, end_position};
-use crate::log::{DiskLog, Log, MemoryLog, OpenError, Origin, Seq};
+use crate::log::{
+    DiskLog, JetStreamConfig, JetStreamLog, Log, MemoryLog, OpenError, Origin, Seq, SetupError,
+};
 
 /// Where the log is kept.
 #[derive(Debug, Clone)]
@@ -17,12 +21,23 @@ pub enum StorageConfig {
     /// In memory; nothing survives the process.
     Ephemeral,
     /// On disk, with snapshots beside it.
-    Disk {
-        /// The data directory.
-        dir: PathBuf,
-        /// How often a snapshot is written.
-        snapshot_interval: Duration,
+    Disk(DataDir),
+    /// In a stream that several nodes share.
+    JetStream {
+        /// The stream.
+        stream: JetStreamConfig,
+        /// Where snapshots are kept, if any are.
+        data_dir: Option<DataDir>,
     },
+}
+
+/// A data directory and how it is used.
+#[derive(Debug, Clone)]
+pub struct DataDir {
+    /// The directory.
+    pub dir: PathBuf,
+    /// How often a snapshot is written.
+    pub snapshot_interval: Duration,
 }
 
 /// Why the data directory can't be used.
@@ -45,6 +60,9 @@ pub enum StorageError {
     /// The log can't be opened.
     #[error(transparent)]
     Log(#[from] OpenError),
+    /// The stream can't be used.
+    #[error(transparent)]
+    Stream(#[from] SetupError),
     /// The backup to begin from can't be.
     #[error("cannot restore from {path}: {error}")]
     RestoreFrom {
@@ -67,7 +85,7 @@ pub struct Storage {
 
 impl Storage {
     /// Opens what `config` names. With a backup to begin from, the log begins where that ends.
-    /// Blocks.
+    /// Blocks; the thread must be one of a runtime's that may.
     ///
     /// # Errors
     /// See [`StorageError`].
@@ -82,21 +100,36 @@ impl Storage {
                 let log = MemoryLog::new(origin, base.unwrap_or(0));
                 Ok(Self::of(Arc::new(log)))
             }
-            StorageConfig::Disk {
-                dir,
-                snapshot_interval,
-            } => {
-                let lock = lock(dir)?;
-                let snapshots = Snapshots::open(&dir.join("snapshots"));
-                let snapshots = snapshots.map_err(|error| io_error(dir, error))?;
-                let log = DiskLog::open(&dir.join("log"), base)?;
-                Ok(Self {
-                    log: Arc::new(log),
-                    snapshots: Some((snapshots, *snapshot_interval)),
-                    _lock: Some(lock),
-                })
+            StorageConfig::Disk(data_dir) => Self::in_dir(data_dir, || {
+                Ok(Arc::new(DiskLog::open(&data_dir.dir.join("log"), base)?))
+            }),
+            StorageConfig::JetStream { stream, data_dir } => {
+                let open = || {
+                    let log = JetStreamLog::open(stream.clone(), origin, base);
+                    Ok(Arc::new(Handle::current().block_on(log)?) as Arc<dyn Log>)
+                };
+                match data_dir {
+                    Some(data_dir) => Self::in_dir(data_dir, open),
+                    None => open().map(Self::of),
+                }
             }
         }
+    }
+
+    /// Locks the directory, then opens the log.
+    fn in_dir(
+        data_dir: &DataDir,
+        log: impl FnOnce() -> Result<Arc<dyn Log>, StorageError>,
+    ) -> Result<Self, StorageError> {
+        let dir = &data_dir.dir;
+        let lock = lock(dir)?;
+        let snapshots = Snapshots::open(&dir.join("snapshots"));
+        let snapshots = snapshots.map_err(|error| io_error(dir, error))?;
+        Ok(Self {
+            log: log()?,
+            snapshots: Some((snapshots, data_dir.snapshot_interval)),
+            _lock: Some(lock),
+        })
     }
 
     /// A log and nothing beside it.

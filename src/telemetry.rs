@@ -11,6 +11,8 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::log::Counts;
+
 /// How often samples are folded into the histograms. Between two folds a sample takes 8 bytes, so
 /// this and the request rate bound that memory, scraped or not.
 pub const UPKEEP_EVERY: Duration = Duration::from_secs(1);
@@ -20,6 +22,20 @@ const BATCH_BUCKETS: &[f64] = &[
     1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0,
 ];
 const BATCH_METRIC: &str = "gradestore_batch_patches";
+
+/// From a log in memory, tens of microseconds, over a disk's or a broker's milliseconds to the 5 s
+/// after which a write is given up.
+const BATCH_BUCKETS_S: &[f64] = &[
+    0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+    1.0, 2.5, 5.0,
+];
+const BATCH_DURATION_METRIC: &str = "gradestore_batch_duration_seconds";
+
+/// The histograms that are made here.
+const OWN_BUCKETS: [(&str, &[f64]); 2] = [
+    (BATCH_METRIC, BATCH_BUCKETS),
+    (BATCH_DURATION_METRIC, BATCH_BUCKETS_S),
+];
 
 /// One node's metrics: a recorder of its own, so that several nodes fit in one process.
 pub struct Telemetry {
@@ -31,8 +47,12 @@ pub struct Telemetry {
     pub gauges: Gauges,
     /// Set at a scrape.
     pub recovery: Recovery,
+    /// Set at a scrape.
+    pub log: LogMetrics,
     /// Patches a batch that this process sent.
     pub batch_patches: Histogram,
+    /// Time from a batch's being sent until it has come back and is applied.
+    pub batch_duration: Histogram,
     /// Patches applied, own and others'.
     pub patches_applied: Counter,
 }
@@ -49,6 +69,44 @@ pub struct Gauges {
     pub queue_patches: Gauge,
     /// 1 while reads are answered.
     pub ready: Gauge,
+}
+
+/// What happened to the log, for those of its kinds to which anything can.
+pub struct LogMetrics {
+    /// Age of the last batch applied while the log has newer ones.
+    pub lag_s: Gauge,
+    /// Connections made anew.
+    pub reconnects: Counter,
+    /// Times that reading was taken up again.
+    pub resumes: Counter,
+    /// Batches sent again.
+    pub resends: Counter,
+    /// Batches missing between two that came.
+    pub gaps: Counter,
+    /// Messages that are no batch.
+    pub poisoned: Counter,
+}
+
+impl LogMetrics {
+    fn new() -> Self {
+        Self {
+            lag_s: gauge!("gradestore_log_lag_seconds"),
+            reconnects: counter!("gradestore_log_reconnects_total"),
+            resumes: counter!("gradestore_log_resumes_total"),
+            resends: counter!("gradestore_log_resends_total"),
+            gaps: counter!("gradestore_log_gaps_total"),
+            poisoned: counter!("gradestore_log_poisoned_total"),
+        }
+    }
+
+    /// Takes over what the log has counted.
+    pub fn count(&self, counts: Counts) {
+        self.reconnects.absolute(counts.reconnects);
+        self.resumes.absolute(counts.resumes);
+        self.resends.absolute(counts.resends);
+        self.gaps.absolute(counts.gaps);
+        self.poisoned.absolute(counts.poisoned);
+    }
 }
 
 impl Gauges {
@@ -116,31 +174,29 @@ impl Recovery {
 }
 
 impl Telemetry {
-    /// A recorder. `buckets` are the upper bounds of histograms by name, beside the one that is made
+    /// A recorder. `buckets` are the upper bounds of histograms by name, beside those that are made
     /// here; a histogram without bounds would be a summary.
     ///
     /// # Errors
     /// A list of bounds is empty.
     pub fn new(buckets: &[(&str, &[f64])]) -> Result<Self, BuildError> {
         let mut builder = PrometheusBuilder::new();
-        for (name, bounds) in buckets.iter().chain(&[(BATCH_METRIC, BATCH_BUCKETS)]) {
+        for (name, bounds) in buckets.iter().chain(&OWN_BUCKETS) {
             let name = Matcher::Full((*name).to_owned());
             builder = builder.set_buckets_for_metric(name, bounds)?;
         }
         let recorder = builder.build_recorder();
         let handle = recorder.handle();
         let process = metrics_process::Collector::default();
-        let (gauges, recovery, batch_patches, patches_applied) =
+        let (gauges, recovery, log, batches, patches_applied) =
             metrics::with_local_recorder(&recorder, || {
                 describe();
                 process.describe();
                 gauge!("gradestore_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-                (
-                    Gauges::new(),
-                    Recovery::new(),
-                    histogram!(BATCH_METRIC),
-                    counter!("gradestore_patches_applied_total"),
-                )
+                let (gauges, recovery, log) = (Gauges::new(), Recovery::new(), LogMetrics::new());
+                let batches = (histogram!(BATCH_METRIC), histogram!(BATCH_DURATION_METRIC));
+                let patches_applied = counter!("gradestore_patches_applied_total");
+                (gauges, recovery, log, batches, patches_applied)
             });
         Ok(Self {
             started: Instant::now(),
@@ -149,7 +205,9 @@ impl Telemetry {
             process,
             gauges,
             recovery,
-            batch_patches,
+            log,
+            batch_patches: batches.0,
+            batch_duration: batches.1,
             patches_applied,
         })
     }
@@ -203,6 +261,34 @@ fn describe() {
         "Patches that wait for a batch."
     );
     describe_histogram!(BATCH_METRIC, "Patches in a batch that this process sent.");
+    describe_histogram!(
+        BATCH_DURATION_METRIC,
+        "Time from a batch's being sent until it came back and was applied."
+    );
+    describe_gauge!(
+        "gradestore_log_lag_seconds",
+        "Age of the last batch applied while the log has newer ones, else 0."
+    );
+    describe_counter!(
+        "gradestore_log_reconnects_total",
+        "Connections to the broker made anew."
+    );
+    describe_counter!(
+        "gradestore_log_resumes_total",
+        "Times that reading the log was taken up again where it had stopped."
+    );
+    describe_counter!(
+        "gradestore_log_resends_total",
+        "Batches sent again because nothing was heard of them."
+    );
+    describe_counter!(
+        "gradestore_log_gaps_total",
+        "Times that batches were missing between two that came."
+    );
+    describe_counter!(
+        "gradestore_log_poisoned_total",
+        "Messages of the log that are no batch and were skipped."
+    );
     describe_counter!(
         "gradestore_patches_applied_total",
         "Patches applied to the store."
@@ -251,20 +337,24 @@ fn describe() {
     );
 }
 
+/// The NATS client tells of each connection what the log tells as well.
+fn by_default() -> Targets {
+    use tracing::Level;
+    let targets = Targets::new().with_default(Level::INFO);
+    targets.with_target("async_nats", Level::WARN)
+}
+
 /// Sends log lines to standard error, from `info` up or as `RUST_LOG` says
 /// (`RUST_LOG=gradestore=debug`).
 pub fn init_logs() {
     let wanted = std::env::var("RUST_LOG").unwrap_or_default();
     let targets = match wanted.is_empty() {
-        true => Ok(Targets::new().with_default(tracing::Level::INFO)),
+        true => Ok(by_default()),
         false => Targets::from_str(&wanted),
     };
     let (targets, wrong) = match targets {
         Ok(targets) => (targets, None),
-        Err(error) => (
-            Targets::new().with_default(tracing::Level::INFO),
-            Some(error),
-        ),
+        Err(error) => (by_default(), Some(error)),
     };
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)

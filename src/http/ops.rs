@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::error::ApiError;
 use crate::backup::rfc3339;
-use crate::log::{Log, Seq};
+use crate::log::{Log, Seq, now_ns};
 use crate::readiness::{Readiness, Unready};
 use crate::replication::{Applied, LastSnapshot, RestoreTracker, Writer};
 use crate::store::Store;
@@ -153,8 +153,16 @@ fn not_ready_for_writes(state: &OpsState) -> Result<(), Unready> {
 async fn metrics(State(state): State<OpsState>) -> Response {
     let gauges = &state.telemetry.gauges;
     gauges.records.set(state.store.len() as f64);
-    gauges.position.set(state.applied.seq() as f64);
-    gauges.log_end.set(state.log.end() as f64);
+    let position = state.applied.position();
+    let log_end = state.log.end();
+    gauges.position.set(position.seq as f64);
+    gauges.log_end.set(log_end as f64);
+    let lag_ns = match log_end > position.seq {
+        true => now_ns().saturating_sub(position.time_ns),
+        false => 0,
+    };
+    state.telemetry.log.lag_s.set(lag_ns as f64 / 1e9);
+    state.telemetry.log.count(state.log.counts());
     gauges
         .queue_patches
         .set(state.writer.queue_patches() as f64);

@@ -5,6 +5,7 @@
 //! [`Log::append`] returning: only the log knows where a batch stands.
 
 mod disk;
+mod jetstream;
 mod memory;
 mod patches;
 
@@ -16,6 +17,7 @@ use futures_util::future::BoxFuture;
 
 use crate::grade::Patch;
 pub use disk::{DiskLog, OpenError};
+pub use jetstream::{JetStreamConfig, JetStreamLog, Servers, SetupError};
 pub use memory::MemoryLog;
 
 /// A batch's place in its log: 1 for the first. 0 is the place before it.
@@ -26,6 +28,9 @@ pub type Seq = u64;
 pub struct Origin(u128);
 
 impl Origin {
+    /// Not a process start: a batch whose sender is not known.
+    pub const NOBODY: Self = Self(0);
+
     /// A new one, from the system's random source.
     ///
     /// # Errors
@@ -34,6 +39,13 @@ impl Origin {
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes)?;
         Ok(Self(u128::from_le_bytes(bytes)))
+    }
+
+    /// Reads what displaying one writes.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let digits = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let origin = digits.then(|| u128::from_str_radix(text, 16));
+        origin?.ok().map(Self)
     }
 }
 
@@ -84,6 +96,9 @@ pub enum AppendError {
     /// The log did not take the batch and won't; says why and what to do.
     #[error("{0}")]
     Refused(Arc<str>),
+    /// The log was asked more than once and did not say. The batch may be in it, or come into it.
+    #[error("the log did not say whether it took the batch")]
+    Unknown,
 }
 
 /// Why a log forgot nothing.
@@ -117,14 +132,78 @@ pub enum ReadError {
     /// What the log is kept on can't be read.
     #[error("the log can't be read: {0}")]
     Failed(Arc<str>),
+    /// The log has forgotten the batch before it was read.
+    #[error(
+        "batch {wanted} is next and the log begins at batch {first} by now: this replica was away \
+         for longer than the log remembers; start it anew"
+    )]
+    Trimmed {
+        /// The oldest batch that the log holds.
+        first: Seq,
+        /// The batch that was asked for.
+        wanted: Seq,
+    },
+    /// The log is not there any more.
+    #[error("log {id} is gone: its stream was removed")]
+    Gone {
+        /// Which one it was.
+        id: LogId,
+    },
+    /// Another log is in its place.
+    #[error("log {was} is gone and {is} is in its place: its stream was removed and made anew")]
+    Replaced {
+        /// Which one it was.
+        was: LogId,
+        /// Which one it is.
+        is: LogId,
+    },
+    /// The log ends before a batch that was read.
+    #[error("the log ends at batch {end} and had batch {applied} before: the broker lost batches")]
+    Shorter {
+        /// The log's last batch.
+        end: Seq,
+        /// The last batch that was read.
+        applied: Seq,
+    },
+    /// The log holds another batch in the place of one that was read.
+    #[error(
+        "batch {seq} of the log is not the one it was: the broker lost batches and took others"
+    )]
+    Rewritten {
+        /// The place.
+        seq: Seq,
+    },
+    /// A newer program wrote the batch.
+    #[error("batch {seq} has format {format}, newer than this program reads; update this replica")]
+    NewerFormat {
+        /// The batch.
+        seq: Seq,
+        /// Its format.
+        format: u64,
+    },
     /// The log is closed.
     #[error("the log is closed")]
     Closed,
 }
 
+/// What has happened to a log since the process started.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    /// Connections made anew.
+    pub reconnects: u64,
+    /// Times that reading was taken up again where it had stopped.
+    pub resumes: u64,
+    /// Batches sent again because nothing was heard of them.
+    pub resends: u64,
+    /// Batches that were missing between two that came.
+    pub gaps: u64,
+    /// Messages that are no batch.
+    pub poisoned: u64,
+}
+
 /// A total order of batches.
 pub trait Log: Send + Sync + 'static {
-    /// `memory`, `disk` or `jetstream`; what `/status` says.
+    /// `memory`, `disk` or `jetstream`: what `/status` says.
     fn kind(&self) -> &'static str;
 
     /// Which log this is.
@@ -134,7 +213,8 @@ pub trait Log: Send + Sync + 'static {
     /// when there is none.
     fn first(&self) -> Seq;
 
-    /// The sequence number of the last batch, as far as this process knows.
+    /// The sequence number of the last batch, as far as this process knows;
+    /// [`subscribe`](Self::subscribe) brings that up to date.
     fn end(&self) -> Seq;
 
     /// How many batches a writer may have appended that did not come back yet. One more than is
@@ -147,12 +227,23 @@ pub trait Log: Send + Sync + 'static {
     /// may be under way at once.
     ///
     /// # Errors
-    /// The batch is not in the log and won't be.
+    /// The batch is not in the log and won't be, or [`AppendError::Unknown`].
     fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>>;
 
     /// Why an append would be refused now and what to do about it; `None` when it would be taken.
     fn refusal(&self) -> Option<Arc<str>> {
         None
+    }
+
+    /// Why no append can be begun now, where the log knows without trying. A write is then refused
+    /// before it waits.
+    fn away(&self) -> Option<Arc<str>> {
+        None
+    }
+
+    /// What has happened to the log; all 0 where nothing of the kind can.
+    fn counts(&self) -> Counts {
+        Counts::default()
     }
 
     /// Lets the log forget the batches up to and including `through`. It may keep some of them, or
@@ -170,6 +261,20 @@ pub trait Log: Send + Sync + 'static {
     /// # Errors
     /// The log can't be read from there.
     fn subscribe(&self, after: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>>;
+
+    /// The same for a caller who knows when the log took the batch at `after`: a log that can have
+    /// another one there by now looks first.
+    ///
+    /// # Errors
+    /// The log can't be read from there, or it went another way before.
+    fn resume(
+        &self,
+        after: Seq,
+        time_ns: u64,
+    ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
+        let _ = time_ns;
+        self.subscribe(after)
+    }
 }
 
 /// A place in the log that moves on as entries are taken.

@@ -1,6 +1,6 @@
 //! Ordered apply: from the log's entries to records.
 
-use metrics::Counter;
+use metrics::{Counter, Histogram};
 
 use super::applied::{Applied, Position};
 use super::own::OwnBatches;
@@ -35,6 +35,8 @@ pub struct Reader {
     pub origin: Origin,
     /// Counts patches applied.
     pub patches: Counter,
+    /// Times own batches from being sent to being applied.
+    pub round_trip: Histogram,
 }
 
 impl Reader {
@@ -85,6 +87,7 @@ impl Reader {
         });
         self.patches.increment(patches.len() as u64);
         if let Some(own) = own {
+            self.round_trip.record(own.sent.elapsed().as_secs_f64());
             own.answer(&Ok(entry.seq));
         }
         Ok(())

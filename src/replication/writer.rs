@@ -53,7 +53,10 @@ struct Waiting {
 
 /// Where requests hand in their patches. Clones feed the same queue.
 #[derive(Clone)]
-pub struct Writer(mpsc::Sender<Waiting>);
+pub struct Writer {
+    queue: mpsc::Sender<Waiting>,
+    log: Arc<dyn Log>,
+}
 
 impl Writer {
     /// A queue, and the task that empties it into `log`.
@@ -67,6 +70,10 @@ impl Writer {
     ) -> (Self, WriterTask) {
         let (sender, queue) = mpsc::channel(limits.queue_patches_max);
         let in_flight_max = log.in_flight_max();
+        let writer = Self {
+            queue: sender,
+            log: Arc::clone(&log),
+        };
         let task = WriterTask {
             log,
             origin,
@@ -78,7 +85,7 @@ impl Writer {
             number: 0,
             batch_patches,
         };
-        (Self(sender), task)
+        (writer, task)
     }
 
     /// Hands `patch` in and waits until this replica has applied it; its batch's sequence number.
@@ -88,8 +95,11 @@ impl Writer {
     /// # Errors
     /// See [`WriteError`]: each variant says whether anything was written.
     pub async fn write(&self, patch: Patch) -> Result<Seq, WriteError> {
+        if let Some(why) = self.log.away() {
+            return Err(WriteError::NotWritten(why));
+        }
         let (answer, answered) = oneshot::channel();
-        self.0
+        self.queue
             .try_send(Waiting { patch, answer })
             .map_err(|error| match error {
                 mpsc::error::TrySendError::Full(_) => WriteError::QueueFull,
@@ -102,7 +112,7 @@ impl Writer {
     /// Patches that wait for a batch.
     #[must_use]
     pub fn queue_patches(&self) -> usize {
-        self.0.max_capacity() - self.0.capacity()
+        self.queue.max_capacity() - self.queue.capacity()
     }
 }
 
@@ -247,7 +257,8 @@ impl<'a> Appends<'a> {
         wait.await
     }
 
-    /// Tells who waits for a batch that the log did not take. One that it took comes back.
+    /// Tells who waits for a batch that the log did not take, or may not have. One that it took
+    /// comes back.
     fn end(&mut self, number: u64, result: Result<(), AppendError>) {
         match &result {
             Err(error) if !self.failing => tracing::error!(number, %error, "batch not written"),
@@ -258,7 +269,12 @@ impl<'a> Appends<'a> {
         if let Err(error) = result
             && let Some(batch) = self.own.take(number)
         {
-            batch.answer(&Err(WriteError::NotWritten(error.to_string().into())));
+            batch.answer(&Err(match error {
+                AppendError::Unknown => WriteError::OutcomeUnknown,
+                AppendError::Closed | AppendError::Refused(_) => {
+                    WriteError::NotWritten(error.to_string().into())
+                }
+            }));
         }
     }
 }
@@ -320,7 +336,7 @@ mod tests {
         let (writer, task) = Writer::new(as_log, origin, own.clone(), limits, Histogram::noop());
         let stop = CancellationToken::new();
         let task = tokio::spawn(task.run(stop.clone()));
-        let writes: Vec<_> = (0..3)
+        let writes: Vec<_> = (0..4)
             .map(|user| {
                 let writer = writer.clone();
                 let patch = Patch {
@@ -349,6 +365,9 @@ mod tests {
         let (_, verdict) = log.0.lock().remove(0);
         verdict.send(Ok(())).unwrap();
         own.take(1).unwrap().answer(&Ok(1));
+        assert_eq!(appended(2).await, [3, 4]);
+        let (_, verdict) = log.0.lock().remove(0);
+        verdict.send(Err(AppendError::Unknown)).unwrap();
         let (_, verdict) = log.0.lock().remove(0);
         stop.cancel();
         verdict.send(Err(AppendError::Closed)).unwrap();
@@ -358,7 +377,8 @@ mod tests {
         }
         assert_eq!(results[0], Ok(1));
         assert_eq!(results[1], Err(WriteError::NotWritten(why)));
-        assert!(matches!(results[2], Err(WriteError::NotWritten(_))));
+        assert_eq!(results[2], Err(WriteError::OutcomeUnknown));
+        assert!(matches!(results[3], Err(WriteError::NotWritten(_))));
         task.await.unwrap();
     }
 }

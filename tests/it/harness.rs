@@ -150,7 +150,7 @@ pub(crate) fn run(command: &mut Command) -> Output {
 }
 
 /// A child process that is killed when dropped.
-struct Process(Child);
+pub(crate) struct Process(pub(crate) Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -250,7 +250,7 @@ impl Node {
 }
 
 /// Collects what a child says, whole lines at a time.
-fn collected(pipe: impl Read + Send + 'static) -> Arc<Mutex<String>> {
+pub(crate) fn collected(pipe: impl Read + Send + 'static) -> Arc<Mutex<String>> {
     let said = Arc::new(Mutex::new(String::new()));
     let lines = Arc::clone(&said);
     std::thread::spawn(move || {

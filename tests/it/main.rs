@@ -6,14 +6,18 @@
     reason = "a test may panic, its helpers too"
 )]
 
+mod broker;
 mod disk;
 mod harness;
 mod held_log;
+mod proxy;
 mod wire;
 
 mod backup;
 mod broken_off;
+mod broker_faults;
 mod cli;
+mod cluster;
 mod concurrency;
 mod damaged;
 mod drain;
@@ -23,6 +27,7 @@ mod full_disk;
 mod get;
 mod hostile;
 mod limits;
+mod log_faults;
 mod ops;
 mod recover;
 mod restore_from;

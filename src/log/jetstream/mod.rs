@@ -1,0 +1,431 @@
+//! The log of a cluster: a JetStream stream, whose sequence numbers are the order that all replicas
+//! share.
+//!
+//! - `stream`: the stream's shape; made if it is not there, checked if it is.
+//! - `link`: one connection at a time. Whatever is doubtful ends it, and a new one is made.
+//! - `publish`: a batch goes out under a name that the broker knows again, so it is stored once
+//!   however often it is sent; it is sent again only for as long as that holds.
+//! - `subscription`: an own pull consumer, made anew at the batch after the last one read, after the
+//!   log has been seen to be the same one still and to hold that batch.
+//! - `message`: a batch as a message; `under_way`: own batches between the broker and the reader.
+//!
+//! What would make a replica follow another history than it began ends reading for good, with the
+//! reason: the stream gone, made anew, cut beyond where this replica is, or shorter than it was.
+
+mod link;
+mod message;
+mod publish;
+mod stream;
+mod subscription;
+mod under_way;
+
+use std::error::Error;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use async_nats::jetstream::ErrorCode;
+use async_nats::jetstream::context::GetStreamErrorKind;
+use async_nats::{ConnectErrorKind, ServerAddr};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use percent_encoding::percent_decode_str;
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use self::link::{Backoff, Link, Session};
+use self::stream::Facts;
+use self::subscription::JetStreamSubscription;
+use self::under_way::UnderWay;
+use super::{AppendError, Batch, Counts, Log, LogId, Origin, ReadError, Seq, Subscription};
+
+/// Where batches are sent.
+const SUBJECT: &str = "grades.set";
+/// One batch is being stored and one is on its way; more at once only make the batches small.
+const IN_FLIGHT_MAX: usize = 2;
+/// How long the broker may be away at the start before the node gives up.
+const START_WAIT_MAX: Duration = Duration::from_secs(30);
+
+/// Where the broker is and what the stream is to be like.
+#[derive(Debug, Clone)]
+pub struct JetStreamConfig {
+    /// The broker's servers, any of which will do.
+    pub servers: Servers,
+    /// A file with credentials.
+    pub creds: Option<PathBuf>,
+    /// The stream.
+    pub stream: String,
+    /// On how many servers it is kept.
+    pub replicas: usize,
+    /// How long a batch is kept.
+    pub retention: Duration,
+}
+
+/// URLs of NATS servers, with a comma between two. Shown without the passwords in them.
+#[derive(Clone)]
+pub struct Servers(Vec<ServerAddr>);
+
+impl Servers {
+    fn addresses(&self) -> &[ServerAddr] {
+        &self.0
+    }
+
+    /// Name and password, from the first URL that has them.
+    fn user(&self) -> Option<(String, String)> {
+        self.0.iter().find_map(|address| {
+            let plain = |text: &str| {
+                let text = percent_decode_str(text).decode_utf8();
+                text.ok().map(std::borrow::Cow::into_owned)
+            };
+            Some((plain(address.username()?)?, plain(address.password()?)?))
+        })
+    }
+}
+
+impl FromStr for Servers {
+    type Err = std::io::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let addresses = text.split(',').map(|url| url.trim().parse());
+        addresses.collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl fmt::Display for Servers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, address) in self.0.iter().enumerate() {
+            let separator = if index == 0 { "" } else { ", " };
+            write!(f, "{separator}{}:{}", address.host(), address.port())?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Servers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Servers({self})")
+    }
+}
+
+/// Why the stream can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The broker does not answer.
+    #[error(
+        "no answer from the broker at {servers}: {why}; is nats-server running there with \
+         JetStream (nats-server -js), and is this its --nats-url?"
+    )]
+    Away {
+        /// Where it should be.
+        servers: Servers,
+        /// What went wrong.
+        why: Box<str>,
+    },
+    /// The broker does not let this process in.
+    #[error(
+        "the broker at {servers} refuses this process: {why}; give a name and password in \
+         --nats-url, or a file in --nats-creds"
+    )]
+    NotAllowed {
+        /// Where it is.
+        servers: Servers,
+        /// What it said.
+        why: Box<str>,
+    },
+    /// The broker does not give the stream.
+    #[error("the broker refuses stream {stream}: {why}")]
+    Refused {
+        /// The stream.
+        stream: String,
+        /// What it said.
+        why: Box<str>,
+    },
+    /// A stream of this name has another shape.
+    #[error("stream {stream} has {setting} {found} where {wanted} is needed; {fix}")]
+    Shape {
+        /// The stream.
+        stream: String,
+        /// Which setting.
+        setting: &'static str,
+        /// What it must be.
+        wanted: String,
+        /// What it is.
+        found: String,
+        /// What to do.
+        fix: String,
+    },
+    /// Numbering was to begin anew in a stream that is there.
+    #[error(
+        "stream {stream} is there already and has come to batch {end}: --restore-from begins a new \
+         one; choose another --stream, or leave --restore-from out"
+    )]
+    NotEmpty {
+        /// The stream.
+        stream: String,
+        /// Its last batch.
+        end: Seq,
+    },
+}
+
+impl SetupError {
+    fn away(config: &JetStreamConfig, why: &dyn Error) -> Self {
+        Self::Away {
+            servers: config.servers.clone(),
+            why: why.to_string().into(),
+        }
+    }
+}
+
+/// A log in a stream.
+pub struct JetStreamLog {
+    shared: Arc<Shared>,
+    /// Ends the connection with the log.
+    _stop: DropGuard,
+}
+
+/// What the log, its connection and its reader share.
+struct Shared {
+    config: JetStreamConfig,
+    origin: Origin,
+    id: LogId,
+    first: AtomicU64,
+    end: AtomicU64,
+    link: watch::Sender<Link>,
+    under_way: UnderWay,
+    counts: SharedCounts,
+}
+
+#[derive(Default)]
+struct SharedCounts {
+    reconnects: AtomicU64,
+    resumes: AtomicU64,
+    resends: AtomicU64,
+    gaps: AtomicU64,
+    poisoned: AtomicU64,
+}
+
+impl JetStreamLog {
+    /// Connects and makes or checks the stream; waits a while for a broker that is away. With a
+    /// `base` the stream must not be there, and its first batch will be `base` + 1.
+    ///
+    /// # Errors
+    /// See [`SetupError`].
+    pub async fn open(
+        config: JetStreamConfig,
+        origin: Origin,
+        base: Option<Seq>,
+    ) -> Result<Self, SetupError> {
+        let begun = Instant::now();
+        let mut backoff = Backoff::new();
+        let mut told = false;
+        let (session, facts) = loop {
+            match Self::try_open(&config, base).await {
+                Ok(opened) => break opened,
+                Err(error @ SetupError::Away { .. }) if begun.elapsed() < START_WAIT_MAX => {
+                    if !told {
+                        tracing::warn!(%error, "waiting for the broker");
+                        told = true;
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+            backoff.pause().await;
+        };
+        let shared = Arc::new(Shared {
+            config,
+            origin,
+            id: facts.id.clone(),
+            first: AtomicU64::new(facts.first),
+            end: AtomicU64::new(facts.last),
+            link: watch::Sender::new(Link::Up(session.clone())),
+            under_way: UnderWay::default(),
+            counts: SharedCounts::default(),
+        });
+        let stop = CancellationToken::new();
+        tokio::spawn(link::keep(Arc::clone(&shared), session, stop.clone()));
+        Ok(Self {
+            shared,
+            _stop: stop.drop_guard(),
+        })
+    }
+
+    async fn try_open(
+        config: &JetStreamConfig,
+        base: Option<Seq>,
+    ) -> Result<(Session, Facts), SetupError> {
+        let session = Session::begin(config).await.map_err(|error| {
+            use ConnectErrorKind::{Authentication, AuthorizationViolation};
+            match error.kind() {
+                Authentication | AuthorizationViolation => SetupError::NotAllowed {
+                    servers: config.servers.clone(),
+                    why: error.to_string().into(),
+                },
+                _ => SetupError::away(config, &error),
+            }
+        })?;
+        let facts = stream::set_up(&session.context, config, base).await?;
+        Ok((session, facts))
+    }
+}
+
+/// Why something did not work this time.
+enum Trouble {
+    /// It may work the next time.
+    Passing(Box<str>),
+    /// It never will.
+    Final(ReadError),
+}
+
+impl Trouble {
+    fn passing(error: &dyn Error) -> Self {
+        Self::Passing(error.to_string().into())
+    }
+}
+
+impl Shared {
+    /// A subscription that begins at `wanted`, after a batch that the log took at `before_time_ns`.
+    async fn read_from(
+        self: &Arc<Self>,
+        wanted: Seq,
+        before_time_ns: Option<u64>,
+    ) -> Result<Box<dyn Subscription>, ReadError> {
+        let shared = Arc::clone(self);
+        let subscription = JetStreamSubscription::begin(shared, wanted, before_time_ns).await?;
+        Ok(Box::new(subscription))
+    }
+
+    /// The connection, if there is one.
+    fn session(&self) -> Result<Session, Arc<str>> {
+        match &*self.link.borrow() {
+            Link::Up(session) => Ok(session.clone()),
+            Link::Away(why) => Err(Arc::clone(why)),
+            Link::Lost(error) => Err(error.to_string().into()),
+        }
+    }
+
+    /// The connection; waits for it.
+    async fn next_session(&self) -> Result<Session, ReadError> {
+        let mut link = self.link.subscribe();
+        loop {
+            match &*link.borrow_and_update() {
+                Link::Up(session) if !session.ended.is_cancelled() => return Ok(session.clone()),
+                Link::Lost(error) => return Err(error.clone()),
+                Link::Up(_) | Link::Away(_) => {}
+            }
+            // The sender is in `self`.
+            let _ = link.changed().await;
+        }
+    }
+
+    /// There is a connection; `false` if that is of no use any more.
+    fn up(&self, session: Session) -> bool {
+        self.turn(Link::Up(session))
+    }
+
+    /// There is none; `false` if that does not matter any more.
+    fn away(&self, why: &str) -> bool {
+        self.turn(Link::Away(why.into()))
+    }
+
+    fn turn(&self, to: Link) -> bool {
+        self.link.send_if_modified(|link| {
+            let lost = matches!(link, Link::Lost(_));
+            if !lost {
+                *link = to;
+            }
+            !lost
+        })
+    }
+
+    /// The log can't be followed any more, for good.
+    fn lose(&self, error: &ReadError) {
+        self.link.send_replace(Link::Lost(error.clone()));
+    }
+
+    /// Looks at the stream: whether it is the one that this log began with, and how far it goes.
+    async fn look(&self, session: &Session) -> Result<Facts, Trouble> {
+        let name = &self.config.stream;
+        let stream = session.context.get_stream(name).await;
+        let stream = stream.map_err(|error| match error.kind() {
+            GetStreamErrorKind::JetStream(error)
+                if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+            {
+                Trouble::Final(ReadError::Gone {
+                    id: self.id.clone(),
+                })
+            }
+            _ => Trouble::passing(&error),
+        })?;
+        let facts = Facts::of(stream.cached_info());
+        if facts.id != self.id {
+            return Err(Trouble::Final(ReadError::Replaced {
+                was: self.id.clone(),
+                is: facts.id,
+            }));
+        }
+        self.first.fetch_max(facts.first, Ordering::AcqRel);
+        self.end.fetch_max(facts.last, Ordering::AcqRel);
+        Ok(facts)
+    }
+}
+
+impl Log for JetStreamLog {
+    fn kind(&self) -> &'static str {
+        "jetstream"
+    }
+
+    fn id(&self) -> LogId {
+        self.shared.id.clone()
+    }
+
+    fn first(&self) -> Seq {
+        self.shared.first.load(Ordering::Acquire)
+    }
+
+    fn end(&self) -> Seq {
+        self.shared.end.load(Ordering::Acquire)
+    }
+
+    fn in_flight_max(&self) -> usize {
+        IN_FLIGHT_MAX
+    }
+
+    fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>> {
+        self.shared.publish(batch).boxed()
+    }
+
+    fn refusal(&self) -> Option<Arc<str>> {
+        self.away()
+    }
+
+    fn away(&self) -> Option<Arc<str>> {
+        self.shared.session().err()
+    }
+
+    fn subscribe(&self, after: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
+        self.shared.read_from(after + 1, None).boxed()
+    }
+
+    fn resume(
+        &self,
+        after: Seq,
+        time_ns: u64,
+    ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
+        self.shared.read_from(after + 1, Some(time_ns)).boxed()
+    }
+
+    fn counts(&self) -> Counts {
+        let counts = &self.shared.counts;
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Counts {
+            reconnects: load(&counts.reconnects),
+            resumes: load(&counts.resumes),
+            resends: load(&counts.resends),
+            gaps: load(&counts.gaps),
+            poisoned: load(&counts.poisoned),
+        }
+    }
+}

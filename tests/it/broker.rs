@@ -1,0 +1,332 @@
+//! A broker to test with, replicas on it, and what must hold of them afterwards.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::{AckPolicy, pull};
+use async_nats::jetstream::{self, Context};
+use futures_util::StreamExt;
+use futures_util::future::join_all;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+
+use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, Process, collected, program};
+use crate::wire::{Answer, eventually, in_time};
+
+pub(crate) const STREAM: &str = "GRADES";
+pub(crate) const SUBJECT: &str = "grades.set";
+pub(crate) const FIELDS: [&str; 4] = ["postpaid_limit", "spp", "shipping_fee", "return_fee"];
+
+/// nats-server as a child process, with a directory and a port that outlive it.
+pub(crate) struct Broker {
+    dir: TempDir,
+    pub(crate) address: SocketAddr,
+    process: Process,
+    args: &'static [&'static str],
+}
+
+impl Broker {
+    pub(crate) async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// One with more arguments.
+    pub(crate) async fn start_with(args: &'static [&'static str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (process, address) = spawn(dir.path(), -1, args).await;
+        Self {
+            dir,
+            address,
+            process,
+            args,
+        }
+    }
+
+    /// Ends it as a power switch would, but for the system's caches.
+    pub(crate) fn kill(&mut self) {
+        self.process.0.kill().unwrap();
+        self.process.0.wait().unwrap();
+    }
+
+    /// Starts it again where it was.
+    pub(crate) async fn restart(&mut self) {
+        let port = self.address.port().into();
+        (self.process, self.address) = spawn(self.dir.path(), port, self.args).await;
+    }
+
+    /// Kills it and copies what it has on its disk.
+    pub(crate) fn kill_and_copy(&mut self) -> TempDir {
+        self.kill();
+        let copy = tempfile::tempdir().unwrap();
+        copy_tree(self.dir.path(), copy.path());
+        copy
+    }
+
+    /// Starts it again with what it had when `copy` was made: a broker that lost its last batches.
+    pub(crate) async fn roll_back(&mut self, copy: TempDir) {
+        self.kill();
+        self.dir = copy;
+        self.restart().await;
+    }
+
+    /// A client of the test's own.
+    pub(crate) async fn client(&self) -> Context {
+        let client = async_nats::connect(self.address.to_string()).await.unwrap();
+        jetstream::new(client)
+    }
+
+    /// A replica.
+    pub(crate) async fn replica(&self) -> Node {
+        Node::start_with(&mut replica_at(self.address)).await
+    }
+
+    /// Some that start at once, so that one of them makes the stream and the others find it.
+    pub(crate) async fn replicas<const N: usize>(&self) -> [Node; N] {
+        let nodes = join_all((0..N).map(|_| self.replica())).await;
+        nodes.try_into().ok().unwrap()
+    }
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap().path();
+        let to = to.join(entry.file_name().unwrap());
+        match entry.is_dir() {
+            true => {
+                fs::create_dir(&to).unwrap();
+                copy_tree(&entry, &to);
+            }
+            false => drop(fs::copy(&entry, &to).unwrap()),
+        }
+    }
+}
+
+async fn spawn(dir: &Path, port: i32, args: &[&str]) -> (Process, SocketAddr) {
+    let program = concat!(env!("CARGO_MANIFEST_DIR"), "/.tools/bin/nats-server");
+    let spawned = Command::new(program)
+        .args(["-js", "-a", "127.0.0.1", "-p", &port.to_string(), "-sd"])
+        .arg(dir)
+        .args(args)
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn();
+    let missing = |error| panic!("{program}: {error}; tests/install.sh gets it");
+    let mut process = Process(spawned.unwrap_or_else(missing));
+    let said = collected(process.0.stderr.take().unwrap());
+    let address = eventually("nats-server", async || {
+        let said = said.lock();
+        let (_, rest) = said.split_once("Listening for client connections on ")?;
+        let (address, rest) = rest.split_once('\n')?;
+        rest.contains("Server is ready")
+            .then(|| address.parse().unwrap())
+    });
+    (process, address.await)
+}
+
+/// The command that starts a replica whose broker is at `address`.
+pub(crate) fn replica_at(address: SocketAddr) -> Command {
+    replica_with(&address.to_string())
+}
+
+/// The command that starts a replica that finds its broker so.
+pub(crate) fn replica_with(nats_url: &str) -> Command {
+    let mut command = program();
+    command
+        .env("GRADESTORE_PASSWORD", PASSWORD)
+        .args(["--nats-url", nats_url])
+        .args(ANY_PORTS);
+    command
+}
+
+/// One write that was answered with 204.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Answered {
+    position: u64,
+    write: Write,
+}
+
+/// One field of one user set to a value that no other write sets.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Write {
+    user: String,
+    field: usize,
+    value: i64,
+}
+
+/// Writers that work until they are told to stop.
+pub(crate) struct Load {
+    stop: Arc<AtomicBool>,
+    writers: Vec<JoinHandle<Vec<Answered>>>,
+}
+
+impl Load {
+    /// Three writers a node, all on the same fields of the same users; each sends `writes` at most.
+    pub(crate) fn start(nodes: &[&Node], users: usize, writes: usize) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let writers = (0..nodes.len() * 3).map(|id| {
+            let (ports, stop) = ((**nodes[id % nodes.len()]).clone(), Arc::clone(&stop));
+            tokio::spawn(write(ports, id, users, writes, stop))
+        });
+        Self {
+            writers: writers.collect(),
+            stop,
+        }
+    }
+
+    /// Waits until they have sent all; what was answered.
+    pub(crate) async fn done(self) -> Vec<Answered> {
+        let mut answered = Vec::new();
+        for writer in self.writers {
+            answered.extend(writer.await.unwrap());
+        }
+        answered
+    }
+
+    /// Stops them; what was answered.
+    pub(crate) async fn stop(self) -> Vec<Answered> {
+        self.stop.store(true, Ordering::Relaxed);
+        in_time("the writers' end", self.done()).await
+    }
+}
+
+async fn write(
+    ports: Ports,
+    id: usize,
+    users: usize,
+    writes: usize,
+    stop: Arc<AtomicBool>,
+) -> Vec<Answered> {
+    let mut answered = Vec::new();
+    for count in 0..writes {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let write = Write {
+            user: format!("user-{}", (count * 7 + id) % users),
+            field: (count / 3 + id) % FIELDS.len(),
+            value: (id * 1_000_000_000 + count) as i64,
+        };
+        let (user, field, value) = (&write.user, FIELDS[write.field], write.value);
+        let answer = ports
+            .set(format!(r#"{{"user_id":"{user}","{field}":{value}}}"#))
+            .await;
+        match answer.status {
+            204 => answered.push(Answered {
+                position: answer.position(),
+                write,
+            }),
+            // A client that is refused does not insist at once.
+            503 | 504 => tokio::time::sleep(Duration::from_millis(10)).await,
+            _ => panic!("{answer:?}"),
+        }
+    }
+    answered
+}
+
+/// `GET /get` that waits until the node has come to `position`.
+pub(crate) async fn get_at(node: &Ports, user: &str, position: u64) -> Value {
+    let request = node
+        .client
+        .get(format!("http://{}/get?user_id={user}", node.read))
+        .header("grade-position", position);
+    let answer = in_time("GET /get", request.send()).await.unwrap();
+    let answer = Answer::of(answer).await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    answer.json()
+}
+
+/// The stream as a plain program reads it: each message's writes, the first one's first.
+pub(crate) async fn read_stream(broker: &Context) -> Vec<Vec<Write>> {
+    let mut stream = broker.get_stream(STREAM).await.unwrap();
+    let messages = stream.info().await.unwrap().state.messages as usize;
+    let config = pull::Config {
+        ack_policy: AckPolicy::None,
+        ..pull::Config::default()
+    };
+    let consumer = stream.create_consumer(config).await.unwrap();
+    let mut stream = consumer.messages().await.unwrap().take(messages);
+    let mut read = Vec::new();
+    while let Some(message) = in_time("the stream", stream.next()).await {
+        let message = message.unwrap();
+        assert_eq!(
+            message.info().unwrap().stream_sequence,
+            read.len() as u64 + 1
+        );
+        read.push(writes_in(&message.payload));
+    }
+    read
+}
+
+fn writes_in(payload: &[u8]) -> Vec<Write> {
+    let Ok(Value::Array(patches)) = serde_json::from_slice(payload) else {
+        return Vec::new();
+    };
+    let mut writes = Vec::new();
+    for patch in patches {
+        for (field, name) in FIELDS.iter().enumerate() {
+            if let Some(value) = patch[name].as_i64() {
+                let user = patch["user_id"].as_str().unwrap().to_owned();
+                writes.push(Write { user, field, value });
+            }
+        }
+    }
+    writes
+}
+
+/// What must hold of replicas and their log, whatever has happened: what was answered is in the log
+/// at the place that the answer named, nothing is there twice, and every replica holds exactly what
+/// a plain fold of the log gives.
+pub(crate) async fn check(broker: &Context, nodes: &[&Node], answered: &[Answered]) {
+    let log = read_stream(broker).await;
+    for Answered { position, write } in answered {
+        let batch = &log[*position as usize - 1];
+        assert!(batch.contains(write), "{position} lacks {write:?}");
+    }
+    let mut seen = BTreeSet::new();
+    let mut folded: BTreeMap<&str, [i64; 4]> = BTreeMap::new();
+    for write in log.iter().flatten() {
+        assert!(seen.insert(write), "twice: {write:?}");
+        folded.entry(&write.user).or_default()[write.field] = write.value;
+    }
+    let end = log.len() as u64;
+    let mut digests = BTreeSet::new();
+    for node in nodes {
+        let status = at(node, end).await;
+        assert_eq!(status["records"], folded.len());
+        digests.insert(status["digest"].as_str().unwrap().to_owned());
+        for (user, values) in &folded {
+            let grade = get_at(node, user, end).await;
+            let found = FIELDS.map(|field| grade[field].as_i64().unwrap());
+            assert_eq!(found, *values, "{user}");
+        }
+    }
+    assert_eq!(digests.len(), 1, "{digests:?}");
+}
+
+/// Waits until a node is ready and has come to `position` exactly; its `/status`.
+pub(crate) async fn at(node: &Ports, position: u64) -> Value {
+    status_where(node, "ready at the log's end", |status| {
+        status["position"] == position && status["state"] == "ready"
+    })
+    .await
+}
+
+/// Waits until `/status` is as it should be.
+pub(crate) async fn status_where(
+    node: &Ports,
+    what: &str,
+    right: impl Fn(&Value) -> bool,
+) -> Value {
+    eventually(what, async || {
+        let status = node.ops("/status").await.json();
+        right(&status).then_some(status)
+    })
+    .await
+}

@@ -1,0 +1,156 @@
+//! The broker dies, the connection to it fails, its words get lost: nothing that was answered is
+//! lost, nothing is applied twice, and all end equal.
+
+use std::time::{Duration, Instant};
+
+use crate::broker::{Broker, Load, STREAM, at, check, replica_at, status_where};
+use crate::harness::Node;
+use crate::proxy::{Proxy, Rules};
+use crate::stall;
+use crate::wire::eventually;
+use futures_util::TryStreamExt;
+
+const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
+
+/// Waits until a write is taken.
+async fn writable(node: &Node) {
+    status_where(node, "writable", |status| status["state"] == "ready").await;
+    let before = node.metric("gradestore_log_position").await.unwrap();
+    eventually("a batch more", async || {
+        (node.metric("gradestore_log_position").await? > before).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_is_killed_again_and_again_loses_nothing_that_was_answered() {
+    let mut broker = Broker::start().await;
+    let [a, b, c] = broker.replicas().await;
+    let load = Load::start(&[&a, &b, &c], 50, usize::MAX);
+    for _round in 0..10 {
+        for node in [&a, &b, &c] {
+            writable(node).await;
+        }
+        broker.kill();
+        broker.restart().await;
+    }
+    for node in [&a, &b, &c] {
+        writable(node).await;
+    }
+    let answered = load.stop().await;
+    check(&broker.client().await, &[&a, &b, &c], &answered).await;
+}
+
+#[tokio::test]
+async fn while_the_broker_is_away_writes_are_refused_at_once_and_reads_go_on() {
+    let mut broker = Broker::start().await;
+    let a = broker.replica().await;
+    a.set(PATCH).await.position();
+    broker.kill();
+    status_where(&a, "read-only", |status| status["state"] == "read-only").await;
+    let begun = Instant::now();
+    for _ in 0..20 {
+        let detail = a.set(PATCH).await.problem(503, "not-written");
+        assert!(detail.contains("broker"), "{detail}");
+    }
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    assert_eq!(a.get("x").await.json()["spp"], 1);
+    assert_eq!(a.ops("/readyz").await.status, 200);
+    a.ops("/readyz/write").await.problem(503, "not-ready");
+    broker.restart().await;
+    status_where(&a, "ready", |status| status["state"] == "ready").await;
+    assert_eq!(a.set(PATCH).await.position(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_dies_in_silence_or_is_cut_is_replaced() {
+    let broker = Broker::start().await;
+    let proxy = Proxy::to(broker.address).await;
+    let a = Node::start_with(&mut replica_at(proxy.address)).await;
+    let b = broker.replica().await;
+    let load = Load::start(&[&a, &b], 50, usize::MAX);
+    let dead = Rules {
+        deaf: true,
+        mute: true,
+        ..Rules::default()
+    };
+    let (deaf, mute) = (
+        Rules {
+            mute: false,
+            ..dead
+        },
+        Rules {
+            deaf: false,
+            ..dead
+        },
+    );
+    for rules in [dead, deaf, mute] {
+        writable(&a).await;
+        proxy.set(rules);
+        status_where(&a, "read-only", |status| status["state"] == "read-only").await;
+        // The others do not notice.
+        writable(&b).await;
+        proxy.set(Rules::default());
+    }
+    writable(&a).await;
+    proxy.cut();
+    writable(&a).await;
+    let answered = load.stop().await;
+    check(&broker.client().await, &[&a, &b], &answered).await;
+}
+
+#[tokio::test]
+async fn a_consumer_that_is_deleted_is_made_anew() {
+    let broker = Broker::start().await;
+    let a = broker.replica().await;
+    let client = broker.client().await;
+    let stream = client.get_stream(STREAM).await.unwrap();
+    for position in 1..=3 {
+        let names: Vec<String> = stream.consumer_names().try_collect().await.unwrap();
+        assert_eq!(names.len(), 1);
+        stream.delete_consumer(&names[0]).await.unwrap();
+        assert_eq!(a.set(PATCH).await.position(), position);
+    }
+    a.metric_reaches("gradestore_log_resumes_total", 3.0).await;
+    a.metric_reaches("gradestore_log_reconnects_total", 0.0)
+        .await;
+}
+
+#[tokio::test]
+async fn a_broker_whose_word_got_lost_is_not_told_twice() {
+    let mut broker = Broker::start().await;
+    let proxy = Proxy::to(broker.address).await;
+    let a = Node::start_with(&mut replica_at(proxy.address)).await;
+    // The batch itself is word enough.
+    proxy.set(Rules {
+        lose_acks: true,
+        ..Rules::default()
+    });
+    assert_eq!(a.set(r#"{"user_id":"x","spp":1}"#).await.position(), 1);
+    a.metric_reaches("gradestore_log_resends_total", 0.0).await;
+
+    // Neither comes: it is sent again, and is in the log once.
+    let silent = Rules {
+        lose_acks: true,
+        lose_batches: true,
+        ..Rules::default()
+    };
+    proxy.set(silent);
+    let mut waiting = stall::waiting_set(&a, r#"{"user_id":"x","spp":2}"#).await;
+    a.metric_reaches("gradestore_log_resends_total", 1.0).await;
+    proxy.set(Rules::default());
+    assert_eq!(waiting.answer().await.position(), 2);
+    assert_eq!(a.set(r#"{"user_id":"x","spp":3}"#).await.position(), 3);
+
+    // The broker dies having stored it and having told nobody but another replica.
+    let b = broker.replica().await;
+    proxy.set(silent);
+    let mut waiting = stall::waiting_set(&a, r#"{"user_id":"x","spp":4}"#).await;
+    at(&b, 4).await;
+    broker.kill();
+    broker.restart().await;
+    proxy.set(Rules::default());
+    assert_eq!(waiting.answer().await.position(), 4);
+    assert_eq!(a.set(r#"{"user_id":"x","spp":5}"#).await.position(), 5);
+    check(&broker.client().await, &[&a, &b], &[]).await;
+}

@@ -1,0 +1,217 @@
+//! A stream that is not what it was, and messages that are no batches: told, and never served across.
+
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::stream::{Config, StorageType};
+
+use rustix::process::Signal;
+
+use crate::broker::{Broker, STREAM, SUBJECT, at, get_at, replica_at, status_where};
+use crate::harness::{Node, Ports, run};
+use crate::proxy::{Proxy, Rules};
+
+const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
+const DEAD: Rules = Rules {
+    deaf: true,
+    mute: true,
+    hold_batches: false,
+    lose_batches: false,
+    lose_acks: false,
+};
+
+/// Waits until a node says that it can't follow its log any more; checks that it serves nothing.
+async fn stopped(node: &Ports, reason: &str) {
+    let status = status_where(node, reason, |status| status["state"] == "gap").await;
+    let said = status["reason"].as_str().unwrap();
+    assert!(said.contains(reason), "{said}");
+    node.get("x").await.problem(503, "not-ready");
+    node.set(PATCH).await.problem(503, "not-ready");
+    assert_eq!(node.ops("/livez").await.status, 200);
+}
+
+/// A replica behind a proxy with one batch applied, cut off.
+async fn cut_off(broker: &Broker) -> (Node, Proxy) {
+    let proxy = Proxy::to(broker.address).await;
+    let node = Node::start_with(&mut replica_at(proxy.address)).await;
+    assert_eq!(node.set(PATCH).await.position(), 1);
+    proxy.set(DEAD);
+    proxy.cut();
+    status_where(&node, "read-only", |status| status["state"] == "read-only").await;
+    (node, proxy)
+}
+
+#[tokio::test]
+async fn a_stream_that_is_removed_ends_serving() {
+    let broker = Broker::start().await;
+    let [a, b] = broker.replicas().await;
+    a.set(PATCH).await.position();
+    let client = broker.client().await;
+    let stream = client.get_stream(STREAM).await.unwrap();
+    stream.purge().await.unwrap_err();
+    stream.delete_message(1).await.unwrap_err();
+    client.delete_stream(STREAM).await.unwrap();
+    stopped(&a, "is gone: its stream was removed").await;
+    stopped(&b, "is gone: its stream was removed").await;
+}
+
+#[tokio::test]
+async fn a_stream_that_is_made_anew_is_another_log() {
+    let broker = Broker::start().await;
+    let (a, proxy) = cut_off(&broker).await;
+    let client = broker.client().await;
+    client.delete_stream(STREAM).await.unwrap();
+    let b = broker.replica().await;
+    for _ in 0..3 {
+        b.set(PATCH).await.position();
+    }
+    proxy.set(Rules::default());
+    stopped(&a, "is in its place").await;
+    at(&b, 3).await;
+}
+
+#[tokio::test]
+async fn a_replica_that_the_log_has_forgotten_says_so() {
+    let broker = Broker::start().await;
+    let (a, proxy) = cut_off(&broker).await;
+    let b = broker.replica().await;
+    for _ in 0..5 {
+        b.set(PATCH).await.position();
+    }
+    let client = broker.client().await;
+    let stream = client.get_stream(STREAM).await.unwrap();
+    let config = Config {
+        max_messages: 2,
+        ..stream.cached_info().config.clone()
+    };
+    client.update_stream(config).await.unwrap();
+    proxy.set(Rules::default());
+    stopped(&a, "batch 2 is next and the log begins at batch 5").await;
+    assert_eq!(b.set(PATCH).await.position(), 7);
+
+    // And one that starts now has no way to a whole state.
+    let late = Node::launch(&mut replica_at(broker.address)).await;
+    let status = status_where(&late, "no source", |status| status["state"] == "no-source").await;
+    let said = status["reason"].as_str().unwrap();
+    assert!(said.contains("begins at batch 6"), "{said}");
+}
+
+#[tokio::test]
+async fn a_broker_that_lost_batches_is_not_followed() {
+    let mut broker = Broker::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let with_dir = |address| {
+        let mut command = replica_at(address);
+        command.env("GRADESTORE_EPHEMERAL", "false");
+        command.arg("--data-dir").arg(dir.path());
+        command
+    };
+    let mut restarted = Node::start_with(&mut with_dir(broker.address)).await;
+    let a = broker.replica().await;
+    a.set(PATCH).await.position();
+    let copy = broker.kill_and_copy();
+    broker.restart().await;
+    for node in [&restarted, &a] {
+        status_where(node, "ready", |status| status["state"] == "ready").await;
+    }
+    for _ in 0..3 {
+        restarted.set(PATCH).await.position();
+    }
+    at(&a, 4).await;
+    let proxy = Proxy::to(broker.address).await;
+    let b = Node::start_with(&mut replica_at(proxy.address)).await;
+    at(&b, 4).await;
+    proxy.set(DEAD);
+    proxy.cut();
+    restarted.signal(Signal::TERM);
+    assert!(restarted.exit().await.success());
+
+    broker.roll_back(copy).await;
+    stopped(&a, "the log ends at batch 1 and had batch 4 before").await;
+    // As long as it was, with others in it.
+    let c = broker.replica().await;
+    for spp in 2..=6 {
+        c.set(format!(r#"{{"user_id":"x","spp":{spp}}}"#))
+            .await
+            .position();
+    }
+    proxy.set(Rules::default());
+    stopped(&b, "batch 4 of the log is not the one it was").await;
+    let restarted = Node::launch(&mut with_dir(broker.address)).await;
+    stopped(&restarted, "batch 4 of the log is not the one it was").await;
+    at(&c, 6).await;
+}
+
+#[tokio::test]
+async fn a_message_that_is_no_batch_is_skipped_alike_and_a_strangers_batch_is_read() {
+    let broker = Broker::start().await;
+    let [a, b] = broker.replicas().await;
+    let client = broker.client().await;
+    let publish = async |format: &str, payload: &'static str| {
+        let mut headers = HeaderMap::new();
+        if !format.is_empty() {
+            headers.insert("Grade-Format", format);
+        }
+        let sent = client.publish_with_headers(SUBJECT, headers, payload.into());
+        sent.await.unwrap().await.unwrap()
+    };
+    publish("", "garbage").await;
+    publish("", r#"[{"user_id":"x","spp":1},{"user_id":"x","spp":1.5}]"#).await;
+    publish("none", r#"[{"user_id":"x","spp":2}]"#).await;
+    publish("", r#"[{"user_id":"y","spp":3}]"#).await;
+    publish("1", r#"[{"user_id":"y","return_fee":4}]"#).await;
+    assert_eq!(a.set(r#"{"user_id":"z","spp":5}"#).await.position(), 6);
+    for node in [&a, &b] {
+        let y = get_at(node, "y", 6).await;
+        assert_eq!(
+            (y["spp"].as_i64(), y["return_fee"].as_i64()),
+            (Some(3), Some(4))
+        );
+        node.get("x").await.problem(404, "user-unknown");
+        node.metric_reaches("gradestore_log_poisoned_total", 3.0)
+            .await;
+        let said = node.stderr.lock().clone();
+        assert!(said.contains("message skipped seq=1"), "{said}");
+    }
+    let statuses = [at(&a, 6).await, at(&b, 6).await];
+    assert_eq!(statuses[0]["digest"], statuses[1]["digest"]);
+}
+
+#[tokio::test]
+async fn a_newer_format_stops_a_replica_before_it() {
+    let broker = Broker::start().await;
+    let a = broker.replica().await;
+    a.set(PATCH).await.position();
+    let client = broker.client().await;
+    let mut headers = HeaderMap::new();
+    headers.insert("Grade-Format", "2");
+    let sent = client.publish_with_headers(SUBJECT, headers, "[]".into());
+    sent.await.unwrap().await.unwrap();
+    stopped(&a, "batch 2 has format 2, newer than").await;
+    assert_eq!(a.ops("/status").await.json()["position"], 1);
+}
+
+#[tokio::test]
+async fn a_stream_of_another_shape_stops_the_start_and_is_named() {
+    let broker = Broker::start().await;
+    let client = broker.client().await;
+    let made = client.create_stream(Config {
+        name: STREAM.to_owned(),
+        subjects: vec![SUBJECT.to_owned()],
+        storage: StorageType::Memory,
+        max_age: Duration::from_secs(24 * 3600),
+        ..Config::default()
+    });
+    made.await.unwrap();
+    let output = run(&mut replica_at(broker.address));
+    assert!(!output.status.success());
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        said.contains("GRADES has storage Memory where File is needed"),
+        "{said}"
+    );
+    // Another name gets a stream of its own, but not the same subject.
+    let output = run(replica_at(broker.address).args(["--stream", "OTHER"]));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("refuses stream OTHER"), "{said}");
+}

@@ -1,0 +1,169 @@
+//! A connection to the broker that can fail in the ways connections do, and in some that take malice:
+//! it knows where a message of the protocol ends and whether it is a batch or a broker's word on one.
+
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+/// What is done to what passes. All `false`: nothing.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rules {
+    /// What goes to the broker vanishes.
+    pub(crate) deaf: bool,
+    /// What comes from the broker vanishes.
+    pub(crate) mute: bool,
+    /// Batches from the broker are kept until this is over; all else passes them by.
+    pub(crate) hold_batches: bool,
+    /// Batches from the broker vanish.
+    pub(crate) lose_batches: bool,
+    /// The broker's word that it has stored a batch vanishes.
+    pub(crate) lose_acks: bool,
+}
+
+/// Stands between a replica and its broker. Ends when dropped.
+pub(crate) struct Proxy {
+    pub(crate) address: SocketAddr,
+    rules: watch::Sender<Rules>,
+    cut: watch::Sender<u64>,
+    _tasks: JoinSet<()>,
+}
+
+impl Proxy {
+    pub(crate) async fn to(broker: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (rules, cut) = (watch::Sender::default(), watch::Sender::new(0));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(accept(listener, broker, rules.clone(), cut.clone()));
+        Self {
+            address,
+            rules,
+            cut,
+            _tasks: tasks,
+        }
+    }
+
+    /// From now on. Connections stay.
+    pub(crate) fn set(&self, rules: Rules) {
+        self.rules.send_replace(rules);
+    }
+
+    /// Breaks the connections that there are.
+    pub(crate) fn cut(&self) {
+        self.cut.send_modify(|count| *count += 1);
+    }
+}
+
+async fn accept(
+    listener: TcpListener,
+    broker: SocketAddr,
+    rules: watch::Sender<Rules>,
+    cut: watch::Sender<u64>,
+) {
+    let mut connections = JoinSet::new();
+    loop {
+        let (client, _) = listener.accept().await.unwrap();
+        let (rules, mut cut) = (rules.clone(), cut.subscribe());
+        connections.spawn(async move {
+            // A broker that is away is one that hangs up.
+            let Ok(server) = TcpStream::connect(broker).await else {
+                return;
+            };
+            let (from_client, to_client) = client.into_split();
+            let (from_server, to_server) = server.into_split();
+            let (frames, received) = mpsc::channel(1024);
+            tokio::select! {
+                () = to_broker(from_client, to_server, rules.subscribe()) => {}
+                () = read_frames(from_server, frames) => {}
+                () = from_broker(received, to_client, rules.subscribe()) => {}
+                _ = cut.changed() => {}
+            }
+        });
+        while connections.try_join_next().is_some() {}
+    }
+}
+
+async fn to_broker(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, rules: watch::Receiver<Rules>) {
+    let mut bytes = vec![0; 64 * 1024];
+    while let Ok(read @ 1..) = from.read(&mut bytes).await {
+        if !rules.borrow().deaf && to.write_all(&bytes[..read]).await.is_err() {
+            return;
+        }
+    }
+}
+
+enum Frame {
+    Batch(Vec<u8>),
+    Ack(Vec<u8>),
+    Other(Vec<u8>),
+}
+
+async fn read_frames(from: OwnedReadHalf, frames: mpsc::Sender<Frame>) {
+    let mut from = BufReader::new(from);
+    loop {
+        let mut bytes = Vec::new();
+        if !matches!(from.read_until(b'\n', &mut bytes).await, Ok(1..)) {
+            return;
+        }
+        let line = String::from_utf8_lossy(&bytes).into_owned();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let mut frame: fn(Vec<u8>) -> Frame = Frame::Other;
+        if let ["MSG" | "HMSG", .., length] = words[..] {
+            let head = bytes.len();
+            bytes.resize(head + length.parse::<usize>().unwrap() + 2, 0);
+            if from.read_exact(&mut bytes[head..]).await.is_err() {
+                return;
+            }
+            if words.iter().any(|word| word.starts_with("$JS.ACK.")) {
+                frame = Frame::Batch;
+            } else if bytes[head..].starts_with(br#"{"stream":"GRADES","#) {
+                frame = Frame::Ack;
+            }
+        }
+        if frames.send(frame(bytes)).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn from_broker(
+    mut frames: mpsc::Receiver<Frame>,
+    mut to: OwnedWriteHalf,
+    mut rules: watch::Receiver<Rules>,
+) {
+    let mut held = Vec::new();
+    loop {
+        let frame = tokio::select! {
+            frame = frames.recv() => frame,
+            changed = rules.changed() => {
+                changed.unwrap();
+                if !rules.borrow().hold_batches && to.write_all(&held).await.is_err() {
+                    return;
+                }
+                if !rules.borrow().hold_batches {
+                    held.clear();
+                }
+                continue;
+            }
+        };
+        let now = *rules.borrow();
+        let pass = match frame {
+            None => return,
+            _ if now.mute => continue,
+            Some(Frame::Batch(_)) if now.lose_batches => continue,
+            Some(Frame::Ack(_)) if now.lose_acks => continue,
+            Some(Frame::Batch(bytes)) if now.hold_batches => {
+                held.extend(bytes);
+                continue;
+            }
+            Some(Frame::Batch(bytes) | Frame::Ack(bytes) | Frame::Other(bytes)) => bytes,
+        };
+        if to.write_all(&pass).await.is_err() {
+            return;
+        }
+    }
+}
