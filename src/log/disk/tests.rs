@@ -526,7 +526,9 @@ async fn a_full_disk_refuses_until_there_is_room() {
         assert!(refused.contains("is full"), "{refused}");
         assert!(log.refusal().is_some());
         assert_eq!(log.end(), answered);
-        assert_eq!(read(&log, answered - 20).await.len(), 20);
+        // A round on a slow machine may fit few batches, and a trim leaves what is before it out.
+        let after = (log.first() - 1).max(answered.saturating_sub(20));
+        assert_eq!(read(&log, after).await.len() as u64, answered - after);
         log.trim(answered).await.unwrap();
         let _ = std::fs::remove_file(&ballast);
         let begun = Instant::now();
