@@ -109,7 +109,7 @@ def main():
 
     env = dict(os.environ, GRADESTORE_PASSWORD=PASSWORD)
     release = ROOT / "target" / "release"
-    node_command = [str(release / "gradestore"), "serve",
+    node_command = [str(release / "gradestore"), "serve", "--ephemeral",
                     *(f"--{port}-addr=127.0.0.1:{PORTS[port]}" for port in ("write", "read", "ops")),
                     *os.environ.get("SERVE_FLAGS", "").split()]
     node = start(node_command, env, url("ops") + "/readyz")
