@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,19 +11,19 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::config::Config;
+use crate::config::{ClusterConfig, Config};
 use crate::http::backup::{self, BackupMetrics, BackupState};
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops::{self, OpsState};
 use crate::http::read::{self, ReadState};
 use crate::http::write::{self, WriteState};
 use crate::http::{self, HttpMetrics};
-use crate::log::{Origin, now_ns};
+use crate::log::{Announce, Announcement, Log, Origin, now_ns};
 use crate::progress;
 use crate::readiness::{Readiness, Scope};
 use crate::replication::{
-    Applied, BootstrapError, LastSnapshot, OwnBatches, Reader, RestoreTracker, Snapshotter, Writer,
-    restore_local, restore_seed,
+    Applied, Bootstrap, BootstrapError, Checkpoints, Follower, LastSnapshot, OwnBatches, Peers,
+    Reader, RestoreTracker, Snapshotter, Writer, restore_seed,
 };
 use crate::storage::Storage;
 use crate::store::Store;
@@ -69,6 +69,9 @@ pub enum AppError {
     /// The system refused something that a node can't do without.
     #[error("cannot start: {0}")]
     System(#[from] io::Error),
+    /// There is no way to ask other nodes.
+    #[error("cannot set up HTTP to other nodes: {0}")]
+    Client(#[from] reqwest::Error),
     /// The metrics can't be set up.
     #[error("cannot set up metrics: {0}")]
     Metrics(#[from] metrics_exporter_prometheus::BuildError),
@@ -129,6 +132,7 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), AppError> {
     let log = Arc::clone(&storage.log);
+    let node: Arc<str> = origin.to_string().into();
     let readiness = Readiness::default();
     let starting = readiness.hold(Scope::All, "starting", "the store is being restored");
     let telemetry = Arc::new(Telemetry::new(&http::BUCKETS)?);
@@ -141,21 +145,27 @@ pub async fn run(
     let own = OwnBatches::default();
     let restore = RestoreTracker::default();
     let last_snapshot = LastSnapshot::default();
+    let replicated = &telemetry.replication;
+    let checkpoints = Checkpoints::new(
+        origin,
+        log.shared().then_some(config.cluster.checkpoint_interval),
+        replicated.checkpoints.clone(),
+    );
+    let cluster = &config.cluster;
+    let peers = Peers::new(
+        origin,
+        Arc::clone(&log),
+        cluster.peers.clone(),
+        cluster.account.clone(),
+    )?;
     let (writer, writer_task) = Writer::new(
         Arc::clone(&log),
         origin,
         own.clone(),
+        checkpoints.clone(),
         config.writer,
-        telemetry.batch_patches.clone(),
+        replicated.batch_patches.clone(),
     );
-    let reader = Reader {
-        store: store.clone(),
-        applied: applied.clone(),
-        own: own.clone(),
-        origin,
-        patches: telemetry.patches_applied.clone(),
-        round_trip: telemetry.batch_duration.clone(),
-    };
     let snapshotter = storage
         .snapshots
         .as_ref()
@@ -167,6 +177,32 @@ pub async fn run(
             last: last_snapshot.clone(),
             writing: Arc::default(),
         });
+    let snapshots = storage.snapshots.as_ref();
+    let follower = Follower {
+        bootstrap: Bootstrap {
+            store: store.clone(),
+            applied: applied.clone(),
+            log: Arc::clone(&log),
+            snapshots: snapshots.map(|(snapshots, _)| snapshots.clone()),
+            peers: peers.clone(),
+            tracker: restore.clone(),
+            buffer_bytes_max: cluster.restore_buffer_bytes_max,
+        },
+        reader: Reader {
+            store: store.clone(),
+            applied: applied.clone(),
+            own: own.clone(),
+            origin,
+            checkpoints: checkpoints.clone(),
+            patches: replicated.patches_applied.clone(),
+            round_trip: replicated.batch_duration.clone(),
+        },
+        own: own.clone(),
+        checkpoints,
+        readiness: readiness.clone(),
+        last_snapshot: last_snapshot.clone(),
+        resyncs: replicated.resyncs.clone(),
+    };
 
     // Every long-lived task, and what stops it.
     let stop_listening = CancellationToken::new();
@@ -177,6 +213,7 @@ pub async fn run(
     let rest = TaskTracker::new();
 
     let limits = connection_limits(&config);
+    let url = advertised(cluster, sockets.write.local_addr()?);
     let listener = |name, socket, router, direct, limits| Listener {
         name,
         socket,
@@ -187,7 +224,7 @@ pub async fn run(
         connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
     };
     let ops_router = ops::routes(OpsState {
-        node: format!("{origin}").into(),
+        node: Arc::clone(&node),
         store: store.clone(),
         applied: applied.clone(),
         log: Arc::clone(&log),
@@ -196,6 +233,7 @@ pub async fn run(
         telemetry: Arc::clone(&telemetry),
         restore: restore.clone(),
         last_snapshot: last_snapshot.clone(),
+        peers: peers.clone(),
     });
     let write_router = write::routes(WriteState {
         writer,
@@ -210,6 +248,9 @@ pub async fn run(
         readiness: readiness.clone(),
         credentials: config.credentials.clone(),
         slots: Arc::new(Semaphore::new(config.http.backups_max)),
+        queue: Arc::new(Semaphore::new(config.http.backups_waiting_max)),
+        queue_wait_max: config.http.backup_wait_max,
+        node: Arc::clone(&node),
         metrics: telemetry.register(BackupMetrics::new),
     });
     let read_state = ReadState {
@@ -241,85 +282,36 @@ pub async fn run(
     let upkeep = Arc::clone(&telemetry);
     rest.spawn(until(&stop_rest, async move { upkeep.upkeep().await }));
     rest.spawn(until(&stop_rest, progress::report(restore.clone())));
+    log.announce(announcement(
+        &node,
+        &log,
+        url,
+        readiness.clone(),
+        applied.clone(),
+    ));
+    rest.spawn(until(&stop_rest, async move { peers.watch().await }));
+    if let (Some(snapshotter), Some((_, interval))) = (&snapshotter, &storage.snapshots) {
+        let snapshotter = snapshotter.clone();
+        let run = snapshotter.run(*interval, readiness.clone(), stop_writing.child_token());
+        writing.spawn(run);
+    }
 
-    // From nothing to a position, then along the log to where it ends now, then ready.
+    // From nothing to a position, then along the log to where it ends now, then ready, then on.
     let start = async {
-        let snapshots = storage
-            .snapshots
-            .as_ref()
-            .map(|(snapshots, _)| snapshots.clone());
         let seeded = config.restore_from.is_some();
-        let bootstrapped = {
+        if let Some(seed) = config.restore_from.clone() {
             let (store, applied, log) = (store.clone(), applied.clone(), Arc::clone(&log));
-            let seed = config.restore_from.clone();
-            tokio::task::spawn_blocking(move || {
-                let snapshots = snapshots.as_ref();
-                match seed {
-                    Some(seed) => {
-                        restore_seed(&seed, &store, &applied, &*log, snapshots, &restore)?;
-                        Ok(None)
-                    }
-                    None => restore_local(&store, &applied, &*log, snapshots, &restore),
-                }
-            })
-        };
-        match bootstrapped.await.map_err(io::Error::other)? {
-            Ok(Some(written)) => last_snapshot.set(written),
-            Ok(None) => {}
-            Err(error) if seeded => return Err(error.into()),
-            Err(error) => {
-                tracing::error!(%error, "no way to a whole state, not serving");
-                let _no_source = readiness.hold(Scope::All, "no-source", error.to_string());
-                drop(starting);
-                return std::future::pending().await;
+            let snapshots = snapshots.map(|(snapshots, _)| snapshots.clone());
+            let restored = tokio::task::spawn_blocking(move || {
+                restore_seed(&seed, &store, &applied, &*log, snapshots.as_ref(), &restore)
+            });
+            restored.await.map_err(io::Error::other)??;
+            if let Some(snapshotter) = &snapshotter {
+                // The log can't bring back what it never held.
+                snapshotter.write().await.map_err(AppError::SeedNotKept)?;
             }
         }
-        if let Some(snapshotter) = snapshotter.as_ref().filter(|_| seeded) {
-            // The log can't bring back what it never held.
-            snapshotter.write().await.map_err(AppError::SeedNotKept)?;
-        }
-        let position = applied.position();
-        let mut subscription = match log.resume(position.seq, position.time_ns).await {
-            Ok(subscription) => subscription,
-            Err(error) => {
-                tracing::error!(%error, "log not readable, not serving");
-                let _gap = readiness.hold(Scope::All, "gap", error.to_string());
-                drop(starting);
-                return std::future::pending().await;
-            }
-        };
-        // Asked for after subscribing, which has just looked.
-        let end = log.end();
-        let stopped = CancellationToken::new();
-        let (for_reader, reader_stopped) = (readiness.clone(), stopped.clone());
-        rest.spawn(until(&stop_rest, async move {
-            let error = reader.run(subscription.as_mut()).await;
-            tracing::error!(%error, "log reader stopped");
-            // Nothing after the gap may be served: unready until the process ends.
-            let _gap = for_reader.hold(Scope::All, "gap", error.to_string());
-            reader_stopped.cancel();
-            std::future::pending::<()>().await;
-        }));
-        tokio::select! {
-            () = applied.reach(end) => {}
-            () = stopped.cancelled() => {
-                drop(starting);
-                return std::future::pending().await;
-            }
-        }
-        drop(starting);
-        tracing::info!(
-            log = log.kind(),
-            position = end,
-            records = store.len(),
-            "ready"
-        );
-        if let (Some(snapshotter), Some((_, interval))) = (&snapshotter, &storage.snapshots) {
-            let run = snapshotter
-                .clone()
-                .run(*interval, stop_writing.child_token());
-            writing.spawn(run);
-        }
+        rest.spawn(until(&stop_rest, follower.run(seeded, starting)));
         std::future::pending::<Result<(), AppError>>().await
     };
     tokio::select! {
@@ -329,6 +321,7 @@ pub async fn run(
 
     // Unready first, so that whoever asks goes elsewhere; then finish what runs.
     tracing::info!("stopping");
+    let epoch = store.epoch();
     let was_ready = readiness.reads().is_ok();
     let _stopping = readiness.hold(Scope::All, "stopping", "the node is stopping");
     stop_listening.cancel();
@@ -345,7 +338,7 @@ pub async fn run(
         tracing::warn!(waited_s, "stopping before all requests ended");
     }
     if let Some(snapshotter) = snapshotter.filter(|_| was_ready) {
-        snapshotter.write_if_changed().await;
+        snapshotter.write_if_changed(epoch).await;
     }
     stop_rest.cancel();
     rest.close();
@@ -356,6 +349,56 @@ pub async fn run(
         "stopped"
     );
     Ok(())
+}
+
+/// What this replica tells the others of itself.
+fn announcement(
+    node: &str,
+    log: &Arc<dyn Log>,
+    url: String,
+    readiness: Readiness,
+    applied: Applied,
+) -> Announce {
+    let (node, log_id, url) = (Box::from(node), log.id().0, Box::from(url));
+    Arc::new(move || Announcement {
+        node: Box::clone(&node),
+        version: env!("CARGO_PKG_VERSION").into(),
+        log_id: log_id.clone(),
+        url: Box::clone(&url),
+        state: match readiness.reads() {
+            Ok(()) => "ready".into(),
+            Err(unready) => unready.state.into(),
+        },
+        position: applied.seq(),
+    })
+}
+
+/// Where other nodes reach the write port that listens on `local`. One that listens on all of the
+/// machine's addresses is reached at that which leads to the broker.
+fn advertised(cluster: &ClusterConfig, local: SocketAddr) -> String {
+    if let Some(url) = &cluster.advertise_url {
+        return url.clone();
+    }
+    let mut address = local;
+    if let Some((host, port)) = cluster
+        .broker
+        .as_ref()
+        .filter(|_| local.ip().is_unspecified())
+    {
+        // Nothing is sent: the system only chooses a way.
+        let way = UdpSocket::bind((local.ip(), 0)).and_then(|socket| {
+            socket.connect((host.as_str(), *port))?;
+            socket.local_addr()
+        });
+        match way {
+            Ok(way) => address.set_ip(way.ip()),
+            Err(error) => tracing::warn!(
+                %error,
+                "no way to the broker, so other nodes won't reach this one; set --advertise-url"
+            ),
+        }
+    }
+    format!("http://{address}")
 }
 
 async fn give_up_waiting(own: OwnBatches, wait_max: Duration) {

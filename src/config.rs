@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::http::Credentials;
 use crate::http::listener::ListenerLimits;
 use crate::log::{JetStreamConfig, Servers};
+use crate::remote::Account;
 use crate::replication::WriterLimits;
 use crate::storage::{DataDir, StorageConfig};
 
@@ -125,13 +126,31 @@ pub struct ServeArgs {
     #[arg(long, env = "GRADESTORE_LOG_RETENTION", value_name = "TIME", default_value = "24h",
         value_parser = retention, requires = "nats_url")]
     pub log_retention: Duration,
+
+    /// Where other nodes reach this one's write port, for its backup; by default its address as
+    /// the NATS servers see it
+    #[arg(long, env = "GRADESTORE_ADVERTISE_URL", value_name = "URL",
+        value_parser = base_url("--advertise-url", "GRADESTORE_ADVERTISE_URL"), requires = "nats_url")]
+    pub advertise_url: Option<String>,
+
+    /// Another node's write port, beside those that are found through NATS; may be given again. In
+    /// the variable, with a comma between two
+    #[arg(long, env = "GRADESTORE_PEER", value_name = "URL", value_delimiter = ',',
+        value_parser = base_url("--peer", "GRADESTORE_PEER"), requires = "nats_url")]
+    pub peer: Vec<String>,
+
+    /// How often a node tells the others what it holds, so that one that differs is noticed
+    #[arg(long, env = "GRADESTORE_CHECKPOINT_INTERVAL", value_name = "TIME", default_value = "1m",
+        value_parser = checkpoint_interval, requires = "nats_url")]
+    pub checkpoint_interval: Duration,
 }
 
 /// Flags of `gradestore backup`.
 #[derive(Debug, Args)]
 pub struct BackupArgs {
     /// The node's write port, such as http://127.0.0.1:8080
-    #[arg(long, env = "GRADESTORE_FROM", value_name = "URL", value_parser = base_url)]
+    #[arg(long, env = "GRADESTORE_FROM", value_name = "URL",
+        value_parser = base_url("--from", "GRADESTORE_FROM"))]
     pub from: String,
 
     /// Where to put it; - for standard output
@@ -236,14 +255,29 @@ fn retention(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn base_url(text: &str) -> Result<String, String> {
-    let fix = "set --from to the node's write port, such as http://127.0.0.1:8080";
-    match text.strip_prefix("http://") {
-        Some(rest) if !rest.is_empty() => {
-            let url = text.trim_end_matches('/');
-            Ok(url.strip_suffix("/backup").unwrap_or(url).to_owned())
+fn checkpoint_interval(text: &str) -> Result<Duration, String> {
+    let fix =
+        "set --checkpoint-interval or GRADESTORE_CHECKPOINT_INTERVAL to one such as 1m or 10s";
+    match humantime::parse_duration(text) {
+        Ok(interval) if interval >= Duration::from_millis(100) => Ok(interval),
+        Ok(_) => Err(format!("it must be 100ms or more; {fix}")),
+        Err(error) => Err(format!("{error}; {fix}")),
+    }
+}
+
+fn base_url(
+    flag: &'static str,
+    env: &'static str,
+) -> impl Fn(&str) -> Result<String, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        let fix = format!("set {flag} or {env} to a node's write port, http://127.0.0.1:8080");
+        match text.strip_prefix("http://") {
+            Some(rest) if !rest.trim_matches('/').is_empty() => {
+                let url = text.trim_end_matches('/');
+                Ok(url.strip_suffix("/backup").unwrap_or(url).to_owned())
+            }
+            _ => Err(format!("it must begin with http:// and name a host; {fix}")),
         }
-        _ => Err(format!("it must begin with http:// and name a host; {fix}")),
     }
 }
 
@@ -333,6 +367,43 @@ pub struct Config {
     pub writer: WriterLimits,
     /// A backup to begin from.
     pub restore_from: Option<PathBuf>,
+    /// How nodes of one store find and compare each other.
+    pub cluster: ClusterConfig,
+}
+
+/// How nodes of one store find and compare each other.
+#[derive(Debug, Clone)]
+pub struct ClusterConfig {
+    /// Where the others reach this one's write port; `None`: as `broker` sees it.
+    pub advertise_url: Option<String>,
+    /// A server of the broker: host and port.
+    pub broker: Option<(String, u16)>,
+    /// Write ports of others, given by hand.
+    pub peers: Vec<String>,
+    /// What this one asks the others with: its own name and password, which are theirs too.
+    pub account: Account,
+    /// How often this one tells the others what it holds.
+    pub checkpoint_interval: Duration,
+    /// How many bytes of the log may be read ahead while a backup is being restored.
+    pub restore_buffer_bytes_max: u64,
+}
+
+impl ClusterConfig {
+    /// For a node that is alone.
+    #[must_use]
+    pub fn alone(username: &str, password: &str) -> Self {
+        Self {
+            advertise_url: None,
+            broker: None,
+            peers: Vec::new(),
+            account: Account {
+                username: username.into(),
+                password: password.into(),
+            },
+            checkpoint_interval: Duration::from_secs(60),
+            restore_buffer_bytes_max: 32 << 20,
+        }
+    }
 }
 
 /// Bounds of requests and connections.
@@ -348,6 +419,10 @@ pub struct HttpConfig {
     pub position_wait_max: Duration,
     /// Backups that may be sent at once.
     pub backups_max: usize,
+    /// Requests for one that may wait for their turn.
+    pub backups_waiting_max: usize,
+    /// How long a request for a backup may wait for its turn.
+    pub backup_wait_max: Duration,
     /// How long running requests may take to finish once the node stops.
     pub drain_max: Duration,
 }
@@ -368,6 +443,8 @@ impl Default for HttpConfig {
             body_wait_max: Duration::from_secs(10),
             position_wait_max: Duration::from_secs(5),
             backups_max: 2,
+            backups_waiting_max: 16,
+            backup_wait_max: Duration::from_secs(2),
             drain_max: Duration::from_secs(10),
         }
     }
@@ -416,15 +493,23 @@ impl Config {
         };
         let password = given
             .as_deref()
-            .or(made.as_ref().map(|made| made.0.as_str()));
+            .or(made.as_ref().map(|made| made.0.as_str()))
+            .unwrap_or_default();
         let config = Self {
             write_addr: args.write_addr,
             read_addr: args.read_addr,
             ops_addr: args.ops_addr,
-            credentials: Credentials::new(&args.username, password.unwrap_or_default()),
+            credentials: Credentials::new(&args.username, password),
             http: HttpConfig::default(),
             writer: default_writer_limits(),
             restore_from: args.restore_from.clone(),
+            cluster: ClusterConfig {
+                advertise_url: args.advertise_url.clone(),
+                broker: args.nats_url.as_ref().and_then(Servers::first),
+                peers: args.peer.clone(),
+                checkpoint_interval: args.checkpoint_interval,
+                ..ClusterConfig::alone(&args.username, password)
+            },
         };
         Ok((config, made))
     }

@@ -1,47 +1,26 @@
 //! `gradestore backup` and `gradestore verify`: backups from outside a node.
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use bytes::Bytes;
 
 use crate::backup::{BackupError, Progress, Summary, read, rfc3339};
 use crate::config::BackupArgs;
 use crate::progress::Bar;
+use crate::remote::{Account, Client, Download, Parts, RemoteError};
 
 /// How long the node may be silent.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
-/// Parts of an answer between the network and the verifier.
-const PARTS_MAX: usize = 16;
-/// Of an error answer no more than this is shown.
-const SHOWN_CHARS_MAX: usize = 500;
 
 /// Why a backup was not fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
-    /// The node can't be asked or broke off.
-    #[error("{url}: {error}; nothing was kept")]
-    Http {
-        /// What was asked.
-        url: String,
-        /// What went wrong.
-        error: String,
-    },
-    /// The node said no.
-    #[error("{url} answered {status}: {body}")]
-    Refused {
-        /// What was asked.
-        url: String,
-        /// The status.
-        status: u16,
-        /// The answer.
-        body: String,
-    },
+    /// The node can't be asked, said no or broke off.
+    #[error("{0}; nothing was kept")]
+    Remote(#[from] RemoteError),
     /// What came is no whole backup.
     #[error("the backup from {url} is no good: {error}; nothing was kept")]
     Bad {
@@ -66,7 +45,6 @@ pub enum FetchError {
 /// See [`FetchError`]; whatever stood under that name before is untouched then. Standard output has
 /// got what came.
 pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchError> {
-    let url = format!("{}/backup", args.from);
     let path = args.output.as_path();
     let write_error = |error| FetchError::Write {
         path: path.to_owned(),
@@ -75,9 +53,17 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
     // What a link leads to is replaced, not the link.
     let target = fs::canonicalize(path);
     let path = target.as_deref().unwrap_or(path);
-    let response = ask(&url, &args.username, password).await?;
+    let account = Account {
+        username: args.username.as_str().into(),
+        password: password.into(),
+    };
+    let client = Client::new(account, SILENCE_MAX).map_err(|error| RemoteError::Http {
+        url: args.from.clone(),
+        error: error.to_string(),
+    })?;
+    let download = client.backup(&args.from).await?;
     if path == Path::new("-") {
-        return copy(response, &url, &mut io::stdout(), write_error).await;
+        return copy(download, &mut io::stdout(), write_error).await;
     }
     if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
         // A device or a pipe is written to: there is nothing to put in its place.
@@ -85,7 +71,7 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
             .write(true)
             .open(path)
             .map_err(write_error)?;
-        return copy(response, &url, &mut file, write_error).await;
+        return copy(download, &mut file, write_error).await;
     }
     let directory = match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
@@ -95,7 +81,7 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
     partial.push(format!(".{}.partial", std::process::id()));
     let partial = Partial(PathBuf::from(partial));
     let mut file = File::create(&partial.0).map_err(write_error)?;
-    let summary = copy(response, &url, &mut file, write_error).await?;
+    let summary = copy(download, &mut file, write_error).await?;
     file.sync_all().map_err(write_error)?;
     fs::rename(&partial.0, path).map_err(write_error)?;
     let synced = File::open(directory).and_then(|directory| directory.sync_all());
@@ -112,108 +98,30 @@ impl Drop for Partial {
     }
 }
 
-async fn ask(url: &str, username: &str, password: &str) -> Result<reqwest::Response, FetchError> {
-    let failed = |error: reqwest::Error| FetchError::Http {
-        url: url.to_owned(),
-        error: cause(&error),
-    };
-    let client = reqwest::Client::builder()
-        .connect_timeout(SILENCE_MAX)
-        .read_timeout(SILENCE_MAX);
-    let client = client.build().map_err(failed)?;
-    let request = client.get(url).basic_auth(username, Some(password));
-    let response = request.send().await.map_err(failed)?;
-    let status = response.status();
-    if status.as_u16() != 200 {
-        let body = response.text().await.unwrap_or_default();
-        return Err(FetchError::Refused {
-            url: url.to_owned(),
-            status: status.as_u16(),
-            body: body.chars().take(SHOWN_CHARS_MAX).collect(),
-        });
-    }
-    Ok(response)
-}
-
 async fn copy(
-    mut response: reqwest::Response,
-    url: &str,
+    download: Download,
     out: &mut impl Write,
     write_error: impl Fn(io::Error) -> FetchError,
 ) -> Result<Summary, FetchError> {
-    let (parts, received) = sync_channel::<Bytes>(PARTS_MAX);
+    let url = download.url.clone();
+    let (sender, parts) = Parts::channel();
     let progress = Arc::new(Progress::default());
     let verifier = {
         let progress = Arc::clone(&progress);
-        thread::spawn(move || read(Parts::new(received), &|_| {}, &progress))
+        thread::spawn(move || read(parts, &|_| {}, &progress))
     };
     let bar = Bar::new(0, Instant::now());
-    loop {
-        let part = response.chunk().await.map_err(|error| FetchError::Http {
-            url: url.to_owned(),
-            error: cause(&error),
-        })?;
-        let Some(part) = part else {
-            break;
-        };
-        out.write_all(&part).map_err(&write_error)?;
-        if parts.send(part).is_err() {
-            // The verifier has seen enough, and says what.
-            break;
-        }
+    let passed_on = download.pass_on(sender, |part| {
         bar.set(progress.rows(), progress.bytes());
-    }
+        out.write_all(part).map_err(&write_error)
+    });
+    passed_on.await?;
     out.flush().map_err(&write_error)?;
-    drop(parts);
     let verified = verifier.join().unwrap_or(Err(BackupError::Damaged {
         at: 0,
         what: "the thread that reads it has ended",
     }));
-    verified.map_err(|error| FetchError::Bad {
-        url: url.to_owned(),
-        error,
-    })
-}
-
-/// An error with what caused it: the outermost says only that something failed.
-fn cause(error: &reqwest::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
-}
-
-/// Parts that come from another thread, as a reader.
-struct Parts {
-    received: Receiver<Bytes>,
-    current: Bytes,
-}
-
-impl Parts {
-    fn new(received: Receiver<Bytes>) -> Self {
-        Self {
-            received,
-            current: Bytes::new(),
-        }
-    }
-}
-
-impl Read for Parts {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        while self.current.is_empty() {
-            match self.received.recv() {
-                Ok(part) => self.current = part,
-                Err(_ended) => return Ok(0),
-            }
-        }
-        let length = room.len().min(self.current.len());
-        let (from, to) = (self.current.split_to(length), room.get_mut(..length));
-        to.unwrap_or_default().copy_from_slice(&from);
-        Ok(length)
-    }
+    verified.map_err(|error| FetchError::Bad { url, error })
 }
 
 /// Reads the backup at `path` to its end.

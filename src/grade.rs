@@ -12,6 +12,8 @@ use std::ops::AddAssign;
 use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 use xxhash_rust::xxh3::xxh3_128;
 
+use crate::hex;
+
 /// The fields of a grade beside its key, in the order of every answer and every file. All are
 /// `i64`; one that was never set reads as 0.
 pub const FIELDS: &[&str] = &[
@@ -394,6 +396,11 @@ fn shortened(name: &str) -> &str {
 pub struct Digest(pub u128);
 
 impl Digest {
+    /// Reads what displaying one writes.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        hex::parse(text).map(Self)
+    }
+
     /// Takes `old` out of the sum and puts `new` in.
     pub fn replace(&mut self, old: Digest, new: Digest) {
         self.0 = self.0.wrapping_sub(old.0).wrapping_add(new.0);

@@ -7,6 +7,7 @@
 //! - [`store`]: the records in memory, sharded; get, apply, scan, digest.
 //! - [`log`]: the one total order of batches, as a trait and its kinds.
 //! - [`backup`]: the store as a file: format, reading, writing, snapshots.
+//! - [`remote`]: another node's backup, as it arrives.
 //! - [`readiness`]: whether this replica may answer, and if not, why.
 //! - [`replication`]: the invariant, *a replica's state is exactly its log's batches, in order, up
 //!   to its position*; group commit on the way in, ordered apply on the way out; getting to a
@@ -35,11 +36,13 @@ pub mod config;
 pub mod fetch;
 pub mod grade;
 pub mod health;
+mod hex;
 pub mod http;
 mod json;
 pub mod log;
 pub mod progress;
 pub mod readiness;
+pub mod remote;
 pub mod replication;
 pub mod storage;
 pub mod store;

@@ -108,6 +108,17 @@ impl Readiness {
     }
 }
 
+impl Latch {
+    /// The replica is unready for another reason now, without having been ready between.
+    pub fn say(&self, state: &'static str, reason: impl Into<Arc<str>>) {
+        let mut held = self.readiness.0.held.lock();
+        if let Some(held) = held.iter_mut().find(|held| held.id == self.id) {
+            let reason = reason.into();
+            held.unready = Unready { state, reason };
+        }
+    }
+}
+
 impl Drop for Latch {
     fn drop(&mut self) {
         self.readiness

@@ -12,6 +12,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::log::Counts;
+use crate::replication::CheckpointMetrics;
 
 /// How often samples are folded into the histograms. Between two folds a sample takes 8 bytes, so
 /// this and the request rate bound that memory, scraped or not.
@@ -49,12 +50,37 @@ pub struct Telemetry {
     pub recovery: Recovery,
     /// Set at a scrape.
     pub log: LogMetrics,
+    /// Counted as it happens.
+    pub replication: Replication,
+}
+
+/// What becomes of batches, and of the state.
+pub struct Replication {
     /// Patches a batch that this process sent.
     pub batch_patches: Histogram,
     /// Time from a batch's being sent until it has come back and is applied.
     pub batch_duration: Histogram,
     /// Patches applied, own and others'.
     pub patches_applied: Counter,
+    /// States made anew because the log went on without them.
+    pub resyncs: Counter,
+    /// What was heard of the peers' states.
+    pub checkpoints: CheckpointMetrics,
+}
+
+impl Replication {
+    fn new() -> Self {
+        Self {
+            batch_patches: histogram!(BATCH_METRIC),
+            batch_duration: histogram!(BATCH_DURATION_METRIC),
+            patches_applied: counter!("gradestore_patches_applied_total"),
+            resyncs: counter!("gradestore_resyncs_total"),
+            checkpoints: CheckpointMetrics {
+                compared: counter!("gradestore_checkpoints_compared_total"),
+                divergences: counter!("gradestore_divergences_total"),
+            },
+        }
+    }
 }
 
 /// Gauges whose value is asked for at a scrape.
@@ -69,6 +95,10 @@ pub struct Gauges {
     pub queue_patches: Gauge,
     /// 1 while reads are answered.
     pub ready: Gauge,
+    /// Other replicas that answered when they were last asked.
+    pub peers: Gauge,
+    /// Those among them that are ready.
+    pub peers_ready: Gauge,
 }
 
 /// What happened to the log, for those of its kinds to which anything can.
@@ -117,6 +147,8 @@ impl Gauges {
             log_end: gauge!("gradestore_log_end"),
             queue_patches: gauge!("gradestore_write_queue_patches"),
             ready: gauge!("gradestore_ready"),
+            peers: gauge!("gradestore_peers"),
+            peers_ready: gauge!("gradestore_peers_ready"),
         }
     }
 }
@@ -135,6 +167,10 @@ pub struct Recovery {
     pub restore_bytes: Gauge,
     /// Seconds that it took so far.
     pub restore_duration_s: Gauge,
+    /// Batches read ahead meanwhile.
+    pub buffered_batches: Gauge,
+    /// About what they take.
+    pub buffered_bytes: Gauge,
     /// Snapshots that could not be written.
     pub snapshot_failures: Counter,
     /// Seconds since the last one was finished.
@@ -158,6 +194,8 @@ impl Recovery {
             restore_rows: gauge!("gradestore_restore_rows"),
             restore_bytes: gauge!("gradestore_restore_bytes"),
             restore_duration_s: gauge!("gradestore_restore_duration_seconds"),
+            buffered_batches: gauge!("gradestore_restore_buffered_batches"),
+            buffered_bytes: gauge!("gradestore_restore_buffered_bytes"),
             snapshot_failures: counter!("gradestore_snapshot_failures_total"),
             snapshot_age_s: {
                 // 0 would look like one that was just written.
@@ -188,16 +226,13 @@ impl Telemetry {
         let recorder = builder.build_recorder();
         let handle = recorder.handle();
         let process = metrics_process::Collector::default();
-        let (gauges, recovery, log, batches, patches_applied) =
-            metrics::with_local_recorder(&recorder, || {
-                describe();
-                process.describe();
-                gauge!("gradestore_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-                let (gauges, recovery, log) = (Gauges::new(), Recovery::new(), LogMetrics::new());
-                let batches = (histogram!(BATCH_METRIC), histogram!(BATCH_DURATION_METRIC));
-                let patches_applied = counter!("gradestore_patches_applied_total");
-                (gauges, recovery, log, batches, patches_applied)
-            });
+        let (gauges, recovery, log) = metrics::with_local_recorder(&recorder, || {
+            describe();
+            process.describe();
+            gauge!("gradestore_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+            (Gauges::new(), Recovery::new(), LogMetrics::new())
+        });
+        let replication = metrics::with_local_recorder(&recorder, Replication::new);
         Ok(Self {
             started: Instant::now(),
             recorder,
@@ -206,9 +241,7 @@ impl Telemetry {
             gauges,
             recovery,
             log,
-            batch_patches: batches.0,
-            batch_duration: batches.1,
-            patches_applied,
+            replication,
         })
     }
 
@@ -288,6 +321,34 @@ fn describe() {
     describe_counter!(
         "gradestore_log_poisoned_total",
         "Messages of the log that are no batch and were skipped."
+    );
+    describe_gauge!(
+        "gradestore_peers",
+        "Other replicas on the log that answered when they were last asked."
+    );
+    describe_gauge!(
+        "gradestore_peers_ready",
+        "Other replicas on the log that said they were ready."
+    );
+    describe_counter!(
+        "gradestore_resyncs_total",
+        "Times that this replica began anew because the log went on without it or it had diverged."
+    );
+    describe_counter!(
+        "gradestore_checkpoints_compared_total",
+        "Digests of other replicas compared with the own one at the same position."
+    );
+    describe_counter!(
+        "gradestore_divergences_total",
+        "Digests of other replicas that differed from the own one at the same position."
+    );
+    describe_gauge!(
+        "gradestore_restore_buffered_batches",
+        "Batches of the log read ahead while a backup is being restored."
+    );
+    describe_gauge!(
+        "gradestore_restore_buffered_bytes",
+        "About how much memory the batches read ahead take."
     );
     describe_counter!(
         "gradestore_patches_applied_total",

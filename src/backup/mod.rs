@@ -35,9 +35,9 @@ mod writer;
 use serde::{Deserialize, Serialize};
 
 pub use error::BackupError;
-pub use reader::{Progress, Summary, end_position, read};
+pub use reader::{Progress, Summary, end_position, head, read};
 pub use row::Row;
-pub use snapshots::{Snapshots, Written, restore, restore_file};
+pub use snapshots::{Snapshots, Written, restore, restore_file, set_aside};
 pub use writer::{BackupWriter, Chunk, ChunkSource};
 
 use crate::log::Seq;

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::member::{self, Content, FIXED_BYTES, Kind, TRAILER_BYTES};
@@ -24,7 +25,7 @@ const START_BYTES: usize = FIXED_BYTES + 4;
 pub struct Progress {
     rows: AtomicU64,
     bytes: AtomicU64,
-    rows_expected: AtomicU64,
+    head: watch::Sender<Option<Head>>,
 }
 
 impl Progress {
@@ -43,7 +44,20 @@ impl Progress {
     /// About how many rows there are; 0 while unknown.
     #[must_use]
     pub fn rows_expected(&self) -> u64 {
-        self.rows_expected.load(Ordering::Relaxed)
+        let head = self.head.borrow();
+        head.as_ref().map_or(0, |head| head.rows_expected)
+    }
+
+    /// What the backup says first, as soon as that has been read; never for a foreign one.
+    pub async fn head(&self) -> Head {
+        let mut heads = self.head.subscribe();
+        loop {
+            if let Some(head) = &*heads.borrow_and_update() {
+                return head.clone();
+            }
+            // The sender is in `self`.
+            let _ = heads.changed().await;
+        }
     }
 
     pub(super) fn set_bytes(&self, bytes: u64) {
@@ -68,6 +82,30 @@ pub struct Summary {
     pub bytes: u64,
 }
 
+/// What the backup in `source` says first; none if it is a foreign one. It holds once [`read`] has
+/// accepted the file.
+///
+/// # Errors
+/// The file does not begin as a backup does.
+pub fn head(mut source: impl Read + Unpin + Send) -> Result<Option<Head>, BackupError> {
+    let start = read_start(&mut source)?;
+    match known(&start)? {
+        Kind::Ours(_) => {
+            let progress = Progress::default();
+            let mut own = Own::new(io::Cursor::new(start).chain(source), &progress);
+            own.read_head().map(|(head, _fields)| Some(head))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn read_start(source: &mut impl Read) -> Result<Vec<u8>, BackupError> {
+    let mut start = Vec::with_capacity(START_BYTES);
+    let taken = source.take(START_BYTES as u64).read_to_end(&mut start);
+    taken.map_err(|error| BackupError::Io { at: 0, error })?;
+    Ok(start)
+}
+
 /// Reads `source` to its end and hands every row to `sink`, from several threads.
 ///
 /// Blocks; not for an async task. Rows are handed out before the end record has been seen: `sink`
@@ -80,25 +118,28 @@ pub fn read(
     sink: &(dyn Fn(Row<'_>) + Sync),
     progress: &Progress,
 ) -> Result<Summary, BackupError> {
-    let mut start = Vec::with_capacity(START_BYTES);
-    let taken = (&mut source)
-        .take(START_BYTES as u64)
-        .read_to_end(&mut start);
-    taken.map_err(|error| BackupError::Io { at: 0, error })?;
-    let mut source = io::Cursor::new(start.clone()).chain(source);
-    let kind = member::kind_of(&start);
-    if start.len() < START_BYTES && member::begins_gzip(&start) {
+    let start = read_start(&mut source)?;
+    let kind = known(&start)?;
+    let mut source = io::Cursor::new(start).chain(source);
+    match kind {
+        Kind::Ours(_) => Own::new(source, progress).read(sink),
+        _ => foreign::read(&mut source, sink, progress),
+    }
+}
+
+/// What a file is that begins with `start`: ours or a foreign one.
+fn known(start: &[u8]) -> Result<Kind, BackupError> {
+    if start.len() < START_BYTES && member::begins_gzip(start) {
         let at = start.len() as u64;
         return Err(BackupError::Truncated { at });
     }
-    match kind {
+    match member::kind_of(start) {
         Kind::NotGzip => Err(BackupError::NotGzip),
         Kind::Unknown => Err(BackupError::Damaged {
             at: 0,
             what: "the gzip header has an extra field that is not known",
         }),
-        Kind::Foreign => foreign::read(&mut source, sink, progress),
-        Kind::Ours(_) => Own::new(source, progress).read(sink),
+        kind => Ok(kind),
     }
 }
 
@@ -108,11 +149,7 @@ pub fn read(
 /// # Errors
 /// The headers can't be followed to the end record.
 pub fn end_position(mut source: impl Read + Unpin + Send) -> Result<Seq, BackupError> {
-    let mut start = Vec::with_capacity(START_BYTES);
-    let taken = (&mut source)
-        .take(START_BYTES as u64)
-        .read_to_end(&mut start);
-    taken.map_err(|error| BackupError::Io { at: 0, error })?;
+    let start = read_start(&mut source)?;
     if !matches!(member::kind_of(&start), Kind::Ours(_)) {
         return Ok(0);
     }
@@ -170,9 +207,7 @@ impl<'a, R: Read> Own<'a, R> {
 
     fn read(mut self, sink: &(dyn Fn(Row<'_>) + Sync)) -> Result<Summary, BackupError> {
         let (head, fields) = self.read_head()?;
-        self.progress
-            .rows_expected
-            .store(head.rows_expected, Ordering::Relaxed);
+        self.progress.head.send_replace(Some(head.clone()));
         let progress = self.progress;
         let threads = thread::available_parallelism().map_or(2, usize::from);
         let digest = Mutex::new(Digest::default());

@@ -84,7 +84,8 @@ impl Snapshots {
         Ok(found)
     }
 
-    /// Writes a snapshot of `store`; `end` tells the position once the last record has been read.
+    /// Writes a snapshot of `store`; `end` tells the position once the last record has been read,
+    /// or that what was read is not to be kept.
     /// Blocks for as long as that takes, on all cores.
     ///
     /// # Errors
@@ -93,7 +94,7 @@ impl Snapshots {
         &self,
         store: &Store,
         head: Head,
-        end: impl FnOnce() -> Seq,
+        end: impl FnOnce() -> io::Result<Seq>,
     ) -> io::Result<Written> {
         let begun = Instant::now();
         let name = format!("{PREFIX}{:020}{SUFFIX}", head.position);
@@ -114,6 +115,14 @@ impl Snapshots {
         })
     }
 
+    /// Renames all of them such that they are none any more, for people to look at.
+    pub fn set_all_aside(&self, why: &str) {
+        match self.list() {
+            Ok(found) => found.iter().for_each(|(_, path)| set_aside(path, why)),
+            Err(error) => tracing::warn!(%error, "snapshots not set aside"),
+        }
+    }
+
     /// Removes all but the newest two. The position of the older one: the log is needed from there
     /// on. `None` while there are fewer than two.
     ///
@@ -128,11 +137,20 @@ impl Snapshots {
     }
 }
 
+/// Renames the snapshot at `path` such that it is one no more, for people to look at.
+pub fn set_aside(path: &Path, why: &str) {
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(format!(".{why}"));
+    if let Err(error) = fs::rename(path, aside) {
+        tracing::warn!(path = %path.display(), %error, "snapshot not set aside");
+    }
+}
+
 fn write_file(
     path: &Path,
     store: &Store,
     head: &Head,
-    end: impl FnOnce() -> Seq,
+    end: impl FnOnce() -> io::Result<Seq>,
 ) -> io::Result<(u64, u64)> {
     let mut file = BufWriter::new(File::create(path)?);
     let (mut writer, first) = BackupWriter::begin(head);
@@ -163,7 +181,7 @@ fn write_file(
     });
     written?;
     let rows = writer.rows();
-    let last = writer.end(end());
+    let last = writer.end(end()?);
     file.write_all(&last)?;
     bytes += last.len() as u64;
     let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;

@@ -3,10 +3,13 @@
 //! Nothing is made ahead of the client: as many chunks are in work as the machine has cores, and
 //! the next begins when one has been taken. A client that stops reading therefore costs those
 //! chunks and no lock, until the port cuts its connection for doing nothing.
+//!
+//! Few are sent at once, so that reads stay quick while many replicas start from this one; some more
+//! wait for their turn, in the order in which they came.
 
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -25,7 +28,7 @@ use tokio::task::JoinHandle;
 
 use super::error::ApiError;
 use super::listener::Connection;
-use super::{Credentials, GRADE_POSITION};
+use super::{Credentials, GRADE_NODE, GRADE_POSITION};
 use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
 use crate::log::Log;
 use crate::readiness::Readiness;
@@ -47,6 +50,12 @@ pub struct BackupState {
     pub credentials: Credentials,
     /// A permit a backup that may run at once.
     pub slots: Arc<Semaphore>,
+    /// A permit a request that may wait for its turn.
+    pub queue: Arc<Semaphore>,
+    /// How long one may wait.
+    pub queue_wait_max: Duration,
+    /// This process start's name.
+    pub node: Arc<str>,
     /// What is measured about backups.
     pub metrics: BackupMetrics,
 }
@@ -113,23 +122,46 @@ async fn get_backup(
 ) -> Result<Response, ApiError> {
     state.credentials.check(request.headers())?;
     state.readiness.reads()?;
-    let slot = Arc::clone(&state.slots).try_acquire_owned();
-    let slot = slot.map_err(|_none_left| ApiError::BackupsRunning)?;
+    let asked_only = request.method() == Method::HEAD;
+    let slot = match asked_only {
+        true => None,
+        false => Some(turn(&state).await?),
+    };
+    // In this order: a store that is cleared after it was ready has another epoch.
+    let epoch = state.store.epoch();
+    state.readiness.reads()?;
     let head = backup_head(&state.store, &state.applied, &*state.log);
     let name = format!("attachment; filename=\"{}\"", file_name(head.time_ns));
     let headers = [
         (CONTENT_TYPE, "application/gzip".to_owned()),
         (CONTENT_DISPOSITION, name),
         (GRADE_POSITION, head.position.to_string()),
+        (GRADE_NODE, state.node.to_string()),
     ];
-    if request.method() == Method::HEAD {
+    let Some(slot) = slot else {
         // As GET's, of a length that is not known.
         let nothing = futures_util::stream::empty::<io::Result<Bytes>>();
         return Ok((headers, Body::from_stream(nothing)).into_response());
-    }
+    };
     let connection = request.extensions().get::<Arc<Connection>>().cloned();
-    let body = Body::from_stream(members(state, &head, slot, connection));
+    let body = Body::from_stream(members(state, epoch, &head, slot, connection));
     Ok((headers, body).into_response())
+}
+
+/// Waits until a backup may begin.
+async fn turn(state: &BackupState) -> Result<OwnedSemaphorePermit, ApiError> {
+    if let Ok(slot) = Arc::clone(&state.slots).try_acquire_owned() {
+        return Ok(slot);
+    }
+    let _place = state
+        .queue
+        .try_acquire()
+        .map_err(|_full| ApiError::BackupsRunning)?;
+    let slot = Arc::clone(&state.slots).acquire_owned();
+    match tokio::time::timeout(state.queue_wait_max, slot).await {
+        Ok(Ok(slot)) => Ok(slot),
+        _ => Err(ApiError::BackupsRunning),
+    }
 }
 
 /// A backup under way. What it holds is given back when the client has it all or is gone.
@@ -142,6 +174,9 @@ struct Running {
     whole: bool,
     begun: Instant,
     metrics: BackupMetrics,
+    store: Store,
+    /// The store's when this began.
+    epoch: u64,
     applied: Applied,
     connection: Option<Arc<Connection>>,
     _slot: OwnedSemaphorePermit,
@@ -149,6 +184,7 @@ struct Running {
 
 fn members(
     state: BackupState,
+    epoch: u64,
     head: &Head,
     slot: OwnedSemaphorePermit,
     connection: Option<Arc<Connection>>,
@@ -162,6 +198,8 @@ fn members(
         whole: false,
         begun: Instant::now(),
         metrics: state.metrics,
+        store: state.store,
+        epoch,
         applied: state.applied,
         connection,
         _slot: slot,
@@ -210,6 +248,11 @@ impl Running {
             }
         }
         let writer = self.writer.take()?;
+        if self.store.epoch() != self.epoch {
+            let error = "the state was made anew meanwhile";
+            tracing::error!(error, "backup broken off");
+            return Some(Err(io::Error::other(error)));
+        }
         let rows = writer.rows();
         let last = writer.end(self.applied.seq());
         let took = self.begun.elapsed();

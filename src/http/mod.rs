@@ -23,15 +23,11 @@ pub mod write;
 pub use auth::Credentials;
 pub use observe::HttpMetrics;
 
-use http::HeaderName;
-
 /// The upper bounds of this room's histograms, by name.
 pub const BUCKETS: [(&str, &[f64]); 2] = [
     (observe::LATENCY_METRIC, observe::LATENCY_BUCKETS_S),
     (backup::DURATION_METRIC, backup::DURATION_BUCKETS_S),
 ];
 
-/// The header that says a position, in an answer to a write and in a read that wants to see it.
-pub const GRADE_POSITION: HeaderName = HeaderName::from_static("grade-position");
-
+pub use crate::remote::{GRADE_NODE, GRADE_POSITION};
 pub use patch_body::parse_patch;

@@ -14,7 +14,7 @@ use super::error::ApiError;
 use crate::backup::rfc3339;
 use crate::log::{Log, Seq, now_ns};
 use crate::readiness::{Readiness, Unready};
-use crate::replication::{Applied, LastSnapshot, RestoreTracker, Writer};
+use crate::replication::{Applied, LastSnapshot, Peer, Peers, RestoreTracker, Writer};
 use crate::store::Store;
 use crate::telemetry::Telemetry;
 
@@ -39,6 +39,8 @@ pub struct OpsState {
     pub restore: RestoreTracker,
     /// What was written last.
     pub last_snapshot: LastSnapshot,
+    /// The other replicas.
+    pub peers: Peers,
 }
 
 /// The answer of `GET /status`.
@@ -74,14 +76,19 @@ pub struct Status {
     pub restore: Option<RestoreStatus>,
     /// The last snapshot that this process wrote or started from; `null` before the first.
     pub snapshot: Option<SnapshotStatus>,
+    /// The other replicas, as they were some seconds ago; the one that is furthest comes first.
+    pub peers: Vec<Peer>,
 }
 
 /// How a restore stands.
 #[derive(Debug, Serialize)]
 pub struct RestoreStatus {
-    /// The file.
-    pub source: String,
-    /// Whether it has ended.
+    /// The file or the peer's URL.
+    pub source: Arc<str>,
+    /// `restoring` while rows come in, `catching-up` while the log is read to its end, `done`, or
+    /// `failed`.
+    pub stage: &'static str,
+    /// Whether all rows are in.
     pub done: bool,
     /// Rows restored.
     pub rows: u64,
@@ -89,10 +96,18 @@ pub struct RestoreStatus {
     pub rows_expected: u64,
     /// Bytes read.
     pub bytes: u64,
-    /// How many there are.
+    /// How many there are; 0 while that is not known.
     pub bytes_total: u64,
     /// How long it has taken.
     pub duration_s: f64,
+    /// Rows a second.
+    pub rows_per_s: f64,
+    /// About how long the rest will take; `null` while that is not known.
+    pub remaining_s: Option<f64>,
+    /// Batches of the log that are read already and wait for the rows.
+    pub buffered_batches: u64,
+    /// About how many bytes of memory they take.
+    pub buffered_bytes: u64,
 }
 
 /// The last snapshot.
@@ -163,6 +178,11 @@ async fn metrics(State(state): State<OpsState>) -> Response {
     };
     state.telemetry.log.lag_s.set(lag_ns as f64 / 1e9);
     state.telemetry.log.count(state.log.counts());
+    let peers = state.peers.known();
+    gauges.peers.set(peers.len() as f64);
+    gauges
+        .peers_ready
+        .set(peers.iter().filter(|peer| peer.ready()).count() as f64);
     gauges
         .queue_patches
         .set(state.writer.queue_patches() as f64);
@@ -177,8 +197,13 @@ async fn metrics(State(state): State<OpsState>) -> Response {
     if let Some(restore) = state.restore.current() {
         recovery.restore_rows.set(restore.progress.rows() as f64);
         recovery.restore_bytes.set(restore.progress.bytes() as f64);
-        let took = restore.took.unwrap_or_else(|| restore.begun.elapsed());
-        recovery.restore_duration_s.set(took.as_secs_f64());
+        recovery
+            .restore_duration_s
+            .set(restore.duration().as_secs_f64());
+        recovery
+            .buffered_batches
+            .set(restore.buffer.batches() as f64);
+        recovery.buffered_bytes.set(restore.buffer.bytes() as f64);
         recovery
             .restoring
             .set(f64::from(u8::from(restore.took.is_none())));
@@ -216,17 +241,20 @@ async fn status(State(state): State<OpsState>) -> Json<Status> {
         queue: state.writer.queue_patches(),
         uptime_s: state.telemetry.uptime().as_secs(),
         restore: state.restore.current().map(|restore| RestoreStatus {
-            source: restore.source.display().to_string(),
+            source: Arc::clone(&restore.source),
+            stage: restore.stage.name(),
             done: restore.took.is_some(),
             rows: restore.progress.rows(),
             rows_expected: restore.progress.rows_expected(),
             bytes: restore.progress.bytes(),
             bytes_total: restore.bytes_total,
-            duration_s: restore
-                .took
-                .unwrap_or_else(|| restore.begun.elapsed())
-                .as_secs_f64(),
+            duration_s: restore.duration().as_secs_f64(),
+            rows_per_s: restore.rows_per_s(),
+            remaining_s: restore.remaining().map(|left| left.as_secs_f64()),
+            buffered_batches: restore.buffer.batches(),
+            buffered_bytes: restore.buffer.bytes(),
         }),
+        peers: state.peers.known(),
         snapshot: state
             .last_snapshot
             .written()

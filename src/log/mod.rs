@@ -14,8 +14,10 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 
-use crate::grade::Patch;
+use crate::grade::{Digest, Patch};
+use crate::hex;
 pub use disk::{DiskLog, OpenError};
 pub use jetstream::{JetStreamConfig, JetStreamLog, Servers, SetupError};
 pub use memory::MemoryLog;
@@ -43,9 +45,7 @@ impl Origin {
 
     /// Reads what displaying one writes.
     pub(crate) fn parse(text: &str) -> Option<Self> {
-        let digits = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-        let origin = digits.then(|| u128::from_str_radix(text, 16));
-        origin?.ok().map(Self)
+        hex::parse(text).map(Self)
     }
 }
 
@@ -64,6 +64,31 @@ pub struct Batch {
     pub number: u64,
     /// What it sets, in this order.
     pub patches: Arc<[Patch]>,
+    /// What its sender says of its own state, now and then. A log that one process has to itself
+    /// need not keep it.
+    pub checkpoint: Option<Checkpoint>,
+}
+
+impl Batch {
+    /// What stands in the place of a message that can't be read: it sets nothing.
+    #[must_use]
+    pub fn nothing() -> Self {
+        Self {
+            origin: Origin::NOBODY,
+            number: 0,
+            patches: Arc::default(),
+            checkpoint: None,
+        }
+    }
+}
+
+/// A replica's word on what it held right after a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The batch; 0 for the empty state before the first one.
+    pub position: Seq,
+    /// The digest of all records then.
+    pub digest: Digest,
 }
 
 /// A batch at its place in the log.
@@ -75,6 +100,16 @@ pub struct Entry {
     pub time_ns: u64,
     /// The batch.
     pub batch: Batch,
+}
+
+impl Entry {
+    /// About how many bytes of memory it takes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let of = |patch: &Patch| size_of::<Patch>() + patch.user_id.len();
+        let patches: usize = self.batch.patches.iter().map(of).sum();
+        (size_of::<Self>() + patches) as u64
+    }
 }
 
 /// What makes a log this log and no other: a sequence number means something only with it.
@@ -135,7 +170,7 @@ pub enum ReadError {
     /// The log has forgotten the batch before it was read.
     #[error(
         "batch {wanted} is next and the log begins at batch {first} by now: this replica was away \
-         for longer than the log remembers; start it anew"
+         for longer than the log remembers"
     )]
     Trimmed {
         /// The oldest batch that the log holds.
@@ -201,6 +236,36 @@ pub struct Counts {
     pub poisoned: u64,
 }
 
+/// What a replica tells the others on its log of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Announcement {
+    /// This process start: its [`Origin`].
+    pub node: Box<str>,
+    /// The program's version.
+    pub version: Box<str>,
+    /// The log that `position` counts in.
+    pub log_id: Box<str>,
+    /// Where its write port is reached, such as `http://10.0.0.5:8080`; its backup is under
+    /// `/backup` there.
+    pub url: Box<str>,
+    /// `ready`, or why not in one word.
+    pub state: Box<str>,
+    /// The last batch that it has applied.
+    pub position: Seq,
+}
+
+/// What this replica says of itself when it is asked.
+pub type Announce = Arc<dyn Fn() -> Announcement + Send + Sync>;
+
+/// The oldest and the newest batch of a log, as of one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// See [`Log::first`].
+    pub first: Seq,
+    /// See [`Log::end`].
+    pub end: Seq,
+}
+
 /// A total order of batches.
 pub trait Log: Send + Sync + 'static {
     /// `memory`, `disk` or `jetstream`: what `/status` says.
@@ -244,6 +309,33 @@ pub trait Log: Send + Sync + 'static {
     /// What has happened to the log; all 0 where nothing of the kind can.
     fn counts(&self) -> Counts {
         Counts::default()
+    }
+
+    /// Asks the log itself how far it goes now, where others may have written to it; waits for it
+    /// if need be.
+    ///
+    /// # Errors
+    /// The log is not there any more.
+    fn look(&self) -> BoxFuture<'_, Result<Extent, ReadError>> {
+        let (first, end) = (self.first(), self.end());
+        Box::pin(std::future::ready(Ok(Extent { first, end })))
+    }
+
+    /// Tells the other replicas of this one from now on, by `announce` whenever they ask. Does
+    /// nothing where there are no others.
+    fn announce(&self, announce: Announce) {
+        let _ = announce;
+    }
+
+    /// Asks the other replicas on this log for what they say of themselves. Whoever does not answer
+    /// soon is not there.
+    fn peers(&self) -> BoxFuture<'_, Vec<Announcement>> {
+        Box::pin(std::future::ready(Vec::new()))
+    }
+
+    /// Whether other processes write to this log too.
+    fn shared(&self) -> bool {
+        false
     }
 
     /// Lets the log forget the batches up to and including `through`. It may keep some of them, or

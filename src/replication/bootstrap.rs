@@ -1,22 +1,33 @@
-//! From nothing to a position: what a node does before it reads its log.
+//! From nothing to a position: what a node does before it reads its log, and after its log has
+//! gone on without it.
 //!
 //! 1. the newest snapshot that is whole and whose position the log still covers; else
-//! 2. the whole log, if it still begins at its first batch; else
-//! 3. nothing: the node stays unready and says why.
+//! 2. the backup of a peer on this log, that of the furthest one first and the next one's whenever
+//!    anything is wrong with it; else
+//! 3. the whole log, if it still begins at its first batch; else
+//! 4. nothing: the node stays unready, says why, and tries again.
 //!
-//! Nobody sees the store meanwhile: the node is unready until the log has been read to the end that
-//! it had when it was asked.
+//! As soon as a file's position is known, the log is read from the batch after it into a
+//! [`Buffered`], while rows are still coming in: writes go on meanwhile, and the log forgets.
+//!
+//! Nobody sees the store meanwhile. A restore that fails leaves it empty.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
 
+use super::buffered::{BufferCounts, Buffered};
+use super::peers::{Peer, Peers};
 use super::{Applied, Position};
-use crate::backup::{BackupError, Progress, Snapshots, Summary, Written, restore_file};
-use crate::log::{Log, Seq};
+use crate::backup::{self, BackupError, Head, Progress, Snapshots, Summary, Written, restore};
+use crate::log::{Extent, Log, ReadError, Seq};
+use crate::readiness::Latch;
+use crate::remote::{Parts, RemoteError};
 use crate::store::Store;
 
 /// Why a node can't get to a position by itself.
@@ -24,26 +35,36 @@ use crate::store::Store;
 pub enum BootstrapError {
     /// The data directory can't be read.
     #[error("cannot read the snapshots: {0}")]
-    Snapshots(#[from] std::io::Error),
-    /// No snapshot fits and the log is not whole.
+    Snapshots(#[from] io::Error),
+    /// The log can't be read.
+    #[error(transparent)]
+    Log(#[from] ReadError),
+    /// No snapshot fits, no peer has a backup to give, and the log is not whole.
     #[error(
-        "no snapshot can be used and the log begins at batch {first}, not at its first one; \
-         put a good snapshot back, or start with an empty data directory and --restore-from"
+        "no snapshot can be used, {peers}, and the log begins at batch {first}, not at its first \
+         one; start another replica that has the data, put a good snapshot back, or start with an \
+         empty data directory and --restore-from"
     )]
     NoSource {
         /// The oldest batch that the log holds.
         first: Seq,
+        /// What became of the peers.
+        peers: Tried,
     },
     /// The snapshots were made from another log.
     #[error(
-        "the snapshots belong to log {found}, the log here is {here}; put the right log back, or \
-         start with an empty data directory and --restore-from"
+        "snapshot {path} belongs to log {found}, the log here is {here}, and {peers}; put the right \
+         log back, or start with an empty data directory and --restore-from {path}"
     )]
     OtherLog {
+        /// The newest.
+        path: PathBuf,
         /// Whose they are.
         found: Box<str>,
         /// What is there.
         here: Box<str>,
+        /// What became of the peers.
+        peers: Tried,
     },
     /// A snapshot holds batches that the log does not have, though every batch is in the log before
     /// it is applied. Beginning without them would lose answered writes in silence.
@@ -76,6 +97,34 @@ pub enum BootstrapError {
     },
 }
 
+impl BootstrapError {
+    /// Whether another try may find what this one did not.
+    pub(super) fn passing(&self) -> bool {
+        matches!(
+            self,
+            Self::NoSource { .. } | Self::OtherLog { .. } | Self::Log(ReadError::Trimmed { .. })
+        )
+    }
+}
+
+/// The peers that were asked for a backup, and why each gave none.
+#[derive(Debug, Default)]
+pub struct Tried(Vec<(Box<str>, String)>);
+
+impl std::fmt::Display for Tried {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("no peer is known");
+        }
+        f.write_str("no peer gives a backup (")?;
+        for (index, (url, why)) in self.0.iter().enumerate() {
+            let separator = if index == 0 { "" } else { "; " };
+            write!(f, "{separator}{url}: {why}")?;
+        }
+        f.write_str(")")
+    }
+}
+
 /// What is being restored, or was; for `/status` and metrics. Clones are the same.
 #[derive(Clone, Default)]
 pub struct RestoreTracker(Arc<Mutex<Option<Restore>>>);
@@ -83,16 +132,71 @@ pub struct RestoreTracker(Arc<Mutex<Option<Restore>>>);
 /// One restore.
 #[derive(Clone)]
 pub struct Restore {
-    /// The file.
-    pub source: PathBuf,
-    /// Its size in bytes.
+    /// The file or the peer's URL.
+    pub source: Arc<str>,
+    /// Its size in bytes; 0 while that is not known.
     pub bytes_total: u64,
     /// How far it has come.
     pub progress: Arc<Progress>,
+    /// What was read of the log meanwhile.
+    pub buffer: Arc<BufferCounts>,
     /// When it began.
     pub begun: Instant,
     /// How long it took, once it has ended.
     pub took: Option<Duration>,
+    /// How it stands.
+    pub stage: Stage,
+}
+
+/// How a restore stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Rows come in.
+    Restoring,
+    /// They are in; the log is read to where it ends.
+    CatchingUp,
+    /// That is done.
+    Done,
+    /// It was given up.
+    Failed,
+}
+
+impl Stage {
+    /// One word.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Restoring => "restoring",
+            Self::CatchingUp => "catching-up",
+            Self::Done => "done",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+impl Restore {
+    /// For how long it has run, or ran.
+    #[must_use]
+    pub fn duration(&self) -> Duration {
+        self.took.unwrap_or_else(|| self.begun.elapsed())
+    }
+
+    /// Rows a second.
+    #[must_use]
+    pub fn rows_per_s(&self) -> f64 {
+        self.progress.rows() as f64 / self.duration().as_secs_f64().max(0.001)
+    }
+
+    /// About how long it will still take; `None` while that can't be known.
+    #[must_use]
+    pub fn remaining(&self) -> Option<Duration> {
+        let (rows, expected) = (self.progress.rows(), self.progress.rows_expected());
+        if self.took.is_some() {
+            return Some(Duration::ZERO);
+        }
+        let left = expected.saturating_sub(rows) as f64 / self.rows_per_s();
+        (rows > 0 && expected > 0).then(|| Duration::from_secs_f64(left))
+    }
 }
 
 impl RestoreTracker {
@@ -102,94 +206,349 @@ impl RestoreTracker {
         self.0.lock().clone()
     }
 
-    fn run(&self, path: &Path, store: &Store) -> Result<Summary, BackupError> {
-        let progress = Arc::new(Progress::default());
-        *self.0.lock() = Some(Restore {
-            source: path.to_owned(),
-            bytes_total: fs::metadata(path).map_or(0, |metadata| metadata.len()),
-            progress: Arc::clone(&progress),
+    fn begin(&self, source: &str, bytes_total: u64) -> Restore {
+        let restore = Restore {
+            source: source.into(),
+            bytes_total,
+            progress: Arc::default(),
+            buffer: Arc::default(),
             begun: Instant::now(),
             took: None,
-        });
-        tracing::info!(path = %path.display(), "restoring");
-        let restored = restore_file(path, store, &progress);
-        if let Some(restore) = self.0.lock().as_mut() {
-            let took = restore.begun.elapsed();
-            restore.took = Some(took);
-            if let Ok(summary) = &restored {
-                let took_ms = took.as_millis() as u64;
-                tracing::info!(
-                    rows = summary.rows,
-                    bytes = summary.bytes,
-                    took_ms,
-                    "restored"
-                );
-            }
+            stage: Stage::Restoring,
+        };
+        *self.0.lock() = Some(restore.clone());
+        tracing::info!(source, bytes = bytes_total, "restoring");
+        restore
+    }
+
+    fn end(&self, summary: Option<&Summary>) {
+        let mut current = self.0.lock();
+        let Some(restore) = current.as_mut() else {
+            return;
+        };
+        let took = restore.begun.elapsed();
+        restore.took = Some(took);
+        restore.stage = Stage::Failed;
+        if let Some(summary) = summary {
+            restore.stage = Stage::CatchingUp;
+            let (rows, bytes) = (summary.rows, summary.bytes);
+            let took_ms = took.as_millis() as u64;
+            let buffered = restore.buffer.batches();
+            tracing::info!(rows, bytes, took_ms, buffered, "restored");
         }
-        restored
+    }
+
+    /// The log has been read to its end.
+    pub(super) fn done(&self) {
+        if let Some(restore) = self.0.lock().as_mut()
+            && restore.stage == Stage::CatchingUp
+        {
+            restore.stage = Stage::Done;
+        }
     }
 }
 
-/// Fills `store` from the newest snapshot that fits `log`, or leaves it empty for the whole log to
-/// be read. Returns the snapshot that was used. Blocks.
-///
-/// # Errors
-/// Neither is possible.
-pub fn restore_local(
-    store: &Store,
-    applied: &Applied,
-    log: &dyn Log,
-    snapshots: Option<&Snapshots>,
-    tracker: &RestoreTracker,
-) -> Result<Option<Written>, BootstrapError> {
-    let mut other_log = None;
-    for (position, path) in snapshots.map_or(Ok(Vec::new()), Snapshots::list)? {
-        let (first, end) = (log.first(), log.end());
-        if position > end {
-            return Err(BootstrapError::LogBehind {
+/// Fills a store and finds the place in the log that goes with it.
+pub struct Bootstrap {
+    /// The records.
+    pub store: Store,
+    /// How far they have come.
+    pub applied: Applied,
+    /// The log.
+    pub log: Arc<dyn Log>,
+    /// The snapshots of earlier processes, where any are kept.
+    pub snapshots: Option<Snapshots>,
+    /// Who else may have a backup.
+    pub peers: Peers,
+    /// Where progress is told.
+    pub tracker: RestoreTracker,
+    /// What may be read of the log while rows come in.
+    pub buffer_bytes_max: u64,
+}
+
+/// A store at a position, and the log from there.
+pub(super) struct Begun {
+    /// The log.
+    pub subscription: Buffered,
+    /// The state is whole from this batch on.
+    pub whole_from: Seq,
+    /// The snapshot that was used.
+    pub snapshot: Option<Written>,
+}
+
+/// Why a file or a peer's backup was not taken.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error(transparent)]
+    Backup(#[from] BackupError),
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+    #[error(transparent)]
+    Log(#[from] ReadError),
+    #[error("it is of log {0}, another one")]
+    OtherLog(Box<str>),
+    #[error("it was not made by a gradestore that is on a log")]
+    NoPosition,
+    #[error("it is at batch {position} and the log holds {} to {} only", .extent.first, .extent.end)]
+    NotCovered { position: Seq, extent: Extent },
+    #[error("it is this replica itself")]
+    Itself,
+}
+
+impl Bootstrap {
+    /// Goes through the sources once. `latch` says what is being done. The store must be empty.
+    ///
+    /// # Errors
+    /// No source will do; the store is empty.
+    pub(super) async fn begin(&self, latch: &Latch) -> Result<Begun, BootstrapError> {
+        let extent = self.log.look().await?;
+        let (begun, other_log) = self.restore_snapshot(extent, latch).await?;
+        if let Some(begun) = begun {
+            return Ok(begun);
+        }
+        let whole = extent.first == 1 && other_log.is_none();
+        let mut tried = Tried::default();
+        // Of an empty log nobody knows more.
+        if self.log.shared() && !(whole && extent.end == 0) {
+            latch.say("restoring", "peers are asked for a backup");
+            for peer in self.peers.ask().await {
+                match self.restore_peer(&peer, latch).await {
+                    Ok(begun) => return Ok(begun),
+                    Err(error) => {
+                        tracing::warn!(peer = &*peer.url, %error, "no backup from peer");
+                        tried.0.push((peer.url, error.to_string()));
+                    }
+                }
+            }
+        }
+        if let Some((path, found)) = other_log {
+            return Err(BootstrapError::OtherLog {
                 path,
-                position,
-                end,
+                found,
+                here: self.log.id().0,
+                peers: tried,
             });
         }
-        if position + 1 < first {
-            tracing::warn!(path = %path.display(), first, "snapshot not covered by the log");
-            continue;
+        if !whole {
+            return Err(BootstrapError::NoSource {
+                first: extent.first,
+                peers: tried,
+            });
         }
-        match tracker.run(&path, store) {
-            Ok(summary) => {
-                let (rows, bytes) = (summary.rows, summary.bytes);
-                let head = summary.records.map(|(head, _)| head);
-                if let Some(head) = head.as_ref().filter(|head| head.log_id == log.id().0) {
-                    applied.restored(Position {
-                        seq: head.position,
-                        time_ns: head.time_ns,
-                    });
-                    return Ok(Some(Written {
-                        head: head.clone(),
-                        rows,
-                        bytes,
-                        took: Duration::ZERO,
-                        at: modified(&path),
-                    }));
-                }
-                store.clear();
-                tracing::warn!(path = %path.display(), "snapshot of another log");
-                other_log = Some(head.map(|head| head.log_id).unwrap_or_default());
-            }
-            Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "snapshot refused");
-                set_aside(&path, &error);
-            }
+        latch.say("catching-up", "the whole log is read");
+        let subscription = self.log.subscribe(0).await?;
+        let time_ns = self.applied.position().time_ns;
+        self.applied.restored(Position { seq: 0, time_ns });
+        Ok(self.begun(subscription, 0))
+    }
+
+    /// Goes on from where the store is.
+    pub(super) async fn resume(&self) -> Result<Begun, BootstrapError> {
+        let position = self.applied.position();
+        let subscription = self.log.resume(position.seq, position.time_ns).await?;
+        Ok(self.begun(subscription, position.seq))
+    }
+
+    fn begun(&self, subscription: Box<dyn crate::log::Subscription>, whole_from: Seq) -> Begun {
+        Begun {
+            subscription: Buffered::new(subscription, self.buffer_bytes_max, Arc::default()),
+            whole_from,
+            snapshot: None,
         }
     }
-    match (other_log, log.first()) {
-        (Some(found), _) => Err(BootstrapError::OtherLog {
-            found,
-            here: log.id().0,
-        }),
-        (None, 1) => Ok(None),
-        (None, first) => Err(BootstrapError::NoSource { first }),
+
+    /// The newest snapshot that fits; also whose log one is from that fits no other way.
+    async fn restore_snapshot(
+        &self,
+        extent: Extent,
+        latch: &Latch,
+    ) -> Result<(Option<Begun>, Option<(PathBuf, Box<str>)>), BootstrapError> {
+        let mut other_log = None;
+        for (position, path) in self
+            .snapshots
+            .as_ref()
+            .map_or(Ok(Vec::new()), Snapshots::list)?
+        {
+            let first = File::open(&path).map_err(|error| BackupError::Io { at: 0, error });
+            let head = match first.and_then(backup::head) {
+                Ok(head) => head,
+                Err(error) => {
+                    refuse(&path, &error);
+                    continue;
+                }
+            };
+            if let Some(head) = head.filter(|head| head.log_id != self.log.id().0) {
+                tracing::warn!(path = %path.display(), log = &*head.log_id, "snapshot of another log");
+                other_log.get_or_insert((path, head.log_id));
+                continue;
+            }
+            if position > extent.end {
+                return Err(BootstrapError::LogBehind {
+                    path,
+                    position,
+                    end: extent.end,
+                });
+            }
+            if position + 1 < extent.first {
+                let first = extent.first;
+                tracing::warn!(path = %path.display(), first, "snapshot not covered by the log");
+                continue;
+            }
+            match self.restore_file(&path, latch).await {
+                Ok(begun) => return Ok((Some(begun), None)),
+                Err(Refused::Backup(error)) => refuse(&path, &error),
+                Err(Refused::Log(error)) if !matches!(error, ReadError::Trimmed { .. }) => {
+                    return Err(error.into());
+                }
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "snapshot refused");
+                    if matches!(error, Refused::NoPosition) {
+                        other_log.get_or_insert((path, "that is not known".into()));
+                    }
+                }
+            }
+        }
+        Ok((None, other_log))
+    }
+
+    async fn restore_file(&self, path: &Path, latch: &Latch) -> Result<Begun, Refused> {
+        let source = path.display().to_string();
+        latch.say("restoring", format!("snapshot {source} is being restored"));
+        let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
+        let bytes_total = file.metadata().map_or(0, |metadata| metadata.len());
+        let restore = self.tracker.begin(&source, bytes_total);
+        let (mut begun, head, summary) = self.restore(file, async { Ok(()) }, &restore).await?;
+        begun.snapshot = Some(Written {
+            head,
+            rows: summary.rows,
+            bytes: summary.bytes,
+            took: Duration::ZERO,
+            at: modified(path),
+        });
+        Ok(begun)
+    }
+
+    async fn restore_peer(&self, peer: &Peer, latch: &Latch) -> Result<Begun, Refused> {
+        let download = self.peers.backup(peer).await?;
+        if download
+            .offer
+            .node
+            .as_ref()
+            .is_some_and(|node| self.peers.is_me(node))
+        {
+            return Err(Refused::Itself);
+        }
+        latch.say(
+            "restoring",
+            format!("the backup of {} is being restored", peer.url),
+        );
+        let restore = self.tracker.begin(&peer.url, 0);
+        let (sender, parts) = Parts::channel();
+        let passed_on = download.pass_on(sender, |_| Ok::<_, RemoteError>(()));
+        let (begun, ..) = self.restore(parts, passed_on, &restore).await?;
+        Ok(begun)
+    }
+
+    /// Reads `source` into the store while `feed` keeps it going, and the log from where `source`
+    /// says into a buffer. All or nothing.
+    async fn restore(
+        &self,
+        source: impl Read + Unpin + Send + 'static,
+        feed: impl Future<Output = Result<(), RemoteError>>,
+        tracked: &Restore,
+    ) -> Result<(Begun, Head, Summary), Refused> {
+        let give_up = CancellationToken::new();
+        let source = Stoppable {
+            source,
+            stop: give_up.clone(),
+        };
+        let rows = {
+            let (store, progress) = (self.store.clone(), Arc::clone(&tracked.progress));
+            tokio::task::spawn_blocking(move || restore(source, &store, &progress))
+        };
+        let restored = CancellationToken::new();
+        let rows = async {
+            let (fed, rows) = tokio::join!(feed, rows);
+            restored.cancel();
+            let summary = rows.unwrap_or(Err(BackupError::Damaged {
+                at: 0,
+                what: "the thread that reads it has ended",
+            }));
+            // What broke off is the cause; that the rest is missing follows from it.
+            fed?;
+            Ok::<_, Refused>(summary?)
+        };
+        let log = async {
+            let read_ahead = self.read_ahead(tracked, &restored);
+            read_ahead.await.inspect_err(|_| give_up.cancel())
+        };
+        let (summary, buffered) = tokio::join!(rows, log);
+        let whole = match (summary, buffered) {
+            // What the log says comes first: it made the rest end.
+            (_, Err(error)) | (Err(error), Ok(_)) => Err(error),
+            (Ok(summary), Ok(buffered)) => match (summary.records.clone(), buffered) {
+                (Some((head, end)), Some(buffered)) => Ok((head, end, summary, buffered)),
+                _ => Err(Refused::NoPosition),
+            },
+        };
+        self.tracker
+            .end(whole.as_ref().ok().map(|(_, _, summary, _)| summary));
+        let (head, end, summary, subscription) = whole.inspect_err(|_| self.store.clear())?;
+        self.applied.restored(Position {
+            seq: head.position,
+            time_ns: head.time_ns,
+        });
+        let begun = Begun {
+            subscription,
+            whole_from: end.position,
+            snapshot: None,
+        };
+        Ok((begun, head, summary))
+    }
+
+    /// Reads the log from where the backup's head says until all is `restored`; `None` if the backup
+    /// ends before it has said that.
+    async fn read_ahead(
+        &self,
+        tracked: &Restore,
+        restored: &CancellationToken,
+    ) -> Result<Option<Buffered>, Refused> {
+        let head = tokio::select! {
+            biased;
+            head = tracked.progress.head() => head,
+            () = restored.cancelled() => return Ok(None),
+        };
+        if head.log_id != self.log.id().0 {
+            return Err(Refused::OtherLog(head.log_id));
+        }
+        let (extent, position) = (self.log.look().await?, head.position);
+        // Asked first: a log that is asked for what it never had takes that for its own loss.
+        if position > extent.end || position + 1 < extent.first {
+            return Err(Refused::NotCovered { position, extent });
+        }
+        let subscription = self.log.resume(position, head.time_ns).await?;
+        let counts = Arc::clone(&tracked.buffer);
+        let mut buffered = Buffered::new(subscription, self.buffer_bytes_max, counts);
+        tokio::select! {
+            biased;
+            () = restored.cancelled() => Ok(Some(buffered)),
+            ended = buffered.fill() => ended.map(|never| match never {}).map_err(Refused::Log),
+        }
+    }
+}
+
+/// A source that ends with an error once it is told to stop.
+struct Stoppable<R> {
+    source: R,
+    stop: CancellationToken,
+}
+
+impl<R: Read> Read for Stoppable<R> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        match self.stop.is_cancelled() {
+            false => self.source.read(room),
+            true => Err(io::Error::other("given up")),
+        }
     }
 }
 
@@ -210,8 +569,11 @@ pub fn restore_seed(
     if log.first() <= log.end() || !snapshots.is_empty() {
         return Err(BootstrapError::NotEmpty);
     }
-    let summary = tracker.run(path, store);
-    let summary = summary.map_err(|error| BootstrapError::Seed {
+    let bytes_total = fs::metadata(path).map_or(0, |metadata| metadata.len());
+    let tracked = tracker.begin(&path.display().to_string(), bytes_total);
+    let restored = backup::restore_file(path, store, &tracked.progress);
+    tracker.end(restored.as_ref().ok());
+    let summary = restored.map_err(|error| BootstrapError::Seed {
         path: path.to_owned(),
         error,
     })?;
@@ -223,16 +585,13 @@ pub fn restore_seed(
     Ok(())
 }
 
-/// Renames a snapshot that is damaged, for people to look at. Under its own name it would go on
-/// counting as one of the two that are kept, and the log would be cut behind it.
-fn set_aside(path: &Path, error: &BackupError) {
-    if matches!(error, BackupError::Io { .. } | BackupError::Newer { .. }) {
-        return;
-    }
-    let mut aside = path.as_os_str().to_owned();
-    aside.push(".damaged");
-    if let Err(error) = fs::rename(path, aside) {
-        tracing::warn!(path = %path.display(), %error, "damaged snapshot not set aside");
+/// Says why a snapshot is of no use, and renames one that is damaged, for people to look at. Under
+/// its own name it would go on counting as one of the two that are kept, and the log would be cut
+/// behind it.
+fn refuse(path: &Path, error: &BackupError) {
+    tracing::warn!(path = %path.display(), %error, "snapshot refused");
+    if !matches!(error, BackupError::Io { .. } | BackupError::Newer { .. }) {
+        backup::set_aside(path, "damaged");
     }
 }
 

@@ -14,19 +14,34 @@
 //! - [`Applied`] is the position. A reply never leaves before the position covers its patch: who
 //!   got one reads the patch back at once.
 //!
+//! [`Follower`] gets the state to a position ([`Bootstrap`]: a snapshot, a peer's backup or the whole
+//! log) and keeps it there. When the log goes on without this replica, because it was away for too
+//! long, or when its peers say that it holds something else than they do ([`Checkpoints`]), it is
+//! not ready, and begins anew.
+//!
 //! A request that went away loses nothing and doubles nothing: its patch stays in its batch, only
 //! nobody hears the answer.
 
 mod applied;
 mod bootstrap;
+mod buffered;
+mod checkpoint;
+mod follower;
 mod own;
+mod peers;
 mod reader;
 mod snapshotter;
 mod writer;
 
 pub use applied::{Applied, AtPosition, Position};
-pub use bootstrap::{BootstrapError, Restore, RestoreTracker, restore_local, restore_seed};
+pub use bootstrap::{
+    Bootstrap, BootstrapError, Restore, RestoreTracker, Stage, Tried, restore_seed,
+};
+pub use buffered::{BufferCounts, Buffered};
+pub use checkpoint::{CheckpointMetrics, Checkpoints, SETTLE_AFTER};
+pub use follower::Follower;
 pub use own::OwnBatches;
+pub use peers::{Peer, Peers};
 pub use reader::{Reader, ReaderError};
 pub use snapshotter::{LastSnapshot, Snapshotter, backup_head};
 pub use writer::{WriteError, Writer, WriterLimits, WriterTask};

@@ -49,6 +49,14 @@ impl OwnBatches {
         batches.remove(at)
     }
 
+    /// The state was made anew: what was under way is in it, or will come and be read like
+    /// anybody's, and who waits for it is told that the outcome is unknown.
+    pub(super) fn forget(&self) {
+        for batch in std::mem::take(&mut *self.0.lock()) {
+            batch.answer(&Err(WriteError::OutcomeUnknown));
+        }
+    }
+
     /// Tells who waits for a batch sent more than `wait_max` ago that its outcome is unknown. The
     /// batch itself stays: should it come back, it is applied from here.
     pub fn give_up_waiting(&self, wait_max: Duration) {

@@ -3,8 +3,11 @@
 use metrics::{Counter, Histogram};
 
 use super::applied::{Applied, Position};
+use super::checkpoint::{Checkpoints, Heard, Verdict};
 use super::own::OwnBatches;
-use crate::log::{Entry, Origin, ReadError, Seq, Subscription};
+use crate::grade::Digest;
+use crate::log::{Checkpoint, Entry, Origin, ReadError, Seq, Subscription};
+use crate::readiness::{Latch, Readiness, Scope};
 use crate::store::Store;
 
 /// Why the reader stopped.
@@ -21,6 +24,19 @@ pub enum ReaderError {
         /// The one that came.
         got: Seq,
     },
+    /// Other replicas held something else at one position, and more of them.
+    #[error(
+        "at batch {position} this replica's digest was {own} and the others' {agreed}: its state is \
+         wrong"
+    )]
+    Diverged {
+        /// Where.
+        position: Seq,
+        /// What this replica held.
+        own: Digest,
+        /// What the others did.
+        agreed: Digest,
+    },
 }
 
 /// Applies a log to a store.
@@ -33,6 +49,8 @@ pub struct Reader {
     pub own: OwnBatches,
     /// What marks them.
     pub origin: Origin,
+    /// What is heard of the peers' states.
+    pub checkpoints: Checkpoints,
     /// Counts patches applied.
     pub patches: Counter,
     /// Times own batches from being sent to being applied.
@@ -40,16 +58,22 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Applies what `subscription` gives until it ends. Returns why it ended.
-    pub async fn run(&self, subscription: &mut dyn Subscription) -> ReaderError {
+    /// Applies what `subscription` gives until it ends. Returns why it ended. While a peer says that
+    /// it holds something else, `disputed` keeps the replica unready.
+    pub async fn run(
+        &self,
+        subscription: &mut dyn Subscription,
+        readiness: &Readiness,
+        disputed: &mut Option<Latch>,
+    ) -> ReaderError {
         let mut entries = Vec::new();
         loop {
             if let Err(error) = subscription.next(&mut entries).await {
                 return error.into();
             }
             for entry in entries.drain(..) {
-                if let Err(gap) = self.take(entry) {
-                    return gap;
+                if let Err(error) = self.take(entry, readiness, disputed) {
+                    return error;
                 }
             }
             self.applied.announce();
@@ -57,7 +81,12 @@ impl Reader {
     }
 
     /// Applies one entry and answers who waits for it.
-    fn take(&self, entry: Entry) -> Result<(), ReaderError> {
+    fn take(
+        &self,
+        entry: Entry,
+        readiness: &Readiness,
+        disputed: &mut Option<Latch>,
+    ) -> Result<(), ReaderError> {
         let applied = self.applied.seq();
         if entry.seq <= applied {
             return Ok(());
@@ -86,9 +115,58 @@ impl Reader {
             }
         });
         self.patches.increment(patches.len() as u64);
+        if !patches.is_empty() {
+            self.checkpoints.changed();
+        }
         if let Some(own) = own {
             self.round_trip.record(own.sent.elapsed().as_secs_f64());
             own.answer(&Ok(entry.seq));
+        }
+        let Some(checkpoint) = entry.batch.checkpoint else {
+            return Ok(());
+        };
+        let heard = Heard {
+            seq: entry.seq,
+            time_ns: entry.time_ns,
+            origin: entry.batch.origin,
+            checkpoint,
+        };
+        self.hear(heard, readiness, disputed)
+    }
+
+    fn hear(
+        &self,
+        heard: Heard,
+        readiness: &Readiness,
+        disputed: &mut Option<Latch>,
+    ) -> Result<(), ReaderError> {
+        let Checkpoint { position, .. } = heard.checkpoint;
+        match self.checkpoints.hear(heard, || self.store.digest()) {
+            Verdict::Nothing => {}
+            Verdict::Disputed { own, other } => {
+                let peer = heard.origin;
+                tracing::error!(position, %own, %other, %peer, "a peer holds something else");
+                let reason = format!(
+                    "at batch {position} this replica's digest was {own} and that of replica {peer} \
+                     {other}: one of them is wrong"
+                );
+                *disputed = Some(readiness.hold(Scope::All, "diverged", reason));
+            }
+            Verdict::Upheld => {
+                tracing::warn!(position, "most hold what this replica holds");
+                *disputed = None;
+            }
+            Verdict::Overruled {
+                position,
+                own,
+                agreed,
+            } => {
+                return Err(ReaderError::Diverged {
+                    position,
+                    own,
+                    agreed,
+                });
+            }
         }
         Ok(())
     }

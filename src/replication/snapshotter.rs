@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::Applied;
 use crate::backup::{FORMAT, Head, Snapshots, Written};
 use crate::log::{Log, Seq};
+use crate::readiness::Readiness;
 use crate::store::Store;
 
 /// Writes snapshots of one store. Clones are the same.
@@ -75,19 +76,24 @@ impl LastSnapshot {
 }
 
 impl Snapshotter {
-    /// Writes one every `interval` until `stop`.
-    pub async fn run(self, interval: Duration, stop: CancellationToken) {
+    /// Writes one every `interval` until `stop`, while reads are whole.
+    pub async fn run(self, interval: Duration, readiness: Readiness, stop: CancellationToken) {
         let mut every = tokio::time::interval(interval);
         every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // The first tick is at once.
         every.tick().await;
         while stop.run_until_cancelled(every.tick()).await.is_some() {
-            self.write_if_changed().await;
+            // In this order: a store that is cleared after it was ready has another epoch.
+            let epoch = self.store.epoch();
+            if readiness.reads().is_ok() {
+                self.write_if_changed(epoch).await;
+            }
         }
     }
 
-    /// Writes one, unless nothing has been applied since the last.
-    pub async fn write_if_changed(&self) {
+    /// Writes one, unless nothing has been applied since the last, or the store is no longer that of
+    /// `epoch` when it has been read.
+    pub async fn write_if_changed(&self, epoch: u64) {
         let _alone = self.writing.lock().await;
         let position = self.applied.position();
         let newest = self
@@ -99,7 +105,7 @@ impl Snapshotter {
             return;
         }
         // Logged and counted; the log still holds everything.
-        let _ = self.write_alone().await;
+        let _ = self.write_alone(epoch).await;
     }
 
     /// Writes one now and trims the log behind the one before it. A failure is logged and counted,
@@ -109,12 +115,12 @@ impl Snapshotter {
     /// The disk refused.
     pub async fn write(&self) -> io::Result<()> {
         let _alone = self.writing.lock().await;
-        self.write_alone().await
+        self.write_alone(self.store.epoch()).await
     }
 
-    async fn write_alone(&self) -> io::Result<()> {
+    async fn write_alone(&self, epoch: u64) -> io::Result<()> {
         let this = self.clone();
-        let written = tokio::task::spawn_blocking(move || this.write_blocking()).await;
+        let written = tokio::task::spawn_blocking(move || this.write_blocking(epoch)).await;
         match written.map_err(io::Error::other).flatten() {
             Ok((written, trim_through)) => {
                 let took_ms = written.took.as_millis() as u64;
@@ -136,11 +142,13 @@ impl Snapshotter {
         }
     }
 
-    fn write_blocking(&self) -> io::Result<(Written, Option<Seq>)> {
+    fn write_blocking(&self, epoch: u64) -> io::Result<(Written, Option<Seq>)> {
         let head = backup_head(&self.store, &self.applied, &*self.log);
-        let written = self
-            .snapshots
-            .write(&self.store, head, || self.applied.seq())?;
+        let end = || match self.store.epoch() == epoch {
+            true => Ok(self.applied.seq()),
+            false => Err(io::Error::other("the state was made anew meanwhile")),
+        };
+        let written = self.snapshots.write(&self.store, head, end)?;
         Ok((written, self.snapshots.prune()?))
     }
 }

@@ -13,6 +13,7 @@ use metrics::Histogram;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use super::checkpoint::Checkpoints;
 use super::own::{Answer, OwnBatch, OwnBatches};
 use crate::grade::Patch;
 use crate::log::{AppendError, Batch, Log, Origin, Seq};
@@ -65,6 +66,7 @@ impl Writer {
         log: Arc<dyn Log>,
         origin: Origin,
         own: OwnBatches,
+        checkpoints: Checkpoints,
         limits: WriterLimits,
         batch_patches: Histogram,
     ) -> (Self, WriterTask) {
@@ -78,6 +80,7 @@ impl Writer {
             log,
             origin,
             own,
+            checkpoints,
             limits,
             queue,
             in_flight_max,
@@ -121,6 +124,7 @@ pub struct WriterTask {
     log: Arc<dyn Log>,
     origin: Origin,
     own: OwnBatches,
+    checkpoints: Checkpoints,
     limits: WriterLimits,
     queue: mpsc::Receiver<Waiting>,
     in_flight_max: usize,
@@ -149,16 +153,20 @@ impl WriterTask {
             };
             let patches_max = self.limits.batch_patches_max;
             let open = !self.queue.is_closed();
-            let received = appends.beside(async {
+            let woken = appends.beside(async {
                 tokio::select! {
                     biased;
-                    received = self.queue.recv_many(&mut waiting, patches_max) => Some(received),
-                    () = stop.cancelled(), if open => None,
+                    received = self.queue.recv_many(&mut waiting, patches_max) => match received {
+                        0 => Woken::Closed,
+                        _ => Woken::Patches,
+                    },
+                    () = stop.cancelled(), if open => Woken::Stop,
+                    () = self.checkpoints.due() => Woken::Checkpoint,
                 }
             });
-            match received.await {
-                Some(0) => break,
-                Some(_) => {
+            match woken.await {
+                Woken::Closed => break,
+                Woken::Patches => {
                     // One turn for the tasks that are ready to run: what they hand in goes along.
                     // A batch then holds dozens of patches where it held one or two, and a writer
                     // that is alone waits for nobody.
@@ -169,10 +177,15 @@ impl WriterTask {
                         waiting.push(another);
                     }
                 }
-                None => {
+                Woken::Checkpoint => {}
+                Woken::Stop => {
                     self.queue.close();
                     continue;
                 }
+            }
+            let checkpoint = self.checkpoints.speak();
+            if waiting.is_empty() && (checkpoint.is_none() || log.away().is_some()) {
+                continue;
             }
             self.number += 1;
             let number = self.number;
@@ -180,7 +193,9 @@ impl WriterTask {
                 .drain(..)
                 .map(|waiting| (waiting.patch, waiting.answer))
                 .unzip();
-            self.batch_patches.record(patches.len() as f64);
+            if !patches.is_empty() {
+                self.batch_patches.record(patches.len() as f64);
+            }
             let patches: Arc<[Patch]> = patches.into();
             self.own.push(OwnBatch {
                 number,
@@ -193,6 +208,7 @@ impl WriterTask {
                 origin: self.origin,
                 number,
                 patches,
+                checkpoint,
             };
             appends.begin(number, log.append(batch)).await;
         }
@@ -211,6 +227,18 @@ impl WriterTask {
         }
         tracing::warn!(refused, "log stalled");
     }
+}
+
+/// What ended the wait for something to send.
+enum Woken {
+    /// Patches came.
+    Patches,
+    /// It is time for a checkpoint.
+    Checkpoint,
+    /// No more patches are to be taken in.
+    Stop,
+    /// None will come.
+    Closed,
 }
 
 /// The appends that the log has begun and not ended.
@@ -284,6 +312,7 @@ mod tests {
     use futures_util::FutureExt;
     use parking_lot::Mutex;
 
+    use super::super::checkpoint::CheckpointMetrics;
     use super::*;
     use crate::grade::Changes;
     use crate::log::{LogId, ReadError, Subscription};
@@ -333,7 +362,15 @@ mod tests {
         };
         let (origin, own) = (Origin::random().unwrap(), OwnBatches::default());
         let as_log = Arc::clone(&log) as Arc<dyn Log>;
-        let (writer, task) = Writer::new(as_log, origin, own.clone(), limits, Histogram::noop());
+        let silent = Checkpoints::new(origin, None, CheckpointMetrics::noop());
+        let (writer, task) = Writer::new(
+            as_log,
+            origin,
+            own.clone(),
+            silent,
+            limits,
+            Histogram::noop(),
+        );
         let stop = CancellationToken::new();
         let task = tokio::spawn(task.run(stop.clone()));
         let writes: Vec<_> = (0..4)

@@ -14,6 +14,7 @@ mod shard;
 
 use std::hash::BuildHasher;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use foldhash::quality::RandomState;
 use parking_lot::RwLock;
@@ -33,6 +34,7 @@ struct Inner {
     shards: Box<[RwLock<Shard>]>,
     /// Seeded anew by each process, so that nobody can prepare ids that collide.
     hasher: RandomState,
+    epoch: AtomicU64,
 }
 
 impl Default for Store {
@@ -48,6 +50,7 @@ impl Store {
         Self(Arc::new(Inner {
             shards: (0..SHARD_COUNT).map(|_| RwLock::default()).collect(),
             hasher: RandomState::default(),
+            epoch: AtomicU64::new(0),
         }))
     }
 
@@ -101,8 +104,16 @@ impl Store {
         }
     }
 
+    /// How often the store has been cleared. A scan that ends in another epoch than it began in has
+    /// seen what was never there at one time.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.0.epoch.load(Ordering::Acquire)
+    }
+
     /// Removes all records and gives their memory back.
     pub fn clear(&self) {
+        self.0.epoch.fetch_add(1, Ordering::AcqRel);
         for shard in &self.0.shards {
             *shard.write() = Shard::default();
         }

@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, mpsc};
 
 use gradestore::app::{self, Sockets};
-use gradestore::config::{Config, HttpConfig, default_writer_limits};
+use gradestore::config::{ClusterConfig, Config, HttpConfig, default_writer_limits};
 use gradestore::http::Credentials;
 use gradestore::log::{Log, MemoryLog, Origin};
 use gradestore::storage::Storage;
@@ -298,6 +298,7 @@ impl Local {
             http: HttpConfig::default(),
             writer: default_writer_limits(),
             restore_from: None,
+            cluster: ClusterConfig::alone("admin", PASSWORD),
         };
         adjust(&mut config);
         let sockets = Sockets::bind(&config).unwrap();

@@ -6,6 +6,7 @@ use async_nats::HeaderMap;
 use async_nats::jetstream::stream::{Config, StorageType};
 
 use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::broker::{Broker, STREAM, SUBJECT, at, get_at, replica_at, status_where};
 use crate::harness::{Node, Ports, run};
@@ -70,13 +71,14 @@ async fn a_stream_that_is_made_anew_is_another_log() {
     at(&b, 3).await;
 }
 
-#[tokio::test]
-async fn a_replica_that_the_log_has_forgotten_says_so() {
-    let broker = Broker::start().await;
-    let (a, proxy) = cut_off(&broker).await;
+/// Cuts `behind` off, lets `b` write on, and makes the stream forget what came first.
+async fn forgotten(broker: &Broker) -> (Node, Proxy, Node) {
+    let (behind, proxy) = cut_off(broker).await;
     let b = broker.replica().await;
-    for _ in 0..5 {
-        b.set(PATCH).await.position();
+    for spp in 2..7 {
+        b.set(format!(r#"{{"user_id":"x","spp":{spp}}}"#))
+            .await
+            .position();
     }
     let client = broker.client().await;
     let stream = client.get_stream(STREAM).await.unwrap();
@@ -85,15 +87,44 @@ async fn a_replica_that_the_log_has_forgotten_says_so() {
         ..stream.cached_info().config.clone()
     };
     client.update_stream(config).await.unwrap();
-    proxy.set(Rules::default());
-    stopped(&a, "batch 2 is next and the log begins at batch 5").await;
-    assert_eq!(b.set(PATCH).await.position(), 7);
+    (behind, proxy, b)
+}
 
-    // And one that starts now has no way to a whole state.
+#[tokio::test]
+async fn a_replica_that_the_log_has_forgotten_begins_anew_from_a_peer() {
+    let broker = Broker::start().await;
+    let (a, proxy, b) = forgotten(&broker).await;
+    proxy.set(Rules::default());
+    let status = at(&a, 6).await;
+    assert_eq!(status["restore"]["source"], format!("http://{}", b.write));
+    assert_eq!(status["restore"]["stage"], "done");
+    assert_eq!(a.metric("gradestore_resyncs_total").await, Some(1.0));
+    // One that starts now does the same.
+    let late = broker.replica().await;
+    assert_eq!(a.set(PATCH).await.position(), 7);
+    for node in [&a, &b, &late] {
+        assert_eq!(get_at(node, "x", 7).await["spp"], 1);
+        assert_eq!(at(node, 7).await["digest"], at(&a, 7).await["digest"]);
+    }
+}
+
+#[tokio::test]
+async fn without_a_peer_a_forgotten_replica_serves_nothing_and_says_why() {
+    let broker = Broker::start().await;
+    let (a, proxy, b) = forgotten(&broker).await;
+    b.kill();
+    proxy.set(Rules::default());
     let late = Node::launch(&mut replica_at(broker.address)).await;
-    let status = status_where(&late, "no source", |status| status["state"] == "no-source").await;
-    let said = status["reason"].as_str().unwrap();
-    assert!(said.contains("begins at batch 6"), "{said}");
+    for node in [&a, &late] {
+        let no_source = |status: &Value| status["state"] == "no-source";
+        let status = status_where(node, "no source", no_source).await;
+        let said = status["reason"].as_str().unwrap();
+        assert!(said.contains("the log begins at batch 5"), "{said}");
+        assert!(said.contains("start another replica"), "{said}");
+        node.get("x").await.problem(503, "not-ready");
+        node.set(PATCH).await.problem(503, "not-ready");
+        assert_eq!(node.ops("/livez").await.status, 200);
+    }
 }
 
 #[tokio::test]

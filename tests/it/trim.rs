@@ -37,6 +37,7 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
             origin,
             number,
             patches,
+            checkpoint: None,
         })
         .await
         .unwrap();
@@ -48,7 +49,7 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
                 time_ns: 1,
                 rows_expected: 0,
             };
-            snapshots.write(&store, head, || number).unwrap();
+            snapshots.write(&store, head, || Ok(number)).unwrap();
         }
     }
     store

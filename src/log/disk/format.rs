@@ -81,6 +81,7 @@ pub(super) fn read(seq: Seq, value: &[u8]) -> Result<Entry, ReadError> {
             origin: header.origin,
             number: header.number,
             patches,
+            checkpoint: None,
         },
     })
 }

@@ -35,6 +35,7 @@ fn batch(number: u64, patches: usize) -> Batch {
         origin: Origin(7),
         number,
         patches: patches.collect(),
+        checkpoint: None,
     }
 }
 

@@ -8,10 +8,12 @@
 //! - `subscription`: an own pull consumer, made anew at the batch after the last one read, after the
 //!   log has been seen to be the same one still and to hold that batch.
 //! - `message`: a batch as a message; `under_way`: own batches between the broker and the reader.
+//! - `discovery`: how the replicas on one stream find each other.
 //!
 //! What would make a replica follow another history than it began ends reading for good, with the
 //! reason: the stream gone, made anew, cut beyond where this replica is, or shorter than it was.
 
+mod discovery;
 mod link;
 mod message;
 mod publish;
@@ -40,7 +42,10 @@ use self::link::{Backoff, Link, Session};
 use self::stream::Facts;
 use self::subscription::JetStreamSubscription;
 use self::under_way::UnderWay;
-use super::{AppendError, Batch, Counts, Log, LogId, Origin, ReadError, Seq, Subscription};
+use super::{
+    Announce, Announcement, AppendError, Batch, Counts, Extent, Log, LogId, Origin, ReadError, Seq,
+    Subscription,
+};
 
 /// Where batches are sent.
 const SUBJECT: &str = "grades.set";
@@ -71,6 +76,13 @@ pub struct Servers(Vec<ServerAddr>);
 impl Servers {
     fn addresses(&self) -> &[ServerAddr] {
         &self.0
+    }
+
+    /// Host and port of the first one.
+    #[must_use]
+    pub fn first(&self) -> Option<(String, u16)> {
+        let address = self.0.first()?;
+        Some((address.host().to_owned(), address.port()))
     }
 
     /// Name and password, from the first URL that has them.
@@ -182,8 +194,10 @@ impl SetupError {
 /// A log in a stream.
 pub struct JetStreamLog {
     shared: Arc<Shared>,
-    /// Ends the connection with the log.
-    _stop: DropGuard,
+    /// Ends the connection, and what goes through it.
+    stop: CancellationToken,
+    /// Does so with the log.
+    _guard: DropGuard,
 }
 
 /// What the log, its connection and its reader share.
@@ -248,7 +262,8 @@ impl JetStreamLog {
         tokio::spawn(link::keep(Arc::clone(&shared), session, stop.clone()));
         Ok(Self {
             shared,
-            _stop: stop.drop_guard(),
+            stop: stop.clone(),
+            _guard: stop.drop_guard(),
         })
     }
 
@@ -340,9 +355,37 @@ impl Shared {
         })
     }
 
-    /// The log can't be followed any more, for good.
+    /// The log can't be followed any more, for good; unless it is only that a reader has fallen
+    /// behind it, which may begin again with a newer backup.
     fn lose(&self, error: &ReadError) {
-        self.link.send_replace(Link::Lost(error.clone()));
+        if !matches!(error, ReadError::Trimmed { .. }) {
+            self.link.send_replace(Link::Lost(error.clone()));
+        }
+    }
+
+    /// Looks at the stream until it has been seen.
+    async fn look_now(&self) -> Result<Extent, ReadError> {
+        let mut backoff = Backoff::new();
+        loop {
+            let session = self.next_session().await?;
+            let looked = tokio::select! {
+                looked = self.look(&session) => looked,
+                () = session.ended.cancelled() => continue,
+            };
+            match looked {
+                Ok(facts) => {
+                    return Ok(Extent {
+                        first: facts.first,
+                        end: facts.last,
+                    });
+                }
+                Err(Trouble::Final(error)) => {
+                    self.lose(&error);
+                    return Err(error);
+                }
+                Err(Trouble::Passing(_)) => backoff.pause().await,
+            }
+        }
     }
 
     /// Looks at the stream: whether it is the one that this log began with, and how far it goes.
@@ -415,6 +458,43 @@ impl Log for JetStreamLog {
         time_ns: u64,
     ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
         self.shared.read_from(after + 1, Some(time_ns)).boxed()
+    }
+
+    fn look(&self) -> BoxFuture<'_, Result<Extent, ReadError>> {
+        self.shared.look_now().boxed()
+    }
+
+    fn announce(&self, announce: Announce) {
+        let stop = self.stop.child_token();
+        tokio::spawn(discovery::announce(
+            Arc::clone(&self.shared),
+            announce,
+            stop,
+        ));
+    }
+
+    fn peers(&self) -> BoxFuture<'_, Vec<Announcement>> {
+        async {
+            let Ok(session) = self.shared.session() else {
+                return Vec::new();
+            };
+            match discovery::ask(&session).await {
+                Ok(mut found) => {
+                    let me = self.shared.origin.to_string();
+                    found.retain(|said| *said.node != *me && said.log_id == self.shared.id.0);
+                    found
+                }
+                Err(error) => {
+                    tracing::debug!(error, "replicas not asked");
+                    Vec::new()
+                }
+            }
+        }
+        .boxed()
+    }
+
+    fn shared(&self) -> bool {
+        true
     }
 
     fn counts(&self) -> Counts {

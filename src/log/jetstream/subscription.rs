@@ -14,7 +14,7 @@ use futures_util::{FutureExt, StreamExt};
 use super::link::{Backoff, Session};
 use super::message::{self, Label};
 use super::{Shared, Trouble};
-use crate::log::{Batch, Entry, Origin, ReadError, Seq, Subscription};
+use crate::log::{Batch, Entry, ReadError, Seq, Subscription};
 
 /// What is asked of the broker at once. It bounds what waits in memory: twice this, as more is asked
 /// for when half has come. The largest message that the stream takes is far smaller.
@@ -171,14 +171,14 @@ impl JetStreamSubscription {
         let poisoned = |why: &str| {
             self.shared.counts.poisoned.fetch_add(1, Ordering::Relaxed);
             tracing::error!(seq, why, "message skipped");
-            Batch {
-                origin: Origin::NOBODY,
-                number: 0,
-                patches: Arc::default(),
-            }
+            Batch::nothing()
         };
-        let (origin, number) = match message::label(message.headers.as_ref()) {
-            Label::Known { origin, number } => (origin, number),
+        let (origin, number, checkpoint) = match message::label(message.headers.as_ref()) {
+            Label::Known {
+                origin,
+                number,
+                checkpoint,
+            } => (origin, number, checkpoint),
             Label::Newer(format) => return Err(ReadError::NewerFormat { seq, format }),
             Label::Broken => return Ok(poisoned("its Grade-Format is no number from 1 up")),
         };
@@ -192,6 +192,7 @@ impl JetStreamSubscription {
                 origin,
                 number,
                 patches,
+                checkpoint,
             },
             Err(why) => poisoned(&why),
         })

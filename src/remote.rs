@@ -1,0 +1,243 @@
+//! Another node's backup, asked for over HTTP and read as it arrives.
+
+use std::fmt;
+use std::io::{self, Read};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, StatusCode};
+use tokio::sync::mpsc;
+
+use crate::log::Seq;
+
+/// The header that says a position, in an answer to a write or with a backup, and in a read that
+/// wants to see it.
+pub const GRADE_POSITION: HeaderName = HeaderName::from_static("grade-position");
+/// The header that says which process start a backup comes from.
+pub const GRADE_NODE: HeaderName = HeaderName::from_static("grade-node");
+
+/// Parts of an answer between the network and who reads it.
+const PARTS_MAX: usize = 16;
+/// Of an error answer no more than this is shown.
+const SHOWN_CHARS_MAX: usize = 500;
+/// Nor more than this read.
+const ERROR_BYTES_MAX: usize = 64 * 1024;
+
+/// Why a backup did not arrive.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoteError {
+    /// The node can't be asked or broke off.
+    #[error("{url}: {error}")]
+    Http {
+        /// What was asked.
+        url: String,
+        /// What went wrong.
+        error: String,
+    },
+    /// The node said no.
+    #[error("{url} answered {status}: {body}")]
+    Refused {
+        /// What was asked.
+        url: String,
+        /// The status.
+        status: u16,
+        /// The answer.
+        body: String,
+    },
+}
+
+/// A name and a password to ask with. Never printed.
+#[derive(Clone)]
+pub struct Account {
+    /// The name.
+    pub username: Arc<str>,
+    /// The password.
+    pub password: Arc<str>,
+}
+
+impl fmt::Debug for Account {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Account(..)")
+    }
+}
+
+/// Asks nodes.
+#[derive(Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    account: Account,
+}
+
+/// What a node says of a backup before the first row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// Its position; `None` where the answer does not say, as a foreign server's would not.
+    pub position: Option<Seq>,
+    /// The process start that it comes from.
+    pub node: Option<Box<str>>,
+}
+
+impl Offer {
+    fn of(headers: &HeaderMap) -> Self {
+        let text = |name| headers.get(name)?.to_str().ok();
+        Self {
+            position: text(GRADE_POSITION).and_then(|position| position.parse().ok()),
+            node: text(GRADE_NODE).map(Into::into),
+        }
+    }
+}
+
+impl Client {
+    /// One that takes a node for away after `silence_max` without a byte from it.
+    ///
+    /// # Errors
+    /// The system refused.
+    pub fn new(account: Account, silence_max: Duration) -> Result<Self, reqwest::Error> {
+        let http = reqwest::Client::builder()
+            .connect_timeout(silence_max)
+            .read_timeout(silence_max)
+            // The password is for the node that was named.
+            .redirect(reqwest::redirect::Policy::none())
+            .build()?;
+        Ok(Self { http, account })
+    }
+
+    /// Asks for the backup of the node whose write port is at `node_url`.
+    ///
+    /// # Errors
+    /// It does not answer, or not with a backup.
+    pub async fn backup(&self, node_url: &str) -> Result<Download, RemoteError> {
+        let url = format!("{node_url}/backup");
+        let response = self.ask(reqwest::Method::GET, &url).await?;
+        Ok(Download {
+            offer: Offer::of(response.headers()),
+            url,
+            response,
+        })
+    }
+
+    /// Asks what backup that node would give.
+    ///
+    /// # Errors
+    /// It does not answer, or would give none.
+    pub async fn offer(&self, node_url: &str) -> Result<Offer, RemoteError> {
+        let url = format!("{node_url}/backup");
+        let response = self.ask(reqwest::Method::HEAD, &url).await?;
+        Ok(Offer::of(response.headers()))
+    }
+
+    async fn ask(
+        &self,
+        method: reqwest::Method,
+        url: &str,
+    ) -> Result<reqwest::Response, RemoteError> {
+        let Account { username, password } = &self.account;
+        let request = self.http.request(method, url);
+        let request = request.basic_auth(username, Some(password));
+        let mut response = request.send().await.map_err(|error| failed(url, &error))?;
+        let status = response.status();
+        if status == StatusCode::OK {
+            return Ok(response);
+        }
+        let mut body = Vec::new();
+        while let Ok(Some(part)) = response.chunk().await
+            && body.len() < ERROR_BYTES_MAX
+        {
+            body.extend_from_slice(&part);
+        }
+        let body = String::from_utf8_lossy(&body);
+        Err(RemoteError::Refused {
+            url: url.to_owned(),
+            status: status.as_u16(),
+            body: body.chars().take(SHOWN_CHARS_MAX).collect(),
+        })
+    }
+}
+
+/// A backup on its way.
+pub struct Download {
+    /// What the node said of it.
+    pub offer: Offer,
+    /// Where it comes from.
+    pub url: String,
+    response: reqwest::Response,
+}
+
+impl Download {
+    /// Passes on what arrives, to the end: first to `also`, then to who reads. Ends early where
+    /// nobody reads any more.
+    ///
+    /// # Errors
+    /// The node broke off or fell silent, or what `also` says.
+    pub async fn pass_on<E: From<RemoteError>>(
+        mut self,
+        parts: PartSender,
+        mut also: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        loop {
+            let part = self.response.chunk().await;
+            let part = part.map_err(|error| failed(&self.url, &error))?;
+            let Some(part) = part else {
+                return Ok(());
+            };
+            also(&part)?;
+            if parts.0.send(part).await.is_err() {
+                // The reader has seen enough, and says what.
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn failed(url: &str, error: &reqwest::Error) -> RemoteError {
+    RemoteError::Http {
+        url: url.to_owned(),
+        error: cause(error),
+    }
+}
+
+/// An error with what caused it: the outermost says only that something failed.
+fn cause(error: &reqwest::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+/// Where parts of an answer are handed in. Dropping it ends the [`Parts`].
+pub struct PartSender(mpsc::Sender<Bytes>);
+
+/// Parts of an answer, as a reader for a thread that may block.
+pub struct Parts {
+    received: mpsc::Receiver<Bytes>,
+    current: Bytes,
+}
+
+impl Parts {
+    /// A reader of what is handed in; a few parts wait between the two.
+    #[must_use]
+    pub fn channel() -> (PartSender, Self) {
+        let (sender, received) = mpsc::channel(PARTS_MAX);
+        let current = Bytes::new();
+        (PartSender(sender), Self { received, current })
+    }
+}
+
+impl Read for Parts {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        while self.current.is_empty() {
+            match self.received.blocking_recv() {
+                Some(part) => self.current = part,
+                None => return Ok(0),
+            }
+        }
+        let length = room.len().min(self.current.len());
+        let (from, to) = (self.current.split_to(length), room.get_mut(..length));
+        to.unwrap_or_default().copy_from_slice(&from);
+        Ok(length)
+    }
+}

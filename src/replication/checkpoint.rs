@@ -1,0 +1,349 @@
+//! Whether replicas that must be equal are.
+//!
+//! A batch may carry a [`Checkpoint`]: a position and what its sender's digest was there. Such a
+//! batch is a *mark*: every replica notes its own digest right after it. The next checkpoint, whoever
+//! sends it, speaks of the last mark, so all replicas compare at exactly one position, and none needs
+//! to remember a digest for every batch. After writes have ended, each replica speaks of the last
+//! mark once more and then all are silent.
+//!
+//! When a checkpoint says otherwise than a replica's own digest, at least one of them is wrong and
+//! nobody knows which. Whoever notices is not ready from then on and speaks of that mark, again and
+//! again, so that others notice too. A checkpoint that the log takes [`SETTLE_AFTER`] later settles
+//! it: what most replicas said holds, and of two with as many voices that which was said first. Who
+//! holds otherwise begins anew from a peer. Three replicas therefore outvote one; of two, nobody could
+//! say which is right.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use metrics::Counter;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::grade::Digest;
+use crate::log::{Checkpoint, Origin, Seq};
+
+/// How long all have to say what they hold, by the log's clock: some round trips, and a broker that
+/// was away for a moment.
+pub const SETTLE_AFTER: Duration = Duration::from_secs(2);
+/// How many marks are remembered. With a checkpoint a replica and interval, those of some rounds.
+const MARKS_MAX: usize = 64;
+/// How often a replica speaks during a dispute.
+const DISPUTE_INTERVAL: Duration = Duration::from_millis(500);
+
+/// What a replica has heard of its peers' states and is to say of its own. Clones are the same.
+#[derive(Clone)]
+pub struct Checkpoints(Arc<Inner>);
+
+struct Inner {
+    me: Origin,
+    /// How often this replica speaks; `None` where nobody would listen.
+    interval: Option<Duration>,
+    /// Whether patches have been applied since the last mark.
+    changed: AtomicBool,
+    state: Mutex<State>,
+    /// Something is to be said sooner than it was.
+    sooner: Notify,
+    metrics: CheckpointMetrics,
+}
+
+/// Handles of what is measured about checkpoints.
+#[derive(Clone)]
+pub struct CheckpointMetrics {
+    /// Checkpoints of others compared with the own digest.
+    pub compared: Counter,
+    /// Those that said otherwise.
+    pub divergences: Counter,
+}
+
+impl CheckpointMetrics {
+    /// Handles that count nothing.
+    #[must_use]
+    pub fn noop() -> Self {
+        Self {
+            compared: Counter::noop(),
+            divergences: Counter::noop(),
+        }
+    }
+}
+
+struct State {
+    /// From here on the state is whole: before, a restored store may hold effects of later batches.
+    whole_from: Seq,
+    /// The last marks, the oldest first.
+    marks: VecDeque<Mark>,
+    /// The newest mark that has patches before it and that this replica has not spoken of.
+    unspoken: Option<Seq>,
+    dispute: Option<Dispute>,
+    /// When this replica is to speak next.
+    next: Instant,
+}
+
+struct Mark {
+    position: Seq,
+    /// This replica's own.
+    digest: Digest,
+    /// What was said, the first first; one voice a replica.
+    voices: Vec<(Origin, Digest)>,
+}
+
+struct Dispute {
+    position: Seq,
+    /// When it is settled, by the log's clock.
+    until_ns: u64,
+}
+
+/// A batch with a checkpoint, at its place in the log.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Heard {
+    /// The place.
+    pub seq: Seq,
+    /// The log's time of it, in nanoseconds since 1970.
+    pub time_ns: u64,
+    /// Who speaks.
+    pub origin: Origin,
+    /// What it says.
+    pub checkpoint: Checkpoint,
+}
+
+/// What follows from a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Nothing new.
+    Nothing,
+    /// Another replica holds something else.
+    Disputed {
+        /// What this replica held there.
+        own: Digest,
+        /// What the other did.
+        other: Digest,
+    },
+    /// The dispute is over and this replica's state holds.
+    Upheld,
+    /// The dispute is over and this replica's state does not hold.
+    Overruled {
+        /// Where it differed.
+        position: Seq,
+        /// What it held there.
+        own: Digest,
+        /// What holds.
+        agreed: Digest,
+    },
+}
+
+impl Checkpoints {
+    /// For the replica `me`, which speaks every `interval`, if at all.
+    #[must_use]
+    pub fn new(me: Origin, interval: Option<Duration>, metrics: CheckpointMetrics) -> Self {
+        Self(Arc::new(Inner {
+            me,
+            interval,
+            changed: AtomicBool::new(false),
+            state: Mutex::new(State {
+                whole_from: 0,
+                marks: VecDeque::new(),
+                unspoken: None,
+                dispute: None,
+                next: next(interval),
+            }),
+            sooner: Notify::new(),
+            metrics,
+        }))
+    }
+
+    /// The state was made anew and is whole from batch `whole_from` on.
+    pub fn begin(&self, whole_from: Seq) {
+        let mut state = self.0.state.lock();
+        state.whole_from = whole_from;
+        state.marks.clear();
+        state.unspoken = None;
+        state.dispute = None;
+        state.next = next(self.0.interval);
+        self.0.changed.store(false, Ordering::Relaxed);
+    }
+
+    /// A batch that sets something was applied.
+    pub(super) fn changed(&self) {
+        self.0.changed.store(true, Ordering::Relaxed);
+    }
+
+    /// A batch with a checkpoint was applied; `digest` is this replica's right after it. Only the
+    /// log's reader calls this.
+    pub(super) fn hear(&self, heard: Heard, digest: impl FnOnce() -> Digest) -> Verdict {
+        let mut state = self.0.state.lock();
+        if state.whole_from > heard.seq {
+            return Verdict::Nothing;
+        }
+        let disputed = self.compare(&mut state, &heard);
+        let verdict = match disputed {
+            Verdict::Nothing => state.settle(heard.time_ns),
+            disputed => disputed,
+        };
+        if state.marks.len() == MARKS_MAX {
+            state.marks.pop_front();
+        }
+        state.marks.push_back(Mark {
+            position: heard.seq,
+            digest: digest(),
+            voices: Vec::new(),
+        });
+        if self.0.changed.swap(false, Ordering::Relaxed) {
+            state.unspoken = Some(heard.seq);
+        }
+        if matches!(verdict, Verdict::Disputed { .. }) {
+            state.next = Instant::now();
+            self.0.sooner.notify_one();
+        }
+        verdict
+    }
+
+    fn compare(&self, state: &mut State, heard: &Heard) -> Verdict {
+        let Checkpoint { position, digest } = heard.checkpoint;
+        let mine = heard.origin == self.0.me;
+        if mine && state.unspoken.is_some_and(|unspoken| unspoken <= position) {
+            state.unspoken = None;
+        }
+        let mut marks = state.marks.iter_mut();
+        let Some(mark) = marks.find(|mark| mark.position == position) else {
+            return Verdict::Nothing;
+        };
+        if mark
+            .voices
+            .iter()
+            .all(|(origin, _)| *origin != heard.origin)
+        {
+            mark.voices.push((heard.origin, digest));
+            if !mine {
+                self.0.metrics.compared.increment(1);
+            }
+        }
+        if digest == mark.digest || mine {
+            return Verdict::Nothing;
+        }
+        self.0.metrics.divergences.increment(1);
+        if state.dispute.is_some() {
+            return Verdict::Nothing;
+        }
+        let settle_after_ns = SETTLE_AFTER.as_nanos() as u64;
+        state.dispute = Some(Dispute {
+            position,
+            until_ns: heard.time_ns.saturating_add(settle_after_ns),
+        });
+        Verdict::Disputed {
+            own: mark.digest,
+            other: digest,
+        }
+    }
+
+    /// Resolves when this replica is to send a checkpoint. Cancel-safe.
+    pub(super) async fn due(&self) {
+        let Some(interval) = self.0.interval else {
+            return std::future::pending().await;
+        };
+        loop {
+            let next = {
+                let mut state = self.0.state.lock();
+                let now = Instant::now();
+                let anything = state.dispute.is_some()
+                    || state.unspoken.is_some()
+                    || self.0.changed.load(Ordering::Relaxed);
+                if state.next <= now && anything {
+                    return;
+                }
+                if state.next <= now {
+                    state.next = now + jittered(interval);
+                }
+                state.next
+            };
+            tokio::select! {
+                () = tokio::time::sleep_until(next) => {}
+                () = self.0.sooner.notified() => {}
+            }
+        }
+    }
+
+    /// What the batch that is made now is to say, if it is time to say something.
+    pub(super) fn speak(&self) -> Option<Checkpoint> {
+        let interval = self.0.interval?;
+        let mut state = self.0.state.lock();
+        let now = Instant::now();
+        if state.next > now {
+            return None;
+        }
+        let (about, pause) = match &state.dispute {
+            Some(dispute) => (state.mark(dispute.position), DISPUTE_INTERVAL),
+            None => (state.marks.back(), jittered(interval)),
+        };
+        let checkpoint = match about {
+            Some(mark) => Checkpoint {
+                position: mark.position,
+                digest: mark.digest,
+            },
+            // Before the first mark, what everyone knows: nothing is there before the first batch.
+            None => Checkpoint {
+                position: 0,
+                digest: Digest::default(),
+            },
+        };
+        state.next = now + pause;
+        Some(checkpoint)
+    }
+}
+
+impl State {
+    fn mark(&self, position: Seq) -> Option<&Mark> {
+        self.marks.iter().find(|mark| mark.position == position)
+    }
+
+    /// Ends the dispute, if it is time.
+    fn settle(&mut self, now_ns: u64) -> Verdict {
+        let Some(dispute) = self.dispute.take_if(|dispute| dispute.until_ns <= now_ns) else {
+            return Verdict::Nothing;
+        };
+        let marks = std::mem::take(&mut self.marks);
+        // What is said of marks before this place is part of the dispute and over with it.
+        let Some(mark) = marks
+            .into_iter()
+            .find(|mark| mark.position == dispute.position)
+        else {
+            return Verdict::Upheld;
+        };
+        let said = |digest: Digest| {
+            mark.voices
+                .iter()
+                .filter(|(_, said)| *said == digest)
+                .count()
+        };
+        let mut agreed = mark.digest;
+        let mut most = 0;
+        for (_, digest) in &mark.voices {
+            if said(*digest) > most {
+                (agreed, most) = (*digest, said(*digest));
+            }
+        }
+        match agreed == mark.digest {
+            true => Verdict::Upheld,
+            false => Verdict::Overruled {
+                position: mark.position,
+                own: mark.digest,
+                agreed,
+            },
+        }
+    }
+}
+
+fn next(interval: Option<Duration>) -> Instant {
+    Instant::now() + interval.map(jittered).unwrap_or_default()
+}
+
+/// Three quarters of `interval` to five: replicas that began together don't speak together.
+fn jittered(interval: Duration) -> Duration {
+    let mut bytes = [0; 4];
+    // Without random bytes they do.
+    let _ = getrandom::fill(&mut bytes);
+    let part = f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX);
+    interval.mul_f64(0.75 + part / 2.0)
+}

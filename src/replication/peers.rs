@@ -1,0 +1,148 @@
+//! The other replicas on this log: those that the broker knows of and those given by hand.
+
+use std::cmp::Reverse;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use crate::log::{Log, Origin, Seq};
+use crate::remote::{Account, Client, Download, RemoteError};
+
+/// How often the others are asked.
+const ASK_EVERY: Duration = Duration::from_secs(5);
+/// How long a peer may be silent before it is taken for away.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// How long one that was given by hand may take to say how far it is.
+const OFFER_WAIT_MAX: Duration = Duration::from_secs(2);
+/// What a peer that gives backups says of itself.
+const READY: &str = "ready";
+
+/// Another replica, as it was when it was last asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Peer {
+    /// Where its write port is reached.
+    pub url: Box<str>,
+    /// Its process start; `null` while one given by hand has not answered.
+    pub node: Option<Box<str>>,
+    /// Its program's version, where the broker told.
+    pub version: Option<Box<str>>,
+    /// `ready`, or why not in a word or more.
+    pub state: Box<str>,
+    /// The last batch that it had applied.
+    pub position: Option<Seq>,
+}
+
+impl Peer {
+    /// Whether it would give a backup.
+    #[must_use]
+    pub fn ready(&self) -> bool {
+        &*self.state == READY
+    }
+}
+
+/// Finds the other replicas. Clones are the same.
+#[derive(Clone)]
+pub struct Peers(Arc<Inner>);
+
+struct Inner {
+    me: Box<str>,
+    log: Arc<dyn Log>,
+    by_hand: Vec<String>,
+    client: Client,
+    known: Mutex<Vec<Peer>>,
+}
+
+impl Peers {
+    /// Those on `log`, and those whose write ports are at `by_hand`; asked with `account`.
+    ///
+    /// # Errors
+    /// The system refused.
+    pub fn new(
+        me: Origin,
+        log: Arc<dyn Log>,
+        by_hand: Vec<String>,
+        account: Account,
+    ) -> Result<Self, reqwest::Error> {
+        Ok(Self(Arc::new(Inner {
+            me: me.to_string().into(),
+            log,
+            by_hand,
+            client: Client::new(account, SILENCE_MAX)?,
+            known: Mutex::default(),
+        })))
+    }
+
+    /// Those that answered last time.
+    #[must_use]
+    pub fn known(&self) -> Vec<Peer> {
+        self.0.known.lock().clone()
+    }
+
+    /// Asks all of them; the one that is furthest comes first.
+    pub async fn ask(&self) -> Vec<Peer> {
+        let offers = join_all(self.0.by_hand.iter().map(|url| self.ask_by_hand(url)));
+        let (announced, offers) = tokio::join!(self.0.log.peers(), offers);
+        let mut found: Vec<Peer> = announced
+            .into_iter()
+            .map(|said| Peer {
+                url: said.url,
+                node: Some(said.node),
+                version: Some(said.version),
+                state: said.state,
+                position: Some(said.position),
+            })
+            .collect();
+        for offer in offers {
+            let known = |peer: &Peer| peer.url == offer.url || peer.node == offer.node;
+            let itself = offer.node.as_ref() == Some(&self.0.me);
+            if !itself && (offer.node.is_none() || !found.iter().any(known)) {
+                found.push(offer);
+            }
+        }
+        found.sort_by_key(|peer| Reverse((peer.ready(), peer.position)));
+        self.0.known.lock().clone_from(&found);
+        found
+    }
+
+    /// Asks them now and then, for ever.
+    pub async fn watch(&self) {
+        if !self.0.log.shared() && self.0.by_hand.is_empty() {
+            return;
+        }
+        let mut every = tokio::time::interval(ASK_EVERY);
+        loop {
+            every.tick().await;
+            self.ask().await;
+        }
+    }
+
+    /// Begins to fetch the backup of `peer`.
+    pub(super) async fn backup(&self, peer: &Peer) -> Result<Download, RemoteError> {
+        self.0.client.backup(&peer.url).await
+    }
+
+    /// Whether `node` is this process.
+    pub(super) fn is_me(&self, node: &str) -> bool {
+        *self.0.me == *node
+    }
+
+    async fn ask_by_hand(&self, url: &str) -> Peer {
+        let offer = tokio::time::timeout(OFFER_WAIT_MAX, self.0.client.offer(url));
+        let (node, position, state) = match offer.await {
+            Ok(Ok(offer)) => (offer.node, offer.position, READY.into()),
+            Ok(Err(RemoteError::Refused { status: 503, .. })) => (None, None, "not ready".into()),
+            Ok(Err(error)) => (None, None, error.to_string().into()),
+            Err(_elapsed) => (None, None, "silent".into()),
+        };
+        Peer {
+            url: url.into(),
+            node,
+            version: None,
+            state,
+            position,
+        }
+    }
+}
