@@ -43,6 +43,12 @@ impl Origin {
         Ok(Self(u128::from_le_bytes(bytes)))
     }
 
+    /// One that a test can tell from others.
+    #[cfg(test)]
+    pub(crate) fn of(id: u128) -> Self {
+        Self(id)
+    }
+
     /// Reads what displaying one writes.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         hex::parse(text).map(Self)

@@ -347,3 +347,136 @@ fn jittered(interval: Duration) -> Duration {
     let part = f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX);
     interval.mul_f64(0.75 + part / 2.0)
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    const INTERVAL: Duration = Duration::from_secs(10);
+
+    /// A log, and replicas that apply it in step.
+    struct Cluster {
+        seq: Seq,
+        time_ns: u64,
+        replicas: Vec<(Origin, Checkpoints, Digest)>,
+    }
+
+    impl Cluster {
+        fn of(replicas: u128) -> Self {
+            let replica = |id| {
+                let metrics = CheckpointMetrics::noop();
+                let checkpoints = Checkpoints::new(Origin::of(id), Some(INTERVAL), metrics);
+                (Origin::of(id), checkpoints, Digest(7))
+            };
+            Self {
+                seq: 0,
+                time_ns: 1,
+                replicas: (1..=replicas).map(replica).collect(),
+            }
+        }
+
+        fn write(&mut self) {
+            self.seq += 1;
+            for (_, checkpoints, digest) in &mut self.replicas {
+                digest.0 += 1;
+                checkpoints.changed();
+            }
+        }
+
+        /// Lets `speaker` say what it has to, if anything; what the others make of it.
+        fn speak(&mut self, speaker: usize) -> Option<Vec<Verdict>> {
+            let (origin, checkpoints, _) = &self.replicas[speaker];
+            checkpoints.due().now_or_never()?;
+            let checkpoint = checkpoints.speak()?;
+            self.seq += 1;
+            let heard = Heard {
+                seq: self.seq,
+                time_ns: self.time_ns,
+                origin: *origin,
+                checkpoint,
+            };
+            let hear = |(_, checkpoints, digest): &(_, Checkpoints, Digest)| {
+                checkpoints.hear(heard, || *digest)
+            };
+            Some(self.replicas.iter().map(hear).collect())
+        }
+
+        async fn pass(&mut self, time: Duration) {
+            tokio::time::advance(time).await;
+            self.time_ns += time.as_nanos() as u64;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_nothing_to_say_is_silent() {
+        let mut cluster = Cluster::of(3);
+        let mut said = 0;
+        for round in 0..20 {
+            if round == 5 || round == 12 {
+                cluster.write();
+            }
+            cluster.pass(INTERVAL * 2).await;
+            for speaker in 0..3 {
+                if let Some(verdicts) = cluster.speak(speaker) {
+                    assert_eq!(verdicts, [Verdict::Nothing; 3]);
+                    said += 1;
+                }
+            }
+        }
+        // One says that something has changed, then each speaks of that mark.
+        assert_eq!(said, 2 * 4);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn most_voices_win_and_of_as_many_the_first() {
+        // The first of them is the one that differs. Who speaks first makes the mark, who speaks
+        // second is the first to speak of it.
+        for (order, overruled) in [
+            (&[0, 1][..], 0),
+            (&[1, 0], 1),
+            (&[0, 1, 2], 0),
+            (&[2, 1, 0], 0),
+            (&[1, 0, 2], 0),
+            (&[4, 0, 3, 2, 1], 0),
+        ] {
+            let mut cluster = Cluster::of(order.len() as u128);
+            cluster.replicas[0].2.0 += 100;
+            cluster.write();
+            cluster.pass(INTERVAL * 2).await;
+            let mut settled = vec![None; order.len()];
+            while settled.contains(&None) {
+                for speaker in order {
+                    let verdicts = cluster.speak(*speaker).unwrap_or_default();
+                    for (verdict, settled) in verdicts.into_iter().zip(&mut settled) {
+                        match verdict {
+                            Verdict::Upheld | Verdict::Overruled { .. } => {
+                                settled.get_or_insert(verdict);
+                            }
+                            Verdict::Disputed { .. } | Verdict::Nothing => {}
+                        }
+                    }
+                }
+                cluster.pass(DISPUTE_INTERVAL).await;
+            }
+            for (index, verdict) in settled.into_iter().enumerate() {
+                let upheld = verdict == Some(Verdict::Upheld);
+                assert_eq!(upheld, index != overruled, "{order:?}: {index}");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_state_that_is_not_whole_yet_is_not_compared() {
+        let mut cluster = Cluster::of(2);
+        cluster.write();
+        cluster.replicas[1].1.begin(5);
+        cluster.replicas[1].2.0 += 100;
+        for _ in 0..3 {
+            cluster.pass(INTERVAL * 2).await;
+            assert_eq!(cluster.speak(0), Some(vec![Verdict::Nothing; 2]));
+            cluster.write();
+        }
+    }
+}

@@ -12,7 +12,7 @@ use crate::log::{Log, Origin, Seq};
 use crate::remote::{Account, Client, Download, RemoteError};
 
 /// How often the others are asked.
-const ASK_EVERY: Duration = Duration::from_secs(5);
+const ASK_EVERY: Duration = Duration::from_secs(2);
 /// How long a peer may be silent before it is taken for away.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// How long one that was given by hand may take to say how far it is.

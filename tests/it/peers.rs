@@ -1,0 +1,149 @@
+//! Replicas know of each other, through the broker and by hand.
+
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+
+use crate::broker::{Broker, replica_at, status_where};
+use crate::harness::{Node, PASSWORD, Ports, program};
+use crate::wire::{eventually, in_time};
+
+/// Waits until a node lists exactly these others as ready.
+async fn lists(node: &Ports, others: &[&Ports]) -> Value {
+    let mut wanted: Vec<String> = others.iter().map(|other| url(other)).collect();
+    wanted.sort();
+    status_where(node, "its peers", |status| {
+        let peers = status["peers"].as_array().unwrap();
+        let ready = peers.iter().filter(|peer| peer["state"] == "ready");
+        let mut urls: Vec<_> = ready.map(|peer| peer["url"].as_str().unwrap()).collect();
+        urls.sort_unstable();
+        urls == wanted && peers.len() == wanted.len()
+    })
+    .await
+}
+
+fn url(node: &Ports) -> String {
+    format!("http://{}", node.write)
+}
+
+#[tokio::test]
+async fn replicas_list_each_other_and_forget_who_is_gone() {
+    let broker = Broker::start().await;
+    let [a, b, c] = broker.replicas().await;
+    let position = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
+    lists(&b, &[&a, &c]).await;
+    lists(&c, &[&a, &b]).await;
+    let status = status_where(&a, "peers at its position", |status| {
+        let peers = status["peers"].as_array().unwrap();
+        peers.len() == 2 && peers.iter().all(|peer| peer["position"] == position)
+    })
+    .await;
+    let node = b.ops("/status").await.json()["node"].clone();
+    let peers = status["peers"].as_array().unwrap();
+    let b_seen = peers.iter().find(|peer| peer["node"] == node).unwrap();
+    assert_eq!(b_seen["url"], url(&b));
+    assert_eq!(b_seen["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(a.metric("gradestore_peers_ready").await, Some(2.0));
+    c.kill();
+    lists(&a, &[&b]).await;
+    b.end().await;
+    lists(&a, &[]).await;
+}
+
+#[tokio::test]
+async fn the_brokers_own_tools_see_the_replicas() {
+    let broker = Broker::start().await;
+    let [a] = broker.replicas().await;
+    let position = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
+    let status = a.ops("/status").await.json();
+    let client = broker.client().await.client();
+    let ask = async |subject: String| {
+        let answer = in_time(&subject, client.request(subject.clone(), "".into())).await;
+        serde_json::from_slice::<Value>(&answer.unwrap().payload).unwrap()
+    };
+    // As `nats micro ls`, `info` and `stats` do.
+    let info = eventually("an answer", async || {
+        let inbox = client.new_inbox();
+        let mut answers = client.subscribe(inbox.clone()).await.unwrap();
+        let asked = client.publish_with_reply("$SRV.INFO.gradestore", inbox, "".into());
+        asked.await.unwrap();
+        let answer = in_time("an answer", answers.next()).await.unwrap();
+        serde_json::from_slice::<Value>(&answer.payload).ok()
+    })
+    .await;
+    assert_eq!(info["name"], "gradestore");
+    assert_eq!(info["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(info["metadata"]["url"], url(&a));
+    assert_eq!(info["metadata"]["node"], status["node"]);
+    assert_eq!(info["metadata"]["log"], status["log_id"]);
+    let said = json!({
+        "node": status["node"],
+        "version": env!("CARGO_PKG_VERSION"),
+        "log_id": status["log_id"],
+        "url": url(&a),
+        "state": "ready",
+        "position": position,
+    });
+    let stats = ask("$SRV.STATS.gradestore".to_owned()).await;
+    assert_eq!(stats["endpoints"][0]["data"], said);
+    let node = status["node"].as_str().unwrap();
+    assert_eq!(ask(format!("gradestore.status.{node}")).await, said);
+}
+
+#[tokio::test]
+async fn peers_are_found_again_after_the_broker_was_away() {
+    let mut broker = Broker::start().await;
+    let [a, b] = broker.replicas().await;
+    lists(&a, &[&b]).await;
+    broker.kill();
+    lists(&a, &[]).await;
+    broker.restart().await;
+    lists(&a, &[&b]).await;
+    lists(&b, &[&a]).await;
+}
+
+#[tokio::test]
+async fn a_peer_given_by_hand_is_listed_as_well_and_nobody_twice() {
+    let broker = Broker::start().await;
+    let [a] = broker.replicas().await;
+    let away = "http://127.0.0.1:1";
+    let mut command = replica_at(broker.address);
+    command.args(["--peer", away, "--peer", &url(&a)]);
+    let b = Node::start_with(&mut command).await;
+    let status = status_where(&b, "both", |status| {
+        status["peers"].as_array().unwrap().len() == 2
+    })
+    .await;
+    assert_eq!(status["peers"][0]["url"], url(&a));
+    assert_eq!(status["peers"][0]["state"], "ready");
+    assert_eq!(status["peers"][1]["url"], away);
+    assert_eq!(status["peers"][1]["node"], Value::Null);
+    let why = status["peers"][1]["state"].as_str().unwrap();
+    assert!(why.contains("127.0.0.1:1"), "{why}");
+}
+
+#[tokio::test]
+async fn a_replica_tells_where_it_is_reached() {
+    let broker = Broker::start().await;
+    let mut command = replica_at(broker.address);
+    command.args(["--advertise-url", "http://grades-0.example:8080/"]);
+    let named = Node::start_with(&mut command).await;
+    // One that listens everywhere is reached where the way to the broker begins.
+    let mut command = program();
+    command.env("GRADESTORE_PASSWORD", PASSWORD);
+    command.args(["--nats-url", &broker.address.to_string()]);
+    command.args(["--write-addr", "0.0.0.0:0"]);
+    command.args(["--read-addr", "127.0.0.1:0", "--ops-addr", "127.0.0.1:0"]);
+    let everywhere = Node::start_with(&mut command).await;
+    let port = everywhere.write.port();
+    let status = status_where(&named, "the other", |status| {
+        status["peers"].as_array().unwrap().len() == 1
+    })
+    .await;
+    let reached = format!("http://127.0.0.1:{port}");
+    assert_eq!(status["peers"][0]["url"], reached);
+    let status = status_where(&everywhere, "the other", |status| {
+        status["peers"].as_array().unwrap().len() == 1
+    })
+    .await;
+    assert_eq!(status["peers"][0]["url"], "http://grades-0.example:8080");
+}
