@@ -3,9 +3,11 @@
 use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use metrics::Counter;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -117,6 +119,34 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
+}
+
+/// Answers the ops port while `opening` runs, which may wait for a disk or a broker.
+///
+/// # Errors
+/// The system refused.
+pub async fn alive_while<T>(
+    config: &Config,
+    sockets: &Sockets,
+    opening: impl Future<Output = T>,
+) -> io::Result<T> {
+    // The same socket under another number: this listener goes, the next one stays.
+    let socket = sockets.ops.as_fd().try_clone_to_owned()?;
+    let listener = Listener {
+        name: "ops",
+        socket: TcpListener::from_std(socket.into())?,
+        router: ops::routes_while_opening(),
+        direct: None,
+        limits: config.http.ops,
+        metrics: Arc::new(HttpMetrics::new(|_, _| Counter::noop())),
+        connection_metrics: ConnectionMetrics::new("ops"),
+    };
+    let stop = CancellationToken::new();
+    let serving = tokio::spawn(listener.serve(stop.clone()));
+    let opened = opening.await;
+    stop.cancel();
+    let _ = tokio::time::timeout(OPS_DRAIN_MAX, serving).await;
+    Ok(opened)
 }
 
 /// Runs a node until `shutdown` resolves and everything that ran has finished or used up its

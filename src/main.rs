@@ -55,7 +55,7 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
             Storage::open(&storage, origin, restore_from.as_deref())
         });
         let storage = tokio::select! {
-            opened = opening => opened??,
+            opened = app::alive_while(&config, &sockets, opening) => opened???,
             // A slow disk, or a broker that is away, must not keep the process from being stopped.
             () = &mut shutdown => return Ok(()),
         };

@@ -133,7 +133,7 @@ pub fn routes(state: OpsState) -> Router {
         handler.fallback(|| async { ApiError::MethodNotAllowed("GET, HEAD") })
     };
     Router::new()
-        .route("/livez", getting(get(|| async { "alive\n" })))
+        .route("/livez", getting(get(alive)))
         .route("/readyz", getting(get(ready)))
         .route("/readyz/write", getting(get(ready_for_writes)))
         .route("/metrics", getting(get(metrics)))
@@ -142,6 +142,21 @@ pub fn routes(state: OpsState) -> Router {
             ApiError::RouteUnknown("/livez, /readyz, /readyz/write, /metrics, /status")
         })
         .with_state(state)
+}
+
+/// The port's routes while the log is being opened: the process is alive and no more.
+pub fn routes_while_opening() -> Router {
+    let opening = || async {
+        ApiError::NotReady(Unready {
+            state: "starting",
+            reason: "the log is being opened; what keeps it is told in this node's log".into(),
+        })
+    };
+    Router::new().route("/livez", get(alive)).fallback(opening)
+}
+
+async fn alive() -> &'static str {
+    "alive\n"
 }
 
 async fn ready(State(state): State<OpsState>) -> Result<&'static str, ApiError> {

@@ -1,18 +1,19 @@
 //! Replicas on one broker are one store.
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::net::TcpListener;
 
 use crate::broker::{Broker, Load, at, check, get_at, replica_at, replica_with};
-use crate::harness::{ANY_PORTS, Node, Process, collected, program, run};
+use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, Process, collected, program, run};
 use crate::proxy::{Proxy, Rules};
 use crate::wire::eventually;
 use crate::{harness, stall};
 
-/// A writer's; nine of them.
-const WRITES: usize = if cfg!(debug_assertions) { 400 } else { 11_112 };
+/// A writer's; nine of them send 100,000 and some.
+const WRITES: usize = 11_112;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_that_race_for_the_same_fields_end_equal() {
@@ -69,6 +70,21 @@ async fn the_logs_order_decides_and_not_who_hears_of_it_first() {
     assert_eq!(own.answer().await.position(), 3);
     assert_eq!(get_at(&a, "x", 4).await["spp"], 4);
     check(&broker.client().await, &[&a, &b], &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_hung_for_half_a_minute_catches_up() {
+    let broker = Broker::start().await;
+    let [a, b, c] = broker.replicas().await;
+    let load = Load::start(&[&a, &c], 5, usize::MAX);
+    b.signal(Signal::STOP);
+    // The fault itself: long enough that whoever waits for the replica gives up on it.
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    b.signal(Signal::CONT);
+    let behind = b.ops("/status").await.json();
+    assert!(behind["position"].as_u64() < a.ops("/status").await.json()["position"].as_u64());
+    let answered = load.stop().await;
+    check(&broker.client().await, &[&a, &b, &c], &answered).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -152,16 +168,29 @@ async fn the_broker_may_want_a_name_and_a_password() {
 }
 
 #[tokio::test]
-async fn a_replica_that_waits_for_its_broker_can_be_stopped() {
+async fn a_replica_that_waits_for_its_broker_is_alive_and_can_be_stopped() {
     let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let mut command = replica_at(nobody.local_addr().unwrap());
-    drop(nobody);
+    let ops = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let ops_addr = ops.local_addr().unwrap();
+    let mut command = program();
+    command
+        .env("GRADESTORE_PASSWORD", PASSWORD)
+        .args(["--nats-url", &nobody.local_addr().unwrap().to_string()])
+        .args(["--write-addr", "127.0.0.1:0", "--read-addr", "127.0.0.1:0"])
+        .args(["--ops-addr", &ops_addr.to_string()]);
+    drop((nobody, ops));
     let mut process = Process(command.stderr(Stdio::piped()).spawn().unwrap());
     let said = collected(process.0.stderr.take().unwrap());
     eventually("waiting", async || {
         said.lock().contains("waiting for the broker").then_some(())
     })
     .await;
+    let node = Ports::new(ops_addr, ops_addr, ops_addr);
+    assert_eq!(node.ops("/livez").await.status, 200);
+    for path in ["/readyz", "/readyz/write", "/status"] {
+        let why = node.ops(path).await.problem(503, "not-ready");
+        assert!(why.contains("starting"), "{why}");
+    }
     kill_process(Pid::from_child(&process.0), Signal::TERM).unwrap();
     let exit = eventually("the end", async || process.0.try_wait().unwrap()).await;
     assert!(exit.success());

@@ -41,7 +41,7 @@ pub(crate) struct Ports {
 }
 
 impl Ports {
-    fn new(write: SocketAddr, read: SocketAddr, ops: SocketAddr) -> Self {
+    pub(crate) fn new(write: SocketAddr, read: SocketAddr, ops: SocketAddr) -> Self {
         Self {
             write,
             read,
