@@ -222,8 +222,8 @@ async fn append_until_full(log: &DiskLog) -> u64 {
     let origin = Origin::random().unwrap();
     loop {
         let before = log.end();
-        let batch = large_batch(origin, before + 1);
-        if let Err(error) = log.append(batch).await {
+        let append = log.append(large_batch(origin, before + 1));
+        if let Err(error) = in_time("a verdict", append).await {
             assert!(error.to_string().contains("is full"), "{error}");
             assert!(log.refusal().is_some());
             assert_eq!(log.end(), before);
