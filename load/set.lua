@@ -31,9 +31,5 @@ if delay_ms > 0 then
   end
 end
 
-function done(summary, latency)
-  io.write(string.format("requests %d errors %d duration_us %d p50_us %d p99_us %d p999_us %d\n",
-    summary.requests,
-    summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.status + summary.errors.timeout,
-    summary.duration, latency:percentile(50), latency:percentile(99), latency:percentile(99.9)))
-end
+-- Beside this file, from wherever wrk was started.
+dofile(debug.getinfo(1, "S").source:match("^@(.-)[^/]*$") .. "report.lua")

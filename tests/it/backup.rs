@@ -5,15 +5,16 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::os::unix::fs::{FileTypeExt, symlink};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use gradestore::grade::FIELDS;
 use tempfile::tempdir;
 
-use crate::disk::{Held, ask_backup, backup_of, names_in, now, restored, time_named};
-use crate::harness::{AUTHORIZATION, Node, PASSWORD, Ports, program, run};
-use crate::wire::{Answer, in_time};
+use crate::disk::{Held, ask_backup, backup_of, make_pipe, names_in, now, restored, time_named};
+use crate::harness::{AUTHORIZATION, Node, PASSWORD, Ports, program, run, run_by};
+use crate::wire::{Answer, PATIENCE, in_time};
 
 /// Ids that a tool that reads CSV may stumble over.
 const IDS: [&str; 10] = [
@@ -204,6 +205,90 @@ async fn the_command_keeps_a_backup_that_verify_approves() {
             "{line:?} not in {said}"
         );
     }
+}
+
+#[tokio::test]
+async fn the_command_asks_as_its_variables_say() {
+    let node = Node::start().await;
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("grades.csv.gz");
+    let mut command = program();
+    command
+        .arg("backup")
+        .env("NO_PROXY", "*")
+        .env("GRADESTORE_PASSWORD", PASSWORD)
+        .env("GRADESTORE_FROM", format!("http://{}", node.write))
+        .env("GRADESTORE_OUTPUT", &path);
+    let kept = run(&mut command);
+    assert!(kept.status.success(), "{kept:?}");
+    assert!(verify(&path).status.success());
+}
+
+#[tokio::test]
+async fn a_pipe_gets_the_backup_and_stays_a_pipe() {
+    let node = Node::start().await;
+    set_odd_grades(&node).await;
+    let directory = tempdir().unwrap();
+    let pipe = directory.path().join("pipe");
+    make_pipe(&pipe);
+    let (read, got) = std::sync::mpsc::channel();
+    let from = pipe.clone();
+    std::thread::spawn(move || read.send(fs::read(from)));
+    let kept = run(&mut backup_command(
+        &format!("http://{}", node.write),
+        &pipe,
+    ));
+    assert!(kept.status.success(), "{kept:?}");
+    let got = got.recv_timeout(PATIENCE).unwrap().unwrap();
+    assert_eq!(got, backup_of(&node).await);
+    assert_eq!(names_in(directory.path()), ["pipe"]);
+    assert!(fs::metadata(&pipe).unwrap().file_type().is_fifo());
+}
+
+#[tokio::test]
+async fn a_device_is_written_to_and_not_replaced() {
+    let node = Node::start().await;
+    set_odd_grades(&node).await;
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("null");
+    fs::write(&path, "").unwrap();
+    // The machine's own is not put at risk: this one is mounted over a file, for the command alone.
+    let mount = "mount --bind /dev/null \"$0\" && \"$@\" && test -c \"$0\" && ls -A \"${0%/*}\"";
+    let mut unshare = vec!["unshare", "--mount"];
+    if !rustix::process::geteuid().is_root() {
+        unshare.push("--map-root-user");
+    }
+    unshare.extend(["sh", "-c", mount, path.to_str().unwrap()]);
+    let command = backup_command(&format!("http://{}", node.write), &path);
+    let kept = run(&mut run_by(&unshare, &command));
+    assert!(kept.status.success(), "{kept:?}");
+    assert_eq!(kept.stdout, b"null\n");
+    let said = String::from_utf8(kept.stderr).unwrap();
+    let rows = format!("rows      {}", IDS.len());
+    assert!(said.lines().any(|line| line == rows), "{said}");
+}
+
+#[tokio::test]
+async fn what_a_link_leads_to_is_replaced_and_the_link_stays() {
+    let node = Node::start().await;
+    set_odd_grades(&node).await;
+    let directory = tempdir().unwrap();
+    let (kept_in, link) = (directory.path().join("kept"), directory.path().join("link"));
+    fs::create_dir(&kept_in).unwrap();
+    fs::write(kept_in.join("file"), "an older one").unwrap();
+    symlink("kept/file", &link).unwrap();
+    let kept = run(&mut backup_command(
+        &format!("http://{}", node.write),
+        &link,
+    ));
+    assert!(kept.status.success(), "{kept:?}");
+    assert_eq!(fs::read_link(&link).unwrap(), Path::new("kept/file"));
+    assert_eq!(
+        fs::read(kept_in.join("file")).unwrap(),
+        backup_of(&node).await
+    );
+    assert_eq!(names_in(&kept_in), ["file"]);
+    assert_eq!(names_in(directory.path()), ["kept", "link"]);
 }
 
 /// Answers one request with `answer`, whatever it asks.

@@ -5,17 +5,18 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::sync::LazyLock;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use gradestore::backup::{BackupError, Progress, read};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::{TempDir, tempdir};
 
 use crate::backup::{backup_command, verify};
 use crate::disk::{ask_backup, backup_of, file_of, names_in, program_from, restored, store_of};
-use crate::harness::{AUTHORIZATION, Local, Node, Ports, run};
+use crate::harness::{AUTHORIZATION, Local, Node, Ports, Process, collected, run, set_request_of};
 use crate::wire::{PATIENCE, Raw, eventually};
 
 /// More than the kernel holds for a client that does not read: 3.5 MB.
@@ -162,6 +163,33 @@ async fn a_client_that_reads_slowly_gets_it_all() {
 }
 
 #[tokio::test]
+async fn a_crowd_of_new_connections_does_not_cut_a_backup() {
+    const CUT: &str = "gradestore_http_connections_cut_total{port=\"write\"}";
+    let (_directory, seed) = seed();
+    let node = Local::start(|config| {
+        config.http.data.connections_max = 4;
+        config.restore_from = Some(seed);
+    })
+    .await;
+    let mut backup = stalled_backup(&node).await;
+    let mut crowd = Vec::new();
+    for new in 0..20 {
+        let mut connection = Raw::connect(node.write).await;
+        let patch = format!(r#"{{"user_id":"user {new}","spp":1}}"#);
+        let answer = connection.ask(set_request_of(&patch)).await;
+        answer.position();
+        crowd.push(connection);
+    }
+    // Three of them have places beside the backup, which has been idle longer than any.
+    assert_eq!(node.metric(CUT).await, Some(17.0));
+    // Or the connection would be kept for another request.
+    backup.send_no_more().await;
+    let (content, ended) = unchunked(&backup.rest().await);
+    assert!(ended, "cut after {} bytes", content.len());
+    assert_eq!(restored(&content).1.rows, ROWS);
+}
+
+#[tokio::test]
 async fn a_backup_that_a_kill_breaks_off_is_no_backup() {
     let node = large_node().await;
     let mut stalled = stalled_backup(&node).await;
@@ -265,6 +293,41 @@ async fn the_command_keeps_nothing_of_a_backup_that_breaks_off() {
         // A pipe has got what came, and that is refused.
         let got = read(&*output.stdout, &|_| {}, &Progress::default());
         assert!(got.is_err());
+    }
+}
+
+#[tokio::test]
+async fn the_command_keeps_nothing_when_it_is_interrupted() {
+    let node = large_node().await;
+    for before in [None, Some("an older one")] {
+        let between = Between::new(node.write, 200_000);
+        let directory = tempdir().unwrap();
+        let path = directory.path().join("grades.csv.gz");
+        if let Some(before) = before {
+            fs::write(&path, before).unwrap();
+        }
+        let mut command = backup_command(&between.url, &path);
+        let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut fetching = Process(command.spawn().unwrap());
+        let said = collected(fetching.0.stderr.take().unwrap());
+        between.holding.recv_timeout(PATIENCE).unwrap();
+        let partial = |name: &String| name.ends_with(".partial");
+        eventually("some of it", async || {
+            names_in(directory.path()).iter().any(partial).then_some(())
+        })
+        .await;
+        kill_process(Pid::from_child(&fetching.0), Signal::INT).unwrap();
+        let ended = async || fetching.0.try_wait().unwrap();
+        assert_eq!(eventually("its end", ended).await.code(), Some(1));
+        eventually("a last word", async || {
+            let said = said.lock();
+            said.contains("interrupted; nothing was kept").then_some(())
+        })
+        .await;
+        assert_eq!(fs::read_to_string(&path).ok().as_deref(), before);
+        let left = usize::from(before.is_some());
+        assert_eq!(names_in(directory.path()).len(), left);
+        between.go_on.send(()).unwrap();
     }
 }
 

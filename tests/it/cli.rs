@@ -3,6 +3,7 @@
 use std::net::TcpListener;
 use std::process::{Command, Output};
 
+use crate::disk::{names_in, program_on};
 use crate::harness::{ANY_PORTS, Node, PASSWORD, program, run};
 use crate::wire::eventually;
 
@@ -56,6 +57,43 @@ fn a_wrong_flag_or_variable_is_named_with_its_value_and_the_fix() {
     assert_names(&refused(program().arg("serv")), &["serv", "serve"]);
     let said = refused(program().env("GRADESTORE_USER_NAME", "x"));
     assert_names(&said, &["GRADESTORE_USER_NAME", "GRADESTORE_USERNAME"]);
+}
+
+#[test]
+fn a_misspelt_variable_stops_every_command() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out");
+    let to = output.to_str().unwrap();
+    for args in [
+        &["serve"][..],
+        &["backup", "--from", "http://127.0.0.1:1", "-o", to],
+        &["verify", to],
+        &["health", "--ops-addr", "127.0.0.1:1"],
+    ] {
+        let said = refused(program().args(args).env("GRADESTORE_X", "1"));
+        let unknown = "unknown environment variable GRADESTORE_X;";
+        assert_names(&said, &[unknown, "GRADESTORE_PASSWORD_FILE"]);
+        // Before anything is done.
+        assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
+    }
+    assert!(!output.exists());
+}
+
+#[tokio::test]
+async fn ephemeral_is_yes_or_no_and_nothing_is_no() {
+    let directory = tempfile::tempdir().unwrap();
+    for value in ["maybe", "2", " "] {
+        let said = refused(program_on(directory.path()).env("GRADESTORE_EPHEMERAL", value));
+        let fix = "set GRADESTORE_EPHEMERAL to true or false";
+        assert_names(&said, &[&format!("'{value}'"), fix]);
+    }
+    assert!(names_in(directory.path()).is_empty());
+    for (value, kind) in [("", "disk"), ("No", "disk"), ("1", "memory")] {
+        let mut command = program_on(directory.path());
+        let node = Node::start_with(command.env("GRADESTORE_EPHEMERAL", value)).await;
+        let status = node.ops("/status").await.json();
+        assert_eq!(status["log_kind"], kind, "{value:?}");
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values};
 use gradestore::log::{DiskLog, Log};
 use gradestore::store::Store;
 
-use crate::harness::{ANY_PORTS, AUTHORIZATION, PASSWORD, Ports, program};
+use crate::harness::{ANY_PORTS, AUTHORIZATION, PASSWORD, Ports, program, run};
 use crate::wire::in_time;
 
 /// The program on the data directory `dir`.
@@ -173,6 +173,12 @@ pub(crate) fn names_in(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = entries.map(name).collect();
     names.sort();
     names
+}
+
+/// Makes a named pipe.
+pub(crate) fn make_pipe(path: &Path) {
+    let made = run(Command::new("mkfifo").arg(path));
+    assert!(made.status.success(), "{made:?}");
 }
 
 /// The time of a file name such as `grades-2026-01-31T23:59:59Z.csv.gz`.

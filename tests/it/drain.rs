@@ -1,11 +1,19 @@
 //! How a node ends: unready first, then what runs, then the process.
 
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
+use gradestore::log::Origin;
+use gradestore::storage::{DataDir, Storage, StorageConfig};
+use rustix::fs::OFlags;
 use rustix::process::Signal;
+use tempfile::tempdir;
 use tokio::net::TcpStream;
 
-use crate::harness::{Node, Ports, half_sent_set};
+use crate::disk::{make_pipe, names_in, restored, store_of, write_file_of};
+use crate::harness::{Local, Node, Ports, half_sent_set};
 use crate::stall::{start, start_with, waiting_set};
 use crate::wire::{PATIENCE, Raw, eventually};
 
@@ -108,4 +116,63 @@ async fn a_request_that_does_not_end_keeps_the_node_until_the_deadline_only() {
         took >= Duration::from_millis(200) && took < PATIENCE / 2,
         "{took:?}"
     );
+}
+
+/// All that comes through `pipe` until nobody has it open for writing.
+async fn rest_of(pipe: &mut File) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    eventually("the pipe's end", async || {
+        // `WouldBlock` while there is no end.
+        pipe.read_to_end(&mut bytes).ok()
+    })
+    .await;
+    bytes
+}
+
+#[tokio::test]
+async fn a_stop_that_comes_into_a_snapshot_writes_none_beside_it() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path().join("data");
+    let seed = write_file_of(directory.path(), &store_of(60_000, u64::MAX), 6);
+    let origin = Origin::random().unwrap();
+    let config = StorageConfig::Disk(DataDir {
+        dir: dir.clone(),
+        snapshot_interval: Duration::from_millis(20),
+    });
+    let storage = Storage::open(&config, origin, Some(&seed)).unwrap();
+    let mut node = Local::run_on(storage, origin, |config| {
+        config.restore_from = Some(seed);
+        // The stop waits for nothing that it need not wait for.
+        config.http.drain_max = Duration::ZERO;
+    })
+    .await;
+
+    // The next snapshot goes into a pipe, and so takes as long as this test lets it.
+    let snapshot = |position| format!("grades-{position:020}.csv.gz");
+    let snapshots = dir.join("snapshots");
+    let partial = snapshots.join(format!("{}.partial", snapshot(7)));
+    make_pipe(&partial);
+    let mut pipe = File::options()
+        .read(true)
+        .custom_flags(OFlags::NONBLOCK.bits() as i32)
+        .open(&partial)
+        .unwrap();
+    node.set(PATCH).await.position();
+    let mut bytes = vec![0; 1024];
+    let begun = eventually("a snapshot under way", async || {
+        pipe.read(&mut bytes).ok().filter(|read| *read > 0)
+    })
+    .await;
+    bytes.truncate(begun);
+    node.stop();
+    unready(&node).await;
+    bytes.extend(rest_of(&mut pipe).await);
+    let whole = restored(&bytes).1;
+    assert_eq!((whole.records.unwrap().0.position, whole.rows), (7, 60_001));
+
+    // A pipe can't be synced, so this one was no snapshot, and the stop wrote it itself after.
+    node.stopped().await;
+    assert_eq!(names_in(&snapshots), [snapshot(6), snapshot(7)]);
+    let kept = fs::read(snapshots.join(snapshot(7))).unwrap();
+    assert_eq!(restored(&kept).1.digest, whole.digest);
 }

@@ -5,11 +5,13 @@ use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use gradestore::grade::{Changes, Patch};
+use gradestore::log::{Batch, DiskLog, Log, Origin};
 use tempfile::tempdir;
 
 use crate::disk::{Held, backup_of, program_on, restored, store_of, write_file_of};
 use crate::harness::{Node, run};
-use crate::wire::eventually;
+use crate::wire::{eventually, in_time};
 
 /// A disk of its own: memory mounted in a mount namespace that ends with the process that holds it,
 /// so that nothing is left mounted however a test ends. Root may do that, and where the system has
@@ -57,6 +59,13 @@ impl SmallDisk {
         }
         let filled = file.metadata().unwrap().len();
         file.set_len(filled - free_bytes).unwrap();
+        ballast
+    }
+
+    /// Takes so much.
+    fn take(&self, bytes: usize) -> Ballast {
+        let ballast = Ballast(self.dir.join("ballast"));
+        fs::write(&ballast.0, vec![0; bytes]).unwrap();
         ballast
     }
 }
@@ -191,4 +200,75 @@ async fn a_seed_that_does_not_fit_on_the_disk_is_no_start() {
     drop(ballast);
     let node = Node::start_with(program_on(&disk.data()).arg("--restore-from").arg(&seed)).await;
     assert_eq!(Held::by(&node).await, Held::in_store(&store, 9));
+}
+
+/// A quarter of a MiB in the log.
+fn large_batch(origin: Origin, number: u64) -> Batch {
+    let mut changes = Changes::default();
+    changes.set(0, 1);
+    let patches = (0..1000).map(|user| Patch {
+        user_id: format!("{user:0>250}").into_boxed_str(),
+        changes,
+    });
+    Batch {
+        origin,
+        number,
+        patches: patches.collect(),
+        checkpoint: None,
+    }
+}
+
+/// Appends until the disk is full; the batches there are then.
+async fn append_until_full(log: &DiskLog) -> u64 {
+    let origin = Origin::random().unwrap();
+    loop {
+        let before = log.end();
+        let append = log.append(large_batch(origin, before + 1));
+        if let Err(error) = in_time("a verdict", append).await {
+            assert!(error.to_string().contains("is full"), "{error}");
+            assert!(log.refusal().is_some());
+            assert_eq!(log.end(), before);
+            return before;
+        }
+    }
+}
+
+/// Reads from after `after` to the end, each batch in its place and as it was written.
+async fn assert_held(log: &DiskLog, after: u64) {
+    let mut subscription = log.subscribe(after).await.unwrap();
+    let (mut read, mut entries) = (after, Vec::new());
+    let wanted = large_batch(Origin::random().unwrap(), 0).patches;
+    while read < log.end() {
+        let next = subscription.next(&mut entries);
+        in_time("the next batches", next).await.unwrap();
+        for entry in entries.drain(..) {
+            read += 1;
+            assert_eq!((entry.seq, entry.batch.number), (read, read));
+            assert_eq!(entry.batch.patches, wanted);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_log_that_fills_its_disk_goes_on_after_a_trim() {
+    let disk = SmallDisk::new(128);
+    let dir = disk.data();
+    let log = DiskLog::open(&dir, None).unwrap();
+    // Filled by the log alone, then with the help of others; emptied by a trim, then by both.
+    for round in 0..4 {
+        let before = log.end();
+        let ballast = (round % 2 == 1).then(|| disk.take(20 << 20));
+        let end = append_until_full(&log).await;
+        assert!(ballast.is_some() || end > before, "it took nothing");
+        // A round on a slow machine may fit few batches, and a trim leaves what is before it out.
+        assert_held(&log, (log.first() - 1).max(end.saturating_sub(20))).await;
+        log.trim(end).await.unwrap();
+        drop(ballast);
+        eventually("room", async || log.refusal().is_none().then_some(())).await;
+    }
+    let end = log.end();
+    drop(log);
+    let log = DiskLog::open(&dir, None).unwrap();
+    assert_eq!(log.end(), end);
+    assert_held(&log, log.first() - 1).await;
 }

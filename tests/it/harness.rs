@@ -129,6 +129,21 @@ pub(crate) fn program_at(path: &Path) -> Command {
     command
 }
 
+/// What `command` runs, run by `runner`, which takes a command line as its last arguments.
+pub(crate) fn run_by(runner: &[&str], command: &Command) -> Command {
+    let mut run = Command::new(runner[0]);
+    run.args(&runner[1..])
+        .arg(command.get_program())
+        .args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => run.env(name, value),
+            None => run.env_remove(name),
+        };
+    }
+    run
+}
+
 /// Runs a command that must end by itself.
 pub(crate) fn run(command: &mut Command) -> Output {
     let command = command.stdin(Stdio::null());
@@ -283,9 +298,18 @@ impl Local {
         Self::run(Arc::new(MemoryLog::new(origin, 0)), origin, adjust).await
     }
 
-    /// One on `log`. All that knows how a node is put together is here.
+    /// One on `log`.
     pub(crate) async fn run(
         log: Arc<dyn Log>,
+        origin: Origin,
+        adjust: impl FnOnce(&mut Config),
+    ) -> Self {
+        Self::run_on(Storage::of(log), origin, adjust).await
+    }
+
+    /// One on `storage`. All that knows how a node is put together is here.
+    pub(crate) async fn run_on(
+        storage: Storage,
         origin: Origin,
         adjust: impl FnOnce(&mut Config),
     ) -> Self {
@@ -312,7 +336,7 @@ impl Local {
             let shutdown = async {
                 let _ = stopped.await;
             };
-            app::run(config, origin, Storage::of(log), sockets, shutdown)
+            app::run(config, origin, storage, sockets, shutdown)
                 .await
                 .unwrap();
         });

@@ -1,7 +1,10 @@
 //! The contract of the ops port, and what it measures.
 
+use tempfile::tempdir;
+
+use crate::disk::program_on;
 use crate::harness::Node;
-use crate::wire::Answer;
+use crate::wire::{Answer, PATIENCE, eventually};
 
 #[tokio::test]
 async fn a_node_says_that_it_lives_and_is_ready() {
@@ -149,4 +152,29 @@ async fn metrics_count_and_time_and_name_no_user() {
             "{name} has no help"
         );
     }
+}
+
+#[tokio::test]
+async fn a_snapshot_has_no_age_before_it_is_there() {
+    let age = async |node: &Node| {
+        let name = "gradestore_snapshot_age_seconds";
+        let age = node.metric(name).await.unwrap();
+        let snapshot = node.ops("/status").await.json()["snapshot"].clone();
+        assert_eq!(snapshot.is_null(), age.is_nan(), "{age}: {snapshot}");
+        age
+    };
+    // 0 would look like one that was just written.
+    assert!(age(&Node::start().await).await.is_nan());
+
+    let directory = tempdir().unwrap();
+    let mut command = program_on(directory.path());
+    let node = Node::start_with(command.arg("--snapshot-interval=1s")).await;
+    assert!(age(&node).await.is_nan());
+    node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    node.metric_reaches("gradestore_snapshot_position", 1.0)
+        .await;
+    let young = age(&node).await;
+    assert!((0.0..PATIENCE.as_secs_f64()).contains(&young), "{young}");
+    let older = async || (age(&node).await > young).then_some(());
+    eventually("a greater age", older).await;
 }

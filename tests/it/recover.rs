@@ -1,13 +1,17 @@
 //! How a node starts again: from its newest good snapshot and the log, or not at all, and then it
 //! says why.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
+use serde_json::Value;
 use tempfile::tempdir;
 
+use crate::broker::status_where;
 use crate::disk::{Held, names_in, program_on, restored, store_of, write_file_of};
-use crate::harness::{AUTHORIZATION, Node, run};
+use crate::harness::{AUTHORIZATION, Node, Ports, run, run_by};
 use crate::wire::{Answer, eventually};
 
 /// Sets some grades and stops.
@@ -106,6 +110,15 @@ async fn a_damaged_newest_snapshot_falls_back_to_the_one_before() {
     assert_eq!(Held::by(&node).await, held);
 }
 
+/// Waits until a node has come to an end with starting; its `/status`.
+async fn verdict(node: &Ports) -> Value {
+    let begun = ["starting", "restoring", "catching-up"];
+    status_where(node, "a verdict", |status| {
+        !begun.contains(&status["state"].as_str().unwrap())
+    })
+    .await
+}
+
 /// Starts a node that must not serve; why not.
 async fn unready(dir: &Path) -> String {
     let names = || {
@@ -115,13 +128,7 @@ async fn unready(dir: &Path) -> String {
     };
     let before = names();
     let node = Node::launch(&mut program_on(dir)).await;
-    let state = eventually("a verdict", async || {
-        let status = node.ops("/status").await.json();
-        let begun = ["starting", "restoring", "catching-up"];
-        let decided = !begun.contains(&status["state"].as_str().unwrap());
-        decided.then_some(status)
-    })
-    .await;
+    let state = verdict(&node).await;
     assert_eq!(state["state"], "no-source");
     let reason = node.ops("/readyz").await.problem(503, "not-ready");
     assert!(
@@ -199,6 +206,99 @@ async fn a_log_that_was_lost_is_not_begun_anew_beside_its_snapshots() {
     assert!(reason.contains(&snapshot), "{reason}");
 }
 
+/// A log of 100 batches without a snapshot, in tables: a journal is looked through at the start.
+async fn log_in_tables(dir: &Path) -> PathBuf {
+    let node = Node::start_with(&mut program_on(dir)).await;
+    for user in 0..100 {
+        let patch = format!(r#"{{"user_id":"{user:0>250}","spp":1}}"#);
+        node.set(patch).await.position();
+    }
+    node.kill();
+    let node = Node::start_with(&mut program_on(dir)).await;
+    let keyspaces = dir.join("log").join("keyspaces");
+    let table = eventually("a table", async || {
+        let mut folders = names_in(&keyspaces).into_iter();
+        folders.find_map(|folder| {
+            let table = keyspaces.join(folder).join("tables").join("1");
+            let bytes = fs::read(&table).ok()?;
+            place_of(&bytes, 99).map(|_| table)
+        })
+    })
+    .await;
+    node.kill();
+    table
+}
+
+/// Where a user's id stands.
+fn place_of(bytes: &[u8], user: u64) -> Option<usize> {
+    let id = format!("{user:0>250}");
+    bytes.windows(250).position(|at| at == id.as_bytes())
+}
+
+#[tokio::test]
+async fn a_log_that_cannot_be_read_to_its_end_is_told_at_the_start() {
+    let directory = tempdir().unwrap();
+    let (changed, missing) = (directory.path().join("one"), directory.path().join("other"));
+    let table = log_in_tables(&changed).await;
+    let mut bytes = fs::read(&table).unwrap();
+    let place = place_of(&bytes, 50).unwrap();
+    bytes[place] ^= 1;
+    fs::write(&table, bytes).unwrap();
+
+    log_in_tables(&missing).await;
+    let db = fjall::Database::builder(missing.join("log"))
+        .open()
+        .unwrap();
+    let batches = db.keyspace("seg-1", Default::default).unwrap();
+    batches.remove(51_u64.to_be_bytes()).unwrap();
+    drop((batches, db));
+
+    for (dir, why) in [(changed, "hecksum"), (missing, "batch 51")] {
+        let node = Node::launch(&mut program_on(&dir)).await;
+        let status = verdict(&node).await;
+        assert_eq!(status["state"], "gap", "{status}");
+        assert_eq!(status["log_end"], 100);
+        let reason = status["reason"].as_str().unwrap();
+        assert!(reason.contains(why), "{reason}");
+        let detail = node.ops("/readyz").await.problem(503, "not-ready");
+        let same = detail.contains("(gap)") && detail.contains(reason);
+        assert!(same, "{detail}");
+        node.get(&format!("{:0>250}", 1))
+            .await
+            .problem(503, "not-ready");
+        assert_eq!(node.ops("/livez").await.status, 200);
+        // What it could read is no snapshot of all that there is.
+        node.end().await;
+        assert!(snapshots(&dir).is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_directory_named_like_a_snapshot_is_none() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path();
+    let odd = ["grades-0.csv.gz", "grades-99.csv.gz"];
+    let odd = odd.map(|name| dir.join("snapshots").join(name));
+    for odd in &odd {
+        fs::create_dir_all(odd.join("kept")).unwrap();
+    }
+    let mut held = write_and_end(dir, 0..1).await;
+    for last in [10, 20, 30] {
+        let node = Node::start_with(&mut program_on(dir)).await;
+        assert_eq!(Held::by(&node).await, held);
+        node.end().await;
+        held = write_and_end(dir, last - 10..last).await;
+    }
+    let node = Node::start_with(&mut program_on(dir)).await;
+    assert_eq!(Held::by(&node).await, held);
+    let from = restored_from(&node).await;
+    assert!(from.is_file(), "{from:?}");
+    // They are not among the two that are kept, nor in the way of removing others.
+    let files = snapshots(dir).into_iter().filter(|path| path.is_file());
+    assert_eq!(files.count(), 2);
+    assert!(odd.iter().all(|odd| odd.join("kept").is_dir()));
+}
+
 #[tokio::test]
 async fn one_process_uses_a_data_directory_at_a_time() {
     let directory = tempdir().unwrap();
@@ -235,4 +335,50 @@ async fn a_data_directory_that_cannot_be_one_is_named() {
             "{said}"
         );
     }
+}
+
+/// `command` bound by permissions, as root is not.
+fn bound_by_permissions(command: &Command) -> Command {
+    match rustix::process::geteuid().is_root() {
+        true => run_by(
+            &["setpriv", "--bounding-set=-all", "--inh-caps=-all"],
+            command,
+        ),
+        false => run_by(&["env"], command),
+    }
+}
+
+fn permit(path: &Path, mode: u32) {
+    fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+}
+
+#[tokio::test]
+async fn a_data_directory_below_one_that_permits_nothing_is_named_with_the_fix() {
+    let directory = tempdir().unwrap();
+    let parent = directory.path().join("parent");
+    let dir = parent.join("data");
+    // Those that are missing are made.
+    let mut command = bound_by_permissions(&program_on(&dir));
+    let node = Node::start_with(&mut command).await;
+    let held = Held::by(&node).await;
+    node.end().await;
+
+    let below = dir.join("another").join("data");
+    for mode in [0o000, 0o444, 0o555] {
+        permit(&dir, mode);
+        let output = run(&mut bound_by_permissions(&program_on(&below)));
+        permit(&dir, 0o755);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        let named = format!("cannot use --data-dir {}: ", below.display());
+        let fix = "choose a directory that this user may write to";
+        assert!(said.contains(&named) && said.contains(fix), "{said}");
+        assert!(said.contains("Permission denied"), "{said}");
+    }
+
+    // It is enough that the way to it is open.
+    permit(&parent, 0o111);
+    let node = Node::start_with(&mut command).await;
+    permit(&parent, 0o755);
+    assert_eq!(Held::by(&node).await, held);
 }

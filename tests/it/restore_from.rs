@@ -5,12 +5,14 @@ use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
-use flate2::Compression;
 use flate2::write::GzEncoder;
+use flate2::{Compression, GzBuilder};
 use tempfile::tempdir;
 
+use crate::backup::verify;
 use crate::disk::{
-    Held, backup_of, file_of, names_in, program_from, program_on, store_of, write_file_of,
+    Held, backup_of, file_of, make_pipe, names_in, program_from, program_on, store_of,
+    write_file_of,
 };
 use crate::harness::{Node, run};
 use crate::wire::eventually;
@@ -118,6 +120,31 @@ async fn a_file_of_another_program_seeds_too() {
 }
 
 #[tokio::test]
+async fn other_programs_may_keep_what_they_like_in_gzip_headers() {
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("foreign.csv.gz");
+    // mgzip's, dictzip's, bgzip's, and one of nobody's before another.
+    for extra in [
+        &b"IG\x08\0\x40\0\0\0\0\0\0\0"[..],
+        b"RA\x08\0\x01\0\xcb\xe3\x01\0\x40\0",
+        b"BC\x02\0\x1b\0",
+        b"XX\0\0cp\x01\0\x07",
+    ] {
+        let name = String::from_utf8_lossy(&extra[..2]);
+        let gzip = GzBuilder::new().extra(extra).filename("grades.csv");
+        let mut gzip = gzip.write(File::create(&path).unwrap(), Compression::default());
+        gzip.write_all(FOREIGN.as_bytes()).unwrap();
+        gzip.finish().unwrap();
+        let verified = verify(&path);
+        assert!(verified.status.success(), "{name}: {verified:?}");
+        let said = String::from_utf8(verified.stdout).unwrap();
+        assert!(said.contains("not made by gradestore"), "{name}: {said}");
+        let node = Node::start_with(&mut program_from(&path)).await;
+        assert_foreign(&node).await;
+    }
+}
+
+#[tokio::test]
 async fn a_node_without_a_disk_begins_from_a_file() {
     let directory = tempdir().unwrap();
     let store = store_of(100, 10);
@@ -218,8 +245,7 @@ async fn a_seed_that_a_kill_interrupts_is_begun_again() {
 async fn nothing_is_answered_while_a_restore_runs() {
     let directory = tempdir().unwrap();
     let pipe = directory.path().join("pipe");
-    let made = run(Command::new("mkfifo").arg(&pipe));
-    assert!(made.status.success(), "{made:?}");
+    make_pipe(&pipe);
     let store = store_of(20_000, u64::MAX);
     let file = file_of(&store, 12);
     let half = file.len() / 2;

@@ -80,7 +80,9 @@ fn no_patches() -> Vec<(String, &'static str)> {
         (r#"{"user_id":"a","spp":{}}"#, "spp"),
         (r#"{"user_id":"a","spp":1.0}"#, "spp"),
         (r#"{"user_id":"a","spp":1e2}"#, "spp"),
-        (r#"{"user_id":"a","spp":1E400}"#, "out of range"),
+        // No float holds these, so not every parser takes them for numbers.
+        (r#"{"user_id":"a","spp":1e400}"#, "integers of 64 bits"),
+        (r#"{"user_id":"a","spp":-1E400}"#, "integers of 64 bits"),
         (r#"{"user_id":"a","spp":9223372036854775808}"#, "spp"),
         (r#"{"user_id":"a","spp":-9223372036854775809}"#, "spp"),
         (

@@ -1,0 +1,174 @@
+//! What was appended comes back, each batch once and in its place.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+
+#[tokio::test]
+async fn what_was_appended_is_there_after_reopening() {
+    let (_root, dir) = dir();
+    let log = DiskLog::open(&dir, None).unwrap();
+    assert!(log.is_empty());
+    assert_eq!((log.first(), log.end()), (1, 0));
+    append(&log, 1..=5).await;
+    let (id, entries) = (log.id(), read(&log, 0).await);
+    check(&entries, 0);
+    assert_eq!(entries.len(), 5);
+    drop(log);
+
+    let log = DiskLog::open(&dir, None).unwrap();
+    assert!(!log.is_empty());
+    assert_eq!((log.id(), log.first(), log.end()), (id, 1, 5));
+    let again = read(&log, 0).await;
+    check(&again, 0);
+    let places = |entries: &[Entry]| -> Vec<_> {
+        let place = |entry: &Entry| (entry.seq, entry.time_ns, entry.batch.number);
+        entries.iter().map(place).collect()
+    };
+    assert_eq!(places(&again), places(&entries));
+    append(&log, 6..=6).await;
+    assert_eq!(log.end(), 6);
+    assert_eq!(read(&log, 5).await[0].batch.number, 6);
+}
+
+#[tokio::test]
+async fn own_batches_come_back_undecoded() {
+    let (_root, dir) = dir();
+    let log = DiskLog::open(&dir, None).unwrap();
+    let sent = batch(1, 3);
+    log.append(sent.clone()).await.unwrap();
+    assert!(Arc::ptr_eq(
+        &read(&log, 0).await[0].batch.patches,
+        &sent.patches
+    ));
+}
+
+#[tokio::test]
+async fn numbering_begins_where_it_is_told_to_and_only_in_an_unused_log() {
+    let (_root, dir) = dir();
+    let first_id = DiskLog::open(&dir, None).unwrap().id();
+    let log = DiskLog::open(&dir, Some(500)).unwrap();
+    assert_ne!(log.id(), first_id);
+    assert_eq!((log.first(), log.end(), log.is_empty()), (501, 500, false));
+    assert!(matches!(
+        log.subscribe(499).await.err(),
+        Some(ReadError::NotHeld { wanted: 500 })
+    ));
+    let id = log.id();
+    drop(log);
+    let log = DiskLog::open(&dir, Some(500)).unwrap();
+    assert_eq!((log.id(), log.end()), (id, 500));
+    append(&log, 1..=1).await;
+    assert_eq!(read(&log, 500).await[0].seq, 501);
+    drop(log);
+    for base in [500, 9] {
+        let opened = DiskLog::open(&dir, Some(base));
+        assert!(matches!(
+            opened.err(),
+            Some(OpenError::NotEmpty { end: 501, .. })
+        ));
+    }
+    assert_eq!(DiskLog::open(&dir, None).unwrap().end(), 501);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_see_each_batch_once_and_in_order_while_batches_come() {
+    const BATCHES: u64 = 400;
+    let (_root, dir) = dir();
+    let log = Arc::new(tiny(&dir));
+    append(&log, 1..=30).await;
+    let readers: Vec<_> = [0, 7, 29, 30]
+        .into_iter()
+        .map(|after| {
+            let log = Arc::clone(&log);
+            tokio::spawn(async move {
+                let mut subscription = log.subscribe(after).await.unwrap();
+                let mut entries = Vec::new();
+                while (entries.len() as u64) < BATCHES - after {
+                    // A call that is given up loses nothing.
+                    let wait = Duration::from_micros(after * 20);
+                    let next = subscription.next(&mut entries);
+                    match tokio::time::timeout(wait, next).await {
+                        Ok(result) => result.unwrap(),
+                        Err(_) => subscription.next(&mut entries).await.unwrap(),
+                    }
+                    if after == 7 {
+                        // So slow that it goes back to the disk again and again.
+                        tokio::time::sleep(Duration::from_millis(30)).await;
+                    }
+                }
+                assert_eq!(entries.len() as u64, BATCHES - after);
+                check(&entries, after);
+            })
+        })
+        .collect();
+    append(&log, 31..=BATCHES).await;
+    for reader in readers {
+        reader.await.unwrap();
+    }
+    // A closed log ends its readers, after all that it has.
+    let mut subscription = log.subscribe(BATCHES - 1).await.unwrap();
+    drop(Arc::into_inner(log).unwrap());
+    let mut entries = Vec::new();
+    subscription.next(&mut entries).await.unwrap();
+    assert_eq!(entries[0].seq, BATCHES);
+    let closed = subscription.next(&mut entries).await;
+    assert!(matches!(closed, Err(ReadError::Closed)));
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Append { patches: usize },
+    Trim { through_percent: u64 },
+    Reopen,
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Whatever is done in whatever order, the log is the model from its first batch on.
+    #[test]
+    fn agrees_with_a_vec(steps in prop::collection::vec(prop_oneof![
+        6 => (0..12_usize).prop_map(|patches| Step::Append { patches }),
+        1 => (0..130_u64).prop_map(|through_percent| Step::Trim { through_percent }),
+        1 => Just(Step::Reopen),
+    ], 1..60)) {
+        let (_root, dir) = dir();
+        runtime().block_on(async {
+            let mut log = tiny(&dir);
+            let mut model: BTreeMap<Seq, Batch> = BTreeMap::new();
+            for step in steps {
+                let (first, end) = (log.first(), log.end());
+                match step {
+                    Step::Append { patches } => {
+                        let batch = batch(end * 10, patches);
+                        log.append(batch.clone()).await.unwrap();
+                        model.insert(end + 1, batch);
+                    }
+                    Step::Trim { through_percent } => {
+                        let through = end * through_percent / 100;
+                        log.trim(through).await.unwrap();
+                        assert!(log.first() >= first && log.first() <= (through + 1).max(first));
+                    }
+                    Step::Reopen => {
+                        drop(log);
+                        log = tiny(&dir);
+                        assert_eq!((log.first(), log.end()), (first, end));
+                    }
+                }
+                assert_eq!(log.end(), model.len() as u64);
+            }
+            let first = log.first();
+            let entries = read(&log, first - 1).await;
+            assert_eq!(entries.len() as u64, log.end() + 1 - first);
+            for entry in entries {
+                let wanted = &model[&entry.seq];
+                assert_eq!(entry.batch.number, wanted.number);
+                assert_eq!(entry.batch.patches, wanted.patches);
+            }
+        });
+    }
+}
