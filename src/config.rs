@@ -146,7 +146,7 @@ pub struct ServeArgs {
 }
 
 /// Flags of `gradestore backup`.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct BackupArgs {
     /// The node's write port, such as http://127.0.0.1:8080
     #[arg(long, env = "GRADESTORE_FROM", value_name = "URL",

@@ -50,9 +50,8 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
         path: path.to_owned(),
         error,
     };
-    // What a link leads to is replaced, not the link.
-    let target = fs::canonicalize(path);
-    let path = target.as_deref().unwrap_or(path);
+    let target = target_of(path);
+    let path = target.as_path();
     let account = Account {
         username: args.username.as_str().into(),
         password: password.into(),
@@ -87,6 +86,14 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
     let synced = File::open(directory).and_then(|directory| directory.sync_all());
     synced.map_err(write_error)?;
     Ok(summary)
+}
+
+/// What a link leads to, also to a file that is not there yet: that is replaced, not the link.
+fn target_of(path: &Path) -> PathBuf {
+    fs::canonicalize(path).unwrap_or_else(|_| match fs::read_link(path) {
+        Ok(target) => path.parent().unwrap_or(Path::new("")).join(target),
+        Err(_) => path.to_owned(),
+    })
 }
 
 /// A file that is removed unless it was renamed, however fetching ends.

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use gradestore::app::{self, Sockets};
 use gradestore::config::{
@@ -19,6 +20,9 @@ use tokio::signal::unix::{SignalKind, signal};
 /// keeps nearly all of it, and takes less time a request (`load/README.md`).
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// How long fetching a backup may take to tidy up once it is interrupted.
+const INTERRUPT_WAIT_MAX: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     let command = config::parse_args().command;
@@ -70,18 +74,26 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
 
 fn fetch_backup(args: &BackupArgs) -> Result<(), Box<dyn std::error::Error>> {
     let password = args.password()?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
         .enable_all()
         .build()?;
-    let summary = runtime.block_on(async {
+    let fetched = runtime.block_on(async {
+        let shutdown = shutdown()?;
+        // A pipe that nobody reads blocks the thread that this is on; the other hears of signals.
+        let args = args.clone();
+        let mut fetching = tokio::spawn(async move { fetch::backup(&args, &password).await });
         tokio::select! {
-            fetched = fetch::backup(args, &password) => Ok(fetched?),
-            interrupted = tokio::signal::ctrl_c() => {
-                interrupted?;
+            fetched = &mut fetching => Ok(fetched??),
+            () = shutdown => {
+                fetching.abort();
+                let _ = tokio::time::timeout(INTERRUPT_WAIT_MAX, fetching).await;
                 Err::<_, Box<dyn std::error::Error>>("interrupted; nothing was kept".into())
             }
         }
-    })?;
+    });
+    runtime.shutdown_background();
+    let summary = fetched?;
     // Standard output may be the backup.
     write!(io::stderr(), "{}", fetch::describe(&summary))?;
     Ok(())

@@ -173,7 +173,14 @@ fn make_dir(dir: &Path) -> io::Result<()> {
         return Ok(());
     }
     fs::create_dir_all(dir)?;
-    File::open(dir.join(".."))?.sync_all()
+    match File::open(dir.join("..")).and_then(|parent| parent.sync_all()) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let dir = dir.display();
+            tracing::warn!(%dir, "the directory above may not be read, so not synced");
+            Ok(())
+        }
+        synced => synced,
+    }
 }
 
 fn io_error(dir: &Path, error: io::Error) -> StorageError {

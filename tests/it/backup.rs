@@ -275,20 +275,23 @@ async fn what_a_link_leads_to_is_replaced_and_the_link_stays() {
     let directory = tempdir().unwrap();
     let (kept_in, link) = (directory.path().join("kept"), directory.path().join("link"));
     fs::create_dir(&kept_in).unwrap();
-    fs::write(kept_in.join("file"), "an older one").unwrap();
     symlink("kept/file", &link).unwrap();
-    let kept = run(&mut backup_command(
-        &format!("http://{}", node.write),
-        &link,
-    ));
-    assert!(kept.status.success(), "{kept:?}");
-    assert_eq!(fs::read_link(&link).unwrap(), Path::new("kept/file"));
-    assert_eq!(
-        fs::read(kept_in.join("file")).unwrap(),
-        backup_of(&node).await
-    );
-    assert_eq!(names_in(&kept_in), ["file"]);
-    assert_eq!(names_in(directory.path()), ["kept", "link"]);
+    // To a file that is not there, and to one that is.
+    for _ in 0..2 {
+        let kept = run(&mut backup_command(
+            &format!("http://{}", node.write),
+            &link,
+        ));
+        assert!(kept.status.success(), "{kept:?}");
+        assert_eq!(fs::read_link(&link).unwrap(), Path::new("kept/file"));
+        assert_eq!(
+            fs::read(kept_in.join("file")).unwrap(),
+            backup_of(&node).await
+        );
+        assert_eq!(names_in(&kept_in), ["file"]);
+        assert_eq!(names_in(directory.path()), ["kept", "link"]);
+        node.set(r#"{"user_id":"new","spp":1}"#).await.position();
+    }
 }
 
 /// Answers one request with `answer`, whatever it asks.

@@ -15,7 +15,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::{TempDir, tempdir};
 
 use crate::backup::{backup_command, verify};
-use crate::disk::{ask_backup, backup_of, file_of, names_in, program_from, restored, store_of};
+use crate::disk::{
+    ask_backup, backup_of, file_of, make_pipe, names_in, program_from, restored, store_of,
+};
 use crate::harness::{AUTHORIZATION, Local, Node, Ports, Process, collected, run, set_request_of};
 use crate::wire::{PATIENCE, Raw, eventually};
 
@@ -299,7 +301,7 @@ async fn the_command_keeps_nothing_of_a_backup_that_breaks_off() {
 #[tokio::test]
 async fn the_command_keeps_nothing_when_it_is_interrupted() {
     let node = large_node().await;
-    for before in [None, Some("an older one")] {
+    for (before, signal) in [(None, Signal::INT), (Some("an older one"), Signal::TERM)] {
         let between = Between::new(node.write, 200_000);
         let directory = tempdir().unwrap();
         let path = directory.path().join("grades.csv.gz");
@@ -316,7 +318,7 @@ async fn the_command_keeps_nothing_when_it_is_interrupted() {
             names_in(directory.path()).iter().any(partial).then_some(())
         })
         .await;
-        kill_process(Pid::from_child(&fetching.0), Signal::INT).unwrap();
+        kill_process(Pid::from_child(&fetching.0), signal).unwrap();
         let ended = async || fetching.0.try_wait().unwrap();
         assert_eq!(eventually("its end", ended).await.code(), Some(1));
         eventually("a last word", async || {
@@ -329,6 +331,22 @@ async fn the_command_keeps_nothing_when_it_is_interrupted() {
         assert_eq!(names_in(directory.path()).len(), left);
         between.go_on.send(()).unwrap();
     }
+}
+
+#[tokio::test]
+async fn the_command_can_be_interrupted_while_nobody_reads_its_pipe() {
+    let node = large_node().await;
+    let directory = tempdir().unwrap();
+    let pipe = directory.path().join("pipe");
+    make_pipe(&pipe);
+    let mut command = backup_command(&format!("http://{}", node.write), &pipe);
+    let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut fetching = Process(command.spawn().unwrap());
+    node.metric_reaches("gradestore_backups_running", 1.0).await;
+    kill_process(Pid::from_child(&fetching.0), Signal::INT).unwrap();
+    let ended = async || fetching.0.try_wait().unwrap();
+    assert_eq!(eventually("its end", ended).await.code(), Some(1));
+    assert_eq!(names_in(directory.path()), ["pipe"]);
 }
 
 #[tokio::test]

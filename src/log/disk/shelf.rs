@@ -250,6 +250,10 @@ pub(super) fn plain(error: &fjall::Error) -> String {
     match error {
         fjall::Error::Io(error) => error.to_string(),
         fjall::Error::Storage(fjall::LsmError::Io(error)) => error.to_string(),
+        fjall::Error::Storage(fjall::LsmError::ChecksumMismatch { .. }) => {
+            "a table's checksum is wrong, so the disk has changed it; restore from a backup"
+                .to_owned()
+        }
         fjall::Error::Poisoned => "an earlier write or sync failed".to_owned(),
         fjall::Error::Locked => "it is open already".to_owned(),
         fjall::Error::JournalRecovery(error) => format!("its journal can't be read: {error}"),
