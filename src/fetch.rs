@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tokio::task::block_in_place;
+
 use crate::backup::{BackupError, Progress, Summary, read, rfc3339};
 use crate::config::BackupArgs;
 use crate::progress::Bar;
@@ -41,6 +43,8 @@ pub enum FetchError {
 
 /// Fetches a backup, verifies it on the way and keeps it under the name wanted once it is whole.
 ///
+/// Writing may block, on a pipe for ever: this needs a runtime of several threads.
+///
 /// # Errors
 /// See [`FetchError`]; whatever stood under that name before is untouched then. Standard output has
 /// got what came.
@@ -66,10 +70,8 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
     }
     if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
         // A device or a pipe is written to: there is nothing to put in its place.
-        let mut file = File::options()
-            .write(true)
-            .open(path)
-            .map_err(write_error)?;
+        let file = block_in_place(|| File::options().write(true).open(path));
+        let mut file = file.map_err(write_error)?;
         return copy(download, &mut file, write_error).await;
     }
     let directory = match path.parent() {
@@ -120,7 +122,7 @@ async fn copy(
     let bar = Bar::new(0, Instant::now());
     let passed_on = download.pass_on(sender, |part| {
         bar.set(progress.rows(), progress.bytes());
-        out.write_all(part).map_err(&write_error)
+        block_in_place(|| out.write_all(part)).map_err(&write_error)
     });
     passed_on.await?;
     out.flush().map_err(&write_error)?;

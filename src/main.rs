@@ -80,7 +80,6 @@ fn fetch_backup(args: &BackupArgs) -> Result<(), Box<dyn std::error::Error>> {
         .build()?;
     let fetched = runtime.block_on(async {
         let shutdown = shutdown()?;
-        // A pipe that nobody reads blocks the thread that this is on; the other hears of signals.
         let args = args.clone();
         let mut fetching = tokio::spawn(async move { fetch::backup(&args, &password).await });
         tokio::select! {
