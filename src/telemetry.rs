@@ -103,6 +103,8 @@ pub struct Gauges {
 
 /// What happened to the log, for those of its kinds to which anything can.
 pub struct LogMetrics {
+    /// Batches that the log has and this replica has not applied.
+    pub lag_batches: Gauge,
     /// Age of the last batch applied while the log has newer ones.
     pub lag_s: Gauge,
     /// Connections made anew.
@@ -120,6 +122,7 @@ pub struct LogMetrics {
 impl LogMetrics {
     fn new() -> Self {
         Self {
+            lag_batches: gauge!("gradestore_log_lag_batches"),
             lag_s: gauge!("gradestore_log_lag_seconds"),
             reconnects: counter!("gradestore_log_reconnects_total"),
             resumes: counter!("gradestore_log_resumes_total"),
@@ -297,6 +300,10 @@ fn describe() {
     describe_histogram!(
         BATCH_DURATION_METRIC,
         "Time from a batch's being sent until it came back and was applied."
+    );
+    describe_gauge!(
+        "gradestore_log_lag_batches",
+        "Batches that the log has and this replica has not applied."
     );
     describe_gauge!(
         "gradestore_log_lag_seconds",

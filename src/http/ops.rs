@@ -191,8 +191,11 @@ async fn metrics(State(state): State<OpsState>) -> Response {
         true => now_ns().saturating_sub(position.time_ns),
         false => 0,
     };
-    state.telemetry.log.lag_s.set(lag_ns as f64 / 1e9);
-    state.telemetry.log.count(state.log.counts());
+    let log = &state.telemetry.log;
+    log.lag_batches
+        .set(log_end.saturating_sub(position.seq) as f64);
+    log.lag_s.set(lag_ns as f64 / 1e9);
+    log.count(state.log.counts());
     let peers = state.peers.known();
     gauges.peers.set(peers.len() as f64);
     gauges
