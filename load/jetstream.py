@@ -123,7 +123,7 @@ def versions(directory):
     client = re.search(r'name = "async-nats"\nversion = "([^"]+)"', (ROOT / "Cargo.lock").read_text())[1]
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     print(f"{says(SERVER, '--version')}, async-nats {client}, {says('wrk', '-v').split(' [')[0]}, "
-          f"{platform.system()} {platform.release()}")
+          f"{platform.system()} {platform.release().split('-')[0]}")
     print(f"{os.cpu_count()} cores of {cpu}; a sync of the disk takes {sync_us(directory):.0f} us")
 
 
