@@ -1,6 +1,6 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test check bench fuzz load-tools roundtrip compare backups
+.PHONY: help run cluster test check bench fuzz load-tools roundtrip compare jetstream backups
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,11 @@ roundtrip: ## a million users in and out of a node that runs on the default port
 compare: ## a node beside a bare hyper server, in turns
 	cargo build --locked --release --bins --examples
 	python3 load/compare.py
+
+jetstream: ## writes through the JetStream log beside one message a write, in turns
+	tests/install.sh
+	cargo build --locked --release --bins --examples
+	python3 load/jetstream.py
 
 backups: ## backups: read by other tools, next to pigz and Redis, memory, slow readers
 	cargo build --locked --release

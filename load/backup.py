@@ -25,13 +25,12 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import generate
-from compare import AUTH, PASSWORD, ROOT, machine_cpu_s, own_cpu_s
+from measure import AUTH, RELEASE, ROOT, Node, Others, demand, wrk
 
-NODE = ROOT / "target" / "release" / "gradestore"
+NODE = RELEASE / "gradestore"
 TOOLS = ROOT / ".tools"
 MIB = 1024 * 1024
 
@@ -43,50 +42,12 @@ SLOW_P999_MAX = 1.5  # p99.9 of POST /set, to that without a backup
 MEMORY_MIB_MAX = 32  # resident memory at its highest during a backup, less that before
 
 SLOW_BYTES_PER_S = 10_000
-# A round begins once everything else on the machine takes less than this share of a core, or after so long.
-OTHERS_QUIET = 0.08
-QUIET_WAIT_S_MAX = 20
 REDIS_START_S_MAX = 120
 
 
-class Node:
-    """A node on free ports, filled from a file."""
-
-    def __init__(self, directory, restore_from, *flags):
-        self.log = Path(directory) / "node.log"
-        addresses = (f"--{port}-addr=127.0.0.1:0" for port in ("write", "read", "ops"))
-        env = dict(os.environ, GRADESTORE_PASSWORD=PASSWORD)
-        with open(self.log, "w") as log:
-            self.child = subprocess.Popen([NODE, "serve", *addresses, "--restore-from", restore_from,
-                                           *(flags or ["--ephemeral"])], env=env, stdout=log, stderr=log)
-        self.pid = self.child.pid
-        self.urls = {}
-        while "ops" not in self.urls:
-            self.wait()
-            self.urls = dict(re.findall(r'(\w+)="(http://[^"]+)"', self.log.read_text()))
-        while self.status()["state"] != "ready":
-            self.wait()
-
-    def wait(self):
-        if self.child.poll() is not None:
-            sys.exit(f"the node ended: {self.log.read_text()}")
-        time.sleep(0.05)
-
-    def status(self):
-        return json.load(urllib.request.urlopen(self.urls["ops"] + "/status", timeout=10))
-
-    def rss_mib(self):
-        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text())[1]) / 1024
-
-    def curl_backup(self, to):
-        return ["curl", "-sSf", "-u", f"admin:{PASSWORD}", "-o", to, self.urls["write"] + "/backup"]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.child.terminate()
-        self.child.wait()
+def filled(directory, restore_from, *flags):
+    """A node with the records of a file."""
+    return Node(directory, "--restore-from", restore_from, *(flags or ["--ephemeral"]))
 
 
 def generated(directory, users):
@@ -106,18 +67,12 @@ def shell(command, directory):
     return out.strip(), time.monotonic() - began
 
 
-def demand(what, found, sign, bound):
-    met = found >= bound if sign == ">=" else found <= bound
-    print(f"demand: {what} {sign} {bound}: {found:.3f}, {'met' if met else 'MISSED'}")
-    return int(not met)
-
-
 # tools
 
 
 def tools(args, directory):
     path = generated(directory, args.users)
-    with Node(directory, path) as node:
+    with filled(directory, path) as node:
         took_s = node.status()["restore"]["duration_s"]
         print(f"restored from that in {took_s:.1f} s; GET /backup")
         subprocess.run(node.curl_backup(directory / "grades.csv.gz"), check=True)
@@ -216,33 +171,11 @@ def verify(users, directory):
 # compare
 
 
-class Others:
-    """What everything else on the machine takes, in cores, while one round runs."""
-
-    def __init__(self, node):
-        self.node = node
-        deadline = time.monotonic() + QUIET_WAIT_S_MAX
-        while True:
-            self.begin()
-            time.sleep(1)
-            if self.cores() < OTHERS_QUIET or time.monotonic() > deadline:
-                break
-        self.begin()
-
-    def begin(self):
-        self.began = time.monotonic()
-        self.before = machine_cpu_s() - own_cpu_s(self.node)
-
-    def cores(self):
-        used = machine_cpu_s() - own_cpu_s(self.node) - self.before
-        return max(used, 0) / (time.monotonic() - self.began)
-
-
 def compare(args, directory):
     path = generated(directory, args.users)
     backup, text = directory / "grades.csv.gz", directory / "grades.csv"
     rounds = []
-    with Node(directory, path) as node:
+    with filled(directory, path) as node:
         subprocess.run(node.curl_backup(backup), check=True)
         # The rows as the backup has them, in the same order: what pigz is to pack.
         shell(f"zcat {backup} > {text}", directory)
@@ -280,7 +213,7 @@ def timed(command):
 def restore_s(directory, backup):
     second = directory / "second"
     second.mkdir(exist_ok=True)
-    with Node(second, backup) as node:
+    with filled(second, backup) as node:
         return node.status()["restore"]["duration_s"]
 
 
@@ -340,7 +273,7 @@ def make_redis_dump(users, directory):
 def memory(args, directory):
     failed = 0
     for users in args.users:
-        with Node(directory, generated(directory, users)) as node:
+        with filled(directory, generated(directory, users)) as node:
             time.sleep(2)
             before = node.rss_mib()
             print(f"RSS before {before:.1f} MiB; all else is counted from there, so what one backup leaves behind "
@@ -394,21 +327,11 @@ class Client(threading.Thread):
         self.socket.close()
 
 
-def set_p999_us(node, args, seed):
-    env = dict(os.environ, USERS=str(args.users), SEED=str(seed), AUTH=AUTH, DELAY_MS=str(args.delay_ms))
-    out = subprocess.run(["wrk", "-t1", f"-c{args.connections}", f"-d{args.seconds}s", "-s", ROOT / "load" / "set.lua",
-                          node.urls["write"]], env=env, check=True, capture_output=True, text=True).stdout
-    row = {key: int(number) for key, number in re.findall(r"(\w+) (\d+)", out.splitlines()[-1])}
-    if row["errors"]:
-        sys.exit(f"{row['errors']} failed requests:\n{out}")
-    return row["p999_us"], row["requests"] / (row["duration_us"] / 1e6)
-
-
 def slow(args, directory):
     kinds = {"idle": None, "slow": SLOW_BYTES_PER_S, "stopped": 0}
     flags = ["--data-dir", directory / "data"] if args.disk else []
     ratios = {"slow": [], "stopped": []}
-    with Node(directory, generated(directory, args.users), *flags) as node:
+    with filled(directory, generated(directory, args.users), *flags) as node:
         print(f"POST /set over {args.connections} connections, {args.delay_ms} ms between an answer and the next request, "
               f"{args.seconds} s a run, {'log on disk' if args.disk else 'no disk'}")
         print("p99.9 of POST /set in us; slow: a client reads a backup at "
@@ -425,7 +348,8 @@ def slow(args, directory):
                     client = Client(node.urls["write"], kinds[kind])
                     client.start()
                     time.sleep(1)
-                p999_us[kind], rate[kind] = set_p999_us(node, args, n)
+                run = wrk("set.lua", node.urls["write"], n, args, delay_ms=args.delay_ms)
+                p999_us[kind], rate[kind] = run["p999_us"], run["rate"]
                 if client:
                     client.stop()
             for kind, of_rounds in ratios.items():

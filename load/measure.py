@@ -1,0 +1,129 @@
+"""What the load tests share: nodes, wrk, and what everything else on the machine takes meanwhile."""
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RELEASE = ROOT / "target" / "release"
+PASSWORD = "compare"
+AUTH = base64.b64encode(f"admin:{PASSWORD}".encode()).decode()
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+# The machine is quiet when everything else on it takes less than this share of a core.
+OTHERS_QUIET = 0.08
+QUIET_WAIT_S_MAX = 20
+
+
+def cpu_s(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) * TICK_S
+
+
+def machine_cpu_s():
+    """What all processes have used: user, nice, system, irq, softirq, and steal by other machines."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) * TICK_S
+
+
+def own_cpu_s(*servers):
+    us = os.times()
+    own = us.user + us.system + us.children_user + us.children_system
+    return own + sum(cpu_s(server.pid) for server in servers)
+
+
+class Others:
+    """What everything else on the machine takes, in cores, while one round runs."""
+
+    def __init__(self, *servers):
+        self.servers = servers
+        deadline = time.monotonic() + QUIET_WAIT_S_MAX
+        while True:
+            self.begin()
+            time.sleep(1)
+            if self.cores() < OTHERS_QUIET or time.monotonic() > deadline:
+                break
+        self.begin()
+
+    def begin(self):
+        self.began = time.monotonic()
+        self.before = machine_cpu_s() - own_cpu_s(*self.servers)
+
+    def cores(self):
+        used = machine_cpu_s() - own_cpu_s(*self.servers) - self.before
+        return max(used, 0) / (time.monotonic() - self.began)
+
+
+class Node:
+    """A node on free ports."""
+
+    def __init__(self, directory, *flags):
+        self.log = Path(directory) / "node.log"
+        addresses = (f"--{port}-addr=127.0.0.1:0" for port in ("write", "read", "ops"))
+        env = dict(os.environ, GRADESTORE_PASSWORD=PASSWORD)
+        with open(self.log, "w") as log:
+            self.child = subprocess.Popen([RELEASE / "gradestore", "serve", *addresses, *flags],
+                                          env=env, stdout=log, stderr=log)
+        self.pid = self.child.pid
+        self.urls = {}
+        while "ops" not in self.urls:
+            self.wait()
+            self.urls = dict(re.findall(r'(\w+)="(http://[^"]+)"', self.log.read_text()))
+        while self.status()["state"] != "ready":
+            self.wait()
+
+    def wait(self):
+        if self.child.poll() is not None:
+            sys.exit(f"the node ended: {self.log.read_text()}")
+        time.sleep(0.05)
+
+    def ask(self, path):
+        return urllib.request.urlopen(self.urls["ops"] + path, timeout=10).read().decode()
+
+    def status(self):
+        return json.loads(self.ask("/status"))
+
+    def metric(self, name):
+        return float(re.search(rf"^{name} (\S+)$", self.ask("/metrics"), re.MULTILINE)[1])
+
+    def rss_mib(self):
+        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text())[1]) / 1024
+
+    def curl_backup(self, to):
+        return ["curl", "-sSf", "-u", f"admin:{PASSWORD}", "-o", to, self.urls["write"] + "/backup"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.child.terminate()
+        self.child.wait()
+
+
+def last_line(out):
+    """The numbers in the last line that a load tool prints, by name."""
+    return {name: int(number) for name, number in re.findall(r"(\w+) (\d+)", out.splitlines()[-1])}
+
+
+def wrk(script, url, seed, args, connections=None, core=None, delay_ms=0):
+    """One run of wrk: its last line's numbers, and the rate."""
+    env = dict(os.environ, USERS=str(args.users), SEED=str(seed), AUTH=AUTH, DELAY_MS=str(delay_ms))
+    pinned = [] if core is None else ["taskset", "-c", str(core)]
+    out = subprocess.run([*pinned, "wrk", "-t1", f"-c{connections or args.connections}", f"-d{args.seconds}s",
+                          "-s", ROOT / "load" / script, url],
+                         env=env, check=True, capture_output=True, text=True).stdout
+    row = last_line(out)
+    if row["errors"]:
+        sys.exit(f"{row['errors']} failed requests against {url}:\n{out}")
+    return dict(row, rate=row["requests"] / (row["duration_us"] / 1e6))
+
+
+def demand(what, found, sign, bound):
+    met = found >= bound if sign == ">=" else found <= bound
+    print(f"demand: {what} {sign} {bound}: {found:.3f}, {'met' if met else 'MISSED'}")
+    return int(not met)
