@@ -9,14 +9,14 @@
 use std::panic;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::jetstream::Context;
 use async_nats::jetstream::context::ContextBuilder;
 use async_nats::{ConnectError, ConnectErrorKind, ConnectOptions};
 use tokio_util::sync::CancellationToken;
 
-use super::{JetStreamConfig, Shared};
+use super::{JetStreamConfig, Shared, Trouble};
 use crate::log::ReadError;
 
 /// How long a connection may take to be made.
@@ -101,6 +101,25 @@ impl Session {
         let client = options.connect(config.servers.addresses()).await?;
         let context = ContextBuilder::new().timeout(ANSWER_WAIT_MAX).build(client);
         Ok(Self { context, ended })
+    }
+
+    /// Waits for `answer`, or until the connection ends, and ends one that was silent: it would swallow
+    /// the next question too.
+    pub(super) async fn ask<T>(
+        &self,
+        answer: impl Future<Output = Result<T, Trouble>>,
+    ) -> Result<T, Trouble> {
+        let begun = Instant::now();
+        let answered = tokio::select! {
+            answered = answer => answered,
+            () = self.ended.cancelled() => Err(Trouble::Passing("the connection ended".into())),
+        };
+        if let Err(Trouble::Passing(_)) = &answered
+            && begun.elapsed() >= ANSWER_WAIT_MAX
+        {
+            self.ended.cancel();
+        }
+        answered
     }
 
     async fn hang_up(self) {

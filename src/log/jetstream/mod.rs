@@ -369,11 +369,7 @@ impl Shared {
         let mut backoff = Backoff::new();
         loop {
             let session = self.next_session().await?;
-            let looked = tokio::select! {
-                looked = self.look(&session) => looked,
-                () = session.ended.cancelled() => continue,
-            };
-            match looked {
+            match session.ask(self.look(&session)).await {
                 Ok(facts) => {
                     return Ok(Extent {
                         first: facts.first,

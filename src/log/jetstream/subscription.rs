@@ -204,11 +204,7 @@ impl JetStreamSubscription {
         let mut told = false;
         loop {
             let session = self.shared.next_session().await?;
-            let made = tokio::select! {
-                made = self.consume(&session) => made,
-                () = session.ended.cancelled() => continue,
-            };
-            match made {
+            match session.ask(self.consume(&session)).await {
                 Ok(messages) => return Ok(Source { session, messages }),
                 Err(Trouble::Final(error)) => {
                     self.shared.lose(&error);
