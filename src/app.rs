@@ -231,6 +231,7 @@ pub async fn run(
         checkpoints,
         readiness: readiness.clone(),
         last_snapshot: last_snapshot.clone(),
+        snapshotter: snapshotter.clone(),
         resyncs: replicated.resyncs.clone(),
     };
 

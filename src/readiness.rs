@@ -8,6 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
+/// The state of a replica whose peers hold something else.
+pub const DIVERGED: &str = "diverged";
+
 /// What a latch forbids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {

@@ -21,8 +21,9 @@ pub const GRADE_NODE: HeaderName = HeaderName::from_static("grade-node");
 const PARTS_MAX: usize = 16;
 /// Of an error answer no more than this is shown.
 const SHOWN_CHARS_MAX: usize = 500;
-/// Nor more than this read.
+/// Nor more than this read, nor for longer.
 const ERROR_BYTES_MAX: usize = 64 * 1024;
+const ERROR_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Why a backup did not arrive.
 #[derive(Debug, thiserror::Error)]
@@ -97,7 +98,7 @@ impl Client {
         let http = reqwest::Client::builder()
             .connect_timeout(silence_max)
             .read_timeout(silence_max)
-            // The password is for the node that was named.
+            // The password is for the node that was named, by hand or by itself.
             .redirect(reqwest::redirect::Policy::none())
             .build()?;
         Ok(Self { http, account })
@@ -141,11 +142,14 @@ impl Client {
             return Ok(response);
         }
         let mut body = Vec::new();
-        while let Ok(Some(part)) = response.chunk().await
-            && body.len() < ERROR_BYTES_MAX
-        {
-            body.extend_from_slice(&part);
-        }
+        let reading = async {
+            while let Ok(Some(part)) = response.chunk().await
+                && body.len() < ERROR_BYTES_MAX
+            {
+                body.extend_from_slice(&part);
+            }
+        };
+        let _ = tokio::time::timeout(ERROR_WAIT_MAX, reading).await;
         let body = String::from_utf8_lossy(&body);
         Err(RemoteError::Refused {
             url: url.to_owned(),

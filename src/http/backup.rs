@@ -31,7 +31,7 @@ use super::listener::Connection;
 use super::{Credentials, GRADE_NODE, GRADE_POSITION};
 use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
 use crate::log::Log;
-use crate::readiness::Readiness;
+use crate::readiness::{DIVERGED, Readiness};
 use crate::replication::{Applied, backup_head};
 use crate::store::Store;
 
@@ -177,6 +177,7 @@ struct Running {
     store: Store,
     /// The store's when this began.
     epoch: u64,
+    readiness: Readiness,
     applied: Applied,
     connection: Option<Arc<Connection>>,
     _slot: OwnedSemaphorePermit,
@@ -200,6 +201,7 @@ fn members(
         metrics: state.metrics,
         store: state.store,
         epoch,
+        readiness: state.readiness,
         applied: state.applied,
         connection,
         _slot: slot,
@@ -216,6 +218,17 @@ fn members(
 }
 
 impl Running {
+    /// Whether what was read so far is one state, and not one that is in doubt.
+    fn sound(&self) -> Result<(), &'static str> {
+        if self.store.epoch() != self.epoch {
+            return Err("the state was made anew meanwhile");
+        }
+        match self.readiness.reads() {
+            Err(unready) if unready.state == DIVERGED => Err("the state is in doubt"),
+            _ => Ok(()),
+        }
+    }
+
     /// The next member's bytes; an error breaks the answer off, so that it can't look whole.
     async fn next(&mut self) -> Option<io::Result<Bytes>> {
         if let Some(connection) = &self.connection {
@@ -228,6 +241,11 @@ impl Running {
             self.chunks.push(chunk);
         }
         while let Some(made) = self.chunks.next().await {
+            if let Err(error) = self.sound() {
+                tracing::error!(error, "backup broken off");
+                self.writer = None;
+                return Some(Err(io::Error::other(error)));
+            }
             match made {
                 Ok(Some(chunk)) => {
                     if let Some(writer) = &mut self.writer {
@@ -248,13 +266,8 @@ impl Running {
             }
         }
         let writer = self.writer.take()?;
-        if self.store.epoch() != self.epoch {
-            let error = "the state was made anew meanwhile";
-            tracing::error!(error, "backup broken off");
-            return Some(Err(io::Error::other(error)));
-        }
         let rows = writer.rows();
-        let last = writer.end(self.applied.seq());
+        let last = writer.end(self.applied.position().seq);
         let took = self.begun.elapsed();
         self.whole = true;
         self.metrics.duration_s.record(took.as_secs_f64());

@@ -76,7 +76,16 @@ async fn get_grade(State(state): State<ReadState>, request: Request) -> Result<R
 fn answer(state: &ReadState, uri: &Uri) -> Result<Response, ApiError> {
     state.readiness.reads()?;
     let user_id = user_id_of(uri.query().unwrap_or_default())?;
-    let values = state.store.get(&user_id).ok_or(ApiError::UserUnknown)?;
+    let values = loop {
+        let epoch = state.store.epoch();
+        state.readiness.reads()?;
+        let values = state.store.get(&user_id);
+        // A state that is made anew is first unready, then empty: what was seen then is no answer.
+        if state.store.epoch() == epoch {
+            break values;
+        }
+    };
+    let values = values.ok_or(ApiError::UserUnknown)?;
     let user_id = user_id.as_ref();
     let mut json = Vec::with_capacity(192);
     UserGrade { user_id, values }.write_json(&mut json);

@@ -72,7 +72,8 @@ impl Applied {
         }
     }
 
-    /// The last batch applied.
+    /// The last batch applied. A scan may have seen some of the next one: what it ends at is
+    /// [`position`](Self::position), which waits for that.
     #[must_use]
     pub fn seq(&self) -> Seq {
         self.0.seq.load(Ordering::Acquire)

@@ -30,6 +30,9 @@ use crate::readiness::Latch;
 use crate::remote::{Parts, RemoteError};
 use crate::store::Store;
 
+/// Peers that are asked for a backup in one round.
+const PEERS_MAX: usize = 32;
+
 /// Why a node can't get to a position by itself.
 #[derive(Debug, thiserror::Error)]
 pub enum BootstrapError {
@@ -42,8 +45,9 @@ pub enum BootstrapError {
     /// No snapshot fits, no peer has a backup to give, and the log is not whole.
     #[error(
         "no snapshot can be used, {peers}, and the log begins at batch {first}, not at its first \
-         one; start another replica that has the data, put a good snapshot back, or start with an \
-         empty data directory and --restore-from"
+         one; start another replica that has the data, put a good snapshot back, or begin a new log \
+         from a backup: with an empty data directory and --restore-from, and with a broker on a new \
+         --stream"
     )]
     NoSource {
         /// The oldest batch that the log holds.
@@ -54,7 +58,8 @@ pub enum BootstrapError {
     /// The snapshots were made from another log.
     #[error(
         "snapshot {path} belongs to log {found}, the log here is {here}, and {peers}; put the right \
-         log back, or start with an empty data directory and --restore-from {path}"
+         log back, or begin a new log from a backup: with an empty data directory and --restore-from \
+         {path}, and with a broker on a new --stream"
     )]
     OtherLog {
         /// The newest.
@@ -70,8 +75,8 @@ pub enum BootstrapError {
     /// it is applied. Beginning without them would lose answered writes in silence.
     #[error(
         "snapshot {path} is at batch {position} and the log ends at batch {end}: it has lost \
-         batches, or is another log; put the right log back, or start with an empty data directory \
-         and --restore-from {path}"
+         batches, or is another log; put the right log back, or begin a new log with an empty \
+         data directory and --restore-from {path}, and with a broker on a new --stream"
     )]
     LogBehind {
         /// The snapshot.
@@ -102,7 +107,10 @@ impl BootstrapError {
     pub(super) fn passing(&self) -> bool {
         matches!(
             self,
-            Self::NoSource { .. } | Self::OtherLog { .. } | Self::Log(ReadError::Trimmed { .. })
+            Self::Snapshots(_)
+                | Self::NoSource { .. }
+                | Self::OtherLog { .. }
+                | Self::Log(ReadError::Trimmed { .. })
         )
     }
 }
@@ -291,29 +299,52 @@ enum Refused {
     NoPosition,
     #[error("it is at batch {position} and the log holds {} to {} only", .extent.first, .extent.end)]
     NotCovered { position: Seq, extent: Extent },
+    #[error("it is not at batch {0} yet, and the log lacks batches before that")]
+    Behind(Seq),
+    #[error("it says that it ends at batch {position}, where the log ends at {end}")]
+    EndUnknown { position: Seq, end: Seq },
+    #[error("it is not ready itself: {0}")]
+    NotReady(Box<str>),
     #[error("it is this replica itself")]
     Itself,
 }
 
 impl Bootstrap {
-    /// Goes through the sources once. `latch` says what is being done. The store must be empty.
+    /// Goes through the sources that go to `at_least`, once. `latch` says what is being done. The
+    /// store must be empty.
     ///
     /// # Errors
     /// No source will do; the store is empty.
-    pub(super) async fn begin(&self, latch: &Latch) -> Result<Begun, BootstrapError> {
+    pub(super) async fn begin(
+        &self,
+        latch: &Latch,
+        at_least: Seq,
+    ) -> Result<Begun, BootstrapError> {
+        if let Some(why) = self.log.away() {
+            latch.say("starting", why);
+        }
         let extent = self.log.look().await?;
-        let (begun, other_log) = self.restore_snapshot(extent, latch).await?;
-        if let Some(begun) = begun {
+        let mut others = Vec::new();
+        if let Some(begun) = self
+            .restore_snapshot(extent, at_least, &mut others, latch)
+            .await?
+        {
             return Ok(begun);
         }
-        let whole = extent.first == 1 && other_log.is_none();
+        let whole = extent.first == 1 && at_least == 0 && others.is_empty();
         let mut tried = Tried::default();
         // Of an empty log nobody knows more.
         if self.log.shared() && !(whole && extent.end == 0) {
             latch.say("restoring", "peers are asked for a backup");
-            for peer in self.peers.ask().await {
-                match self.restore_peer(&peer, latch).await {
-                    Ok(begun) => return Ok(begun),
+            for peer in self.peers.ask().await.into_iter().take(PEERS_MAX) {
+                match self.restore_peer(&peer, at_least, latch).await {
+                    Ok(begun) => {
+                        // They would pass for newer ones than any that this log's positions make.
+                        for (path, _) in others {
+                            backup::set_aside(&path, "other-log");
+                        }
+                        return Ok(begun);
+                    }
                     Err(error) => {
                         tracing::warn!(peer = &*peer.url, %error, "no backup from peer");
                         tried.0.push((peer.url, error.to_string()));
@@ -321,7 +352,7 @@ impl Bootstrap {
                 }
             }
         }
-        if let Some((path, found)) = other_log {
+        if let Some((path, found)) = others.into_iter().next() {
             return Err(BootstrapError::OtherLog {
                 path,
                 found,
@@ -337,8 +368,6 @@ impl Bootstrap {
         }
         latch.say("catching-up", "the whole log is read");
         let subscription = self.log.subscribe(0).await?;
-        let time_ns = self.applied.position().time_ns;
-        self.applied.restored(Position { seq: 0, time_ns });
         Ok(self.begun(subscription, 0))
     }
 
@@ -357,18 +386,16 @@ impl Bootstrap {
         }
     }
 
-    /// The newest snapshot that fits; also whose log one is from that fits no other way.
+    /// Restores the newest snapshot that fits. Those of other logs, and which, go to `others`.
     async fn restore_snapshot(
         &self,
         extent: Extent,
+        at_least: Seq,
+        others: &mut Vec<(PathBuf, Box<str>)>,
         latch: &Latch,
-    ) -> Result<(Option<Begun>, Option<(PathBuf, Box<str>)>), BootstrapError> {
-        let mut other_log = None;
-        for (position, path) in self
-            .snapshots
-            .as_ref()
-            .map_or(Ok(Vec::new()), Snapshots::list)?
-        {
+    ) -> Result<Option<Begun>, BootstrapError> {
+        let found = self.snapshots.as_ref().map(Snapshots::list);
+        for (position, path) in found.transpose()?.unwrap_or_default() {
             let first = File::open(&path).map_err(|error| BackupError::Io { at: 0, error });
             let head = match first.and_then(backup::head) {
                 Ok(head) => head,
@@ -379,7 +406,7 @@ impl Bootstrap {
             };
             if let Some(head) = head.filter(|head| head.log_id != self.log.id().0) {
                 tracing::warn!(path = %path.display(), log = &*head.log_id, "snapshot of another log");
-                other_log.get_or_insert((path, head.log_id));
+                others.push((path, head.log_id));
                 continue;
             }
             if position > extent.end {
@@ -389,13 +416,13 @@ impl Bootstrap {
                     end: extent.end,
                 });
             }
-            if position + 1 < extent.first {
+            if position < at_least || position + 1 < extent.first {
                 let first = extent.first;
                 tracing::warn!(path = %path.display(), first, "snapshot not covered by the log");
                 continue;
             }
             match self.restore_file(&path, latch).await {
-                Ok(begun) => return Ok((Some(begun), None)),
+                Ok(begun) => return Ok(Some(begun)),
                 Err(Refused::Backup(error)) => refuse(&path, &error),
                 Err(Refused::Log(error)) if !matches!(error, ReadError::Trimmed { .. }) => {
                     return Err(error.into());
@@ -403,12 +430,12 @@ impl Bootstrap {
                 Err(error) => {
                     tracing::warn!(path = %path.display(), %error, "snapshot refused");
                     if matches!(error, Refused::NoPosition) {
-                        other_log.get_or_insert((path, "that is not known".into()));
+                        others.push((path, "that is not known".into()));
                     }
                 }
             }
         }
-        Ok((None, other_log))
+        Ok(None)
     }
 
     async fn restore_file(&self, path: &Path, latch: &Latch) -> Result<Begun, Refused> {
@@ -428,7 +455,18 @@ impl Bootstrap {
         Ok(begun)
     }
 
-    async fn restore_peer(&self, peer: &Peer, latch: &Latch) -> Result<Begun, Refused> {
+    async fn restore_peer(
+        &self,
+        peer: &Peer,
+        at_least: Seq,
+        latch: &Latch,
+    ) -> Result<Begun, Refused> {
+        if peer.announced_unready() {
+            return Err(Refused::NotReady(peer.state.clone()));
+        }
+        if peer.position.is_some_and(|position| position < at_least) {
+            return Err(Refused::Behind(at_least));
+        }
         let download = self.peers.backup(peer).await?;
         if download
             .offer
@@ -470,10 +508,10 @@ impl Bootstrap {
         let rows = async {
             let (fed, rows) = tokio::join!(feed, rows);
             restored.cancel();
-            let summary = rows.unwrap_or(Err(BackupError::Damaged {
-                at: 0,
-                what: "the thread that reads it has ended",
-            }));
+            let summary = rows.unwrap_or_else(|error| {
+                let error = io::Error::other(error);
+                Err(BackupError::Io { at: 0, error })
+            });
             // What broke off is the cause; that the rest is missing follows from it.
             fed?;
             Ok::<_, Refused>(summary?)
@@ -487,7 +525,16 @@ impl Bootstrap {
             // What the log says comes first: it made the rest end.
             (_, Err(error)) | (Err(error), Ok(_)) => Err(error),
             (Ok(summary), Ok(buffered)) => match (summary.records.clone(), buffered) {
-                (Some((head, end)), Some(buffered)) => Ok((head, end, summary, buffered)),
+                (Some((head, end)), Some(buffered)) => match self.log.look().await {
+                    Ok(extent) if (head.position..=extent.end).contains(&end.position) => {
+                        Ok((head, end, summary, buffered))
+                    }
+                    Ok(Extent { end: log_end, .. }) => Err(Refused::EndUnknown {
+                        position: end.position,
+                        end: log_end,
+                    }),
+                    Err(error) => Err(error.into()),
+                },
                 _ => Err(Refused::NoPosition),
             },
         };

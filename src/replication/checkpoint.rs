@@ -8,10 +8,10 @@
 //!
 //! When a checkpoint says otherwise than a replica's own digest, at least one of them is wrong and
 //! nobody knows which. Whoever notices is not ready from then on and speaks of that mark, again and
-//! again, so that others notice too. A checkpoint that the log takes [`SETTLE_AFTER`] later settles
-//! it: what most replicas said holds, and of two with as many voices that which was said first. Who
-//! holds otherwise begins anew from a peer. Three replicas therefore outvote one; of two, nobody could
-//! say which is right.
+//! again, so that others notice too. When one of them has spoken of it [`TIMES_MAX`] times, it is
+//! settled, at the same place of the log for all: what most replicas said holds, and of two with as
+//! many voices that which was said first. Who holds otherwise begins anew from a peer. Three replicas
+//! therefore outvote one; of two, nobody could say which is right.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -26,9 +26,9 @@ use tokio::time::Instant;
 use crate::grade::Digest;
 use crate::log::{Checkpoint, Origin, Seq};
 
-/// How long all have to say what they hold, by the log's clock: some round trips, and a broker that
-/// was away for a moment.
-pub const SETTLE_AFTER: Duration = Duration::from_secs(2);
+/// How often a replica speaks of one mark before that is settled. At the pace of a dispute it is two
+/// seconds: some round trips, and a broker that was away for a moment.
+const TIMES_MAX: u32 = 5;
 /// How many marks are remembered. With a checkpoint a replica and interval, those of some rounds.
 const MARKS_MAX: usize = 64;
 /// How often a replica speaks during a dispute.
@@ -45,7 +45,7 @@ struct Inner {
     /// Whether patches have been applied since the last mark.
     changed: AtomicBool,
     state: Mutex<State>,
-    /// Something is to be said sooner than it was.
+    /// What is to be said, or when, has changed.
     sooner: Notify,
     metrics: CheckpointMetrics,
 }
@@ -71,13 +71,16 @@ impl CheckpointMetrics {
 }
 
 struct State {
-    /// From here on the state is whole: before, a restored store may hold effects of later batches.
+    /// Whether there is a state to speak of.
+    begun: bool,
+    /// From here on it is whole: before, a restored store may hold effects of later batches.
     whole_from: Seq,
     /// The last marks, the oldest first.
     marks: VecDeque<Mark>,
     /// The newest mark that has patches before it and that this replica has not spoken of.
     unspoken: Option<Seq>,
-    dispute: Option<Dispute>,
+    /// The mark that replicas differ at.
+    disputed: Option<Mark>,
     /// When this replica is to speak next.
     next: Instant,
 }
@@ -87,13 +90,14 @@ struct Mark {
     /// This replica's own.
     digest: Digest,
     /// What was said, the first first; one voice a replica.
-    voices: Vec<(Origin, Digest)>,
+    voices: Vec<Voice>,
 }
 
-struct Dispute {
-    position: Seq,
-    /// When it is settled, by the log's clock.
-    until_ns: u64,
+struct Voice {
+    origin: Origin,
+    digest: Digest,
+    /// How often it was heard.
+    times: u32,
 }
 
 /// A batch with a checkpoint, at its place in the log.
@@ -101,8 +105,6 @@ struct Dispute {
 pub(super) struct Heard {
     /// The place.
     pub seq: Seq,
-    /// The log's time of it, in nanoseconds since 1970.
-    pub time_ns: u64,
     /// Who speaks.
     pub origin: Origin,
     /// What it says.
@@ -143,10 +145,11 @@ impl Checkpoints {
             interval,
             changed: AtomicBool::new(false),
             state: Mutex::new(State {
+                begun: false,
                 whole_from: 0,
                 marks: VecDeque::new(),
                 unspoken: None,
-                dispute: None,
+                disputed: None,
                 next: next(interval),
             }),
             sooner: Notify::new(),
@@ -157,11 +160,21 @@ impl Checkpoints {
     /// The state was made anew and is whole from batch `whole_from` on.
     pub fn begin(&self, whole_from: Seq) {
         let mut state = self.0.state.lock();
+        state.begun = true;
         state.whole_from = whole_from;
+        state.next = next(self.0.interval);
+        // What came out of a file is to be compared even if nobody writes any more.
+        self.0.changed.store(whole_from > 0, Ordering::Relaxed);
+        self.0.sooner.notify_one();
+    }
+
+    /// The state is given up: there is nothing to say of it until the next one has begun.
+    pub(super) fn end(&self) {
+        let mut state = self.0.state.lock();
+        state.begun = false;
         state.marks.clear();
         state.unspoken = None;
-        state.dispute = None;
-        state.next = next(self.0.interval);
+        state.disputed = None;
         self.0.changed.store(false, Ordering::Relaxed);
     }
 
@@ -174,14 +187,16 @@ impl Checkpoints {
     /// log's reader calls this.
     pub(super) fn hear(&self, heard: Heard, digest: impl FnOnce() -> Digest) -> Verdict {
         let mut state = self.0.state.lock();
-        if state.whole_from > heard.seq {
+        if !state.begun || state.whole_from > heard.seq {
             return Verdict::Nothing;
         }
-        let disputed = self.compare(&mut state, &heard);
-        let verdict = match disputed {
-            Verdict::Nothing => state.settle(heard.time_ns),
+        let verdict = match self.compare(&mut state, &heard) {
+            Verdict::Nothing => state.settle(),
             disputed => disputed,
         };
+        if matches!(verdict, Verdict::Overruled { .. }) {
+            return verdict;
+        }
         if state.marks.len() == MARKS_MAX {
             state.marks.pop_front();
         }
@@ -206,36 +221,38 @@ impl Checkpoints {
         if mine && state.unspoken.is_some_and(|unspoken| unspoken <= position) {
             state.unspoken = None;
         }
-        let mut marks = state.marks.iter_mut();
+        let mut marks = state.disputed.iter_mut().chain(&mut state.marks);
         let Some(mark) = marks.find(|mark| mark.position == position) else {
             return Verdict::Nothing;
         };
-        if mark
-            .voices
-            .iter()
-            .all(|(origin, _)| *origin != heard.origin)
-        {
-            mark.voices.push((heard.origin, digest));
-            if !mine {
-                self.0.metrics.compared.increment(1);
-            }
+        let mut voices = mark.voices.iter_mut();
+        if let Some(voice) = voices.find(|voice| voice.origin == heard.origin) {
+            voice.times += 1;
+            return Verdict::Nothing;
         }
-        if digest == mark.digest || mine {
+        mark.voices.push(Voice {
+            origin: heard.origin,
+            digest,
+            times: 1,
+        });
+        if mine {
+            return Verdict::Nothing;
+        }
+        self.0.metrics.compared.increment(1);
+        let own = mark.digest;
+        if digest == own {
             return Verdict::Nothing;
         }
         self.0.metrics.divergences.increment(1);
-        if state.dispute.is_some() {
+        if state.disputed.is_some() {
             return Verdict::Nothing;
         }
-        let settle_after_ns = SETTLE_AFTER.as_nanos() as u64;
-        state.dispute = Some(Dispute {
-            position,
-            until_ns: heard.time_ns.saturating_add(settle_after_ns),
-        });
-        Verdict::Disputed {
-            own: mark.digest,
-            other: digest,
-        }
+        let at = state
+            .marks
+            .iter()
+            .position(|mark| mark.position == position);
+        state.disputed = at.and_then(|at| state.marks.remove(at));
+        Verdict::Disputed { own, other: digest }
     }
 
     /// Resolves when this replica is to send a checkpoint. Cancel-safe.
@@ -247,7 +264,7 @@ impl Checkpoints {
             let next = {
                 let mut state = self.0.state.lock();
                 let now = Instant::now();
-                let anything = state.dispute.is_some()
+                let anything = state.disputed.is_some()
                     || state.unspoken.is_some()
                     || self.0.changed.load(Ordering::Relaxed);
                 if state.next <= now && anything {
@@ -270,11 +287,11 @@ impl Checkpoints {
         let interval = self.0.interval?;
         let mut state = self.0.state.lock();
         let now = Instant::now();
-        if state.next > now {
+        if !state.begun || state.next > now {
             return None;
         }
-        let (about, pause) = match &state.dispute {
-            Some(dispute) => (state.mark(dispute.position), DISPUTE_INTERVAL),
+        let (about, pause) = match &state.disputed {
+            Some(mark) => (Some(mark), DISPUTE_INTERVAL),
             None => (state.marks.back(), jittered(interval)),
         };
         let checkpoint = match about {
@@ -294,34 +311,25 @@ impl Checkpoints {
 }
 
 impl State {
-    fn mark(&self, position: Seq) -> Option<&Mark> {
-        self.marks.iter().find(|mark| mark.position == position)
-    }
-
-    /// Ends the dispute, if it is time.
-    fn settle(&mut self, now_ns: u64) -> Verdict {
-        let Some(dispute) = self.dispute.take_if(|dispute| dispute.until_ns <= now_ns) else {
+    /// Ends the dispute, if enough has been said.
+    fn settle(&mut self) -> Verdict {
+        let settled = |mark: &mut Mark| mark.voices.iter().any(|voice| voice.times >= TIMES_MAX);
+        let Some(mark) = self.disputed.take_if(settled) else {
             return Verdict::Nothing;
         };
-        let marks = std::mem::take(&mut self.marks);
         // What is said of marks before this place is part of the dispute and over with it.
-        let Some(mark) = marks
-            .into_iter()
-            .find(|mark| mark.position == dispute.position)
-        else {
-            return Verdict::Upheld;
-        };
+        self.marks.clear();
         let said = |digest: Digest| {
             mark.voices
                 .iter()
-                .filter(|(_, said)| *said == digest)
+                .filter(|voice| voice.digest == digest)
                 .count()
         };
         let mut agreed = mark.digest;
         let mut most = 0;
-        for (_, digest) in &mark.voices {
-            if said(*digest) > most {
-                (agreed, most) = (*digest, said(*digest));
+        for voice in &mark.voices {
+            if said(voice.digest) > most {
+                (agreed, most) = (voice.digest, said(voice.digest));
             }
         }
         match agreed == mark.digest {
@@ -359,7 +367,6 @@ mod tests {
     /// A log, and replicas that apply it in step.
     struct Cluster {
         seq: Seq,
-        time_ns: u64,
         replicas: Vec<(Origin, Checkpoints, Digest)>,
     }
 
@@ -368,11 +375,11 @@ mod tests {
             let replica = |id| {
                 let metrics = CheckpointMetrics::noop();
                 let checkpoints = Checkpoints::new(Origin::of(id), Some(INTERVAL), metrics);
+                checkpoints.begin(0);
                 (Origin::of(id), checkpoints, Digest(7))
             };
             Self {
                 seq: 0,
-                time_ns: 1,
                 replicas: (1..=replicas).map(replica).collect(),
             }
         }
@@ -393,7 +400,6 @@ mod tests {
             self.seq += 1;
             let heard = Heard {
                 seq: self.seq,
-                time_ns: self.time_ns,
                 origin: *origin,
                 checkpoint,
             };
@@ -401,11 +407,6 @@ mod tests {
                 checkpoints.hear(heard, || *digest)
             };
             Some(self.replicas.iter().map(hear).collect())
-        }
-
-        async fn pass(&mut self, time: Duration) {
-            tokio::time::advance(time).await;
-            self.time_ns += time.as_nanos() as u64;
         }
     }
 
@@ -417,7 +418,7 @@ mod tests {
             if round == 5 || round == 12 {
                 cluster.write();
             }
-            cluster.pass(INTERVAL * 2).await;
+            tokio::time::advance(INTERVAL * 2).await;
             for speaker in 0..3 {
                 if let Some(verdicts) = cluster.speak(speaker) {
                     assert_eq!(verdicts, [Verdict::Nothing; 3]);
@@ -444,10 +445,13 @@ mod tests {
             let mut cluster = Cluster::of(order.len() as u128);
             cluster.replicas[0].2.0 += 100;
             cluster.write();
-            cluster.pass(INTERVAL * 2).await;
+            tokio::time::advance(INTERVAL * 2).await;
             let mut settled = vec![None; order.len()];
             while settled.contains(&None) {
                 for speaker in order {
+                    if matches!(settled[*speaker], Some(Verdict::Overruled { .. })) {
+                        continue;
+                    }
                     let verdicts = cluster.speak(*speaker).unwrap_or_default();
                     for (verdict, settled) in verdicts.into_iter().zip(&mut settled) {
                         match verdict {
@@ -458,7 +462,7 @@ mod tests {
                         }
                     }
                 }
-                cluster.pass(DISPUTE_INTERVAL).await;
+                tokio::time::advance(DISPUTE_INTERVAL).await;
             }
             for (index, verdict) in settled.into_iter().enumerate() {
                 let upheld = verdict == Some(Verdict::Upheld);
@@ -474,7 +478,7 @@ mod tests {
         cluster.replicas[1].1.begin(5);
         cluster.replicas[1].2.0 += 100;
         for _ in 0..3 {
-            cluster.pass(INTERVAL * 2).await;
+            tokio::time::advance(INTERVAL * 2).await;
             assert_eq!(cluster.speak(0), Some(vec![Verdict::Nothing; 2]));
             cluster.write();
         }

@@ -1,19 +1,20 @@
 //! The life of a replica's state: gets to a position, follows the log from there, and begins anew
 //! where the log went on without it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use metrics::Counter;
 
+use super::Position;
 use super::bootstrap::{Begun, Bootstrap, BootstrapError};
 use super::checkpoint::Checkpoints;
 use super::own::OwnBatches;
+use super::peers::Peer;
 use super::reader::{Reader, ReaderError};
-use super::snapshotter::LastSnapshot;
-use crate::log::ReadError;
-use crate::readiness::{Latch, Readiness, Scope};
+use super::snapshotter::{LastSnapshot, Snapshotter};
+use crate::log::{ReadError, Seq, now_ns};
+use crate::readiness::{DIVERGED, Latch, Readiness, Scope};
 
-/// Pauses between tries to find a source: short at first, as a peer is often about to be ready.
 const PAUSE_MIN: Duration = Duration::from_millis(250);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
@@ -31,6 +32,8 @@ pub struct Follower {
     pub readiness: Readiness,
     /// What is known of snapshots.
     pub last_snapshot: LastSnapshot,
+    /// What writes them, where any are kept.
+    pub snapshotter: Option<Snapshotter>,
     /// Counts states that were made anew.
     pub resyncs: Counter,
 }
@@ -39,8 +42,10 @@ pub struct Follower {
 enum Ending {
     /// The log is sound and this replica has lost its place in it.
     Resync {
-        /// Whether its snapshots may be wrong too.
+        /// Whether its state and its snapshots may be wrong too.
         doubtful: bool,
+        /// A source before this place leads to where reading ended.
+        at_least: Seq,
     },
     /// Nothing that the replica could do by itself.
     Stay,
@@ -53,10 +58,12 @@ impl Follower {
         let mut latch = starting;
         let mut begun = match seeded {
             true => self.bootstrap.resume().await,
-            false => self.begin(&latch).await,
+            false => self.begin(&latch, 0).await,
         };
+        let mut pauses = Pauses::default();
         loop {
             let error;
+            let began_at = Instant::now();
             (error, latch) = match begun {
                 Ok(begun) => self.follow(begun, latch).await,
                 Err(error) => {
@@ -65,27 +72,62 @@ impl Follower {
                     return std::future::pending().await;
                 }
             };
-            let Ending::Resync { doubtful } = self.ending(&error) else {
+            let Ending::Resync { doubtful, at_least } = self.ending(&error) else {
                 return std::future::pending().await;
             };
-            self.resyncs.increment(1);
-            if doubtful && let Some(snapshots) = &self.bootstrap.snapshots {
-                snapshots.set_all_aside("diverged");
+            if began_at.elapsed() > PAUSE_MAX {
+                pauses = Pauses::default();
             }
-            self.own.forget();
-            self.bootstrap.store.clear();
-            begun = self.begin(&latch).await;
+            pauses.pause().await;
+            self.checkpoints.end();
+            if doubtful {
+                self.wait_for_a_source().await;
+            }
+            self.resyncs.increment(1);
+            self.give_up_state(doubtful).await;
+            begun = self.begin(&latch, at_least).await;
         }
     }
 
-    /// Tries until there is a source, or until trying is of no use.
-    async fn begin(&self, latch: &Latch) -> Result<Begun, BootstrapError> {
-        let mut pause = PAUSE_MIN;
+    /// Waits until there is somebody or something to begin anew from: a state that may be wrong is
+    /// still more than none.
+    async fn wait_for_a_source(&self) {
+        let mut pauses = Pauses::default();
+        loop {
+            let extent = self.bootstrap.log.look().await;
+            let whole = extent.is_ok_and(|extent| extent.first == 1);
+            if whole || self.bootstrap.peers.ask().await.iter().any(Peer::ready) {
+                return;
+            }
+            pauses.pause().await;
+        }
+    }
+
+    async fn give_up_state(&self, doubtful: bool) {
+        self.own.forget();
+        // In this order: a snapshot that is being written is not kept once the store is another one.
+        self.bootstrap.store.clear();
+        let time_ns = now_ns();
+        self.bootstrap
+            .applied
+            .restored(Position { seq: 0, time_ns });
+        if doubtful && let Some(snapshotter) = &self.snapshotter {
+            snapshotter.set_all_aside("diverged").await;
+        }
+    }
+
+    /// Tries until there is a source that goes to `at_least`, or until trying is of no use.
+    async fn begin(&self, latch: &Latch, at_least: Seq) -> Result<Begun, BootstrapError> {
+        let mut pauses = Pauses::default();
         let mut told = String::new();
         loop {
-            let error = match self.bootstrap.begin(latch).await {
+            let error = match self.bootstrap.begin(latch, at_least).await {
                 Err(error) if error.passing() && self.bootstrap.log.shared() => error,
-                ended => return ended,
+                ended => {
+                    // What was sent meanwhile is in the state, or comes and is read like anybody's.
+                    self.own.forget();
+                    return ended;
+                }
             };
             let why = error.to_string();
             latch.say(state_of(&error), why.as_str());
@@ -93,8 +135,7 @@ impl Follower {
                 tracing::error!(%error, "no way to a whole state yet, not serving");
                 told = why;
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE_MAX);
+            pauses.pause().await;
         }
     }
 
@@ -141,7 +182,7 @@ impl Follower {
             }
         };
         let state = match error {
-            ReaderError::Diverged { .. } => "diverged",
+            ReaderError::Diverged { .. } => DIVERGED,
             _ => "gap",
         };
         latch.say(state, error.to_string());
@@ -150,14 +191,32 @@ impl Follower {
     }
 
     fn ending(&self, error: &ReaderError) -> Ending {
+        let resync = |doubtful, at_least| Ending::Resync { doubtful, at_least };
         match error {
             _ if !self.bootstrap.log.shared() => Ending::Stay,
-            ReaderError::Diverged { .. } => Ending::Resync { doubtful: true },
-            ReaderError::Gap { .. } | ReaderError::Log(ReadError::Trimmed { .. }) => {
-                Ending::Resync { doubtful: false }
+            ReaderError::Diverged { .. } => resync(true, 0),
+            ReaderError::Gap { got, .. } => resync(false, got.saturating_sub(1)),
+            ReaderError::Log(ReadError::Trimmed { first, .. }) => {
+                resync(false, first.saturating_sub(1))
             }
             ReaderError::Log(_) => Ending::Stay,
         }
+    }
+}
+
+/// Pauses between tries: short at first, as a peer is often about to be ready.
+struct Pauses(Duration);
+
+impl Default for Pauses {
+    fn default() -> Self {
+        Self(PAUSE_MIN)
+    }
+}
+
+impl Pauses {
+    async fn pause(&mut self) {
+        tokio::time::sleep(self.0).await;
+        self.0 = (self.0 * 2).min(PAUSE_MAX);
     }
 }
 

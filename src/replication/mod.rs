@@ -38,7 +38,7 @@ pub use bootstrap::{
     Bootstrap, BootstrapError, Restore, RestoreTracker, Stage, Tried, restore_seed,
 };
 pub use buffered::{BufferCounts, Buffered};
-pub use checkpoint::{CheckpointMetrics, Checkpoints, SETTLE_AFTER};
+pub use checkpoint::{CheckpointMetrics, Checkpoints};
 pub use follower::Follower;
 pub use own::OwnBatches;
 pub use peers::{Peer, Peers};

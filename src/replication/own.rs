@@ -11,6 +11,10 @@ use super::writer::WriteError;
 use crate::grade::Patch;
 use crate::log::Seq;
 
+/// When a batch that did not come back is forgotten, so that another may go in its place; one that
+/// comes later still is read like anybody's. No log goes on trying for so long.
+const LOST_AFTER: Duration = Duration::from_secs(60);
+
 /// Where a request waits for what became of its patch.
 pub(super) type Answer = oneshot::Sender<Result<Seq, WriteError>>;
 
@@ -58,14 +62,18 @@ impl OwnBatches {
     }
 
     /// Tells who waits for a batch sent more than `wait_max` ago that its outcome is unknown. The
-    /// batch itself stays: should it come back, it is applied from here.
+    /// batch itself stays, in case that it comes back, until [`LOST_AFTER`]: a log may have taken one
+    /// and lost it.
     pub fn give_up_waiting(&self, wait_max: Duration) {
         let mut late = Vec::new();
-        for batch in self.0.lock().iter_mut() {
+        let mut batches = self.0.lock();
+        for batch in batches.iter_mut() {
             if batch.sent.elapsed() > wait_max {
                 late.append(&mut batch.answers);
             }
         }
+        batches.retain(|batch| batch.sent.elapsed() <= LOST_AFTER.max(wait_max));
+        drop(batches);
         for answer in late {
             let _ = answer.send(Err(WriteError::OutcomeUnknown));
         }

@@ -41,6 +41,11 @@ impl Peer {
     pub fn ready(&self) -> bool {
         &*self.state == READY
     }
+
+    /// Whether it has said itself that it would not.
+    pub(super) fn announced_unready(&self) -> bool {
+        self.version.is_some() && !self.ready()
+    }
 }
 
 /// Finds the other replicas. Clones are the same.
@@ -96,10 +101,16 @@ impl Peers {
             })
             .collect();
         for offer in offers {
-            let known = |peer: &Peer| peer.url == offer.url || peer.node == offer.node;
-            let itself = offer.node.as_ref() == Some(&self.0.me);
-            if !itself && (offer.node.is_none() || !found.iter().any(known)) {
-                found.push(offer);
+            if offer.node.as_ref() == Some(&self.0.me) {
+                continue;
+            }
+            let known = found.iter_mut().find(|peer| {
+                peer.url == offer.url || (offer.node.is_some() && peer.node == offer.node)
+            });
+            match known {
+                // Who gave it by hand knows a way.
+                Some(peer) => peer.url = offer.url,
+                None => found.push(offer),
             }
         }
         found.sort_by_key(|peer| Reverse((peer.ready(), peer.position)));

@@ -7,7 +7,7 @@ use super::checkpoint::{Checkpoints, Heard, Verdict};
 use super::own::OwnBatches;
 use crate::grade::Digest;
 use crate::log::{Checkpoint, Entry, Origin, ReadError, Seq, Subscription};
-use crate::readiness::{Latch, Readiness, Scope};
+use crate::readiness::{DIVERGED, Latch, Readiness, Scope};
 use crate::store::Store;
 
 /// Why the reader stopped.
@@ -127,7 +127,6 @@ impl Reader {
         };
         let heard = Heard {
             seq: entry.seq,
-            time_ns: entry.time_ns,
             origin: entry.batch.origin,
             checkpoint,
         };
@@ -150,7 +149,7 @@ impl Reader {
                     "at batch {position} this replica's digest was {own} and that of replica {peer} \
                      {other}: one of them is wrong"
                 );
-                *disputed = Some(readiness.hold(Scope::All, "diverged", reason));
+                *disputed = Some(readiness.hold(Scope::All, DIVERGED, reason));
             }
             Verdict::Upheld => {
                 tracing::warn!(position, "most hold what this replica holds");

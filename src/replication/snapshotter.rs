@@ -118,6 +118,13 @@ impl Snapshotter {
         self.write_alone(self.store.epoch()).await
     }
 
+    /// Sets all of them aside; none that is being written now is kept under its own name either.
+    pub(super) async fn set_all_aside(&self, why: &str) {
+        let _alone = self.writing.lock().await;
+        self.snapshots.set_all_aside(why);
+        self.last.0.lock().written = None;
+    }
+
     async fn write_alone(&self, epoch: u64) -> io::Result<()> {
         let this = self.clone();
         let written = tokio::task::spawn_blocking(move || this.write_blocking(epoch)).await;
@@ -145,7 +152,7 @@ impl Snapshotter {
     fn write_blocking(&self, epoch: u64) -> io::Result<(Written, Option<Seq>)> {
         let head = backup_head(&self.store, &self.applied, &*self.log);
         let end = || match self.store.epoch() == epoch {
-            true => Ok(self.applied.seq()),
+            true => Ok(self.applied.position().seq),
             false => Err(io::Error::other("the state was made anew meanwhile")),
         };
         let written = self.snapshots.write(&self.store, head, end)?;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::pull::{Config, Stream};
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy};
+use async_nats::jetstream::stream::LastRawMessageErrorKind;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
 
@@ -85,7 +86,9 @@ impl JetStreamSubscription {
                 return Err(error.clone());
             }
             let Some(source) = &mut self.source else {
-                self.source = Some(self.resume().await?);
+                let resumed = self.resume().await;
+                // Who only begins to read may have asked for what never was.
+                self.source = Some(resumed.inspect_err(|error| self.shared.lose(error))?);
                 self.shared.counts.resumes.fetch_add(1, Ordering::Relaxed);
                 continue;
             };
@@ -206,10 +209,7 @@ impl JetStreamSubscription {
             let session = self.shared.next_session().await?;
             match session.ask(self.consume(&session)).await {
                 Ok(messages) => return Ok(Source { session, messages }),
-                Err(Trouble::Final(error)) => {
-                    self.shared.lose(&error);
-                    return Err(error);
-                }
+                Err(Trouble::Final(error)) => return Err(error),
                 Err(Trouble::Passing(why)) if !mem::replace(&mut told, true) => {
                     tracing::warn!(%why, "log not readable yet");
                 }
@@ -268,7 +268,12 @@ impl JetStreamSubscription {
             .get_stream_no_info(&self.shared.config.stream);
         let stream = stream.await.map_err(|error| Trouble::passing(&error))?;
         let before = stream.get_raw_message(seq).await;
-        let before = before.map_err(|error| Trouble::passing(&error))?;
+        let before = match before {
+            Ok(before) => before,
+            // Nobody can tell any more; that it is missing is the next reader's trouble.
+            Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => return Ok(()),
+            Err(error) => return Err(Trouble::passing(&error)),
+        };
         match u64::try_from(before.time.unix_timestamp_nanos()) == Ok(time_ns) {
             true => Ok(()),
             false => Err(Trouble::Final(ReadError::Rewritten { seq })),
