@@ -450,6 +450,10 @@ mod tests {
             while settled.contains(&None) {
                 for speaker in order {
                     if matches!(settled[*speaker], Some(Verdict::Overruled { .. })) {
+                        // A state that is given up has no voice.
+                        cluster.replicas[*speaker].1.end();
+                        cluster.replicas[*speaker].1.changed();
+                        assert_eq!(cluster.speak(*speaker), None);
                         continue;
                     }
                     let verdicts = cluster.speak(*speaker).unwrap_or_default();
