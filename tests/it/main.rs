@@ -8,12 +8,16 @@
 
 mod broker;
 mod disk;
+mod fake_peer;
 mod harness;
 mod held_log;
 mod proxy;
+mod seeded;
+mod throttle;
 mod wire;
 
 mod backup;
+mod bootstrap;
 mod broken_off;
 mod broker_faults;
 mod cli;
