@@ -85,7 +85,11 @@ impl JetStreamSubscription {
                 return Err(error.clone());
             }
             let Some(source) = &mut self.source else {
-                self.source = Some(self.resume().await?);
+                // A place that was read is known to have been there; one to begin at may come from a
+                // peer that is wrong, and takes nothing from the log.
+                let resumed = self.resume().await;
+                let resumed = resumed.inspect_err(|error| self.shared.lose(error))?;
+                self.source = Some(resumed);
                 self.shared.counts.resumes.fetch_add(1, Ordering::Relaxed);
                 continue;
             };
@@ -210,10 +214,7 @@ impl JetStreamSubscription {
             };
             match made {
                 Ok(messages) => return Ok(Source { session, messages }),
-                Err(Trouble::Final(error)) => {
-                    self.shared.lose(&error);
-                    return Err(error);
-                }
+                Err(Trouble::Final(error)) => return Err(error),
                 Err(Trouble::Passing(why)) if !mem::replace(&mut told, true) => {
                     tracing::warn!(%why, "log not readable yet");
                 }
