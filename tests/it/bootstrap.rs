@@ -7,7 +7,7 @@ use futures_util::future::join_all;
 use serde_json::Value;
 use tokio::net::TcpListener;
 
-use crate::broker::{at, copy_tree, replica_at, status_where};
+use crate::broker::{copy_tree, replica_at, status_where};
 use crate::disk::backup_of;
 use crate::fake_peer::{FAULTS, FakePeer, Fault, Good, SILENT};
 use crate::harness::{Node, PASSWORD, Ports, program};
@@ -55,7 +55,10 @@ impl Led {
     /// It is ready, after it has asked the peer first and another one then.
     async fn passed_by(&self, position: u64) {
         let (name, ..) = self.fault;
-        let status = at(&self.node, position).await;
+        let status = status_where(&self.node, name, |status| {
+            status["position"] == position && status["state"] == "ready"
+        });
+        let status = status.await;
         assert_ne!(status["restore"]["source"], self.peer.url, "{name}");
         assert_eq!(status["restore"]["stage"], "done", "{name}");
         if name != "nobody listens" {

@@ -38,6 +38,7 @@ mod peers;
 mod recover;
 mod restore_from;
 mod set;
+mod stages;
 mod stall;
 mod trim;
 mod under_writes;

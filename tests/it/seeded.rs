@@ -2,6 +2,7 @@
 //! peer; and what its replicas must hold.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -52,7 +53,12 @@ impl Cluster {
 
     /// A replica that keeps its snapshots in a directory of this name.
     pub(crate) fn with_dir(&self, name: &str) -> Command {
-        let mut command = replica_at(self.broker.address);
+        self.with_dir_at(name, self.broker.address)
+    }
+
+    /// The same that meets the broker at `address`.
+    pub(crate) fn with_dir_at(&self, name: &str, address: SocketAddr) -> Command {
+        let mut command = replica_at(address);
         command.env("GRADESTORE_EPHEMERAL", "false");
         command.arg("--data-dir").arg(self.dir.path().join(name));
         command
