@@ -7,6 +7,7 @@
 )]
 
 mod broker;
+mod clients;
 mod disk;
 mod fake_peer;
 mod harness;
@@ -34,8 +35,10 @@ mod hostile;
 mod limits;
 mod log_faults;
 mod ops;
+mod outrun;
 mod peers;
 mod recover;
+mod restart;
 mod restore_from;
 mod set;
 mod stages;

@@ -82,11 +82,6 @@ impl Throttle {
             .await
             .unwrap();
     }
-
-    /// How many came.
-    pub(crate) fn connections(&self) -> usize {
-        self.shared.passed.borrow().len()
-    }
 }
 
 async fn accept(listener: TcpListener, shared: Shared) {
