@@ -7,8 +7,8 @@ use futures_util::future::join_all;
 use serde_json::Value;
 use tokio::net::TcpListener;
 
-use crate::broker::{copy_tree, replica_at, status_where};
-use crate::disk::backup_of;
+use crate::broker::{STREAM, copy_tree, replica_at, status_where};
+use crate::disk::{backup_of, restored};
 use crate::fake_peer::{FAULTS, FakePeer, Fault, Good, SILENT};
 use crate::harness::{Node, PASSWORD, Ports, program};
 use crate::seeded::{Cluster, serves_nothing};
@@ -133,6 +133,24 @@ async fn a_replica_is_no_peer_of_itself() {
         (urls == [&format!("http://{}", first.write)]).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_backups_time_is_that_of_the_broker_and_no_replicas() {
+    let mut cluster = Cluster::of(10).await;
+    let first = cluster.first().await;
+    let late = cluster.broker.replica().await;
+    let answered = cluster.write(&first, 3).await;
+    let position = answered.last().unwrap().position;
+    cluster.check(&[&first, &late], &answered).await;
+    let client = cluster.broker.client().await;
+    let stream = client.get_stream(STREAM).await.unwrap();
+    let time = stream.get_raw_message(position).await.unwrap().time;
+    for node in [&first, &late] {
+        let (head, _) = restored(&backup_of(node).await).1.records.unwrap();
+        assert_eq!(head.position, position);
+        assert_eq!(i128::from(head.time_ns), time.unix_timestamp_nanos());
+    }
 }
 
 /// A peer that dies when it has sent so many hundredths of its backup, or another one that is there.

@@ -107,11 +107,11 @@ impl Client {
         answered
     }
 
-    /// The replicas, those that are ready first; each client begins with another one.
-    async fn replicas(&self) -> Vec<Ports> {
+    /// The replicas that are ready, each client's `nth` first.
+    async fn replicas(&self, nth: usize) -> Vec<Ports> {
         let mut replicas = self.replicas.lock().clone();
         let count = replicas.len();
-        replicas.rotate_left(self.id % count);
+        replicas.rotate_left((self.id + nth) % count);
         let mut ready = Vec::new();
         for replica in replicas {
             let asked = replica
@@ -126,7 +126,7 @@ impl Client {
 
     /// Tries once; the position if that was answered.
     async fn write(&self, write: &Write) -> Option<u64> {
-        let replicas = self.replicas().await;
+        let replicas = self.replicas(0).await;
         let replica = replicas.first()?;
         let request = replica.client.post(format!("http://{}/set", replica.write));
         let request = request
@@ -142,10 +142,11 @@ impl Client {
         }
     }
 
-    /// Reads at `position` from the first that answers.
+    /// Reads at `position` from the first that answers, which is not the one that was written to if
+    /// there are two.
     async fn read(&self, key: &(String, usize), position: u64) {
         let (user, field) = key;
-        for replica in self.replicas().await {
+        for replica in self.replicas(1).await {
             let url = format!("http://{}/get?user_id={user}", replica.read);
             let request = replica.client.get(url).header("grade-position", position);
             // One that went away between two requests.
@@ -156,7 +157,8 @@ impl Client {
             match answer.status {
                 200 => return self.compare(key, answer.json()[FIELDS[*field]].as_i64().unwrap()),
                 404 if !self.written.keys().any(|(written, _)| written == user) => return,
-                503 => {}
+                // It said that it was ready, so it is on its way out.
+                503 => assert!(answer.body.contains("not ready (stopping)"), "{answer:?}"),
                 _ => panic!("{answer:?}"),
             }
         }

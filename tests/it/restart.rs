@@ -27,6 +27,14 @@ fn keeping(broker: &Broker, root: &Path, index: usize) -> Command {
     command
 }
 
+/// Starts a replica again; clients know of it before it is ready.
+async fn started(clients: &Clients, index: usize, command: &mut Command) -> Node {
+    let node = Node::launch(command).await;
+    clients.replaced(index, &node);
+    status_where(&node, "ready", |status| status["state"] == "ready").await;
+    node
+}
+
 async fn answers(clients: &Clients, more: usize) {
     let wanted = clients.answered() + more;
     eventually("more writes", async || {
@@ -38,8 +46,9 @@ async fn answers(clients: &Clients, more: usize) {
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_that_are_all_killed_at_once_come_back_with_all_that_was_answered() {
     let (broker, root) = (Broker::start().await, tempdir().unwrap());
-    let start = async |index| Node::start_with(&mut keeping(&broker, root.path(), index)).await;
-    let mut nodes = join_all((0..3).map(start)).await;
+    let command = |index| keeping(&broker, root.path(), index);
+    let mut nodes =
+        join_all((0..3).map(async |index| Node::start_with(&mut command(index)).await)).await;
     let ports = nodes.iter().map(|node| (**node).clone()).collect();
     let clients = Clients::start(ports, false);
     for order in [[2, 0, 1], [1, 2, 0]] {
@@ -57,15 +66,14 @@ async fn replicas_that_are_all_killed_at_once_come_back_with_all_that_was_answer
             node.signal(Signal::KILL);
         }
         nodes.clear();
-        let mut started = Vec::new();
+        let mut back = Vec::new();
         for index in order {
-            let node = start(index).await;
-            clients.replaced(index, &node);
+            let node = started(&clients, index, &mut command(index)).await;
             answers(&clients, 20).await;
-            started.push((index, node));
+            back.push((index, node));
         }
-        started.sort_by_key(|(index, _)| *index);
-        nodes.extend(started.into_iter().map(|(_, node)| node));
+        back.sort_by_key(|(index, _)| *index);
+        nodes.extend(back.into_iter().map(|(_, node)| node));
     }
     let answered = clients.stop().await;
     let nodes: Vec<&Node> = nodes.iter().collect();
@@ -80,16 +88,17 @@ async fn replicas_that_are_all_killed_at_once_come_back_with_all_that_was_answer
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_restarted_one_by_one_lose_no_write_and_fail_no_read() {
     let (broker, root) = (Broker::start().await, tempdir().unwrap());
-    let start = async |index| Node::start_with(&mut keeping(&broker, root.path(), index)).await;
-    let mut nodes = join_all((0..3).map(start)).await;
+    let command = |index| keeping(&broker, root.path(), index);
+    let mut nodes =
+        join_all((0..3).map(async |index| Node::start_with(&mut command(index)).await)).await;
     let ports = nodes.iter().map(|node| (**node).clone()).collect();
     let clients = Clients::start(ports, true);
     for index in 0..3 {
         answers(&clients, 100).await;
         nodes.remove(index).end().await;
         answers(&clients, 50).await;
-        nodes.insert(index, start(index).await);
-        clients.replaced(index, &nodes[index]);
+        let node = started(&clients, index, &mut command(index)).await;
+        nodes.insert(index, node);
     }
     answers(&clients, 100).await;
     let answered = clients.stop().await;
