@@ -29,10 +29,10 @@ impl Good {
     }
 
     /// The same that says something else of itself.
-    fn but(&self, change: impl FnOnce(&mut Head)) -> Vec<u8> {
+    fn but(&self, change: impl FnOnce(&mut Head)) -> Act {
         let mut head = self.head.clone();
         change(&mut head);
-        file_with(&self.store, &head)
+        whole(&file_with(&self.store, &head))
     }
 }
 
@@ -50,113 +50,35 @@ pub(crate) enum Act {
 pub(crate) type Fault = (&'static str, fn(&Good) -> Act, &'static str);
 
 /// All that is noticed at once.
+#[rustfmt::skip]
 pub(crate) const FAULTS: [Fault; 20] = [
     ("nobody listens", |_| Act::Refuse, "onnection refused"),
-    (
-        "hangs up",
-        |_| Act::Send(Vec::new()),
-        "connection closed before message completed",
-    ),
-    (
-        "no HTTP",
-        |_| Act::Send(b"220 ready\r\n".to_vec()),
-        "invalid HTTP",
-    ),
-    (
-        "another password",
-        |_| error("401 Unauthorized", ""),
-        "answered 401: why",
-    ),
-    (
-        "never heard of it",
-        |_| error("404 Not Found", ""),
-        "answered 404: why",
-    ),
-    (
-        "not ready",
-        |_| error("503 Service Unavailable", ""),
-        "answered 503: why",
-    ),
-    (
-        "elsewhere",
-        |_| error("302 Found", "location: http://127.0.0.1:1/\r\n"),
-        "answered 302: why",
-    ),
-    (
-        "HTML",
-        |_| whole(b"<html>sign in</html>"),
-        "not a gzip file",
-    ),
-    ("nothing at all", |_| whole(b""), "cut off at byte 0"),
-    (
-        "a foreign file",
-        |_| whole(&gzip(b"user_id,spp\na,1\n")),
-        "not made by a gradestore that is on a log",
-    ),
-    (
-        "another log's",
-        |good| whole(&good.but(|head| head.log_id = "other".into())),
-        "it is of log other, another one",
-    ),
-    (
-        "another history",
-        |good| whole(&good.but(|head| head.time_ns += 1)),
-        "is not the one it was",
-    ),
-    (
-        "ahead of the log",
-        |good| whole(&good.but(|head| head.position += 9)),
-        "and the log holds 101 to",
-    ),
-    (
-        "no longer covered",
-        |good| whole(&good.but(|head| head.position = 99)),
-        "it is at batch 99 and the log holds 101 to",
-    ),
-    (
-        "a newer format",
-        |good| whole(&good.but(|head| head.format += 1)),
-        "use a newer gradestore",
-    ),
-    (
-        "one bit",
-        |good| whole(&flipped(&good.file)),
-        "fetch the backup again",
-    ),
-    (
-        "no end",
-        |good| whole(half(&good.file)),
-        "the end record is missing",
-    ),
-    (
-        "twice",
-        |good| whole(&[&*good.file, &*good.file].concat()),
-        "bytes follow the end",
-    ),
-    (
-        "cut",
-        |good| cut(&good.file),
-        "end of file before message length reached",
-    ),
-    (
-        "cut in a chunk",
-        |good| cut_in_chunk(&good.file),
-        "end of file before message length reached",
-    ),
+    ("hangs up", |_| Act::Send(Vec::new()), "connection closed before message completed"),
+    ("no HTTP", |_| Act::Send(b"220 ready\r\n".to_vec()), "invalid HTTP"),
+    ("another password", |_| error("401 Unauthorized", ""), "answered 401: why"),
+    ("no such route", |_| error("404 Not Found", ""), "answered 404: why"),
+    ("not ready", |_| error("503 Service Unavailable", ""), "answered 503: why"),
+    ("elsewhere", |_| error("302 Found", "location: http://127.0.0.1:1/\r\n"), "answered 302: why"),
+    ("HTML", |_| whole(b"<html>sign in</html>"), "not a gzip file"),
+    ("nothing", |_| whole(b""), "cut off at byte 0"),
+    ("foreign", |_| whole(&gzip(b"user_id,spp\na,1\n")), "not made by a gradestore that is on a log"),
+    ("another log", |good| good.but(|head| head.log_id = "x".into()), "it is of log x, another one"),
+    ("another history", |good| good.but(|head| head.time_ns += 1), "is not the one it was"),
+    ("ahead", |good| good.but(|head| head.position += 9), "it is at batch 112 and the log holds"),
+    ("too old", |good| good.but(|head| head.position = 99), "batch 99 and the log holds 101 to 103"),
+    ("a newer format", |good| good.but(|head| head.format += 1), "use a newer gradestore"),
+    ("one bit", |good| whole(&flipped(&good.file)), "fetch the backup again"),
+    ("no end", |good| whole(half(&good.file)), "the end record is missing"),
+    ("twice", |good| whole(&good.file.repeat(2)), "bytes follow the end"),
+    ("cut", |good| cut(&good.file), "end of file before message length reached"),
+    ("cut chunk", |good| cut_chunk(&good.file), "end of file before message length reached"),
 ];
 
 /// What is noticed by how long it takes only.
+#[rustfmt::skip]
 pub(crate) const SILENT: [Fault; 2] = [
-    (
-        "says nothing",
-        |_| Act::Stall(Vec::new()),
-        "operation timed out",
-    ),
-    (
-        "stops in the middle",
-        |good| stalled(&good.file),
-        "operation timed out",
-    ),
+    ("says nothing", |_| Act::Stall(Vec::new()), "operation timed out"),
+    ("stops in the middle", |good| stalled(&good.file), "operation timed out"),
 ];
 
 fn answer(status: &str, headers: &str, body: &[u8]) -> Vec<u8> {
@@ -189,7 +111,7 @@ fn stalled(file: &[u8]) -> Act {
     Act::Stall(sized(file.len(), half(file)))
 }
 
-fn cut_in_chunk(file: &[u8]) -> Act {
+fn cut_chunk(file: &[u8]) -> Act {
     let chunk = format!("{:x}\r\n", file.len());
     let body = [chunk.as_bytes(), half(file)].concat();
     Act::Send(answer("200 OK", "transfer-encoding: chunked\r\n", &body))
