@@ -94,7 +94,7 @@ impl Broker {
     }
 }
 
-fn copy_tree(from: &Path, to: &Path) {
+pub(crate) fn copy_tree(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap().path();
         let to = to.join(entry.file_name().unwrap());
@@ -150,16 +150,24 @@ pub(crate) fn replica_with(nats_url: &str) -> Command {
 /// One write that was answered with 204.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Answered {
-    position: u64,
-    write: Write,
+    pub(crate) position: u64,
+    pub(crate) write: Write,
 }
 
 /// One field of one user set to a value that no other write sets.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Write {
-    user: String,
-    field: usize,
-    value: i64,
+    pub(crate) user: String,
+    pub(crate) field: usize,
+    pub(crate) value: i64,
+}
+
+impl Write {
+    /// As `POST /set` takes it.
+    pub(crate) fn json(&self) -> String {
+        let (user, field, value) = (&self.user, FIELDS[self.field], self.value);
+        format!(r#"{{"user_id":"{user}","{field}":{value}}}"#)
+    }
 }
 
 /// Writers that work until they are told to stop.
@@ -215,10 +223,7 @@ async fn write(
             field: (count / 3 + id) % FIELDS.len(),
             value: (id * 1_000_000_000 + count) as i64,
         };
-        let (user, field, value) = (&write.user, FIELDS[write.field], write.value);
-        let answer = ports
-            .set(format!(r#"{{"user_id":"{user}","{field}":{value}}}"#))
-            .await;
+        let answer = ports.set(write.json()).await;
         match answer.status {
             204 => answered.push(Answered {
                 position: answer.position(),
@@ -266,7 +271,8 @@ pub(crate) async fn read_stream(broker: &Context) -> Vec<Vec<Write>> {
     read
 }
 
-fn writes_in(payload: &[u8]) -> Vec<Write> {
+/// What a message sets.
+pub(crate) fn writes_in(payload: &[u8]) -> Vec<Write> {
     let Ok(Value::Array(patches)) = serde_json::from_slice(payload) else {
         return Vec::new();
     };

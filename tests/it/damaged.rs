@@ -218,7 +218,7 @@ fn corpus(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
     ]
 }
 
-fn gzip(text: &[u8]) -> Vec<u8> {
+pub(crate) fn gzip(text: &[u8]) -> Vec<u8> {
     let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
     gzip.write_all(text).unwrap();
     gzip.finish().unwrap()

@@ -139,21 +139,29 @@ pub(crate) fn store_of(rows: u64, bound: u64) -> Store {
     store
 }
 
-/// A backup of `store`, as if taken at `position`.
+/// A backup of `store`, as if taken at `position` of another log.
 pub(crate) fn file_of(store: &Store, position: u64) -> Vec<u8> {
-    let (mut writer, mut file) = BackupWriter::begin(&Head {
-        format: FORMAT,
-        log_id: "another".into(),
-        position,
-        time_ns: 1_700_000_000_000_000_000,
-        rows_expected: store.len() as u64,
-    });
+    file_with(
+        store,
+        &Head {
+            format: FORMAT,
+            log_id: "another".into(),
+            position,
+            time_ns: 1_700_000_000_000_000_000,
+            rows_expected: store.len() as u64,
+        },
+    )
+}
+
+/// A backup of `store` that begins so.
+pub(crate) fn file_with(store: &Store, head: &Head) -> Vec<u8> {
+    let (mut writer, mut file) = BackupWriter::begin(head);
     let source = ChunkSource::new(store);
     while let Some(chunk) = source.next() {
         writer.add(&chunk);
         file.extend_from_slice(&chunk.bytes);
     }
-    file.extend_from_slice(&writer.end(position));
+    file.extend_from_slice(&writer.end(head.position));
     file
 }
 

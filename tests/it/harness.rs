@@ -307,8 +307,22 @@ impl Local {
         Self::run_on(Storage::of(log), origin, adjust).await
     }
 
-    /// One on `storage`. All that knows how a node is put together is here.
+    /// One on `storage`, ready.
     pub(crate) async fn run_on(
+        storage: Storage,
+        origin: Origin,
+        adjust: impl FnOnce(&mut Config),
+    ) -> Self {
+        let node = Self::launch(storage, origin, adjust);
+        eventually("ready", async || {
+            (node.ops("/readyz").await.status == 200).then_some(())
+        })
+        .await;
+        node
+    }
+
+    /// One on `storage`, listening. All that knows how a node is put together is here.
+    pub(crate) fn launch(
         storage: Storage,
         origin: Origin,
         adjust: impl FnOnce(&mut Config),
@@ -340,10 +354,6 @@ impl Local {
                 .await
                 .unwrap();
         });
-        eventually("ready", async || {
-            (ports.ops("/readyz").await.status == 200).then_some(())
-        })
-        .await;
         Self {
             ports,
             stop: Some(stop),

@@ -7,13 +7,18 @@
 )]
 
 mod broker;
+mod clients;
 mod disk;
+mod fake_peer;
 mod harness;
 mod held_log;
 mod proxy;
+mod seeded;
+mod throttle;
 mod wire;
 
 mod backup;
+mod bootstrap;
 mod broken_off;
 mod broker_faults;
 mod cli;
@@ -24,16 +29,20 @@ mod divergence;
 mod drain;
 mod durable;
 mod fifth_field;
+mod fixtures;
 mod full_disk;
 mod get;
 mod hostile;
 mod limits;
 mod log_faults;
 mod ops;
+mod outrun;
 mod peers;
 mod recover;
+mod restart;
 mod restore_from;
 mod set;
+mod stages;
 mod stall;
 mod trim;
 mod under_writes;

@@ -86,9 +86,11 @@ impl JetStreamSubscription {
                 return Err(error.clone());
             }
             let Some(source) = &mut self.source else {
+                // A place that was read is known to have been there; one to begin at may come from a
+                // peer that is wrong, and takes nothing from the log.
                 let resumed = self.resume().await;
-                // Who only begins to read may have asked for what never was.
-                self.source = Some(resumed.inspect_err(|error| self.shared.lose(error))?);
+                let resumed = resumed.inspect_err(|error| self.shared.lose(error))?;
+                self.source = Some(resumed);
                 self.shared.counts.resumes.fetch_add(1, Ordering::Relaxed);
                 continue;
             };

@@ -1,0 +1,185 @@
+//! A cluster whose log does not begin at its first batch, so that who starts from nothing needs a
+//! peer; and what its replicas must hold.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
+use futures_util::StreamExt;
+use gradestore::grade::{Changes, Patch};
+use gradestore::store::Store;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::broker::{Answered, Broker, FIELDS, STREAM, Write, at, replica_at, writes_in};
+use crate::disk::{store_of, write_file_of};
+use crate::harness::{Node, Ports};
+use crate::throttle::Throttle;
+use crate::wire::{eventually, in_time};
+
+/// What the first replica is seeded with ends here.
+pub(crate) const SEED: u64 = 100;
+
+/// A broker, what its first replica is seeded with, and directories for all.
+pub(crate) struct Cluster {
+    pub(crate) broker: Broker,
+    pub(crate) truth: Truth,
+    pub(crate) seed: PathBuf,
+    pub(crate) dir: TempDir,
+    written: u64,
+}
+
+impl Cluster {
+    /// With `rows` of 35 bytes in the seed.
+    pub(crate) async fn of(rows: u64) -> Self {
+        let (broker, dir) = (Broker::start().await, tempfile::tempdir().unwrap());
+        let store = store_of(rows, u64::MAX);
+        let seed = write_file_of(dir.path(), &store, SEED);
+        let truth = Truth {
+            store,
+            position: SEED,
+            log: BTreeMap::new(),
+        };
+        Self {
+            broker,
+            truth,
+            seed,
+            dir,
+            written: 0,
+        }
+    }
+
+    /// A replica that keeps its snapshots in a directory of this name.
+    pub(crate) fn with_dir(&self, name: &str) -> Command {
+        self.with_dir_at(name, self.broker.address)
+    }
+
+    /// The same that meets the broker at `address`.
+    pub(crate) fn with_dir_at(&self, name: &str, address: SocketAddr) -> Command {
+        let mut command = replica_at(address);
+        command.env("GRADESTORE_EPHEMERAL", "false");
+        command.arg("--data-dir").arg(self.dir.path().join(name));
+        command
+    }
+
+    /// The replica that makes the stream.
+    pub(crate) async fn first(&self) -> Node {
+        let mut command = self.with_dir("first");
+        Node::start_with(command.arg("--restore-from").arg(&self.seed)).await
+    }
+
+    /// The same; the others reach it through `throttle`.
+    pub(crate) async fn first_behind(&self, throttle: &Throttle) -> Node {
+        let mut command = self.with_dir("first");
+        command.args(["--advertise-url", &throttle.url()]);
+        let node = Node::start_with(command.arg("--restore-from").arg(&self.seed)).await;
+        throttle.lead_to(node.write);
+        node
+    }
+
+    /// Writes through `node` that must be answered, one after the other.
+    pub(crate) async fn write(&mut self, node: &Ports, count: usize) -> Vec<Answered> {
+        let mut answered = Vec::new();
+        for _ in 0..count {
+            self.written += 1;
+            let write = Write {
+                user: format!("user {}", self.written % 7),
+                field: self.written as usize % FIELDS.len(),
+                value: self.written as i64,
+            };
+            // A broker that is away refuses, and stores nothing of what it refused.
+            let answer = eventually("an answered write", async || {
+                let answer = node.set(write.json()).await;
+                (answer.status != 503).then_some(answer)
+            });
+            let position = answer.await.position();
+            answered.push(Answered { position, write });
+        }
+        answered
+    }
+
+    /// What must hold of replicas, whatever has happened.
+    pub(crate) async fn check(&mut self, nodes: &[&Ports], answered: &[Answered]) {
+        self.truth.check(&self.broker, nodes, answered).await;
+    }
+}
+
+/// What a plain fold of the log gives, so far.
+pub(crate) struct Truth {
+    store: Store,
+    position: u64,
+    log: BTreeMap<u64, Vec<Write>>,
+}
+
+impl Truth {
+    /// Reads the log to its end, which must not have been trimmed since it was last read.
+    pub(crate) async fn read(&mut self, broker: &Broker) {
+        let mut stream = broker.client().await.get_stream(STREAM).await.unwrap();
+        let last = stream.info().await.unwrap().state.last_sequence;
+        let config = pull::Config {
+            ack_policy: AckPolicy::None,
+            deliver_policy: DeliverPolicy::ByStartSequence {
+                start_sequence: self.position + 1,
+            },
+            ..pull::Config::default()
+        };
+        let consumer = stream.create_consumer(config).await.unwrap();
+        let mut messages = consumer.messages().await.unwrap();
+        while self.position < last {
+            let message = in_time("the stream", messages.next()).await;
+            let message = message.unwrap().unwrap();
+            self.position += 1;
+            assert_eq!(message.info().unwrap().stream_sequence, self.position);
+            let writes = writes_in(&message.payload);
+            for write in &writes {
+                let mut changes = Changes::default();
+                changes.set(write.field, write.value);
+                let user_id = write.user.as_str();
+                self.store.apply(&Patch { user_id, changes });
+            }
+            self.log.insert(self.position, writes);
+        }
+    }
+
+    async fn check(&mut self, broker: &Broker, nodes: &[&Ports], answered: &[Answered]) {
+        self.read(broker).await;
+        for Answered { position, write } in answered {
+            let batch = &self.log[position];
+            assert!(batch.contains(write), "{position} lacks {write:?}");
+        }
+        let mut seen = BTreeSet::new();
+        for write in self.log.values().flatten() {
+            assert!(seen.insert(write), "twice: {write:?}");
+        }
+        for node in nodes {
+            let status = at(node, self.position).await;
+            assert_eq!(status["records"], self.store.len());
+            assert_eq!(status["digest"], self.store.digest().to_string());
+        }
+    }
+}
+
+/// Checks that a node serves nothing, and says with each refusal in which of `states` it is; its
+/// `/status`.
+pub(crate) async fn serves_nothing(node: &Ports, states: &[&str]) -> Value {
+    let status = node.ops("/status").await.json();
+    assert!(
+        states.iter().any(|state| status["state"] == *state),
+        "{status}"
+    );
+    let refused = [
+        node.get("user 1").await,
+        node.set(r#"{"user_id":"user 1","spp":1}"#).await,
+        node.ops("/readyz").await,
+        node.ops("/readyz/write").await,
+    ];
+    for answer in refused {
+        let detail = answer.problem(503, "not-ready");
+        let said = |state: &&str| detail.starts_with(&format!("not ready ({state}): "));
+        assert!(states.iter().any(said), "{detail}");
+    }
+    assert_eq!(node.ops("/livez").await.status, 200);
+    status
+}

@@ -1,0 +1,138 @@
+//! A connection to a peer that passes so many bytes and no more, until a test says otherwise.
+
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::wire::in_time;
+
+/// What the kernel may hold before the throttle: little, so that who is throttled feels it.
+const KERNEL_BYTES: u32 = 16 * 1024;
+
+/// Stands between a replica and a peer that is asked for its backup. Ends when dropped.
+pub(crate) struct Throttle {
+    address: SocketAddr,
+    shared: Shared,
+    _accepting: JoinSet<()>,
+}
+
+#[derive(Clone, Default)]
+struct Shared {
+    /// Who is behind it; without anyone it hangs up.
+    target: watch::Sender<Option<SocketAddr>>,
+    /// What a connection may get of the peer.
+    limit: watch::Sender<u64>,
+    /// What each has got.
+    passed: watch::Sender<Vec<u64>>,
+    cut: watch::Sender<()>,
+}
+
+impl Throttle {
+    /// One that passes `limit` bytes of each answer; nobody is behind it yet.
+    pub(crate) async fn to_nobody(limit: u64) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shared = Shared::default();
+        shared.limit.send_replace(limit);
+        let mut accepting = JoinSet::new();
+        accepting.spawn(accept(listener, shared.clone()));
+        Self {
+            address,
+            shared,
+            _accepting: accepting,
+        }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    pub(crate) fn lead_to(&self, peer: SocketAddr) {
+        self.shared.target.send_replace(Some(peer));
+    }
+
+    /// Lets `limit` bytes pass on each connection, what has passed included.
+    pub(crate) fn limit(&self, limit: u64) {
+        self.shared.limit.send_replace(limit);
+    }
+
+    /// Lets everything pass.
+    pub(crate) fn open(&self) {
+        self.limit(u64::MAX);
+    }
+
+    /// Breaks the connections that there are, and those that come.
+    pub(crate) fn cut(&self) {
+        self.shared.target.send_replace(None);
+        self.shared.cut.send_replace(());
+    }
+
+    /// Waits until `connections` of them have got all that they may.
+    pub(crate) async fn reached(&self, connections: usize) {
+        let limit = *self.shared.limit.borrow();
+        let mut passed = self.shared.passed.subscribe();
+        let full = |passed: &Vec<u64>| {
+            let full = passed.iter().filter(|passed| **passed == limit);
+            full.count() == connections
+        };
+        in_time("the throttle's limit", passed.wait_for(full))
+            .await
+            .unwrap();
+    }
+}
+
+async fn accept(listener: TcpListener, shared: Shared) {
+    let mut connections = JoinSet::new();
+    loop {
+        let (client, _) = listener.accept().await.unwrap();
+        let Some(peer) = *shared.target.borrow() else {
+            continue;
+        };
+        let mut index = 0;
+        shared.passed.send_modify(|passed| {
+            index = passed.len();
+            passed.push(0);
+        });
+        let (shared, mut cut) = (shared.clone(), shared.cut.subscribe());
+        connections.spawn(async move {
+            tokio::select! {
+                () = pass(client, peer, &shared, index) => {}
+                _ = cut.changed() => {}
+            }
+        });
+        while connections.try_join_next().is_some() {}
+    }
+}
+
+async fn pass(mut client: TcpStream, peer: SocketAddr, shared: &Shared, index: usize) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(KERNEL_BYTES).unwrap();
+    let Ok(mut peer) = socket.connect(peer).await else {
+        return;
+    };
+    let (mut from_client, mut to_client) = client.split();
+    let (mut from_peer, mut to_peer) = peer.split();
+    let answers = async {
+        let (mut passed, mut limit) = (0, shared.limit.subscribe());
+        let mut bytes = vec![0; 8 * 1024];
+        loop {
+            let allowed = *limit.wait_for(|limit| *limit > passed).await.unwrap() - passed;
+            let room = bytes.len().min(usize::try_from(allowed).unwrap());
+            let Ok(read @ 1..) = from_peer.read(&mut bytes[..room]).await else {
+                return;
+            };
+            if to_client.write_all(&bytes[..read]).await.is_err() {
+                return;
+            }
+            passed += read as u64;
+            shared.passed.send_modify(|of_all| of_all[index] = passed);
+        }
+    };
+    tokio::select! {
+        () = answers => {}
+        _ = copy(&mut from_client, &mut to_peer) => {}
+    }
+}
