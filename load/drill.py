@@ -43,7 +43,7 @@ RSS_PEAK_TO_STEADY_MAX = 1.3
 # Of the writes wanted so many must have been answered in time, else the load was another one.
 RATE_MIN = 0.98
 LOAD_QUIET = 1.5
-SAMPLE_EVERY_S = 0.05
+SAMPLE_EVERY_S = 0.1
 WARM_UP_S = 3
 STEADY_OVER_S = 5
 SHOWN_BEFORE_S = 8
