@@ -37,7 +37,8 @@ import generate
 from measure import (PASSWORD, RELEASE, ROOT, SERVER, SYNCS, Broker, Node, cpu_s, end_with_parent, machine_cpu_s,
                      own_cpu_s, says)
 
-# What is demanded at 5 million records and 10,000 writes a second.
+# The first is demanded from so much on: of a small store the start is most.
+DEMANDED_USERS, DEMANDED_WRITES_PER_S = 5_000_000, 10_000
 READY_TO_LOCAL_MAX = 1.5  # the time until ready, to that from a file under the same load
 RSS_PEAK_TO_STEADY_MAX = 1.3
 # Of the writes wanted so many must have been answered in time, else the load was another one.
@@ -240,29 +241,35 @@ def drill(report, args, directory, stack):
     load.phase(WARM_UP_S)
     phases["before"] = load.phase(args.window)
 
-    killed = time.monotonic()
-    lost.kill()
-    shutil.rmtree(directory / NAMES[-1] / "data")
-    file = directory / "backup.csv.gz"
-    began = time.monotonic()
-    subprocess.run([RELEASE / "gradestore", "backup", "--from", others[0].urls["write"], "-o", file],
-                   env=dict(os.environ, GRADESTORE_PASSWORD=PASSWORD), check=True, stderr=subprocess.DEVNULL)
-    backup_s = time.monotonic() - began
-    phases["backup taken, one replica down"] = load.phase()
     ours = {"the other two": others, "broker": [broker], "load": [load]}
-    local = local_restore(directory / "local", file, ours)
-    phases["restore from a file, one down"] = load.phase()
-    load.phase(WARM_UP_S)
+    rounds = []
+    for n in range(1, args.rounds + 1):
+        killed = time.monotonic()
+        lost.kill()
+        shutil.rmtree(directory / NAMES[-1] / "data")
+        file = directory / "backup.csv.gz"
+        began = time.monotonic()
+        subprocess.run([RELEASE / "gradestore", "backup", "--from", others[0].urls["write"], "-o", file],
+                       env=dict(os.environ, GRADESTORE_PASSWORD=PASSWORD), check=True, stderr=subprocess.DEVNULL)
+        backup_s = time.monotonic() - began
+        phases["backup taken, one replica down"] = load.phase()
+        local = local_restore(directory / "local", file, ours)
+        phases["restore from a file, one down"] = load.phase()
+        load.phase(WARM_UP_S)
 
-    cpu = Cpu(ours)
-    started = cpu.began
-    lost.start()
-    watch = Watch(lost)
-    watch.start()
-    lost.until_ready()
-    ready_s = time.monotonic() - started
-    used = cpu.used(third_replica=lost)
-    others_cores = cpu.others_cores(used)
+        cpu = Cpu(ours)
+        started = cpu.began
+        lost.start()
+        watch = Watch(lost)
+        watch.start()
+        lost.until_ready()
+        ready_s = time.monotonic() - started
+        used = cpu.used(third_replica=lost)
+        others_cores = cpu.others_cores(used)
+        rounds.append((ready_s, others_cores, *local))
+        if n < args.rounds:
+            watch.stop()
+            load.phase(WARM_UP_S)
     phases["during"] = load.phase()
     phases["after"] = load.phase(args.window)
     rss_peak = max(rss_peak_mib(lost.pid), *(rss for _, _, rss in watch.samples))
@@ -278,6 +285,13 @@ def drill(report, args, directory, stack):
     at = Timeline(started, ready_s, watch, load)
     restore = at.restore
     rss_steady = statistics.median(rss for when, _, rss in watch.samples if when > watch.samples[-1][0] - STEADY_OVER_S)
+    report("\nThe third replica loses its disk in each round. While it is down a node without a log restores the backup of a peer\n"
+           "from a file, under the same load; then the third is started again. Others are all else on the machine, in cores.")
+    report("round  file, s  others  replica, s  others  replica / file")
+    for n, (replica_s, replica_others, until_s, _, _, file_others) in enumerate(rounds, 1):
+        report(f"{n:5} {until_s:8.2f} {file_others:7.2f} {replica_s:11.2f} {replica_others:7.2f} {replica_s / until_s:15.2f}")
+    ratio = statistics.median(replica_s / until_s for replica_s, _, until_s, *_ in rounds)
+    report(f"median of the rounds' ratios: {ratio:.2f}. All from here on is of the last round.")
     report(f"\nThe third replica was ended with kill -9, its disk wiped, and it was started {started - killed:.1f} s later.")
     report("\nstage                           seconds")
     for name, took_s in (("starting, asking for a backup", at.asking_s), ("restoring", restore["duration_s"]),
@@ -322,9 +336,14 @@ def drill(report, args, directory, stack):
         report.demand("answered writes that are missing", found["missing"], "==", 0, 0),
         report.demand("requests that failed", sum(phase[kind]["errors"] for phase in phases.values()
                                                   for kind in ("writes", "reads")), "==", 0, 0),
-        report.demand("ready / restore from a file under the same load", ready_s / local[0], "<=", READY_TO_LOCAL_MAX),
         report.demand("RSS at most / steady", rss_peak / rss_steady, "<=", RSS_PEAK_TO_STEADY_MAX),
     ]
+    if args.users >= DEMANDED_USERS and args.writes_per_s >= DEMANDED_WRITES_PER_S:
+        missed.append(report.demand("ready / restore from a file under the same load, median", ratio, "<=",
+                                    READY_TO_LOCAL_MAX))
+    else:
+        report(f"ready / restore from a file: nothing is demanded below {DEMANDED_USERS:,} users and "
+               f"{DEMANDED_WRITES_PER_S:,} writes a second")
     return any(missed), at.picture(args, rss_steady)
 
 
@@ -394,6 +413,7 @@ def main():
     parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--writes-per-s", type=int, default=10_000)
     parser.add_argument("--reads-per-s", type=int, default=1_000)
+    parser.add_argument("--rounds", type=int, default=3, help="how often the replica loses its disk")
     parser.add_argument("--window", type=float, default=15, help="seconds that are measured before and after")
     parser.add_argument("--sync", choices=SYNCS, default="default", help="when the broker syncs its disk")
     parser.add_argument("--dir", type=Path, default=ROOT / "target", help="where a directory is made for what they keep")
