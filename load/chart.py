@@ -53,13 +53,14 @@ def draw(title, span, bands, panels):
 
     drawing.text(LEFT, 26, title, font_size=16)
     bottom = height - BOTTOM - GAP
-    named_to = 0
-    for n, (name, begin, end) in enumerate(bands):
+    for n, (_, begin, end) in enumerate(bands):
         begin, end = max(begin, low), min(end, high)
         drawing.add("rect", x=f"{x(begin):.1f}", y=TOP - 24, width=f"{x(end) - x(begin):.1f}", height=bottom - TOP + 24,
                     fill=BANDS[n % len(BANDS)])
+    named_to, raised = 0, False
+    for name, begin, _ in bands:
         # A name that would run into the last one stands above it.
-        raised = x(begin) < named_to
+        raised = x(begin) < named_to and not raised
         drawing.text(x(begin) + 3, TOP - (28 if raised else 10), name, font_size=11)
         named_to = x(begin) + 8 + 6 * len(name)
     for n, (name, lines) in enumerate(panels):
