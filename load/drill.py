@@ -12,7 +12,7 @@ that was restored. Exit code 1 when something is missing or differs, or a demand
     python3 load/drill.py --users 5000000 --writes-per-s 10000
 
 The report and a picture go to load/results/drill.txt and drill.svg, or elsewhere with --results.
-All it starts ends with it, in whatever way it ends, and what they kept goes too.
+All it starts ends with it, in whatever way it ends; what they kept goes too, unless this is killed.
 """
 
 import argparse
@@ -203,7 +203,8 @@ def machine(report, args):
            f"{platform.system()} {platform.release().split('-')[0]}")
     report(f"{os.cpu_count()} cores of {cpu}, {int(memory) / MIB:.0f} GiB of memory; broker, replicas and load share them")
     load = os.getloadavg()[0]
-    report(f"load average before: {load:.2f}{'' if load < LOAD_QUIET else ': others are at work, figures are worse for it'}")
+    noise = "" if load < LOAD_QUIET else ": others are at work, figures are worse for it"
+    report(f"load average before: {load:.2f}{noise}")
     report(f"broker with sync_interval {SYNCS[args.sync]}")
 
 
@@ -285,8 +286,9 @@ def drill(report, args, directory, stack):
     at = Timeline(started, ready_s, watch, load)
     restore = at.restore
     rss_steady = statistics.median(rss for when, _, rss in watch.samples if when > watch.samples[-1][0] - STEADY_OVER_S)
-    report("\nThe third replica loses its disk in each round. While it is down a node without a log restores the backup of a peer\n"
-           "from a file, under the same load; then the third is started again. Others are all else on the machine, in cores.")
+    report("\nThe third replica loses its disk in each round. While it is down a node without a log restores the backup of a "
+           "peer\nfrom a file, under the same load; then the third is started again. Others are all else on the machine, "
+           "in cores.")
     report("round  file, s  others  replica, s  others  replica / file")
     for n, (replica_s, replica_others, until_s, _, _, file_others) in enumerate(rounds, 1):
         report(f"{n:5} {until_s:8.2f} {file_others:7.2f} {replica_s:11.2f} {replica_others:7.2f} {replica_s / until_s:15.2f}")
@@ -297,25 +299,30 @@ def drill(report, args, directory, stack):
     for name, took_s in (("starting, asking for a backup", at.asking_s), ("restoring", restore["duration_s"]),
                          ("catching up", ready_s - at.restored_s), ("ready after", ready_s)):
         report(f"{name:30} {took_s:8.2f}")
-    report(f"\n{restore['rows']:,} rows, {restore['bytes'] / MIB:.0f} MiB: {restore['rows'] / restore['duration_s']:,.0f} rows a "
-           f"second while restoring, {restore['rows'] / ready_s:,.0f} from start to ready")
-    report(f"read of the log ahead: at most {at.most('buffered_batches'):,} batches, {at.most('buffered_bytes') / 1024:,.0f} KiB")
+    rows = restore["rows"]
+    report(f"\n{rows:,} rows, {restore['bytes'] / MIB:.0f} MiB: {rows / restore['duration_s']:,.0f} rows a second while "
+           f"restoring, {rows / ready_s:,.0f} from start to ready")
+    report(f"read of the log ahead: at most {at.most('buffered_batches'):,} batches, "
+           f"{at.most('buffered_bytes') / 1024:,.0f} KiB")
     report(f"RSS: at most {rss_peak:.0f} MiB, steady {rss_steady:.0f} MiB (median of the last {STEADY_OVER_S} s); the other "
            f"replicas {' and '.join(f'{each.samples[-1][2]:.0f}' for each in watches)} MiB")
-    report("CPU from start to ready, seconds: " + ", ".join(f"{who} {core_s:.1f}" for who, core_s in used.items()))
+    cpu_said = ", ".join(f"{who} {core_s:.1f}" for who, core_s in used.items())
+    report(f"CPU from start to ready, seconds: {cpu_said}")
 
     report(f"\nThe backup of a peer, taken in {backup_s:.2f} s, restored from a file into a node without a log; seconds")
     report("                               until ready  restore in it  its CPU  others' cores  third / this")
-    for name, (until_s, in_s, core_s, cores) in (("under the same load", local), ("nobody writing or reading", local_quiet)):
+    for name, measured in (("under the same load", local), ("nobody writing or reading", local_quiet)):
+        until_s, in_s, core_s, cores = measured
         report(f"{name:30} {until_s:11.2f} {in_s:14.2f} {core_s:8.2f} {cores:14.2f} {ready_s / until_s:13.2f}")
-    report(f"{'the third replica':30} {ready_s:11.2f} {restore['duration_s']:14.2f} {used['third replica']:8.2f} {others_cores:14.2f}")
+    report(f"{'the third replica':30} {ready_s:11.2f} {restore['duration_s']:14.2f} {used['third replica']:8.2f} "
+           f"{others_cores:14.2f}")
 
     report("\nwhat the clients of the other two noticed   a second  errors   p50 ms   p99 ms   max ms")
     for kind in ("writes", "reads"):
         for name, phase in phases.items():
             row = phase[kind]
-            report(f"{kind:7}{name:34} {row['answered'] / phase['seconds']:10.0f} {row['errors']:7} {row['p50_us'] / 1e3:8.2f} "
-                   f"{row['p99_us'] / 1e3:8.2f} {row['max_us'] / 1e3:8.2f}")
+            ms = " ".join(f"{row[what] / 1e3:8.2f}" for what in ("p50_us", "p99_us", "max_us"))
+            report(f"{kind:7}{name:34} {row['answered'] / phase['seconds']:10.0f} {row['errors']:7} {ms}")
     at.table(report)
 
     report("\nafter the last write")
@@ -328,7 +335,7 @@ def drill(report, args, directory, stack):
         report(f"  {line}")
 
     report()
-    rate = min(phase["writes"]["answered"] / phase["seconds"] for phase in phases.values())
+    rate = min(phase["writes"]["answered"] / phase["seconds"] for phase in phases.values() if phase["seconds"] > 1)
     if rate < RATE_MIN * args.writes_per_s:
         report(f"note: the replicas, or the machine, did not keep up with the writes; in one phase {rate:.0f} a second")
     missed = [
