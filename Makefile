@@ -1,6 +1,6 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test check bench fuzz load-tools roundtrip compare jetstream backups
+.PHONY: help run cluster test check bench fuzz load-tools roundtrip compare jetstream backups drill
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -51,3 +51,9 @@ jetstream: ## writes through the JetStream log beside one message a write, in tu
 backups: ## backups: read by other tools, next to pigz and Redis, memory, slow readers
 	cargo build --locked --release
 	for what in tools compare memory slow; do python3 load/backup.py $$what || exit 1; done
+
+DRILL ?= --users 1000000 --writes-per-s 10000
+drill: ## one of three replicas loses its disk under load and comes back; DRILL has the flags
+	tests/install.sh
+	cargo build --locked --release --bins --examples
+	python3 load/drill.py $(DRILL)

@@ -19,7 +19,6 @@ import argparse
 import os
 import platform
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,42 +26,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import RELEASE, ROOT, Node, Others, cpu_s, demand, last_line, wrk
+from measure import RELEASE, ROOT, SERVER, SYNCS, Broker, Node, Others, cpu_s, demand, last_line, says, wrk
 
-SERVER = ROOT / ".tools" / "bin" / "nats-server"
-SYNCS = {"default": "2m", "always": "always"}
 # Writes a second through the log, to messages a second of `publish`: medians of the rounds' ratios.
 DEMANDS = {("default", 64): 0.6, ("always", 64): 5}
 # What they are to become.
 AIMS = {("default", 64): 0.8, ("always", 64): 7, ("always", 256): 14}
 SYNC_PROBES = 200
-
-
-class Broker:
-    """nats-server on a free port."""
-
-    def __init__(self, directory, sync):
-        directory.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"nats://127.0.0.1:{port}"
-        config, self.log = directory / "nats.conf", directory / "nats.log"
-        config.write_text(f'listen: 127.0.0.1:{port}\n'
-                          f'jetstream {{ store_dir: "{directory}/store", sync_interval: "{SYNCS[sync]}" }}\n')
-        self.child = subprocess.Popen([SERVER, "-c", config, "-l", self.log])
-        self.pid = self.child.pid
-        while not self.log.exists() or "Server is ready" not in self.log.read_text():
-            if self.child.poll() is not None:
-                sys.exit(f"nats-server ended: {self.log.read_text()}")
-            time.sleep(0.05)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.child.terminate()
-        self.child.wait()
 
 
 def publish(broker, in_flight, seconds):
@@ -117,9 +87,6 @@ def sync_us(directory):
 
 
 def versions(directory):
-    def says(*command):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()[0]
-
     client = re.search(r'name = "async-nats"\nversion = "([^"]+)"', (ROOT / "Cargo.lock").read_text())[1]
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     print(f"{says(SERVER, '--version')}, async-nats {client}, {says('wrk', '-v').split(' [')[0]}, "

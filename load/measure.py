@@ -1,9 +1,12 @@
-"""What the load tests share: nodes, wrk, and what everything else on the machine takes meanwhile."""
+"""What the load tests share: nodes, a broker, wrk, and what everything else on the machine takes meanwhile."""
 
 import base64
+import ctypes
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASE = ROOT / "target" / "release"
+SERVER = ROOT / ".tools" / "bin" / "nats-server"
+SYNCS = {"default": "2m", "always": "always"}
 PASSWORD = "compare"
 AUTH = base64.b64encode(f"admin:{PASSWORD}".encode()).decode()
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -59,28 +64,87 @@ class Others:
         return max(used, 0) / (time.monotonic() - self.began)
 
 
-class Node:
-    """A node on free ports."""
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
 
-    def __init__(self, directory, *flags):
-        self.log = Path(directory) / "node.log"
-        addresses = (f"--{port}-addr=127.0.0.1:0" for port in ("write", "read", "ops"))
-        env = dict(os.environ, GRADESTORE_PASSWORD=PASSWORD)
-        with open(self.log, "w") as log:
-            self.child = subprocess.Popen([RELEASE / "gradestore", "serve", *addresses, *flags],
-                                          env=env, stdout=log, stderr=log)
+
+def end_with_parent():
+    """Before a child's program runs: when this process ends in whatever way, so does the child."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def says(*command):
+    """The first line that a command prints."""
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()[0]
+
+
+class Broker:
+    """nats-server on a free port."""
+
+    def __init__(self, directory, sync):
+        directory.mkdir()
+        port = free_port()
+        self.url = f"nats://127.0.0.1:{port}"
+        config, self.log = directory / "nats.conf", directory / "nats.log"
+        config.write_text(f'listen: 127.0.0.1:{port}\n'
+                          f'jetstream {{ store_dir: "{directory}/store", sync_interval: "{SYNCS[sync]}" }}\n')
+        self.child = subprocess.Popen([SERVER, "-c", config, "-l", self.log], preexec_fn=end_with_parent)
         self.pid = self.child.pid
-        self.urls = {}
-        while "ops" not in self.urls:
-            self.wait()
-            self.urls = dict(re.findall(r'(\w+)="(http://[^"]+)"', self.log.read_text()))
-        while self.status()["state"] != "ready":
-            self.wait()
+        while not self.log.exists() or "Server is ready" not in self.log.read_text():
+            if self.child.poll() is not None:
+                sys.exit(f"nats-server ended: {self.log.read_text()}")
+            time.sleep(0.05)
 
-    def wait(self):
-        if self.child.poll() is not None:
-            sys.exit(f"the node ended: {self.log.read_text()}")
-        time.sleep(0.05)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.child.terminate()
+        self.child.wait()
+
+
+class Node:
+    """A node on free ports, ready unless it is not waited for."""
+
+    def __init__(self, directory, *flags, wait=True):
+        self.log = Path(directory) / "node.log"
+        addresses = {port: f"127.0.0.1:{free_port()}" for port in ("write", "read", "ops")}
+        self.urls = {port: f"http://{address}" for port, address in addresses.items()}
+        self.command = [RELEASE / "gradestore", "serve", *flags,
+                        *(f"--{port}-addr={address}" for port, address in addresses.items())]
+        self.start()
+        if wait:
+            self.until_ready()
+
+    def start(self):
+        env = dict(os.environ, GRADESTORE_PASSWORD=PASSWORD)
+        with open(self.log, "a") as log:
+            self.child = subprocess.Popen(self.command, env=env, stdout=log, stderr=log, preexec_fn=end_with_parent)
+        self.pid = self.child.pid
+
+    def kill(self):
+        """As a crash would."""
+        self.child.kill()
+        self.child.wait()
+
+    def until_ready(self):
+        while not self.ready():
+            if self.child.poll() is not None:
+                sys.exit(f"the node ended: {self.log.read_text()}")
+            time.sleep(0.02)
+
+    def ready(self):
+        try:
+            return self.ask("/readyz/write") == "ready\n"
+        except OSError:
+            # It does not listen yet, or answers 503.
+            return False
 
     def ask(self, path):
         return urllib.request.urlopen(self.urls["ops"] + path, timeout=10).read().decode()

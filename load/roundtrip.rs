@@ -12,15 +12,13 @@ use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use axum_extra::headers::Authorization;
-use axum_extra::headers::authorization::Credentials as _;
 use clap::Parser;
 use gradestore::grade::{FIELD_COUNT, FIELDS, USER_ID};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-type Error = Box<dyn std::error::Error + Send + Sync>;
+use connection::{Connection, Error, basic, user_id};
+
+mod connection;
 
 /// Sets many users' grades, reads all back and compares
 #[derive(Parser, Clone)]
@@ -97,45 +95,31 @@ impl Phase {
     /// One connection's share: every `connections`-th user from `first` on. Returns how many
     /// requests that took.
     async fn run(self, args: Args, first: u64) -> Result<u64, Error> {
-        let basic = Authorization::basic(&args.username, &args.password);
-        let basic = basic.0.encode();
+        let basic = basic(&args.username, &args.password)?;
         let mut connection = match self {
             Self::Set => Connection::open(&args.write).await?,
             Self::Get => Connection::open(&args.read).await?,
         };
-        let host = connection.host.clone();
         let mut requests = 0;
         for user in (first..args.users).step_by(args.connections as usize) {
             match self {
                 Self::Set => {
                     for fields in patches(user) {
                         let body = json(user, &fields);
-                        let request = format!(
-                            "POST /set HTTP/1.1\r\nhost: {host}\r\nauthorization: {}\r\n\
-                             content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
-                            basic.to_str()?,
-                            body.len()
-                        );
-                        connection.expect(&request, 204, "").await?;
+                        let request = connection.set_request(&basic, &body);
+                        expect(&mut connection, &request, 204, "").await?;
                         requests += 1;
                     }
                 }
                 Self::Get => {
-                    let id = user_id(user);
-                    let request =
-                        format!("GET /get?{USER_ID}={id} HTTP/1.1\r\nhost: {host}\r\n\r\n");
-                    connection.expect(&request, 200, &grade(user)).await?;
+                    let request = connection.get_request(user);
+                    expect(&mut connection, &request, 200, &grade(user)).await?;
                     requests += 1;
                 }
             }
         }
         Ok(requests)
     }
-}
-
-/// 13 bytes, as `load/*.lua` and `load/smoke.js` make them.
-fn user_id(user: u64) -> u64 {
-    1_000_000_000_000 + user
 }
 
 fn value(user: u64, field: usize) -> i64 {
@@ -177,68 +161,22 @@ fn json(user: u64, fields: &[(usize, i64)]) -> String {
     json
 }
 
-/// A keep-alive connection that has one request under way at most.
-struct Connection {
-    stream: BufReader<TcpStream>,
-    host: String,
-    /// The answer's header and body.
-    head: String,
-    body: Vec<u8>,
-}
-
-impl Connection {
-    async fn open(url: &str) -> Result<Self, Error> {
-        let host = url.strip_prefix("http://").unwrap_or(url);
-        let host = host.trim_end_matches('/');
-        let stream = TcpStream::connect(host).await;
-        let stream = stream.map_err(|error| format!("cannot connect to {url}: {error}"))?;
-        stream.set_nodelay(true)?;
-        Ok(Self {
-            stream: BufReader::new(stream),
-            host: host.to_owned(),
-            head: String::new(),
-            body: Vec::new(),
-        })
-    }
-
-    /// Sends `request`; anything but this status and body is an error.
-    async fn expect(&mut self, request: &str, status: u16, body: &str) -> Result<(), Error> {
-        self.stream.write_all(request.as_bytes()).await?;
-        let answered = self.read_answer().await;
-        let got = String::from_utf8_lossy(&self.body);
-        match answered {
-            Ok(answered) if answered == status && got == body => Ok(()),
-            Ok(answered) => Err(format!(
-                "{}\n  wanted {status} {body}\n  got    {answered} {got}",
-                shown(request)
-            )
-            .into()),
-            Err(error) => Err(format!("{}: no answer: {error}", shown(request)).into()),
-        }
-    }
-
-    /// Reads one answer; returns its status.
-    async fn read_answer(&mut self) -> Result<u16, Error> {
-        self.head.clear();
-        self.body.clear();
-        while !self.head.ends_with("\r\n\r\n") {
-            if self.stream.read_line(&mut self.head).await? == 0 {
-                return Err("the node closed the connection".into());
-            }
-        }
-        let mut lines = self.head.lines();
-        let status = lines.next().and_then(|line| line.split(' ').nth(1));
-        let status: u16 = status.ok_or("no status line")?.parse()?;
-        let length = lines
-            .filter_map(|line| line.split_once(':'))
-            .find(|(name, _)| name.eq_ignore_ascii_case("content-length"));
-        match length {
-            Some((_, length)) => self.body.resize(length.trim().parse()?, 0),
-            None if status == 204 => {}
-            None => return Err(format!("no content-length in {}", self.head).into()),
-        }
-        self.stream.read_exact(&mut self.body).await?;
-        Ok(status)
+/// Sends `request`; anything but this status and body is an error.
+async fn expect(
+    connection: &mut Connection,
+    request: &str,
+    status: u16,
+    body: &str,
+) -> Result<(), Error> {
+    match connection.ask(request).await {
+        Ok((answered, got)) if answered == status && got == body.as_bytes() => Ok(()),
+        Ok((answered, got)) => Err(format!(
+            "{}\n  wanted {status} {body}\n  got    {answered} {}",
+            shown(request),
+            String::from_utf8_lossy(got)
+        )
+        .into()),
+        Err(error) => Err(format!("{}: no answer: {error}", shown(request)).into()),
     }
 }
 

@@ -1,0 +1,450 @@
+//! Writes and reads at given rates, remembers every write that was answered, and reads them back.
+//!
+//! A request is due at its time, whether or not those before it have been answered; one that waits
+//! for its connection counts from when it was due. Each second is a line of JSON. Commands come on
+//! standard input, a line each, and the end of it ends the program at once:
+//!
+//! - `phase`: prints what was measured since the last such line
+//! - `stop`: no more requests; prints the same when the last answer is there
+//! - `check URL`: reads every answered write from a node's read port, and prints what is missing
+//!
+//! A user is written by one connection alone, so what must be found is its last answered value. A
+//! write without an answer leaves its field in doubt, and that field is not looked at again.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::Duration;
+
+use clap::Parser;
+use gradestore::grade::{FIELD_COUNT, FIELDS, USER_ID};
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio::task::{JoinSet, LocalSet};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until};
+
+use connection::{Connection, Error, basic, user_id};
+
+mod connection;
+
+/// Between two tries to reach a node again.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
+const CHECK_CONNECTIONS: usize = 32;
+/// Of what is missing no more is shown.
+const SHOWN_MAX: u64 = 5;
+/// `load/generate.py` puts something behind the ids of these.
+const ODD: u64 = 1000;
+const ODD_REST: u64 = 7;
+
+/// Writes and reads at given rates, and reads back what was answered
+#[derive(Parser)]
+struct Args {
+    /// Where POST /set is taken; may be given again
+    #[arg(long, value_name = "URL", required = true)]
+    write: Vec<String>,
+    /// Where GET /get is answered; may be given again
+    #[arg(long, value_name = "URL", required = true)]
+    read: Vec<String>,
+    /// How many users there are
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(10_000..))]
+    users: u64,
+    #[arg(long, default_value_t = 10_000)]
+    writes_per_s: u64,
+    #[arg(long, default_value_t = 1_000)]
+    reads_per_s: u64,
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..1000))]
+    write_connections: u64,
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..1000))]
+    read_connections: u64,
+    #[arg(long, default_value = "admin")]
+    username: String,
+    #[arg(long, env = "GRADESTORE_PASSWORD", hide_env_values = true)]
+    password: String,
+}
+
+/// A user's number and a field's.
+type Key = (u64, usize);
+
+/// What was measured of one kind of request.
+#[derive(Default)]
+struct Measured {
+    /// This second's.
+    second_us: Vec<u32>,
+    /// Those of this phase, up to this second.
+    phase_us: Vec<u32>,
+    errors: u64,
+    first_error: Option<String>,
+}
+
+impl Measured {
+    fn answered(&mut self, since: Instant) {
+        let took_us = since.elapsed().as_micros();
+        self.second_us
+            .push(u32::try_from(took_us).unwrap_or(u32::MAX));
+    }
+
+    fn failed(&mut self, error: String) {
+        self.errors += 1;
+        self.first_error.get_or_insert(error);
+    }
+
+    fn end_second(&mut self) -> Value {
+        let mut second_us = std::mem::take(&mut self.second_us);
+        let said = self.said(&mut second_us);
+        self.phase_us.append(&mut second_us);
+        said
+    }
+
+    fn end_phase(&mut self) -> Value {
+        self.phase_us.append(&mut self.second_us);
+        let mut phase_us = std::mem::take(&mut self.phase_us);
+        let said = self.said(&mut phase_us);
+        self.errors = 0;
+        said
+    }
+
+    fn said(&self, took_us: &mut [u32]) -> Value {
+        took_us.sort_unstable();
+        let at = |share: f64| {
+            let index = (took_us.len() as f64 * share) as usize;
+            took_us.get(index).or(took_us.last()).copied()
+        };
+        json!({
+            "answered": took_us.len(),
+            "errors": self.errors,
+            "first_error": self.first_error,
+            "p50_us": at(0.5),
+            "p99_us": at(0.99),
+            "max_us": at(1.0),
+        })
+    }
+}
+
+#[derive(Default)]
+struct State {
+    writes: Measured,
+    reads: Measured,
+    stopped: bool,
+    /// The last answered values.
+    set: HashMap<Key, i64>,
+    doubtful: HashSet<Key>,
+    answered: u64,
+}
+
+type Shared = Rc<RefCell<State>>;
+
+fn main() -> ExitCode {
+    let run = || -> Result<(), Error> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let args: &'static Args = Box::leak(Box::new(Args::parse()));
+        runtime.block_on(LocalSet::new().run_until(run(args)))
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "steady: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(args: &'static Args) -> Result<(), Error> {
+    let state = Shared::default();
+    let mut commands = commands();
+    let mut load = start(args, &state);
+    let second = Duration::from_secs(1);
+    let mut seconds = interval_at(Instant::now() + second, second);
+    seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let command = tokio::select! {
+            _ = seconds.tick(), if !load.is_empty() => {
+                let mut state = state.borrow_mut();
+                say("second", state.writes.end_second(), state.reads.end_second())?;
+                continue;
+            }
+            command = commands.recv() => command,
+        };
+        let Some(command) = command else {
+            return Ok(());
+        };
+        match command.split_once(' ').unwrap_or((&command, "")) {
+            ("phase", _) => end_phase(&state)?,
+            ("stop", _) => {
+                state.borrow_mut().stopped = true;
+                while let Some(ended) = load.join_next().await {
+                    ended?;
+                }
+                end_phase(&state)?;
+            }
+            ("check", url) => check(url, &state).await?,
+            _ => return Err(format!("no such command: {command}").into()),
+        }
+    }
+}
+
+/// Standard input's lines, read by a thread of its own.
+fn commands() -> mpsc::UnboundedReceiver<String> {
+    let (sender, commands) = mpsc::unbounded_channel();
+    std::thread::spawn(move || {
+        for line in io::stdin().lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    commands
+}
+
+fn end_phase(state: &Shared) -> Result<(), Error> {
+    let mut state = state.borrow_mut();
+    say("phase", state.writes.end_phase(), state.reads.end_phase())
+}
+
+fn say(what: &str, writes: Value, reads: Value) -> Result<(), Error> {
+    print(&json!({ "what": what, "writes": writes, "reads": reads }))
+}
+
+fn print(line: &Value) -> Result<(), Error> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}")?;
+    Ok(out.flush()?)
+}
+
+fn start(args: &'static Args, state: &Shared) -> JoinSet<()> {
+    let begun = Instant::now();
+    let mut load = JoinSet::new();
+    for index in 0..args.write_connections {
+        let due = Due::new(begun, index, args.write_connections, args.writes_per_s);
+        load.spawn_local(write(args, index, due, Rc::clone(state)));
+    }
+    for index in 0..args.read_connections {
+        let due = Due::new(begun, index, args.read_connections, args.reads_per_s);
+        load.spawn_local(read(args, index, due, Rc::clone(state)));
+    }
+    load
+}
+
+/// When one connection's requests are due.
+struct Due {
+    next: Instant,
+    every: Duration,
+}
+
+impl Due {
+    fn new(begun: Instant, index: u64, connections: u64, per_s: u64) -> Self {
+        let between = Duration::from_secs_f64(1.0 / per_s.max(1) as f64);
+        Self {
+            next: begun + between * index as u32,
+            every: between * connections as u32,
+        }
+    }
+
+    /// Waits for the next one; what it counts from. A timer that is late is not the node's doing.
+    async fn wait(&mut self) -> Instant {
+        let due = self.next;
+        self.next += self.every;
+        if due <= Instant::now() {
+            return due;
+        }
+        sleep_until(due).await;
+        Instant::now()
+    }
+}
+
+async fn write(args: &'static Args, index: u64, mut due: Due, state: Shared) {
+    let url = nth(&args.write, index);
+    let Ok(basic) = basic(&args.username, &args.password) else {
+        return;
+    };
+    let mut connection = None;
+    let mut random = Random::new(index);
+    let mut body = String::new();
+    for count in 1i64.. {
+        let since = due.wait().await;
+        if state.borrow().stopped {
+            return;
+        }
+        let user = random.user(args.users, args.write_connections, index);
+        let field = count as usize % FIELD_COUNT;
+        body.clear();
+        let name = FIELDS.get(field).copied().unwrap_or_default();
+        let _ = write!(
+            body,
+            r#"{{"{USER_ID}":"{}","{name}":{count}}}"#,
+            user_id(user)
+        );
+        let answer = ask(&mut connection, url, 204, |to| {
+            to.set_request(&basic, &body)
+        })
+        .await;
+        let mut state = state.borrow_mut();
+        let state = &mut *state;
+        match answer {
+            Ok(()) => {
+                state.writes.answered(since);
+                state.answered += 1;
+                state.set.insert((user, field), count);
+            }
+            Err(error) => {
+                state.writes.failed(error.to_string());
+                state.doubtful.insert((user, field));
+            }
+        }
+    }
+}
+
+async fn read(args: &'static Args, index: u64, mut due: Due, state: Shared) {
+    let url = nth(&args.read, index);
+    let mut connection = None;
+    let mut random = Random::new(u64::MAX - index);
+    loop {
+        let since = due.wait().await;
+        if state.borrow().stopped {
+            return;
+        }
+        let user = random.user(args.users, 1, 0);
+        let answer = ask(&mut connection, url, 200, |to| to.get_request(user)).await;
+        let reads = &mut state.borrow_mut().reads;
+        match answer {
+            Ok(()) => reads.answered(since),
+            Err(error) => reads.failed(error.to_string()),
+        }
+    }
+}
+
+/// The connections take turns among the nodes.
+fn nth(urls: &[String], index: u64) -> &str {
+    let index = index as usize % urls.len();
+    urls.get(index).map_or("", String::as_str)
+}
+
+/// One request; anything but `wanted` is an error, after which the connection is a new one.
+async fn ask(
+    connection: &mut Option<Connection>,
+    url: &str,
+    wanted: u16,
+    request: impl FnOnce(&Connection) -> String,
+) -> Result<(), Error> {
+    let mut open = match connection.take() {
+        Some(open) => open,
+        None => match Connection::open(url).await {
+            Ok(open) => open,
+            Err(error) => {
+                sleep(RECONNECT_PAUSE).await;
+                return Err(error);
+            }
+        },
+    };
+    let request = request(&open);
+    let (status, body) = open.ask(&request).await?;
+    if status != wanted {
+        return Err(format!("{url}: {status} {}", String::from_utf8_lossy(body)).into());
+    }
+    *connection = Some(open);
+    Ok(())
+}
+
+/// xorshift64.
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        // Odd times odd: never 0.
+        Self((seed.wrapping_mul(2) + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// Any of `index`, `index + step`, ... that has a plain id.
+    fn user(&mut self, users: u64, step: u64, index: u64) -> u64 {
+        loop {
+            let user = self.next() % (users / step) * step + index;
+            if user % ODD != ODD_REST {
+                return user;
+            }
+        }
+    }
+}
+
+/// What one node should hold, and what it does not.
+#[derive(Default)]
+struct Found {
+    as_set: u64,
+    missing: u64,
+    shown: Vec<String>,
+}
+
+async fn check(url: &str, state: &Shared) -> Result<(), Error> {
+    let mut by_user: HashMap<u64, Vec<(usize, i64)>> = HashMap::new();
+    let (answered, doubtful) = {
+        let state = state.borrow();
+        for (key, value) in &state.set {
+            if !state.doubtful.contains(key) {
+                by_user.entry(key.0).or_default().push((key.1, *value));
+            }
+        }
+        (state.answered, state.doubtful.len())
+    };
+    let users: Rc<Vec<_>> = Rc::new(by_user.into_iter().collect());
+    let found = Rc::new(RefCell::new(Found::default()));
+    let mut tasks: JoinSet<Result<(), Error>> = JoinSet::new();
+    for first in 0..CHECK_CONNECTIONS {
+        let (users, found) = (Rc::clone(&users), Rc::clone(&found));
+        let mut connection = Connection::open(url).await?;
+        tasks.spawn_local(async move {
+            for (user, fields) in users.iter().skip(first).step_by(CHECK_CONNECTIONS) {
+                let request = connection.get_request(*user);
+                let (status, body) = connection.ask(&request).await?;
+                let grade: Value = match status {
+                    200 => serde_json::from_slice(body)?,
+                    404 => Value::Null,
+                    _ => return Err(String::from_utf8_lossy(body).into()),
+                };
+                found.borrow_mut().compare(*user, fields, &grade);
+            }
+            Ok(())
+        });
+    }
+    while let Some(ended) = tasks.join_next().await {
+        ended??;
+    }
+    let found = found.borrow();
+    print(&json!({
+        "what": "check",
+        "answered": answered,
+        "users": users.len(),
+        "doubtful": doubtful,
+        "as_set": found.as_set,
+        "missing": found.missing,
+        "shown": found.shown,
+    }))
+}
+
+impl Found {
+    fn compare(&mut self, user: u64, fields: &[(usize, i64)], grade: &Value) {
+        for (field, value) in fields {
+            let name = FIELDS.get(*field).copied().unwrap_or_default();
+            let got = grade.get(name).unwrap_or(&Value::Null);
+            if got.as_i64() == Some(*value) {
+                self.as_set += 1;
+                continue;
+            }
+            self.missing += 1;
+            if self.missing <= SHOWN_MAX {
+                let id = user_id(user);
+                self.shown
+                    .push(format!("{id} {name}: set {value}, found {got}"));
+            }
+        }
+    }
+}
