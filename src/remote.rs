@@ -9,6 +9,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, StatusCode};
 use tokio::sync::mpsc;
 
+use crate::backup::Deflate;
 use crate::log::Seq;
 
 /// The header that says a position, in an answer to a write or with a backup, and in a read that
@@ -16,6 +17,12 @@ use crate::log::Seq;
 pub const GRADE_POSITION: HeaderName = HeaderName::from_static("grade-position");
 /// The header that says which process start a backup comes from.
 pub const GRADE_NODE: HeaderName = HeaderName::from_static("grade-node");
+
+/// The header by which a node asks for a backup as it is, [`NO_COMPRESSION`]: it is read at once, and
+/// compressing it would cost the node that gives it most of the time (`load/README.md`).
+pub const GRADE_COMPRESSION: HeaderName = HeaderName::from_static("grade-compression");
+/// What that header says.
+pub const NO_COMPRESSION: &str = "none";
 
 /// Parts of an answer between the network and who reads it.
 const PARTS_MAX: usize = 16;
@@ -68,6 +75,8 @@ impl fmt::Debug for Account {
 pub struct Client {
     http: reqwest::Client,
     account: Account,
+    /// How backups are asked for.
+    deflate: Deflate,
 }
 
 /// What a node says of a backup before the first row.
@@ -90,18 +99,27 @@ impl Offer {
 }
 
 impl Client {
-    /// One that takes a node for away after `silence_max` without a byte from it.
+    /// One that takes a node for away after `silence_max` without a byte from it, and wants backups
+    /// compressed as `deflate` says.
     ///
     /// # Errors
     /// The system refused.
-    pub fn new(account: Account, silence_max: Duration) -> Result<Self, reqwest::Error> {
+    pub fn new(
+        account: Account,
+        silence_max: Duration,
+        deflate: Deflate,
+    ) -> Result<Self, reqwest::Error> {
         let http = reqwest::Client::builder()
             .connect_timeout(silence_max)
             .read_timeout(silence_max)
             // The password is for the node that was named, by hand or by itself.
             .redirect(reqwest::redirect::Policy::none())
             .build()?;
-        Ok(Self { http, account })
+        Ok(Self {
+            http,
+            account,
+            deflate,
+        })
     }
 
     /// Asks for the backup of the node whose write port is at `node_url`.
@@ -135,7 +153,10 @@ impl Client {
     ) -> Result<reqwest::Response, RemoteError> {
         let Account { username, password } = &self.account;
         let request = self.http.request(method, url);
-        let request = request.basic_auth(username, Some(password));
+        let mut request = request.basic_auth(username, Some(password));
+        if self.deflate == Deflate::Stored {
+            request = request.header(GRADE_COMPRESSION, NO_COMPRESSION);
+        }
         let mut response = request.send().await.map_err(|error| failed(url, &error))?;
         let status = response.status();
         if status == StatusCode::OK {

@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -18,6 +19,8 @@ use crate::store::Store;
 
 /// How many snapshots are kept.
 const KEPT: usize = 2;
+/// A backup is believed to have so many rows before they are there: room for them costs 73 MiB.
+const RESERVED_ROWS_MAX: u64 = 16 << 20;
 const PREFIX: &str = "grades-";
 const SUFFIX: &str = ".csv.gz";
 const PARTIAL: &str = ".partial";
@@ -199,7 +202,9 @@ pub fn restore(
     store: &Store,
     progress: &Progress,
 ) -> Result<Summary, BackupError> {
+    let sized = Once::new();
     let sink = |row: Row<'_>| {
+        sized.call_once(|| store.reserve(progress.rows_expected().min(RESERVED_ROWS_MAX) as usize));
         store.apply(&Patch {
             user_id: row.user_id,
             changes: Changes::all(row.values),

@@ -15,9 +15,27 @@ const CHUNK_TEXT_BYTES: usize = 256 * 1024;
 const _: () =
     assert!(CHUNK_TEXT_BYTES + Piece::RECORDS_MAX * row::ROW_BYTES_MAX <= member::TEXT_BYTES_MAX);
 
-/// libdeflate's level. It makes smaller files than `pigz -1` at twice the speed of one of its threads;
-/// zlib-rs makes files of this size in twice the time. See `benches/README.md`.
-const DEFLATE_LEVEL: i32 = 1;
+/// How members are deflated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Deflate {
+    /// libdeflate's level 1. It makes smaller files than `pigz -1` at twice the speed of one of its
+    /// threads; zlib-rs makes files of this size in twice the time. See `benches/README.md`.
+    #[default]
+    Fast,
+    /// Stored as they are: three times as large, for who reads them at once and is near.
+    Stored,
+}
+
+impl Deflate {
+    fn level(self) -> libdeflater::CompressionLvl {
+        let level = match self {
+            Self::Fast => 1,
+            Self::Stored => 0,
+        };
+        // Both are within the library's range.
+        libdeflater::CompressionLvl::new(level).unwrap_or_default()
+    }
+}
 
 /// Some rows as one gzip member.
 pub struct Chunk {
@@ -38,6 +56,7 @@ impl Chunk {
 /// Turns a store's records into chunks. Shared between the threads that do the work.
 pub struct ChunkSource {
     scan: Mutex<Scan>,
+    deflate: Deflate,
     chunk_text_bytes: usize,
     /// What a chunk is made with, kept for the next one.
     tools: Mutex<Vec<Tools>>,
@@ -53,13 +72,23 @@ impl ChunkSource {
     /// Starts a scan over `store`.
     #[must_use]
     pub fn new(store: &Store) -> Self {
-        Self::with_chunk_text(store, CHUNK_TEXT_BYTES)
+        Self::deflated(store, Deflate::default())
+    }
+
+    /// With members that are deflated so.
+    #[must_use]
+    pub fn deflated(store: &Store, deflate: Deflate) -> Self {
+        Self {
+            deflate,
+            ..Self::with_chunk_text(store, CHUNK_TEXT_BYTES)
+        }
     }
 
     /// With chunks cut at `chunk_text_bytes`; more than [`CHUNK_TEXT_BYTES`] has no effect.
     pub(super) fn with_chunk_text(store: &Store, chunk_text_bytes: usize) -> Self {
         Self {
             scan: Mutex::new(store.scan()),
+            deflate: Deflate::default(),
             chunk_text_bytes: chunk_text_bytes.min(CHUNK_TEXT_BYTES),
             tools: Mutex::default(),
         }
@@ -69,7 +98,7 @@ impl ChunkSource {
     /// after it. `None` when all records have been handed out.
     pub fn next(&self) -> Option<Chunk> {
         let kept = self.tools.lock().pop();
-        let mut tools = kept.unwrap_or_else(Tools::new);
+        let mut tools = kept.unwrap_or_else(|| Tools::new(self.deflate));
         let Tools {
             piece,
             text,
@@ -102,13 +131,11 @@ impl ChunkSource {
 }
 
 impl Tools {
-    fn new() -> Self {
-        // A constant within the library's range.
-        let level = libdeflater::CompressionLvl::new(DEFLATE_LEVEL).unwrap_or_default();
+    fn new(deflate: Deflate) -> Self {
         Self {
             piece: Piece::default(),
             text: Vec::with_capacity(CHUNK_TEXT_BYTES * 5 / 4),
-            deflate: libdeflater::Compressor::new(level),
+            deflate: libdeflater::Compressor::new(deflate.level()),
         }
     }
 }

@@ -29,9 +29,10 @@ use tokio::task::JoinHandle;
 use super::error::ApiError;
 use super::listener::Connection;
 use super::{Credentials, GRADE_NODE, GRADE_POSITION};
-use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
+use crate::backup::{BackupWriter, Chunk, ChunkSource, Deflate, Head, file_name};
 use crate::log::Log;
 use crate::readiness::{DIVERGED, Readiness};
+use crate::remote::{GRADE_COMPRESSION, NO_COMPRESSION};
 use crate::replication::{Applied, backup_head};
 use crate::store::Store;
 
@@ -144,7 +145,11 @@ async fn get_backup(
         return Ok((headers, Body::from_stream(nothing)).into_response());
     };
     let connection = request.extensions().get::<Arc<Connection>>().cloned();
-    let body = Body::from_stream(members(state, epoch, &head, slot, connection));
+    let deflate = match request.headers().get(GRADE_COMPRESSION) {
+        Some(wanted) if wanted == NO_COMPRESSION => Deflate::Stored,
+        _ => Deflate::Fast,
+    };
+    let body = Body::from_stream(members(state, epoch, &head, deflate, slot, connection));
     Ok((headers, body).into_response())
 }
 
@@ -187,12 +192,13 @@ fn members(
     state: BackupState,
     epoch: u64,
     head: &Head,
+    deflate: Deflate,
     slot: OwnedSemaphorePermit,
     connection: Option<Arc<Connection>>,
 ) -> impl Stream<Item = io::Result<Bytes>> + use<> {
     let (writer, first) = BackupWriter::begin(head);
     let running = Running {
-        source: Arc::new(ChunkSource::new(&state.store)),
+        source: Arc::new(ChunkSource::deflated(&state.store, deflate)),
         chunks: FuturesUnordered::new(),
         exhausted: false,
         writer: Some(writer),

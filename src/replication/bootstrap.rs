@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use super::buffered::{BufferCounts, Buffered};
 use super::peers::{Peer, Peers};
 use super::{Applied, Position};
-use crate::backup::{self, BackupError, Head, Progress, Snapshots, Summary, Written, restore};
+use crate::backup::{self, BackupError, End, Head, Progress, Snapshots, Summary, Written, restore};
 use crate::log::{Extent, Log, ReadError, Seq};
 use crate::readiness::Latch;
 use crate::remote::{Parts, RemoteError};
@@ -301,8 +301,8 @@ enum Refused {
     NotCovered { position: Seq, extent: Extent },
     #[error("it is not at batch {0} yet, and the log lacks batches before that")]
     Behind(Seq),
-    #[error("it says that it ends at batch {position}, where the log ends at {end}")]
-    EndUnknown { position: Seq, end: Seq },
+    #[error("it says that it ends at batch {position}, where the log ends at {log_end}")]
+    EndUnknown { position: Seq, log_end: Seq },
     #[error("it is not ready itself: {0}")]
     NotReady(Box<str>),
     #[error("it is this replica itself")]
@@ -525,16 +525,10 @@ impl Bootstrap {
             // What the log says comes first: it made the rest end.
             (_, Err(error)) | (Err(error), Ok(_)) => Err(error),
             (Ok(summary), Ok(buffered)) => match (summary.records.clone(), buffered) {
-                (Some((head, end)), Some(buffered)) => match self.log.look().await {
-                    Ok(extent) if (head.position..=extent.end).contains(&end.position) => {
-                        Ok((head, end, summary, buffered))
-                    }
-                    Ok(Extent { end: log_end, .. }) => Err(Refused::EndUnknown {
-                        position: end.position,
-                        end: log_end,
-                    }),
-                    Err(error) => Err(error.into()),
-                },
+                (Some((head, end)), Some(buffered)) => self
+                    .believe_end(&head, &end)
+                    .await
+                    .map(|()| (head, end, summary, buffered)),
                 _ => Err(Refused::NoPosition),
             },
         };
@@ -551,6 +545,21 @@ impl Bootstrap {
             snapshot: None,
         };
         Ok((begun, head, summary))
+    }
+
+    /// Whether a backup may end where it says: from there on the state is whole, and until the log
+    /// has come there it is not.
+    async fn believe_end(&self, head: &Head, end: &End) -> Result<(), Refused> {
+        let position = end.position;
+        let known = self.log.end();
+        let log_end = match position > known {
+            true => self.log.look().await?.end,
+            false => known,
+        };
+        match (head.position..=log_end).contains(&position) {
+            true => Ok(()),
+            false => Err(Refused::EndUnknown { position, log_end }),
+        }
     }
 
     /// Reads the log from where the backup's head says until all is `restored`; `None` if the backup

@@ -8,6 +8,7 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use serde::Serialize;
 
+use crate::backup::Deflate;
 use crate::log::{Log, Origin, Seq};
 use crate::remote::{Account, Client, Download, RemoteError};
 
@@ -75,7 +76,7 @@ impl Peers {
             me: me.to_string().into(),
             log,
             by_hand,
-            client: Client::new(account, SILENCE_MAX)?,
+            client: Client::new(account, SILENCE_MAX, Deflate::Stored)?,
             known: Mutex::default(),
         })))
     }

@@ -71,6 +71,13 @@ impl Store {
         self.shard(hash).read().get(hash, user_id)
     }
 
+    /// Makes room for `records` in all, so that none of them has to wait for a table to grow.
+    pub fn reserve(&self, records: usize) {
+        for shard in &self.0.shards {
+            shard.write().reserve(records / SHARD_COUNT, &self.0.hasher);
+        }
+    }
+
     /// How many records there are.
     #[must_use]
     pub fn len(&self) -> usize {

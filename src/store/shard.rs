@@ -97,6 +97,15 @@ impl Shard {
         });
     }
 
+    /// Makes room for `records` in all.
+    pub(super) fn reserve(&mut self, records: usize, hasher: &impl BuildHasher) {
+        let (stored, ids) = (&self.records, &self.ids);
+        self.table
+            .reserve(records.saturating_sub(self.len), |number| {
+                hasher.hash_one(id_of(stored, ids, *number))
+            });
+    }
+
     /// Appends up to `most` records from number `from` on; returns how many.
     pub(super) fn copy_from(&self, from: usize, most: usize, piece: &mut Piece) -> usize {
         let end = self.len.min(from + most);

@@ -12,7 +12,10 @@ use std::process::{Command, Output, Stdio};
 use gradestore::grade::FIELDS;
 use tempfile::tempdir;
 
-use crate::disk::{Held, ask_backup, backup_of, make_pipe, names_in, now, restored, time_named};
+use crate::disk::{
+    Held, ask_backup, backup_of, make_pipe, names_in, now, program_from, restored, store_of,
+    time_named, write_file_of,
+};
 use crate::harness::{AUTHORIZATION, Node, PASSWORD, Ports, program, run, run_by};
 use crate::wire::{Answer, PATIENCE, in_time};
 
@@ -380,4 +383,18 @@ async fn a_backup_that_cannot_be_written_says_where() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert_eq!(ask_backup(&node).await.status(), 200);
+}
+
+#[tokio::test]
+async fn who_is_near_may_have_it_without_compression() {
+    let directory = tempdir().unwrap();
+    let seed = write_file_of(directory.path(), &store_of(5_000, 1_000), 10);
+    let node = Node::start_with(&mut program_from(&seed)).await;
+    let small = backup_of(&node).await;
+    let url = format!("http://{}/backup", node.write);
+    let asked = node.client.get(url).header("authorization", AUTHORIZATION);
+    let asked = asked.header("grade-compression", "none").send().await;
+    let large = asked.unwrap().bytes().await.unwrap();
+    assert!(large.len() > 2 * small.len(), "{} {}", large.len(), small.len());
+    assert_eq!(restored(&large).1.digest, restored(&small).1.digest);
 }

@@ -24,8 +24,9 @@ use crate::log::{Announce, Announcement};
 const SERVICE: &str = "gradestore";
 /// Asks all instances of it.
 const ASK_ALL: &str = "$SRV.STATS.gradestore";
-/// How long after the question, and after each answer, another answer is waited for.
-const ANSWER_WAIT_MAX: Duration = Duration::from_millis(300);
+/// How long the first answer is waited for, and after each one another: all are asked at once.
+const FIRST_WAIT_MAX: Duration = Duration::from_millis(300);
+const NEXT_WAIT_MAX: Duration = Duration::from_millis(100);
 /// How long answers are gathered at most, however many come.
 const GATHER_MAX: Duration = Duration::from_secs(2);
 
@@ -89,7 +90,9 @@ pub(super) async fn ask(
         .await?;
     let mut found = BTreeMap::new();
     let gather = async {
-        while let Ok(Some(answer)) = tokio::time::timeout(ANSWER_WAIT_MAX, answers.next()).await {
+        let mut wait_max = FIRST_WAIT_MAX;
+        while let Ok(Some(answer)) = tokio::time::timeout(wait_max, answers.next()).await {
+            wait_max = NEXT_WAIT_MAX;
             // Others may have a service of this name; what they say is none of ours.
             let Ok(stats) = serde_json::from_slice::<Stats>(&answer.payload) else {
                 continue;
