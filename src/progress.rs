@@ -72,10 +72,16 @@ pub async fn report(tracker: RestoreTracker) {
             let bar = bar.get_or_insert_with(|| Bar::new(restore.bytes_total, restore.begun));
             bar.set(rows, bytes);
         } else {
-            let elapsed_s = restore.begun.elapsed().as_secs_f64();
-            let rows_per_s = (rows as f64 / elapsed_s) as u64;
-            let bytes_total = restore.bytes_total;
-            tracing::info!(rows, bytes, bytes_total, rows_per_s, "restoring");
+            tracing::info!(
+                source = &*restore.source,
+                rows,
+                rows_expected = restore.progress.rows_expected(),
+                bytes,
+                rows_per_s = restore.rows_per_s() as u64,
+                buffered_batches = restore.buffer.batches(),
+                remaining_s = restore.remaining().map(|left| left.as_secs()),
+                "restoring"
+            );
         }
     }
 }

@@ -171,7 +171,12 @@ impl Client {
             }
         };
         let _ = tokio::time::timeout(ERROR_WAIT_MAX, reading).await;
-        let body = String::from_utf8_lossy(&body);
+        // Of a problem the detail is for people.
+        let problem = serde_json::from_slice::<serde_json::Value>(&body);
+        let detail = problem
+            .ok()
+            .and_then(|problem| Some(problem.get("detail")?.as_str()?.to_owned()));
+        let body = detail.unwrap_or_else(|| String::from_utf8_lossy(&body).into_owned());
         Err(RemoteError::Refused {
             url: url.to_owned(),
             status: status.as_u16(),

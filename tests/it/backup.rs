@@ -395,6 +395,11 @@ async fn who_is_near_may_have_it_without_compression() {
     let asked = node.client.get(url).header("authorization", AUTHORIZATION);
     let asked = asked.header("grade-compression", "none").send().await;
     let large = asked.unwrap().bytes().await.unwrap();
-    assert!(large.len() > 2 * small.len(), "{} {}", large.len(), small.len());
+    assert!(
+        large.len() > 2 * small.len(),
+        "{} {}",
+        large.len(),
+        small.len()
+    );
     assert_eq!(restored(&large).1.digest, restored(&small).1.digest);
 }
