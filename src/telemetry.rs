@@ -113,6 +113,8 @@ pub struct LogMetrics {
     pub resumes: Counter,
     /// Batches sent again.
     pub resends: Counter,
+    /// Messages that came again.
+    pub redeliveries: Counter,
     /// Batches missing between two that came.
     pub gaps: Counter,
     /// Messages that are no batch.
@@ -127,6 +129,7 @@ impl LogMetrics {
             reconnects: counter!("gradestore_log_reconnects_total"),
             resumes: counter!("gradestore_log_resumes_total"),
             resends: counter!("gradestore_log_resends_total"),
+            redeliveries: counter!("gradestore_log_redeliveries_total"),
             gaps: counter!("gradestore_log_gaps_total"),
             poisoned: counter!("gradestore_log_poisoned_total"),
         }
@@ -137,6 +140,7 @@ impl LogMetrics {
         self.reconnects.absolute(counts.reconnects);
         self.resumes.absolute(counts.resumes);
         self.resends.absolute(counts.resends);
+        self.redeliveries.absolute(counts.redeliveries);
         self.gaps.absolute(counts.gaps);
         self.poisoned.absolute(counts.poisoned);
     }
@@ -320,6 +324,10 @@ fn describe() {
     describe_counter!(
         "gradestore_log_resends_total",
         "Batches sent again because nothing was heard of them."
+    );
+    describe_counter!(
+        "gradestore_log_redeliveries_total",
+        "Messages of the log that came again after they had been read."
     );
     describe_counter!(
         "gradestore_log_gaps_total",

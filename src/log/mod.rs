@@ -236,6 +236,8 @@ pub struct Counts {
     pub resumes: u64,
     /// Batches sent again because nothing was heard of them.
     pub resends: u64,
+    /// Messages that came again after they had been read.
+    pub redeliveries: u64,
     /// Batches that were missing between two that came.
     pub gaps: u64,
     /// Messages that are no batch.

@@ -20,6 +20,8 @@ use tokio::task::JoinHandle;
 use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, Process, collected, program};
 use crate::wire::{Answer, eventually, in_time};
 
+/// As tests/install.sh puts it there.
+pub(crate) const NATS_SERVER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/.tools/bin/nats-server");
 pub(crate) const STREAM: &str = "GRADES";
 pub(crate) const SUBJECT: &str = "grades.set";
 pub(crate) const FIELDS: [&str; 4] = ["postpaid_limit", "spp", "shipping_fee", "return_fee"];
@@ -109,15 +111,14 @@ pub(crate) fn copy_tree(from: &Path, to: &Path) {
 }
 
 async fn spawn(dir: &Path, port: i32, args: &[&str]) -> (Process, SocketAddr) {
-    let program = concat!(env!("CARGO_MANIFEST_DIR"), "/.tools/bin/nats-server");
-    let spawned = Command::new(program)
+    let spawned = Command::new(NATS_SERVER)
         .args(["-js", "-a", "127.0.0.1", "-p", &port.to_string(), "-sd"])
         .arg(dir)
         .args(args)
         .stdin(Stdio::null())
         .stderr(Stdio::piped())
         .spawn();
-    let missing = |error| panic!("{program}: {error}; tests/install.sh gets it");
+    let missing = |error| panic!("{NATS_SERVER}: {error}; tests/install.sh gets it");
     let mut process = Process(spawned.unwrap_or_else(missing));
     let said = collected(process.0.stderr.take().unwrap());
     let address = eventually("nats-server", async || {

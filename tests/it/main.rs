@@ -44,5 +44,6 @@ mod restore_from;
 mod set;
 mod stages;
 mod stall;
+mod three_servers;
 mod trim;
 mod under_writes;

@@ -218,6 +218,7 @@ struct SharedCounts {
     reconnects: AtomicU64,
     resumes: AtomicU64,
     resends: AtomicU64,
+    redeliveries: AtomicU64,
     gaps: AtomicU64,
     poisoned: AtomicU64,
 }
@@ -501,6 +502,7 @@ impl Log for JetStreamLog {
             reconnects: load(&counts.reconnects),
             resumes: load(&counts.resumes),
             resends: load(&counts.resends),
+            redeliveries: load(&counts.redeliveries),
             gaps: load(&counts.gaps),
             poisoned: load(&counts.poisoned),
         }

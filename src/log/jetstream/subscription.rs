@@ -148,6 +148,8 @@ impl JetStreamSubscription {
         };
         let seq = info.stream_sequence;
         if seq < self.wanted {
+            let redeliveries = &self.shared.counts.redeliveries;
+            redeliveries.fetch_add(1, Ordering::Relaxed);
             return Ok(Taken::Old);
         }
         if seq > self.wanted && !self.after_gap {
