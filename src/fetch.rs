@@ -57,7 +57,7 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
     let target = target_of(path);
     let path = target.as_path();
     let account = Account {
-        username: args.username.as_str().into(),
+        username: args.credentials.username.as_str().into(),
         password: password.into(),
     };
     let client =

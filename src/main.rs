@@ -63,7 +63,7 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
             // A slow disk, or a broker that is away, must not keep the process from being stopped.
             () = &mut shutdown => return Ok(()),
         };
-        greet(&sockets, &args.username, made_password.as_ref())?;
+        greet(&sockets, &args.credentials.username, made_password.as_ref())?;
         app::run(config, origin, storage, sockets, shutdown).await?;
         Ok(())
     });

@@ -16,15 +16,15 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
-use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use super::buffered::{BufferCounts, Buffered};
+use super::buffered::Buffered;
 use super::peers::{Peer, Peers};
+use super::tracker::{Restore, RestoreTracker};
 use super::{Applied, Position};
-use crate::backup::{self, BackupError, End, Head, Progress, Snapshots, Summary, Written, restore};
+use crate::backup::{self, BackupError, End, Head, Snapshots, Summary, Written, restore};
 use crate::log::{Extent, Log, ReadError, Seq};
 use crate::readiness::Latch;
 use crate::remote::{Parts, RemoteError};
@@ -130,129 +130,6 @@ impl std::fmt::Display for Tried {
             write!(f, "{separator}{url}: {why}")?;
         }
         f.write_str(")")
-    }
-}
-
-/// What is being restored, or was; for `/status` and metrics. Clones are the same.
-#[derive(Clone, Default)]
-pub struct RestoreTracker(Arc<Mutex<Option<Restore>>>);
-
-/// One restore.
-#[derive(Clone)]
-pub struct Restore {
-    /// The file or the peer's URL.
-    pub source: Arc<str>,
-    /// Its size in bytes; 0 while that is not known.
-    pub bytes_total: u64,
-    /// How far it has come.
-    pub progress: Arc<Progress>,
-    /// What was read of the log meanwhile.
-    pub buffer: Arc<BufferCounts>,
-    /// When it began.
-    pub begun: Instant,
-    /// How long it took, once it has ended.
-    pub took: Option<Duration>,
-    /// How it stands.
-    pub stage: Stage,
-}
-
-/// How a restore stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
-    /// Rows come in.
-    Restoring,
-    /// They are in; the log is read to where it ends.
-    CatchingUp,
-    /// That is done.
-    Done,
-    /// It was given up.
-    Failed,
-}
-
-impl Stage {
-    /// One word.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Restoring => "restoring",
-            Self::CatchingUp => "catching-up",
-            Self::Done => "done",
-            Self::Failed => "failed",
-        }
-    }
-}
-
-impl Restore {
-    /// For how long it has run, or ran.
-    #[must_use]
-    pub fn duration(&self) -> Duration {
-        self.took.unwrap_or_else(|| self.begun.elapsed())
-    }
-
-    /// Rows a second.
-    #[must_use]
-    pub fn rows_per_s(&self) -> f64 {
-        self.progress.rows() as f64 / self.duration().as_secs_f64().max(0.001)
-    }
-
-    /// About how long it will still take; `None` while that can't be known.
-    #[must_use]
-    pub fn remaining(&self) -> Option<Duration> {
-        let (rows, expected) = (self.progress.rows(), self.progress.rows_expected());
-        if self.took.is_some() {
-            return Some(Duration::ZERO);
-        }
-        let left = expected.saturating_sub(rows) as f64 / self.rows_per_s();
-        (rows > 0 && expected > 0).then(|| Duration::from_secs_f64(left))
-    }
-}
-
-impl RestoreTracker {
-    /// The restore that runs, or the last one.
-    #[must_use]
-    pub fn current(&self) -> Option<Restore> {
-        self.0.lock().clone()
-    }
-
-    fn begin(&self, source: &str, bytes_total: u64) -> Restore {
-        let restore = Restore {
-            source: source.into(),
-            bytes_total,
-            progress: Arc::default(),
-            buffer: Arc::default(),
-            begun: Instant::now(),
-            took: None,
-            stage: Stage::Restoring,
-        };
-        *self.0.lock() = Some(restore.clone());
-        tracing::info!(source, bytes = bytes_total, "restoring");
-        restore
-    }
-
-    fn end(&self, summary: Option<&Summary>) {
-        let mut current = self.0.lock();
-        let Some(restore) = current.as_mut() else {
-            return;
-        };
-        let took = restore.begun.elapsed();
-        restore.took = Some(took);
-        restore.stage = Stage::Failed;
-        if let Some(summary) = summary {
-            restore.stage = Stage::CatchingUp;
-            let (rows, bytes) = (summary.rows, summary.bytes);
-            let took_ms = took.as_millis() as u64;
-            let buffered = restore.buffer.batches();
-            tracing::info!(rows, bytes, took_ms, buffered, "restored");
-        }
-    }
-
-    /// The log has been read to its end.
-    pub(super) fn done(&self) {
-        if let Some(restore) = self.0.lock().as_mut()
-            && restore.stage == Stage::CatchingUp
-        {
-            restore.stage = Stage::Done;
-        }
     }
 }
 
@@ -606,39 +483,6 @@ impl<R: Read> Read for Stoppable<R> {
             true => Err(io::Error::other("given up")),
         }
     }
-}
-
-/// Fills `store` from the backup at `path`; `log` is new and begins where the backup ends, so that a
-/// client's `Grade-Position` never goes back. Blocks.
-///
-/// # Errors
-/// The log or the snapshots are not new, or the file is no whole backup. The store is empty then.
-pub fn restore_seed(
-    path: &Path,
-    store: &Store,
-    applied: &Applied,
-    log: &dyn Log,
-    snapshots: Option<&Snapshots>,
-    tracker: &RestoreTracker,
-) -> Result<(), BootstrapError> {
-    let snapshots = snapshots.map_or(Ok(Vec::new()), Snapshots::list)?;
-    if log.first() <= log.end() || !snapshots.is_empty() {
-        return Err(BootstrapError::NotEmpty);
-    }
-    let bytes_total = fs::metadata(path).map_or(0, |metadata| metadata.len());
-    let tracked = tracker.begin(&path.display().to_string(), bytes_total);
-    let restored = backup::restore_file(path, store, &tracked.progress);
-    tracker.end(restored.as_ref().ok());
-    let summary = restored.map_err(|error| BootstrapError::Seed {
-        path: path.to_owned(),
-        error,
-    })?;
-    let head = summary.records.map(|(head, _)| head);
-    applied.restored(Position {
-        seq: log.end(),
-        time_ns: head.map_or(applied.position().time_ns, |head| head.time_ns),
-    });
-    Ok(())
 }
 
 /// Says why a snapshot is of no use, and renames one that is damaged, for people to look at. Under

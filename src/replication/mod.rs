@@ -30,18 +30,20 @@ mod follower;
 mod own;
 mod peers;
 mod reader;
+mod seed;
 mod snapshotter;
+mod tracker;
 mod writer;
 
 pub use applied::{Applied, AtPosition, Position};
-pub use bootstrap::{
-    Bootstrap, BootstrapError, Restore, RestoreTracker, Stage, Tried, restore_seed,
-};
+pub use bootstrap::{Bootstrap, BootstrapError, Tried};
 pub use buffered::{BufferCounts, Buffered};
 pub use checkpoint::{CheckpointMetrics, Checkpoints};
 pub use follower::Follower;
 pub use own::OwnBatches;
 pub use peers::{Peer, Peers};
 pub use reader::{Reader, ReaderError};
+pub use seed::restore_seed;
 pub use snapshotter::{LastSnapshot, Snapshotter, backup_head};
+pub use tracker::{Restore, RestoreTracker, Stage};
 pub use writer::{WriteError, Writer, WriterLimits, WriterTask};

@@ -62,7 +62,7 @@ impl OwnBatches {
     }
 
     /// Tells who waits for a batch sent more than `wait_max` ago that its outcome is unknown. The
-    /// batch itself stays, in case that it comes back, until [`LOST_AFTER`]: a log may have taken one
+    /// batch itself stays, in case that it comes back, until `LOST_AFTER`: a log may have taken one
     /// and lost it.
     pub fn give_up_waiting(&self, wait_max: Duration) {
         let mut late = Vec::new();

@@ -94,6 +94,15 @@ async fn wrong_snapshot(broker: &Broker, node: &Ports, position: u64) -> TempDir
     dir
 }
 
+/// A replica that begins from such a snapshot.
+async fn wrong_one(broker: &Broker, node: &Ports, position: u64) -> (Node, TempDir) {
+    let dir = wrong_snapshot(broker, node, position).await;
+    let mut command = talkative(broker);
+    command.env("GRADESTORE_EPHEMERAL", "false");
+    command.arg("--data-dir").arg(dir.path());
+    (Node::start_with(&mut command).await, dir)
+}
+
 fn set(spp: u64) -> String {
     format!(r#"{{"user_id":"x","spp":{spp}}}"#)
 }
@@ -105,11 +114,7 @@ async fn one_of_three_that_is_wrong_is_outvoted_and_begins_anew() {
     for spp in 1..=3 {
         a.set(set(spp)).await.position();
     }
-    let dir = wrong_snapshot(&broker, &a, 3).await;
-    let mut command = talkative(&broker);
-    command.env("GRADESTORE_EPHEMERAL", "false");
-    command.arg("--data-dir").arg(dir.path());
-    let wrong = Node::start_with(&mut command).await;
+    let (wrong, dir) = wrong_one(&broker, &a, 3).await;
     // Writers go on all the while, at the wrong one too.
     let load = Load::start(&[&a, &b, &wrong], 5, usize::MAX);
     wrong.metric_reaches("gradestore_resyncs_total", 1.0).await;
@@ -155,11 +160,7 @@ async fn of_two_one_stays_and_the_other_begins_anew() {
     for spp in 1..=3 {
         a.set(set(spp)).await.position();
     }
-    let dir = wrong_snapshot(&broker, &a, 3).await;
-    let mut command = talkative(&broker);
-    command.env("GRADESTORE_EPHEMERAL", "false");
-    command.arg("--data-dir").arg(dir.path());
-    let wrong = Node::start_with(&mut command).await;
+    let (wrong, _dir) = wrong_one(&broker, &a, 3).await;
     // Nobody writes: what came out of a file is compared all the same.
     eventually("one resync", async || {
         let (one, other) = tokio::join!(

@@ -1,25 +1,17 @@
-//! Flags, their environment twins, and what they make.
-//!
-//! Every flag has a twin `GRADESTORE_<FLAG>`; a flag beats it. What can't be right stops the start
-//! with the key, the value and the fix.
+//! The command line and its environment twins.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::http::Credentials;
-use crate::http::listener::ListenerLimits;
+use super::{ConfigError, password};
 use crate::log::{JetStreamConfig, Servers};
-use crate::remote::Account;
-use crate::replication::WriterLimits;
 use crate::storage::{DataDir, StorageConfig};
 
 /// What every environment twin begins with.
 const ENV_PREFIX: &str = "GRADESTORE_";
-/// The password itself; it has no flag, since a command line is public on its machine.
-const ENV_PASSWORD: &str = "GRADESTORE_PASSWORD";
 
 /// The command line.
 #[derive(Debug, Parser)]
@@ -66,15 +58,9 @@ pub struct ServeArgs {
         value_parser = address("--ops-addr", "GRADESTORE_OPS_ADDR", "127.0.0.1:8082"))]
     pub ops_addr: SocketAddr,
 
-    /// The user name that writes need
-    #[arg(long, env = "GRADESTORE_USERNAME", value_name = "NAME", default_value = "admin",
-        value_parser = username)]
-    pub username: String,
-
-    /// A file that holds the password; GRADESTORE_PASSWORD may hold the password itself. With
-    /// neither, one is made and shown at the start
-    #[arg(long, env = "GRADESTORE_PASSWORD_FILE", value_name = "FILE")]
-    pub password_file: Option<PathBuf>,
+    /// Name and password
+    #[command(flatten)]
+    pub credentials: CredentialArgs,
 
     /// Where the log and the snapshots are kept
     #[arg(
@@ -145,6 +131,20 @@ pub struct ServeArgs {
     pub checkpoint_interval: Duration,
 }
 
+/// Whom to ask or let in as.
+#[derive(Debug, Clone, Args)]
+pub struct CredentialArgs {
+    /// The user name of the node
+    #[arg(long, env = "GRADESTORE_USERNAME", value_name = "NAME", default_value = "admin",
+        value_parser = username)]
+    pub username: String,
+
+    /// A file that holds the password; GRADESTORE_PASSWORD may hold the password itself. A node
+    /// that is alone and has neither makes one and shows it at the start
+    #[arg(long, env = "GRADESTORE_PASSWORD_FILE", value_name = "FILE")]
+    pub password_file: Option<PathBuf>,
+}
+
 /// Flags of `gradestore backup`.
 #[derive(Debug, Clone, Args)]
 pub struct BackupArgs {
@@ -157,14 +157,9 @@ pub struct BackupArgs {
     #[arg(short, long, env = "GRADESTORE_OUTPUT", value_name = "FILE")]
     pub output: PathBuf,
 
-    /// The user name that the node wants
-    #[arg(long, env = "GRADESTORE_USERNAME", value_name = "NAME", default_value = "admin",
-        value_parser = username)]
-    pub username: String,
-
-    /// A file that holds the password; GRADESTORE_PASSWORD may hold the password itself
-    #[arg(long, env = "GRADESTORE_PASSWORD_FILE", value_name = "FILE")]
-    pub password_file: Option<PathBuf>,
+    /// Name and password
+    #[command(flatten)]
+    pub credentials: CredentialArgs,
 }
 
 /// Flags of `gradestore verify`.
@@ -294,227 +289,6 @@ fn username(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// Why the configuration can't be used. The text names the key, the value and the fix.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// An environment variable that begins like ours but is none.
-    #[error("unknown environment variable {name}; remove it, or use one of {known}")]
-    UnknownEnv {
-        /// The variable.
-        name: String,
-        /// The ones there are.
-        known: String,
-    },
-    /// Two ways to say the password.
-    #[error("both GRADESTORE_PASSWORD and GRADESTORE_PASSWORD_FILE are set; remove one of them")]
-    TwoPasswords,
-    /// A password that can't be one.
-    #[error("the password in {key} {why}; put one there of at least one character, on one line")]
-    BadPassword {
-        /// Where it came from.
-        key: String,
-        /// What is wrong with it.
-        why: &'static str,
-    },
-    /// The password's file can't be read.
-    #[error(
-        "cannot read the password from --password-file {path}: {error}; make the file, readable for this user, with the password in it"
-    )]
-    PasswordFile {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        error: std::io::Error,
-    },
-    /// Two listeners at one address.
-    #[error("{first} and {second} are both {address}; give each its own port")]
-    SameAddress {
-        /// A flag.
-        first: &'static str,
-        /// Another.
-        second: &'static str,
-        /// What both say.
-        address: SocketAddr,
-    },
-    /// Nodes of one store must have one password.
-    #[error(
-        "--nats-url needs a password, the same for all nodes of the store; set GRADESTORE_PASSWORD \
-         or --password-file"
-    )]
-    NoSharedPassword,
-    /// A backup can't be fetched without a password.
-    #[error("no password; set GRADESTORE_PASSWORD or --password-file to the node's")]
-    NoPassword,
-    /// No random bytes for a password.
-    #[error("the system gave no random bytes for a password: {0}; set GRADESTORE_PASSWORD")]
-    Random(#[from] getrandom::Error),
-}
-
-/// Everything a node is built from.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// Where the write port listens.
-    pub write_addr: SocketAddr,
-    /// Where the read port listens.
-    pub read_addr: SocketAddr,
-    /// Where the ops port listens.
-    pub ops_addr: SocketAddr,
-    /// What writes need.
-    pub credentials: Credentials,
-    /// Bounds of requests and connections.
-    pub http: HttpConfig,
-    /// Bounds of the write path.
-    pub writer: WriterLimits,
-    /// A backup to begin from.
-    pub restore_from: Option<PathBuf>,
-    /// How nodes of one store find and compare each other.
-    pub cluster: ClusterConfig,
-}
-
-/// How nodes of one store find and compare each other.
-#[derive(Debug, Clone)]
-pub struct ClusterConfig {
-    /// Where the others reach this one's write port; `None`: as `broker` sees it.
-    pub advertise_url: Option<String>,
-    /// A server of the broker: host and port.
-    pub broker: Option<(String, u16)>,
-    /// Write ports of others, given by hand.
-    pub peers: Vec<String>,
-    /// What this one asks the others with: its own name and password, which are theirs too.
-    pub account: Account,
-    /// How often this one tells the others what it holds.
-    pub checkpoint_interval: Duration,
-    /// How many bytes of the log may be read ahead while a backup is being restored.
-    pub restore_buffer_bytes_max: u64,
-}
-
-impl ClusterConfig {
-    /// For a node that is alone.
-    #[must_use]
-    pub fn alone(username: &str, password: &str) -> Self {
-        Self {
-            advertise_url: None,
-            broker: None,
-            peers: Vec::new(),
-            account: Account {
-                username: username.into(),
-                password: password.into(),
-            },
-            checkpoint_interval: Duration::from_secs(60),
-            restore_buffer_bytes_max: 32 << 20,
-        }
-    }
-}
-
-/// Bounds of requests and connections.
-#[derive(Debug, Clone)]
-pub struct HttpConfig {
-    /// The read and the write port.
-    pub data: ListenerLimits,
-    /// The ops port, whose clients are few.
-    pub ops: ListenerLimits,
-    /// How long a body may take to arrive.
-    pub body_wait_max: Duration,
-    /// How long a read with `Grade-Position` may wait.
-    pub position_wait_max: Duration,
-    /// Backups that may be sent at once.
-    pub backups_max: usize,
-    /// Requests for one that may wait for their turn.
-    pub backups_waiting_max: usize,
-    /// How long a request for a backup may wait for its turn.
-    pub backup_wait_max: Duration,
-    /// How long running requests may take to finish once the node stops.
-    pub drain_max: Duration,
-}
-
-impl Default for HttpConfig {
-    fn default() -> Self {
-        let data = ListenerLimits {
-            connections_max: 8192,
-            header_wait_max: Duration::from_secs(10),
-            idle_max: Duration::from_secs(75),
-        };
-        Self {
-            data,
-            ops: ListenerLimits {
-                connections_max: 256,
-                ..data
-            },
-            body_wait_max: Duration::from_secs(10),
-            position_wait_max: Duration::from_secs(5),
-            backups_max: 2,
-            backups_waiting_max: 16,
-            backup_wait_max: Duration::from_secs(2),
-            drain_max: Duration::from_secs(10),
-        }
-    }
-}
-
-/// The write path's bounds where nothing else is said.
-#[must_use]
-pub fn default_writer_limits() -> WriterLimits {
-    WriterLimits {
-        queue_patches_max: 8192,
-        batch_patches_max: 1024,
-        wait_max: Duration::from_secs(5),
-    }
-}
-
-/// A password that was made because none was given; to be shown once.
-pub struct MadePassword(pub String);
-
-impl Config {
-    /// Checks what the flags say together and reads the password; makes one if none is given.
-    ///
-    /// # Errors
-    /// See [`ConfigError`].
-    pub fn from_args(args: &ServeArgs) -> Result<(Self, Option<MadePassword>), ConfigError> {
-        let addresses = [
-            ("--write-addr", args.write_addr),
-            ("--read-addr", args.read_addr),
-            ("--ops-addr", args.ops_addr),
-        ];
-        for (index, (first, address)) in addresses.iter().enumerate() {
-            let same = |(_, other): &&(_, SocketAddr)| other == address && address.port() != 0;
-            if let Some((second, _)) = addresses.iter().skip(index + 1).find(same) {
-                return Err(ConfigError::SameAddress {
-                    first,
-                    second,
-                    address: *address,
-                });
-            }
-        }
-        let given = given_password(args.password_file.as_deref())?;
-        let made = match &given {
-            Some(_) => None,
-            // One made here would be another one on each node.
-            None if args.nats_url.is_some() => return Err(ConfigError::NoSharedPassword),
-            None => Some(MadePassword(make_password()?)),
-        };
-        let password = given
-            .as_deref()
-            .or(made.as_ref().map(|made| made.0.as_str()))
-            .unwrap_or_default();
-        let config = Self {
-            write_addr: args.write_addr,
-            read_addr: args.read_addr,
-            ops_addr: args.ops_addr,
-            credentials: Credentials::new(&args.username, password),
-            http: HttpConfig::default(),
-            writer: default_writer_limits(),
-            restore_from: args.restore_from.clone(),
-            cluster: ClusterConfig {
-                advertise_url: args.advertise_url.clone(),
-                broker: args.nats_url.as_ref().and_then(Servers::first),
-                peers: args.peer.clone(),
-                checkpoint_interval: args.checkpoint_interval,
-                ..ClusterConfig::alone(&args.username, password)
-            },
-        };
-        Ok((config, made))
-    }
-}
-
 impl ServeArgs {
     /// Where the log is kept.
     #[must_use]
@@ -546,7 +320,7 @@ impl BackupArgs {
     /// # Errors
     /// None is given, or it can't be one.
     pub fn password(&self) -> Result<String, ConfigError> {
-        given_password(self.password_file.as_deref())?.ok_or(ConfigError::NoPassword)
+        password::given(self.credentials.password_file.as_deref())?.ok_or(ConfigError::NoPassword)
     }
 }
 
@@ -582,7 +356,7 @@ fn check_env_names(names: impl Iterator<Item = String>) -> Result<(), ConfigErro
         .get_subcommands()
         .flat_map(clap::Command::get_arguments)
         .filter_map(|arg| arg.get_env()?.to_str().map(str::to_owned))
-        .chain([ENV_PASSWORD.to_owned()])
+        .chain([password::ENV.to_owned()])
         .collect();
     known.sort();
     known.dedup();
@@ -603,60 +377,6 @@ fn check_env_names(names: impl Iterator<Item = String>) -> Result<(), ConfigErro
     Ok(())
 }
 
-fn given_password(password_file: Option<&Path>) -> Result<Option<String>, ConfigError> {
-    let from_env = std::env::var_os(ENV_PASSWORD);
-    let file_by_flag = std::env::args_os().any(|arg| {
-        arg.to_str()
-            .is_some_and(|arg| arg.starts_with("--password-file"))
-    });
-    match (password_file, from_env) {
-        (Some(_), Some(_)) if !file_by_flag => Err(ConfigError::TwoPasswords),
-        (Some(path), _) => password_in(path).map(Some),
-        (None, Some(password)) => {
-            let password = password.to_str().unwrap_or_default();
-            check_password(password, ENV_PASSWORD).map(Some)
-        }
-        (None, None) => Ok(None),
-    }
-}
-
-fn password_in(path: &Path) -> Result<String, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|error| ConfigError::PasswordFile {
-        path: path.to_owned(),
-        error,
-    })?;
-    // Editors and echo end the line.
-    let password = text.strip_suffix('\n').unwrap_or(&text);
-    let password = password.strip_suffix('\r').unwrap_or(password);
-    check_password(password, &format!("--password-file {}", path.display()))
-}
-
-fn check_password(password: &str, key: &str) -> Result<String, ConfigError> {
-    let wrong = |why| ConfigError::BadPassword {
-        key: key.to_owned(),
-        why,
-    };
-    if password.is_empty() {
-        return Err(wrong("is empty or not UTF-8"));
-    }
-    if password.chars().any(char::is_control) {
-        return Err(wrong("has a control character or a second line"));
-    }
-    Ok(password.to_owned())
-}
-
-/// 24 letters and digits: over 120 bits.
-fn make_password() -> Result<String, getrandom::Error> {
-    // 32 of them, so that a byte's low bits choose evenly; none that looks like another.
-    const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
-    let mut bytes = [0; 24];
-    getrandom::fill(&mut bytes)?;
-    let letters = bytes
-        .iter()
-        .filter_map(|byte| LETTERS.get(usize::from(byte % 32)));
-    Ok(letters.map(|letter| char::from(*letter)).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -673,13 +393,5 @@ mod tests {
         assert!(check(&["GRADESTORE_SERVICE_HOST", "GRADESTORE_PORT_8080_TCP"]).is_ok());
         let error = check(&["GRADESTORE_USER_NAME"]).unwrap_err().to_string();
         assert!(error.contains("GRADESTORE_USER_NAME") && error.contains("GRADESTORE_USERNAME"));
-    }
-
-    #[test]
-    fn made_passwords_differ_and_need_no_quoting() {
-        let one = make_password().unwrap();
-        assert_eq!(one.len(), 24);
-        assert!(one.chars().all(|c| c.is_ascii_alphanumeric()));
-        assert_ne!(one, make_password().unwrap());
     }
 }

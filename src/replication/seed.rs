@@ -1,0 +1,44 @@
+//! A new log that begins with a backup.
+
+use std::fs;
+use std::path::Path;
+
+use super::bootstrap::BootstrapError;
+use super::tracker::RestoreTracker;
+use super::{Applied, Position};
+use crate::backup::{self, Snapshots};
+use crate::log::Log;
+use crate::store::Store;
+
+/// Fills `store` from the backup at `path`; `log` is new and begins where the backup ends, so that a
+/// client's `Grade-Position` never goes back. Blocks.
+///
+/// # Errors
+/// The log or the snapshots are not new, or the file is no whole backup. The store is empty then.
+pub fn restore_seed(
+    path: &Path,
+    store: &Store,
+    applied: &Applied,
+    log: &dyn Log,
+    snapshots: Option<&Snapshots>,
+    tracker: &RestoreTracker,
+) -> Result<(), BootstrapError> {
+    let snapshots = snapshots.map_or(Ok(Vec::new()), Snapshots::list)?;
+    if log.first() <= log.end() || !snapshots.is_empty() {
+        return Err(BootstrapError::NotEmpty);
+    }
+    let bytes_total = fs::metadata(path).map_or(0, |metadata| metadata.len());
+    let tracked = tracker.begin(&path.display().to_string(), bytes_total);
+    let restored = backup::restore_file(path, store, &tracked.progress);
+    tracker.end(restored.as_ref().ok());
+    let summary = restored.map_err(|error| BootstrapError::Seed {
+        path: path.to_owned(),
+        error,
+    })?;
+    let head = summary.records.map(|(head, _)| head);
+    applied.restored(Position {
+        seq: log.end(),
+        time_ns: head.map_or(applied.position().time_ns, |head| head.time_ns),
+    });
+    Ok(())
+}

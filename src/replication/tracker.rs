@@ -1,0 +1,132 @@
+//! How a restore stands, for who asks while it runs.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::buffered::BufferCounts;
+use crate::backup::{Progress, Summary};
+
+/// What is being restored, or was; for `/status` and metrics. Clones are the same.
+#[derive(Clone, Default)]
+pub struct RestoreTracker(Arc<Mutex<Option<Restore>>>);
+
+/// One restore.
+#[derive(Clone)]
+pub struct Restore {
+    /// The file or the peer's URL.
+    pub source: Arc<str>,
+    /// Its size in bytes; 0 while that is not known.
+    pub bytes_total: u64,
+    /// How far it has come.
+    pub progress: Arc<Progress>,
+    /// What was read of the log meanwhile.
+    pub buffer: Arc<BufferCounts>,
+    /// When it began.
+    pub begun: Instant,
+    /// How long it took, once it has ended.
+    pub took: Option<Duration>,
+    /// How it stands.
+    pub stage: Stage,
+}
+
+/// How a restore stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Rows come in.
+    Restoring,
+    /// They are in; the log is read to where it ends.
+    CatchingUp,
+    /// That is done.
+    Done,
+    /// It was given up.
+    Failed,
+}
+
+impl Stage {
+    /// One word.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Restoring => "restoring",
+            Self::CatchingUp => "catching-up",
+            Self::Done => "done",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+impl Restore {
+    /// For how long it has run, or ran.
+    #[must_use]
+    pub fn duration(&self) -> Duration {
+        self.took.unwrap_or_else(|| self.begun.elapsed())
+    }
+
+    /// Rows a second.
+    #[must_use]
+    pub fn rows_per_s(&self) -> f64 {
+        self.progress.rows() as f64 / self.duration().as_secs_f64().max(0.001)
+    }
+
+    /// About how long it will still take; `None` while that can't be known.
+    #[must_use]
+    pub fn remaining(&self) -> Option<Duration> {
+        let (rows, expected) = (self.progress.rows(), self.progress.rows_expected());
+        if self.took.is_some() {
+            return Some(Duration::ZERO);
+        }
+        let left = expected.saturating_sub(rows) as f64 / self.rows_per_s();
+        (rows > 0 && expected > 0).then(|| Duration::from_secs_f64(left))
+    }
+}
+
+impl RestoreTracker {
+    /// The restore that runs, or the last one.
+    #[must_use]
+    pub fn current(&self) -> Option<Restore> {
+        self.0.lock().clone()
+    }
+
+    pub(super) fn begin(&self, source: &str, bytes_total: u64) -> Restore {
+        let restore = Restore {
+            source: source.into(),
+            bytes_total,
+            progress: Arc::default(),
+            buffer: Arc::default(),
+            begun: Instant::now(),
+            took: None,
+            stage: Stage::Restoring,
+        };
+        *self.0.lock() = Some(restore.clone());
+        tracing::info!(source, bytes = bytes_total, "restoring");
+        restore
+    }
+
+    pub(super) fn end(&self, summary: Option<&Summary>) {
+        let mut current = self.0.lock();
+        let Some(restore) = current.as_mut() else {
+            return;
+        };
+        let took = restore.begun.elapsed();
+        restore.took = Some(took);
+        restore.stage = Stage::Failed;
+        if let Some(summary) = summary {
+            restore.stage = Stage::CatchingUp;
+            let (rows, bytes) = (summary.rows, summary.bytes);
+            let took_ms = took.as_millis() as u64;
+            let buffered = restore.buffer.batches();
+            tracing::info!(rows, bytes, took_ms, buffered, "restored");
+        }
+    }
+
+    /// The log has been read to its end.
+    pub(super) fn done(&self) {
+        if let Some(restore) = self.0.lock().as_mut()
+            && restore.stage == Stage::CatchingUp
+        {
+            restore.stage = Stage::Done;
+        }
+    }
+}
