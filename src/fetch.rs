@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use tokio::task::block_in_place;
 
-use crate::backup::{BackupError, Deflate, Progress, Summary, read, rfc3339};
+use crate::backup::{BackupError, Progress, Summary, read, rfc3339};
 use crate::config::BackupArgs;
 use crate::progress::Bar;
-use crate::remote::{Account, Client, Download, Parts, RemoteError};
+use crate::remote::{Account, Client, Compression, Download, Parts, RemoteError};
 
 /// How long the node may be silent.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
@@ -60,11 +60,12 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
         username: args.credentials.username.as_str().into(),
         password: password.into(),
     };
-    let client =
-        Client::new(account, SILENCE_MAX, Deflate::Fast).map_err(|error| RemoteError::Http {
+    let client = Client::new(account, SILENCE_MAX, Compression::Always).map_err(|error| {
+        RemoteError::Http {
             url: args.from.clone(),
             error: error.to_string(),
-        })?;
+        }
+    })?;
     let download = client.backup(&args.from).await?;
     if path == Path::new("-") {
         return copy(download, &mut io::stdout(), write_error).await;

@@ -9,7 +9,6 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, StatusCode};
 use tokio::sync::mpsc;
 
-use crate::backup::Deflate;
 use crate::log::Seq;
 
 /// The header that says a position, in an answer to a write or with a backup, and in a read that
@@ -18,11 +17,12 @@ pub const GRADE_POSITION: HeaderName = HeaderName::from_static("grade-position")
 /// The header that says which process start a backup comes from.
 pub const GRADE_NODE: HeaderName = HeaderName::from_static("grade-node");
 
-/// The header by which a node asks for a backup as it is, [`NO_COMPRESSION`]: it is read at once, and
-/// compressing it would cost the node that gives it most of the time (`load/README.md`).
+/// The header by which a node asks for a backup that is compressed only where the way is slow, with
+/// [`IF_SLOW`]: who reads it at once gains nothing by it, and it is most of the work of the node that
+/// gives it (`load/README.md`).
 pub const GRADE_COMPRESSION: HeaderName = HeaderName::from_static("grade-compression");
 /// What that header says.
-pub const NO_COMPRESSION: &str = "none";
+pub const IF_SLOW: &str = "if-slow";
 
 /// Parts of an answer between the network and who reads it.
 const PARTS_MAX: usize = 16;
@@ -70,13 +70,22 @@ impl fmt::Debug for Account {
     }
 }
 
+/// When a backup is to be compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// It will be kept.
+    Always,
+    /// It is read at once.
+    IfSlow,
+}
+
 /// Asks nodes.
 #[derive(Clone)]
 pub struct Client {
     http: reqwest::Client,
     account: Account,
     /// How backups are asked for.
-    deflate: Deflate,
+    compression: Compression,
 }
 
 /// What a node says of a backup before the first row.
@@ -100,14 +109,14 @@ impl Offer {
 
 impl Client {
     /// One that takes a node for away after `silence_max` without a byte from it, and wants backups
-    /// compressed as `deflate` says.
+    /// compressed as `compression` says.
     ///
     /// # Errors
     /// The system refused.
     pub fn new(
         account: Account,
         silence_max: Duration,
-        deflate: Deflate,
+        compression: Compression,
     ) -> Result<Self, reqwest::Error> {
         let http = reqwest::Client::builder()
             .connect_timeout(silence_max)
@@ -118,7 +127,7 @@ impl Client {
         Ok(Self {
             http,
             account,
-            deflate,
+            compression,
         })
     }
 
@@ -154,8 +163,8 @@ impl Client {
         let Account { username, password } = &self.account;
         let request = self.http.request(method, url);
         let mut request = request.basic_auth(username, Some(password));
-        if self.deflate == Deflate::Stored {
-            request = request.header(GRADE_COMPRESSION, NO_COMPRESSION);
+        if self.compression == Compression::IfSlow {
+            request = request.header(GRADE_COMPRESSION, IF_SLOW);
         }
         let mut response = request.send().await.map_err(|error| failed(url, &error))?;
         let status = response.status();

@@ -38,7 +38,7 @@ pub use error::BackupError;
 pub use reader::{Progress, Summary, end_position, head, read};
 pub use row::Row;
 pub use snapshots::{Snapshots, Written, restore, restore_file, set_aside};
-pub use writer::{BackupWriter, Chunk, ChunkSource, Deflate};
+pub use writer::{BackupWriter, Chunk, ChunkSource};
 
 use crate::log::Seq;
 

@@ -1,5 +1,7 @@
 //! Writes backups, chunk by chunk: several may be in work at once, and none knows the others.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use parking_lot::Mutex;
 use xxhash_rust::xxh3::Xxh3Default;
 
@@ -15,27 +17,9 @@ const CHUNK_TEXT_BYTES: usize = 256 * 1024;
 const _: () =
     assert!(CHUNK_TEXT_BYTES + Piece::RECORDS_MAX * row::ROW_BYTES_MAX <= member::TEXT_BYTES_MAX);
 
-/// How members are deflated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Deflate {
-    /// libdeflate's level 1. It makes smaller files than `pigz -1` at twice the speed of one of its
-    /// threads; zlib-rs makes files of this size in twice the time. See `benches/README.md`.
-    #[default]
-    Fast,
-    /// Stored as they are: three times as large, for who reads them at once and is near.
-    Stored,
-}
-
-impl Deflate {
-    fn level(self) -> libdeflater::CompressionLvl {
-        let level = match self {
-            Self::Fast => 1,
-            Self::Stored => 0,
-        };
-        // Both are within the library's range.
-        libdeflater::CompressionLvl::new(level).unwrap_or_default()
-    }
-}
+/// libdeflate's level. It makes smaller files than `pigz -1` at twice the speed of one of its threads;
+/// zlib-rs makes files of this size in twice the time. See `benches/README.md`.
+const DEFLATE_LEVEL: i32 = 1;
 
 /// Some rows as one gzip member.
 pub struct Chunk {
@@ -56,7 +40,7 @@ impl Chunk {
 /// Turns a store's records into chunks. Shared between the threads that do the work.
 pub struct ChunkSource {
     scan: Mutex<Scan>,
-    deflate: Deflate,
+    stored: AtomicBool,
     chunk_text_bytes: usize,
     /// What a chunk is made with, kept for the next one.
     tools: Mutex<Vec<Tools>>,
@@ -66,29 +50,27 @@ struct Tools {
     piece: Piece,
     text: Vec<u8>,
     deflate: libdeflater::Compressor,
+    store: libdeflater::Compressor,
 }
 
 impl ChunkSource {
     /// Starts a scan over `store`.
     #[must_use]
     pub fn new(store: &Store) -> Self {
-        Self::deflated(store, Deflate::default())
+        Self::with_chunk_text(store, CHUNK_TEXT_BYTES)
     }
 
-    /// With members that are deflated so.
-    #[must_use]
-    pub fn deflated(store: &Store, deflate: Deflate) -> Self {
-        Self {
-            deflate,
-            ..Self::with_chunk_text(store, CHUNK_TEXT_BYTES)
-        }
+    /// Whether the chunks that are begun from now on are stored as they are: about three times as
+    /// large, and cheaper to make.
+    pub fn store_only(&self, stored: bool) {
+        self.stored.store(stored, Ordering::Relaxed);
     }
 
     /// With chunks cut at `chunk_text_bytes`; more than [`CHUNK_TEXT_BYTES`] has no effect.
     pub(super) fn with_chunk_text(store: &Store, chunk_text_bytes: usize) -> Self {
         Self {
             scan: Mutex::new(store.scan()),
-            deflate: Deflate::default(),
+            stored: AtomicBool::new(false),
             chunk_text_bytes: chunk_text_bytes.min(CHUNK_TEXT_BYTES),
             tools: Mutex::default(),
         }
@@ -98,11 +80,12 @@ impl ChunkSource {
     /// after it. `None` when all records have been handed out.
     pub fn next(&self) -> Option<Chunk> {
         let kept = self.tools.lock().pop();
-        let mut tools = kept.unwrap_or_else(|| Tools::new(self.deflate));
+        let mut tools = kept.unwrap_or_else(Tools::new);
         let Tools {
             piece,
             text,
             deflate,
+            store,
         } = &mut tools;
         text.clear();
         let mut rows = 0;
@@ -117,7 +100,11 @@ impl ChunkSource {
         }
         let mut bytes = Vec::new();
         if rows > 0 {
-            member::write_rows(&mut bytes, text, rows, deflate);
+            let compressor = match self.stored.load(Ordering::Relaxed) {
+                true => store,
+                false => deflate,
+            };
+            member::write_rows(&mut bytes, text, rows, compressor);
             // It may wait for a slow client: give back the room that compression did not need.
             bytes.shrink_to_fit();
         }
@@ -131,11 +118,17 @@ impl ChunkSource {
 }
 
 impl Tools {
-    fn new(deflate: Deflate) -> Self {
+    fn new() -> Self {
+        // Both levels are within the library's range.
+        let compressor = |level| {
+            let level = libdeflater::CompressionLvl::new(level).unwrap_or_default();
+            libdeflater::Compressor::new(level)
+        };
         Self {
             piece: Piece::default(),
             text: Vec::with_capacity(CHUNK_TEXT_BYTES * 5 / 4),
-            deflate: libdeflater::Compressor::new(deflate.level()),
+            deflate: compressor(DEFLATE_LEVEL),
+            store: compressor(0),
         }
     }
 }

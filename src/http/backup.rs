@@ -29,12 +29,18 @@ use tokio::task::JoinHandle;
 use super::error::ApiError;
 use super::listener::Connection;
 use super::{Credentials, GRADE_NODE, GRADE_POSITION};
-use crate::backup::{BackupWriter, Chunk, ChunkSource, Deflate, Head, file_name};
+use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
 use crate::log::Log;
 use crate::readiness::{DIVERGED, Readiness};
-use crate::remote::{GRADE_COMPRESSION, NO_COMPRESSION};
+use crate::remote::{GRADE_COMPRESSION, IF_SLOW};
 use crate::replication::{Applied, backup_head};
 use crate::store::Store;
+
+/// A client that takes more bytes a second than this is limited by its own work or by the making of
+/// chunks, not by the way to it.
+const QUICK_BYTES_PER_S: f64 = 16e6;
+/// How long the first chunks, which go into the system's buffers, say nothing of the pace.
+const PACE_KNOWN_AFTER: Duration = Duration::from_millis(500);
 
 /// What a backup is made from.
 #[derive(Clone)]
@@ -145,11 +151,9 @@ async fn get_backup(
         return Ok((headers, Body::from_stream(nothing)).into_response());
     };
     let connection = request.extensions().get::<Arc<Connection>>().cloned();
-    let deflate = match request.headers().get(GRADE_COMPRESSION) {
-        Some(wanted) if wanted == NO_COMPRESSION => Deflate::Stored,
-        _ => Deflate::Fast,
-    };
-    let body = Body::from_stream(members(state, epoch, &head, deflate, slot, connection));
+    let wanted = request.headers().get(GRADE_COMPRESSION);
+    let if_slow = wanted.is_some_and(|wanted| wanted == IF_SLOW);
+    let body = Body::from_stream(members(state, epoch, &head, if_slow, slot, connection));
     Ok((headers, body).into_response())
 }
 
@@ -174,6 +178,9 @@ struct Running {
     source: Arc<ChunkSource>,
     chunks: FuturesUnordered<JoinHandle<Option<Chunk>>>,
     exhausted: bool,
+    /// Whether chunks are compressed only while the client is slow.
+    compress_if_slow: bool,
+    bytes: u64,
     /// Taken when the end is sent, or when it never will be.
     writer: Option<BackupWriter>,
     whole: bool,
@@ -192,15 +199,17 @@ fn members(
     state: BackupState,
     epoch: u64,
     head: &Head,
-    deflate: Deflate,
+    compress_if_slow: bool,
     slot: OwnedSemaphorePermit,
     connection: Option<Arc<Connection>>,
 ) -> impl Stream<Item = io::Result<Bytes>> + use<> {
     let (writer, first) = BackupWriter::begin(head);
     let running = Running {
-        source: Arc::new(ChunkSource::deflated(&state.store, deflate)),
+        source: Arc::new(ChunkSource::new(&state.store)),
         chunks: FuturesUnordered::new(),
         exhausted: false,
+        compress_if_slow,
+        bytes: 0,
         writer: Some(writer),
         whole: false,
         begun: Instant::now(),
@@ -224,6 +233,12 @@ fn members(
 }
 
 impl Running {
+    /// Whether the client takes more than compressing would bring it; at first nobody knows.
+    fn quick(&self) -> bool {
+        let elapsed = self.begun.elapsed();
+        elapsed < PACE_KNOWN_AFTER || self.bytes as f64 / elapsed.as_secs_f64() > QUICK_BYTES_PER_S
+    }
+
     /// Whether what was read so far is one state, and not one that is in doubt.
     fn sound(&self) -> Result<(), &'static str> {
         if self.store.epoch() != self.epoch {
@@ -240,6 +255,8 @@ impl Running {
         if let Some(connection) = &self.connection {
             connection.end();
         }
+        self.source
+            .store_only(self.compress_if_slow && self.quick());
         let at_once = std::thread::available_parallelism().map_or(2, usize::from);
         while !self.exhausted && self.chunks.len() < at_once {
             let source = Arc::clone(&self.source);
@@ -259,6 +276,7 @@ impl Running {
                     }
                     self.metrics.rows.increment(chunk.rows().into());
                     self.metrics.bytes.increment(chunk.bytes.len() as u64);
+                    self.bytes += chunk.bytes.len() as u64;
                     return Some(Ok(chunk.bytes.into()));
                 }
                 // The others may still be at the last ones.

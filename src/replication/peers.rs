@@ -8,9 +8,8 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use serde::Serialize;
 
-use crate::backup::Deflate;
 use crate::log::{Log, Origin, Seq};
-use crate::remote::{Account, Client, Download, RemoteError};
+use crate::remote::{Account, Client, Compression, Download, RemoteError};
 
 /// How often the others are asked.
 const ASK_EVERY: Duration = Duration::from_secs(2);
@@ -76,7 +75,7 @@ impl Peers {
             me: me.to_string().into(),
             log,
             by_hand,
-            client: Client::new(account, SILENCE_MAX, Deflate::Stored)?,
+            client: Client::new(account, SILENCE_MAX, Compression::IfSlow)?,
             known: Mutex::default(),
         })))
     }

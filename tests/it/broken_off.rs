@@ -40,9 +40,14 @@ async fn large_node() -> Node {
 
 /// A client that takes the head of a backup and nothing more.
 async fn stalled_backup(node: &Ports) -> Raw {
+    stalled_backup_with(node, "").await
+}
+
+/// One that sends these header lines too.
+async fn stalled_backup_with(node: &Ports, lines: &str) -> Raw {
     let mut connection = Raw::connect(node.write).await;
     let request =
-        format!("GET /backup HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\r\n");
+        format!("GET /backup HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n{lines}\r\n");
     connection.send(request).await;
     assert_eq!(connection.answer().await.status, 200);
     connection
@@ -141,6 +146,38 @@ async fn a_client_that_stops_reading_is_cut_and_writes_go_on_meanwhile() {
     assert_broken_off(&mut stalled).await;
 }
 
+/// A body, at a MB a second.
+async fn slowly(connection: &mut Raw) -> Vec<u8> {
+    let mut pace = tokio::time::interval(Duration::from_millis(32));
+    let mut body = Vec::new();
+    while connection.some(32 * 1024, &mut body).await > 0 {
+        pace.tick().await;
+    }
+    body
+}
+
+#[tokio::test]
+async fn a_slow_client_that_would_do_without_compression_gets_it_compressed() {
+    let node = large_node().await;
+    let if_slow = "grade-compression: if-slow\r\nconnection: close\r\n";
+    let mut quick = stalled_backup_with(&node, if_slow).await;
+    let mut large = Vec::new();
+    while quick.some(1 << 20, &mut large).await > 0 {}
+    let mut slow = stalled_backup_with(&node, if_slow).await;
+    let small = slowly(&mut slow).await;
+    assert!(
+        small.len() < large.len() * 3 / 4,
+        "{} {}",
+        small.len(),
+        large.len()
+    );
+    for body in [small, large] {
+        let (content, ended) = unchunked(&body);
+        assert!(ended);
+        assert_eq!(restored(&content).1.rows, ROWS);
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_reads_slowly_gets_it_all() {
     let (_directory, seed) = seed();
@@ -152,11 +189,7 @@ async fn a_client_that_reads_slowly_gets_it_all() {
     .await;
     let mut slow = stalled_backup(&node).await;
     let begun = Instant::now();
-    let mut pace = tokio::time::interval(Duration::from_millis(32));
-    let mut body = Vec::new();
-    while slow.some(32 * 1024, &mut body).await > 0 {
-        pace.tick().await;
-    }
+    let body = slowly(&mut slow).await;
     let took = begun.elapsed();
     assert!(took > Duration::from_millis(2500), "{took:?} shows nothing");
     let (content, ended) = unchunked(&body);
