@@ -186,7 +186,7 @@ pub async fn run(
         origin,
         Arc::clone(&log),
         cluster.peers.clone(),
-        cluster.account.clone(),
+        config.credentials.account(),
     )?;
     let (writer, writer_task) = Writer::new(
         Arc::clone(&log),
@@ -223,14 +223,11 @@ pub async fn run(
             applied: applied.clone(),
             own: own.clone(),
             origin,
-            checkpoints: checkpoints.clone(),
+            checkpoints,
             patches: replicated.patches_applied.clone(),
             round_trip: replicated.batch_duration.clone(),
         },
-        own: own.clone(),
-        checkpoints,
         readiness: readiness.clone(),
-        last_snapshot: last_snapshot.clone(),
         snapshotter: snapshotter.clone(),
         resyncs: replicated.resyncs.clone(),
     };

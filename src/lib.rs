@@ -23,7 +23,7 @@
 //!    and parses it into a [`Patch`](grade::Patch).
 //! 2. [`Writer::write`](replication::Writer::write) puts the patch into a bounded queue and waits.
 //! 3. [`WriterTask`](replication::WriterTask) takes all that waits as one
-//!    [`Batch`](log::Batch), keeps its patches at hand and appends it to the log. While batches
+//!    [`Batch`](log::Batch), notes who waits for it and appends it to the log. While batches
 //!    are under way the next one fills: there is no timer.
 //! 4. The log gives the batch its place. [`Reader`](replication::Reader) gets it back, sees that
 //!    it is the next one and its own, applies the patches to the [`Store`](store::Store), moves

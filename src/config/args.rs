@@ -77,7 +77,7 @@ pub struct ServeArgs {
 
     /// How often a snapshot is written to the data directory
     #[arg(long, env = "GRADESTORE_SNAPSHOT_INTERVAL", value_name = "TIME", default_value = "5m",
-        value_parser = interval)]
+        value_parser = at_least("1s", "--snapshot-interval", "GRADESTORE_SNAPSHOT_INTERVAL", "5m or 90s"))]
     pub snapshot_interval: Duration,
 
     /// A backup to begin from; only for a data directory that nothing has been written to
@@ -110,7 +110,8 @@ pub struct ServeArgs {
 
     /// How long the stream keeps a batch; a node that was away for longer can't follow it
     #[arg(long, env = "GRADESTORE_LOG_RETENTION", value_name = "TIME", default_value = "24h",
-        value_parser = retention, requires = "nats_url")]
+        value_parser = at_least("1m", "--log-retention", "GRADESTORE_LOG_RETENTION", "24h or 7d"),
+        requires = "nats_url")]
     pub log_retention: Duration,
 
     /// Where other nodes reach this one's write port, for its backup; by default its address as
@@ -127,7 +128,8 @@ pub struct ServeArgs {
 
     /// How often a node tells the others what it holds, so that one that differs is noticed
     #[arg(long, env = "GRADESTORE_CHECKPOINT_INTERVAL", value_name = "TIME", default_value = "1m",
-        value_parser = checkpoint_interval, requires = "nats_url")]
+        value_parser = at_least("100ms", "--checkpoint-interval", "GRADESTORE_CHECKPOINT_INTERVAL", "1m or 10s"),
+        requires = "nats_url")]
     pub checkpoint_interval: Duration,
 }
 
@@ -192,12 +194,20 @@ fn address(
     }
 }
 
-fn interval(text: &str) -> Result<Duration, String> {
-    let fix = "set --snapshot-interval or GRADESTORE_SNAPSHOT_INTERVAL to one such as 5m or 90s";
-    match humantime::parse_duration(text) {
-        Ok(interval) if interval >= Duration::from_secs(1) => Ok(interval),
-        Ok(_) => Err(format!("it must be 1s or more; {fix}")),
-        Err(error) => Err(format!("{error}; {fix}")),
+/// A duration of `least` or more.
+fn at_least(
+    least: &'static str,
+    flag: &'static str,
+    env: &'static str,
+    example: &'static str,
+) -> impl Fn(&str) -> Result<Duration, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        let fix = format!("set {flag} or {env} to one such as {example}");
+        let given = humantime::parse_duration(text).map_err(|error| format!("{error}; {fix}"))?;
+        match humantime::parse_duration(least) {
+            Ok(least) if given >= least => Ok(given),
+            _ => Err(format!("it must be {least} or more; {fix}")),
+        }
     }
 }
 
@@ -238,25 +248,6 @@ fn replicas(text: &str) -> Result<usize, String> {
              where there are three NATS servers"
                 .to_owned(),
         ),
-    }
-}
-
-fn retention(text: &str) -> Result<Duration, String> {
-    let fix = "set --log-retention or GRADESTORE_LOG_RETENTION to one such as 24h or 7d";
-    match humantime::parse_duration(text) {
-        Ok(retention) if retention >= Duration::from_secs(60) => Ok(retention),
-        Ok(_) => Err(format!("it must be 1m or more; {fix}")),
-        Err(error) => Err(format!("{error}; {fix}")),
-    }
-}
-
-fn checkpoint_interval(text: &str) -> Result<Duration, String> {
-    let fix =
-        "set --checkpoint-interval or GRADESTORE_CHECKPOINT_INTERVAL to one such as 1m or 10s";
-    match humantime::parse_duration(text) {
-        Ok(interval) if interval >= Duration::from_millis(100) => Ok(interval),
-        Ok(_) => Err(format!("it must be 100ms or more; {fix}")),
-        Err(error) => Err(format!("{error}; {fix}")),
     }
 }
 

@@ -13,7 +13,6 @@ use std::time::Duration;
 use crate::http::Credentials;
 use crate::http::listener::ListenerLimits;
 use crate::log::Servers;
-use crate::remote::Account;
 use crate::replication::WriterLimits;
 
 pub use args::{
@@ -107,8 +106,6 @@ pub struct ClusterConfig {
     pub broker: Option<(String, u16)>,
     /// Write ports of others, given by hand.
     pub peers: Vec<String>,
-    /// What this one asks the others with: its own name and password, which are theirs too.
-    pub account: Account,
     /// How often this one tells the others what it holds.
     pub checkpoint_interval: Duration,
     /// How many bytes of the log may be read ahead while a backup is being restored.
@@ -118,15 +115,11 @@ pub struct ClusterConfig {
 impl ClusterConfig {
     /// For a node that is alone.
     #[must_use]
-    pub fn alone(username: &str, password: &str) -> Self {
+    pub fn alone() -> Self {
         Self {
             advertise_url: None,
             broker: None,
             peers: Vec::new(),
-            account: Account {
-                username: username.into(),
-                password: password.into(),
-            },
             checkpoint_interval: Duration::from_secs(60),
             restore_buffer_bytes_max: 32 << 20,
         }
@@ -235,7 +228,7 @@ impl Config {
                 broker: args.nats_url.as_ref().and_then(Servers::first),
                 peers: args.peer.clone(),
                 checkpoint_interval: args.checkpoint_interval,
-                ..ClusterConfig::alone(&args.credentials.username, password)
+                ..ClusterConfig::alone()
             },
         };
         Ok((config, made))

@@ -1,32 +1,31 @@
 //! HTTP Basic authentication (RFC 7617) against one pair of name and password.
 
-use std::fmt;
-use std::sync::Arc;
-
 use axum_extra::headers::authorization::Basic;
 use axum_extra::headers::{Authorization, HeaderMapExt};
 use http::HeaderMap;
 use subtle::{Choice, ConstantTimeEq};
 
 use super::error::ApiError;
+use crate::remote::Account;
 
-/// The name and password that writes need. Never printed: [`fmt::Debug`] shows neither.
-#[derive(Clone)]
-pub struct Credentials(Arc<Pair>);
-
-struct Pair {
-    username: Box<str>,
-    password: Box<str>,
-}
+/// The name and password that writes need. Never printed.
+#[derive(Debug, Clone)]
+pub struct Credentials(Account);
 
 impl Credentials {
     /// What a request must bring.
     #[must_use]
     pub fn new(username: &str, password: &str) -> Self {
-        Self(Arc::new(Pair {
+        Self(Account {
             username: username.into(),
             password: password.into(),
-        }))
+        })
+    }
+
+    /// The same, to ask other nodes with: they want what this one wants.
+    #[must_use]
+    pub fn account(&self) -> Account {
+        self.0.clone()
     }
 
     /// Checks a request's `Authorization` header. Takes the same time wherever name or password
@@ -42,12 +41,6 @@ impl Credentials {
             true => Ok(()),
             false => Err(ApiError::Unauthorized),
         }
-    }
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Credentials(..)")
     }
 }
 

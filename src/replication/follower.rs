@@ -7,11 +7,9 @@ use metrics::Counter;
 
 use super::Position;
 use super::bootstrap::{Begun, Bootstrap, BootstrapError};
-use super::checkpoint::Checkpoints;
-use super::own::OwnBatches;
 use super::peers::Peer;
 use super::reader::{Reader, ReaderError};
-use super::snapshotter::{LastSnapshot, Snapshotter};
+use super::snapshotter::Snapshotter;
 use crate::log::{ReadError, Seq, now_ns};
 use crate::readiness::{DIVERGED, Latch, Readiness, Scope};
 
@@ -24,14 +22,8 @@ pub struct Follower {
     pub bootstrap: Bootstrap,
     /// How to go on from there.
     pub reader: Reader,
-    /// This process's batches under way.
-    pub own: OwnBatches,
-    /// What is heard of the peers' states.
-    pub checkpoints: Checkpoints,
     /// Whether the replica may answer.
     pub readiness: Readiness,
-    /// What is known of snapshots.
-    pub last_snapshot: LastSnapshot,
     /// What writes them, where any are kept.
     pub snapshotter: Option<Snapshotter>,
     /// Counts states that were made anew.
@@ -79,7 +71,7 @@ impl Follower {
                 pauses = Pauses::default();
             }
             pauses.pause().await;
-            self.checkpoints.end();
+            self.reader.checkpoints.end();
             if doubtful {
                 self.wait_for_a_source().await;
             }
@@ -104,7 +96,7 @@ impl Follower {
     }
 
     async fn give_up_state(&self, doubtful: bool) {
-        self.own.forget();
+        self.reader.own.forget();
         // In this order: a snapshot that is being written is not kept once the store is another one.
         self.bootstrap.store.clear();
         let time_ns = now_ns();
@@ -125,7 +117,7 @@ impl Follower {
                 Err(error) if error.passing() && self.bootstrap.log.shared() => error,
                 ended => {
                     // What was sent meanwhile is in the state, or comes and is read like anybody's.
-                    self.own.forget();
+                    self.reader.own.forget();
                     return ended;
                 }
             };
@@ -147,10 +139,10 @@ impl Follower {
             whole_from,
             snapshot,
         } = begun;
-        if let Some(snapshot) = snapshot {
-            self.last_snapshot.set(snapshot);
+        if let (Some(snapshot), Some(snapshotter)) = (snapshot, &self.snapshotter) {
+            snapshotter.last.set(snapshot);
         }
-        self.checkpoints.begin(whole_from);
+        self.reader.checkpoints.begin(whole_from);
         latch.say("catching-up", "the log is read to where it ends");
         let (log, applied) = (&self.bootstrap.log, &self.bootstrap.applied);
         let ready = async {

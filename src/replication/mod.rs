@@ -9,8 +9,8 @@
 //!   record.
 //! - [`Reader`] takes the log's entries one after the other, demands that each is the one after
 //!   the last, applies it, and then answers the requests whose patches were in it. A batch that
-//!   this process sent is known by its origin and number: its patches are still held, so nothing
-//!   is decoded.
+//!   this process sent is known by its origin and number; the log hands its patches back as they
+//!   were, where it still has them, so that nothing is decoded.
 //! - [`Applied`] is the position. A reply never leaves before the position covers its patch: who
 //!   got one reads the patch back at once.
 //!

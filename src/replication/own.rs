@@ -8,7 +8,6 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::writer::WriteError;
-use crate::grade::Patch;
 use crate::log::Seq;
 
 /// When a batch that did not come back is forgotten, so that another may go in its place; one that
@@ -25,7 +24,6 @@ pub struct OwnBatches(Arc<Mutex<VecDeque<OwnBatch>>>);
 /// One batch and who waits for it.
 pub(super) struct OwnBatch {
     pub(super) number: u64,
-    pub(super) patches: Arc<[Patch]>,
     pub(super) answers: Vec<Answer>,
     pub(super) sent: Instant,
     /// Given back when the batch's fate is known: lets the next one go.

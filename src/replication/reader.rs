@@ -101,10 +101,7 @@ impl Reader {
             true => self.own.take(entry.batch.number),
             false => None,
         };
-        let patches = match &own {
-            Some(own) => &own.patches,
-            None => &entry.batch.patches,
-        };
+        let patches = &entry.batch.patches;
         let to = Position {
             seq: entry.seq,
             time_ns: entry.time_ns,

@@ -199,7 +199,6 @@ impl WriterTask {
             let patches: Arc<[Patch]> = patches.into();
             self.own.push(OwnBatch {
                 number,
-                patches: Arc::clone(&patches),
                 answers,
                 sent: Instant::now(),
                 _slot: slot,

@@ -336,7 +336,7 @@ impl Local {
             http: HttpConfig::default(),
             writer: default_writer_limits(),
             restore_from: None,
-            cluster: ClusterConfig::alone("admin", PASSWORD),
+            cluster: ClusterConfig::alone(),
         };
         adjust(&mut config);
         let sockets = Sockets::bind(&config).unwrap();
