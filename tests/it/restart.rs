@@ -43,14 +43,22 @@ async fn answers(clients: &Clients, more: usize) {
     .await;
 }
 
+/// Three replicas that `command` starts, and clients of theirs.
+async fn three_with_clients(
+    command: impl Fn(usize) -> Command,
+    always: bool,
+) -> (Vec<Node>, Clients) {
+    let start = async |index| Node::start_with(&mut command(index)).await;
+    let nodes = join_all((0..3).map(start)).await;
+    let ports = nodes.iter().map(|node| (**node).clone()).collect();
+    (nodes, Clients::start(ports, always))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_that_are_all_killed_at_once_come_back_with_all_that_was_answered() {
     let (broker, root) = (Broker::start().await, tempdir().unwrap());
     let command = |index| keeping(&broker, root.path(), index);
-    let mut nodes =
-        join_all((0..3).map(async |index| Node::start_with(&mut command(index)).await)).await;
-    let ports = nodes.iter().map(|node| (**node).clone()).collect();
-    let clients = Clients::start(ports, false);
+    let (mut nodes, clients) = three_with_clients(command, false).await;
     for order in [[2, 0, 1], [1, 2, 0]] {
         answers(&clients, 100).await;
         // A snapshot that is behind is the point.
@@ -89,10 +97,7 @@ async fn replicas_that_are_all_killed_at_once_come_back_with_all_that_was_answer
 async fn replicas_restarted_one_by_one_lose_no_write_and_fail_no_read() {
     let (broker, root) = (Broker::start().await, tempdir().unwrap());
     let command = |index| keeping(&broker, root.path(), index);
-    let mut nodes =
-        join_all((0..3).map(async |index| Node::start_with(&mut command(index)).await)).await;
-    let ports = nodes.iter().map(|node| (**node).clone()).collect();
-    let clients = Clients::start(ports, true);
+    let (mut nodes, clients) = three_with_clients(command, true).await;
     for index in 0..3 {
         answers(&clients, 100).await;
         nodes.remove(index).end().await;
