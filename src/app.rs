@@ -9,24 +9,20 @@ use std::time::Duration;
 
 use metrics::Counter;
 use tokio::net::{TcpListener, TcpSocket};
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::blocking::Blocking;
 use crate::config::{ClusterConfig, Config};
-use crate::http::backup::{self, BackupMetrics, BackupState};
+use crate::http::backup::BackupMetrics;
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
-use crate::http::ops::{self, OpsState};
-use crate::http::read::{self, ReadState};
-use crate::http::write::{self, WriteState};
+use crate::http::ops;
 use crate::http::{self, HttpMetrics};
-use crate::log::{Announce, Announcement, Log, Origin, now_ns};
+use crate::log::Origin;
+use crate::node::{Node, Parts, StartError};
 use crate::progress;
-use crate::readiness::{Readiness, Scope};
-use crate::replication::{
-    Applied, Bootstrap, BootstrapError, Checkpoints, Follower, LastSnapshot, OwnBatches, Peers,
-    Reader, RestoreTracker, Snapshotter, Writer, restore_seed,
-};
+use crate::remote::{Client, Compression};
+use crate::replication::SILENCE_MAX;
 use crate::storage::Storage;
 use crate::store::Store;
 use crate::telemetry::Telemetry;
@@ -41,8 +37,6 @@ const OPS_DRAIN_MAX: Duration = Duration::from_secs(1);
 /// less). Answers are small but for backups, and there a client that reads slowly is told sooner
 /// from one that has stopped.
 const SEND_BUFFER_BYTES: u32 = 512 * 1024;
-/// How often unanswered batches are looked at.
-const GIVE_UP_EVERY: Duration = Duration::from_millis(250);
 
 /// Why a node did not start, or stopped by itself.
 #[derive(Debug, thiserror::Error)]
@@ -61,13 +55,7 @@ pub enum AppError {
     },
     /// The store can't be filled.
     #[error(transparent)]
-    Bootstrap(#[from] BootstrapError),
-    /// What was restored has no place on the disk: the next start would not have it.
-    #[error(
-        "no snapshot of what was restored can be written: {0}; make room for it, and start again \
-         with --restore-from"
-    )]
-    SeedNotKept(#[source] io::Error),
+    Start(#[from] StartError),
     /// The system refused something that a node can't do without.
     #[error("cannot start: {0}")]
     System(#[from] io::Error),
@@ -161,87 +149,30 @@ pub async fn run(
     sockets: Sockets,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), AppError> {
-    let log = Arc::clone(&storage.log);
-    let node: Arc<str> = origin.to_string().into();
-    let readiness = Readiness::default();
-    let starting = readiness.hold(Scope::All, "starting", "the store is being restored");
     let telemetry = Arc::new(Telemetry::new(&http::BUCKETS)?);
     let recorder = Arc::clone(&telemetry);
     let count =
         move |route, status| recorder.register(|| HttpMetrics::requests_counter(route, status));
     let http_metrics = Arc::new(telemetry.register(|| HttpMetrics::new(count)));
-    let store = Store::new();
-    let applied = Applied::new(now_ns());
-    let own = OwnBatches::default();
-    let restore = RestoreTracker::default();
-    let last_snapshot = LastSnapshot::default();
-    let replicated = &telemetry.replication;
-    let checkpoints = Checkpoints::new(
+    let account = config.credentials.account();
+    let peers = Client::new(account, SILENCE_MAX, Compression::IfSlow)?;
+    let parts = Parts {
         origin,
-        log.shared().then_some(config.cluster.checkpoint_interval),
-        replicated.checkpoints.clone(),
-    );
-    let cluster = &config.cluster;
-    let peers = Peers::new(
-        origin,
-        Arc::clone(&log),
-        cluster.peers.clone(),
-        config.credentials.account(),
-    )?;
-    let (writer, writer_task) = Writer::new(
-        Arc::clone(&log),
-        origin,
-        own.clone(),
-        checkpoints.clone(),
-        config.writer,
-        replicated.batch_patches.clone(),
-    );
-    let snapshotter = storage
-        .snapshots
-        .as_ref()
-        .map(|(snapshots, _)| Snapshotter {
-            store: store.clone(),
-            applied: applied.clone(),
-            log: Arc::clone(&log),
-            snapshots: snapshots.clone(),
-            last: last_snapshot.clone(),
-            writing: Arc::default(),
-        });
-    let snapshots = storage.snapshots.as_ref();
-    let follower = Follower {
-        bootstrap: Bootstrap {
-            store: store.clone(),
-            applied: applied.clone(),
-            log: Arc::clone(&log),
-            snapshots: snapshots.map(|(snapshots, _)| snapshots.clone()),
-            peers: peers.clone(),
-            tracker: restore.clone(),
-            buffer_bytes_max: cluster.restore_buffer_bytes_max,
-        },
-        reader: Reader {
-            store: store.clone(),
-            applied: applied.clone(),
-            own: own.clone(),
-            origin,
-            checkpoints,
-            patches: replicated.patches_applied.clone(),
-            round_trip: replicated.batch_duration.clone(),
-        },
-        readiness: readiness.clone(),
-        snapshotter: snapshotter.clone(),
-        resyncs: replicated.resyncs.clone(),
+        store: Store::new(),
+        storage,
+        peers: Arc::new(peers),
+        blocking: Blocking::threads(),
+        backup_metrics: telemetry.register(BackupMetrics::new),
     };
+    let (node, mut tasks) = Node::new(&config, parts, &telemetry.replication);
 
-    // Every long-lived task, and what stops it.
     let stop_listening = CancellationToken::new();
-    let stop_writing = CancellationToken::new();
     let stop_rest = CancellationToken::new();
     let data = TaskTracker::new();
-    let writing = TaskTracker::new();
     let rest = TaskTracker::new();
 
     let limits = connection_limits(&config);
-    let url = advertised(cluster, sockets.write.local_addr()?);
+    let url = advertised(&config.cluster, sockets.write.local_addr()?);
     let listener = |name, socket, router, direct, limits| Listener {
         name,
         socket,
@@ -251,154 +182,49 @@ pub async fn run(
         metrics: Arc::clone(&http_metrics),
         connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
     };
-    let ops_router = ops::routes(OpsState {
-        node: Arc::clone(&node),
-        store: store.clone(),
-        applied: applied.clone(),
-        log: Arc::clone(&log),
-        writer: writer.clone(),
-        readiness: readiness.clone(),
-        telemetry: Arc::clone(&telemetry),
-        restore: restore.clone(),
-        last_snapshot: last_snapshot.clone(),
-        peers: peers.clone(),
-    });
-    let write_router = write::routes(WriteState {
-        writer,
-        readiness: readiness.clone(),
-        credentials: config.credentials.clone(),
-        body_wait_max: config.http.body_wait_max,
-    });
-    let backup_router = backup::routes(BackupState {
-        store: store.clone(),
-        applied: applied.clone(),
-        log: Arc::clone(&log),
-        readiness: readiness.clone(),
-        credentials: config.credentials.clone(),
-        slots: Arc::new(Semaphore::new(config.http.backups_max)),
-        queue: Arc::new(Semaphore::new(config.http.backups_waiting_max)),
-        queue_wait_max: config.http.backup_wait_max,
-        node: Arc::clone(&node),
-        metrics: telemetry.register(BackupMetrics::new),
-    });
-    let read_state = ReadState {
-        store: store.clone(),
-        applied: applied.clone(),
-        readiness: readiness.clone(),
-        position_wait_max: config.http.position_wait_max,
-    };
-    let read_direct = read::direct(read_state.clone());
-    let read_router = read::routes(read_state);
+    let ops_router = ops::routes(node.ops(Arc::clone(&telemetry)));
     let ops = listener("ops", sockets.ops, ops_router, None, limits.ops);
     rest.spawn(ops.serve(stop_rest.child_token()));
-    let write_router = write_router.merge(backup_router);
-    let write = listener("write", sockets.write, write_router, None, limits.data);
+    let write = listener("write", sockets.write, node.write(), None, limits.data);
     data.spawn(write.serve(stop_listening.child_token()));
-    let read = listener(
-        "read",
-        sockets.read,
-        read_router,
-        Some(read_direct),
-        limits.data,
-    );
+    let (read_router, read_direct) = node.read();
+    let read_direct = Some(read_direct);
+    let read = listener("read", sockets.read, read_router, read_direct, limits.data);
     data.spawn(read.serve(stop_listening.child_token()));
-    writing.spawn(writer_task.run(stop_writing.child_token()));
-    rest.spawn(until(
-        &stop_rest,
-        give_up_waiting(own, config.writer.wait_max),
-    ));
     let upkeep = Arc::clone(&telemetry);
     rest.spawn(until(&stop_rest, async move { upkeep.upkeep().await }));
-    rest.spawn(until(&stop_rest, progress::report(restore.clone())));
-    log.announce(announcement(
-        &node,
-        &log,
-        url,
-        readiness.clone(),
-        applied.clone(),
-    ));
-    rest.spawn(until(&stop_rest, async move { peers.watch().await }));
-    if let (Some(snapshotter), Some((_, interval))) = (&snapshotter, &storage.snapshots) {
-        let snapshotter = snapshotter.clone();
-        let run = snapshotter.run(*interval, readiness.clone(), stop_writing.child_token());
-        writing.spawn(run);
-    }
+    rest.spawn(until(&stop_rest, progress::report(node.restore.clone())));
+    node.announce(url);
 
-    // From nothing to a position, then along the log to where it ends now, then ready, then on.
-    let start = async {
-        let seeded = config.restore_from.is_some();
-        if let Some(seed) = config.restore_from.clone() {
-            let (store, applied, log) = (store.clone(), applied.clone(), Arc::clone(&log));
-            let snapshots = snapshots.map(|(snapshots, _)| snapshots.clone());
-            let restored = tokio::task::spawn_blocking(move || {
-                restore_seed(&seed, &store, &applied, &*log, snapshots.as_ref(), &restore)
-            });
-            restored.await.map_err(io::Error::other)??;
-            if let Some(snapshotter) = &snapshotter {
-                // The log can't bring back what it never held.
-                snapshotter.write().await.map_err(AppError::SeedNotKept)?;
-            }
-        }
-        rest.spawn(until(&stop_rest, follower.run(seeded, starting)));
-        std::future::pending::<Result<(), AppError>>().await
-    };
     tokio::select! {
-        failed = start => return failed,
+        failed = tasks.start(config.restore_from.as_deref()) => failed?,
         () = shutdown => {}
     }
 
     // Unready first, so that whoever asks goes elsewhere; then finish what runs.
     tracing::info!("stopping");
-    let epoch = store.epoch();
-    let was_ready = readiness.reads().is_ok();
-    let _stopping = readiness.hold(Scope::All, "stopping", "the node is stopping");
+    let stopping = node.stopping();
     stop_listening.cancel();
     let deadline = tokio::time::Instant::now() + config.http.drain_max;
     let drained = async {
         data.close();
         data.wait().await;
-        stop_writing.cancel();
-        writing.close();
-        writing.wait().await;
+        tasks.finish_writing().await;
     };
     if tokio::time::timeout_at(deadline, drained).await.is_err() {
         let waited_s = config.http.drain_max.as_secs();
         tracing::warn!(waited_s, "stopping before all requests ended");
     }
-    if let Some(snapshotter) = snapshotter.filter(|_| was_ready) {
-        snapshotter.write_if_changed(epoch).await;
-    }
+    stopping.write_snapshot().await;
     stop_rest.cancel();
     rest.close();
     let ended = tokio::time::timeout(OPS_DRAIN_MAX, rest.wait()).await;
     tracing::info!(
-        position = applied.seq(),
+        position = node.applied.seq(),
         all_ended = ended.is_ok(),
         "stopped"
     );
     Ok(())
-}
-
-/// What this replica tells the others of itself.
-fn announcement(
-    node: &str,
-    log: &Arc<dyn Log>,
-    url: String,
-    readiness: Readiness,
-    applied: Applied,
-) -> Announce {
-    let (node, log_id, url) = (Box::from(node), log.id().0, Box::from(url));
-    Arc::new(move || Announcement {
-        node: Box::clone(&node),
-        version: env!("CARGO_PKG_VERSION").into(),
-        log_id: log_id.clone(),
-        url: Box::clone(&url),
-        state: match readiness.reads() {
-            Ok(()) => "ready".into(),
-            Err(unready) => unready.state.into(),
-        },
-        position: applied.seq(),
-    })
 }
 
 /// Where other nodes reach the write port that listens on `local`. One that listens on all of the
@@ -427,14 +253,6 @@ fn advertised(cluster: &ClusterConfig, local: SocketAddr) -> String {
         }
     }
     format!("http://{address}")
-}
-
-async fn give_up_waiting(own: OwnBatches, wait_max: Duration) {
-    let mut every = tokio::time::interval(GIVE_UP_EVERY);
-    loop {
-        every.tick().await;
-        own.give_up_waiting(wait_max);
-    }
 }
 
 /// `task` until `stop`.

@@ -5,9 +5,10 @@ use std::io::{self, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::task::block_in_place;
+use tokio::time::Instant;
 
 use crate::backup::{BackupError, Progress, Summary, read, rfc3339};
 use crate::config::BackupArgs;

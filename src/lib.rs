@@ -4,6 +4,7 @@
 //! this list; none knows what comes after it.
 //!
 //! - [`grade`]: what a grade and a patch are. The only room that knows the fields.
+//! - [`blocking`]: where work goes that blocks a thread.
 //! - [`store`]: the records in memory, sharded; get, apply, scan, digest.
 //! - [`log`]: the one total order of batches, as a trait and its kinds.
 //! - [`backup`]: the store as a file: format, reading, writing, snapshots.
@@ -13,7 +14,8 @@
 //!   to its position*; group commit on the way in, ordered apply on the way out; getting to a
 //!   position at the start, and snapshots.
 //! - [`http`]: three ports; [`telemetry`]: logs and metrics; [`progress`]: bars.
-//! - [`storage`]: the data directory; [`config`] and [`app`]: from flags to a node, and its life.
+//! - [`storage`]: the data directory; [`config`]: from flags to what a node is built from; [`node`]:
+//!   its parts and tasks; [`app`]: its ports and its life.
 //! - [`fetch`] and [`health`]: what the program does from outside a node.
 //!
 //! # One write, from socket to reply
@@ -32,6 +34,7 @@
 
 pub mod app;
 pub mod backup;
+pub mod blocking;
 pub mod config;
 pub mod fetch;
 pub mod grade;
@@ -40,6 +43,7 @@ mod hex;
 pub mod http;
 mod json;
 pub mod log;
+pub mod node;
 pub mod progress;
 pub mod readiness;
 pub mod remote;

@@ -1,9 +1,10 @@
 //! Progress for people: a bar where there is a terminal, a log line now and then where not.
 
 use std::io::{self, IsTerminal};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tokio::time::Instant;
 
 use crate::replication::RestoreTracker;
 

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderName, StatusCode};
 use tokio::sync::mpsc;
 
@@ -77,6 +79,50 @@ pub enum Compression {
     Always,
     /// It is read at once.
     IfSlow,
+}
+
+/// Other nodes, as this one reaches them.
+pub trait Reach: Send + Sync + 'static {
+    /// What backup the node whose write port is at `node_url` would give.
+    ///
+    /// # Errors
+    /// It does not answer, or would give none.
+    fn offer<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Offer, RemoteError>>;
+
+    /// Begins to fetch that backup.
+    ///
+    /// # Errors
+    /// It does not answer, or not with a backup.
+    fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Incoming, RemoteError>>;
+}
+
+/// A backup on its way to who reads it.
+pub struct Incoming {
+    /// What the node said of it.
+    pub offer: Offer,
+    /// What arrives, for a thread that may block.
+    pub source: Box<dyn Read + Unpin + Send>,
+    /// Keeps it arriving, to the end; an error if that was not the backup's.
+    pub feed: BoxFuture<'static, Result<(), RemoteError>>,
+}
+
+impl Reach for Client {
+    fn offer<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Offer, RemoteError>> {
+        self.offer(node_url).boxed()
+    }
+
+    fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Incoming, RemoteError>> {
+        async move {
+            let download = self.backup(node_url).await?;
+            let (sender, parts) = Parts::channel();
+            Ok(Incoming {
+                offer: download.offer.clone(),
+                source: Box::new(parts),
+                feed: download.pass_on(sender, |_| Ok(())).boxed(),
+            })
+        }
+        .boxed()
+    }
 }
 
 /// Asks nodes.

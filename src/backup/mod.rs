@@ -32,13 +32,15 @@ mod row;
 mod snapshots;
 mod writer;
 
+use std::thread;
+
 use serde::{Deserialize, Serialize};
 
 pub use error::BackupError;
 pub use reader::{Progress, Summary, end_position, head, read};
 pub use row::Row;
 pub use snapshots::{Snapshots, Written, restore, restore_file, set_aside};
-pub use writer::{BackupWriter, Chunk, ChunkSource};
+pub use writer::{BackupWriter, CHUNK_TEXT_BYTES, Chunk, ChunkSource};
 
 use crate::log::Seq;
 
@@ -71,6 +73,16 @@ pub struct End {
     pub digest: String,
     /// XXH3-128 of all bytes before the last member, 32 hexadecimal digits.
     pub checksum: String,
+}
+
+/// With fewer rows than this a thread more costs more than it brings: about a chunk's.
+const ROWS_A_THREAD: u64 = 8192;
+
+/// How many threads to use for about `rows` rows.
+fn threads_for(rows: u64) -> usize {
+    let cores = thread::available_parallelism().map_or(2, usize::from);
+    let useful = usize::try_from(1 + rows / ROWS_A_THREAD).unwrap_or(usize::MAX);
+    cores.min(useful)
 }
 
 /// The name that a backup of `time_ns` goes by: `grades-<RFC 3339 time>.csv.gz`, whole seconds.

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::member::{self, Content, FIXED_BYTES, Kind, TRAILER_BYTES};
-use super::{BackupError, End, FORMAT, Head, Row, foreign, row};
+use super::{BackupError, End, FORMAT, Head, Row, foreign, row, threads_for};
 use crate::grade::Digest;
 use crate::log::Seq;
 
@@ -209,7 +209,7 @@ impl<'a, R: Read> Own<'a, R> {
         let (head, fields) = self.read_head()?;
         self.progress.head.send_replace(Some(head.clone()));
         let progress = self.progress;
-        let threads = thread::available_parallelism().map_or(2, usize::from);
+        let threads = threads_for(head.rows_expected);
         let digest = Mutex::new(Digest::default());
         let (tasks, queue) = sync_channel::<Task>(threads);
         let queue = Mutex::new(queue);

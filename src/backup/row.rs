@@ -14,6 +14,8 @@ pub type Row<'a> = UserGrade<&'a str>;
 
 /// The longest row: an id whose every byte is a quote, doubled and quoted, and the numbers.
 pub(super) const ROW_BYTES_MAX: usize = 2 * crate::grade::USER_ID_BYTES_MAX + 3 + FIELD_COUNT * 21;
+/// The shortest row: an id of one byte, and as many zeros as there are fields.
+pub(super) const ROW_BYTES_MIN: usize = 2 + FIELD_COUNT * 2;
 
 /// The header row.
 pub(super) fn write_header(out: &mut Vec<u8>) {

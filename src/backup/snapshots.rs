@@ -12,7 +12,9 @@ use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{BackupError, BackupWriter, ChunkSource, Head, Progress, Row, Summary, read};
+use super::{
+    BackupError, BackupWriter, ChunkSource, Head, Progress, Row, Summary, read, threads_for,
+};
 use crate::grade::{Changes, Patch};
 use crate::log::Seq;
 use crate::store::Store;
@@ -160,7 +162,7 @@ fn write_file(
     file.write_all(&first)?;
     let mut bytes = first.len() as u64;
     let source = ChunkSource::new(store);
-    let threads = thread::available_parallelism().map_or(2, usize::from);
+    let threads = threads_for(head.rows_expected);
     let written: io::Result<()> = thread::scope(|scope| {
         let (chunks, made) = sync_channel(threads);
         for _ in 0..threads {

@@ -12,7 +12,7 @@ use crate::store::{Piece, Scan, Store};
 
 /// A chunk is cut when its text has reached this: large enough that the 32 KiB window of deflate is
 /// warm for most of it, small enough that a few in work are nothing beside a store.
-const CHUNK_TEXT_BYTES: usize = 256 * 1024;
+pub const CHUNK_TEXT_BYTES: usize = 256 * 1024;
 
 const _: () =
     assert!(CHUNK_TEXT_BYTES + Piece::RECORDS_MAX * row::ROW_BYTES_MAX <= member::TEXT_BYTES_MAX);
@@ -60,14 +60,9 @@ impl ChunkSource {
         Self::with_chunk_text(store, CHUNK_TEXT_BYTES)
     }
 
-    /// Whether the chunks that are begun from now on are stored as they are: about three times as
-    /// large, and cheaper to make.
-    pub fn store_only(&self, stored: bool) {
-        self.stored.store(stored, Ordering::Relaxed);
-    }
-
     /// With chunks cut at `chunk_text_bytes`; more than [`CHUNK_TEXT_BYTES`] has no effect.
-    pub(super) fn with_chunk_text(store: &Store, chunk_text_bytes: usize) -> Self {
+    #[must_use]
+    pub fn with_chunk_text(store: &Store, chunk_text_bytes: usize) -> Self {
         Self {
             scan: Mutex::new(store.scan()),
             stored: AtomicBool::new(false),
@@ -76,11 +71,17 @@ impl ChunkSource {
         }
     }
 
+    /// Whether the chunks that are begun from now on are stored as they are: about three times as
+    /// large, and cheaper to make.
+    pub fn store_only(&self, stored: bool) {
+        self.stored.store(stored, Ordering::Relaxed);
+    }
+
     /// Makes the next chunk: some milliseconds of work, during which others may make the ones
     /// after it. `None` when all records have been handed out.
     pub fn next(&self) -> Option<Chunk> {
         let kept = self.tools.lock().pop();
-        let mut tools = kept.unwrap_or_else(Tools::new);
+        let mut tools = kept.unwrap_or_else(|| Tools::new(self.chunk_text_bytes));
         let Tools {
             piece,
             text,
@@ -118,15 +119,16 @@ impl ChunkSource {
 }
 
 impl Tools {
-    fn new() -> Self {
+    fn new(chunk_text_bytes: usize) -> Self {
         // Both levels are within the library's range.
         let compressor = |level| {
             let level = libdeflater::CompressionLvl::new(level).unwrap_or_default();
             libdeflater::Compressor::new(level)
         };
         Self {
-            piece: Piece::default(),
-            text: Vec::with_capacity(CHUNK_TEXT_BYTES * 5 / 4),
+            // A piece is taken whole: one that holds more than a chunk would make it larger.
+            piece: Piece::of(chunk_text_bytes / row::ROW_BYTES_MIN),
+            text: Vec::with_capacity(chunk_text_bytes * 5 / 4),
             deflate: compressor(DEFLATE_LEVEL),
             store: compressor(0),
         }

@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::backup::CHUNK_TEXT_BYTES;
 use crate::http::Credentials;
 use crate::http::listener::ListenerLimits;
 use crate::log::Servers;
@@ -143,6 +144,8 @@ pub struct HttpConfig {
     pub backups_waiting_max: usize,
     /// How long a request for a backup may wait for its turn.
     pub backup_wait_max: Duration,
+    /// Rows of a backup go in chunks of about so many bytes, before compression.
+    pub backup_chunk_text_bytes: usize,
     /// How long running requests may take to finish once the node stops.
     pub drain_max: Duration,
 }
@@ -165,6 +168,7 @@ impl Default for HttpConfig {
             backups_max: 2,
             backups_waiting_max: 16,
             backup_wait_max: Duration::from_secs(2),
+            backup_chunk_text_bytes: CHUNK_TEXT_BYTES,
             drain_max: Duration::from_secs(10),
         }
     }

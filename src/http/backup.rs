@@ -9,13 +9,15 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, Stream, StreamExt, unfold};
 use http::Method;
 use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
@@ -24,12 +26,13 @@ use metrics::{
     gauge, histogram,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::error::ApiError;
 use super::listener::Connection;
 use super::{Credentials, GRADE_NODE, GRADE_POSITION};
 use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
+use crate::blocking::Blocking;
 use crate::log::Log;
 use crate::readiness::{DIVERGED, Readiness};
 use crate::remote::{GRADE_COMPRESSION, IF_SLOW};
@@ -61,6 +64,10 @@ pub struct BackupState {
     pub queue: Arc<Semaphore>,
     /// How long one may wait.
     pub queue_wait_max: Duration,
+    /// Rows go in chunks of about so many bytes, before compression.
+    pub chunk_text_bytes: usize,
+    /// Where chunks are made.
+    pub blocking: Blocking,
     /// This process start's name.
     pub node: Arc<str>,
     /// What is measured about backups.
@@ -176,7 +183,8 @@ async fn turn(state: &BackupState) -> Result<OwnedSemaphorePermit, ApiError> {
 /// A backup under way. What it holds is given back when the client has it all or is gone.
 struct Running {
     source: Arc<ChunkSource>,
-    chunks: FuturesUnordered<JoinHandle<Option<Chunk>>>,
+    chunks: FuturesUnordered<BoxFuture<'static, io::Result<Option<Chunk>>>>,
+    blocking: Blocking,
     exhausted: bool,
     /// Whether chunks are compressed only while the client is slow.
     compress_if_slow: bool,
@@ -205,8 +213,12 @@ fn members(
 ) -> impl Stream<Item = io::Result<Bytes>> + use<> {
     let (writer, first) = BackupWriter::begin(head);
     let running = Running {
-        source: Arc::new(ChunkSource::new(&state.store)),
+        source: Arc::new(ChunkSource::with_chunk_text(
+            &state.store,
+            state.chunk_text_bytes,
+        )),
         chunks: FuturesUnordered::new(),
+        blocking: state.blocking,
         exhausted: false,
         compress_if_slow,
         bytes: 0,
@@ -260,8 +272,8 @@ impl Running {
         let at_once = std::thread::available_parallelism().map_or(2, usize::from);
         while !self.exhausted && self.chunks.len() < at_once {
             let source = Arc::clone(&self.source);
-            let chunk = tokio::task::spawn_blocking(move || source.next());
-            self.chunks.push(chunk);
+            let chunk = self.blocking.run(move || source.next());
+            self.chunks.push(chunk.boxed());
         }
         while let Some(made) = self.chunks.next().await {
             if let Err(error) = self.sound() {
@@ -285,7 +297,7 @@ impl Running {
                     tracing::error!(%error, "backup broken off");
                     self.writer = None;
                     self.exhausted = true;
-                    return Some(Err(io::Error::other(error)));
+                    return Some(Err(error));
                 }
             }
         }

@@ -43,9 +43,9 @@ impl Origin {
         Ok(Self(u128::from_le_bytes(bytes)))
     }
 
-    /// One that a test can tell from others.
-    #[cfg(test)]
-    pub(crate) fn of(id: u128) -> Self {
+    /// A given one, for who makes sure that no two are the same; not 0.
+    #[must_use]
+    pub const fn of(id: u128) -> Self {
         Self(id)
     }
 

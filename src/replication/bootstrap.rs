@@ -25,9 +25,10 @@ use super::peers::{Peer, Peers};
 use super::tracker::{Restore, RestoreTracker};
 use super::{Applied, Position};
 use crate::backup::{self, BackupError, End, Head, Snapshots, Summary, Written, restore};
+use crate::blocking::Blocking;
 use crate::log::{Extent, Log, ReadError, Seq};
 use crate::readiness::Latch;
-use crate::remote::{Parts, RemoteError};
+use crate::remote::RemoteError;
 use crate::store::Store;
 
 /// Peers that are asked for a backup in one round.
@@ -149,6 +150,8 @@ pub struct Bootstrap {
     pub tracker: RestoreTracker,
     /// What may be read of the log while rows come in.
     pub buffer_bytes_max: u64,
+    /// Where rows are read.
+    pub blocking: Blocking,
 }
 
 /// A store at a position, and the log from there.
@@ -344,8 +347,8 @@ impl Bootstrap {
         if peer.position.is_some_and(|position| position < at_least) {
             return Err(Refused::Behind(at_least));
         }
-        let download = self.peers.backup(peer).await?;
-        if download
+        let incoming = self.peers.backup(peer).await?;
+        if incoming
             .offer
             .node
             .as_ref()
@@ -358,9 +361,8 @@ impl Bootstrap {
             format!("the backup of {} is being restored", peer.url),
         );
         let restore = self.tracker.begin(&peer.url, 0);
-        let (sender, parts) = Parts::channel();
-        let passed_on = download.pass_on(sender, |_| Ok::<_, RemoteError>(()));
-        let (begun, ..) = self.restore(parts, passed_on, &restore).await?;
+        let restored = self.restore(incoming.source, incoming.feed, &restore);
+        let (begun, ..) = restored.await?;
         Ok(begun)
     }
 
@@ -379,14 +381,14 @@ impl Bootstrap {
         };
         let rows = {
             let (store, progress) = (self.store.clone(), Arc::clone(&tracked.progress));
-            tokio::task::spawn_blocking(move || restore(source, &store, &progress))
+            self.blocking
+                .run(move || restore(source, &store, &progress))
         };
         let restored = CancellationToken::new();
         let rows = async {
             let (fed, rows) = tokio::join!(feed, rows);
             restored.cancel();
             let summary = rows.unwrap_or_else(|error| {
-                let error = io::Error::other(error);
                 Err(BackupError::Io { at: 0, error })
             });
             // What broke off is the cause; that the rest is missing follows from it.

@@ -22,6 +22,7 @@ use metrics::Counter;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::grade::Digest;
 use crate::log::{Checkpoint, Origin, Seq};
@@ -39,7 +40,6 @@ const DISPUTE_INTERVAL: Duration = Duration::from_millis(500);
 pub struct Checkpoints(Arc<Inner>);
 
 struct Inner {
-    me: Origin,
     /// How often this replica speaks; `None` where nobody would listen.
     interval: Option<Duration>,
     /// Whether patches have been applied since the last mark.
@@ -83,6 +83,9 @@ struct State {
     disputed: Option<Mark>,
     /// When this replica is to speak next.
     next: Instant,
+    me: Origin,
+    /// How many pauses there have been.
+    pauses: u64,
 }
 
 struct Mark {
@@ -141,7 +144,6 @@ impl Checkpoints {
     #[must_use]
     pub fn new(me: Origin, interval: Option<Duration>, metrics: CheckpointMetrics) -> Self {
         Self(Arc::new(Inner {
-            me,
             interval,
             changed: AtomicBool::new(false),
             state: Mutex::new(State {
@@ -150,7 +152,9 @@ impl Checkpoints {
                 marks: VecDeque::new(),
                 unspoken: None,
                 disputed: None,
-                next: next(interval),
+                next: Instant::now(),
+                me,
+                pauses: 0,
             }),
             sooner: Notify::new(),
             metrics,
@@ -162,7 +166,7 @@ impl Checkpoints {
         let mut state = self.0.state.lock();
         state.begun = true;
         state.whole_from = whole_from;
-        state.next = next(self.0.interval);
+        state.pause(self.0.interval);
         // What came out of a file is to be compared even if nobody writes any more.
         self.0.changed.store(whole_from > 0, Ordering::Relaxed);
         self.0.sooner.notify_one();
@@ -217,7 +221,7 @@ impl Checkpoints {
 
     fn compare(&self, state: &mut State, heard: &Heard) -> Verdict {
         let Checkpoint { position, digest } = heard.checkpoint;
-        let mine = heard.origin == self.0.me;
+        let mine = heard.origin == state.me;
         if mine && state.unspoken.is_some_and(|unspoken| unspoken <= position) {
             state.unspoken = None;
         }
@@ -271,11 +275,12 @@ impl Checkpoints {
                     return;
                 }
                 if state.next <= now {
-                    state.next = now + jittered(interval);
+                    state.pause(Some(interval));
                 }
                 state.next
             };
             tokio::select! {
+                biased;
                 () = tokio::time::sleep_until(next) => {}
                 () = self.0.sooner.notified() => {}
             }
@@ -290,10 +295,7 @@ impl Checkpoints {
         if !state.begun || state.next > now {
             return None;
         }
-        let (about, pause) = match &state.disputed {
-            Some(mark) => (Some(mark), DISPUTE_INTERVAL),
-            None => (state.marks.back(), jittered(interval)),
-        };
+        let about = state.disputed.as_ref().or(state.marks.back());
         let checkpoint = match about {
             Some(mark) => Checkpoint {
                 position: mark.position,
@@ -305,12 +307,28 @@ impl Checkpoints {
                 digest: Digest::default(),
             },
         };
-        state.next = now + pause;
+        match state.disputed {
+            Some(_) => state.next = now + DISPUTE_INTERVAL,
+            None => state.pause(Some(interval)),
+        }
         Some(checkpoint)
     }
 }
 
 impl State {
+    /// Three quarters of `interval` to five, another part each time: replicas that began together
+    /// don't speak together. Their origins are random already.
+    fn jittered(&mut self, interval: Duration) -> Duration {
+        self.pauses += 1;
+        let part = xxh3_64_with_seed(self.me.to_string().as_bytes(), self.pauses) as f64;
+        interval.mul_f64(0.75 + part / u64::MAX as f64 / 2.0)
+    }
+
+    fn pause(&mut self, interval: Option<Duration>) {
+        let pause = interval.map(|interval| self.jittered(interval));
+        self.next = Instant::now() + pause.unwrap_or_default();
+    }
+
     /// Ends the dispute, if enough has been said.
     fn settle(&mut self) -> Verdict {
         let settled = |mark: &mut Mark| mark.voices.iter().any(|voice| voice.times >= TIMES_MAX);
@@ -343,18 +361,6 @@ impl State {
     }
 }
 
-fn next(interval: Option<Duration>) -> Instant {
-    Instant::now() + interval.map(jittered).unwrap_or_default()
-}
-
-/// Three quarters of `interval` to five: replicas that began together don't speak together.
-fn jittered(interval: Duration) -> Duration {
-    let mut bytes = [0; 4];
-    // Without random bytes they do.
-    let _ = getrandom::fill(&mut bytes);
-    let part = f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX);
-    interval.mul_f64(0.75 + part / 2.0)
-}
 
 #[cfg(test)]
 mod tests {

@@ -1,9 +1,10 @@
 //! The life of a replica's state: gets to a position, follows the log from there, and begins anew
 //! where the log went on without it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use metrics::Counter;
+use tokio::time::Instant;
 
 use super::Position;
 use super::bootstrap::{Begun, Bootstrap, BootstrapError};

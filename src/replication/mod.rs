@@ -41,7 +41,7 @@ pub use buffered::{BufferCounts, Buffered};
 pub use checkpoint::{CheckpointMetrics, Checkpoints};
 pub use follower::Follower;
 pub use own::OwnBatches;
-pub use peers::{Peer, Peers};
+pub use peers::{Peer, Peers, SILENCE_MAX};
 pub use reader::{Reader, ReaderError};
 pub use seed::restore_seed;
 pub use snapshotter::{LastSnapshot, Snapshotter, backup_head};

@@ -9,12 +9,12 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::log::{Log, Origin, Seq};
-use crate::remote::{Account, Client, Compression, Download, RemoteError};
+use crate::remote::{Incoming, Reach, RemoteError};
 
 /// How often the others are asked.
 const ASK_EVERY: Duration = Duration::from_secs(2);
 /// How long a peer may be silent before it is taken for away.
-const SILENCE_MAX: Duration = Duration::from_secs(10);
+pub const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// How long one that was given by hand may take to say how far it is.
 const OFFER_WAIT_MAX: Duration = Duration::from_secs(2);
 /// What a peer that gives backups says of itself.
@@ -56,28 +56,26 @@ struct Inner {
     me: Box<str>,
     log: Arc<dyn Log>,
     by_hand: Vec<String>,
-    client: Client,
+    reach: Arc<dyn Reach>,
     known: Mutex<Vec<Peer>>,
 }
 
 impl Peers {
-    /// Those on `log`, and those whose write ports are at `by_hand`; asked with `account`.
-    ///
-    /// # Errors
-    /// The system refused.
+    /// Those on `log`, and those whose write ports are at `by_hand`, asked by way of `reach`.
+    #[must_use]
     pub fn new(
         me: Origin,
         log: Arc<dyn Log>,
         by_hand: Vec<String>,
-        account: Account,
-    ) -> Result<Self, reqwest::Error> {
-        Ok(Self(Arc::new(Inner {
+        reach: Arc<dyn Reach>,
+    ) -> Self {
+        Self(Arc::new(Inner {
             me: me.to_string().into(),
             log,
             by_hand,
-            client: Client::new(account, SILENCE_MAX, Compression::IfSlow)?,
+            reach,
             known: Mutex::default(),
-        })))
+        }))
     }
 
     /// Those that answered last time.
@@ -131,8 +129,8 @@ impl Peers {
     }
 
     /// Begins to fetch the backup of `peer`.
-    pub(super) async fn backup(&self, peer: &Peer) -> Result<Download, RemoteError> {
-        self.0.client.backup(&peer.url).await
+    pub(super) async fn backup(&self, peer: &Peer) -> Result<Incoming, RemoteError> {
+        self.0.reach.backup(&peer.url).await
     }
 
     /// Whether `node` is this process.
@@ -141,7 +139,7 @@ impl Peers {
     }
 
     async fn ask_by_hand(&self, url: &str) -> Peer {
-        let offer = tokio::time::timeout(OFFER_WAIT_MAX, self.0.client.offer(url));
+        let offer = tokio::time::timeout(OFFER_WAIT_MAX, self.0.reach.offer(url));
         let (node, position, state) = match offer.await {
             Ok(Ok(offer)) => (offer.node, offer.position, READY.into()),
             Ok(Err(RemoteError::Refused { status: 503, .. })) => (None, None, "not ready".into()),

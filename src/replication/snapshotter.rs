@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Applied;
 use crate::backup::{FORMAT, Head, Snapshots, Written};
+use crate::blocking::Blocking;
 use crate::log::{Log, Seq};
 use crate::readiness::Readiness;
 use crate::store::Store;
@@ -28,6 +29,8 @@ pub struct Snapshotter {
     pub last: LastSnapshot,
     /// Held while one is written: two at one position would write the same file.
     pub writing: Arc<tokio::sync::Mutex<()>>,
+    /// Where they are written.
+    pub blocking: Blocking,
 }
 
 /// The last snapshot that this process wrote or started from. Clones are the same.
@@ -127,8 +130,8 @@ impl Snapshotter {
 
     async fn write_alone(&self, epoch: u64) -> io::Result<()> {
         let this = self.clone();
-        let written = tokio::task::spawn_blocking(move || this.write_blocking(epoch)).await;
-        match written.map_err(io::Error::other).flatten() {
+        let written = self.blocking.run(move || this.write_blocking(epoch));
+        match written.await.flatten() {
             Ok((written, trim_through)) => {
                 let took_ms = written.took.as_millis() as u64;
                 let (position, rows, bytes) = (written.head.position, written.rows, written.bytes);

@@ -1,9 +1,10 @@
 //! How a restore stands, for who asks while it runs.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use super::buffered::BufferCounts;
 use crate::backup::{Progress, Summary};

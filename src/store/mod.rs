@@ -16,7 +16,8 @@ use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use foldhash::quality::RandomState;
+use foldhash::SharedSeed;
+use foldhash::quality::SeedableRandomState;
 use parking_lot::RwLock;
 
 use crate::grade::{Digest, Patch, Values};
@@ -33,7 +34,7 @@ pub struct Store(Arc<Inner>);
 struct Inner {
     shards: Box<[RwLock<Shard>]>,
     /// Seeded anew by each process, so that nobody can prepare ids that collide.
-    hasher: RandomState,
+    hasher: SeedableRandomState,
     epoch: AtomicU64,
 }
 
@@ -47,9 +48,21 @@ impl Store {
     /// An empty store.
     #[must_use]
     pub fn new() -> Self {
+        Self::hashing_by(SeedableRandomState::random())
+    }
+
+    /// An empty store whose scans give the same records in the same order whenever it is made with
+    /// the same `seed`. Not for a store that strangers write to.
+    #[must_use]
+    pub fn repeatable(seed: u64) -> Self {
+        let shared = SharedSeed::global_fixed();
+        Self::hashing_by(SeedableRandomState::with_seed(seed, shared))
+    }
+
+    fn hashing_by(hasher: SeedableRandomState) -> Self {
         Self(Arc::new(Inner {
             shards: (0..SHARD_COUNT).map(|_| RwLock::default()).collect(),
-            hasher: RandomState::default(),
+            hasher,
             epoch: AtomicU64::new(0),
         }))
     }
@@ -153,7 +166,7 @@ impl Scan {
         piece.clear();
         while let Some(shard) = self.store.0.shards.get(self.shard) {
             let shard = shard.read();
-            let room = Piece::RECORDS_MAX - piece.len();
+            let room = piece.room();
             let copied = shard.copy_from(self.record, room, piece);
             self.record += copied;
             if self.record < shard.len() {
@@ -161,7 +174,7 @@ impl Scan {
             }
             self.shard += 1;
             self.record = 0;
-            if piece.len() == Piece::RECORDS_MAX {
+            if piece.room() == 0 {
                 return true;
             }
         }
@@ -170,16 +183,36 @@ impl Scan {
 }
 
 /// Some records of a scan, kept in two flat buffers so that refilling it allocates nothing.
-#[derive(Default)]
 pub struct Piece {
     ids: String,
     /// Where each record's id ends in `ids`, and its values.
     records: Vec<(usize, Values)>,
+    records_max: usize,
+}
+
+impl Default for Piece {
+    fn default() -> Self {
+        Self::of(Self::RECORDS_MAX)
+    }
 }
 
 impl Piece {
     /// The most records in one piece; what bounds the time that a shard is locked for a scan.
     pub const RECORDS_MAX: usize = 1024;
+
+    /// One for `records_max` records, at least one and at most [`RECORDS_MAX`](Self::RECORDS_MAX).
+    #[must_use]
+    pub fn of(records_max: usize) -> Self {
+        Self {
+            ids: String::new(),
+            records: Vec::new(),
+            records_max: records_max.clamp(1, Self::RECORDS_MAX),
+        }
+    }
+
+    fn room(&self) -> usize {
+        self.records_max - self.records.len()
+    }
 
     /// How many records the piece holds.
     #[must_use]

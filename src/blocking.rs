@@ -1,0 +1,66 @@
+//! Work that keeps a thread busy, or waits for a disk: beside the tasks, not among them.
+
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Either};
+use tokio::sync::oneshot;
+
+/// A piece of such work.
+pub type Work = Box<dyn FnOnce() + Send>;
+
+/// What runs a piece of work; the future ends when it is done.
+pub type Run = dyn Fn(Work) -> BoxFuture<'static, ()> + Send + Sync;
+
+/// Where such work is done. Clones are the same.
+#[derive(Clone)]
+pub struct Blocking(Option<Arc<Run>>);
+
+impl fmt::Debug for Blocking {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let by = if self.0.is_some() { "other" } else { "threads" };
+        write!(f, "Blocking({by})")
+    }
+}
+
+impl Blocking {
+    /// On the runtime's threads for such work.
+    #[must_use]
+    pub fn threads() -> Self {
+        Self(None)
+    }
+
+    /// By `run`: for who wants to say when what happens, such as a simulation.
+    #[must_use]
+    pub fn by(run: Arc<Run>) -> Self {
+        Self(Some(run))
+    }
+
+    /// Begins `work`; the future brings what it returns. Dropping the future stops nothing on a
+    /// thread.
+    ///
+    /// # Errors
+    /// The work panicked, or the runtime is stopping.
+    pub fn run<T, W>(&self, work: W) -> impl Future<Output = io::Result<T>> + Send + use<T, W>
+    where
+        T: Send + 'static,
+        W: FnOnce() -> T + Send + 'static,
+    {
+        let Some(run) = &self.0 else {
+            let done = tokio::task::spawn_blocking(work);
+            return Either::Left(done.map(|done| done.map_err(io::Error::other)));
+        };
+        let (sender, result) = oneshot::channel();
+        let running = run(Box::new(move || {
+            // Who does not wait for it does not want it.
+            let _ = sender.send(work());
+        }));
+        Either::Right(async {
+            running.await;
+            result.await.map_err(io::Error::other)
+        })
+    }
+}

@@ -1,0 +1,365 @@
+//! A node without its ports: what it is made of, and the tasks that keep it going.
+//!
+//! [`app`](crate::app) gives it sockets, signals and metrics.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::blocking::Blocking;
+use crate::config::Config;
+use crate::http::backup::{self, BackupMetrics, BackupState};
+use crate::http::listener::Direct;
+use crate::http::ops::OpsState;
+use crate::http::read::{self, ReadState};
+use crate::http::write::{self, WriteState};
+use crate::log::{Announcement, Log, Origin, now_ns};
+use crate::readiness::{Latch, Readiness, Scope};
+use crate::remote::Reach;
+use crate::replication::{
+    Applied, Bootstrap, BootstrapError, Checkpoints, Follower, LastSnapshot, OwnBatches, Peers,
+    Reader, RestoreTracker, Snapshotter, Writer, WriterTask, restore_seed,
+};
+use crate::storage::Storage;
+use crate::store::Store;
+use crate::telemetry::{Replication, Telemetry};
+
+/// How often unanswered batches are looked at.
+const GIVE_UP_EVERY: Duration = Duration::from_millis(250);
+
+/// Why a node did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The store can't be filled.
+    #[error(transparent)]
+    Bootstrap(#[from] BootstrapError),
+    /// What was restored has no place on the disk: the next start would not have it.
+    #[error(
+        "no snapshot of what was restored can be written: {0}; make room for it, and start again \
+         with --restore-from"
+    )]
+    SeedNotKept(#[source] io::Error),
+    /// The system gave no thread.
+    #[error("cannot restore: {0}")]
+    System(#[source] io::Error),
+}
+
+/// What a node is built from.
+pub struct Parts {
+    /// This process start.
+    pub origin: Origin,
+    /// An empty store.
+    pub store: Store,
+    /// The log and what stands beside it.
+    pub storage: Storage,
+    /// How others are reached.
+    pub peers: Arc<dyn Reach>,
+    /// Where work goes that blocks.
+    pub blocking: Blocking,
+    /// What is measured about backups.
+    pub backup_metrics: BackupMetrics,
+}
+
+/// A node's handles.
+pub struct Node {
+    /// The records.
+    pub store: Store,
+    /// How far they have come.
+    pub applied: Applied,
+    /// The log they come from.
+    pub log: Arc<dyn Log>,
+    /// Whether they may be shown.
+    pub readiness: Readiness,
+    /// Takes patches.
+    pub writer: Writer,
+    /// How a restore stands.
+    pub restore: RestoreTracker,
+    name: Arc<str>,
+    peers: Peers,
+    snapshotter: Option<Snapshotter>,
+    last_snapshot: LastSnapshot,
+    write: WriteState,
+    backup: BackupState,
+    read: ReadState,
+}
+
+/// A node's tasks. Dropping them ends them where they are, as the end of the process would.
+pub struct Tasks {
+    blocking: Blocking,
+    snapshotter: Option<Snapshotter>,
+    /// Taken when it is started.
+    follower: Option<(Follower, Latch)>,
+    /// What the log must still be told, and snapshots.
+    writing: JoinSet<()>,
+    stop_writing: CancellationToken,
+    rest: JoinSet<()>,
+}
+
+/// A node that takes no requests any more.
+pub struct Stopping {
+    /// Where its last snapshot goes, and which state that is to be of.
+    last: Option<(Snapshotter, u64)>,
+    _latch: Latch,
+}
+
+impl Node {
+    /// A node that has begun to take writes and waits to be [started](Tasks::start).
+    #[must_use]
+    pub fn new(config: &Config, parts: Parts, metrics: &Replication) -> (Self, Tasks) {
+        let Parts {
+            origin,
+            store,
+            storage,
+            peers,
+            blocking,
+            backup_metrics,
+        } = parts;
+        let (log, cluster) = (Arc::clone(&storage.log), &config.cluster);
+        let name: Arc<str> = origin.to_string().into();
+        let readiness = Readiness::default();
+        let starting = readiness.hold(Scope::All, "starting", "the store is being restored");
+        let applied = Applied::new(now_ns());
+        let own = OwnBatches::default();
+        let restore = RestoreTracker::default();
+        let last_snapshot = LastSnapshot::default();
+        let checkpoints = Checkpoints::new(
+            origin,
+            log.shared().then_some(cluster.checkpoint_interval),
+            metrics.checkpoints.clone(),
+        );
+        let by_hand = cluster.peers.clone();
+        let peers = Peers::new(origin, Arc::clone(&log), by_hand, peers);
+        let (writer, writer_task) = Writer::new(
+            Arc::clone(&log),
+            origin,
+            own.clone(),
+            checkpoints.clone(),
+            config.writer,
+            metrics.batch_patches.clone(),
+        );
+        let kept = storage.snapshots.as_ref();
+        let snapshotter = kept.map(|(snapshots, _)| Snapshotter {
+            store: store.clone(),
+            applied: applied.clone(),
+            log: Arc::clone(&log),
+            snapshots: snapshots.clone(),
+            last: last_snapshot.clone(),
+            writing: Arc::default(),
+            blocking: blocking.clone(),
+        });
+        let follower = Follower {
+            bootstrap: Bootstrap {
+                store: store.clone(),
+                applied: applied.clone(),
+                log: Arc::clone(&log),
+                snapshots: kept.map(|(snapshots, _)| snapshots.clone()),
+                peers: peers.clone(),
+                tracker: restore.clone(),
+                buffer_bytes_max: cluster.restore_buffer_bytes_max,
+                blocking: blocking.clone(),
+            },
+            reader: Reader {
+                store: store.clone(),
+                applied: applied.clone(),
+                own: own.clone(),
+                origin,
+                checkpoints,
+                patches: metrics.patches_applied.clone(),
+                round_trip: metrics.batch_duration.clone(),
+            },
+            readiness: readiness.clone(),
+            snapshotter: snapshotter.clone(),
+            resyncs: metrics.resyncs.clone(),
+        };
+        let http = &config.http;
+        let write = WriteState {
+            writer: writer.clone(),
+            readiness: readiness.clone(),
+            credentials: config.credentials.clone(),
+            body_wait_max: http.body_wait_max,
+        };
+        let backup = BackupState {
+            store: store.clone(),
+            applied: applied.clone(),
+            log: Arc::clone(&log),
+            readiness: readiness.clone(),
+            credentials: config.credentials.clone(),
+            slots: Arc::new(Semaphore::new(http.backups_max)),
+            queue: Arc::new(Semaphore::new(http.backups_waiting_max)),
+            queue_wait_max: http.backup_wait_max,
+            chunk_text_bytes: http.backup_chunk_text_bytes,
+            blocking: blocking.clone(),
+            node: Arc::clone(&name),
+            metrics: backup_metrics,
+        };
+        let read = ReadState {
+            store: store.clone(),
+            applied: applied.clone(),
+            readiness: readiness.clone(),
+            position_wait_max: http.position_wait_max,
+        };
+        let interval = kept.map(|(_, interval)| *interval);
+        let mut tasks = Tasks {
+            blocking,
+            snapshotter: snapshotter.clone(),
+            follower: Some((follower, starting)),
+            writing: JoinSet::new(),
+            stop_writing: CancellationToken::new(),
+            rest: JoinSet::new(),
+        };
+        tasks.spawn(writer_task, interval, &readiness);
+        let wait_max = config.writer.wait_max;
+        tasks.rest.spawn(give_up_waiting(own, wait_max));
+        let watched = peers.clone();
+        tasks.rest.spawn(async move { watched.watch().await });
+        let node = Self {
+            store,
+            applied,
+            log,
+            readiness,
+            writer,
+            restore,
+            name,
+            peers,
+            snapshotter,
+            last_snapshot,
+            write,
+            backup,
+            read,
+        };
+        (node, tasks)
+    }
+
+    /// What the write port answers.
+    #[must_use]
+    pub fn write(&self) -> Router {
+        write::routes(self.write.clone()).merge(backup::routes(self.backup.clone()))
+    }
+
+    /// What the read port answers, and its way past the router.
+    #[must_use]
+    pub fn read(&self) -> (Router, Direct) {
+        let read = &self.read;
+        (read::routes(read.clone()), read::direct(read.clone()))
+    }
+
+    /// What the ops port tells of.
+    #[must_use]
+    pub fn ops(&self, telemetry: Arc<Telemetry>) -> OpsState {
+        OpsState {
+            node: Arc::clone(&self.name),
+            store: self.store.clone(),
+            applied: self.applied.clone(),
+            log: Arc::clone(&self.log),
+            writer: self.writer.clone(),
+            readiness: self.readiness.clone(),
+            telemetry,
+            restore: self.restore.clone(),
+            last_snapshot: self.last_snapshot.clone(),
+            peers: self.peers.clone(),
+        }
+    }
+
+    /// Tells the other replicas of this one, whose write port is reached at `url`.
+    pub fn announce(&self, url: String) {
+        let (node, log_id, url) = (Box::from(&*self.name), self.log.id().0, Box::from(url));
+        let (readiness, applied) = (self.readiness.clone(), self.applied.clone());
+        self.log.announce(Arc::new(move || Announcement {
+            node: Box::clone(&node),
+            version: env!("CARGO_PKG_VERSION").into(),
+            log_id: log_id.clone(),
+            url: Box::clone(&url),
+            state: match readiness.reads() {
+                Ok(()) => "ready".into(),
+                Err(unready) => unready.state.into(),
+            },
+            position: applied.seq(),
+        }));
+    }
+
+    /// Takes no more requests: those that come are told so.
+    #[must_use]
+    pub fn stopping(&self) -> Stopping {
+        // In this order: a store that is cleared after it was ready has another epoch.
+        let epoch = self.store.epoch();
+        let was_ready = self.readiness.reads().is_ok();
+        let snapshotter = self.snapshotter.clone().filter(|_| was_ready);
+        Stopping {
+            last: snapshotter.map(|snapshotter| (snapshotter, epoch)),
+            _latch: self
+                .readiness
+                .hold(Scope::All, "stopping", "the node is stopping"),
+        }
+    }
+}
+
+impl Stopping {
+    /// Writes the last snapshot, if the state was whole.
+    pub async fn write_snapshot(&self) {
+        if let Some((snapshotter, epoch)) = &self.last {
+            snapshotter.write_if_changed(*epoch).await;
+        }
+    }
+}
+
+impl Tasks {
+    fn spawn(&mut self, writer: WriterTask, interval: Option<Duration>, readiness: &Readiness) {
+        self.writing
+            .spawn(writer.run(self.stop_writing.child_token()));
+        if let (Some(snapshotter), Some(interval)) = (self.snapshotter.clone(), interval) {
+            let stop = self.stop_writing.child_token();
+            let run = snapshotter.run(interval, readiness.clone(), stop);
+            self.writing.spawn(run);
+        }
+    }
+
+    /// From nothing, or from the backup at `seed`, to a position, then along the log to where it
+    /// ends now, then ready, then on; for ever.
+    ///
+    /// # Errors
+    /// There is no beginning with `seed`.
+    pub async fn start(&mut self, seed: Option<&Path>) -> Result<(), StartError> {
+        if let Some((follower, starting)) = self.follower.take() {
+            if let Some(seed) = seed {
+                self.restore_seed(&follower.bootstrap, seed).await?;
+            }
+            self.rest.spawn(follower.run(seed.is_some(), starting));
+        }
+        std::future::pending().await
+    }
+
+    async fn restore_seed(&self, bootstrap: &Bootstrap, seed: &Path) -> Result<(), StartError> {
+        let (store, applied) = (bootstrap.store.clone(), bootstrap.applied.clone());
+        let (log, snapshots) = (Arc::clone(&bootstrap.log), bootstrap.snapshots.clone());
+        let (seed, tracker) = (seed.to_owned(), bootstrap.tracker.clone());
+        let restored = self.blocking.run(move || {
+            restore_seed(&seed, &store, &applied, &*log, snapshots.as_ref(), &tracker)
+        });
+        restored.await.map_err(StartError::System)??;
+        if let Some(snapshotter) = &self.snapshotter {
+            // The log can't bring back what it never held.
+            snapshotter.write().await.map_err(StartError::SeedNotKept)?;
+        }
+        Ok(())
+    }
+
+    /// Hands the log what waits, and waits until it came back and no snapshot is being written.
+    pub async fn finish_writing(&mut self) {
+        self.stop_writing.cancel();
+        while self.writing.join_next().await.is_some() {}
+    }
+}
+
+async fn give_up_waiting(own: OwnBatches, wait_max: Duration) {
+    let mut every = tokio::time::interval(GIVE_UP_EVERY);
+    loop {
+        every.tick().await;
+        own.give_up_waiting(wait_max);
+    }
+}
