@@ -237,13 +237,11 @@ impl Node {
     }
 
     /// What the write port answers.
-    #[must_use]
     pub fn write(&self) -> Router {
         write::routes(self.write.clone()).merge(backup::routes(self.backup.clone()))
     }
 
     /// What the read port answers, and its way past the router.
-    #[must_use]
     pub fn read(&self) -> (Router, Direct) {
         let read = &self.read;
         (read::routes(read.clone()), read::direct(read.clone()))

@@ -1,0 +1,153 @@
+//! What is to happen in a run: everything that is drawn from its seed before it begins.
+
+use std::time::Duration;
+
+use crate::client::{Op, OpKind};
+use crate::process::Knobs;
+
+/// One run's course. What is left of it after parts were taken out is a course too.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub seed: u64,
+    pub nodes: usize,
+    pub knobs: Knobs,
+    pub latency_ms: std::ops::Range<u64>,
+    pub clients: Vec<Vec<Op>>,
+    /// In the order of their times.
+    pub faults: Vec<(u64, Fault)>,
+}
+
+/// Something that goes wrong, and for how long.
+#[derive(Debug, Clone)]
+pub enum Fault {
+    /// What the node sends to the broker is lost; or what the broker sends; or both.
+    Cut { node: usize, mute: bool, deaf: bool, ms: u64 },
+    Slow { node: usize, ms: u64 },
+    /// The nodes can't reach this one.
+    Apart { node: usize, ms: u64 },
+    Kill { node: usize, wipe: bool, ms: u64 },
+    Stop { node: usize, ms: u64 },
+    /// The broker is away and forgets nothing.
+    BrokerAway { ms: u64 },
+    /// The broker comes back without its last batches.
+    BrokerLoses { batches: usize },
+    Trim { keep: usize },
+    Recreate,
+    /// A delivery is left out.
+    Lose { node: usize },
+    /// One comes again.
+    Repeat { node: usize },
+    /// An answer of the broker is lost.
+    LoseAck { node: usize },
+    /// A batch is stored a second time, late.
+    StoreTwice { node: usize },
+    /// The next backup that the node gives breaks off; or has a bit changed.
+    BreakBackup { node: usize, after: usize },
+    ChangeBackup { node: usize, at: usize },
+}
+
+impl Plan {
+    pub fn of(seed: u64) -> Self {
+        let mut rng = fastrand::Rng::with_seed(seed ^ 0x9e37_79b9_7f4a_7c15);
+        let nodes = [1, 2, 3, 3, 3, 4][rng.usize(..6)];
+        let users = rng.u8(1..10);
+        let knobs = Knobs {
+            snapshots: rng.bool(),
+            snapshot_interval: Duration::from_millis(rng.u64(1000..9000)),
+            checkpoint_interval: Duration::from_millis(rng.u64(300..6000)),
+            buffer_bytes_max: [1, 500, 1 << 20][rng.usize(..3)],
+            batch_patches_max: [1, 3, 64][rng.usize(..3)],
+            queue_patches_max: [2, 16, 256][rng.usize(..3)],
+            chunk_text_bytes: [1, 1, 60, 1 << 20][rng.usize(..4)],
+            backups_max: rng.usize(1..3),
+            by_hand: rng.u8(..4) == 0,
+            work_wait_ms: [1, 30, 300][rng.usize(..3)],
+        };
+        let clients = (0..rng.usize(1..5)).map(|_| client(&mut rng, nodes, users));
+        let clients: Vec<_> = clients.collect();
+        let spans = clients.iter().map(|ops: &Vec<Op>| ops.iter().map(|op| op.think_ms).sum());
+        let end_ms = spans.max().unwrap_or(0u64) + 3000;
+        let history = rng.u8(..5) == 0;
+        let count = rng.usize(0..12);
+        let mut faults: Vec<_> = (0..count)
+            .map(|_| (rng.u64(500..end_ms), fault(&mut rng, nodes, history)))
+            .collect();
+        faults.sort_by_key(|(at, _)| *at);
+        Self {
+            seed,
+            nodes,
+            knobs,
+            latency_ms: [0..2, 1..12, 1..80][rng.usize(..3)].clone(),
+            clients,
+            faults,
+        }
+    }
+
+    /// How much happens in it.
+    pub fn size(&self) -> usize {
+        self.faults.len() + self.clients.iter().map(Vec::len).sum::<usize>()
+    }
+
+    /// Whether deliveries may be missing or come too late to be read.
+    pub fn loses_place(&self) -> bool {
+        let loses = |(_, fault): &(u64, Fault)| {
+            matches!(fault, Fault::Lose { .. } | Fault::Trim { .. })
+        };
+        self.faults.iter().any(loses)
+    }
+
+    /// Whether what was answered may be lost with the broker's disk.
+    pub fn loses_log(&self) -> bool {
+        let loses = |(_, fault): &(u64, Fault)| {
+            matches!(fault, Fault::BrokerLoses { .. } | Fault::Recreate)
+        };
+        self.faults.iter().any(loses)
+    }
+}
+
+fn client(rng: &mut fastrand::Rng, nodes: usize, users: u8) -> Vec<Op> {
+    let think_max = [20, 200, 1000][rng.usize(..3)];
+    let home = rng.usize(..nodes);
+    let roams = rng.bool();
+    let op = |rng: &mut fastrand::Rng| Op {
+        think_ms: rng.u64(0..think_max),
+        node: if roams { rng.usize(..nodes) } else { home },
+        user: rng.u8(..users),
+        kind: match rng.u8(..10) {
+            0..=5 => OpKind::Set {
+                fields: rng.u8(1..16),
+                hang_up_ms: (rng.u8(..12) == 0).then(|| rng.u64(0..60)),
+            },
+            6 | 7 => OpKind::Get,
+            _ => OpKind::GetOwn,
+        },
+    };
+    (0..rng.usize(3..50)).map(|_| op(rng)).collect()
+}
+
+/// With `history` also what takes answered writes away.
+fn fault(rng: &mut fastrand::Rng, nodes: usize, history: bool) -> Fault {
+    let node = rng.usize(..nodes);
+    let ms = [300, 2500, 9000][rng.usize(..3)];
+    let ms = rng.u64(ms / 3..ms);
+    match rng.u8(..if history { 24 } else { 22 }) {
+        0..=2 => {
+            let ways = rng.u8(1..4);
+            Fault::Cut { node, mute: ways & 1 != 0, deaf: ways & 2 != 0, ms }
+        }
+        3 => Fault::Slow { node, ms },
+        4 => Fault::Apart { node, ms },
+        5..=8 => Fault::Kill { node, wipe: rng.bool(), ms },
+        9 | 10 => Fault::Stop { node, ms },
+        11 | 12 => Fault::BrokerAway { ms },
+        13 | 14 => Fault::Trim { keep: rng.usize(..12) },
+        15 => Fault::Repeat { node },
+        16 => Fault::LoseAck { node },
+        17 => Fault::StoreTwice { node },
+        18 => Fault::BreakBackup { node, after: rng.usize(..1500) },
+        19 => Fault::ChangeBackup { node, at: rng.usize(..1500) },
+        20 | 21 => Fault::Lose { node },
+        22 => Fault::BrokerLoses { batches: rng.usize(1..6) },
+        _ => Fault::Recreate,
+    }
+}
