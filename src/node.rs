@@ -175,6 +175,7 @@ impl Node {
             },
             readiness: readiness.clone(),
             snapshotter: snapshotter.clone(),
+            gaps: metrics.gaps.clone(),
             resyncs: metrics.resyncs.clone(),
         };
         let http = &config.http;

@@ -62,6 +62,8 @@ pub struct Replication {
     pub batch_duration: Histogram,
     /// Patches applied, own and others'.
     pub patches_applied: Counter,
+    /// Times that batches were missing between two that came.
+    pub gaps: Counter,
     /// States made anew because the log went on without them.
     pub resyncs: Counter,
     /// What was heard of the peers' states.
@@ -74,6 +76,7 @@ impl Replication {
             batch_patches: histogram!(BATCH_METRIC),
             batch_duration: histogram!(BATCH_DURATION_METRIC),
             patches_applied: counter!("gradestore_patches_applied_total"),
+            gaps: counter!("gradestore_gaps_total"),
             resyncs: counter!("gradestore_resyncs_total"),
             checkpoints: CheckpointMetrics {
                 compared: counter!("gradestore_checkpoints_compared_total"),
@@ -344,6 +347,10 @@ fn describe() {
     describe_gauge!(
         "gradestore_peers_ready",
         "Other replicas on the log that said they were ready."
+    );
+    describe_counter!(
+        "gradestore_gaps_total",
+        "Times that the log left out batches which come before one that it gave."
     );
     describe_counter!(
         "gradestore_resyncs_total",

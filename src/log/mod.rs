@@ -191,7 +191,10 @@ pub enum ReadError {
         id: LogId,
     },
     /// Another log is in its place.
-    #[error("log {was} is gone and {is} is in its place: its stream was removed and made anew")]
+    #[error(
+        "log {was} is gone and {is} is in its place: its stream was removed and made anew; to follow \
+         the one that is there, move this replica's snapshots away and restart it"
+    )]
     Replaced {
         /// Which one it was.
         was: LogId,
@@ -199,7 +202,11 @@ pub enum ReadError {
         is: LogId,
     },
     /// The log ends before a batch that was read.
-    #[error("the log ends at batch {end} and had batch {applied} before: the broker lost batches")]
+    #[error(
+        "the log ends at batch {end} and had batch {applied} before: the broker lost batches; to \
+         follow it as it is, move this replica's snapshots away, which hold what was lost, and \
+         restart it"
+    )]
     Shorter {
         /// The log's last batch.
         end: Seq,
@@ -208,7 +215,9 @@ pub enum ReadError {
     },
     /// The log holds another batch in the place of one that was read.
     #[error(
-        "batch {seq} of the log is not the one it was: the broker lost batches and took others"
+        "batch {seq} of the log is not the one it was: the broker lost batches and took others; to \
+         follow it as it is, move this replica's snapshots away, which hold what was lost, and \
+         restart it"
     )]
     Rewritten {
         /// The place.

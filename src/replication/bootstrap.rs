@@ -251,11 +251,11 @@ impl Bootstrap {
         Ok(self.begun(subscription, 0))
     }
 
-    /// Goes on from where the store is.
-    pub(super) async fn resume(&self) -> Result<Begun, BootstrapError> {
+    /// Goes on from where the store is; it is whole from batch `whole_from` on.
+    pub(super) async fn resume(&self, whole_from: Seq) -> Result<Begun, BootstrapError> {
         let position = self.applied.position();
         let subscription = self.log.resume(position.seq, position.time_ns).await?;
-        Ok(self.begun(subscription, position.seq))
+        Ok(self.begun(subscription, whole_from.max(position.seq)))
     }
 
     fn begun(&self, subscription: Box<dyn crate::log::Subscription>, whole_from: Seq) -> Begun {
@@ -388,9 +388,7 @@ impl Bootstrap {
         let rows = async {
             let (fed, rows) = tokio::join!(feed, rows);
             restored.cancel();
-            let summary = rows.unwrap_or_else(|error| {
-                Err(BackupError::Io { at: 0, error })
-            });
+            let summary = rows.unwrap_or_else(|error| Err(BackupError::Io { at: 0, error }));
             // What broke off is the cause; that the rest is missing follows from it.
             fed?;
             Ok::<_, Refused>(summary?)

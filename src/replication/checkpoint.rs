@@ -361,7 +361,6 @@ impl State {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt;

@@ -27,12 +27,16 @@ pub struct Follower {
     pub readiness: Readiness,
     /// What writes them, where any are kept.
     pub snapshotter: Option<Snapshotter>,
+    /// Counts gaps.
+    pub gaps: Counter,
     /// Counts states that were made anew.
     pub resyncs: Counter,
 }
 
 /// What can still be done after reading has ended.
 enum Ending {
+    /// The state is whole, and the log may give what it left out.
+    Again,
     /// The log is sound and this replica has lost its place in it.
     Resync {
         /// Whether its state and its snapshots may be wrong too.
@@ -50,29 +54,42 @@ impl Follower {
     pub async fn run(self, seeded: bool, starting: Latch) {
         let mut latch = starting;
         let mut begun = match seeded {
-            true => self.bootstrap.resume().await,
+            true => self.bootstrap.resume(0).await,
             false => self.begin(&latch, 0).await,
         };
         let mut pauses = Pauses::default();
+        let mut gap = None;
+        let mut whole_from;
+        let mut disputed = None;
         loop {
             let error;
             let began_at = Instant::now();
             (error, latch) = match begun {
-                Ok(begun) => self.follow(begun, latch).await,
+                Ok(begun) => {
+                    whole_from = begun.whole_from;
+                    self.follow(begun, latch, &mut disputed).await
+                }
                 Err(error) => {
                     tracing::error!(%error, "no way to a whole state, not serving");
                     latch.say(state_of(&error), error.to_string());
                     return std::future::pending().await;
                 }
             };
-            let Ending::Resync { doubtful, at_least } = self.ending(&error) else {
-                return std::future::pending().await;
-            };
+            let ending = self.ending(&error, &mut gap);
             if began_at.elapsed() > PAUSE_MAX {
                 pauses = Pauses::default();
             }
+            let (doubtful, at_least) = match ending {
+                Ending::Stay => return std::future::pending().await,
+                Ending::Resync { doubtful, at_least } => (doubtful, at_least),
+                Ending::Again => {
+                    begun = self.bootstrap.resume(whole_from).await;
+                    continue;
+                }
+            };
             pauses.pause().await;
             self.reader.checkpoints.end();
+            disputed = None;
             if doubtful {
                 self.wait_for_a_source().await;
             }
@@ -134,7 +151,13 @@ impl Follower {
 
     /// Applies the log, and lets go of `latch` once the state is whole. Returns why it ended, and
     /// what keeps the replica unready since.
-    async fn follow(&self, begun: Begun, latch: Latch) -> (ReaderError, Latch) {
+    /// `disputed` is held while a peer says that it holds something else.
+    async fn follow(
+        &self,
+        begun: Begun,
+        latch: Latch,
+        disputed: &mut Option<Latch>,
+    ) -> (ReaderError, Latch) {
         let Begun {
             mut subscription,
             whole_from,
@@ -152,10 +175,9 @@ impl Follower {
             applied.reach(end.max(whole_from)).await;
             Ok::<_, ReadError>(())
         };
-        let mut disputed = None;
         let reading = self
             .reader
-            .run(&mut subscription, &self.readiness, &mut disputed);
+            .run(&mut subscription, &self.readiness, disputed);
         tokio::pin!(reading);
         let caught_up = tokio::select! {
             biased;
@@ -183,12 +205,20 @@ impl Follower {
         (error, latch)
     }
 
-    fn ending(&self, error: &ReaderError) -> Ending {
+    /// What follows from `error`; `gap` is where the last one was.
+    fn ending(&self, error: &ReaderError, gap: &mut Option<Seq>) -> Ending {
         let resync = |doubtful, at_least| Ending::Resync { doubtful, at_least };
         match error {
             _ if !self.bootstrap.log.shared() => Ending::Stay,
             ReaderError::Diverged { .. } => resync(true, 0),
-            ReaderError::Gap { got, .. } => resync(false, got.saturating_sub(1)),
+            // Of a log that lacks these batches only a backup helps that has them in it.
+            ReaderError::Gap { got, applied } => {
+                self.gaps.increment(1);
+                match gap.replace(*applied) == Some(*applied) {
+                    true => resync(false, got.saturating_sub(1)),
+                    false => Ending::Again,
+                }
+            }
             ReaderError::Log(ReadError::Trimmed { first, .. }) => {
                 resync(false, first.saturating_sub(1))
             }

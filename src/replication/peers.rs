@@ -63,12 +63,7 @@ struct Inner {
 impl Peers {
     /// Those on `log`, and those whose write ports are at `by_hand`, asked by way of `reach`.
     #[must_use]
-    pub fn new(
-        me: Origin,
-        log: Arc<dyn Log>,
-        by_hand: Vec<String>,
-        reach: Arc<dyn Reach>,
-    ) -> Self {
+    pub fn new(me: Origin, log: Arc<dyn Log>, by_hand: Vec<String>, reach: Arc<dyn Reach>) -> Self {
         Self(Arc::new(Inner {
             me: me.to_string().into(),
             log,

@@ -77,7 +77,11 @@ impl Broker {
         let (seq, time_ns) = (self.end() + 1, self.clock_ns);
         ledger.take(time_ns, self.last_ns, seq, batch.patches.clone());
         self.last_ns = time_ns;
-        self.entries.push_back(Entry { seq, time_ns, batch });
+        self.entries.push_back(Entry {
+            seq,
+            time_ns,
+            batch,
+        });
     }
 
     /// Forgets all but the last `keep` batches.

@@ -1,5 +1,7 @@
 //! What must hold, looked at from outside a node.
 
+use std::sync::atomic::Ordering;
+
 use gradestore::log::Seq;
 use gradestore::store::Piece;
 
@@ -13,8 +15,14 @@ const ENTRY_BYTES_MAX: u64 = 16 * 1024;
 /// Looks at what `process` at `node` shows now; with `fields` at every field of every record.
 pub fn look(world: &World, node: usize, process: &Process, knobs: &Knobs, fields: bool) {
     let shown = &process.node;
-    if process.divergences.load(std::sync::atomic::Ordering::Relaxed) > 0 {
-        world.violate(format!("node {node} heard that a peer holds something else"));
+    let gaps = process.gaps.load(Ordering::Relaxed);
+    if gaps > world.slot(node).losses {
+        world.violate(format!("node {node} misses a batch that was given to it"));
+    }
+    if process.divergences.load(Ordering::Relaxed) > 0 {
+        world.violate(format!(
+            "node {node} heard that a peer holds something else"
+        ));
     }
     if shown.writer.queue_patches() > knobs.queue_patches_max {
         world.violate(format!("node {node} lets too many patches wait"));
@@ -71,7 +79,10 @@ fn whole(world: &World, node: usize, process: &Process, fields: bool) {
             }
         }
         if found != expected.len() {
-            wrong = Some(format!("node {node} shows {found} records of {}", expected.len()));
+            wrong = Some(format!(
+                "node {node} shows {found} records of {}",
+                expected.len()
+            ));
         }
     }
     let (fence, fence_ns) = state.nodes[node].fence;

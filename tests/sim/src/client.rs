@@ -35,7 +35,10 @@ pub struct Op {
 pub enum OpKind {
     /// Sets the fields of these bits, each to a value that no other write has; hangs up after
     /// `hang_up_ms`, if given.
-    Set { fields: u8, hang_up_ms: Option<u64> },
+    Set {
+        fields: u8,
+        hang_up_ms: Option<u64>,
+    },
     Get,
     /// A read that wants to see the client's last write.
     GetOwn,
@@ -224,11 +227,13 @@ impl Client {
 
     fn note(&self, op: &Op, what: impl FnOnce() -> String) {
         let (number, node) = (self.number, op.node);
-        self.world.note(|| format!("client {number} at node {node} {}", what()));
+        self.world
+            .note(|| format!("client {number} at node {node} {}", what()));
     }
 
     fn violate(&self, what: String) {
-        self.world.violate(format!("client {}: {what}", self.number));
+        self.world
+            .violate(format!("client {}: {what}", self.number));
     }
 }
 

@@ -76,7 +76,10 @@ impl Worker {
         let (go, goes) = channel();
         let (say, said) = channel();
         thread::spawn(move || {
-            let turns = Turns { go: goes, said: say };
+            let turns = Turns {
+                go: goes,
+                said: say,
+            };
             TURNS.set(Some(turns));
             for work in works {
                 // A panic shows by the result's not being there.

@@ -12,7 +12,10 @@ pub struct State(BTreeMap<Box<str>, Values>);
 
 impl State {
     fn apply(&mut self, patch: &Patch) {
-        let values = self.0.entry(patch.user_id.clone()).or_insert([0; FIELD_COUNT]);
+        let values = self
+            .0
+            .entry(patch.user_id.clone())
+            .or_insert([0; FIELD_COUNT]);
         for (index, value) in patch.changes.iter() {
             values[index] = value;
         }
@@ -30,13 +33,13 @@ impl State {
         let mut sum = Digest::default();
         for (user_id, values) in &self.0 {
             let values = *values;
-            sum += UserGrade { user_id: &**user_id, values }.digest();
+            sum += UserGrade {
+                user_id: &**user_id,
+                values,
+            }
+            .digest();
         }
         sum
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Values)> {
-        self.0.iter().map(|(user_id, values)| (&**user_id, values))
     }
 }
 

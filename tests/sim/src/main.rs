@@ -1,11 +1,5 @@
 //! The simulator: real nodes on a simulated log, in one thread and on a clock of its own, from a
 //! seed. See README.md.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::indexing_slicing,
-    reason = "a test may panic"
-)]
 
 mod broker;
 mod check;
@@ -31,8 +25,6 @@ use plan::Plan;
 
 /// One run in so many is made twice, to see that it is the same.
 const REPEATED: u64 = 50;
-/// Failing runs that are looked for before the shortest is shown.
-const FAILURES_MAX: usize = 5;
 
 /// Runs a cluster through what can go wrong, once a seed.
 #[derive(Parser)]
@@ -52,6 +44,9 @@ struct Args {
     /// With what the nodes log.
     #[arg(long)]
     log: bool,
+    /// Failing runs that are looked for before the shortest is shown.
+    #[arg(long, default_value_t = 5)]
+    failures: usize,
     /// A failing history is not made shorter.
     #[arg(long)]
     as_it_is: bool,
@@ -94,10 +89,10 @@ fn many(args: &Args) -> ExitCode {
                     }
                     let plan = Plan::of(seed);
                     let outcome = run::run(&plan, false);
-                    let same = seed % REPEATED != 0 || repeats(&plan);
+                    let same = !seed.is_multiple_of(REPEATED) || repeats(&plan);
                     let mut totals = totals.lock();
                     totals.count(plan, &outcome, same);
-                    if totals.failed.len() >= FAILURES_MAX {
+                    if totals.failed.len() >= args.failures {
                         enough.store(true, Ordering::Relaxed);
                     }
                 }
@@ -151,7 +146,12 @@ impl Totals {
 }
 
 fn repeats(plan: &Plan) -> bool {
-    run::run(plan, true).history == run::run(plan, true).history
+    let (one, other) = (run::run(plan, true).history, run::run(plan, true).history);
+    let mut lines = one.iter().zip(&other);
+    if let Some((one, other)) = lines.find(|(one, other)| one != other) {
+        println!("{one}\n  is in the same place of a second run\n{other}");
+    }
+    one == other
 }
 
 /// Prints a failing run, made as short as it goes.

@@ -1,6 +1,5 @@
 //! How one node reaches another: its real routes, over a way that may break.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -46,7 +45,10 @@ impl Phone {
             url: node_url.to_owned(),
             error: error.to_owned(),
         };
-        let to = node_url.rsplit('-').next().and_then(|node| node.parse().ok());
+        let to = node_url
+            .rsplit('-')
+            .next()
+            .and_then(|node| node.parse().ok());
         let to = to.ok_or_else(|| broken("no such node"))?;
         sleep(self.world.latency(to)).await;
         let process = self.world.slot(to).process.clone();

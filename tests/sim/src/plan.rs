@@ -21,29 +21,67 @@ pub struct Plan {
 #[derive(Debug, Clone)]
 pub enum Fault {
     /// What the node sends to the broker is lost; or what the broker sends; or both.
-    Cut { node: usize, mute: bool, deaf: bool, ms: u64 },
-    Slow { node: usize, ms: u64 },
+    Cut {
+        node: usize,
+        mute: bool,
+        deaf: bool,
+        ms: u64,
+    },
+    Slow {
+        node: usize,
+        ms: u64,
+    },
     /// The nodes can't reach this one.
-    Apart { node: usize, ms: u64 },
-    Kill { node: usize, wipe: bool, ms: u64 },
-    Stop { node: usize, ms: u64 },
+    Apart {
+        node: usize,
+        ms: u64,
+    },
+    Kill {
+        node: usize,
+        wipe: bool,
+        ms: u64,
+    },
+    Stop {
+        node: usize,
+        ms: u64,
+    },
     /// The broker is away and forgets nothing.
-    BrokerAway { ms: u64 },
+    BrokerAway {
+        ms: u64,
+    },
     /// The broker comes back without its last batches.
-    BrokerLoses { batches: usize },
-    Trim { keep: usize },
+    BrokerLoses {
+        batches: usize,
+    },
+    Trim {
+        keep: usize,
+    },
     Recreate,
     /// A delivery is left out.
-    Lose { node: usize },
+    Lose {
+        node: usize,
+    },
     /// One comes again.
-    Repeat { node: usize },
+    Repeat {
+        node: usize,
+    },
     /// An answer of the broker is lost.
-    LoseAck { node: usize },
+    LoseAck {
+        node: usize,
+    },
     /// A batch is stored a second time, late.
-    StoreTwice { node: usize },
+    StoreTwice {
+        node: usize,
+    },
     /// The next backup that the node gives breaks off; or has a bit changed.
-    BreakBackup { node: usize, after: usize },
-    ChangeBackup { node: usize, at: usize },
+    BreakBackup {
+        node: usize,
+        after: usize,
+    },
+    ChangeBackup {
+        node: usize,
+        at: usize,
+    },
 }
 
 impl Plan {
@@ -65,7 +103,9 @@ impl Plan {
         };
         let clients = (0..rng.usize(1..5)).map(|_| client(&mut rng, nodes, users));
         let clients: Vec<_> = clients.collect();
-        let spans = clients.iter().map(|ops: &Vec<Op>| ops.iter().map(|op| op.think_ms).sum());
+        let spans = clients
+            .iter()
+            .map(|ops: &Vec<Op>| ops.iter().map(|op| op.think_ms).sum());
         let end_ms = spans.max().unwrap_or(0u64) + 3000;
         let history = rng.u8(..5) == 0;
         let count = rng.usize(0..12);
@@ -90,17 +130,8 @@ impl Plan {
 
     /// Whether deliveries may be missing or come too late to be read.
     pub fn loses_place(&self) -> bool {
-        let loses = |(_, fault): &(u64, Fault)| {
-            matches!(fault, Fault::Lose { .. } | Fault::Trim { .. })
-        };
-        self.faults.iter().any(loses)
-    }
-
-    /// Whether what was answered may be lost with the broker's disk.
-    pub fn loses_log(&self) -> bool {
-        let loses = |(_, fault): &(u64, Fault)| {
-            matches!(fault, Fault::BrokerLoses { .. } | Fault::Recreate)
-        };
+        let loses =
+            |(_, fault): &(u64, Fault)| matches!(fault, Fault::Lose { .. } | Fault::Trim { .. });
         self.faults.iter().any(loses)
     }
 }
@@ -133,21 +164,40 @@ fn fault(rng: &mut fastrand::Rng, nodes: usize, history: bool) -> Fault {
     match rng.u8(..if history { 24 } else { 22 }) {
         0..=2 => {
             let ways = rng.u8(1..4);
-            Fault::Cut { node, mute: ways & 1 != 0, deaf: ways & 2 != 0, ms }
+            Fault::Cut {
+                node,
+                mute: ways & 1 != 0,
+                deaf: ways & 2 != 0,
+                ms,
+            }
         }
         3 => Fault::Slow { node, ms },
         4 => Fault::Apart { node, ms },
-        5..=8 => Fault::Kill { node, wipe: rng.bool(), ms },
+        5..=8 => Fault::Kill {
+            node,
+            wipe: rng.bool(),
+            ms,
+        },
         9 | 10 => Fault::Stop { node, ms },
         11 | 12 => Fault::BrokerAway { ms },
-        13 | 14 => Fault::Trim { keep: rng.usize(..12) },
+        13 | 14 => Fault::Trim {
+            keep: rng.usize(..12),
+        },
         15 => Fault::Repeat { node },
         16 => Fault::LoseAck { node },
         17 => Fault::StoreTwice { node },
-        18 => Fault::BreakBackup { node, after: rng.usize(..1500) },
-        19 => Fault::ChangeBackup { node, at: rng.usize(..1500) },
+        18 => Fault::BreakBackup {
+            node,
+            after: rng.usize(..1500),
+        },
+        19 => Fault::ChangeBackup {
+            node,
+            at: rng.usize(..1500),
+        },
         20 | 21 => Fault::Lose { node },
-        22 => Fault::BrokerLoses { batches: rng.usize(1..6) },
+        22 => Fault::BrokerLoses {
+            batches: rng.usize(1..6),
+        },
         _ => Fault::Recreate,
     }
 }

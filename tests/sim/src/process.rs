@@ -18,6 +18,7 @@ use gradestore::storage::Storage;
 use gradestore::store::Store;
 use gradestore::telemetry::Replication;
 use metrics::{Counter, Histogram};
+use tempfile::TempDir;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -101,6 +102,8 @@ pub struct Process {
     pub node: Arc<Node>,
     pub write: Router,
     pub read: Router,
+    /// Times that batches were missing.
+    pub gaps: Arc<AtomicU64>,
     /// States made anew.
     pub resyncs: Arc<AtomicU64>,
     /// Peers that were heard to hold something else.
@@ -122,7 +125,13 @@ pub fn start(world: &World, node: usize, knobs: &Knobs) {
     slot.fence = fence;
     slot.helpless_since = None;
     let (stop, gone) = (CancellationToken::new(), CancellationToken::new());
-    let live = live(world.clone(), node, knobs.config(nodes), knobs.clone(), stop.clone());
+    let live = live(
+        world.clone(),
+        node,
+        knobs.config(nodes),
+        knobs.clone(),
+        stop.clone(),
+    );
     slot.life = Some(Life {
         stop,
         gone,
@@ -138,19 +147,36 @@ pub fn kill(world: &World, node: usize, wipe: bool) {
         return;
     };
     life.task.abort();
-    world.note(|| format!("node {node} is killed{}", if wipe { ", its disk lost" } else { "" }));
+    world.note(|| {
+        format!(
+            "node {node} is killed{}",
+            if wipe { ", its disk lost" } else { "" }
+        )
+    });
     let mut slot = world.slot(node);
     if wipe && slot.dir.is_some() {
-        slot.dir = Some(tempfile::tempdir().expect("a directory"));
+        slot.dir = Some(disk());
     }
 }
 
-/// Tells the process at `node` to stop.
-pub fn stop(world: &World, node: usize) {
-    if let Some(life) = &world.slot(node).life {
+/// An empty disk: in memory, where the system offers that.
+pub fn disk() -> TempDir {
+    let in_memory = tempfile::tempdir_in("/dev/shm");
+    in_memory
+        .or_else(|_| tempfile::tempdir())
+        .expect("a directory")
+}
+
+/// Tells the process at `node` to stop, and waits until it has.
+pub async fn stop(world: &World, node: usize) {
+    let gone = world.slot(node).life.as_ref().map(|life| {
         life.stop.cancel();
-    }
+        life.gone.clone()
+    });
     world.note(|| format!("node {node} is to stop"));
+    if let Some(gone) = gone {
+        gone.cancelled().await;
+    }
 }
 
 fn forget(world: &World, node: usize) -> Option<Life> {
@@ -164,13 +190,7 @@ fn forget(world: &World, node: usize) -> Option<Life> {
     Some(life)
 }
 
-async fn live(
-    world: World,
-    node: usize,
-    config: Config,
-    knobs: Knobs,
-    stop: CancellationToken,
-) {
+async fn live(world: World, node: usize, config: Config, knobs: Knobs, stop: CancellationToken) {
     let start = world.slot(node).starts;
     let origin = Origin::of(((node as u128 + 1) << 64) | u128::from(start));
     let opened = stop.run_until_cancelled(Twin::open(world.clone(), node, origin));
@@ -179,12 +199,16 @@ async fn live(
         return;
     };
     let mut storage = Storage::of(Arc::new(twin));
-    let dir = world.slot(node).dir.as_ref().map(|dir| dir.path().to_owned());
+    let dir = world
+        .slot(node)
+        .dir
+        .as_ref()
+        .map(|dir| dir.path().to_owned());
     storage.snapshots = dir.map(|dir| {
         let snapshots = Snapshots::open(&dir).expect("a directory for snapshots");
         (snapshots, knobs.snapshot_interval)
     });
-    let (resyncs, divergences) = (Arc::default(), Arc::default());
+    let (gaps, resyncs, divergences) = (Arc::default(), Arc::default(), Arc::default());
     let parts = Parts {
         origin,
         store: Store::repeatable(start),
@@ -193,7 +217,7 @@ async fn live(
         blocking: blocking(world.clone(), knobs.work_wait_ms),
         backup_metrics: BackupMetrics::new(),
     };
-    let (built, mut tasks) = Node::new(&config, parts, &metrics(&resyncs, &divergences));
+    let (built, mut tasks) = Node::new(&config, parts, &metrics(&gaps, &resyncs, &divergences));
     let built = Arc::new(built);
     built.announce(url(node));
     {
@@ -205,6 +229,7 @@ async fn live(
             node: Arc::clone(&built),
             write: built.write(),
             read: built.read().0,
+            gaps,
             resyncs,
             divergences,
             gone,
@@ -241,11 +266,16 @@ fn blocking(world: World, wait_ms: u64) -> Blocking {
     }))
 }
 
-fn metrics(resyncs: &Arc<AtomicU64>, divergences: &Arc<AtomicU64>) -> Replication {
+fn metrics(
+    gaps: &Arc<AtomicU64>,
+    resyncs: &Arc<AtomicU64>,
+    divergences: &Arc<AtomicU64>,
+) -> Replication {
     Replication {
         batch_patches: Histogram::noop(),
         batch_duration: Histogram::noop(),
         patches_applied: Counter::noop(),
+        gaps: Counter::from_arc(Arc::clone(gaps)),
         resyncs: Counter::from_arc(Arc::clone(resyncs)),
         checkpoints: CheckpointMetrics {
             compared: Counter::noop(),

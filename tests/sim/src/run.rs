@@ -60,7 +60,7 @@ async fn course(world: &World, plan: &Plan) -> bool {
     let begun = Instant::now();
     for node in 0..plan.nodes {
         if plan.knobs.snapshots {
-            world.slot(node).dir = Some(tempfile::tempdir().expect("a directory"));
+            world.slot(node).dir = Some(process::disk());
         }
         process::start(world, node, &plan.knobs);
     }
@@ -119,7 +119,9 @@ async fn become_well(world: &World, plan: &Plan) -> bool {
             let process = world.slot(behind).process.clone();
             let state = process.map(|process| process.node.readiness.writes());
             let extent = world.lock().broker.extent();
-            world.violate(format!("node {behind} does not become well: {state:?}, {extent:?}"));
+            world.violate(format!(
+                "node {behind} does not become well: {state:?}, {extent:?}"
+            ));
             return false;
         }
         sleep(Duration::from_millis(200)).await;
@@ -176,8 +178,8 @@ async fn watch(world: World, knobs: Knobs) {
     }
 }
 
-/// Restarts a node that says that it can't go on by itself; one that begins with what does not
-/// belong to this log gets an empty disk.
+/// Restarts a node that says that it can't go on by itself; one that still can't, or begins with
+/// what does not belong to this log, gets an empty disk.
 fn help(world: &World, node: usize, process: &process::Process, knobs: &Knobs) {
     let helpless = process.node.readiness.reads().err();
     let helpless = helpless.filter(|unready| {
@@ -187,13 +189,16 @@ fn help(world: &World, node: usize, process: &process::Process, knobs: &Knobs) {
     let mut slot = world.slot(node);
     let Some(unready) = helpless else {
         slot.helpless_since = None;
+        slot.restarted = false;
         return;
     };
+    let wipe = unready.state != "gap" || slot.restarted;
     let since = *slot.helpless_since.get_or_insert_with(Instant::now);
     drop(slot);
     if since.elapsed() > RESTART_AFTER {
-        world.note(|| format!("node {node} is helped: {}", unready.reason));
-        process::kill(world, node, unready.state != "gap");
+        world.note(|| format!("node {node} can't go on by itself: {}", unready.state));
+        process::kill(world, node, wipe);
+        world.slot(node).restarted = true;
         process::start(world, node, knobs);
     }
 }
@@ -203,7 +208,12 @@ async fn happen(world: World, knobs: Knobs, fault: Fault) {
     world.note(|| format!("{fault:?}"));
     let after = |ms: u64| sleep(Duration::from_millis(ms));
     match fault {
-        Fault::Cut { node, mute, deaf, ms } => {
+        Fault::Cut {
+            node,
+            mute,
+            deaf,
+            ms,
+        } => {
             world.lock().cut(node, mute, deaf);
             after(ms).await;
             world.lock().cut(node, false, false);
@@ -224,11 +234,8 @@ async fn happen(world: World, knobs: Knobs, fault: Fault) {
             process::start(&world, node, &knobs);
         }
         Fault::Stop { node, ms } => {
-            process::stop(&world, node);
+            process::stop(&world, node).await;
             after(ms).await;
-            while world.slot(node).life.is_some() && !world.violated() {
-                world.wait().await;
-            }
             process::start(&world, node, &knobs);
         }
         Fault::BrokerAway { ms } => {

@@ -34,11 +34,7 @@ pub struct State {
     pub broker: Broker,
     pub ledger: Ledger,
     pub nodes: Vec<Slot>,
-    /// Deliveries that were left out, by intent.
-    pub losses: u64,
-    /// Requests that were not answered yet.
-    pub requests: u64,
-    /// What clients were told and saw.
+    /// Writes that were answered.
     pub answered: u64,
     latency_ms: Range<u64>,
     begun: Instant,
@@ -62,6 +58,8 @@ pub struct Slot {
     pub apart: bool,
     /// Faults that happen once, as soon as they can.
     pub lose_next: bool,
+    /// Deliveries that were left out.
+    pub losses: u64,
     pub repeat_next: bool,
     pub ack_lost: bool,
     pub store_twice: bool,
@@ -81,6 +79,8 @@ pub struct Slot {
     pub fence: (Seq, u64),
     /// Since when an operator would have seen that it needs help.
     pub helpless_since: Option<Instant>,
+    /// And that restarting it did not help.
+    pub restarted: bool,
 }
 
 impl World {
@@ -91,8 +91,6 @@ impl World {
                 broker: Broker::new(),
                 ledger: Ledger::new(),
                 nodes: (0..nodes).map(|_| Slot::default()).collect(),
-                losses: 0,
-                requests: 0,
                 answered: 0,
                 latency_ms,
                 begun: Instant::now(),
