@@ -1,6 +1,6 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test check bench fuzz load-tools roundtrip compare jetstream backups drill
+.PHONY: help run cluster test sim sim-planted check bench fuzz load-tools roundtrip compare jetstream backups drill
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -14,10 +14,18 @@ cluster: ## a broker and three replicas on this machine; Ctrl-C ends all
 test: ## every test
 	tests/install.sh
 	cargo test --locked
+	$(MAKE) sim
+
+SEEDS ?= 1000
+sim: ## a simulated cluster through what can go wrong, SEEDS times
+	cargo run --quiet --locked --profile sim -p gradestore-sim -- --seeds $(SEEDS)
+
+sim-planted: ## five bugs, planted one after the other, that the simulator must find
+	tests/sim/planted.sh
 
 check: ## format, lints and docs, warnings as errors
-	cargo fmt --check
-	cargo clippy --locked --all-targets -- -D warnings
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 
 bench: ## micro benchmarks; figures in benches/README.md
