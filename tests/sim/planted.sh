@@ -8,7 +8,7 @@ root=$PWD
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$copy"
-export CARGO_TARGET_DIR=$root/target
+export CARGO_TARGET_DIR=$root/target/planted
 cd "$copy"
 missed=0
 for bug in tests/sim/planted/*.patch; do

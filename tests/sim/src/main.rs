@@ -173,3 +173,23 @@ fn show(plan: &Plan, args: &Args) -> ExitCode {
     println!("{}", outcome.violation.unwrap_or_default());
     ExitCode::FAILURE
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_must_not_happen_does() {
+        for seed in 0..300 {
+            let outcome = run::run(&Plan::of(seed), false);
+            assert_eq!(outcome.violation, None, "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_history() {
+        for seed in 1000..1010 {
+            assert!(repeats(&Plan::of(seed)), "seed {seed}");
+        }
+    }
+}
