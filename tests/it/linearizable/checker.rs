@@ -4,7 +4,8 @@
 //! It rests on each value being set by one write alone. A read then names the writes it has seen, a
 //! write must have happened before the first read that saw it ends, and nothing may be overwritten
 //! that a read has yet to see. So there is rarely more than one way to go on, even with dozens of
-//! writes whose end is unknown; the search stays exhaustive.
+//! writes whose end is unknown; the search stays exhaustive. A general one (todc-utils 0.1) took 12 s
+//! for 100 such operations, and for 300 more than was waited for.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;

@@ -24,6 +24,7 @@ mod checker_tests;
 mod cluster;
 mod history;
 mod order;
+mod order_tests;
 
 use rustix::process::Signal;
 

@@ -61,18 +61,18 @@ impl<'a> Order<'a> {
             let whole = keys(fields).count();
             match outcome {
                 Outcome::NotWritten => {
-                    assert_eq!(found[index], 0, "refused and written: {record:#?}")
+                    assert_eq!(found[index], 0, "refused and written: {record:?}")
                 }
                 Outcome::Unknown => {
-                    assert!(found[index] == 0 || found[index] == whole, "{record:#?}")
+                    assert!(found[index] == 0 || found[index] == whole, "{record:?}")
                 }
                 Outcome::Written(position) => {
                     assert_eq!(
                         found[index], whole,
-                        "answered, and not written once: {record:#?}"
+                        "answered, and not written once: {record:?}"
                     );
                     let (here, _) = order.places[order.place_of[&index]];
-                    assert_eq!(here, *position, "not where it was said to be: {record:#?}");
+                    assert_eq!(here, *position, "not where it was said to be: {record:?}");
                 }
             }
         }
@@ -128,7 +128,7 @@ impl<'a> Order<'a> {
             {
                 assert!(
                     record.ended >= latest.begun,
-                    "the log has the first behind the second: {record:#?} {latest:#?}"
+                    "the log has the first behind the second: {record:?} {latest:?}"
                 );
             }
             latest = latest
@@ -158,7 +158,7 @@ impl<'a> Order<'a> {
     /// What a read has found, as a part of the log.
     fn span(&self, record: &Record, found: &State) -> Span {
         let span = self.states[record.user].get(found);
-        *span.unwrap_or_else(|| panic!("the log never comes to this: {record:#?}"))
+        *span.unwrap_or_else(|| panic!("the log never comes to this: {record:?}"))
     }
 
     /// All that a replica answers, to whomever and in all its lives, is of a beginning of the log
@@ -198,14 +198,14 @@ impl<'a> Order<'a> {
             if let Some((place, before)) = least {
                 assert!(
                     place < span.until,
-                    "the second is of an earlier state of the replica: {before:#?} {record:#?}"
+                    "the second is of an earlier state of the replica: {before:?} {record:?}"
                 );
             }
             if let Some(from) = span.from {
                 let write = &self.records[self.places[from].1];
                 assert!(
                     write.begun < record.ended,
-                    "read before it was sent: {write:#?} {record:#?}"
+                    "read before it was sent: {write:?} {record:?}"
                 );
             }
         }
@@ -226,7 +226,7 @@ impl<'a> Order<'a> {
             let span = self.span(record, found);
             assert!(
                 asked_for <= span.until,
-                "it does not hold what it asked for: {record:#?}"
+                "it does not hold what it asked for: {record:?}"
             );
         }
     }
