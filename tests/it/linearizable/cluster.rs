@@ -74,23 +74,25 @@ impl Cluster {
         }
     }
 
-    /// Makes the stream forget the first half of what it has, once.
-    pub(super) async fn trim(&mut self) {
+    /// Makes the stream forget what a replica that is cut off needs next.
+    pub(super) async fn trim_beyond(&mut self, index: usize) {
+        let status = self.node(index).ops("/status").await.json();
+        let position = status["position"].as_u64().unwrap();
         self.truth.read(&self.broker).await;
         let context = self.broker.client().await;
         let mut stream = context.get_stream(STREAM).await.unwrap();
-        let state = stream.info().await.unwrap().state.clone();
+        let last = stream.info().await.unwrap().state.last_sequence;
         let config = stream.cached_info().config.clone();
-        let max_messages = (state.messages / 2) as i64;
-        for max_messages in [max_messages, config.max_messages] {
+        let kept = (last - position - 1) as i64;
+        for max_messages in [kept, config.max_messages] {
             let changed = Config {
                 max_messages,
                 ..config.clone()
             };
             context.update_stream(changed).await.unwrap();
         }
-        let state = stream.info().await.unwrap().state.clone();
-        assert!(state.first_sequence > 1);
+        let first = stream.info().await.unwrap().state.first_sequence;
+        assert!(first > position + 1, "{first}");
     }
 
     /// Ends the clients, and checks all that was recorded.
