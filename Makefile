@@ -1,6 +1,6 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test sim sim-planted check bench fuzz load-tools roundtrip compare jetstream backups drill
+.PHONY: help run cluster test sim sim-planted check bench fuzz load-tools roundtrip compare jetstream backups drill soak
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -65,3 +65,9 @@ drill: ## one of three replicas loses its disk under load and comes back; DRILL 
 	tests/install.sh
 	cargo build --locked --release --bins --examples
 	python3 load/drill.py $(DRILL)
+
+SOAK ?= --seconds 3600
+soak: ## an hour under load with a fault every 30 s; SOAK has the flags
+	tests/install.sh
+	cargo build --locked --release --bins --examples
+	python3 load/soak.py $(SOAK)

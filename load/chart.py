@@ -5,6 +5,7 @@ import math
 
 WIDTH, LEFT, RIGHT = 960, 80, 20
 TOP, HEAD, PANEL, GAP, BOTTOM = 84, 24, 110, 16, 40
+ROW = 15
 BANDS = ("#eef3fb", "#fdf1e3", "#f6e9f6", "#eaf6ec")
 COLOURS = ("#2563c9", "#d9571e", "#2e9e4f", "#8a3ffc")
 VALUES, TIMES = 4, 16
@@ -42,9 +43,12 @@ class Drawing:
         return "\n".join([*self.parts, "</svg>", ""])
 
 
-def draw(title, span, bands, panels):
-    """`bands` are (name, from, to) in seconds, `panels` are (name, {line: [(seconds, value)]})."""
-    height = TOP + len(panels) * (HEAD + PANEL + GAP) + BOTTOM
+def draw(title, span, bands, panels, axis="seconds since the replica was started again", marks=None):
+    """`bands` are (name, from, to) in seconds, `panels` are (name, {line: [(seconds, value)]}), and `marks` are
+    {name: [(from, to)]}, above the panels."""
+    marks = marks or {}
+    top = TOP + (len(marks) * ROW + GAP if marks else 0)
+    height = top + len(panels) * (HEAD + PANEL + GAP) + BOTTOM
     drawing = Drawing(height)
     low, high = span
 
@@ -63,12 +67,19 @@ def draw(title, span, bands, panels):
         raised = x(begin) < named_to and not raised
         drawing.text(x(begin) + 3, TOP - (28 if raised else 10), name, font_size=11)
         named_to = x(begin) + 8 + 6 * len(name)
+    for n, (name, times) in enumerate(marks.items()):
+        y = TOP + n * ROW
+        drawing.line(LEFT, y, WIDTH - RIGHT, y, "#eee")
+        drawing.text(LEFT - 6, y + 4, name, "end", font_size=11)
+        for begin, end in times:
+            drawing.add("rect", x=f"{x(begin):.1f}", y=y - 4, width=f"{max(x(end) - x(begin), 2):.1f}", height=8,
+                        fill="#b3261e")
     for n, (name, lines) in enumerate(panels):
-        panel(drawing, name, lines, TOP + n * (HEAD + PANEL + GAP) + HEAD, x, span)
+        panel(drawing, name, lines, top + n * (HEAD + PANEL + GAP) + HEAD, x, span)
     for seconds in ticks(low, high, TIMES):
         drawing.line(x(seconds), bottom, x(seconds), bottom + 5, "#222")
         drawing.text(x(seconds), bottom + 18, number(seconds), "middle")
-    drawing.text(WIDTH - RIGHT, height - 6, "seconds since the replica was started again", "end")
+    drawing.text(WIDTH - RIGHT, height - 6, axis, "end")
     return drawing.done()
 
 

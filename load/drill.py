@@ -194,11 +194,11 @@ def same_position(nodes):
         time.sleep(0.1)
 
 
-def machine(report, args):
+def machine(report, args, script="load/drill.py"):
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    report("$ python3 load/drill.py " + " ".join(sys.argv[1:]))
+    report(f"$ python3 {script} " + " ".join(sys.argv[1:]))
     report(f"{says(RELEASE / 'gradestore', '--version')} at {commit}, {says(SERVER, '--version')}, "
            f"{platform.system()} {platform.release().split('-')[0]}")
     report(f"{os.cpu_count()} cores of {cpu}, {int(memory) / MIB:.0f} GiB of memory; broker, replicas and load share them")

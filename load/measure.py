@@ -90,16 +90,28 @@ class Broker:
     def __init__(self, directory, sync):
         directory.mkdir()
         port = free_port()
+        self.address = ("127.0.0.1", port)
         self.url = f"nats://127.0.0.1:{port}"
         config, self.log = directory / "nats.conf", directory / "nats.log"
         config.write_text(f'listen: 127.0.0.1:{port}\n'
                           f'jetstream {{ store_dir: "{directory}/store", sync_interval: "{SYNCS[sync]}" }}\n')
-        self.child = subprocess.Popen([SERVER, "-c", config, "-l", self.log], preexec_fn=end_with_parent)
+        self.store = directory / "store"
+        self.command = [SERVER, "-c", config, "-l", self.log]
+        self.start()
+
+    def start(self):
+        self.log.unlink(missing_ok=True)
+        self.child = subprocess.Popen(self.command, preexec_fn=end_with_parent)
         self.pid = self.child.pid
         while not self.log.exists() or "Server is ready" not in self.log.read_text():
             if self.child.poll() is not None:
                 sys.exit(f"nats-server ended: {self.log.read_text()}")
             time.sleep(0.05)
+
+    def kill(self):
+        """As a crash would."""
+        self.child.kill()
+        self.child.wait()
 
     def __enter__(self):
         return self

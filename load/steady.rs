@@ -8,11 +8,9 @@
 //! - `stop`: no more requests; prints the same when the last answer is there
 //! - `check URL`: reads every answered write from a node's read port, and prints what is missing
 //!
-//! A user is written by one connection alone, so what must be found is its last answered value. A
-//! write without an answer leaves its field in doubt, and that field is not looked at again.
+//! A user is written by one connection alone, so what must be found is what [`Ledger`] says.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
@@ -27,14 +25,15 @@ use tokio::task::{JoinSet, LocalSet};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until};
 
 use connection::{Connection, Error, basic, user_id};
+use ledger::{Ledger, check};
 
 mod connection;
+mod ledger;
 
 /// Between two tries to reach a node again.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
-const CHECK_CONNECTIONS: usize = 32;
-/// Of what is missing no more is shown.
-const SHOWN_MAX: u64 = 5;
+/// With this status nothing was written.
+const REFUSED: u16 = 503;
 /// `load/generate.py` puts something behind the ids of these.
 const ODD: u64 = 1000;
 const ODD_REST: u64 = 7;
@@ -64,9 +63,6 @@ struct Args {
     #[arg(long, env = "GRADESTORE_PASSWORD", hide_env_values = true)]
     password: String,
 }
-
-/// A user's number and a field's.
-type Key = (u64, usize);
 
 /// What was measured of one kind of request.
 #[derive(Default)]
@@ -128,10 +124,7 @@ struct State {
     writes: Measured,
     reads: Measured,
     stopped: bool,
-    /// The last answered values.
-    set: HashMap<Key, i64>,
-    doubtful: HashSet<Key>,
-    answered: u64,
+    ledger: Ledger,
 }
 
 type Shared = Rc<RefCell<State>>;
@@ -181,7 +174,10 @@ async fn run(args: &'static Args) -> Result<(), Error> {
                 }
                 end_phase(&state)?;
             }
-            ("check", url) => check(url, &state).await?,
+            ("check", url) => {
+                let due = state.borrow().ledger.due();
+                print(&check(url, due).await?)?;
+            }
             _ => return Err(format!("no such command: {command}").into()),
         }
     }
@@ -282,17 +278,17 @@ async fn write(args: &'static Args, index: u64, mut due: Due, state: Shared) {
             to.set_request(&basic, &body)
         })
         .await;
-        let mut state = state.borrow_mut();
-        let state = &mut *state;
+        let state = &mut *state.borrow_mut();
         match answer {
             Ok(()) => {
                 state.writes.answered(since);
-                state.answered += 1;
-                state.set.insert((user, field), count);
+                state.ledger.answered((user, field), count);
             }
-            Err(error) => {
-                state.writes.failed(error.to_string());
-                state.doubtful.insert((user, field));
+            Err(failed) => {
+                state.writes.failed(failed.error.to_string());
+                if failed.unknown {
+                    state.ledger.unknown((user, field), count);
+                }
             }
         }
     }
@@ -312,7 +308,7 @@ async fn read(args: &'static Args, index: u64, mut due: Due, state: Shared) {
         let reads = &mut state.borrow_mut().reads;
         match answer {
             Ok(()) => reads.answered(since),
-            Err(error) => reads.failed(error.to_string()),
+            Err(failed) => reads.failed(failed.error.to_string()),
         }
     }
 }
@@ -323,27 +319,42 @@ fn nth(urls: &[String], index: u64) -> &str {
     urls.get(index).map_or("", String::as_str)
 }
 
+/// A request without the answer that was wanted.
+struct Failed {
+    /// Whether it may have been done, now or later.
+    unknown: bool,
+    error: Error,
+}
+
 /// One request; anything but `wanted` is an error, after which the connection is a new one.
 async fn ask(
     connection: &mut Option<Connection>,
     url: &str,
     wanted: u16,
     request: impl FnOnce(&Connection) -> String,
-) -> Result<(), Error> {
+) -> Result<(), Failed> {
     let mut open = match connection.take() {
         Some(open) => open,
         None => match Connection::open(url).await {
             Ok(open) => open,
             Err(error) => {
                 sleep(RECONNECT_PAUSE).await;
-                return Err(error);
+                let unknown = false;
+                return Err(Failed { unknown, error });
             }
         },
     };
     let request = request(&open);
-    let (status, body) = open.ask(&request).await?;
+    let (status, body) = open.ask(&request).await.map_err(|error| Failed {
+        unknown: true,
+        error,
+    })?;
     if status != wanted {
-        return Err(format!("{url}: {status} {}", String::from_utf8_lossy(body)).into());
+        let said = String::from_utf8_lossy(body);
+        return Err(Failed {
+            unknown: status != REFUSED,
+            error: format!("{url}: {status} {said}").into(),
+        });
     }
     *connection = Some(open);
     Ok(())
@@ -371,79 +382,6 @@ impl Random {
             let user = self.next() % (users / step) * step + index;
             if user % ODD != ODD_REST {
                 return user;
-            }
-        }
-    }
-}
-
-/// What one node should hold, and what it does not.
-#[derive(Default)]
-struct Found {
-    as_set: u64,
-    missing: u64,
-    shown: Vec<String>,
-}
-
-async fn check(url: &str, state: &Shared) -> Result<(), Error> {
-    let mut by_user: HashMap<u64, Vec<(usize, i64)>> = HashMap::new();
-    let (answered, doubtful) = {
-        let state = state.borrow();
-        for (key, value) in &state.set {
-            if !state.doubtful.contains(key) {
-                by_user.entry(key.0).or_default().push((key.1, *value));
-            }
-        }
-        (state.answered, state.doubtful.len())
-    };
-    let users: Rc<Vec<_>> = Rc::new(by_user.into_iter().collect());
-    let found = Rc::new(RefCell::new(Found::default()));
-    let mut tasks: JoinSet<Result<(), Error>> = JoinSet::new();
-    for first in 0..CHECK_CONNECTIONS {
-        let (users, found) = (Rc::clone(&users), Rc::clone(&found));
-        let mut connection = Connection::open(url).await?;
-        tasks.spawn_local(async move {
-            for (user, fields) in users.iter().skip(first).step_by(CHECK_CONNECTIONS) {
-                let request = connection.get_request(*user);
-                let (status, body) = connection.ask(&request).await?;
-                let grade: Value = match status {
-                    200 => serde_json::from_slice(body)?,
-                    404 => Value::Null,
-                    _ => return Err(String::from_utf8_lossy(body).into()),
-                };
-                found.borrow_mut().compare(*user, fields, &grade);
-            }
-            Ok(())
-        });
-    }
-    while let Some(ended) = tasks.join_next().await {
-        ended??;
-    }
-    let found = found.borrow();
-    print(&json!({
-        "what": "check",
-        "answered": answered,
-        "users": users.len(),
-        "doubtful": doubtful,
-        "as_set": found.as_set,
-        "missing": found.missing,
-        "shown": found.shown,
-    }))
-}
-
-impl Found {
-    fn compare(&mut self, user: u64, fields: &[(usize, i64)], grade: &Value) {
-        for (field, value) in fields {
-            let name = FIELDS.get(*field).copied().unwrap_or_default();
-            let got = grade.get(name).unwrap_or(&Value::Null);
-            if got.as_i64() == Some(*value) {
-                self.as_set += 1;
-                continue;
-            }
-            self.missing += 1;
-            if self.missing <= SHOWN_MAX {
-                let id = user_id(user);
-                self.shown
-                    .push(format!("{id} {name}: set {value}, found {got}"));
             }
         }
     }

@@ -34,6 +34,7 @@ mod full_disk;
 mod get;
 mod hostile;
 mod limits;
+mod linearizable;
 mod log_faults;
 mod ops;
 mod outrun;

@@ -110,10 +110,19 @@ impl Cluster {
 pub(crate) struct Truth {
     store: Store,
     position: u64,
-    log: BTreeMap<u64, Vec<Write>>,
+    pub(crate) log: BTreeMap<u64, Vec<Write>>,
 }
 
 impl Truth {
+    /// Of a log that begins with nothing.
+    pub(crate) fn new() -> Self {
+        Self {
+            store: Store::new(),
+            position: 0,
+            log: BTreeMap::new(),
+        }
+    }
+
     /// Reads the log to its end, which must not have been trimmed since it was last read.
     pub(crate) async fn read(&mut self, broker: &Broker) {
         let mut stream = broker.client().await.get_stream(STREAM).await.unwrap();
@@ -143,7 +152,8 @@ impl Truth {
         }
     }
 
-    async fn check(&mut self, broker: &Broker, nodes: &[&Ports], answered: &[Answered]) {
+    /// What must hold of replicas, whatever has happened.
+    pub(crate) async fn check(&mut self, broker: &Broker, nodes: &[&Ports], answered: &[Answered]) {
         self.read(broker).await;
         for Answered { position, write } in answered {
             let batch = &self.log[position];

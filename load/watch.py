@@ -1,0 +1,112 @@
+"""What processes hold while they run, sampled, and whether it stays."""
+
+import re
+import statistics
+import threading
+import time
+import urllib.request
+from collections import defaultdict
+from pathlib import Path
+
+EVERY_S = 5
+ASK_S_MAX = 2
+# A process that was started just now is filling up.
+SETTLED_AFTER_S = 60
+SAMPLES_MIN = 5
+DRAWN_A_MINUTE = 4
+MIB = 1024 * 1024
+WHAT = {"RSS, MiB": "rss_mib", "file descriptors": "files", "threads": "threads", "disk, MiB": "disk_mib"}
+METRICS = {"connections": r"gradestore_http_connections\{.*\}", "requests": "gradestore_http_requests_in_flight",
+           "queued": "gradestore_write_queue_patches", "buffered": "gradestore_restore_buffered_batches",
+           "backups": "gradestore_backups_running"}
+
+
+def thinned(points, combine):
+    """One point for each part of a minute."""
+    parts = defaultdict(list)
+    for at, value in points:
+        parts[int(at * DRAWN_A_MINUTE)].append(value)
+    return [((part + 0.5) / DRAWN_A_MINUTE, combine(values)) for part, values in sorted(parts.items())]
+
+
+def disk_mib(directory):
+    """What its files take; those that go meanwhile are none."""
+    taken = 0
+    for path in directory.rglob("*"):
+        try:
+            taken += path.stat().st_blocks * 512 if path.is_file() else 0
+        except OSError:
+            pass
+    return taken / MIB
+
+
+def metrics(node):
+    with urllib.request.urlopen(node.urls["ops"] + "/metrics", timeout=ASK_S_MAX) as answer:
+        text = answer.read().decode()
+    return {name: sum(map(float, re.findall(rf"^{line} (\S+)$", text, re.MULTILINE))) for name, line in METRICS.items()}
+
+
+def sample(process, directory):
+    of = Path(f"/proc/{process.pid}")
+    status = (of / "status").read_text()
+    return {"pid": process.pid, "rss_mib": int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024,
+            "threads": int(re.search(r"Threads:\s+(\d+)", status)[1]), "files": len(list((of / "fd").iterdir())),
+            "disk_mib": disk_mib(directory)}
+
+
+class Watch(threading.Thread):
+    """Looks at each process every few seconds. `processes` are {name: (process, its directory)}."""
+
+    def __init__(self, processes, began):
+        super().__init__(daemon=True)
+        self.processes, self.began = processes, began
+        self.samples = {name: [] for name in processes}
+        self.said = {name: [] for name in processes}
+        self.first_seen = {}
+        self.stopped = threading.Event()
+
+    def run(self):
+        due = time.monotonic()
+        while not self.stopped.wait(max(0, due - time.monotonic())):
+            due = max(due + EVERY_S, time.monotonic())
+            for name, (process, directory) in self.processes.items():
+                now = time.monotonic() - self.began
+                try:
+                    found = sample(process, directory)
+                except (OSError, TypeError):
+                    continue  # It has just been ended.
+                found["age_s"] = now - self.first_seen.setdefault(found["pid"], now)
+                self.samples[name].append((now, found))
+                if hasattr(process, "urls"):
+                    try:
+                        self.said[name].append((now, metrics(process)))
+                    except OSError:
+                        pass  # It hangs, or does not listen yet.
+
+    def stop(self):
+        self.stopped.set()
+        self.join()
+
+    def lives(self, name):
+        """How many processes there were, and how many seconds the longest was seen."""
+        ages = defaultdict(float)
+        for _, found in self.samples[name]:
+            ages[found["pid"]] = max(ages[found["pid"]], found["age_s"])
+        return len(ages), max(ages.values())
+
+    def lines(self, names, key, most=float("inf")):
+        """What to draw of it over minutes: the most of each few samples."""
+        return {name: thinned([(at / 60, min(found[key], most)) for at, found in self.samples[name]], max)
+                for name in names}
+
+    def settled(self, name, key, begin, end):
+        """The median of what a process held in a part of the time, some time after its start; `None` if that was
+        hardly seen."""
+        values = [found[key] for at, found in self.samples[name]
+                  if begin <= at < end and found["age_s"] >= SETTLED_AFTER_S]
+        return statistics.median(values) if len(values) >= SAMPLES_MIN else None
+
+    def said_most(self, name, key, begin, end):
+        """Median and most of what a node said."""
+        values = [said[key] for at, said in self.said[name] if begin <= at < end]
+        return (statistics.median(values), max(values)) if values else (0, 0)

@@ -1,0 +1,263 @@
+//! The checker, checked: small histories whose answer is known, all orders tried one by one, and a
+//! real record seen at random moments.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::checker::{Did, Op, State, keys, linearizable, shortest};
+use crate::broker::FIELDS;
+
+type Fields = [Option<i64>; FIELDS.len()];
+
+fn op(begun: u64, ended: impl Into<Option<u64>>, did: Did) -> Op {
+    Op {
+        begun,
+        ended: ended.into(),
+        did,
+        who: String::new(),
+    }
+}
+
+/// Sets the first field.
+fn set(begun: u64, ended: impl Into<Option<u64>>, value: i64) -> Op {
+    op(begun, ended, Did::Set([Some(value), None, None, None]))
+}
+
+/// Finds the first field, and 0 in the others; 0 is no record.
+fn get(begun: u64, ended: u64, value: i64) -> Op {
+    let found = (value != 0).then_some([value, 0, 0, 0]);
+    op(begun, ended, Did::Get(found))
+}
+
+#[test]
+fn histories_that_make_sense_are_accepted() {
+    let both = Did::Set([Some(7), Some(8), None, None]);
+    let histories = [
+        vec![],
+        vec![get(0, 1, 0), set(2, 3, 1), get(4, 5, 1), get(6, 7, 1)],
+        // Writes that overlap, in either order.
+        vec![set(0, 9, 1), set(0, 9, 2), get(2, 3, 1), get(4, 5, 2)],
+        vec![set(0, 9, 1), set(0, 9, 2), get(2, 3, 2), get(4, 5, 1)],
+        // A read beside a write, before it and after it.
+        vec![set(0, 9, 1), get(1, 2, 0), get(3, 4, 1)],
+        // A write without an end: late, or never.
+        vec![
+            set(0, None, 1),
+            get(1, 2, 0),
+            get(50, 51, 0),
+            get(60, 61, 1),
+        ],
+        vec![set(0, None, 1), set(2, 3, 2), get(4, 5, 2), get(6, 7, 1)],
+        vec![set(0, None, 1), set(2, 3, 2), get(4, 5, 2)],
+        // A read that ends after what it should not have seen began.
+        vec![get(0, 9, 1), set(5, 6, 1)],
+        // Two fields at once, one of them overwritten beside.
+        vec![
+            op(0, 9, both),
+            set(0, 9, 1),
+            op(10, 11, Did::Get(Some([1, 8, 0, 0]))),
+        ],
+    ];
+    for history in histories {
+        assert!(linearizable(&history), "{history:#?}");
+    }
+}
+
+#[test]
+fn histories_that_make_no_sense_are_found_and_told_in_short() {
+    let both = |begun, ended| op(begun, ended, Did::Set([Some(7), Some(8), None, None]));
+    let finds = |begun, values| op(begun, begun + 1, Did::Get(Some(values)));
+    // Each with how many of its operations it takes to see it.
+    let histories = [
+        // What was answered is lost.
+        (vec![set(0, 1, 1), get(2, 3, 0)], 2),
+        (vec![set(0, 1, 1), set(2, 3, 2), get(4, 5, 1)], 3),
+        // Nobody wrote it, or not yet.
+        (vec![set(0, 1, 1), get(2, 3, 5)], 1),
+        (vec![get(0, 1, 1), set(2, 3, 1)], 1),
+        // Back in time.
+        (vec![set(0, None, 1), get(1, 2, 1), get(3, 4, 0)], 3),
+        (
+            vec![
+                set(0, 99, 1),
+                set(0, 99, 2),
+                get(2, 3, 1),
+                get(4, 5, 2),
+                get(6, 7, 1),
+            ],
+            5,
+        ),
+        // Half of a write.
+        (vec![both(0, Some(9)), finds(2, [7, 0, 0, 0])], 2),
+        (vec![both(0, None), finds(2, [0, 8, 0, 0])], 2),
+        // Two readers that see two writes in two orders.
+        (
+            vec![
+                both(0, None),
+                set(0, None, 1),
+                finds(3, [1, 8, 0, 0]),
+                finds(5, [7, 8, 0, 0]),
+            ],
+            4,
+        ),
+    ];
+    for (history, enough) in histories {
+        assert!(!linearizable(&history), "{history:#?}");
+        let least = shortest(&history);
+        assert!(!linearizable(&least));
+        assert_eq!(least.len(), enough, "{least:#?}");
+    }
+}
+
+#[test]
+fn one_wrong_read_in_a_long_history_is_told_with_what_it_takes() {
+    let mut history = Vec::new();
+    for n in 1..=500 {
+        let begun = 10 * n as u64;
+        history.extend([set(begun, begun + 12, n), get(begun + 13, begun + 14, n)]);
+    }
+    assert!(linearizable(&history));
+    history.push(get(3018, 3019, 298));
+    assert!(!linearizable(&history));
+    let told: Vec<String> = shortest(&history).iter().map(Op::to_string).collect();
+    assert_eq!(told.len(), 3, "{told:#?}");
+    assert!(
+        told[0].contains("sets {\"postpaid_limit\": 298}"),
+        "{told:#?}"
+    );
+    assert!(told[2].contains("finds [298, 0, 0, 0]"), "{told:#?}");
+}
+
+/// Every order, one by one.
+fn by_all_orders(left: &mut Vec<Op>, state: State) -> bool {
+    if left.iter().all(|op| op.ended.is_none()) {
+        return true;
+    }
+    for index in 0..left.len() {
+        let first = left.remove(index);
+        let too_late = left
+            .iter()
+            .any(|op| op.ended.is_some_and(|end| end < first.begun));
+        let next = match &first.did {
+            _ if too_late => None,
+            Did::Get(found) => (*found == state).then_some(state),
+            Did::Set(fields) => Some(Some(applied(state, fields))),
+        };
+        let found = next.is_some_and(|next| by_all_orders(left, next));
+        left.insert(index, first);
+        if found {
+            return true;
+        }
+    }
+    false
+}
+
+fn applied(state: State, fields: &Fields) -> [i64; FIELDS.len()] {
+    let mut values = state.unwrap_or_default();
+    for (field, value) in keys(fields) {
+        values[field] = value;
+    }
+    values
+}
+
+/// Which fields a write sets.
+fn fields() -> impl Strategy<Value = [bool; FIELDS.len()]> {
+    any::<[bool; FIELDS.len()]>().prop_filter("sets something", |fields| fields.contains(&true))
+}
+
+/// Writes and reads at any times; what is read has mostly been written.
+fn small_history() -> impl Strategy<Value = Vec<Op>> {
+    // Two fields are enough for one write to overwrite half of another.
+    let write = (
+        0..8u64,
+        1..8u64,
+        any::<bool>(),
+        prop_oneof![Just(1), Just(2), Just(3)],
+    );
+    let read = (0..12u64, 1..8u64, 0..5i64, 0..5i64);
+    (vec(write, 0..5), vec(read, 0..4)).prop_map(|(writes, reads)| {
+        let writes = writes
+            .into_iter()
+            .enumerate()
+            .map(|(n, (begun, took, known, which))| {
+                let value = |bit| (which & bit != 0).then_some(n as i64 + 1);
+                let did = Did::Set([value(1), value(2), None, None]);
+                op(begun, known.then_some(begun + took), did)
+            });
+        let reads = reads.into_iter().map(|(begun, took, one, other)| {
+            let found = (one != 0 || other != 0).then_some([one, other, 0, 0]);
+            op(begun, begun + took, Did::Get(found))
+        });
+        writes.chain(reads).collect()
+    })
+}
+
+/// What was done to a record at moments 10 apart, each operation begun and ended around its own;
+/// the writes that are not known to have happened are told as such, and some have not.
+fn real_history() -> impl Strategy<Value = Vec<Op>> {
+    let one = (proptest::option::of(fields()), 0..60u64, 0..60u64, 0..10u8);
+    vec(one, 1..400).prop_map(|all| {
+        let mut state = None;
+        let mut history = Vec::new();
+        for (n, (write, before, after, fate)) in all.into_iter().enumerate() {
+            let moment = 100 + n as u64 * 10;
+            let ended = (fate > 1).then_some(moment + after);
+            let (ended, did) = match write {
+                Some(which) => {
+                    let fields = which.map(|set| set.then_some(n as i64 + 1));
+                    if fate > 0 {
+                        state = Some(applied(state, &fields));
+                    }
+                    (ended, Did::Set(fields))
+                }
+                None => (Some(moment + after), Did::Get(state)),
+            };
+            history.push(op(moment - before, ended, did));
+        }
+        history
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn it_agrees_with_all_orders_tried(history in small_history()) {
+        let wanted = by_all_orders(&mut history.clone(), None);
+        prop_assert_eq!(linearizable(&history), wanted);
+        if !wanted {
+            let least = shortest(&history);
+            prop_assert!(!by_all_orders(&mut least.clone(), None), "{:#?}", least);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_a_record_went_through_is_accepted_and_a_read_from_the_past_is_not(history in real_history()) {
+        prop_assert!(linearizable(&history));
+        // A read that finds what was overwritten for certain before it began.
+        let end = 100 + 10 * history.len() as u64 + 60;
+        let known = |op: &&Op| matches!(op.did, Did::Set(_)) && op.ended.is_some();
+        let mut overwritten = None;
+        for old in history.iter().filter(known) {
+            for new in history.iter().filter(known) {
+                if let (Did::Set(before), Did::Set(after)) = (&old.did, &new.did)
+                    && old.ended < Some(new.begun)
+                    && let Some((field, value)) = keys(before).find(|(field, _)| after[*field].is_some())
+                {
+                    overwritten = Some((field, value));
+                }
+            }
+        }
+        if let Some((field, value)) = overwritten {
+            let mut values = [0; FIELDS.len()];
+            values[field] = value;
+            let mut wrong = history.clone();
+            wrong.push(op(end, end + 1, Did::Get(Some(values))));
+            prop_assert!(!linearizable(&wrong));
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Three replicas, a proxy before each, and clients that record what they are told.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::process::Command;
+
+use async_nats::jetstream::stream::Config;
+use futures_util::future::join_all;
+use tempfile::TempDir;
+
+use super::checker::{Did, Op, linearizable, shortest};
+use super::history::{Asked, Outcome, REPLICAS, Record, Recorder, USERS, user_id};
+use super::order::Order;
+use crate::broker::{Broker, STREAM, replica_at};
+use crate::harness::Node;
+use crate::proxy::Proxy;
+use crate::seeded::Truth;
+use crate::wire::eventually;
+
+/// The replica that has a disk.
+pub(super) const KEEPS: usize = 2;
+
+pub(super) struct Cluster {
+    pub(super) broker: Broker,
+    pub(super) proxies: Vec<Proxy>,
+    pub(super) clients: Recorder,
+    nodes: Vec<Option<Node>>,
+    truth: Truth,
+    dir: TempDir,
+}
+
+impl Cluster {
+    pub(super) async fn start() -> Self {
+        let (broker, dir) = (Broker::start().await, tempfile::tempdir().unwrap());
+        let proxies = join_all((0..REPLICAS).map(|_| Proxy::to(broker.address))).await;
+        let start =
+            async |index: usize| Node::start_with(&mut command(&dir, &proxies, index)).await;
+        let nodes = join_all((0..REPLICAS).map(start)).await;
+        let clients = Recorder::start(nodes.iter().map(|node| (**node).clone()).collect());
+        Self {
+            broker,
+            proxies,
+            clients,
+            nodes: nodes.into_iter().map(Some).collect(),
+            truth: Truth::new(),
+            dir,
+        }
+    }
+
+    pub(super) fn node(&self, index: usize) -> &Node {
+        self.nodes[index].as_ref().expect("it was killed")
+    }
+
+    pub(super) fn kill(&mut self, index: usize) {
+        self.nodes[index].take().expect("it was killed").kill();
+    }
+
+    /// Starts a replica again. Clients ask it from when it listens, long before it is ready.
+    pub(super) async fn launch(&mut self, index: usize) {
+        let node = Node::launch(&mut command(&self.dir, &self.proxies, index)).await;
+        self.clients.replaced(index, &node);
+        self.nodes[index] = Some(node);
+    }
+
+    /// Waits until a write of each replica has come back to it.
+    pub(super) async fn all_write(&self) {
+        for node in self.nodes.iter().flatten() {
+            let patches = "gradestore_batch_duration_seconds_count";
+            let before = node.metric(patches).await.unwrap_or(0.0);
+            eventually("a write of its own", async || {
+                (node.metric(patches).await? > before).then_some(())
+            })
+            .await;
+        }
+    }
+
+    /// Makes the stream forget what a replica that is cut off needs next.
+    pub(super) async fn trim_beyond(&mut self, index: usize) {
+        let status = self.node(index).ops("/status").await.json();
+        let position = status["position"].as_u64().unwrap();
+        self.truth.read(&self.broker).await;
+        let context = self.broker.client().await;
+        let mut stream = context.get_stream(STREAM).await.unwrap();
+        let last = stream.info().await.unwrap().state.last_sequence;
+        let config = stream.cached_info().config.clone();
+        let kept = (last - position - 1) as i64;
+        for max_messages in [kept, config.max_messages] {
+            let changed = Config {
+                max_messages,
+                ..config.clone()
+            };
+            context.update_stream(changed).await.unwrap();
+        }
+        let first = stream.info().await.unwrap().state.first_sequence;
+        assert!(first > position + 1, "{first}");
+    }
+
+    /// Ends the clients, and checks all that was recorded.
+    pub(super) async fn check(mut self) {
+        for node in self.nodes.iter().flatten() {
+            eventually("ready", async || {
+                (node.ops("/readyz/write").await.status == 200).then_some(())
+            })
+            .await;
+        }
+        let records = self.clients.stop().await;
+        let nodes: Vec<_> = self.nodes.iter().flatten().map(|node| &**node).collect();
+        self.truth.check(&self.broker, &nodes, &[]).await;
+        tell(&records);
+        for replica in 0..REPLICAS {
+            for user in 0..USERS {
+                let history = history_of(&records, replica, user);
+                if !linearizable(&history) {
+                    panic!("{}", told(&history, replica, user));
+                }
+            }
+        }
+        Order::new(&records, &self.truth.log).check();
+    }
+}
+
+fn command(dir: &TempDir, proxies: &[Proxy], index: usize) -> Command {
+    let mut command = replica_at(proxies[index].address);
+    if index == KEEPS {
+        command
+            .env("GRADESTORE_EPHEMERAL", "false")
+            .args(["--snapshot-interval", "1s", "--data-dir"])
+            .arg(dir.path());
+    }
+    command
+}
+
+/// How much was recorded, for who reads the output.
+fn tell(records: &[Record]) {
+    let count = |of: fn(&Asked) -> bool| records.iter().filter(|record| of(&record.asked)).count();
+    let outcome = |is: fn(&Outcome) -> bool| {
+        let of =
+            |record: &&Record| matches!(&record.asked, Asked::Set { outcome, .. } if is(outcome));
+        records.iter().filter(of).count()
+    };
+    let reads = count(|asked| matches!(asked, Asked::Get { .. }));
+    let written = outcome(|outcome| matches!(outcome, Outcome::Written(_)));
+    let refused = outcome(|outcome| *outcome == Outcome::NotWritten);
+    let unknown = outcome(|outcome| *outcome == Outcome::Unknown);
+    println!("{reads} reads, {written} writes, {refused} refused, {unknown} without an answer");
+    // A history without these says nothing.
+    assert!(reads > 100 && written > 100);
+    let users: BTreeSet<usize> = records.iter().map(|record| record.user).collect();
+    assert_eq!(users.len(), USERS);
+}
+
+/// What one replica was asked of one user, and what others were told to write to it.
+fn history_of(records: &[Record], replica: usize, user: usize) -> Vec<Op> {
+    let of_user = records.iter().filter(|record| record.user == user);
+    let op = |record: &Record| {
+        let here = record.replica == replica;
+        let (ended, did) = match &record.asked {
+            Asked::Set {
+                outcome: Outcome::NotWritten,
+                ..
+            } => return None,
+            Asked::Set { fields, outcome } => {
+                let answered = here && matches!(outcome, Outcome::Written(_));
+                (answered.then_some(record.ended), Did::Set(*fields))
+            }
+            Asked::Get { found, .. } if here => (Some(record.ended), Did::Get(*found)),
+            Asked::Get { .. } => return None,
+        };
+        Some(Op {
+            begun: record.begun,
+            ended,
+            did,
+            who: format!("client {:2}, replica {}", record.client, record.replica),
+        })
+    };
+    of_user.filter_map(op).collect()
+}
+
+/// What is wrong with a history, as short as it gets.
+fn told(history: &[Op], replica: usize, user: usize) -> String {
+    let least = shortest(history);
+    let mut told = format!(
+        "replica {replica} is not linearizable for {}; of {} operations these {} are enough to see it:\n",
+        user_id(user),
+        history.len(),
+        least.len()
+    );
+    for op in least {
+        let _ = writeln!(told, "{op}");
+    }
+    told
+}

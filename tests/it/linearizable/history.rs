@@ -1,0 +1,264 @@
+//! What many clients asked and were told, each with its times.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use serde_json::{Map, Value};
+use tokio::task::JoinSet;
+
+use super::checker::{State, keys};
+use crate::broker::FIELDS;
+use crate::disk::Rng;
+use crate::harness::{AUTHORIZATION, Ports};
+use crate::wire::{Answer, eventually, in_time};
+
+pub(crate) const REPLICAS: usize = 3;
+/// Few, so that clients meet.
+pub(crate) const USERS: usize = 3;
+const CLIENTS: usize = 12;
+/// How long a client waits for an answer. A process that stands still gives none for longer.
+const ANSWER_MAX: Duration = Duration::from_millis(300);
+/// A client that is refused does not insist at once.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// What was asked, and what came of it.
+#[derive(Debug, Clone)]
+pub(crate) enum Asked {
+    Set {
+        fields: [Option<i64>; FIELDS.len()],
+        outcome: Outcome,
+    },
+    /// A read that was answered; `position` is what it asked for.
+    Get { position: Option<u64>, found: State },
+}
+
+/// What a client knows of its write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It was answered with this position.
+    Written(u64),
+    /// It was refused, or the connection for it was.
+    NotWritten,
+    /// It may have been written, or be written later, once or never.
+    Unknown,
+}
+
+/// One request. Times are nanoseconds of one clock.
+#[derive(Debug, Clone)]
+pub(crate) struct Record {
+    pub(crate) client: usize,
+    pub(crate) replica: usize,
+    pub(crate) user: usize,
+    pub(crate) begun: u64,
+    pub(crate) ended: u64,
+    pub(crate) asked: Asked,
+}
+
+/// A user's id.
+pub(crate) fn user_id(user: usize) -> String {
+    format!("user-{user}")
+}
+
+/// Clients that ask all replicas until they are told to stop, whatever befalls these.
+pub(crate) struct Recorder {
+    replicas: Arc<Mutex<Vec<Ports>>>,
+    stop: Arc<AtomicBool>,
+    answered: Arc<[AtomicUsize; REPLICAS]>,
+    clients: JoinSet<Vec<Record>>,
+}
+
+impl Recorder {
+    pub(crate) fn start(replicas: Vec<Ports>) -> Self {
+        assert_eq!(replicas.len(), REPLICAS);
+        let replicas = Arc::new(Mutex::new(replicas));
+        let (stop, answered) = (Arc::<AtomicBool>::default(), Arc::default());
+        let mut clients = JoinSet::new();
+        let clock = Instant::now();
+        for id in 0..CLIENTS {
+            let client = Client {
+                id,
+                clock,
+                random: Rng(id as u64 + 1),
+                replicas: Arc::clone(&replicas),
+                position: None,
+                writes: 0,
+            };
+            clients.spawn(client.run(Arc::clone(&stop), Arc::clone(&answered)));
+        }
+        Self {
+            replicas,
+            stop,
+            answered,
+            clients,
+        }
+    }
+
+    /// The replica at `index` is there now.
+    pub(crate) fn replaced(&self, index: usize, ports: &Ports) {
+        self.replicas.lock()[index] = ports.clone();
+    }
+
+    /// Waits until one replica, or all of them, have answered so many requests more.
+    pub(crate) async fn more(&self, replica: Option<usize>, answers: usize) {
+        let now = || match replica {
+            Some(replica) => self.answered[replica].load(Ordering::Relaxed),
+            None => self
+                .answered
+                .iter()
+                .map(|one| one.load(Ordering::Relaxed))
+                .sum(),
+        };
+        let wanted = now() + answers;
+        eventually("more answers", async || (now() >= wanted).then_some(())).await;
+    }
+
+    /// Stops them; what they recorded.
+    pub(crate) async fn stop(self) -> Vec<Record> {
+        self.stop.store(true, Ordering::Relaxed);
+        let all = in_time("the clients' end", self.clients.join_all()).await;
+        all.into_iter().flatten().collect()
+    }
+}
+
+struct Client {
+    id: usize,
+    clock: Instant,
+    random: Rng,
+    replicas: Arc<Mutex<Vec<Ports>>>,
+    /// That of its last answered write.
+    position: Option<u64>,
+    writes: usize,
+}
+
+impl Client {
+    async fn run(
+        mut self,
+        stop: Arc<AtomicBool>,
+        answered: Arc<[AtomicUsize; REPLICAS]>,
+    ) -> Vec<Record> {
+        let mut records = Vec::new();
+        while !stop.load(Ordering::Relaxed) {
+            let replica = self.replica();
+            let user = self.random.below(USERS as u64) as usize;
+            let ports = self.replicas.lock()[replica].clone();
+            let write = self.random.below(2) == 0;
+            let begun = self.now();
+            let asked = match write {
+                true => Some(self.set(&ports, user).await),
+                false => self.get(&ports, user).await,
+            };
+            let ended = self.now();
+            let was_answered = !matches!(
+                asked,
+                None | Some(Asked::Set {
+                    outcome: Outcome::NotWritten | Outcome::Unknown,
+                    ..
+                })
+            );
+            if let Some(asked) = asked {
+                records.push(Record {
+                    client: self.id,
+                    replica,
+                    user,
+                    begun,
+                    ended,
+                    asked,
+                });
+            }
+            match was_answered {
+                true => _ = answered[replica].fetch_add(1, Ordering::Relaxed),
+                false => tokio::time::sleep(PAUSE).await,
+            }
+        }
+        records
+    }
+
+    /// Half of the clients go to one replica each, so that one that stands still does not hold up
+    /// all; the others to any.
+    fn replica(&mut self) -> usize {
+        match self.id % 2 {
+            0 => self.id / 2 % REPLICAS,
+            _ => self.random.below(REPLICAS as u64) as usize,
+        }
+    }
+
+    fn now(&self) -> u64 {
+        self.clock.elapsed().as_nanos() as u64
+    }
+
+    /// Some of the fields, to values that nobody else sets.
+    fn fields(&mut self) -> [Option<i64>; FIELDS.len()] {
+        self.writes += 1;
+        let value = (self.id * 1_000_000 + self.writes) as i64;
+        let which = 1 + self.random.below((1 << FIELDS.len()) - 1);
+        std::array::from_fn(|field| (which >> field & 1 == 1).then_some(value))
+    }
+
+    async fn set(&mut self, ports: &Ports, user: usize) -> Asked {
+        let fields = self.fields();
+        let mut patch = Map::from_iter([("user_id".to_owned(), Value::from(user_id(user)))]);
+        patch.extend(keys(&fields).map(|(field, value)| (FIELDS[field].to_owned(), value.into())));
+        let request = ports.client.post(format!("http://{}/set", ports.write));
+        let request = request
+            .header("authorization", AUTHORIZATION)
+            .header("content-type", "application/json")
+            .body(Value::from(patch).to_string());
+        let outcome = match answer(request).await {
+            Ok(Some(answer)) => match answer.status {
+                204 => Outcome::Written(answer.position()),
+                503 => Outcome::NotWritten,
+                504 => Outcome::Unknown,
+                _ => panic!("{answer:?}"),
+            },
+            // There was nobody to send it to.
+            Err(error) if error.is_connect() => Outcome::NotWritten,
+            Ok(None) | Err(_) => Outcome::Unknown,
+        };
+        if let Outcome::Written(position) = outcome {
+            self.position = Some(position);
+        }
+        Asked::Set { fields, outcome }
+    }
+
+    /// A read; every other one at the position of this client's last write. `None` if it was not
+    /// answered.
+    async fn get(&mut self, ports: &Ports, user: usize) -> Option<Asked> {
+        let url = format!("http://{}/get?user_id={}", ports.read, user_id(user));
+        let mut request = ports.client.get(url);
+        let position = self.position.filter(|_| self.random.below(2) == 0);
+        if let Some(position) = position {
+            request = request.header("grade-position", position);
+        }
+        let answer = answer(request).await.ok()??;
+        let found = match answer.status {
+            200 => {
+                let grade = answer.json();
+                Some(FIELDS.map(|field| grade[field].as_i64().unwrap()))
+            }
+            404 => None,
+            503 => return None,
+            _ => panic!("{answer:?}"),
+        };
+        Some(Asked::Get { position, found })
+    }
+}
+
+/// The answer to a request, whole; `None` if it takes too long.
+async fn answer(request: reqwest::RequestBuilder) -> Result<Option<Answer>, reqwest::Error> {
+    let asked = async {
+        let response = request.send().await?;
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        let body = response.text().await?;
+        Ok(Answer {
+            status,
+            headers,
+            body,
+        })
+    };
+    match tokio::time::timeout(ANSWER_MAX, asked).await {
+        Ok(answered) => answered.map(Some),
+        Err(_elapsed) => Ok(None),
+    }
+}

@@ -1,0 +1,85 @@
+//! The log's check, checked: a history that it tells, and the same with one thing wrong at a time.
+
+use std::collections::BTreeMap;
+use std::panic::catch_unwind;
+
+use super::checker::State;
+use super::history::{Asked, Outcome, Record, user_id};
+use super::order::Order;
+use crate::broker::Write;
+
+fn set(replica: usize, begun: u64, value: i64, outcome: Outcome) -> Record {
+    let fields = [Some(value), None, None, None];
+    record(replica, begun, Asked::Set { fields, outcome })
+}
+
+fn get(replica: usize, begun: u64, position: Option<u64>, value: i64) -> Record {
+    let found: State = (value != 0).then_some([value, 0, 0, 0]);
+    record(replica, begun, Asked::Get { position, found })
+}
+
+fn record(replica: usize, begun: u64, asked: Asked) -> Record {
+    Record {
+        client: 0,
+        replica,
+        user: 0,
+        begun,
+        ended: begun + 1,
+        asked,
+    }
+}
+
+/// Whether the log with these values, a batch each, tells `records`.
+fn tells(values: &[i64], records: Vec<Record>) -> bool {
+    let batch = |(index, value): (usize, &i64)| {
+        let (user, field, value) = (user_id(0), 0, *value);
+        (index as u64 + 1, vec![Write { user, field, value }])
+    };
+    let log: BTreeMap<u64, Vec<Write>> = values.iter().enumerate().map(batch).collect();
+    catch_unwind(|| Order::new(&records, &log).check()).is_ok()
+}
+
+#[test]
+fn what_the_log_does_not_tell_is_found() {
+    let written =
+        |replica, begun, value, position| set(replica, begun, value, Outcome::Written(position));
+    let unknown = |replica, begun, value| set(replica, begun, value, Outcome::Unknown);
+    let two = || vec![written(0, 0, 1, 1), written(1, 10, 2, 2)];
+    let with = |more: &[Record]| [two(), more.to_vec()].concat();
+
+    assert!(tells(&[1, 2], two()));
+    // A replica that was not written to may be behind, but does not go back.
+    assert!(tells(
+        &[1, 2],
+        with(&[get(2, 20, None, 0), get(2, 30, None, 2)])
+    ));
+    assert!(!tells(
+        &[1, 2],
+        with(&[get(2, 20, None, 2), get(2, 30, None, 1)])
+    ));
+    // It holds what it has answered, and what it is asked for.
+    assert!(!tells(&[1, 2], with(&[get(1, 20, None, 1)])));
+    assert!(tells(&[1, 2], with(&[get(2, 20, Some(1), 1)])));
+    assert!(!tells(&[1, 2], with(&[get(2, 20, Some(2), 1)])));
+    // Nothing is seen before it is sent, nor what the log does not have.
+    assert!(!tells(&[1, 2], with(&[get(2, 5, None, 2)])));
+    assert!(!tells(
+        &[1, 2],
+        with(&[unknown(0, 20, 3), get(2, 30, None, 3)])
+    ));
+    // What has no answer may be there or not, and anywhere behind where it began.
+    assert!(tells(&[1, 2, 3], with(&[unknown(0, 5, 3)])));
+    let between = [written(0, 0, 1, 1), unknown(0, 5, 3), written(1, 10, 2, 3)];
+    assert!(tells(&[1, 3, 2], between.to_vec()));
+    assert!(!tells(&[1, 2, 3, 3], with(&[unknown(0, 5, 3)])));
+    // What was refused is not there.
+    assert!(!tells(
+        &[1, 2, 3],
+        with(&[set(0, 5, 3, Outcome::NotWritten)])
+    ));
+    // What was answered is, in its place, and in the order of time.
+    assert!(!tells(&[1], two()));
+    assert!(!tells(&[2, 1], two()));
+    let swapped = vec![written(0, 0, 1, 2), written(1, 10, 2, 1)];
+    assert!(!tells(&[2, 1], swapped));
+}
