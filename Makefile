@@ -1,6 +1,6 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test check bench fuzz load-tools roundtrip compare jetstream backups drill
+.PHONY: help run cluster test faults check bench fuzz load-tools roundtrip compare jetstream backups drill
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -14,6 +14,12 @@ cluster: ## a broker and three replicas on this machine; Ctrl-C ends all
 test: ## every test
 	tests/install.sh
 	cargo test --locked
+
+FAULTS ?=
+faults: ## faults times what a replica is doing, each cell on real processes; FAULTS="kill/restoring" runs one cell
+	tests/install.sh
+	tests/faults/install.sh
+	cargo test --locked --test faults -- $(FAULTS)
 
 check: ## format, lints and docs, warnings as errors
 	cargo fmt --check

@@ -13,13 +13,6 @@ use crate::harness::{Node, Ports, run};
 use crate::proxy::{Proxy, Rules};
 
 const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
-const DEAD: Rules = Rules {
-    deaf: true,
-    mute: true,
-    hold_batches: false,
-    lose_batches: false,
-    lose_acks: false,
-};
 
 /// Waits until a node says that it can't follow its log any more; checks that it serves nothing.
 async fn stopped(node: &Ports, reason: &str) {
@@ -36,7 +29,7 @@ async fn cut_off(broker: &Broker) -> (Node, Proxy) {
     let proxy = Proxy::to(broker.address).await;
     let node = Node::start_with(&mut replica_at(proxy.address)).await;
     assert_eq!(node.set(PATCH).await.position(), 1);
-    proxy.set(DEAD);
+    proxy.set(Rules::DEAD);
     proxy.cut();
     status_where(&node, "read-only", |status| status["state"] == "read-only").await;
     (node, proxy)
@@ -152,7 +145,7 @@ async fn a_broker_that_lost_batches_is_not_followed() {
     let proxy = Proxy::to(broker.address).await;
     let b = Node::start_with(&mut replica_at(proxy.address)).await;
     at(&b, 4).await;
-    proxy.set(DEAD);
+    proxy.set(Rules::DEAD);
     proxy.cut();
     restarted.signal(Signal::TERM);
     assert!(restarted.exit().await.success());

@@ -108,9 +108,10 @@ impl Cluster {
 
 /// What a plain fold of the log gives, so far.
 pub(crate) struct Truth {
-    store: Store,
-    position: u64,
-    log: BTreeMap<u64, Vec<Write>>,
+    pub(crate) store: Store,
+    pub(crate) position: u64,
+    /// What each batch sets.
+    pub(crate) log: BTreeMap<u64, Vec<Write>>,
 }
 
 impl Truth {
