@@ -185,13 +185,19 @@ pub enum ReadError {
         wanted: Seq,
     },
     /// The log is not there any more.
-    #[error("log {id} is gone: its stream was removed")]
+    #[error(
+        "log {id} is gone: its stream was removed; put the right log back and start this replica \
+         again"
+    )]
     Gone {
         /// Which one it was.
         id: LogId,
     },
     /// Another log is in its place.
-    #[error("log {was} is gone and {is} is in its place: its stream was removed and made anew")]
+    #[error(
+        "log {was} is gone and {is} is in its place: its stream was removed and made anew; put the \
+         right log back and start this replica again"
+    )]
     Replaced {
         /// Which one it was.
         was: LogId,
@@ -199,7 +205,10 @@ pub enum ReadError {
         is: LogId,
     },
     /// The log ends before a batch that was read.
-    #[error("the log ends at batch {end} and had batch {applied} before: the broker lost batches")]
+    #[error(
+        "the log ends at batch {end} and had batch {applied} before: the broker lost batches; put \
+         the right log back and start this replica again"
+    )]
     Shorter {
         /// The log's last batch.
         end: Seq,
@@ -208,7 +217,8 @@ pub enum ReadError {
     },
     /// The log holds another batch in the place of one that was read.
     #[error(
-        "batch {seq} of the log is not the one it was: the broker lost batches and took others"
+        "batch {seq} of the log is not the one it was: the broker lost batches and took others \
+         since; put the right log back and start this replica again"
     )]
     Rewritten {
         /// The place.

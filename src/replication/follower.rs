@@ -54,9 +54,9 @@ impl Follower {
         };
         let mut pauses = Pauses::default();
         loop {
-            let error;
+            let (error, sound);
             let began_at = Instant::now();
-            (error, latch) = match begun {
+            (error, latch, sound) = match begun {
                 Ok(begun) => self.follow(begun, latch).await,
                 Err(error) => {
                     tracing::error!(%error, "no way to a whole state, not serving");
@@ -65,6 +65,9 @@ impl Follower {
                 }
             };
             let Ending::Resync { doubtful, at_least } = self.ending(&error) else {
+                if sound && self.bootstrap.log.shared() {
+                    self.keep_state().await;
+                }
                 return std::future::pending().await;
             };
             if began_at.elapsed() > PAUSE_MAX {
@@ -78,6 +81,15 @@ impl Follower {
             self.resyncs.increment(1);
             self.give_up_state(doubtful).await;
             begun = self.begin(&latch, at_least).await;
+        }
+    }
+
+    /// Writes down what nothing will be added to. Of a log that is gone this is all there is since
+    /// the last snapshot, and without any a start would take the log in its place for the first.
+    async fn keep_state(&self) {
+        if let Some(snapshotter) = &self.snapshotter {
+            let epoch = self.bootstrap.store.epoch();
+            snapshotter.write_if_changed(epoch).await;
         }
     }
 
@@ -131,9 +143,9 @@ impl Follower {
         }
     }
 
-    /// Applies the log, and lets go of `latch` once the state is whole. Returns why it ended, and
-    /// what keeps the replica unready since.
-    async fn follow(&self, begun: Begun, latch: Latch) -> (ReaderError, Latch) {
+    /// Applies the log, and lets go of `latch` once the state is whole. Returns why it ended, what
+    /// keeps the replica unready since, and whether it was ready until then.
+    async fn follow(&self, begun: Begun, latch: Latch) -> (ReaderError, Latch, bool) {
         let Begun {
             mut subscription,
             whole_from,
@@ -161,16 +173,17 @@ impl Follower {
             error = &mut reading => Err(error),
             ready = ready => ready.map_err(ReaderError::from),
         };
-        let (error, latch) = match caught_up {
-            Err(error) => (error, latch),
+        let (error, latch, sound) = match caught_up {
+            Err(error) => (error, latch, false),
             Ok(()) => {
                 self.bootstrap.tracker.done();
                 let (position, records) = (applied.seq(), self.bootstrap.store.len());
                 drop(latch);
                 tracing::info!(log = log.kind(), position, records, "ready");
                 let error = reading.await;
+                let sound = self.readiness.reads().is_ok();
                 let latch = self.readiness.hold(Scope::All, "gap", error.to_string());
-                (error, latch)
+                (error, latch, sound)
             }
         };
         let state = match error {
@@ -179,7 +192,7 @@ impl Follower {
         };
         latch.say(state, error.to_string());
         tracing::error!(%error, "log reader stopped");
-        (error, latch)
+        (error, latch, sound)
     }
 
     fn ending(&self, error: &ReaderError) -> Ending {
