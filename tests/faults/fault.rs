@@ -122,7 +122,7 @@ impl Fault {
             Self::Freeze => {
                 scene.node(A).signal(Signal::STOP);
                 for index in [B, C] {
-                    scene.load.progress(index, 50).await;
+                    scene.load.progress(index, 30).await;
                 }
                 scene.node(A).signal(Signal::CONT);
                 scene.go_on().await;
@@ -168,17 +168,18 @@ async fn cut(scene: &mut Scene, but: fn(&mut Rules)) {
     let mut dead = Rules::DEAD;
     but(&mut dead);
     scene.connection(dead);
-    not_writable(scene, A).await;
-    // The others do not notice.
-    for index in [B, C] {
-        scene.load.progress(index, 20).await;
-    }
     if scene.stage == Stage::Restoring {
-        // All rows come in meanwhile; that is not enough.
+        // All rows come in meanwhile; that is not enough. And a peer that is held for long is given
+        // up, and no other is found without the broker.
         scene.release().await;
         let node = scene.node(A);
         let rows = |status: &serde_json::Value| status["restore"]["rows"].as_u64();
         status_where(node, "all rows", |status| rows(status) >= Some(ROWS)).await;
+    }
+    not_writable(scene, A).await;
+    // The others do not notice.
+    for index in [B, C] {
+        scene.load.progress(index, 20).await;
     }
     if scene.stage.incomplete() {
         serves_nothing(scene.node(A), &["restoring", "catching-up"]).await;

@@ -24,7 +24,7 @@ pub(crate) const B: usize = 1;
 /// One more.
 pub(crate) const C: usize = 2;
 /// Rows in the seed: a backup is more than the system holds of a connection or a pipe.
-pub(crate) const ROWS: u64 = 30_000;
+pub(crate) const ROWS: u64 = 40_000;
 
 /// What each process of a cell has said, by name.
 pub(crate) type Logs = Arc<Mutex<Vec<(String, Arc<Mutex<String>>)>>>;

@@ -13,8 +13,8 @@ use crate::scene::{A, B, C, Scene};
 use crate::throttle::Throttle;
 use crate::wire::eventually;
 
-/// What passes of a backup before it is held: less than all, more than the system holds.
-const HALF_BYTES: u64 = 500_000;
+/// What passes of a backup before it is held. With what the system holds it is less than all.
+const HALF_BYTES: u64 = 100_000;
 
 /// What the replica under test is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
