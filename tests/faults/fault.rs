@@ -116,14 +116,12 @@ impl Fault {
         match self {
             Self::Kill => {
                 scene.kill(A);
-                scene.load.progress(B, 20).await;
+                scene.load.progress(&[B], 10).await;
                 scene.go_on().await;
             }
             Self::Freeze => {
                 scene.node(A).signal(Signal::STOP);
-                for index in [B, C] {
-                    scene.load.progress(index, 30).await;
-                }
+                scene.load.progress(&[B, C], 10).await;
                 scene.node(A).signal(Signal::CONT);
                 scene.go_on().await;
             }
@@ -136,7 +134,7 @@ impl Fault {
                     ..Rules::default()
                 });
                 scene.go_on().await;
-                scene.load.progress(A, 10).await;
+                scene.load.progress(&[A], 10).await;
                 scene.connection(Rules::default());
             }
             Self::FullDisk => full_disk(scene).await,
@@ -178,9 +176,7 @@ async fn cut(scene: &mut Scene, but: fn(&mut Rules)) {
     }
     not_writable(scene, A).await;
     // The others do not notice.
-    for index in [B, C] {
-        scene.load.progress(index, 20).await;
-    }
+    scene.load.progress(&[B, C], 10).await;
     if scene.stage.incomplete() {
         serves_nothing(scene.node(A), &["restoring", "catching-up"]).await;
     }
@@ -202,7 +198,7 @@ async fn full_disk(scene: &mut Scene) {
     .await;
     let said = node.stderr.lock().clone();
     assert!(said.contains("No space left"), "{said}");
-    scene.load.progress(A, 20).await;
+    scene.load.progress(&[A], 10).await;
     let position = scene.position(A).await;
     drop(ballast);
     status_where(scene.node(A), "a snapshot", |status| {
@@ -219,7 +215,7 @@ async fn ack_lost(scene: &mut Scene) {
     };
     scene.connection(lost);
     scene.go_on().await;
-    scene.load.progress(A, 10).await;
+    scene.load.progress(&[A], 10).await;
     // Neither comes: it is sent again, and is in the log once.
     scene.connection(Rules {
         lose_batches: true,
@@ -238,10 +234,10 @@ async fn clock(scene: &mut Scene, seconds: i64) {
     let shift = |scene: &Scene, seconds| scene.clock.as_ref().expect("a clock").shift(seconds);
     shift(scene, seconds);
     scene.go_on().await;
-    scene.load.progress(A, 10).await;
+    scene.load.progress(&[A], 10).await;
     goes_by(scene, seconds).await;
     shift(scene, 0);
-    scene.load.progress(A, 10).await;
+    scene.load.progress(&[A], 10).await;
     goes_by(scene, 0).await;
 }
 

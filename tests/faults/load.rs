@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock};
 use tokio::task::JoinSet;
@@ -21,7 +22,7 @@ const USERS: usize = 5;
 /// How long a client waits for a replica that says nothing.
 const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// Between two requests of one client: the machine is to be busy with the fault.
-const PAUSE: Duration = Duration::from_millis(10);
+const PAUSE: Duration = Duration::from_millis(30);
 /// Values of one writer lie between its number times this and the next one's.
 const VALUES: i64 = 1_000_000_000;
 
@@ -79,8 +80,13 @@ impl Load {
         self.shared.replicas.lock()[index] = Some(ports.clone());
     }
 
-    /// Waits until the replica at `index` has answered so many writes more.
-    pub(crate) async fn progress(&self, index: usize, more: usize) {
+    /// Waits until each of these replicas has answered so many writes more.
+    pub(crate) async fn progress(&self, replicas: &[usize], more: usize) {
+        let all = replicas.iter().map(|index| self.progress_at(*index, more));
+        join_all(all).await;
+    }
+
+    async fn progress_at(&self, index: usize, more: usize) {
         let answered = &self.shared.answered[index];
         let wanted = answered.load(Ordering::Relaxed) + more;
         eventually(

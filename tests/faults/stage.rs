@@ -13,8 +13,10 @@ use crate::scene::{A, B, C, Scene};
 use crate::throttle::Throttle;
 use crate::wire::eventually;
 
-/// What passes of a backup before it is held. With what the system holds it is less than all.
-const HALF_BYTES: u64 = 100_000;
+/// What a client takes of a backup before it stops: with what the system holds it is less than all.
+const TAKEN_BYTES: u64 = 100_000;
+/// What passes of a peer's backup, which is not compressed, before it is held: some of its chunks.
+const PASSED_BYTES: u64 = 1_000_000;
 
 /// What the replica under test is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,9 +101,7 @@ async fn steady(scene: &mut Scene) {
     scene.start(A).await;
     scene.ready(A).await;
     scene.load_on();
-    for index in [A, B, C] {
-        scene.load.progress(index, 20).await;
-    }
+    scene.load.progress(&[A, B, C], 10).await;
 }
 
 async fn snapshot(scene: &mut Scene) -> Hold {
@@ -121,15 +121,13 @@ async fn snapshot(scene: &mut Scene) -> Hold {
     })
     .await;
     scene.load_on();
-    for index in [A, B, C] {
-        scene.load.progress(index, 20).await;
-    }
+    scene.load.progress(&[A, B, C], 10).await;
     Hold::Snapshot(pipe)
 }
 
 async fn backup(scene: &mut Scene) -> Hold {
     steady(scene).await;
-    let throttle = Throttle::to_nobody(HALF_BYTES).await;
+    let throttle = Throttle::to_nobody(TAKEN_BYTES).await;
     throttle.lead_to(scene.node(A).write);
     let through = Ports::new(throttle.address, throttle.address, throttle.address);
     scene.download = Some(tokio::spawn(async move {
@@ -144,11 +142,9 @@ async fn backup(scene: &mut Scene) -> Hold {
 
 async fn restoring(scene: &mut Scene) {
     scene.load_on();
-    for index in [B, C] {
-        scene.load.progress(index, 20).await;
-    }
+    scene.load.progress(&[B, C], 10).await;
     for way in &scene.ways {
-        way.limit(HALF_BYTES);
+        way.limit(PASSED_BYTES);
     }
     scene.held_at = scene.position(B).await;
     scene.start(A).await;
@@ -161,7 +157,7 @@ async fn restoring(scene: &mut Scene) {
         let restore = &status["restore"];
         status["state"] == "restoring"
             && restore["rows"].as_u64() > Some(0)
-            && restore["buffered_batches"].as_u64() > Some(20)
+            && restore["buffered_batches"].as_u64() > Some(10)
     })
     .await;
 }
@@ -169,9 +165,7 @@ async fn restoring(scene: &mut Scene) {
 async fn draining(scene: &mut Scene) -> Hold {
     restoring(scene).await;
     scene.hold_batches(true);
-    for index in [B, C] {
-        scene.load.progress(index, 20).await;
-    }
+    scene.load.progress(&[B, C], 10).await;
     scene.open_ways();
     status_where(scene.node(A), "catching up", |status| {
         status["state"] == "catching-up" && status["restore"]["stage"] == "catching-up"
@@ -185,7 +179,7 @@ async fn stopping(scene: &mut Scene) -> Hold {
     scene.hold_batches(true);
     eventually("batches that do not come", async || {
         let (a, b) = (scene.position(A).await, scene.position(B).await);
-        (a + 20 < b).then_some(())
+        (a + 10 < b).then_some(())
     })
     .await;
     // Its clients' writes can't be answered any more, and they do not give up so soon.

@@ -14,8 +14,8 @@ use crate::scene::{A, B, C, Scene};
 pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
     for index in [A, B, C] {
         scene.ready(index).await;
-        scene.load.progress(index, 10).await;
     }
+    scene.load.progress(&[A, B, C], 10).await;
     let download = scene.downloaded().await;
     let record = scene.load.stop().await;
     // Answered writes are in the log where they were said to be, nothing is there twice, and all
