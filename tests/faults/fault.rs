@@ -7,7 +7,7 @@ use crate::broker::status_where;
 use crate::clock::Clock;
 use crate::disk::backup_of;
 use crate::proxy::Rules;
-use crate::scene::{A, B, C, ROWS, Scene};
+use crate::scene::{A, B, C, Scene};
 use crate::seeded::serves_nothing;
 use crate::small_disk::SmallDisk;
 use crate::stage::Stage;
@@ -172,7 +172,10 @@ async fn cut(scene: &mut Scene, but: fn(&mut Rules)) {
         scene.release().await;
         let node = scene.node(A);
         let rows = |status: &serde_json::Value| status["restore"]["rows"].as_u64();
-        status_where(node, "all rows", |status| rows(status) >= Some(ROWS)).await;
+        status_where(node, "all rows", |status| {
+            rows(status) >= Some(Stage::Restoring.rows())
+        })
+        .await;
     }
     not_writable(scene, A).await;
     // The others do not notice.

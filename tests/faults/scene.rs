@@ -23,9 +23,6 @@ pub(crate) const A: usize = 0;
 pub(crate) const B: usize = 1;
 /// One more.
 pub(crate) const C: usize = 2;
-/// Rows in the seed: a backup is more than the system holds of a connection or a pipe.
-pub(crate) const ROWS: u64 = 40_000;
-
 /// What each process of a cell has said, by name.
 pub(crate) type Logs = Arc<Mutex<Vec<(String, Arc<Mutex<String>>)>>>;
 
@@ -60,7 +57,7 @@ pub(crate) struct Scene {
 impl Scene {
     /// With two replicas that are ready.
     pub(crate) async fn new(stage: Stage, logs: Logs) -> Self {
-        let cluster = Cluster::of(ROWS).await;
+        let cluster = Cluster::of(stage.rows()).await;
         let proxy = Proxy::to(cluster.broker.address).await;
         let ways = [
             Throttle::to_nobody(u64::MAX).await,

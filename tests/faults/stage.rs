@@ -16,7 +16,7 @@ use crate::wire::eventually;
 /// What a client takes of a backup before it stops: with what the system holds it is less than all.
 const TAKEN_BYTES: u64 = 100_000;
 /// What passes of a peer's backup, which is not compressed, before it is held: some of its chunks.
-const PASSED_BYTES: u64 = 1_000_000;
+const PASSED_BYTES: u64 = 500_000;
 
 /// What the replica under test is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +76,16 @@ impl Stage {
     /// Whether the replica has no whole state yet.
     pub(crate) fn incomplete(self) -> bool {
         matches!(self, Self::Restoring | Self::Draining)
+    }
+
+    /// Rows that are there from the beginning, about 90 bytes each, compressed 35: of a snapshot
+    /// more than a pipe holds, of a peer's backup more than passes, of a client's more than the
+    /// system holds of a connection.
+    pub(crate) fn rows(self) -> u64 {
+        match self {
+            Self::Backup => 40_000,
+            _ => 10_000,
+        }
     }
 
     /// Brings the replica under test there; the other two are ready.
