@@ -1,6 +1,7 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test sim sim-planted check bench fuzz load-tools roundtrip compare jetstream backups drill soak
+.PHONY: help run cluster test sim sim-planted faults check bench fuzz load-tools roundtrip compare jetstream backups \
+	drill soak
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -22,6 +23,12 @@ sim: ## a simulated cluster through what can go wrong, SEEDS times
 
 sim-planted: ## five bugs, planted one after the other, that the simulator must find
 	tests/sim/planted.sh
+
+FAULTS ?=
+faults: ## faults times what a replica is doing, each cell on real processes; FAULTS="kill/restoring" runs one cell
+	tests/install.sh
+	tests/faults/install.sh
+	cargo test --locked --test faults -- $(FAULTS)
 
 check: ## format, lints and docs, warnings as errors
 	cargo fmt --all --check

@@ -185,15 +185,19 @@ pub enum ReadError {
         wanted: Seq,
     },
     /// The log is not there any more.
-    #[error("log {id} is gone: its stream was removed")]
+    #[error(
+        "log {id} is gone: its stream was removed; put the right log back and start this replica \
+         again"
+    )]
     Gone {
         /// Which one it was.
         id: LogId,
     },
     /// Another log is in its place.
     #[error(
-        "log {was} is gone and {is} is in its place: its stream was removed and made anew; to follow \
-         the one that is there, move this replica's snapshots away and restart it"
+        "log {was} is gone and {is} is in its place: its stream was removed and made anew; put the \
+         right log back and start this replica again, or, to follow the one that is there, move this \
+         replica's snapshots away first"
     )]
     Replaced {
         /// Which one it was.
@@ -203,9 +207,9 @@ pub enum ReadError {
     },
     /// The log ends before a batch that was read.
     #[error(
-        "the log ends at batch {end} and had batch {applied} before: the broker lost batches; to \
-         follow it as it is, move this replica's snapshots away, which hold what was lost, and \
-         restart it"
+        "the log ends at batch {end} and had batch {applied} before: the broker lost batches; put \
+         the right log back and start this replica again, or, to follow it as it is, move this \
+         replica's snapshots away first: they hold what was lost"
     )]
     Shorter {
         /// The log's last batch.
@@ -215,9 +219,9 @@ pub enum ReadError {
     },
     /// The log holds another batch in the place of one that was read.
     #[error(
-        "batch {seq} of the log is not the one it was: the broker lost batches and took others; to \
-         follow it as it is, move this replica's snapshots away, which hold what was lost, and \
-         restart it"
+        "batch {seq} of the log is not the one it was: the broker lost batches and took others \
+         since; put the right log back and start this replica again, or, to follow it as it is, move \
+         this replica's snapshots away first: they hold what was lost"
     )]
     Rewritten {
         /// The place.

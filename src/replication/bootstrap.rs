@@ -47,8 +47,8 @@ pub enum BootstrapError {
     #[error(
         "no snapshot can be used, {peers}, and the log begins at batch {first}, not at its first \
          one; start another replica that has the data, put a good snapshot back, or begin a new log \
-         from a backup: with an empty data directory and --restore-from, and with a broker on a new \
-         --stream"
+         from a backup: with an empty data directory and --restore-from, and with a broker after \
+         the stream has been removed"
     )]
     NoSource {
         /// The oldest batch that the log holds.
@@ -60,7 +60,7 @@ pub enum BootstrapError {
     #[error(
         "snapshot {path} belongs to log {found}, the log here is {here}, and {peers}; put the right \
          log back, or begin a new log from a backup: with an empty data directory and --restore-from \
-         {path}, and with a broker on a new --stream"
+         {path}, and with a broker after the stream has been removed"
     )]
     OtherLog {
         /// The newest.
@@ -77,7 +77,8 @@ pub enum BootstrapError {
     #[error(
         "snapshot {path} is at batch {position} and the log ends at batch {end}: it has lost \
          batches, or is another log; put the right log back, or begin a new log with an empty \
-         data directory and --restore-from {path}, and with a broker on a new --stream"
+         data directory and --restore-from {path}, and with a broker after the stream has been \
+         removed"
     )]
     LogBehind {
         /// The snapshot.

@@ -62,9 +62,9 @@ impl Follower {
         let mut whole_from;
         let mut disputed = None;
         loop {
-            let error;
+            let (error, sound);
             let began_at = Instant::now();
-            (error, latch) = match begun {
+            (error, latch, sound) = match begun {
                 Ok(begun) => {
                     whole_from = begun.whole_from;
                     self.follow(begun, latch, &mut disputed).await
@@ -80,7 +80,12 @@ impl Follower {
                 pauses = Pauses::default();
             }
             let (doubtful, at_least) = match ending {
-                Ending::Stay => return std::future::pending().await,
+                Ending::Stay => {
+                    if sound && self.bootstrap.log.shared() {
+                        self.keep_state().await;
+                    }
+                    return std::future::pending().await;
+                }
                 Ending::Resync { doubtful, at_least } => (doubtful, at_least),
                 Ending::Again => {
                     begun = self.bootstrap.resume(whole_from).await;
@@ -96,6 +101,15 @@ impl Follower {
             self.resyncs.increment(1);
             self.give_up_state(doubtful).await;
             begun = self.begin(&latch, at_least).await;
+        }
+    }
+
+    /// Writes down what nothing will be added to. Of a log that is gone this is all there is since
+    /// the last snapshot, and without any a start would take the log in its place for the first.
+    async fn keep_state(&self) {
+        if let Some(snapshotter) = &self.snapshotter {
+            let epoch = self.bootstrap.store.epoch();
+            snapshotter.write_if_changed(epoch).await;
         }
     }
 
@@ -149,15 +163,15 @@ impl Follower {
         }
     }
 
-    /// Applies the log, and lets go of `latch` once the state is whole. Returns why it ended, and
-    /// what keeps the replica unready since.
-    /// `disputed` is held while a peer says that it holds something else.
+    /// Applies the log, and lets go of `latch` once the state is whole. Returns why it ended, what
+    /// keeps the replica unready since, and whether it was ready until then. `disputed` is held
+    /// while a peer says that it holds something else.
     async fn follow(
         &self,
         begun: Begun,
         latch: Latch,
         disputed: &mut Option<Latch>,
-    ) -> (ReaderError, Latch) {
+    ) -> (ReaderError, Latch, bool) {
         let Begun {
             mut subscription,
             whole_from,
@@ -184,16 +198,17 @@ impl Follower {
             error = &mut reading => Err(error),
             ready = ready => ready.map_err(ReaderError::from),
         };
-        let (error, latch) = match caught_up {
-            Err(error) => (error, latch),
+        let (error, latch, sound) = match caught_up {
+            Err(error) => (error, latch, false),
             Ok(()) => {
                 self.bootstrap.tracker.done();
                 let (position, records) = (applied.seq(), self.bootstrap.store.len());
                 drop(latch);
                 tracing::info!(log = log.kind(), position, records, "ready");
                 let error = reading.await;
+                let sound = self.readiness.reads().is_ok();
                 let latch = self.readiness.hold(Scope::All, "gap", error.to_string());
-                (error, latch)
+                (error, latch, sound)
             }
         };
         let state = match error {
@@ -202,7 +217,7 @@ impl Follower {
         };
         latch.say(state, error.to_string());
         tracing::error!(%error, "log reader stopped");
-        (error, latch)
+        (error, latch, sound)
     }
 
     /// What follows from `error`; `gap` is where the last one was.

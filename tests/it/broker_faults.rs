@@ -69,11 +69,7 @@ async fn a_connection_that_dies_in_silence_or_is_cut_is_replaced() {
     let a = Node::start_with(&mut replica_at(proxy.address)).await;
     let b = broker.replica().await;
     let load = Load::start(&[&a, &b], 50, usize::MAX);
-    let dead = Rules {
-        deaf: true,
-        mute: true,
-        ..Rules::default()
-    };
+    let dead = Rules::DEAD;
     let (deaf, mute) = (
         Rules {
             mute: false,

@@ -1,5 +1,8 @@
 //! Data directories, backups and what is in them.
 
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -9,9 +12,10 @@ use gradestore::backup::{
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values};
 use gradestore::log::{DiskLog, Log};
 use gradestore::store::Store;
+use rustix::fs::OFlags;
 
 use crate::harness::{ANY_PORTS, AUTHORIZATION, PASSWORD, Ports, program, run};
-use crate::wire::in_time;
+use crate::wire::{eventually, in_time};
 
 /// The program on the data directory `dir`.
 pub(crate) fn program_on(dir: &Path) -> Command {
@@ -187,6 +191,26 @@ pub(crate) fn names_in(dir: &Path) -> Vec<String> {
 pub(crate) fn make_pipe(path: &Path) {
     let made = run(Command::new("mkfifo").arg(path));
     assert!(made.status.success(), "{made:?}");
+}
+
+/// Makes a named pipe and opens it to read what comes, without waiting for anybody to write.
+pub(crate) fn open_pipe(path: &Path) -> File {
+    make_pipe(path);
+    let mut options = File::options();
+    let options = options.read(true);
+    let options = options.custom_flags(OFlags::NONBLOCK.bits() as i32);
+    options.open(path).unwrap()
+}
+
+/// All that comes through `pipe` until nobody has it open for writing.
+pub(crate) async fn rest_of(pipe: &mut File) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    eventually("the pipe's end", async || {
+        // `WouldBlock` while there is no end.
+        pipe.read_to_end(&mut bytes).ok()
+    })
+    .await;
+    bytes
 }
 
 /// The time of a file name such as `grades-2026-01-31T23:59:59Z.csv.gz`.

@@ -1,18 +1,16 @@
 //! How a node ends: unready first, then what runs, then the process.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 use gradestore::log::Origin;
 use gradestore::storage::{DataDir, Storage, StorageConfig};
-use rustix::fs::OFlags;
 use rustix::process::Signal;
 use tempfile::tempdir;
 use tokio::net::TcpStream;
 
-use crate::disk::{make_pipe, names_in, restored, store_of, write_file_of};
+use crate::disk::{names_in, open_pipe, rest_of, restored, store_of, write_file_of};
 use crate::harness::{Local, Node, Ports, half_sent_set};
 use crate::stall::{start, start_with, waiting_set};
 use crate::wire::{PATIENCE, Raw, eventually};
@@ -118,17 +116,6 @@ async fn a_request_that_does_not_end_keeps_the_node_until_the_deadline_only() {
     );
 }
 
-/// All that comes through `pipe` until nobody has it open for writing.
-async fn rest_of(pipe: &mut File) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    eventually("the pipe's end", async || {
-        // `WouldBlock` while there is no end.
-        pipe.read_to_end(&mut bytes).ok()
-    })
-    .await;
-    bytes
-}
-
 #[tokio::test]
 async fn a_stop_that_comes_into_a_snapshot_writes_none_beside_it() {
     let directory = tempdir().unwrap();
@@ -151,12 +138,7 @@ async fn a_stop_that_comes_into_a_snapshot_writes_none_beside_it() {
     let snapshot = |position| format!("grades-{position:020}.csv.gz");
     let snapshots = dir.join("snapshots");
     let partial = snapshots.join(format!("{}.partial", snapshot(7)));
-    make_pipe(&partial);
-    let mut pipe = File::options()
-        .read(true)
-        .custom_flags(OFlags::NONBLOCK.bits() as i32)
-        .open(&partial)
-        .unwrap();
+    let mut pipe = open_pipe(&partial);
     node.set(PATCH).await.position();
     let mut bytes = vec![0; 1024];
     let begun = eventually("a snapshot under way", async || {

@@ -9,17 +9,11 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::broker::{Broker, STREAM, SUBJECT, at, get_at, replica_at, status_where};
+use crate::disk::Held;
 use crate::harness::{Node, Ports, run};
 use crate::proxy::{Proxy, Rules};
 
 const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
-const DEAD: Rules = Rules {
-    deaf: true,
-    mute: true,
-    hold_batches: false,
-    lose_batches: false,
-    lose_acks: false,
-};
 
 /// Waits until a node says that it can't follow its log any more; checks that it serves nothing.
 async fn stopped(node: &Ports, reason: &str) {
@@ -36,7 +30,7 @@ async fn cut_off(broker: &Broker) -> (Node, Proxy) {
     let proxy = Proxy::to(broker.address).await;
     let node = Node::start_with(&mut replica_at(proxy.address)).await;
     assert_eq!(node.set(PATCH).await.position(), 1);
-    proxy.set(DEAD);
+    proxy.set(Rules::DEAD);
     proxy.cut();
     status_where(&node, "read-only", |status| status["state"] == "read-only").await;
     (node, proxy)
@@ -69,6 +63,54 @@ async fn a_stream_that_is_made_anew_is_another_log() {
     proxy.set(Rules::default());
     stopped(&a, "is in its place").await;
     at(&b, 3).await;
+}
+
+#[tokio::test]
+async fn what_was_answered_outlives_its_log() {
+    let mut broker = Broker::start().await;
+    let root = tempfile::tempdir().unwrap();
+    let on = |address, dir: &str| {
+        let mut command = replica_at(address);
+        command.env("GRADESTORE_EPHEMERAL", "false");
+        command.arg("--data-dir").arg(root.path().join(dir));
+        command
+    };
+    let a = Node::start_with(&mut on(broker.address, "data")).await;
+    for spp in 1..=3 {
+        let patch = format!(r#"{{"user_id":"x","spp":{spp}}}"#);
+        a.set(patch).await.position();
+    }
+    let held = Held::by(&a).await;
+    broker.roll_back(tempfile::tempdir().unwrap()).await;
+    stopped(&a, "put the right log back").await;
+    let kept = |status: &Value| status["snapshot"]["position"] == 3;
+    status_where(&a, "a snapshot", kept).await;
+    a.end().await;
+
+    // It does not take the empty log that is there now for the first one.
+    let a = Node::launch(&mut on(broker.address, "data")).await;
+    let no_source = |status: &Value| status["state"] == "no-source";
+    let status = status_where(&a, "no source", no_source).await;
+    let said = status["reason"].as_str().unwrap();
+    let (_, advice) = said.split_once("--restore-from ").unwrap();
+    let (snapshot, advice) = advice.split_once(", ").unwrap();
+    assert!(
+        advice.ends_with("after the stream has been removed"),
+        "{said}"
+    );
+    a.end().await;
+    // What it says can be done.
+    let seeded = || {
+        let mut command = on(broker.address, "new");
+        command.args(["--restore-from", snapshot]);
+        command
+    };
+    let said = String::from_utf8(run(&mut seeded()).stderr).unwrap();
+    assert!(said.contains("nats stream rm GRADES"), "{said}");
+    broker.client().await.delete_stream(STREAM).await.unwrap();
+    let a = Node::start_with(&mut seeded()).await;
+    assert_eq!(Held::by(&a).await, held);
+    assert_eq!(a.set(PATCH).await.position(), 4);
 }
 
 /// Cuts `behind` off, lets `b` write on, and makes the stream forget what came first.
@@ -152,7 +194,7 @@ async fn a_broker_that_lost_batches_is_not_followed() {
     let proxy = Proxy::to(broker.address).await;
     let b = Node::start_with(&mut replica_at(proxy.address)).await;
     at(&b, 4).await;
-    proxy.set(DEAD);
+    proxy.set(Rules::DEAD);
     proxy.cut();
     restarted.signal(Signal::TERM);
     assert!(restarted.exit().await.success());

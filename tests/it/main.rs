@@ -14,6 +14,7 @@ mod harness;
 mod held_log;
 mod proxy;
 mod seeded;
+mod small_disk;
 mod throttle;
 mod wire;
 

@@ -2,6 +2,7 @@
 //! it knows where a message of the protocol ends and whether it is a batch or a broker's word on one.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -22,7 +23,25 @@ pub(crate) struct Rules {
     pub(crate) lose_batches: bool,
     /// The broker's word that it has stored a batch vanishes.
     pub(crate) lose_acks: bool,
+    /// What passes takes its time, and not much passes at once, both ways.
+    pub(crate) slow: bool,
 }
+
+impl Rules {
+    /// Nothing passes, and nobody is told.
+    pub(crate) const DEAD: Self = Self {
+        deaf: true,
+        mute: true,
+        hold_batches: false,
+        lose_batches: false,
+        lose_acks: false,
+        slow: false,
+    };
+}
+
+/// What a slow connection passes at once, and how long that takes.
+const SLOW_BYTES: usize = 64 * 1024;
+const SLOW_WAIT: Duration = Duration::from_millis(100);
 
 /// Stands between a replica and its broker. Ends when dropped.
 pub(crate) struct Proxy {
@@ -88,9 +107,13 @@ async fn accept(
 }
 
 async fn to_broker(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, rules: watch::Receiver<Rules>) {
-    let mut bytes = vec![0; 64 * 1024];
+    let mut bytes = vec![0; SLOW_BYTES];
     while let Ok(read @ 1..) = from.read(&mut bytes).await {
-        if !rules.borrow().deaf && to.write_all(&bytes[..read]).await.is_err() {
+        let now = *rules.borrow();
+        if now.slow {
+            tokio::time::sleep(SLOW_WAIT).await;
+        }
+        if !now.deaf && to.write_all(&bytes[..read]).await.is_err() {
             return;
         }
     }
@@ -136,16 +159,18 @@ async fn from_broker(
     mut rules: watch::Receiver<Rules>,
 ) {
     let mut held = Vec::new();
+    let mut slow_left = SLOW_BYTES;
     loop {
         let frame = tokio::select! {
             frame = frames.recv() => frame,
             changed = rules.changed() => {
                 changed.unwrap();
-                if !rules.borrow().hold_batches && to.write_all(&held).await.is_err() {
-                    return;
-                }
-                if !rules.borrow().hold_batches {
-                    held.clear();
+                let now = *rules.borrow();
+                if !now.hold_batches {
+                    let released = std::mem::take(&mut held);
+                    if !now.mute && to.write_all(&released).await.is_err() {
+                        return;
+                    }
                 }
                 continue;
             }
@@ -162,6 +187,11 @@ async fn from_broker(
             }
             Some(Frame::Batch(bytes) | Frame::Ack(bytes) | Frame::Other(bytes)) => bytes,
         };
+        if now.slow && (frames.is_empty() || slow_left < pass.len()) {
+            tokio::time::sleep(SLOW_WAIT).await;
+            slow_left = SLOW_BYTES;
+        }
+        slow_left = slow_left.saturating_sub(pass.len());
         if to.write_all(&pass).await.is_err() {
             return;
         }

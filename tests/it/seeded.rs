@@ -108,8 +108,9 @@ impl Cluster {
 
 /// What a plain fold of the log gives, so far.
 pub(crate) struct Truth {
-    store: Store,
-    position: u64,
+    pub(crate) store: Store,
+    pub(crate) position: u64,
+    /// What each batch sets.
     pub(crate) log: BTreeMap<u64, Vec<Write>>,
 }
 

@@ -14,7 +14,7 @@ const KERNEL_BYTES: u32 = 16 * 1024;
 
 /// Stands between a replica and a peer that is asked for its backup. Ends when dropped.
 pub(crate) struct Throttle {
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
     shared: Shared,
     _accepting: JoinSet<()>,
 }

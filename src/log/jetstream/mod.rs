@@ -173,7 +173,8 @@ pub enum SetupError {
     /// Numbering was to begin anew in a stream that is there.
     #[error(
         "stream {stream} is there already and has come to batch {end}: --restore-from begins a new \
-         one; choose another --stream, or leave --restore-from out"
+         one; remove it if nothing in it is needed (nats stream rm {stream}), or leave \
+         --restore-from out"
     )]
     NotEmpty {
         /// The stream.

@@ -1,0 +1,151 @@
+//! The fault matrix: what goes wrong, times what the replica it happens to is doing. Each cell is a
+//! broker, three replicas and clients of them, all real processes; see README.md.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test may panic, its helpers too"
+)]
+
+macro_rules! shared {
+    ($($name:ident: $path:literal;)*) => {
+        $(
+            #[path = $path]
+            #[expect(dead_code, reason = "other tests use what this one does not")]
+            mod $name;
+        )*
+    };
+}
+
+shared! {
+    broker: "../it/broker.rs";
+    disk: "../it/disk.rs";
+    harness: "../it/harness.rs";
+    seeded: "../it/seeded.rs";
+    small_disk: "../it/small_disk.rs";
+    throttle: "../it/throttle.rs";
+    wire: "../it/wire.rs";
+}
+#[path = "../it/proxy.rs"]
+mod proxy;
+
+mod broken_log;
+mod clock;
+mod fault;
+mod load;
+mod scene;
+mod stage;
+mod table;
+mod verdict;
+
+use std::panic::{self, AssertUnwindSafe};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::fault::Fault;
+use crate::scene::{Logs, Scene};
+use crate::stage::Stage;
+use crate::table::{Outcome, Table};
+
+/// How long a cell may take.
+const CELL_MAX: Duration = Duration::from_secs(120);
+/// How long what a cell has started may take to end.
+const TIDY_MAX: Duration = Duration::from_secs(5);
+
+/// What went wrong in the cell that runs, the first first.
+static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+fn main() -> ExitCode {
+    // `kill/restoring`, `kill`, `/restoring`; without any all cells.
+    let filters: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(unknown) = filters
+        .iter()
+        .find(|filter| !cells().any(|cell| matches(filter, &cell)))
+    {
+        eprintln!(
+            "no cell is {unknown}; one is {}/{}",
+            Fault::Kill.name(),
+            Stage::Restoring.name()
+        );
+        return ExitCode::FAILURE;
+    }
+    panic::set_hook(Box::new(|info| PANICS.lock().push(info.to_string())));
+    let begun = Instant::now();
+    let mut table = Table::default();
+    for (fault, stage) in cells() {
+        let wanted = filters.is_empty()
+            || filters
+                .iter()
+                .any(|filter| matches(filter, &(fault, stage)));
+        if !wanted {
+            continue;
+        }
+        let outcome = match fault.not_applicable(stage) {
+            Some(why) => Outcome::NotApplicable(why),
+            None => match run(fault, stage) {
+                Some(outcome) => outcome,
+                None => return ExitCode::from(130),
+            },
+        };
+        table.add(fault, stage, outcome);
+    }
+    table.print(begun.elapsed());
+    match table.failed() {
+        false => ExitCode::SUCCESS,
+        true => ExitCode::FAILURE,
+    }
+}
+
+fn cells() -> impl Iterator<Item = (Fault, Stage)> {
+    let with_stages = |fault| Stage::ALL.into_iter().map(move |stage| (fault, stage));
+    Fault::ALL.into_iter().flat_map(with_stages)
+}
+
+fn matches(filter: &str, (fault, stage): &(Fault, Stage)) -> bool {
+    let (of_fault, of_stage) = filter.split_once('/').unwrap_or((filter, ""));
+    let is = |wanted: &str, name| wanted.is_empty() || wanted == name;
+    is(of_fault, fault.name()) && is(of_stage, stage.name())
+}
+
+/// Runs one cell; `None` if somebody wants all to end. Whatever happens, none of its processes is
+/// left.
+fn run(fault: Fault, stage: Stage) -> Option<Outcome> {
+    PANICS.lock().clear();
+    let (logs, begun) = (Logs::default(), Instant::now());
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    let cell = async {
+        let mut scene = Scene::new(stage, logs.clone()).await;
+        fault.prepare(&mut scene);
+        stage.enter(&mut scene).await;
+        fault.strike(&mut scene).await;
+        verdict::judge(scene, fault).await;
+    };
+    let watched = async {
+        let mut interrupted = signal(SignalKind::interrupt()).unwrap();
+        let mut terminated = signal(SignalKind::terminate()).unwrap();
+        tokio::select! {
+            ended = tokio::time::timeout(CELL_MAX, cell) => Some(ended),
+            _ = interrupted.recv() => None,
+            _ = terminated.recv() => None,
+        }
+    };
+    let ended = panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(watched)));
+    runtime.shutdown_timeout(TIDY_MAX);
+    let why = match ended {
+        Ok(None) => return None,
+        Ok(Some(Ok(()))) => return Some(Outcome::Ok(begun.elapsed())),
+        Ok(Some(Err(_elapsed))) => format!("not done within {} s", CELL_MAX.as_secs()),
+        Err(_) => {
+            let panics = PANICS.lock();
+            panics.first().cloned().unwrap_or_default()
+        }
+    };
+    Some(Outcome::failed(fault, stage, why, &logs))
+}

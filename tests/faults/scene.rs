@@ -1,0 +1,231 @@
+//! Three replicas on one broker, of which one is under test, and clients of all three.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::broker::{replica_at, status_where};
+use crate::clock::Clock;
+use crate::harness::{Node, Ports};
+use crate::load::Load;
+use crate::proxy::{Proxy, Rules};
+use crate::seeded::Cluster;
+use crate::small_disk::SmallDisk;
+use crate::stage::{Download, Hold, Stage};
+use crate::throttle::Throttle;
+use crate::wire::in_time;
+
+/// The replica under test.
+pub(crate) const A: usize = 0;
+/// The first one, which is seeded and makes the stream.
+pub(crate) const B: usize = 1;
+/// One more.
+pub(crate) const C: usize = 2;
+/// What each process of a cell has said, by name.
+pub(crate) type Logs = Arc<Mutex<Vec<(String, Arc<Mutex<String>>)>>>;
+
+/// Three replicas and what is around them. All of it ends when it is dropped.
+pub(crate) struct Scene {
+    pub(crate) cluster: Cluster,
+    /// Between the replica under test and the broker.
+    pub(crate) proxy: Proxy,
+    rules: Rules,
+    /// To the backups of the other two.
+    pub(crate) ways: [Throttle; 2],
+    /// Those that are no more of use, and must not end yet.
+    pub(crate) throttles: Vec<Throttle>,
+    pub(crate) load: Load,
+    /// Whether the clients know of the replicas yet.
+    loaded: bool,
+    nodes: [Option<Node>; 3],
+    pub(crate) stage: Stage,
+    pub(crate) hold: Hold,
+    /// A log position that the replica under test needs nothing before of.
+    pub(crate) held_at: u64,
+    /// Whether the replica under test writes one each second.
+    pub(crate) snapshots_often: bool,
+    pub(crate) download: Option<Download>,
+    /// Where the replica under test keeps its data, if that may be filled.
+    pub(crate) disk: Option<SmallDisk>,
+    /// What the replica under test takes for the time, if that may be changed.
+    pub(crate) clock: Option<Clock>,
+    logs: Logs,
+}
+
+impl Scene {
+    /// With two replicas that are ready.
+    pub(crate) async fn new(stage: Stage, logs: Logs) -> Self {
+        let cluster = Cluster::of(stage.rows()).await;
+        let proxy = Proxy::to(cluster.broker.address).await;
+        let ways = [
+            Throttle::to_nobody(u64::MAX).await,
+            Throttle::to_nobody(u64::MAX).await,
+        ];
+        let mut scene = Self {
+            cluster,
+            proxy,
+            rules: Rules::default(),
+            ways,
+            throttles: Vec::new(),
+            load: Load::start(),
+            loaded: false,
+            nodes: [const { None }; 3],
+            stage,
+            hold: Hold::Nothing,
+            held_at: 0,
+            snapshots_often: false,
+            download: None,
+            disk: None,
+            clock: None,
+            logs,
+        };
+        let mut first = scene.command(B);
+        first.arg("--restore-from").arg(&scene.cluster.seed);
+        scene.launch(B, &mut first).await;
+        scene.ready(B).await;
+        scene.start(C).await;
+        scene.ready(C).await;
+        scene
+    }
+
+    fn command(&self, index: usize) -> Command {
+        if index != A {
+            let mut command = self.cluster.with_dir(["", "b", "c"][index]);
+            command.args(["--advertise-url", &self.ways[index - 1].url()]);
+            return command;
+        }
+        let mut command = replica_at(self.proxy.address);
+        command.env("GRADESTORE_EPHEMERAL", "false");
+        command.arg("--data-dir").arg(self.dir(A));
+        if self.snapshots_often {
+            command.arg("--snapshot-interval=1s");
+        }
+        if let Some(clock) = &self.clock {
+            clock.show_to(&mut command);
+        }
+        command
+    }
+
+    /// The data directory of a replica.
+    pub(crate) fn dir(&self, index: usize) -> PathBuf {
+        match &self.disk {
+            Some(disk) if index == A => disk.data(),
+            _ => self.cluster.dir.path().join(["a", "b", "c"][index]),
+        }
+    }
+
+    /// Starts a replica with what it has.
+    pub(crate) async fn start(&mut self, index: usize) {
+        let mut command = self.command(index);
+        self.launch(index, &mut command).await;
+    }
+
+    async fn launch(&mut self, index: usize, command: &mut Command) {
+        let node = Node::launch(command).await;
+        let mut logs = self.logs.lock();
+        let name = format!("{}-{}", logs.len(), ["a", "b", "c"][index]);
+        logs.push((name, Arc::clone(&node.stderr)));
+        drop(logs);
+        if index != A {
+            self.ways[index - 1].lead_to(node.write);
+        }
+        self.nodes[index] = Some(node);
+        self.show(index);
+    }
+
+    /// From now on clients write and read.
+    pub(crate) fn load_on(&mut self) {
+        self.loaded = true;
+        for index in [A, B, C] {
+            self.show(index);
+        }
+    }
+
+    fn show(&self, index: usize) {
+        if let Some(node) = self.nodes[index].as_ref().filter(|_| self.loaded) {
+            self.load.replica(index, node);
+        }
+    }
+
+    pub(crate) fn node(&self, index: usize) -> &Node {
+        self.nodes[index].as_ref().expect("a replica that runs")
+    }
+
+    pub(crate) fn nodes(&self) -> [&Ports; 3] {
+        [A, B, C].map(|index| &**self.node(index))
+    }
+
+    /// Waits until a replica is ready.
+    pub(crate) async fn ready(&self, index: usize) {
+        let what = format!("{} is ready", ["a", "b", "c"][index]);
+        status_where(self.node(index), &what, |status| status["state"] == "ready").await;
+    }
+
+    pub(crate) async fn position(&self, index: usize) -> u64 {
+        let status = self.node(index).ops("/status").await.json();
+        status["position"].as_u64().unwrap()
+    }
+
+    /// Kills a replica.
+    pub(crate) fn kill(&mut self, index: usize) {
+        if let Some(node) = self.nodes[index].take() {
+            node.kill();
+        }
+    }
+
+    /// Waits until the replica under test, which was told to stop, has ended as it should.
+    pub(crate) async fn ended(&mut self) {
+        let mut node = self.nodes[A].take().expect("a replica that runs");
+        assert_eq!(node.exit().await.code(), Some(0));
+    }
+
+    /// Lets the replica under test go on, and waits until it is ready, or one that has come in its
+    /// place.
+    pub(crate) async fn go_on(&mut self) {
+        self.release().await;
+        if self.stage == Stage::Stopping && self.nodes[A].is_some() {
+            self.ended().await;
+        }
+        if self.nodes[A].is_none() {
+            self.start(A).await;
+        }
+        self.ready(A).await;
+    }
+
+    /// Lets the replica under test go on.
+    pub(crate) async fn release(&mut self) {
+        let hold = std::mem::replace(&mut self.hold, Hold::Nothing);
+        hold.release(self).await;
+    }
+
+    pub(crate) fn open_ways(&self) {
+        for way in &self.ways {
+            way.open();
+        }
+    }
+
+    /// Keeps the log's batches from the replica under test.
+    pub(crate) fn hold_batches(&mut self, hold: bool) {
+        self.rules.hold_batches = hold;
+        self.proxy.set(self.rules);
+    }
+
+    /// What the fault does to the connection between the replica under test and the broker, beside
+    /// what holds the replica in its stage.
+    pub(crate) fn connection(&mut self, fault: Rules) {
+        let hold_batches = self.rules.hold_batches;
+        self.rules = Rules {
+            hold_batches,
+            ..fault
+        };
+        self.proxy.set(self.rules);
+    }
+
+    /// The backup that a client was being given, if it came to its end.
+    pub(crate) async fn downloaded(&mut self) -> Option<Option<Vec<u8>>> {
+        let download = self.download.take()?;
+        Some(in_time("the backup's end", download).await.unwrap().ok())
+    }
+}

@@ -1,0 +1,79 @@
+//! What must hold in the end, whatever has happened.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use gradestore::grade::{Changes, Patch};
+
+use crate::broker::{FIELDS, Write, get_at};
+use crate::disk::restored;
+use crate::fault::Fault;
+use crate::load::assert_not_before;
+use crate::scene::{A, B, C, Scene};
+
+/// Ends the clients and judges.
+pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
+    for index in [A, B, C] {
+        scene.ready(index).await;
+    }
+    scene.load.progress(&[A, B, C], 10).await;
+    let download = scene.downloaded().await;
+    let record = scene.load.stop().await;
+    // Answered writes are in the log where they were said to be, nothing is there twice, and all
+    // three are equal to the log's sum.
+    let nodes = scene.nodes().map(Clone::clone);
+    let nodes = [&nodes[0], &nodes[1], &nodes[2]];
+    scene.cluster.check(&nodes, &record.answered).await;
+
+    let truth = &scene.cluster.truth;
+    let stored: BTreeSet<&Write> = truth.log.values().flatten().collect();
+    for refused in &record.refused {
+        assert!(
+            !stored.contains(refused),
+            "refused and written: {refused:?}"
+        );
+    }
+
+    // And each can be read everywhere, or a later one of the same client.
+    let mut last: BTreeMap<(&str, usize), &Write> = BTreeMap::new();
+    for answered in &record.answered {
+        let write = &answered.write;
+        let known = last.entry((&write.user, write.field)).or_insert(write);
+        if write.value > known.value {
+            *known = write;
+        }
+    }
+    let users: BTreeSet<&str> = last.keys().map(|(user, _)| *user).collect();
+    for node in nodes {
+        for user in &users {
+            let grade = get_at(node, user, truth.position).await;
+            for (field, name) in FIELDS.iter().enumerate() {
+                if let Some(write) = last.get(&(*user, field)) {
+                    assert_not_before(write, grade[name].as_i64().unwrap());
+                }
+            }
+        }
+    }
+    if let Some(download) = download {
+        judge_backup(&scene, fault, download);
+    }
+}
+
+/// A backup that was being sent is whole and right, or does not look whole.
+fn judge_backup(scene: &Scene, fault: Fault, download: Option<Vec<u8>>) {
+    let Some(file) = download else {
+        assert!(fault.breaks_backups(), "the backup was broken off");
+        return;
+    };
+    let (store, summary) = restored(&file);
+    let (head, end) = summary.records.unwrap();
+    let truth = &scene.cluster.truth;
+    assert!(head.position <= end.position && end.position <= truth.position);
+    let after = truth.log.range(head.position + 1..);
+    for write in after.flat_map(|(_, writes)| writes) {
+        let mut changes = Changes::default();
+        changes.set(write.field, write.value);
+        let user_id = write.user.as_str();
+        store.apply(&Patch { user_id, changes });
+    }
+    assert_eq!(store.digest(), truth.store.digest());
+}
