@@ -141,7 +141,7 @@ impl Follower {
     }
 
     /// Tries until there is a source that goes to `at_least`, or until trying is of no use.
-    async fn begin(&self, latch: &Latch, at_least: Seq) -> Result<Begun, BootstrapError> {
+    async fn begin(&self, latch: &Latch, mut at_least: Seq) -> Result<Begun, BootstrapError> {
         let mut pauses = Pauses::default();
         let mut told = String::new();
         loop {
@@ -159,6 +159,8 @@ impl Follower {
                 tracing::error!(%error, "no way to a whole state yet, not serving");
                 told = why;
             }
+            // Nobody has what the log left out: it may give that by now, or stop there again.
+            at_least = 0;
             pauses.pause().await;
         }
     }
