@@ -46,4 +46,5 @@ pub mod remote;
 pub mod replication;
 pub mod storage;
 pub mod store;
+mod sync;
 pub mod telemetry;
