@@ -33,6 +33,7 @@ mod fixtures;
 mod full_disk;
 mod get;
 mod hostile;
+mod kept_inputs;
 mod limits;
 mod log_faults;
 mod ops;
