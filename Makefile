@@ -1,7 +1,7 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test sim sim-planted faults check bench fuzz load-tools roundtrip compare jetstream backups \
-	drill soak
+.PHONY: help run cluster test sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip compare \
+	jetstream backups drill soak
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -38,15 +38,37 @@ check: ## format, lints and docs, warnings as errors
 bench: ## micro benchmarks; figures in benches/README.md
 	cargo bench --locked
 
+loom: ## what threads see of each other's steps, tried in every order
+	cargo test --locked --manifest-path tests/loom/Cargo.toml --target-dir target/loom
+
+deny: ## licences, sources and known vulnerabilities of what is built in
+	tests/deny.sh
+
 FUZZ_SECONDS ?= 60
-fuzz: export RUSTC_BOOTSTRAP = 1
-fuzz: ## each target in tests/fuzz for FUZZ_SECONDS
-	test -x .tools/bin/cargo-fuzz || cargo install --locked --root .tools --version 0.13.2 cargo-fuzz
-	for target in backup_reader patch_body; do \
-	    mkdir -p tests/fuzz/corpus/$$target && \
-	    .tools/bin/cargo-fuzz run --fuzz-dir tests/fuzz $$target tests/fuzz/corpus/$$target tests/fuzz/seeds/$$target -- \
+FUZZ_TARGETS ?= backup_reader basic_header config log_message patch_body position_header query stored_batch
+FUZZ = .tools/bin/cargo-fuzz
+fuzz fuzz-keep: export RUSTC_BOOTSTRAP = 1
+fuzz: $(FUZZ) ## each of FUZZ_TARGETS for FUZZ_SECONDS, from what was kept
+	for target in $(FUZZ_TARGETS); do \
+	    corpus=tests/fuzz/corpus/$$target dict=tests/fuzz/dicts/$$target.dict && \
+	    mkdir -p $$corpus && tar -xzf tests/fuzz/kept/$$target.tar.gz -C $$corpus && \
+	    $(FUZZ) run --fuzz-dir tests/fuzz $$target $$corpus tests/fuzz/seeds/$$target -- \
+	        $$(test ! -e $$dict || echo -dict=$$dict) \
 	        -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \
 	done
+
+fuzz-keep: $(FUZZ) ## the least of what has grown that covers as much, for `make test` to try again
+	for target in $(FUZZ_TARGETS); do \
+	    corpus=tests/fuzz/corpus/$$target least=tests/fuzz/corpus/$$target.least && \
+	    rm -rf $$least && mkdir -p $$least && \
+	    $(FUZZ) run --fuzz-dir tests/fuzz $$target $$least tests/fuzz/seeds/$$target $$corpus -- \
+	        -set_cover_merge=1 && \
+	    tar -C $$least --format=ustar --sort=name --owner=0 --group=0 --numeric-owner --mode=644 \
+	        --mtime=@0 -c $$(ls $$least) | gzip -9n > tests/fuzz/kept/$$target.tar.gz || exit 1; \
+	done
+
+$(FUZZ):
+	cargo install --locked --root .tools --version 0.13.2 cargo-fuzz
 
 load-tools: ## what the load tests run, into .tools
 	load/install.sh

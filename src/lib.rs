@@ -50,4 +50,5 @@ pub mod remote;
 pub mod replication;
 pub mod storage;
 pub mod store;
+mod sync;
 pub mod telemetry;

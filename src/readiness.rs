@@ -4,9 +4,9 @@
 //! the log, stopping. Nothing sets "ready"; it is what is left when nobody holds one.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use parking_lot::Mutex;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicUsize, Ordering};
 
 /// The state of a replica whose peers hold something else.
 pub const DIVERGED: &str = "diverged";
@@ -82,6 +82,23 @@ impl Readiness {
         match self.0.all.load(Ordering::Acquire) {
             0 => Ok(()),
             _ => self.oldest(|scope| scope == Scope::All),
+        }
+    }
+
+    /// What `look` finds in a state that may be made anew meanwhile: never a part of it, nor one that
+    /// is not whole yet. Who makes it anew first [holds](Self::hold) a latch, then moves `epoch` on, and
+    /// only then begins to remove what is there.
+    ///
+    /// # Errors
+    /// Why reads may not be answered.
+    pub fn read<T>(&self, epoch: impl Fn() -> u64, look: impl Fn() -> T) -> Result<T, Unready> {
+        loop {
+            let before = epoch();
+            self.reads()?;
+            let found = look();
+            if epoch() == before {
+                return Ok(found);
+            }
         }
     }
 

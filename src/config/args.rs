@@ -1,4 +1,4 @@
-//! The command line and its environment twins.
+//! The flags and their environment twins.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use super::values::{
+    address, at_least, base_url, replicas, servers, stream_name, username, yes_or_no,
+};
 use super::{ConfigError, password};
 use crate::log::{JetStreamConfig, Servers};
 use crate::storage::{DataDir, StorageConfig};
-
-/// What every environment twin begins with.
-const ENV_PREFIX: &str = "GRADESTORE_";
 
 /// The command line.
 #[derive(Debug, Parser)]
@@ -180,106 +180,6 @@ pub struct HealthArgs {
     pub ops_addr: SocketAddr,
 }
 
-fn address(
-    flag: &'static str,
-    env: &'static str,
-    example: &'static str,
-) -> impl Fn(&str) -> Result<SocketAddr, String> + Clone + Send + Sync + 'static {
-    move |text| {
-        text.parse().map_err(|_| {
-            format!(
-                "it must be an IP address and a port; set {flag} or {env} to one such as {example}"
-            )
-        })
-    }
-}
-
-/// A duration of `least` or more.
-fn at_least(
-    least: &'static str,
-    flag: &'static str,
-    env: &'static str,
-    example: &'static str,
-) -> impl Fn(&str) -> Result<Duration, String> + Clone + Send + Sync + 'static {
-    move |text| {
-        let fix = format!("set {flag} or {env} to one such as {example}");
-        let given = humantime::parse_duration(text).map_err(|error| format!("{error}; {fix}"))?;
-        match humantime::parse_duration(least) {
-            Ok(least) if given >= least => Ok(given),
-            _ => Err(format!("it must be {least} or more; {fix}")),
-        }
-    }
-}
-
-fn yes_or_no(text: &str) -> Result<bool, String> {
-    match text.to_ascii_lowercase().as_str() {
-        "true" | "yes" | "on" | "1" => Ok(true),
-        // Set to nothing is how a compose file leaves a variable out.
-        "false" | "no" | "off" | "0" | "" => Ok(false),
-        _ => Err("set GRADESTORE_EPHEMERAL to true or false, or leave it out".to_owned()),
-    }
-}
-
-fn servers(text: &str) -> Result<Servers, String> {
-    text.parse().map_err(|error| {
-        format!(
-            "{error}; set --nats-url or GRADESTORE_NATS_URL to one such as nats://127.0.0.1:4222"
-        )
-    })
-}
-
-fn stream_name(text: &str) -> Result<String, String> {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    match !text.is_empty() && text.len() <= 64 && text.chars().all(allowed) {
-        true => Ok(text.to_owned()),
-        false => Err(
-            "it must be 1 to 64 letters, digits, - or _; set --stream or GRADESTORE_STREAM to one \
-             such as GRADES"
-                .to_owned(),
-        ),
-    }
-}
-
-fn replicas(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(replicas @ 1..=5) => Ok(replicas),
-        _ => Err(
-            "it must be a number from 1 to 5; set --replicas or GRADESTORE_REPLICAS to 1, or to 3 \
-             where there are three NATS servers"
-                .to_owned(),
-        ),
-    }
-}
-
-fn base_url(
-    flag: &'static str,
-    env: &'static str,
-) -> impl Fn(&str) -> Result<String, String> + Clone + Send + Sync + 'static {
-    move |text| {
-        let fix = format!("set {flag} or {env} to a node's write port, http://127.0.0.1:8080");
-        match text.strip_prefix("http://") {
-            Some(rest) if !rest.trim_matches('/').is_empty() => {
-                let url = text.trim_end_matches('/');
-                Ok(url.strip_suffix("/backup").unwrap_or(url).to_owned())
-            }
-            _ => Err(format!("it must begin with http:// and name a host; {fix}")),
-        }
-    }
-}
-
-fn username(text: &str) -> Result<String, String> {
-    let fix = "set --username or GRADESTORE_USERNAME to one such as admin";
-    if text.is_empty() {
-        return Err(format!("it is empty; {fix}"));
-    }
-    if text.contains(':') || text.chars().any(char::is_control) {
-        let why =
-            "HTTP Basic authentication allows no colon and no control character in a user name";
-        return Err(format!("{why}; {fix}"));
-    }
-    Ok(text.to_owned())
-}
-
 impl ServeArgs {
     /// Where the log is kept.
     #[must_use]
@@ -312,77 +212,5 @@ impl BackupArgs {
     /// None is given, or it can't be one.
     pub fn password(&self) -> Result<String, ConfigError> {
         password::given(self.credentials.password_file.as_deref())?.ok_or(ConfigError::NoPassword)
-    }
-}
-
-/// Refuses environment variables that begin like ours and are none.
-///
-/// # Errors
-/// Names the first one.
-pub fn check_env() -> Result<(), ConfigError> {
-    check_env_names(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()))
-}
-
-/// Parses a command line in which `serve` may be left out. Ends the process after help, version or
-/// an error, as clap does.
-#[must_use]
-pub fn parse_args() -> Cli {
-    let mut args: Vec<_> = std::env::args_os().collect();
-    let first = args.get(1).map(|arg| arg.to_string_lossy().into_owned());
-    let serve = match first.as_deref() {
-        None => true,
-        Some("-h" | "--help" | "-V" | "--version") => false,
-        Some(word) => word.starts_with('-'),
-    };
-    if serve {
-        args.insert(1.min(args.len()), "serve".into());
-    }
-    Cli::parse_from(args)
-}
-
-/// Refuses variables that begin like ours and are none: a misspelt one would be ignored in silence.
-fn check_env_names(names: impl Iterator<Item = String>) -> Result<(), ConfigError> {
-    let command = <Cli as clap::CommandFactory>::command();
-    let mut known: Vec<String> = command
-        .get_subcommands()
-        .flat_map(clap::Command::get_arguments)
-        .filter_map(|arg| arg.get_env()?.to_str().map(str::to_owned))
-        .chain([password::ENV.to_owned()])
-        .collect();
-    known.sort();
-    known.dedup();
-    for name in names {
-        let Some(rest) = name.strip_prefix(ENV_PREFIX) else {
-            continue;
-        };
-        // What Kubernetes puts into every pod beside a service that is named gradestore.
-        let of_kubernetes =
-            rest == "PORT" || rest.starts_with("PORT_") || rest.starts_with("SERVICE_");
-        if !of_kubernetes && !known.contains(&name) {
-            return Err(ConfigError::UnknownEnv {
-                name,
-                known: known.join(", "),
-            });
-        }
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_command_line_is_sound() {
-        <Cli as clap::CommandFactory>::command().debug_assert();
-    }
-
-    #[test]
-    fn a_misspelt_variable_is_refused_and_others_are_none_of_ours() {
-        let check = |names: &[&str]| check_env_names(names.iter().map(|name| (*name).to_owned()));
-        assert!(check(&["PATH", "GRADESTORE_PASSWORD", "GRADESTORE_USERNAME"]).is_ok());
-        assert!(check(&["GRADESTORE_SERVICE_HOST", "GRADESTORE_PORT_8080_TCP"]).is_ok());
-        let error = check(&["GRADESTORE_USER_NAME"]).unwrap_err().to_string();
-        assert!(error.contains("GRADESTORE_USER_NAME") && error.contains("GRADESTORE_USERNAME"));
     }
 }

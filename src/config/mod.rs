@@ -4,7 +4,9 @@
 //! with the key, the value and the fix.
 
 mod args;
+mod parse;
 mod password;
+mod values;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -16,10 +18,8 @@ use crate::http::listener::ListenerLimits;
 use crate::log::Servers;
 use crate::replication::WriterLimits;
 
-pub use args::{
-    BackupArgs, Cli, Command, CredentialArgs, HealthArgs, ServeArgs, VerifyArgs, check_env,
-    parse_args,
-};
+pub use args::{BackupArgs, Cli, Command, CredentialArgs, HealthArgs, ServeArgs, VerifyArgs};
+pub use parse::{check_env, check_env_names, parse, parse_args};
 
 /// Why the configuration can't be used. The text names the key, the value and the fix.
 #[derive(Debug, thiserror::Error)]

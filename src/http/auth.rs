@@ -3,6 +3,7 @@
 use axum_extra::headers::authorization::Basic;
 use axum_extra::headers::{Authorization, HeaderMapExt};
 use http::HeaderMap;
+use http::header::AUTHORIZATION;
 use subtle::{Choice, ConstantTimeEq};
 
 use super::error::ApiError;
@@ -32,8 +33,12 @@ impl Credentials {
     /// differ.
     ///
     /// # Errors
-    /// The header is missing, unreadable or wrong.
+    /// The header is missing, there twice, unreadable or wrong.
     pub fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
+        // Of two, who checked the request before this node may have looked at the other one.
+        if headers.get_all(AUTHORIZATION).iter().count() > 1 {
+            return Err(ApiError::Unauthorized);
+        }
         let given: Authorization<Basic> = headers.typed_get().ok_or(ApiError::Unauthorized)?;
         let username = equal(given.username(), &self.0.username);
         let password = equal(given.password(), &self.0.password);
@@ -49,4 +54,33 @@ fn equal(given: &str, wanted: &str) -> Choice {
     let same_length = given.len() == wanted.len();
     let compared = if same_length { given } else { wanted };
     compared.as_bytes().ct_eq(wanted.as_bytes()) & Choice::from(u8::from(same_length))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_right_header_is_let_in() {
+        let credentials = Credentials::new("a", "b:c");
+        let check = |sent: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for value in sent {
+                headers.append(AUTHORIZATION, value.parse().unwrap());
+            }
+            credentials.check(&headers).is_ok()
+        };
+        assert!(check(&["Basic YTpiOmM="]));
+        assert!(check(&["bASIC  YTpiOmM="]));
+        for wrong in [
+            &[][..],
+            &["Basic YTpiOmM"],
+            &["BasicYTpiOmM="],
+            &["Bearer YTpiOmM="],
+            &["Basic YTpiOmM=", "Basic YTpiOmM="],
+            &["Basic YTpiOmM=", "Basic eDp5"],
+        ] {
+            assert!(!check(wrong), "{wrong:?}");
+        }
+    }
 }

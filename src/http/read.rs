@@ -75,15 +75,10 @@ async fn get_grade(State(state): State<ReadState>, request: Request) -> Result<R
 /// The grade that `uri` asks for, as it is now.
 fn answer(state: &ReadState, uri: &Uri) -> Result<Response, ApiError> {
     let user_id = user_id_of(uri.query().unwrap_or_default())?;
-    let values = loop {
-        let epoch = state.store.epoch();
-        state.readiness.reads()?;
-        let values = state.store.get(&user_id);
-        // A state that is made anew is first unready, then empty: what was seen then is no answer.
-        if state.store.epoch() == epoch {
-            break values;
-        }
-    };
+    let store = &state.store;
+    let values = state
+        .readiness
+        .read(|| store.epoch(), || store.get(&user_id))?;
     let values = values.ok_or(ApiError::UserUnknown)?;
     let user_id = user_id.as_ref();
     let mut json = Vec::with_capacity(192);
@@ -98,7 +93,10 @@ fn answer(state: &ReadState, uri: &Uri) -> Result<Response, ApiError> {
 ///
 /// Stricter than a form: a broken percent sign or bytes that are no UTF-8 are errors, since a
 /// guess would read another user's grade.
-fn user_id_of(query: &str) -> Result<Cow<'_, str>, ApiError> {
+///
+/// # Errors
+/// There is not one, it is wrongly encoded, or it can be no id.
+pub fn user_id_of(query: &str) -> Result<Cow<'_, str>, ApiError> {
     let mut found = None;
     for pair in query.split('&') {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -133,7 +131,10 @@ fn decoded(text: &str) -> Result<Cow<'_, str>, ApiError> {
 }
 
 /// The position that a read wants to see, if it says one.
-fn position_of(headers: &HeaderMap) -> Result<Option<Seq>, ApiError> {
+///
+/// # Errors
+/// It is no number, or more than one.
+pub fn position_of(headers: &HeaderMap) -> Result<Option<Seq>, ApiError> {
     let mut given = headers.get_all(GRADE_POSITION).iter();
     let Some(position) = given.next() else {
         return Ok(None);

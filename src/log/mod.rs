@@ -18,8 +18,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::grade::{Digest, Patch};
 use crate::hex;
-pub use disk::{DiskLog, OpenError};
-pub use jetstream::{JetStreamConfig, JetStreamLog, Servers, SetupError};
+pub use disk::{DiskLog, OpenError, format as stored};
+pub use jetstream::{JetStreamConfig, JetStreamLog, Servers, SetupError, message};
 pub use memory::MemoryLog;
 
 /// A batch's place in its log: 1 for the first. 0 is the place before it.

@@ -34,6 +34,7 @@ mod fixtures;
 mod full_disk;
 mod get;
 mod hostile;
+mod kept_inputs;
 mod limits;
 mod linearizable;
 mod log_faults;

@@ -27,7 +27,7 @@ pub(super) fn seq(key: &[u8]) -> Option<Seq> {
 }
 
 /// Replaces what is in `out` by `entry`'s value.
-pub(super) fn write(entry: &Entry, out: &mut Vec<u8>) {
+pub fn write(entry: &Entry, out: &mut Vec<u8>) {
     out.clear();
     out.push(FORMAT);
     out.extend_from_slice(&entry.time_ns.to_le_bytes());
@@ -71,7 +71,10 @@ pub(super) fn header(seq: Seq, value: &[u8]) -> Result<(Header, &[u8]), ReadErro
 }
 
 /// The whole of batch `seq`.
-pub(super) fn read(seq: Seq, value: &[u8]) -> Result<Entry, ReadError> {
+///
+/// # Errors
+/// `value` is not what [`write()`] wrote.
+pub fn read(seq: Seq, value: &[u8]) -> Result<Entry, ReadError> {
     let (header, json) = header(seq, value)?;
     let patches = patches::read(json).map_err(|why| ReadError::Damaged { seq, why })?;
     Ok(Entry {

@@ -19,7 +19,7 @@
 //! goes on, and when there is room again so does writing. The library's journal alone grows to
 //! about 64 MiB before it is begun anew: a disk of 128 MiB is about the least.
 
-mod format;
+pub mod format;
 mod keeper;
 mod shelf;
 mod subscription;

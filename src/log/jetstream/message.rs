@@ -23,26 +23,30 @@ const ID_HEADER: &str = "Nats-Msg-Id";
 /// A position and the digest there, 32 hexadecimal digits, with a space between.
 const CHECKPOINT_HEADER: &str = "Grade-Checkpoint";
 
+/// Why a message gives no batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unreadable {
+    /// It has this format, which only a newer program reads: whoever skipped it would hold something
+    /// else than those who read it.
+    Newer(u64),
+    /// It is no batch to any program; says why. All replicas skip it alike.
+    Poisoned(Box<str>),
+}
+
 /// What the headers say of a batch.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Label {
-    /// It can be read. Who sent it is [`Origin::NOBODY`] where they don't say.
-    Known {
-        /// Who sent it.
-        origin: Origin,
-        /// Which of the sender's batches it is.
-        number: u64,
-        /// What the sender says of its state; one that can't be read is none.
-        checkpoint: Option<Checkpoint>,
-    },
-    /// It has a format that only a newer program reads.
-    Newer(u64),
-    /// Its format is no number.
-    Broken,
+struct Label {
+    /// Who sent it; [`Origin::NOBODY`] where they don't say.
+    origin: Origin,
+    /// Which of the sender's batches it is.
+    number: u64,
+    /// What the sender says of its state; one that can't be read is none.
+    checkpoint: Option<Checkpoint>,
 }
 
 /// The headers of `batch`.
-pub(super) fn headers(batch: &Batch) -> HeaderMap {
+#[must_use]
+pub fn headers(batch: &Batch) -> HeaderMap {
     let (origin, number) = (batch.origin, batch.number);
     let mut headers = HeaderMap::new();
     headers.insert(FORMAT_HEADER, FORMAT.to_string());
@@ -55,35 +59,66 @@ pub(super) fn headers(batch: &Batch) -> HeaderMap {
 }
 
 /// The payload of a batch of `patches`.
-pub(super) fn payload(patches: &[Patch]) -> Bytes {
+#[must_use]
+pub fn payload(patches: &[Patch]) -> Bytes {
     let mut json = Vec::new();
     patches::write(patches, &mut json);
     json.into()
 }
 
+/// Reads a message. `at_hand` is asked for the patches of the batch that the headers name; what it has
+/// is not decoded.
+///
+/// # Errors
+/// The message gives no batch.
+pub fn read(
+    headers: Option<&HeaderMap>,
+    payload: &[u8],
+    at_hand: impl FnOnce(Origin, u64) -> Option<Arc<[Patch]>>,
+) -> Result<Batch, Unreadable> {
+    let Label {
+        origin,
+        number,
+        checkpoint,
+    } = label(headers)?;
+    let patches = match at_hand(origin, number) {
+        Some(patches) => patches,
+        None => patches::read(payload).map_err(Unreadable::Poisoned)?,
+    };
+    Ok(Batch {
+        origin,
+        number,
+        patches,
+        checkpoint,
+    })
+}
+
 /// Reads what [`headers()`] wrote.
-pub(super) fn label(headers: Option<&HeaderMap>) -> Label {
+fn label(headers: Option<&HeaderMap>) -> Result<Label, Unreadable> {
     let text = |name: &str| headers?.get(name).map(async_nats::HeaderValue::as_str);
     match text(FORMAT_HEADER).map(str::parse) {
         None | Some(Ok(FORMAT)) => {}
-        Some(Ok(format @ FORMAT..)) => return Label::Newer(format),
-        Some(_) => return Label::Broken,
+        Some(Ok(format @ FORMAT..)) => return Err(Unreadable::Newer(format)),
+        Some(_) => {
+            let why = "its Grade-Format is no number from 1 up";
+            return Err(Unreadable::Poisoned(why.into()));
+        }
     }
     let origin = text(ORIGIN_HEADER).and_then(Origin::parse);
     let number = text(ID_HEADER).and_then(|id| id.rsplit_once('-')?.1.parse().ok());
     let checkpoint = text(CHECKPOINT_HEADER).and_then(checkpoint);
-    match (origin, number) {
-        (Some(origin), Some(number)) => Label::Known {
+    Ok(match (origin, number) {
+        (Some(origin), Some(number)) => Label {
             origin,
             number,
             checkpoint,
         },
-        _ => Label::Known {
+        _ => Label {
             origin: Origin::NOBODY,
             number: 0,
             checkpoint: None,
         },
-    }
+    })
 }
 
 fn checkpoint(text: &str) -> Option<Checkpoint> {
@@ -92,14 +127,6 @@ fn checkpoint(text: &str) -> Option<Checkpoint> {
         position: position.parse().ok()?,
         digest: Digest::parse(digest)?,
     })
-}
-
-/// Reads what [`payload()`] wrote.
-///
-/// # Errors
-/// It is no batch; says what is wrong.
-pub(super) fn patches(payload: &[u8]) -> Result<Arc<[Patch]>, Box<str>> {
-    patches::read(payload)
 }
 
 #[cfg(test)]
@@ -120,12 +147,12 @@ mod tests {
                 patches: Arc::from([]),
                 checkpoint,
             };
-            let wanted = Label::Known {
+            let wanted = Label {
                 origin,
                 number,
                 checkpoint,
             };
-            assert_eq!(label(Some(&headers(&batch))), wanted);
+            assert_eq!(label(Some(&headers(&batch))), Ok(wanted));
         }
         for no_checkpoint in [
             "",
@@ -140,23 +167,38 @@ mod tests {
 
     #[test]
     fn strangers_need_no_headers_and_a_newer_format_is_told_from_a_broken_one() {
-        let nobody = || Label::Known {
-            origin: Origin::NOBODY,
-            number: 0,
-            checkpoint: None,
+        let nobody = || {
+            Ok(Label {
+                origin: Origin::NOBODY,
+                number: 0,
+                checkpoint: None,
+            })
+        };
+        let broken = || {
+            let why = "its Grade-Format is no number from 1 up";
+            Err(Unreadable::Poisoned(why.into()))
         };
         assert_eq!(label(None), nobody());
         assert_eq!(label(Some(&HeaderMap::new())), nobody());
         for (format, wanted) in [
             ("1", nobody()),
-            ("2", Label::Newer(2)),
-            ("0", Label::Broken),
-            ("x", Label::Broken),
+            ("2", Err(Unreadable::Newer(2))),
+            ("0", broken()),
+            ("x", broken()),
         ] {
             let mut headers = HeaderMap::new();
             headers.insert(FORMAT_HEADER, format);
             headers.insert(ORIGIN_HEADER, "no hex");
             assert_eq!(label(Some(&headers)), wanted, "{format}");
         }
+    }
+
+    #[test]
+    fn patches_at_hand_are_not_decoded() {
+        let patches: Arc<[Patch]> = Arc::from([]);
+        let batch = read(None, b"no JSON", |_, _| Some(Arc::clone(&patches))).unwrap();
+        assert!(Arc::ptr_eq(&batch.patches, &patches));
+        let poisoned = read(None, b"no JSON", |_, _| None);
+        assert!(matches!(poisoned, Err(Unreadable::Poisoned(_))));
     }
 }

@@ -15,30 +15,29 @@
 
 mod discovery;
 mod link;
-mod message;
+pub mod message;
 mod publish;
+mod servers;
 mod stream;
 mod subscription;
 mod under_way;
 
 use std::error::Error;
-use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use async_nats::ConnectErrorKind;
 use async_nats::jetstream::ErrorCode;
 use async_nats::jetstream::context::GetStreamErrorKind;
-use async_nats::{ConnectErrorKind, ServerAddr};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use percent_encoding::percent_decode_str;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::link::{Backoff, Link, Session};
+pub use self::servers::Servers;
 use self::stream::Facts;
 use self::subscription::JetStreamSubscription;
 use self::under_way::UnderWay;
@@ -68,59 +67,6 @@ pub struct JetStreamConfig {
     pub replicas: usize,
     /// How long a batch is kept.
     pub retention: Duration,
-}
-
-/// URLs of NATS servers, with a comma between two. Shown without the passwords in them.
-#[derive(Clone)]
-pub struct Servers(Vec<ServerAddr>);
-
-impl Servers {
-    fn addresses(&self) -> &[ServerAddr] {
-        &self.0
-    }
-
-    /// Host and port of the first one.
-    #[must_use]
-    pub fn first(&self) -> Option<(String, u16)> {
-        let address = self.0.first()?;
-        Some((address.host().to_owned(), address.port()))
-    }
-
-    /// Name and password, from the first URL that has them.
-    fn user(&self) -> Option<(String, String)> {
-        self.0.iter().find_map(|address| {
-            let plain = |text: &str| {
-                let text = percent_decode_str(text).decode_utf8();
-                text.ok().map(std::borrow::Cow::into_owned)
-            };
-            Some((plain(address.username()?)?, plain(address.password()?)?))
-        })
-    }
-}
-
-impl FromStr for Servers {
-    type Err = std::io::Error;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let addresses = text.split(',').map(|url| url.trim().parse());
-        addresses.collect::<Result<_, _>>().map(Self)
-    }
-}
-
-impl fmt::Display for Servers {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, address) in self.0.iter().enumerate() {
-            let separator = if index == 0 { "" } else { ", " };
-            write!(f, "{separator}{}:{}", address.host(), address.port())?;
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Debug for Servers {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Servers({self})")
-    }
 }
 
 /// Why the stream can't be used.

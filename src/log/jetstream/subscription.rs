@@ -13,7 +13,7 @@ use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
 
 use super::link::{Backoff, Session};
-use super::message::{self, Label};
+use super::message::{self, Unreadable};
 use super::{Shared, Trouble};
 use crate::log::{Batch, Entry, ReadError, Seq, Subscription};
 
@@ -175,34 +175,19 @@ impl JetStreamSubscription {
 
     /// The batch in `message`; one that can't be read is empty, and so it is for all replicas.
     fn batch(&self, seq: Seq, message: &jetstream::Message) -> Result<Batch, ReadError> {
-        let poisoned = |why: &str| {
-            self.shared.counts.poisoned.fetch_add(1, Ordering::Relaxed);
-            tracing::error!(seq, why, "message skipped");
-            Batch::nothing()
-        };
-        let (origin, number, checkpoint) = match message::label(message.headers.as_ref()) {
-            Label::Known {
-                origin,
-                number,
-                checkpoint,
-            } => (origin, number, checkpoint),
-            Label::Newer(format) => return Err(ReadError::NewerFormat { seq, format }),
-            Label::Broken => return Ok(poisoned("its Grade-Format is no number from 1 up")),
-        };
-        let at_hand = match origin == self.shared.origin {
+        let at_hand = |origin, number| match origin == self.shared.origin {
             true => self.shared.under_way.take(number),
             false => None,
         };
-        let patches = at_hand.map_or_else(|| message::patches(&message.payload), Ok);
-        Ok(match patches {
-            Ok(patches) => Batch {
-                origin,
-                number,
-                patches,
-                checkpoint,
-            },
-            Err(why) => poisoned(&why),
-        })
+        match message::read(message.headers.as_ref(), &message.payload, at_hand) {
+            Ok(batch) => Ok(batch),
+            Err(Unreadable::Newer(format)) => Err(ReadError::NewerFormat { seq, format }),
+            Err(Unreadable::Poisoned(why)) => {
+                self.shared.counts.poisoned.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(seq, why, "message skipped");
+                Ok(Batch::nothing())
+            }
+        }
     }
 
     /// A consumer that begins at the wanted batch; waits for the broker.

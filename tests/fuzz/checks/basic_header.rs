@@ -1,0 +1,72 @@
+//! The check of the `Authorization` header. The input is a kind, a name, a password and what is sent, a
+//! line each; a second line of what is sent is a second header.
+//!
+//! Let in is `Basic`, in any case, then one or more spaces, then the base64 of name, colon and password,
+//! in the one spelling that RFC 4648 gives it, and nothing else.
+
+use gradestore::http::Credentials;
+use http::header::AUTHORIZATION;
+use http::{HeaderMap, HeaderValue};
+
+pub(crate) fn check(data: &[u8]) {
+    let mut lines = data.split(|byte| *byte == b'\n');
+    let kind = lines.next().unwrap_or_default();
+    let mut text = || str::from_utf8(lines.next()?).ok();
+    let (Some(username), Some(password)) = (text(), text()) else {
+        return;
+    };
+    if username.is_empty() || username.contains(':') || password.is_empty() {
+        // The configuration lets none of those through.
+        return;
+    }
+    let right = base64(format!("{username}:{password}").as_bytes());
+    let mut headers = HeaderMap::new();
+    let mut sent = Vec::new();
+    for line in lines {
+        let line = match kind {
+            // As it is; around what would be right; and as name and password.
+            b"r" => line.to_vec(),
+            b"a" => [line, right.as_bytes()].concat(),
+            _ => format!("Basic {}", base64(line)).into_bytes(),
+        };
+        let Ok(value) = HeaderValue::from_bytes(&line) else {
+            return;
+        };
+        headers.append(AUTHORIZATION, value);
+        sent.push(line);
+    }
+    let wanted = match &sent[..] {
+        [line] => basic(line).is_some_and(|given| given == right.as_bytes()),
+        _ => false,
+    };
+    let checked = Credentials::new(username, password).check(&headers);
+    assert_eq!(checked.is_ok(), wanted);
+    if let Err(error) = checked {
+        assert_eq!(error.kind().1, "unauthorized");
+    }
+}
+
+/// What stands behind the scheme.
+fn basic(line: &[u8]) -> Option<&[u8]> {
+    let (scheme, rest) = line.split_at_checked(5)?;
+    let spaces = rest.iter().take_while(|byte| **byte == b' ').count();
+    (scheme.eq_ignore_ascii_case(b"basic") && spaces > 0).then(|| &rest[spaces..])
+}
+
+fn base64(bytes: &[u8]) -> String {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::new();
+    for three in bytes.chunks(3) {
+        let at = |index: usize| u32::from(three.get(index).copied().unwrap_or_default());
+        let bits = at(0) << 16 | at(1) << 8 | at(2);
+        for index in 0..4 {
+            let letter = LETTERS[(bits >> (18 - 6 * index)) as usize & 63];
+            text.push(if index > three.len() {
+                '='
+            } else {
+                letter.into()
+            });
+        }
+    }
+    text
+}

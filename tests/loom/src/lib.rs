@@ -1,0 +1,185 @@
+//! What threads may see of each other's steps, tried in every order and with every value that the memory
+//! model allows, by [loom](https://docs.rs/loom).
+//!
+//! The code is `src/readiness.rs` itself, over loom's atomics and locks in place of the machine's. The
+//! store and the steps of who makes it anew are models: see `Store` below for what they stand for.
+#![cfg(test)]
+#![allow(dead_code, reason = "what is checked has more than is called")]
+
+#[path = "../../../src/readiness.rs"]
+mod readiness;
+mod sync;
+
+use std::sync::Arc;
+
+use loom::model;
+use loom::thread;
+
+use readiness::{Latch, Readiness, Scope};
+use sync::Mutex;
+use sync::atomic::{AtomicU64, Ordering};
+
+/// As `src/store/mod.rs`: an epoch, and shards that are locked one after the other. Each of its two shards
+/// has one record, and a state is whole if both have the same in it.
+struct Store {
+    epoch: AtomicU64,
+    shards: [Mutex<Option<u64>>; 2],
+}
+
+impl Store {
+    fn new(record: u64) -> Self {
+        Self {
+            epoch: AtomicU64::new(0),
+            shards: [(); 2].map(|()| Mutex::new(Some(record))),
+        }
+    }
+
+    fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    fn get(&self, shard: usize) -> Option<u64> {
+        *self.shards[shard].lock()
+    }
+
+    /// As `Store::clear` and a restore after it.
+    fn replace(&self, record: u64) {
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+        for record in [None, Some(record)] {
+            for shard in &self.shards {
+                *shard.lock() = record;
+            }
+        }
+    }
+}
+
+fn hold(readiness: &Readiness, scope: Scope) -> Latch {
+    readiness.hold(scope, "held", "")
+}
+
+/// As the life of a replica goes on after a gap: unready, cleared, restored, ready.
+fn make_anew(readiness: &Readiness, store: &Store, record: u64) {
+    let latch = hold(readiness, Scope::All);
+    store.replace(record);
+    drop(latch);
+}
+
+/// `GET /get`: what is answered was there, and never goes back.
+#[test]
+fn a_read_sees_no_state_that_is_being_made() {
+    model(|| {
+        let readiness = Readiness::default();
+        let store = Arc::new(Store::new(1));
+        let maker = {
+            let (readiness, store) = (readiness.clone(), Arc::clone(&store));
+            thread::spawn(move || make_anew(&readiness, &store, 2))
+        };
+        let mut last = 1;
+        for _ in 0..2 {
+            if let Ok(found) = readiness.read(|| store.epoch(), || store.get(0)) {
+                let found = found.expect("a record was there before and after");
+                assert!(found >= last);
+                last = found;
+            }
+        }
+        maker.join().unwrap();
+        assert_eq!(
+            readiness.read(|| store.epoch(), || store.get(0)),
+            Ok(Some(2))
+        );
+    });
+}
+
+/// `GET /backup` (`src/http/backup.rs`): the epoch, then whether reads are whole; after each piece whether
+/// the epoch is the same.
+#[test]
+fn a_scan_that_ends_in_its_epoch_saw_one_state() {
+    model(|| {
+        let readiness = Readiness::default();
+        let store = Arc::new(Store::new(1));
+        let maker = {
+            let (readiness, store) = (readiness.clone(), Arc::clone(&store));
+            thread::spawn(move || make_anew(&readiness, &store, 2))
+        };
+        let epoch = store.epoch();
+        if readiness.reads().is_ok() {
+            let pieces = [0, 1].map(|shard| {
+                let piece = store.get(shard);
+                (store.epoch() == epoch).then_some(piece)
+            });
+            if let [Some(one), Some(other)] = pieces {
+                assert!(one.is_some() && one == other, "{one:?} and {other:?}");
+            }
+        }
+        maker.join().unwrap();
+    });
+}
+
+/// A latch that is taken before another is let go of leaves no moment between.
+#[test]
+fn latches_that_overlap_leave_no_gap() {
+    model(|| {
+        let readiness = Readiness::default();
+        let first = hold(&readiness, Scope::All);
+        let changes = {
+            let readiness = readiness.clone();
+            thread::spawn(move || {
+                let second = hold(&readiness, Scope::All);
+                drop(first);
+                second.say("said", "");
+                second
+            })
+        };
+        for _ in 0..2 {
+            let unready = readiness.reads().expect_err("one of the two is held");
+            assert!(["held", "said"].contains(&unready.state));
+            assert!(readiness.writes().is_err());
+        }
+        let second = changes.join().unwrap();
+        assert_eq!(readiness.reads().unwrap_err().state, "said");
+        drop(second);
+        assert_eq!(readiness.writes(), Ok(()));
+    });
+}
+
+/// Who finds a replica ready sees what was done before it was.
+#[test]
+fn what_was_done_under_a_latch_is_seen_after_it() {
+    model(|| {
+        let readiness = Readiness::default();
+        let latch = hold(&readiness, Scope::All);
+        let restored = Arc::new(AtomicU64::new(0));
+        let restore = {
+            let restored = Arc::clone(&restored);
+            thread::spawn(move || {
+                restored.store(1, Ordering::Relaxed);
+                drop(latch);
+            })
+        };
+        if readiness.reads().is_ok() {
+            assert_eq!(restored.load(Ordering::Relaxed), 1);
+        }
+        restore.join().unwrap();
+    });
+}
+
+/// Latches of several threads: each is unready while it holds one, and all that is left is ready.
+#[test]
+fn nothing_is_left_of_latches_that_were_let_go() {
+    model(|| {
+        let readiness = Readiness::default();
+        let threads = [Scope::All, Scope::Writes].map(|scope| {
+            let readiness = readiness.clone();
+            thread::spawn(move || {
+                let latch = hold(&readiness, scope);
+                assert!(readiness.writes().is_err());
+                assert!(scope == Scope::Writes || readiness.reads().is_err());
+                drop(latch);
+            })
+        });
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_eq!(readiness.writes(), Ok(()));
+    });
+}
