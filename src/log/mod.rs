@@ -93,6 +93,9 @@ impl Batch {
 pub struct Checkpoint {
     /// The batch; 0 for the empty state before the first one.
     pub position: Seq,
+    /// When the log took it, if that was said: what tells it from another one in the same place of
+    /// a log that lost its last batches. 0 before the first one.
+    pub time_ns: Option<u64>,
     /// The digest of all records then.
     pub digest: Digest,
 }

@@ -90,6 +90,8 @@ struct State {
 
 struct Mark {
     position: Seq,
+    /// When the log took that batch.
+    time_ns: u64,
     /// This replica's own.
     digest: Digest,
     /// What was said, the first first; one voice a replica.
@@ -108,6 +110,8 @@ struct Voice {
 pub(super) struct Heard {
     /// The place.
     pub seq: Seq,
+    /// When the log took it.
+    pub time_ns: u64,
     /// Who speaks.
     pub origin: Origin,
     /// What it says.
@@ -206,6 +210,7 @@ impl Checkpoints {
         }
         state.marks.push_back(Mark {
             position: heard.seq,
+            time_ns: heard.time_ns,
             digest: digest(),
             voices: Vec::new(),
         });
@@ -220,13 +225,21 @@ impl Checkpoints {
     }
 
     fn compare(&self, state: &mut State, heard: &Heard) -> Verdict {
-        let Checkpoint { position, digest } = heard.checkpoint;
+        let Checkpoint {
+            position,
+            time_ns,
+            digest,
+        } = heard.checkpoint;
         let mine = heard.origin == state.me;
         if mine && state.unspoken.is_some_and(|unspoken| unspoken <= position) {
             state.unspoken = None;
         }
         let mut marks = state.disputed.iter_mut().chain(&mut state.marks);
-        let Some(mark) = marks.find(|mark| mark.position == position) else {
+        // Of a batch that the broker lost nobody here can say anything.
+        let here = |mark: &&mut Mark| {
+            mark.position == position && time_ns.is_none_or(|time_ns| time_ns == mark.time_ns)
+        };
+        let Some(mark) = marks.find(here) else {
             return Verdict::Nothing;
         };
         let mut voices = mark.voices.iter_mut();
@@ -299,11 +312,13 @@ impl Checkpoints {
         let checkpoint = match about {
             Some(mark) => Checkpoint {
                 position: mark.position,
+                time_ns: Some(mark.time_ns),
                 digest: mark.digest,
             },
             // Before the first mark, what everyone knows: nothing is there before the first batch.
             None => Checkpoint {
                 position: 0,
+                time_ns: Some(0),
                 digest: Digest::default(),
             },
         };
@@ -412,6 +427,7 @@ mod tests {
             self.seq += 1;
             let heard = Heard {
                 seq: self.seq,
+                time_ns: self.seq + 100,
                 origin: *origin,
                 checkpoint,
             };
@@ -440,6 +456,30 @@ mod tests {
         }
         // One says that something has changed, then each speaks of that mark.
         assert_eq!(said, 2 * 4);
+    }
+
+    #[tokio::test]
+    async fn what_is_said_of_a_lost_batch_in_the_place_of_one_that_is_there_says_nothing() {
+        let mut cluster = Cluster::of(1);
+        cluster.write();
+        cluster.hurry();
+        assert_eq!(cluster.speak(0), Some(vec![Verdict::Nothing]));
+        let marked = cluster.seq;
+        for (time_ns, disputed) in [(Some(marked), false), (Some(marked + 100), true)] {
+            let heard = Heard {
+                seq: marked + 1,
+                time_ns: marked + 101,
+                origin: Origin::of(99),
+                checkpoint: Checkpoint {
+                    position: marked,
+                    time_ns,
+                    digest: Digest(1),
+                },
+            };
+            let (_, checkpoints, digest) = &cluster.replicas[0];
+            let verdict = checkpoints.hear(heard, || *digest);
+            assert_eq!(matches!(verdict, Verdict::Disputed { .. }), disputed);
+        }
     }
 
     #[tokio::test]

@@ -124,6 +124,7 @@ impl Reader {
         };
         let heard = Heard {
             seq: entry.seq,
+            time_ns: entry.time_ns,
             origin: entry.batch.origin,
             checkpoint,
         };

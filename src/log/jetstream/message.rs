@@ -20,7 +20,8 @@ const FORMAT_HEADER: &str = "Grade-Format";
 const ORIGIN_HEADER: &str = "Grade-Origin";
 /// The broker's own: the name that it knows a message again by.
 const ID_HEADER: &str = "Nats-Msg-Id";
-/// A position and the digest there, 32 hexadecimal digits, with a space between.
+/// A position, the digest there as 32 hexadecimal digits, and the time of that batch in nanoseconds
+/// since 1970, with a space between; the time may be left out.
 const CHECKPOINT_HEADER: &str = "Grade-Checkpoint";
 
 /// Why a message gives no batch.
@@ -52,8 +53,15 @@ pub fn headers(batch: &Batch) -> HeaderMap {
     headers.insert(FORMAT_HEADER, FORMAT.to_string());
     headers.insert(ORIGIN_HEADER, origin.to_string());
     headers.insert(ID_HEADER, format!("{origin}-{number}"));
-    if let Some(Checkpoint { position, digest }) = batch.checkpoint {
-        headers.insert(CHECKPOINT_HEADER, format!("{position} {digest}"));
+    if let Some(checkpoint) = batch.checkpoint {
+        let Checkpoint {
+            position, digest, ..
+        } = checkpoint;
+        let mut text = format!("{position} {digest}");
+        if let Some(time_ns) = checkpoint.time_ns {
+            text += &format!(" {time_ns}");
+        }
+        headers.insert(CHECKPOINT_HEADER, text);
     }
     headers
 }
@@ -122,9 +130,14 @@ fn label(headers: Option<&HeaderMap>) -> Result<Label, Unreadable> {
 }
 
 fn checkpoint(text: &str) -> Option<Checkpoint> {
-    let (position, digest) = text.split_once(' ')?;
+    let (position, rest) = text.split_once(' ')?;
+    let (digest, time_ns) = match rest.split_once(' ') {
+        Some((digest, time_ns)) => (digest, Some(time_ns.parse().ok()?)),
+        None => (rest, None),
+    };
     Some(Checkpoint {
         position: position.parse().ok()?,
+        time_ns,
         digest: Digest::parse(digest)?,
     })
 }
@@ -136,11 +149,12 @@ mod tests {
     #[test]
     fn headers_say_who_sent_which_batch() {
         let (origin, number) = (Origin::random().unwrap(), 7);
-        let spoken = Checkpoint {
+        let spoken = |time_ns| Checkpoint {
             position: u64::MAX,
+            time_ns,
             digest: Digest(u128::MAX - 1),
         };
-        for checkpoint in [None, Some(spoken)] {
+        for checkpoint in [None, Some(spoken(None)), Some(spoken(Some(1)))] {
             let batch = Batch {
                 origin,
                 number,
@@ -160,6 +174,8 @@ mod tests {
             "1 x",
             "-1 0",
             "1 0123456789abcdef0123456789abcdef0",
+            "1 0123456789abcdef0123456789abcdef x",
+            "1 0123456789abcdef0123456789abcdef 1 2",
         ] {
             assert_eq!(checkpoint(no_checkpoint), None, "{no_checkpoint}");
         }
