@@ -185,12 +185,14 @@ pub async fn run(
     let ops_router = ops::routes(node.ops(Arc::clone(&telemetry)));
     let ops = listener("ops", sockets.ops, ops_router, None, limits.ops);
     rest.spawn(ops.serve(stop_rest.child_token()));
-    let write = listener("write", sockets.write, node.write(), None, limits.data);
-    data.spawn(write.serve(stop_listening.child_token()));
-    let (read_router, read_direct) = node.read();
-    let read_direct = Some(read_direct);
-    let read = listener("read", sockets.read, read_router, read_direct, limits.data);
-    data.spawn(read.serve(stop_listening.child_token()));
+    let data_ports = [
+        ("write", sockets.write, node.write()),
+        ("read", sockets.read, node.read()),
+    ];
+    for (name, socket, (router, direct)) in data_ports {
+        let port = listener(name, socket, router, Some(direct), limits.data);
+        data.spawn(port.serve(stop_listening.child_token()));
+    }
     let upkeep = Arc::clone(&telemetry);
     rest.spawn(until(&stop_rest, async move { upkeep.upkeep().await }));
     rest.spawn(until(&stop_rest, progress::report(node.restore.clone())));

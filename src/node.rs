@@ -237,9 +237,11 @@ impl Node {
         (node, tasks)
     }
 
-    /// What the write port answers.
-    pub fn write(&self) -> Router {
-        write::routes(self.write.clone()).merge(backup::routes(self.backup.clone()))
+    /// What the write port answers, and its way past the router.
+    pub fn write(&self) -> (Router, Direct) {
+        let (write, backup) = (&self.write, &self.backup);
+        let routes = write::routes(write.clone()).merge(backup::routes(backup.clone()));
+        (routes, write::direct(write.clone()))
     }
 
     /// What the read port answers, and its way past the router.

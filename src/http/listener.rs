@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::response::Response;
+use futures_util::future::BoxFuture;
 use futures_util::task::AtomicWaker;
 use http::Request;
 use hyper::body::Incoming;
@@ -57,7 +58,17 @@ pub struct ListenerLimits {
 }
 
 /// A way past the router for a port's one hot route.
-pub type Direct = Arc<dyn Fn(&Request<Incoming>) -> Option<Response> + Send + Sync>;
+pub type Direct = Arc<dyn Fn(Request<Incoming>) -> Directly + Send + Sync>;
+
+/// What becomes of a request on that way.
+pub enum Directly {
+    /// The answer.
+    Now(Response),
+    /// The answer, once something has happened.
+    Later(BoxFuture<'static, Response>),
+    /// It is the router's.
+    Router(Request<Incoming>),
+}
 
 /// One port: where it listens, what it answers and how it is bounded.
 pub struct Listener {

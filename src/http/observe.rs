@@ -8,7 +8,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt;
-use futures_util::future::CatchUnwind;
+use futures_util::future::{BoxFuture, CatchUnwind};
 use http::{Request, StatusCode};
 use hyper::body::Incoming;
 use metrics::{
@@ -23,7 +23,7 @@ use std::task::{Context, Poll};
 use tower::Service;
 
 use super::error::ApiError;
-use super::listener::{Connection, Direct};
+use super::listener::{Connection, Direct, Directly};
 
 /// The routes as metrics name them; whatever else is asked for counts as the last one.
 const ROUTES: [&str; 9] = [
@@ -147,15 +147,22 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
             begun,
             route: route.unwrap_or(OTHER),
         };
-        let direct = self.direct.as_ref().and_then(|direct| {
-            let answer = || direct(&request);
-            std::panic::catch_unwind(AssertUnwindSafe(answer)).unwrap_or_else(|_| Some(internal()))
-        });
-        let answer = match direct {
-            Some(response) => AnswerFuture::Ready {
+        let directly = match &self.direct {
+            Some(direct) => {
+                let answer = || direct(request);
+                let answer = std::panic::catch_unwind(AssertUnwindSafe(answer));
+                answer.unwrap_or_else(|_| Directly::Now(internal()))
+            }
+            None => Directly::Router(request),
+        };
+        let answer = match directly {
+            Directly::Now(response) => AnswerFuture::Ready {
                 response: Some(response),
             },
-            None => {
+            Directly::Later(answer) => AnswerFuture::Later {
+                answer: AssertUnwindSafe(answer).catch_unwind(),
+            },
+            Directly::Router(request) => {
                 let answer = self.router.clone().call(request.map(Body::new));
                 AnswerFuture::Router {
                     answer: AssertUnwindSafe(answer).catch_unwind(),
@@ -185,6 +192,7 @@ pin_project_lite::pin_project! {
     #[project = AnswerProjection]
     enum AnswerFuture {
         Ready { response: Option<Response> },
+        Later { #[pin] answer: CatchUnwind<AssertUnwindSafe<BoxFuture<'static, Response>>> },
         Router { #[pin] answer: CatchUnwind<AssertUnwindSafe<RouterFuture>> },
     }
 }
@@ -198,6 +206,9 @@ impl Future for AnswerFuture {
             AnswerProjection::Ready { response } => {
                 Poll::Ready(response.take().unwrap_or_else(internal))
             }
+            AnswerProjection::Later { answer } => answer
+                .poll(cx)
+                .map(|answered| answered.unwrap_or_else(|_panic| internal())),
             AnswerProjection::Router { answer } => answer.poll(cx).map(|answered| match answered {
                 Ok(Ok(response)) => response,
                 Ok(Err(never)) => match never {},

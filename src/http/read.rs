@@ -15,7 +15,7 @@ use percent_encoding::percent_decode;
 
 use super::GRADE_POSITION;
 use super::error::ApiError;
-use super::listener::Direct;
+use super::listener::{Direct, Directly};
 use crate::grade::{USER_ID, UserGrade, check_user_id};
 use crate::log::Seq;
 use crate::readiness::Readiness;
@@ -53,7 +53,13 @@ pub fn direct(state: ReadState) -> Direct {
         let plain = request.method() == Method::GET
             && request.uri().path() == "/get"
             && !request.headers().contains_key(GRADE_POSITION);
-        plain.then(|| answer(&state, request.uri()).unwrap_or_else(ApiError::into_response))
+        match plain {
+            true => {
+                let answer = answer(&state, request.uri());
+                Directly::Now(answer.unwrap_or_else(ApiError::into_response))
+            }
+            false => Directly::Router(request),
+        }
     })
 }
 

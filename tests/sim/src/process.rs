@@ -227,7 +227,7 @@ async fn live(world: World, node: usize, config: Config, knobs: Knobs, stop: Can
         };
         slot.process = Some(Process {
             node: Arc::clone(&built),
-            write: built.write(),
+            write: built.write().0,
             read: built.read().0,
             gaps,
             resyncs,
