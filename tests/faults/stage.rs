@@ -10,6 +10,7 @@ use crate::broker::status_where;
 use crate::disk::{ask_backup, open_pipe, rest_of};
 use crate::harness::Ports;
 use crate::scene::{A, B, C, Scene};
+use crate::seeded::serves_nothing;
 use crate::throttle::Throttle;
 use crate::wire::{eventually, in_time};
 
@@ -170,6 +171,7 @@ async fn restoring(scene: &mut Scene) {
             && restore["buffered_batches"].as_u64() > Some(10)
     })
     .await;
+    serves_nothing(scene.node(A), &["restoring"]).await;
 }
 
 async fn draining(scene: &mut Scene) -> Hold {
@@ -181,6 +183,9 @@ async fn draining(scene: &mut Scene) -> Hold {
         status["state"] == "catching-up" && status["restore"]["stage"] == "catching-up"
     })
     .await;
+    // And it stays so, however much the others answer.
+    scene.load.progress(&[B, C], 10).await;
+    serves_nothing(scene.node(A), &["catching-up"]).await;
     Hold::Batches
 }
 
