@@ -88,11 +88,6 @@ impl Fault {
         }
     }
 
-    /// Why a replica in that stage can't meet it, if so.
-    pub(crate) fn not_applicable(self, _stage: Stage) -> Option<&'static str> {
-        None
-    }
-
     /// Whether a backup under way may be broken off by it.
     pub(crate) fn breaks_backups(self) -> bool {
         matches!(self, Self::Kill | Self::TrimmedBeyond)

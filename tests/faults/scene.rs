@@ -13,9 +13,8 @@ use crate::load::Load;
 use crate::proxy::{Proxy, Rules};
 use crate::seeded::Cluster;
 use crate::small_disk::SmallDisk;
-use crate::stage::{Download, Hold, Stage};
+use crate::stage::{Hold, Stage};
 use crate::throttle::Throttle;
-use crate::wire::in_time;
 
 /// The replica under test.
 pub(crate) const A: usize = 0;
@@ -34,8 +33,6 @@ pub(crate) struct Scene {
     rules: Rules,
     /// To the backups of the other two.
     pub(crate) ways: [Throttle; 2],
-    /// Those that are no more of use, and must not end yet.
-    pub(crate) throttles: Vec<Throttle>,
     pub(crate) load: Load,
     /// Whether the clients know of the replicas yet.
     loaded: bool,
@@ -46,7 +43,8 @@ pub(crate) struct Scene {
     pub(crate) held_at: u64,
     /// Whether the replica under test writes one each second.
     pub(crate) snapshots_often: bool,
-    pub(crate) download: Option<Download>,
+    /// What a client got that was being given a backup; nothing if that was broken off.
+    pub(crate) backup: Option<Option<Vec<u8>>>,
     /// Where the replica under test keeps its data, if that may be filled.
     pub(crate) disk: Option<SmallDisk>,
     /// What the replica under test takes for the time, if that may be changed.
@@ -68,7 +66,6 @@ impl Scene {
             proxy,
             rules: Rules::default(),
             ways,
-            throttles: Vec::new(),
             load: Load::start(),
             loaded: false,
             nodes: [const { None }; 3],
@@ -76,7 +73,7 @@ impl Scene {
             hold: Hold::Nothing,
             held_at: 0,
             snapshots_often: false,
-            download: None,
+            backup: None,
             disk: None,
             clock: None,
             logs,
@@ -221,11 +218,5 @@ impl Scene {
             ..fault
         };
         self.proxy.set(self.rules);
-    }
-
-    /// The backup that a client was being given, if it came to its end.
-    pub(crate) async fn downloaded(&mut self) -> Option<Option<Vec<u8>>> {
-        let download = self.download.take()?;
-        Some(in_time("the backup's end", download).await.unwrap().ok())
     }
 }

@@ -10,8 +10,9 @@ use crate::broker::status_where;
 use crate::disk::{ask_backup, open_pipe, rest_of};
 use crate::harness::Ports;
 use crate::scene::{A, B, C, Scene};
+use crate::seeded::serves_nothing;
 use crate::throttle::Throttle;
-use crate::wire::eventually;
+use crate::wire::{eventually, in_time};
 
 /// What a client takes of a backup before it stops: with what the system holds it is less than all.
 const TAKEN_BYTES: u64 = 100_000;
@@ -42,14 +43,14 @@ pub(crate) enum Hold {
     /// The snapshot goes into a pipe that nobody empties.
     Snapshot(File),
     /// The backup goes to a client that reads no further.
-    Backup(Throttle),
+    Backup(Throttle, Download),
     /// The peers' backups come no further.
     Restoring,
     /// The log's batches do not come.
     Batches,
 }
 
-/// A backup that a client is being given.
+/// A client that is being given a backup.
 pub(crate) type Download = JoinHandle<Result<Vec<u8>, reqwest::Error>>;
 
 impl Stage {
@@ -140,14 +141,14 @@ async fn backup(scene: &mut Scene) -> Hold {
     let throttle = Throttle::to_nobody(TAKEN_BYTES).await;
     throttle.lead_to(scene.node(A).write);
     let through = Ports::new(throttle.address, throttle.address, throttle.address);
-    scene.download = Some(tokio::spawn(async move {
+    let client = tokio::spawn(async move {
         let answer = ask_backup(&through).await.error_for_status()?;
         Ok(answer.bytes().await?.to_vec())
-    }));
+    });
     throttle.reached(1).await;
     let running = scene.node(A).metric("gradestore_backups_running").await;
     assert_eq!(running, Some(1.0));
-    Hold::Backup(throttle)
+    Hold::Backup(throttle, client)
 }
 
 async fn restoring(scene: &mut Scene) {
@@ -170,6 +171,7 @@ async fn restoring(scene: &mut Scene) {
             && restore["buffered_batches"].as_u64() > Some(10)
     })
     .await;
+    serves_nothing(scene.node(A), &["restoring"]).await;
 }
 
 async fn draining(scene: &mut Scene) -> Hold {
@@ -181,6 +183,9 @@ async fn draining(scene: &mut Scene) -> Hold {
         status["state"] == "catching-up" && status["restore"]["stage"] == "catching-up"
     })
     .await;
+    // And it stays so, however much the others answer.
+    scene.load.progress(&[B, C], 10).await;
+    serves_nothing(scene.node(A), &["catching-up"]).await;
     Hold::Batches
 }
 
@@ -217,10 +222,10 @@ impl Hold {
             Self::Snapshot(mut pipe) => {
                 rest_of(&mut pipe).await;
             }
-            Self::Backup(throttle) => {
+            Self::Backup(throttle, client) => {
                 throttle.open();
-                // It stands between the two until the cell ends.
-                scene.throttles.push(throttle);
+                let ended = in_time("the backup's end", client).await.unwrap();
+                scene.backup = Some(ended.ok());
             }
             Self::Restoring => scene.open_ways(),
             Self::Batches => scene.hold_batches(false),

@@ -16,7 +16,6 @@ pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
         scene.ready(index).await;
     }
     scene.load.progress(&[A, B, C], 10).await;
-    let download = scene.downloaded().await;
     let record = scene.load.stop().await;
     // Answered writes are in the log where they were said to be, nothing is there twice, and all
     // three are equal to the log's sum.
@@ -53,14 +52,14 @@ pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
             }
         }
     }
-    if let Some(download) = download {
-        judge_backup(&scene, fault, download);
+    if let Some(backup) = scene.backup.take() {
+        judge_backup(&scene, fault, backup);
     }
 }
 
 /// A backup that was being sent is whole and right, or does not look whole.
-fn judge_backup(scene: &Scene, fault: Fault, download: Option<Vec<u8>>) {
-    let Some(file) = download else {
+fn judge_backup(scene: &Scene, fault: Fault, backup: Option<Vec<u8>>) {
+    let Some(file) = backup else {
         assert!(fault.breaks_backups(), "the backup was broken off");
         return;
     };
