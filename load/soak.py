@@ -5,8 +5,9 @@ Starts nats-server and three replicas on free ports, fills them, and writes to a
 fixed rate (load/steady.rs); now and then a backup is taken and verified. All the while faults of random kinds
 strike (load/faults.py), and what each process holds is sampled (load/watch.py). At the end all replicas must be
 ready and equal, hold every write that was answered, and take no more than they did before: the median of the last
-quarter is compared with that of the second one, leaving out the first minute of each process's life. The first
-replica is never ended, so that what leaks slowly shows. Exit code 1 when any of this is not so.
+quarter is compared with that of the second one, leaving out the first minute of each process's life; of the broker
+what its stream takes for a write. The first replica is never ended, so that what leaks slowly shows. Exit code 1
+when any of this is not so.
 
     tests/install.sh
     cargo build --release --bins --examples
@@ -34,7 +35,7 @@ import generate
 from drill import NAMES, Load, Report, machine
 from faults import Faults, Replica, Way
 from measure import PASSWORD, RELEASE, ROOT, SYNCS, Broker, Node, own_cpu_s
-from watch import SETTLED_AFTER_S, WHAT, Watch, thinned
+from watch import BROKERS, SETTLED_AFTER_S, WHAT, Watch, thinned
 
 GROWTH_MAX = 1.1
 # A figure this small may vary by more than a tenth: so many descriptors and threads, or MiB, are no growth.
@@ -106,11 +107,13 @@ def until_ready(replicas, since):
     return time.monotonic() - since
 
 
-def strike(args, replicas, faults, began):
+def strike(args, replicas, faults, beside, began):
     """A fault at each of its times, until the time is up; what they were."""
     struck = []
     for due in range(args.fault_every, args.seconds - args.fault_every + 1, args.fault_every):
         time.sleep(max(0, began + due - time.monotonic()))
+        if not all(thread.is_alive() for thread in beside):
+            sys.exit("what watches has ended")
         kind, whom = faults.next()
         at = time.monotonic() - began
         more = faults.strike(kind, whom)
@@ -156,7 +159,7 @@ def tell_faults(report, struck):
             report(f"{kind:13} {len(took_s):5} {statistics.median(took_s):34.2f} {max(took_s):6.2f}")
 
 
-def tell_growth(report, watch, seconds):
+def tell_growth(report, watch, load, seconds):
     """The parts of the time side by side; which demands were missed."""
     quarters = [(seconds * n / 4, seconds * (n + 1) / 4) for n in range(4)]
     report(f"\nmedians of each quarter of the time, without the first {SETTLED_AFTER_S} s of each process's life")
@@ -165,18 +168,30 @@ def tell_growth(report, watch, seconds):
     for name in watch.samples:
         processes, longest_s = watch.lives(name)
         report(f"{name}: {processes} process{'es' if processes > 1 else ''}, the longest seen for {longest_s / 60:.0f} min")
-        for what, key in WHAT.items():
-            medians = [watch.settled(name, key, *quarter) for quarter in quarters]
+        demanded = BROKERS if name == "broker" else WHAT
+        for what, key in demanded.items():
+            medians = [watch.settled(name, key or WHAT[what], *quarter) for quarter in quarters]
             before, after = medians[1], medians[3]
             said = " ".join("       -" if median is None else f"{median:8.1f}" for median in medians)
+            if not key:
+                report(f"{'':8}{what:19}{said}")
+                continue
             if before is None or after is None:
-                report(f"{'':8}{what:18} {said}  too little was seen")
+                report(f"{'':8}{what:19}{said}  too little was seen")
                 missed.append(True)
                 continue
             ratio = after / before if before else 1
             flat = ratio <= GROWTH_MAX or after - before <= GROWTH_IGNORED
-            report(f"{'':8}{what:18} {said} {ratio:10.3f}{'' if flat else '  GROWS'}")
+            report(f"{'':8}{what:19}{said} {ratio:10.3f}{'' if flat else '  GROWS'}")
             missed.append(not flat)
+    around = {"load average of the machine": watch.load_averages}
+    for kind in ("writes", "reads"):
+        for what in ("p50_us", "p99_us"):
+            title = f"{kind}, {what[:3]} of a second, ms"
+            around[title] = [(when - watch.began, row[kind][what] / 1e3) for when, row in load.seconds if row[kind][what]]
+    for title, points in around.items():
+        medians = [statistics.median(value for at, value in points if begin <= at < end) for begin, end in quarters]
+        report(f"{title:27}" + " ".join(f"{median:8.2f}" for median in medians))
     report("\nwhat the nodes said of themselves, median and most: in the 2nd quarter, in the 4th one")
     for name in NAMES:
         parts = []
@@ -221,7 +236,7 @@ def soak(report, args, directory, stack):
     watch.start()
     backups = Backups(replicas, directory / "backup.csv.gz", args.seed)
     backups.start()
-    struck = strike(args, replicas, Faults(replicas, broker, random.Random(args.seed)), began)
+    struck = strike(args, replicas, Faults(replicas, broker, random.Random(args.seed)), (watch, backups), began)
     own_s = own_cpu_s()
     backups.stop()
     watch.stop()
@@ -233,7 +248,7 @@ def soak(report, args, directory, stack):
     still_open = [left_open(replica) for replica in replicas]
 
     tell_faults(report, struck)
-    missed = tell_growth(report, watch, args.seconds)
+    missed = tell_growth(report, watch, load, args.seconds)
     report(f"\nbackups: {backups.whole} whole and verified, {backups.failed} said that they failed, {len(backups.wrong)} wrong")
     for why in backups.wrong[:5]:
         report(f"  {why}")

@@ -1,5 +1,6 @@
 """What processes hold while they run, sampled, and whether it stays."""
 
+import os
 import re
 import statistics
 import threading
@@ -16,9 +17,15 @@ SAMPLES_MIN = 5
 DRAWN_A_MINUTE = 4
 MIB = 1024 * 1024
 WHAT = {"RSS, MiB": "rss_mib", "file descriptors": "files", "threads": "threads", "disk, MiB": "disk_mib"}
+# What a broker's stream takes goes with how many batches its retention spans, and these are the fewer and larger the
+# slower the machine is. What must not grow is what a write takes; a batch's headers take as much as three.
+BROKERS = {"RSS, MiB": None, "file descriptors": "files", "threads": "threads", "disk, MiB": None,
+           "disk, bytes/write": "write_bytes"}
+WRITES_A_HEADER = 3
 METRICS = {"connections": r"gradestore_http_connections\{.*\}", "requests": "gradestore_http_requests_in_flight",
            "queued": "gradestore_write_queue_patches", "buffered": "gradestore_restore_buffered_batches",
            "backups": "gradestore_backups_running"}
+LOG = {"first": "gradestore_log_first", "end": "gradestore_log_end", "patches": "gradestore_patches_applied_total"}
 
 
 def thinned(points, combine):
@@ -43,7 +50,8 @@ def disk_mib(directory):
 def metrics(node):
     with urllib.request.urlopen(node.urls["ops"] + "/metrics", timeout=ASK_S_MAX) as answer:
         text = answer.read().decode()
-    return {name: sum(map(float, re.findall(rf"^{line} (\S+)$", text, re.MULTILINE))) for name, line in METRICS.items()}
+    lines = METRICS | LOG
+    return {name: sum(map(float, re.findall(rf"^{line} (\S+)$", text, re.MULTILINE))) for name, line in lines.items()}
 
 
 def sample(process, directory):
@@ -63,12 +71,14 @@ class Watch(threading.Thread):
         self.samples = {name: [] for name in processes}
         self.said = {name: [] for name in processes}
         self.first_seen = {}
+        self.load_averages = []
         self.stopped = threading.Event()
 
     def run(self):
         due = time.monotonic()
         while not self.stopped.wait(max(0, due - time.monotonic())):
             due = max(due + EVERY_S, time.monotonic())
+            self.load_averages.append((time.monotonic() - self.began, os.getloadavg()[0]))
             for name, (process, directory) in self.processes.items():
                 now = time.monotonic() - self.began
                 try:
@@ -77,11 +87,24 @@ class Watch(threading.Thread):
                     continue  # It has just been ended.
                 found["age_s"] = now - self.first_seen.setdefault(found["pid"], now)
                 self.samples[name].append((now, found))
-                if hasattr(process, "urls"):
-                    try:
-                        self.said[name].append((now, metrics(process)))
-                    except OSError:
-                        pass  # It hangs, or does not listen yet.
+                if not hasattr(process, "urls"):
+                    held = self.writes_held()
+                    found["write_bytes"] = found["disk_mib"] * MIB / held if held else None
+                    continue
+                try:
+                    self.said[name].append((now, metrics(process)))
+                except OSError:
+                    pass  # It hangs, or does not listen yet.
+
+    def writes_held(self):
+        """How many writes the log holds, with its headers counted in, by the node that was never ended; `None` before
+        anything was forgotten."""
+        said = [said for _, said in next(iter(self.said.values()))]
+        first, end = (said[-1]["first"], said[-1]["end"]) if said else (0, 0)
+        if not said or not said[0]["end"] < first <= end:
+            return None
+        then = next(each for each in said if each["end"] >= first)
+        return said[-1]["patches"] - then["patches"] + WRITES_A_HEADER * (end - first + 1)
 
     def stop(self):
         self.stopped.set()
@@ -103,7 +126,7 @@ class Watch(threading.Thread):
         """The median of what a process held in a part of the time, some time after its start; `None` if that was
         hardly seen."""
         values = [found[key] for at, found in self.samples[name]
-                  if begin <= at < end and found["age_s"] >= SETTLED_AFTER_S]
+                  if begin <= at < end and found["age_s"] >= SETTLED_AFTER_S and found[key] is not None]
         return statistics.median(values) if len(values) >= SAMPLES_MIN else None
 
     def said_most(self, name, key, begin, end):
