@@ -2,6 +2,7 @@
 //! share.
 //!
 //! - `stream`: the stream's shape; made if it is not there, checked if it is.
+//! - `servers`: where the broker is.
 //! - `link`: one connection at a time. Whatever is doubtful ends it, and a new one is made.
 //! - `publish`: a batch goes out under a name that the broker knows again, so it is stored once
 //!   however often it is sent; it is sent again only for as long as that holds.
