@@ -87,6 +87,8 @@ pub struct Node {
     write: WriteState,
     backup: BackupState,
     read: ReadState,
+    /// Keeps the data directory locked.
+    _storage: Storage,
 }
 
 /// A node's tasks. Dropping them ends them where they are, as the end of the process would.
@@ -233,6 +235,7 @@ impl Node {
             write,
             backup,
             read,
+            _storage: storage,
         };
         (node, tasks)
     }

@@ -133,6 +133,16 @@ pub(super) fn begins_gzip(start: &[u8]) -> bool {
         .all(|(found, wanted)| *found == wanted)
 }
 
+/// Whether one of our members of rows, or an end, begins in `bytes`.
+pub(super) fn begins_ours(bytes: &[u8]) -> bool {
+    let mut header = Vec::with_capacity(FIXED_BYTES);
+    begin(&mut header, KIND_ROWS, &[], None);
+    let (fixed, _) = header.split_at(FIXED_BYTES);
+    bytes
+        .windows(FIXED_BYTES + 4)
+        .any(|window| window.starts_with(fixed) && window.ends_with(&SUBFIELD))
+}
+
 fn bits_between(one: [u8; 2], other: [u8; 2]) -> u32 {
     (u16::from_le_bytes(one) ^ u16::from_le_bytes(other)).count_ones()
 }

@@ -19,6 +19,8 @@ use crate::log::Seq;
 const NAME_BYTES_MAX: usize = 256;
 /// Bytes read before it is known what a file is.
 const START_BYTES: usize = FIXED_BYTES + 4;
+/// In how many bytes at the start of a foreign file no member of ours may begin.
+const FOREIGN_BYTES: u64 = 64 * 1024;
 
 /// How far a restore has come; others may look while it runs.
 #[derive(Debug, Default)]
@@ -123,7 +125,17 @@ pub fn read(
     let mut source = io::Cursor::new(start).chain(source);
     match kind {
         Kind::Ours(_) => Own::new(source, progress).read(sink),
-        _ => foreign::read(&mut source, sink, progress),
+        _ => {
+            // What has lost its head only would pass for a whole foreign file, whatever else it lost.
+            let mut ahead = Vec::new();
+            let taken = (&mut source).take(FOREIGN_BYTES).read_to_end(&mut ahead);
+            taken.map_err(|error| BackupError::Io { at: 0, error })?;
+            if member::begins_ours(&ahead) {
+                let what = "a backup of gradestore has lost its first member";
+                return Err(BackupError::Damaged { at: 0, what });
+            }
+            foreign::read(io::Cursor::new(ahead).chain(source), sink, progress)
+        }
     }
 }
 

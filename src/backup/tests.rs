@@ -43,11 +43,11 @@ fn head() -> Head {
     }
 }
 
-/// The members of a backup, one by one. A member holds a piece of the scan or more.
+/// The members of a backup, one by one: small ones, some for every thousand rows.
 fn members_of(store: &Store) -> Vec<Vec<u8>> {
     let (mut writer, first) = BackupWriter::begin(&head());
     let mut members = vec![first];
-    let source = ChunkSource::with_chunk_text(store, 1);
+    let source = ChunkSource::with_chunk_text(store, 16 * 1024);
     while let Some(chunk) = source.next() {
         writer.add(&chunk);
         members.push(chunk.bytes);

@@ -49,11 +49,14 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
         );
     }
     let manifest = crate_copy.join("Cargo.toml");
-    let package = format!("[lib]\nname = \"gradestore\"\n\n[package]\nname = \"{PACKAGE}\"\n");
+    // What needs files that the copy does not have.
+    edit(&manifest, "members = [\"tests/sim\"]\n", "");
+    let faults = "[[test]]\nname = \"faults\"\nharness = false\ntest = false\n";
+    edit(&manifest, faults, "");
     edit(
         &manifest,
         "[package]\nname = \"gradestore\"\n",
-        &format!("[workspace]\n\n{package}"),
+        &format!("[lib]\nname = \"gradestore\"\n\n[package]\nname = \"{PACKAGE}\"\n"),
     );
     let locked = |name: &str| format!("[[package]]\nname = \"{name}\"\n");
     edit(
