@@ -18,7 +18,7 @@ use crate::http::backup::BackupMetrics;
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops;
 use crate::http::{self, HttpMetrics};
-use crate::log::Origin;
+use crate::log::{Origin, now_ns};
 use crate::node::{Node, Parts, StartError};
 use crate::progress;
 use crate::remote::{Client, Compression};
@@ -158,6 +158,7 @@ pub async fn run(
     let peers = Client::new(account, SILENCE_MAX, Compression::IfSlow)?;
     let parts = Parts {
         origin,
+        began_ns: now_ns(),
         store: Store::new(),
         storage,
         peers: Arc::new(peers),

@@ -3,7 +3,7 @@
 
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
 use parking_lot::Mutex;
@@ -220,8 +220,33 @@ impl<'a, R: Read> Own<'a, R> {
     fn read(mut self, sink: &(dyn Fn(Row<'_>) + Sync)) -> Result<Summary, BackupError> {
         let (head, fields) = self.read_head()?;
         self.progress.head.send_replace(Some(head.clone()));
-        let progress = self.progress;
         let threads = threads_for(head.rows_expected);
+        let (end, rows, checksum, digest) = match threads {
+            1 => self.read_alone(fields, sink)?,
+            _ => self.read_with(threads, fields, sink)?,
+        };
+        self.finish(head, end, rows, digest, checksum)
+    }
+
+    /// All by this thread, so that what happens when depends on no other.
+    fn read_alone(
+        &mut self,
+        fields: usize,
+        sink: &(dyn Fn(Row<'_>) + Sync),
+    ) -> Result<(End, u64, u128, Digest), BackupError> {
+        let progress = self.progress;
+        let mut worker = Worker::new(sink, progress);
+        let (end, rows, checksum) = self.read_members(fields, &mut |task| worker.read(&task))?;
+        Ok((end, rows, checksum, worker.digest))
+    }
+
+    fn read_with(
+        &mut self,
+        threads: usize,
+        fields: usize,
+        sink: &(dyn Fn(Row<'_>) + Sync),
+    ) -> Result<(End, u64, u128, Digest), BackupError> {
+        let progress = self.progress;
         let digest = Mutex::new(Digest::default());
         let (tasks, queue) = sync_channel::<Task>(threads);
         let queue = Mutex::new(queue);
@@ -240,7 +265,15 @@ impl<'a, R: Read> Own<'a, R> {
                     })
                 })
                 .collect();
-            let members = self.read_members(fields, &tasks, &failed);
+            let members = self.read_members(fields, &mut |task| {
+                // A worker has said why it ended, and that is told first.
+                let at = task.at;
+                let what = "a member could not be read";
+                match tasks.send(task).is_err() || failed.load(Ordering::Relaxed) {
+                    true => Err(BackupError::Damaged { at, what }),
+                    false => Ok(()),
+                }
+            });
             drop(tasks);
             let mut worked = Ok(());
             for worker in workers {
@@ -253,7 +286,7 @@ impl<'a, R: Read> Own<'a, R> {
             // A worker's error comes first: it made the reading stop.
             worked.and(members)
         })?;
-        self.finish(head, end, rows, digest.into_inner(), checksum)
+        Ok((end, rows, checksum, digest.into_inner()))
     }
 
     /// The first member: what it says, and how many fields a row has.
@@ -306,8 +339,7 @@ impl<'a, R: Read> Own<'a, R> {
     fn read_members(
         &mut self,
         fields: usize,
-        tasks: &SyncSender<Task>,
-        failed: &AtomicBool,
+        pass_on: &mut dyn FnMut(Task) -> Result<(), BackupError>,
     ) -> Result<(End, u64, u128), BackupError> {
         let mut rows_before = 0;
         loop {
@@ -329,19 +361,15 @@ impl<'a, R: Read> Own<'a, R> {
                     self.read_some(rest, &mut bytes)?;
                     self.hash.update(&header);
                     self.hash.update(&bytes);
-                    let task = Task {
+                    pass_on(Task {
                         at,
                         first_row: rows_before + 1,
                         fields,
                         text_bytes: text,
                         rows,
                         bytes,
-                    };
+                    })?;
                     rows_before += u64::from(rows);
-                    if tasks.send(task).is_err() || failed.load(Ordering::Relaxed) {
-                        // A worker has said why, and that is told first.
-                        return Err(damaged("a member could not be read"));
-                    }
                 }
                 Content::End(end) => {
                     let mut last = header;
@@ -434,19 +462,44 @@ fn work(
     sink: &(dyn Fn(Row<'_>) + Sync),
     progress: &Progress,
 ) -> Result<Digest, BackupError> {
-    let mut inflate = libdeflater::Decompressor::new();
-    let mut text = Vec::new();
-    let mut digest = Digest::default();
+    let mut worker = Worker::new(sink, progress);
     loop {
         let task = queue.lock().recv();
         let Ok(task) = task else {
-            return Ok(digest);
+            return Ok(worker.digest);
         };
-        read_task(&task, &mut inflate, &mut text, |row| {
-            digest += row.digest();
-            sink(row);
+        worker.read(&task)?;
+    }
+}
+
+/// Reads members of rows one after the other.
+struct Worker<'a> {
+    sink: &'a (dyn Fn(Row<'_>) + Sync),
+    progress: &'a Progress,
+    inflate: libdeflater::Decompressor,
+    text: Vec<u8>,
+    /// The sum of the rows' digests so far.
+    digest: Digest,
+}
+
+impl<'a> Worker<'a> {
+    fn new(sink: &'a (dyn Fn(Row<'_>) + Sync), progress: &'a Progress) -> Self {
+        Self {
+            sink,
+            progress,
+            inflate: libdeflater::Decompressor::new(),
+            text: Vec::new(),
+            digest: Digest::default(),
+        }
+    }
+
+    fn read(&mut self, task: &Task) -> Result<(), BackupError> {
+        read_task(task, &mut self.inflate, &mut self.text, |row| {
+            self.digest += row.digest();
+            (self.sink)(row);
         })?;
-        progress.add_rows(u64::from(task.rows));
+        self.progress.add_rows(u64::from(task.rows));
+        Ok(())
     }
 }
 

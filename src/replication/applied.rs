@@ -21,6 +21,7 @@ struct Inner {
     seq: AtomicU64,
     /// When the log took the batch at `seq`.
     time_ns: AtomicU64,
+    began_ns: u64,
     reached: watch::Sender<Seq>,
 }
 
@@ -40,20 +41,27 @@ pub struct AtPosition {
 pub struct Position {
     /// The last batch applied.
     pub seq: Seq,
-    /// When the log took it, in nanoseconds since 1970; before the first one, when the log began.
+    /// When the log took it, in nanoseconds since 1970; before the first one, when this node began.
     pub time_ns: u64,
 }
 
 impl Applied {
-    /// Before the first batch of a log that began at `time_ns`.
+    /// Before the first batch, for a node that began at `began_ns`.
     #[must_use]
-    pub fn new(time_ns: u64) -> Self {
+    pub fn new(began_ns: u64) -> Self {
         Self(Arc::new(Inner {
             gate: Mutex::new(()),
             seq: AtomicU64::new(0),
-            time_ns: AtomicU64::new(time_ns),
+            time_ns: AtomicU64::new(began_ns),
+            began_ns,
             reached: watch::Sender::new(0),
         }))
+    }
+
+    /// The store has just been cleared.
+    pub(super) fn cleared(&self) {
+        let time_ns = self.0.began_ns;
+        self.restored(Position { seq: 0, time_ns });
     }
 
     /// The store has just been restored to `position`: the log goes on after it.
