@@ -11,9 +11,10 @@ use tokio::sync::watch;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::member::{self, Content, FIXED_BYTES, Kind, TRAILER_BYTES};
-use super::{BackupError, End, FORMAT, Head, Row, foreign, row, threads_for};
+use super::{BackupError, End, FORMAT, Head, foreign, row, threads_for};
 use crate::grade::Digest;
 use crate::log::Seq;
+use crate::store::Piece;
 
 /// The longest name in the first member.
 const NAME_BYTES_MAX: usize = 256;
@@ -108,6 +109,9 @@ fn read_start(source: &mut impl Read) -> Result<Vec<u8>, BackupError> {
     Ok(start)
 }
 
+/// Takes rows, and returns the sum of their digests.
+pub type Sink<'a> = dyn Fn(&Piece) -> Digest + Sync + 'a;
+
 /// Reads `source` to its end and hands every row to `sink`, from several threads.
 ///
 /// Blocks; not for an async task. Rows are handed out before the end record has been seen: `sink`
@@ -117,7 +121,7 @@ fn read_start(source: &mut impl Read) -> Result<Vec<u8>, BackupError> {
 /// The file is not a whole, unchanged backup; see [`BackupError`].
 pub fn read(
     mut source: impl Read + Unpin + Send,
-    sink: &(dyn Fn(Row<'_>) + Sync),
+    sink: &Sink<'_>,
     progress: &Progress,
 ) -> Result<Summary, BackupError> {
     let start = read_start(&mut source)?;
@@ -217,7 +221,7 @@ impl<'a, R: Read> Own<'a, R> {
         }
     }
 
-    fn read(mut self, sink: &(dyn Fn(Row<'_>) + Sync)) -> Result<Summary, BackupError> {
+    fn read(mut self, sink: &Sink<'_>) -> Result<Summary, BackupError> {
         let (head, fields) = self.read_head()?;
         self.progress.head.send_replace(Some(head.clone()));
         let threads = threads_for(head.rows_expected);
@@ -232,7 +236,7 @@ impl<'a, R: Read> Own<'a, R> {
     fn read_alone(
         &mut self,
         fields: usize,
-        sink: &(dyn Fn(Row<'_>) + Sync),
+        sink: &Sink<'_>,
     ) -> Result<(End, u64, u128, Digest), BackupError> {
         let progress = self.progress;
         let mut worker = Worker::new(sink, progress);
@@ -244,7 +248,7 @@ impl<'a, R: Read> Own<'a, R> {
         &mut self,
         threads: usize,
         fields: usize,
-        sink: &(dyn Fn(Row<'_>) + Sync),
+        sink: &Sink<'_>,
     ) -> Result<(End, u64, u128, Digest), BackupError> {
         let progress = self.progress;
         let digest = Mutex::new(Digest::default());
@@ -459,7 +463,7 @@ impl<'a, R: Read> Own<'a, R> {
 /// Takes tasks until there are no more; the digest of the rows in them.
 fn work(
     queue: &Mutex<Receiver<Task>>,
-    sink: &(dyn Fn(Row<'_>) + Sync),
+    sink: &Sink<'_>,
     progress: &Progress,
 ) -> Result<Digest, BackupError> {
     let mut worker = Worker::new(sink, progress);
@@ -474,49 +478,48 @@ fn work(
 
 /// Reads members of rows one after the other.
 struct Worker<'a> {
-    sink: &'a (dyn Fn(Row<'_>) + Sync),
+    sink: &'a Sink<'a>,
     progress: &'a Progress,
     inflate: libdeflater::Decompressor,
     text: Vec<u8>,
+    rows: Piece,
     /// The sum of the rows' digests so far.
     digest: Digest,
 }
 
 impl<'a> Worker<'a> {
-    fn new(sink: &'a (dyn Fn(Row<'_>) + Sync), progress: &'a Progress) -> Self {
+    fn new(sink: &'a Sink<'a>, progress: &'a Progress) -> Self {
         Self {
             sink,
             progress,
             inflate: libdeflater::Decompressor::new(),
             text: Vec::new(),
+            rows: Piece::default(),
             digest: Digest::default(),
         }
     }
 
     fn read(&mut self, task: &Task) -> Result<(), BackupError> {
-        read_task(task, &mut self.inflate, &mut self.text, |row| {
-            self.digest += row.digest();
-            (self.sink)(row);
+        let damaged = |what| BackupError::Damaged { at: task.at, what };
+        let split = task.bytes.len().saturating_sub(TRAILER_BYTES);
+        let (deflated, trailer) = task.bytes.split_at(split);
+        let (inflate, text) = (&mut self.inflate, &mut self.text);
+        member::inflate(deflated, trailer, task.text_bytes, inflate, text).map_err(damaged)?;
+        let text = std::str::from_utf8(text).map_err(|_| damaged("a member is not UTF-8"))?;
+        let (piece, sink) = (&mut self.rows, self.sink);
+        piece.clear();
+        let rows = row::parse(text, task.fields, task.first_row, |row| {
+            piece.push(row.user_id, row.values);
+            if piece.is_full() {
+                self.digest += sink(piece);
+                piece.clear();
+            }
         })?;
+        self.digest += sink(piece);
+        if rows != task.rows {
+            return Err(damaged("a member has another number of rows than it says"));
+        }
         self.progress.add_rows(u64::from(task.rows));
         Ok(())
-    }
-}
-
-fn read_task(
-    task: &Task,
-    inflate: &mut libdeflater::Decompressor,
-    text: &mut Vec<u8>,
-    row: impl FnMut(Row<'_>),
-) -> Result<(), BackupError> {
-    let damaged = |what| BackupError::Damaged { at: task.at, what };
-    let split = task.bytes.len().saturating_sub(TRAILER_BYTES);
-    let (deflated, trailer) = task.bytes.split_at(split);
-    member::inflate(deflated, trailer, task.text_bytes, inflate, text).map_err(damaged)?;
-    let text = std::str::from_utf8(text).map_err(|_| damaged("a member is not UTF-8"))?;
-    let rows = row::parse(text, task.fields, task.first_row, row)?;
-    match rows == task.rows {
-        true => Ok(()),
-        false => Err(damaged("a member has another number of rows than it says")),
     }
 }

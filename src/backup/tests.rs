@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::grade::{Changes, FIELD_COUNT, FIELDS, Patch, USER_ID, Values};
-use crate::store::Store;
+use crate::store::{Piece, Store};
 
 type Rows = BTreeMap<String, Values>;
 
@@ -62,8 +62,10 @@ fn file_of(store: &Store) -> Vec<u8> {
 
 fn read_rows(bytes: &[u8]) -> Result<(Summary, Rows), BackupError> {
     let rows = Mutex::new(Rows::new());
-    let sink = |row: Row<'_>| {
-        rows.lock().insert(row.user_id.to_owned(), row.values);
+    let sink = |piece: &Piece| {
+        let given = piece.iter().map(|(id, values)| (id.to_owned(), *values));
+        rows.lock().extend(given);
+        piece.digest()
     };
     let summary = read(Cursor::new(bytes.to_vec()), &sink, &Progress::default())?;
     Ok((summary, rows.into_inner()))
@@ -78,7 +80,7 @@ fn refused(bytes: &[u8]) -> String {
 
 fn rows_of(store: &Store) -> Rows {
     let mut rows = Rows::new();
-    let mut piece = crate::store::Piece::default();
+    let mut piece = Piece::default();
     let mut scan = store.scan();
     while scan.next_into(&mut piece) {
         rows.extend(piece.iter().map(|(id, values)| (id.to_owned(), *values)));
