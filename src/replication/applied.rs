@@ -1,11 +1,12 @@
 //! How far this replica has come in its log.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
 use crate::grade::Digest;
 use crate::log::Seq;
@@ -22,7 +23,8 @@ struct Inner {
     /// When the log took the batch at `seq`.
     time_ns: AtomicU64,
     began_ns: u64,
-    reached: watch::Sender<Seq>,
+    /// Wakes those that wait, in the order in which they came.
+    reached: Notify,
 }
 
 /// Facts that belong together: what the store held at one position.
@@ -54,7 +56,7 @@ impl Applied {
             seq: AtomicU64::new(0),
             time_ns: AtomicU64::new(began_ns),
             began_ns,
-            reached: watch::Sender::new(0),
+            reached: Notify::new(),
         }))
     }
 
@@ -110,9 +112,15 @@ impl Applied {
 
     /// Waits until `seq` is applied.
     pub async fn reach(&self, seq: Seq) {
-        let mut reached = self.0.reached.subscribe();
-        // The sender lives in `self`.
-        let _ = reached.wait_for(|applied| *applied >= seq).await;
+        loop {
+            let mut reached = pin!(self.0.reached.notified());
+            // Before the look, so that nothing is missed between that and the wait.
+            reached.as_mut().enable();
+            if self.seq() >= seq {
+                return;
+            }
+            reached.await;
+        }
     }
 
     /// Runs `apply`, which puts the batch at `to` into the store, as one step to who takes a
@@ -126,6 +134,6 @@ impl Applied {
 
     /// Wakes who waits for what was advanced to.
     pub(super) fn announce(&self) {
-        self.0.reached.send_replace(self.seq());
+        self.0.reached.notify_waiters();
     }
 }
