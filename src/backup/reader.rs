@@ -178,7 +178,7 @@ pub fn end_position(mut source: impl Read + Unpin + Send) -> Result<Seq, BackupE
         let (header, content) = own.read_header()?;
         match content {
             Content::End(end) => return Ok(end.position),
-            Content::Rows { member, .. } if (member as usize) < member::MEMBER_BYTES_MAX => {
+            Content::Rows { member, .. } if (member as usize) <= member::MEMBER_BYTES_MAX => {
                 skipped.clear();
                 let rest = (member as usize).saturating_sub(header.len());
                 own.read_some(rest, &mut skipped)?;

@@ -6,6 +6,7 @@ use std::io::{Cursor, Read, Write};
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
 use flate2::write::GzEncoder;
+use futures_util::FutureExt;
 use parking_lot::Mutex;
 use proptest::prelude::*;
 
@@ -39,7 +40,7 @@ fn head() -> Head {
         log_id: "memory-1".into(),
         position: 7,
         time_ns: 1_700_000_000_123_456_789,
-        rows_expected: 0,
+        rows_expected: 2_900,
     }
 }
 
@@ -125,6 +126,39 @@ fn it_is_plain_gzip_and_csv_to_others() {
 }
 
 #[test]
+fn a_file_tells_what_it_is_before_its_rows_are_read() {
+    let bytes = file_of(&store_of(3_000));
+    assert_eq!(super::head(&*bytes).unwrap(), Some(head()));
+    assert_eq!(end_position(&*bytes).unwrap(), 9);
+    let foreign = gzip("user_id\na\n");
+    assert_eq!(super::head(&*foreign).unwrap(), None);
+    assert_eq!(end_position(&*foreign).unwrap(), 0);
+    for cut in (20..bytes.len()).step_by(991) {
+        let (start, _) = bytes.split_at(cut);
+        let error = end_position(start).unwrap_err().to_string();
+        assert!(error.contains("cut off at byte"), "at {cut}: {error}");
+    }
+    assert!(super::head(&b"no gzip, though long"[..]).is_err());
+}
+
+#[test]
+fn progress_is_what_has_been_read() {
+    let progress = Progress::default();
+    assert!(progress.head().now_or_never().is_none());
+    let bytes = file_of(&store_of(3_000));
+    read(&*bytes, &Piece::digest, &progress).unwrap();
+    assert_eq!(progress.rows(), 3_000);
+    assert_eq!(progress.bytes(), bytes.len() as u64);
+    assert_eq!(progress.rows_expected(), 2_900);
+    assert_eq!(progress.head().now_or_never(), Some(head()));
+    let progress = Progress::default();
+    let foreign = gzip("user_id\na\nb\n");
+    read(&*foreign, &Piece::digest, &progress).unwrap();
+    assert_eq!((progress.rows(), progress.rows_expected()), (2, 0));
+    assert_eq!(progress.bytes(), foreign.len() as u64);
+}
+
+#[test]
 fn a_cut_anywhere_is_noticed() {
     let members = members_of(&store_of(3_000));
     let bytes = members.concat();
@@ -199,6 +233,10 @@ fn a_member_that_claims_too_much_is_refused_before_it_is_read() {
         let sound = members[1].clone();
         members[1][numbers + at..numbers + at + 4].copy_from_slice(&claim.to_le_bytes());
         refused(&members.concat());
+        if (at, claim) == (0, u32::MAX) {
+            let error = end_position(&*members.concat()).unwrap_err().to_string();
+            assert!(error.contains("do not lead to an end record"), "{error}");
+        }
         members[1] = sound;
     }
     let newer = Head {
