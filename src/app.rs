@@ -153,7 +153,14 @@ pub async fn run(
     let recorder = Arc::clone(&telemetry);
     let count =
         move |route, status| recorder.register(|| HttpMetrics::requests_counter(route, status));
-    let http_metrics = Arc::new(telemetry.register(|| HttpMetrics::new(count)));
+    let counted = config.http.counted;
+    let http_metrics = Arc::new(match counted {
+        true => telemetry.register(|| HttpMetrics::new(count)),
+        false => HttpMetrics::new(|_, _| Counter::noop()),
+    });
+    if !counted || !config.credentials.checked() {
+        tracing::warn!("--measure-without leaves something out: only for measurements");
+    }
     let account = config.credentials.account();
     let peers = Client::new(account, SILENCE_MAX, Compression::IfSlow)?;
     let parts = Parts {
