@@ -46,7 +46,11 @@ fn head() -> Head {
 
 /// The members of a backup, one by one: small ones, some for every thousand rows.
 fn members_of(store: &Store) -> Vec<Vec<u8>> {
-    let (mut writer, first) = BackupWriter::begin(&head());
+    members_after(&head(), store)
+}
+
+fn members_after(head: &Head, store: &Store) -> Vec<Vec<u8>> {
+    let (mut writer, first) = BackupWriter::begin(head);
     let mut members = vec![first];
     let source = ChunkSource::with_chunk_text(store, 16 * 1024);
     while let Some(chunk) = source.next() {
@@ -139,6 +143,32 @@ fn a_file_tells_what_it_is_before_its_rows_are_read() {
         assert!(error.contains("cut off at byte"), "at {cut}: {error}");
     }
     assert!(super::head(&b"no gzip, though long"[..]).is_err());
+}
+
+#[test]
+fn several_threads_read_what_one_does() {
+    let store = store_of(20_000);
+    let large = Head {
+        rows_expected: 1_000_000,
+        ..head()
+    };
+    assert!(threads_for(large.rows_expected) > 1 || threads_for(u64::MAX) == 1);
+    let mut members = members_after(&large, &store);
+    let (summary, rows) = read_rows(&members.concat()).unwrap();
+    assert_eq!(rows, rows_of(&store));
+    assert_eq!(summary.digest, store.digest());
+    // The first thing that is wrong is told, though others read on beside it.
+    let middle = members.len() / 2;
+    let at: usize = members[..middle].iter().map(Vec::len).sum();
+    let half = members[middle].len() / 2;
+    members[middle][half] ^= 1;
+    let error = refused(&members.concat());
+    assert!(
+        error.contains(&format!("damaged at byte {at}: ")),
+        "{error}"
+    );
+    members.truncate(middle);
+    assert!(refused(&members.concat()).contains("cut off at byte"));
 }
 
 #[test]
