@@ -29,7 +29,7 @@ const SHARD_COUNT: usize = 1024;
 
 /// Says which shard an id belongs to, the same in every process: rows that were scanned together, as
 /// in a backup, are then put together as well, into tables that fit in a core's cache. A restore
-/// takes half the time for it (`benches/README.md`). Who prepares ids that meet in one shard gets one
+/// takes a quarter of the CPU time for it (`benches/README.md`). Who prepares ids that meet in one shard gets one
 /// that is large, and no others.
 const SHARD_HASHER: FixedState = FixedState::with_seed(0);
 
