@@ -172,6 +172,43 @@ impl<S: AsRef<str>> Patch<S> {
     }
 }
 
+impl<'a> Patch<&'a str> {
+    /// Reads a patch as [`write_json`](Self::write_json) writes it, and what follows it. `None` for
+    /// any other text, be it another way to write a patch or none: that is for a parser to say.
+    pub(crate) fn read_written(json: &'a str) -> Option<(Self, &'a str)> {
+        let rest = json.strip_prefix(USER_ID_BEGIN)?;
+        let end = rest.bytes().position(|byte| matches!(byte, b'"' | b'\\'))?;
+        let (user_id, rest) = rest.split_at_checked(end)?;
+        check_user_id(user_id).ok()?;
+        let mut rest = rest.strip_prefix('"')?;
+        let mut changes = Changes::default();
+        for (index, name) in FIELDS.iter().enumerate() {
+            let Some((value, after)) = read_field(rest, name) else {
+                continue;
+            };
+            changes.set(index, value);
+            rest = after;
+        }
+        Some((Self { user_id, changes }, rest.strip_prefix('}')?))
+    }
+}
+
+/// Reads what [`write_field`] wrote, and what follows it.
+fn read_field<'a>(json: &'a str, name: &str) -> Option<(i64, &'a str)> {
+    let number = json
+        .strip_prefix(",\"")?
+        .strip_prefix(name)?
+        .strip_prefix("\":")?;
+    let digits = number.strip_prefix('-').unwrap_or(number);
+    let len = digits.bytes().position(|byte| !byte.is_ascii_digit())?;
+    // JSON has no leading zeros, and a parser may take -0 for a fraction.
+    if digits.starts_with('0') && (len > 1 || digits.len() < number.len()) {
+        return None;
+    }
+    let (number, rest) = number.split_at_checked(number.len() - digits.len() + len)?;
+    Some((number.parse().ok()?, rest))
+}
+
 /// One record: a user id and all its values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UserGrade<S = Box<str>> {
@@ -208,8 +245,11 @@ impl<S: AsRef<str>> UserGrade<S> {
     }
 }
 
+/// How every patch and every record begins.
+const USER_ID_BEGIN: &str = "{\"user_id\":\"";
+
 fn write_user_id(user_id: &str, out: &mut Vec<u8>) {
-    out.extend_from_slice(b"{\"user_id\":\"");
+    out.extend_from_slice(USER_ID_BEGIN.as_bytes());
     // A valid id has no control characters, so these two are all that JSON wants escaped.
     let mut rest = user_id.as_bytes();
     while let Some(at) = rest.iter().position(|byte| matches!(byte, b'"' | b'\\')) {

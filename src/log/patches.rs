@@ -5,6 +5,9 @@ use std::sync::Arc;
 use crate::grade::Patch;
 use crate::json;
 
+/// What a patch of one field takes, about.
+const PATCH_BYTES: usize = 40;
+
 /// Appends `patches` to `out`.
 pub(super) fn write(patches: &[Patch], out: &mut Vec<u8>) {
     out.push(b'[');
@@ -22,11 +25,29 @@ pub(super) fn write(patches: &[Patch], out: &mut Vec<u8>) {
 /// # Errors
 /// The bytes are no array of valid patches; says what is wrong.
 pub(super) fn read(json: &[u8]) -> Result<Arc<[Patch]>, Box<str>> {
+    if let Some(patches) = read_written(json) {
+        return Ok(patches);
+    }
     json::in_place(json, |bytes, buffers| {
         simd_json::serde::from_slice_with_buffers::<Vec<Patch<&str>>>(bytes, buffers)
             .map(|patches| patches.iter().map(Patch::to_owned).collect())
             .map_err(|error| error.to_string().into())
     })
+}
+
+/// Reads what [`write()`] wrote, byte for byte, as nearly every batch is; what has escapes in it, or
+/// was written by another program, is `None`. In a third of the parser's time: `benches/README.md`.
+fn read_written(json: &[u8]) -> Option<Arc<[Patch]>> {
+    let mut rest = std::str::from_utf8(json).ok()?.strip_prefix('[')?;
+    let mut patches = Vec::with_capacity(rest.len() / PATCH_BYTES);
+    loop {
+        let (patch, after) = Patch::read_written(rest)?;
+        patches.push(patch.to_owned());
+        match after.strip_prefix(',') {
+            Some(next) => rest = next,
+            None => return (after == "]").then(|| patches.into()),
+        }
+    }
 }
 
 #[cfg(test)]

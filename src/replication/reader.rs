@@ -106,11 +106,7 @@ impl Reader {
             seq: entry.seq,
             time_ns: entry.time_ns,
         };
-        self.applied.advance(to, || {
-            for patch in patches.iter() {
-                self.store.apply(patch);
-            }
-        });
+        self.applied.advance(to, || self.store.apply_all(patches));
         self.patches.increment(patches.len() as u64);
         if !patches.is_empty() {
             self.checkpoints.changed();

@@ -1,225 +1,274 @@
-//! One shard: records in chunks that never move, and a table of their numbers.
+//! One shard: records that never move, and an index of their numbers.
 //!
-//! A record is 48 bytes: 16 for its key, 32 for its values. A short id stands in the key itself; a
-//! longer one in the shard's byte chunks, with no header and no allocation of its own. Growing
-//! copies neither records nor ids, only the table of 4-byte numbers, so the peak while growing is
-//! next to the steady size.
+//! Growing copies neither records nor ids, only the index, so the peak while growing is next to the
+//! steady size.
 
 use std::hash::BuildHasher;
 
-use hashbrown::HashTable;
-
-use super::Piece;
+use super::index::Index;
+use super::key::{self, Key};
+use super::long_ids::LongIds;
+use super::record::{Held, Id, Record};
+use super::slab::Slab;
+use super::{Piece, Sought};
 use crate::grade::{Changes, Digest, UserGrade, Values};
-
-/// Records a chunk: 12 KiB, so a nearly empty shard wastes little.
-const CHUNK_RECORDS: usize = 256;
-/// Bytes a chunk of long ids.
-const CHUNK_ID_BYTES: usize = 16 * 1024;
-/// Longest id that stands in the key itself.
-const INLINE_BYTES: usize = 14;
 
 /// The records whose ids hash to this shard.
 #[derive(Default)]
 pub(super) struct Shard {
-    table: HashTable<u32>,
-    records: Vec<Vec<Record>>,
-    ids: Vec<Vec<u8>>,
-    len: usize,
+    index: Index,
+    records: Slab<Record>,
+    /// Values that a record has no room for.
+    wide: Slab<Values>,
+    long_ids: LongIds,
     digest: Digest,
 }
 
-struct Record {
-    key: Key,
-    values: Values,
-}
-
-#[derive(Clone, Copy)]
-enum Key {
-    Inline { len: u8, bytes: [u8; INLINE_BYTES] },
-    Chunk { chunk: u32, at: u16, len: u16 },
-}
-
-const _: () = assert!(size_of::<Key>() == 16);
-
 impl Shard {
     pub(super) fn len(&self) -> usize {
-        self.len
+        self.records.len()
+    }
+
+    /// One more than the largest number of a record.
+    pub(super) fn end(&self) -> usize {
+        self.records.end()
     }
 
     pub(super) fn digest(&self) -> Digest {
         self.digest
     }
 
-    pub(super) fn get(&self, hash: u64, user_id: &str) -> Option<Values> {
-        let number = self.find(hash, user_id)?;
-        self.record(number).map(|record| record.values)
+    pub(super) fn get(&self, sought: &Sought<'_>) -> Option<Values> {
+        self.find_held(sought).map(|(_, values)| values)
     }
 
+    /// Sets what `changes` carry.
     pub(super) fn apply(
         &mut self,
-        hash: u64,
-        user_id: &str,
+        sought: &Sought<'_>,
         changes: &Changes,
         hasher: &impl BuildHasher,
     ) {
-        if let Some(number) = self.find(hash, user_id) {
-            if let Some(record) = record_mut(&mut self.records, number) {
-                let values = record.values;
-                let old = UserGrade { user_id, values }.digest();
-                changes.apply_to(&mut record.values);
-                let values = record.values;
-                self.digest
-                    .replace(old, UserGrade { user_id, values }.digest());
-            }
-            return;
-        }
-        let mut values = Values::default();
+        let found = self.find_held(sought);
+        let mut values = found.map(|(_, held)| held).unwrap_or_default();
         changes.apply_to(&mut values);
-        self.digest += UserGrade { user_id, values }.digest();
-        self.insert(hash, user_id, values, hasher);
+        self.set(found, sought, values, hasher);
     }
 
     /// Puts a record with all its values; its digest.
     pub(super) fn put(
         &mut self,
-        hash: u64,
-        grade: &UserGrade<&str>,
+        sought: &Sought<'_>,
+        values: Values,
         hasher: &impl BuildHasher,
     ) -> Digest {
-        let UserGrade { user_id, values } = *grade;
-        let digest = grade.digest();
-        let found = self.find(hash, user_id);
-        match found.and_then(|number| record_mut(&mut self.records, number)) {
-            Some(record) => {
-                let old = std::mem::replace(&mut record.values, values);
-                let old = UserGrade {
-                    user_id,
-                    values: old,
-                };
-                self.digest.replace(old.digest(), digest);
+        let found = self.find_held(sought);
+        self.set(found, sought, values, hasher)
+    }
+
+    /// Gives `values` to the record that was found, with what it held, or to a new one; its digest.
+    fn set(
+        &mut self,
+        found: Option<(u32, Values)>,
+        sought: &Sought<'_>,
+        values: Values,
+        hasher: &impl BuildHasher,
+    ) -> Digest {
+        let digest = digest(sought, values);
+        let number = match found {
+            Some((number, held)) => {
+                self.digest.replace(self::digest(sought, held), digest);
+                number
             }
             None => {
                 self.digest += digest;
-                self.insert(hash, user_id, values, hasher);
+                self.insert(sought, hasher)
             }
-        }
+        };
+        self.set_values(number, values);
         digest
     }
 
-    /// Adds a record whose id is not there.
-    fn insert(&mut self, hash: u64, user_id: &str, values: Values, hasher: &impl BuildHasher) {
-        let key = self.key(user_id);
-        // A shard of 2^32 records would be a store of 4 * 10^12: memory ends long before.
-        let number = self.len as u32;
-        let full = self
-            .records
-            .last()
-            .is_none_or(|chunk| chunk.len() == CHUNK_RECORDS);
-        if full {
-            self.records.push(Vec::with_capacity(CHUNK_RECORDS));
+    /// Adds a record whose id is not there; its number.
+    fn insert(&mut self, sought: &Sought<'_>, hasher: &impl BuildHasher) -> u32 {
+        if self.index.is_full() {
+            self.reserve(self.index.next_room(), hasher);
         }
-        if let Some(chunk) = self.records.last_mut() {
-            chunk.push(Record { key, values });
-        }
-        self.len += 1;
-        let (records, ids) = (&self.records, &self.ids);
-        self.table.insert_unique(hash, number, |number| {
-            hasher.hash_one(id_of(records, ids, *number))
-        });
+        let record = match sought.key {
+            Key::Packed { len, bytes } => Record::packed(len, bytes),
+            Key::Long(id) => Record::long(self.long_ids.push(id)),
+        };
+        let number = self.records.insert(record);
+        self.index.insert(sought.hash, number);
+        number
     }
 
     /// Makes room for `records` in all.
     pub(super) fn reserve(&mut self, records: usize, hasher: &impl BuildHasher) {
-        let (stored, ids) = (&self.records, &self.ids);
-        self.table
-            .reserve(records.saturating_sub(self.len), |number| {
-                hasher.hash_one(id_of(stored, ids, *number))
-            });
-    }
-
-    /// Appends up to `most` records from number `from` on; returns how many.
-    pub(super) fn copy_from(&self, from: usize, most: usize, piece: &mut Piece) -> usize {
-        let end = self.len.min(from + most);
-        for number in from..end {
-            let number = number as u32;
-            if let Some(record) = self.record(number) {
-                let id = id_of(&self.records, &self.ids, number);
-                // Ids came in as `str`, byte by byte.
-                piece.push(std::str::from_utf8(id).unwrap_or_default(), record.values);
+        if records <= self.index.room() {
+            return;
+        }
+        let mut index = Index::with_room(records);
+        for number in 0..self.end() as u32 {
+            if let Some(hash) = hash_of(&self.records, &self.long_ids, number, hasher) {
+                index.insert(hash, number);
             }
         }
-        end.saturating_sub(from)
+        self.index = index;
     }
 
-    fn find(&self, hash: u64, user_id: &str) -> Option<u32> {
-        self.table
-            .find(hash, |number| {
-                id_of(&self.records, &self.ids, *number) == user_id.as_bytes()
-            })
-            .copied()
+    /// Fills `piece` with records from number `from` on; the number to go on from.
+    pub(super) fn copy_from(&self, from: usize, piece: &mut Piece) -> usize {
+        let mut next = from;
+        while next < self.end() && !piece.is_full() {
+            if let Some(record) = self.records.get(next as u32) {
+                self.with_id(record, |id| piece.push(id, self.values(record)));
+            }
+            next += 1;
+        }
+        next
     }
 
-    fn record(&self, number: u32) -> Option<&Record> {
-        record(&self.records, number)
+    /// Reads what a search for `hash` reads first. Of many searches whose first reads are made one
+    /// after the other, and then their second, memory serves several at a time.
+    pub(super) fn touch_index(&self, hash: u64) -> u32 {
+        self.index.touch(hash)
     }
 
-    fn key(&mut self, user_id: &str) -> Key {
-        let id = user_id.as_bytes();
-        let mut bytes = [0; INLINE_BYTES];
-        if let Some(room) = bytes.get_mut(..id.len()) {
-            room.copy_from_slice(id);
-            return Key::Inline {
-                len: id.len() as u8,
-                bytes,
-            };
+    /// Reads what a search for `hash` reads second.
+    pub(super) fn touch_record(&self, hash: u64) -> bool {
+        let number = self.index.find(hash, |_| true);
+        let record = number.and_then(|number| self.records.get(number));
+        record.is_some_and(Record::is_free)
+    }
+
+    /// Removes the record; whether there was one.
+    pub(super) fn remove(&mut self, sought: &Sought<'_>, hasher: &impl BuildHasher) -> bool {
+        let Self {
+            index,
+            records,
+            long_ids,
+            ..
+        } = self;
+        let removed = index.remove(
+            sought.hash,
+            |number| has(records, long_ids, number, &sought.key),
+            |number| hash_of(records, long_ids, number, hasher).unwrap_or_default(),
+        );
+        let Some((number, record)) = removed.and_then(|number| Some((number, *records.get(number)?)))
+        else {
+            return false;
+        };
+        let held = digest(sought, self.values(&record));
+        self.digest.replace(held, Digest::default());
+        if let Held::Wide(wide) = record.values() {
+            self.wide.remove(wide);
         }
-        let fits = self
-            .ids
-            .last()
-            .is_some_and(|chunk| chunk.len() + id.len() <= CHUNK_ID_BYTES);
-        if !fits {
-            self.ids.push(Vec::with_capacity(CHUNK_ID_BYTES));
+        if let Some(record) = self.records.get_mut(number) {
+            *record = Record::FREE;
         }
-        let chunk = (self.ids.len() - 1) as u32;
-        let mut at = 0;
-        if let Some(chunk) = self.ids.last_mut() {
-            at = chunk.len() as u16;
-            chunk.extend_from_slice(id);
+        self.records.remove(number);
+        if let Id::Long(place) = record.id() {
+            self.long_ids.forget(place);
+            self.move_long_ids();
         }
-        Key::Chunk {
-            chunk,
-            at,
-            len: id.len() as u16,
+        true
+    }
+
+    /// Gives back the bytes of ids that nobody has any more, when they are many.
+    fn move_long_ids(&mut self) {
+        if !self.long_ids.is_mostly_dead() {
+            return;
         }
+        let old = std::mem::take(&mut self.long_ids);
+        for record in self.records.iter_mut() {
+            if let Id::Long(place) = record.id() {
+                record.place(self.long_ids.push(old.get(place)));
+            }
+        }
+    }
+
+    fn find(&self, sought: &Sought<'_>) -> Option<u32> {
+        self.index.find(sought.hash, |number| {
+            has(&self.records, &self.long_ids, number, &sought.key)
+        })
+    }
+
+    /// The record's number and values.
+    fn find_held(&self, sought: &Sought<'_>) -> Option<(u32, Values)> {
+        let number = self.find(sought)?;
+        Some((number, self.values(self.records.get(number)?)))
+    }
+
+    fn values(&self, record: &Record) -> Values {
+        match record.values() {
+            Held::Here(values) => values,
+            Held::Wide(number) => self.wide.get(number).copied().unwrap_or_default(),
+        }
+    }
+
+    fn set_values(&mut self, number: u32, values: Values) {
+        let Some(record) = self.records.get_mut(number) else {
+            return;
+        };
+        let wide = match record.values() {
+            Held::Wide(number) => Some(number),
+            Held::Here(_) => None,
+        };
+        match (record.set(&values), wide) {
+            (true, None) => {}
+            (true, Some(wide)) => self.wide.remove(wide),
+            (false, None) => record.set_wide(self.wide.insert(values)),
+            (false, Some(wide)) => {
+                if let Some(held) = self.wide.get_mut(wide) {
+                    *held = values;
+                }
+            }
+        }
+    }
+
+    /// Hands `take` the id of `record`, if it is somebody's.
+    fn with_id<T>(&self, record: &Record, take: impl FnOnce(&str) -> T) -> Option<T> {
+        // Ids came in as `str`, byte by byte.
+        let text = |bytes| std::str::from_utf8(bytes).unwrap_or_default();
+        Some(match record.id() {
+            Id::Free => return None,
+            Id::Inline(len, bytes) => take(text(bytes.get(..usize::from(len))?)),
+            Id::Uuid(bytes) => key::with_uuid(bytes, take),
+            Id::Long(place) => take(text(self.long_ids.get(place))),
+        })
     }
 }
 
-// Free functions over the parts, so that the table can be borrowed mutably beside them.
-
-fn record(records: &[Vec<Record>], number: u32) -> Option<&Record> {
-    let number = number as usize;
-    records
-        .get(number / CHUNK_RECORDS)?
-        .get(number % CHUNK_RECORDS)
+fn digest(sought: &Sought<'_>, values: Values) -> Digest {
+    let user_id = sought.user_id;
+    UserGrade { user_id, values }.digest()
 }
 
-fn record_mut(records: &mut [Vec<Record>], number: u32) -> Option<&mut Record> {
-    let number = number as usize;
-    records
-        .get_mut(number / CHUNK_RECORDS)?
-        .get_mut(number % CHUNK_RECORDS)
+// Free functions over the parts, so that the index can be borrowed mutably beside them.
+
+/// Whether the record under `number` has the id `key`.
+fn has(records: &Slab<Record>, long_ids: &LongIds, number: u32, key: &Key<'_>) -> bool {
+    records.get(number).is_some_and(|record| match key {
+        Key::Packed { .. } => record.has(key),
+        Key::Long(id) => match record.id() {
+            Id::Long(place) => long_ids.get(place) == *id,
+            _ => false,
+        },
+    })
 }
 
-fn id_of<'a>(records: &'a [Vec<Record>], ids: &'a [Vec<u8>], number: u32) -> &'a [u8] {
-    let id = match record(records, number).map(|record| &record.key) {
-        Some(Key::Inline { len, bytes }) => bytes.get(..usize::from(*len)),
-        Some(Key::Chunk { chunk, at, len }) => {
-            let at = usize::from(*at);
-            ids.get(*chunk as usize)
-                .and_then(|chunk| chunk.get(at..at + usize::from(*len)))
-        }
-        None => None,
-    };
-    id.unwrap_or_default()
+/// The hash of the record under `number`, if it is somebody's: that of its [`Key`].
+fn hash_of(
+    records: &Slab<Record>,
+    long_ids: &LongIds,
+    number: u32,
+    hasher: &impl BuildHasher,
+) -> Option<u64> {
+    Some(match records.get(number)?.id() {
+        Id::Free => return None,
+        Id::Inline(len, bytes) => hasher.hash_one(bytes.get(..usize::from(len))?),
+        Id::Uuid(bytes) => hasher.hash_one(&bytes[..]),
+        Id::Long(place) => hasher.hash_one(long_ids.get(place)),
+    })
 }

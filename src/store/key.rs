@@ -1,0 +1,63 @@
+//! A user id in the form in which it is looked up, hashed and compared.
+
+use uuid::Uuid;
+use uuid::fmt::Hyphenated;
+
+/// Longest id that stands in the record itself, but for a UUID.
+const INLINE_BYTES_MAX: usize = 15;
+/// Bytes of a UUID; as a kind of key, what says that the bytes are those of one.
+pub(super) const UUID_BYTES: usize = 16;
+
+/// A user id. Two ids are equal if their keys are.
+pub(super) enum Key<'a> {
+    /// An id of up to 15 bytes as it is, or the 16 bytes of a UUID.
+    Packed { len: u8, bytes: [u8; UUID_BYTES] },
+    /// Any other.
+    Long(&'a [u8]),
+}
+
+impl<'a> Key<'a> {
+    pub(super) fn of(user_id: &'a str) -> Self {
+        let id = user_id.as_bytes();
+        let mut bytes = [0; UUID_BYTES];
+        if id.len() <= INLINE_BYTES_MAX
+            && let Some(room) = bytes.get_mut(..id.len())
+        {
+            room.copy_from_slice(id);
+            let len = id.len() as u8;
+            return Self::Packed { len, bytes };
+        }
+        match uuid(id) {
+            Some(bytes) => Self::Packed {
+                len: UUID_BYTES as u8,
+                bytes,
+            },
+            None => Self::Long(id),
+        }
+    }
+
+    /// The bytes that stand for the id.
+    pub(super) fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Packed { len, bytes } => bytes.get(..usize::from(*len)).unwrap_or_default(),
+            Self::Long(id) => id,
+        }
+    }
+}
+
+/// The bytes of an id that is a UUID as most systems write one, lower case with hyphens: the one
+/// form of several that can be made again from the bytes.
+fn uuid(id: &[u8]) -> Option<[u8; UUID_BYTES]> {
+    if id.len() != Hyphenated::LENGTH || id.get(8) != Some(&b'-') {
+        return None;
+    }
+    let uuid = Uuid::try_parse_ascii(id).ok()?;
+    let written = with_uuid(*uuid.as_bytes(), |written| written.as_bytes() == id);
+    written.then(|| *uuid.as_bytes())
+}
+
+/// Hands `take` the id that a UUID's bytes stand for.
+pub(super) fn with_uuid<T>(bytes: [u8; UUID_BYTES], take: impl FnOnce(&str) -> T) -> T {
+    let mut room = [0; Hyphenated::LENGTH];
+    take(Uuid::from_bytes(bytes).hyphenated().encode_lower(&mut room))
+}

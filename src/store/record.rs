@@ -1,0 +1,211 @@
+//! A record in 32 bytes, half a cache line: its id, then its values, each in as few bytes as it
+//! needs.
+//!
+//! | bytes | what |
+//! | --- | --- |
+//! | 1 | the id's kind (below); [`WIDE`] if the values stand elsewhere |
+//! | 1 to 15, 16, or 8 | the id itself, a UUID, or the [`Place`] of a longer one |
+//! | half a byte a field | how many bytes the field's value takes, 0 to 8 |
+//! | the rest | the values, least byte first; or, if they are [`WIDE`], their number |
+
+use super::key::{Key, UUID_BYTES};
+use crate::grade::{FIELD_COUNT, Values};
+
+const BYTES: usize = 32;
+/// So that any eight bytes of a record can be read as one number.
+const PADDED: usize = BYTES + size_of::<i64>();
+/// Where the lengths of the values end, from where they begin.
+const LENGTHS: usize = FIELD_COUNT.div_ceil(2);
+
+/// Kinds: nothing here; 1 to 15 is the length of an id; a UUID; an id that stands elsewhere.
+const FREE: u8 = 0;
+const UUID: u8 = UUID_BYTES as u8;
+const LONG: u8 = UUID + 1;
+/// Beside the kind.
+const WIDE: u8 = 0x80;
+
+// Whatever stands before it, the number of wide values has room.
+const _: () = assert!(1 + UUID_BYTES + size_of::<u32>() <= BYTES);
+
+/// A record, or the room for one.
+#[derive(Clone, Copy)]
+#[repr(align(32))]
+pub(super) struct Record([u8; BYTES]);
+
+/// Where a long id stands in its shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) chunk: u32,
+    pub(super) at: u16,
+    pub(super) len: u16,
+}
+
+/// An id as a record has it.
+pub(super) enum Id {
+    /// Nobody's.
+    Free,
+    /// The bytes themselves, so many of the sixteen.
+    Inline(u8, [u8; UUID_BYTES]),
+    Uuid([u8; UUID_BYTES]),
+    Long(Place),
+}
+
+/// Values as a record has them.
+pub(super) enum Held {
+    Here(Values),
+    /// Under this number, elsewhere.
+    Wide(u32),
+}
+
+impl Record {
+    pub(super) const FREE: Self = Self([FREE; BYTES]);
+
+    /// One that has an id of up to 16 packed bytes, and no values yet.
+    pub(super) fn packed(len: u8, bytes: [u8; UUID_BYTES]) -> Self {
+        let mut record = Self::FREE;
+        record.write(0, [len]);
+        record.write(1, bytes);
+        record
+    }
+
+    /// One whose id stands at `place`, and no values yet.
+    pub(super) fn long(place: Place) -> Self {
+        let mut record = Self::FREE;
+        record.write(0, [LONG]);
+        record.place(place);
+        record
+    }
+
+    /// Moves its long id to `place`.
+    pub(super) fn place(&mut self, place: Place) {
+        self.write(1, place.chunk.to_le_bytes());
+        self.write(5, place.at.to_le_bytes());
+        self.write(7, place.len.to_le_bytes());
+    }
+
+    pub(super) fn is_free(&self) -> bool {
+        self.kind() == FREE
+    }
+
+    pub(super) fn id(&self) -> Id {
+        match self.kind() {
+            FREE => Id::Free,
+            LONG => Id::Long(Place {
+                chunk: u32::from_le_bytes(self.read(1)),
+                at: u16::from_le_bytes(self.read(5)),
+                len: u16::from_le_bytes(self.read(7)),
+            }),
+            UUID => Id::Uuid(self.read(1)),
+            len => Id::Inline(len, self.read(1)),
+        }
+    }
+
+    /// Whether its id is `key`, which is no long one.
+    pub(super) fn has(&self, key: &Key<'_>) -> bool {
+        let id = key.bytes();
+        usize::from(self.kind()) == id.len() && self.0.get(1..=id.len()) == Some(id)
+    }
+
+    pub(super) fn values(&self) -> Held {
+        let begin = self.values_begin();
+        if self.head() & WIDE != 0 {
+            return Held::Wide(u32::from_le_bytes(self.read(begin)));
+        }
+        let mut padded = [0; PADDED];
+        write(&mut padded, 0, self.0);
+        let mut values = Values::default();
+        let mut at = begin + LENGTHS;
+        for (field, value) in values.iter_mut().enumerate() {
+            let [pair] = read(&padded, begin + field / 2);
+            let len = u32::from(pair >> (field % 2 * 4)) & 0xf;
+            let unused = i64::BITS - len * 8;
+            // Cut to its bytes, and the sign carried on; no bytes at all are a 0.
+            let word = i64::from_le_bytes(read(&padded, at));
+            *value = match len {
+                0 => 0,
+                _ => (word << unused) >> unused,
+            };
+            at += len as usize;
+        }
+        Held::Here(values)
+    }
+
+    /// Sets its values; `false`, and nothing is set, if they need more room than there is.
+    pub(super) fn set(&mut self, values: &Values) -> bool {
+        let begin = self.values_begin();
+        let mut padded = [0; PADDED];
+        write(&mut padded, 0, self.0);
+        write(&mut padded, begin, [0_u8; LENGTHS]);
+        let mut at = begin + LENGTHS;
+        for (field, value) in values.iter().enumerate() {
+            let len = bytes_of(*value);
+            let [pair] = read(&padded, begin + field / 2);
+            write(
+                &mut padded,
+                begin + field / 2,
+                [pair | (len as u8) << (field % 2 * 4)],
+            );
+            if at + len > BYTES {
+                return false;
+            }
+            // What follows the value's own bytes is overwritten by the next one.
+            write(&mut padded, at, value.to_le_bytes());
+            at += len;
+        }
+        self.0 = read(&padded, 0);
+        self.write(0, [self.kind()]);
+        true
+    }
+
+    /// Says that its values stand elsewhere, under `number`.
+    pub(super) fn set_wide(&mut self, number: u32) {
+        self.write(0, [self.kind() | WIDE]);
+        self.write(self.values_begin(), number.to_le_bytes());
+    }
+
+    fn head(&self) -> u8 {
+        let [head] = self.read(0);
+        head
+    }
+
+    fn kind(&self) -> u8 {
+        self.head() & !WIDE
+    }
+
+    fn values_begin(&self) -> usize {
+        1 + match self.kind() {
+            LONG => size_of::<Place>(),
+            kind => usize::from(kind),
+        }
+    }
+
+    fn read<const N: usize>(&self, at: usize) -> [u8; N] {
+        read(&self.0, at)
+    }
+
+    fn write<const N: usize>(&mut self, at: usize, bytes: [u8; N]) {
+        write(&mut self.0, at, bytes);
+    }
+}
+
+/// How many bytes hold `value` and its sign; 0 is held by none.
+fn bytes_of(value: i64) -> usize {
+    if value == 0 {
+        return 0;
+    }
+    let significant = i64::BITS - (value ^ (value >> 63)).leading_zeros() + 1;
+    significant.div_ceil(8) as usize
+}
+
+/// The bytes from `at` on; zeros, if there are not so many.
+fn read<const N: usize>(from: &[u8], at: usize) -> [u8; N] {
+    let bytes = from.get(at..).and_then(<[u8]>::first_chunk);
+    bytes.copied().unwrap_or([0; N])
+}
+
+/// Puts `bytes` at `at`, where there is room for them.
+fn write<const N: usize>(to: &mut [u8], at: usize, bytes: [u8; N]) {
+    if let Some(room) = to.get_mut(at..).and_then(<[u8]>::first_chunk_mut) {
+        *room = bytes;
+    }
+}
