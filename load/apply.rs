@@ -24,6 +24,10 @@ use gradestore::replication::{
 use gradestore::store::Store;
 use metrics::{Counter, Histogram};
 
+/// The node's own allocator.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Messages that are handed over at once, as the log's subscription does.
 const MESSAGES_AT_ONCE: usize = 16;
 

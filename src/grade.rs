@@ -230,8 +230,16 @@ impl<S: AsRef<str>> UserGrade<S> {
 
     /// What the record adds to the store's digest.
     pub fn digest(&self) -> Digest {
+        // Most ids are short, and room that is not there need not be cleared.
+        match self.user_id.as_ref().len() {
+            0..=SHORT_ID => self.digest_in::<{ record_bytes(SHORT_ID) }>(),
+            _ => self.digest_in::<{ record_bytes(USER_ID_BYTES_MAX) }>(),
+        }
+    }
+
+    fn digest_in<const BYTES: usize>(&self) -> Digest {
         let user_id = self.user_id.as_ref();
-        let mut bytes = RecordBytes::default();
+        let mut bytes = RecordBytes::<BYTES>::default();
         // The length first, so that no id can look like an id and a field.
         bytes.push(&(user_id.len() as u64).to_le_bytes());
         bytes.push(user_id.as_bytes());
@@ -244,6 +252,9 @@ impl<S: AsRef<str>> UserGrade<S> {
         Digest(xxh3_128(bytes.filled()))
     }
 }
+
+/// Bytes of an id that is called short: a UUID is.
+const SHORT_ID: usize = 40;
 
 /// How every patch and every record begins.
 const USER_ID_BEGIN: &str = "{\"user_id\":\"";
@@ -460,21 +471,26 @@ impl fmt::Display for Digest {
 }
 
 /// Room on the stack for one record's canonical bytes.
-struct RecordBytes {
-    bytes: [u8; 8 + USER_ID_BYTES_MAX + FIELD_COUNT * 9],
+struct RecordBytes<const BYTES: usize> {
+    bytes: [u8; BYTES],
     len: usize,
 }
 
-impl Default for RecordBytes {
+/// Bytes that a record with an id of `id` bytes takes at most.
+const fn record_bytes(id: usize) -> usize {
+    8 + id + FIELD_COUNT * 9
+}
+
+impl<const BYTES: usize> Default for RecordBytes<BYTES> {
     fn default() -> Self {
         Self {
-            bytes: [0; 8 + USER_ID_BYTES_MAX + FIELD_COUNT * 9],
+            bytes: [0; BYTES],
             len: 0,
         }
     }
 }
 
-impl RecordBytes {
+impl<const BYTES: usize> RecordBytes<BYTES> {
     fn push(&mut self, part: &[u8]) {
         let end = self.len + part.len();
         if let Some(room) = self.bytes.get_mut(self.len..end) {

@@ -25,7 +25,7 @@ use foldhash::quality::{FixedState, RandomState};
 use parking_lot::RwLock;
 use smallvec::SmallVec;
 
-use crate::grade::{Changes, Digest, Patch, UserGrade, Values};
+use crate::grade::{Digest, Patch, UserGrade, Values};
 use key::Key;
 use shard::Shard;
 
@@ -80,37 +80,39 @@ impl Store {
             .apply(&sought, &patch.changes, &self.0.hasher);
     }
 
-    /// Applies all of `patches`, those of one user in their order. Much faster than one call each
-    /// where the records are in memory and not in a cache: `benches/README.md`.
+    /// Applies all of `patches` in their order. Much faster than one call each where the records are
+    /// in memory and not in a cache: `benches/README.md`.
     pub fn apply_all<S: AsRef<str>>(&self, patches: &[Patch<S>]) {
-        for patches in patches.chunks(SIDE_BY_SIDE) {
-            let mut sought: SmallVec<[(Sought<'_>, &Changes); SIDE_BY_SIDE]> = patches
-                .iter()
-                .map(|patch| (self.sought(patch.user_id.as_ref()), &patch.changes))
-                .collect();
-            // In the order of the shards, so that two who do this can't wait for each other. The
-            // sort is stable.
-            sought.sort_by_key(|(sought, _)| sought.shard);
-            let mut locked = SmallVec::<[_; SIDE_BY_SIDE]>::new();
-            for same in sought.chunk_by(|(one, _), (other, _)| one.shard == other.shard) {
-                if let Some((first, _)) = same.first() {
-                    locked.push((same, self.shard(first.shard).write()));
-                }
+        let mut rest = patches.iter().peekable();
+        while rest.peek().is_some() {
+            let mut together = SmallVec::<[_; SIDE_BY_SIDE]>::new();
+            while together.len() < SIDE_BY_SIDE
+                && let Some(patch) = rest.peek()
+            {
+                let sought = self.sought(patch.user_id.as_ref());
+                let shard = self.shard(sought.shard);
+                // Waited for only while no other is held: so two who do this can't wait for each
+                // other. One that is held already, for another user's patch, ends the row as well.
+                let locked = match together.is_empty() {
+                    true => shard.write(),
+                    false => match shard.try_write() {
+                        Some(locked) => locked,
+                        None => break,
+                    },
+                };
+                together.push((locked, sought, &patch.changes));
+                rest.next();
             }
-            for (same, shard) in &locked {
-                for (sought, _) in *same {
-                    black_box(shard.touch_index(sought.hash));
-                }
+            // Of many searches whose first reads are made one after the other, and then their
+            // second, memory serves several at a time.
+            for (shard, sought, _) in &together {
+                black_box(shard.touch_index(sought));
             }
-            for (same, shard) in &locked {
-                for (sought, _) in *same {
-                    black_box(shard.touch_record(sought.hash));
-                }
+            for (shard, sought, _) in &together {
+                black_box(shard.touch_record(sought));
             }
-            for (same, shard) in &mut locked {
-                for (sought, changes) in *same {
-                    shard.apply(sought, changes, &self.0.hasher);
-                }
+            for (shard, sought, changes) in &mut together {
+                shard.apply(sought, changes, &self.0.hasher);
             }
         }
     }

@@ -8,7 +8,7 @@
 //! | half a byte a field | how many bytes the field's value takes, 0 to 8 |
 //! | the rest | the values, least byte first; or, if they are [`WIDE`], their number |
 
-use super::key::{Key, UUID_BYTES};
+use super::key::UUID_BYTES;
 use crate::grade::{FIELD_COUNT, Values};
 
 const BYTES: usize = 32;
@@ -100,10 +100,12 @@ impl Record {
         }
     }
 
-    /// Whether its id is `key`, which is no long one.
-    pub(super) fn has(&self, key: &Key<'_>) -> bool {
-        let id = key.bytes();
-        usize::from(self.kind()) == id.len() && self.0.get(1..=id.len()) == Some(id)
+    /// Whether its id is that of [`packed()`](Self::packed).
+    pub(super) fn is_packed(&self, len: u8, bytes: [u8; UUID_BYTES]) -> bool {
+        // One comparison of all sixteen, those that are no longer the id's shifted out.
+        let unused = (UUID_BYTES as u32 * 8).saturating_sub(u32::from(len) * 8);
+        let id = u128::from_le_bytes(self.read(1)) ^ u128::from_le_bytes(bytes);
+        self.kind() == len && id << unused == 0
     }
 
     pub(super) fn values(&self) -> Held {

@@ -129,15 +129,14 @@ impl Shard {
         next
     }
 
-    /// Reads what a search for `hash` reads first. Of many searches whose first reads are made one
-    /// after the other, and then their second, memory serves several at a time.
-    pub(super) fn touch_index(&self, hash: u64) -> u32 {
-        self.index.touch(hash)
+    /// Reads what a search reads first.
+    pub(super) fn touch_index(&self, sought: &Sought<'_>) -> u32 {
+        self.index.touch(sought.hash)
     }
 
-    /// Reads what a search for `hash` reads second.
-    pub(super) fn touch_record(&self, hash: u64) -> bool {
-        let number = self.index.find(hash, |_| true);
+    /// Reads what a search reads second.
+    pub(super) fn touch_record(&self, sought: &Sought<'_>) -> bool {
+        let number = self.index.find(sought.hash, |_| true);
         let record = number.and_then(|number| self.records.get(number));
         record.is_some_and(Record::is_free)
     }
@@ -250,7 +249,7 @@ fn digest(sought: &Sought<'_>, values: Values) -> Digest {
 /// Whether the record under `number` has the id `key`.
 fn has(records: &Slab<Record>, long_ids: &LongIds, number: u32, key: &Key<'_>) -> bool {
     records.get(number).is_some_and(|record| match key {
-        Key::Packed { .. } => record.has(key),
+        Key::Packed { len, bytes } => record.is_packed(*len, *bytes),
         Key::Long(id) => match record.id() {
             Id::Long(place) => long_ids.get(place) == *id,
             _ => false,
