@@ -13,7 +13,7 @@ const SLOTS_MIN: usize = 16;
 pub(super) struct Index {
     /// Each [`EMPTY`], or a record's number plus 1 in the low [`number_bits`](Self::number_bits) and
     /// low bits of its hash above.
-    slots: Vec<u32>,
+    slots: Box<[u32]>,
     len: usize,
 }
 
@@ -22,7 +22,7 @@ impl Index {
     pub(super) fn with_room(records: usize) -> Self {
         let slots = (records + 1).saturating_mul(5).div_ceil(4).max(SLOTS_MIN);
         Self {
-            slots: vec![EMPTY; slots],
+            slots: vec![EMPTY; slots].into(),
             len: 0,
         }
     }

@@ -9,12 +9,12 @@
 //! record once, however much the shard grows meanwhile. `benches/store.rs` and `benches/memory.rs`
 //! measure both; the figures stand in `benches/README.md`.
 
+mod free;
 mod index;
 mod key;
 mod long_ids;
 mod record;
 mod shard;
-mod slab;
 
 use std::hash::BuildHasher;
 use std::hint::black_box;
@@ -48,11 +48,18 @@ const SIDE_BY_SIDE: usize = 16;
 pub struct Store(Arc<Inner>);
 
 struct Inner {
-    shards: Box<[RwLock<Shard>]>,
+    shards: Box<[Locked]>,
     /// Seeded anew by each process, so that nobody can prepare ids that collide in a shard's table.
     hasher: RandomState,
     epoch: AtomicU64,
 }
+
+/// In a cache line of its own.
+#[derive(Default)]
+#[repr(align(64))]
+struct Locked(RwLock<Shard>);
+
+const _: () = assert!(size_of::<Locked>() == 64);
 
 impl Default for Store {
     fn default() -> Self {
@@ -65,7 +72,7 @@ impl Store {
     #[must_use]
     pub fn new() -> Self {
         Self(Arc::new(Inner {
-            shards: (0..SHARD_COUNT).map(|_| RwLock::default()).collect(),
+            shards: (0..SHARD_COUNT).map(|_| Locked::default()).collect(),
             hasher: RandomState::default(),
             epoch: AtomicU64::new(0),
         }))
@@ -151,15 +158,18 @@ impl Store {
 
     /// Makes room for `records` in all, so that none of them has to wait for a table to grow.
     pub fn reserve(&self, records: usize) {
+        let mean = records / SHARD_COUNT;
+        // Four standard deviations more: one shard in thirty thousand has to grow after all.
+        let each = mean + 4 * mean.isqrt();
         for shard in &self.0.shards {
-            shard.write().reserve(records / SHARD_COUNT, &self.0.hasher);
+            shard.0.write().reserve(each, &self.0.hasher);
         }
     }
 
     /// How many records there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.0.shards.iter().map(|shard| shard.read().len()).sum()
+        self.0.shards.iter().map(|shard| shard.0.read().len()).sum()
     }
 
     /// Whether there is no record.
@@ -174,7 +184,7 @@ impl Store {
     pub fn digest(&self) -> Digest {
         let mut sum = Digest::default();
         for shard in &self.0.shards {
-            sum += shard.read().digest();
+            sum += shard.0.read().digest();
         }
         sum
     }
@@ -200,7 +210,7 @@ impl Store {
     pub fn clear(&self) {
         self.0.epoch.fetch_add(1, Ordering::AcqRel);
         for shard in &self.0.shards {
-            *shard.write() = Shard::default();
+            *shard.0.write() = Shard::default();
         }
     }
 
@@ -216,7 +226,7 @@ impl Store {
 
     #[expect(clippy::indexing_slicing, reason = "masked by the number of shards")]
     fn shard(&self, at: usize) -> &RwLock<Shard> {
-        &self.0.shards[at & (SHARD_COUNT - 1)]
+        &self.0.shards[at & (SHARD_COUNT - 1)].0
     }
 }
 
@@ -245,7 +255,7 @@ impl Scan {
     pub fn next_into(&mut self, piece: &mut Piece) -> bool {
         piece.clear();
         while let Some(shard) = self.store.0.shards.get(self.shard) {
-            let shard = shard.read();
+            let shard = shard.0.read();
             self.record = shard.copy_from(self.record, piece);
             if self.record == shard.end() {
                 self.shard += 1;

@@ -1,41 +1,49 @@
-//! One shard: records that never move, and an index of their numbers.
+//! One shard: records under numbers that they keep, and an index of the numbers.
 //!
-//! Growing copies neither records nor ids, only the index, so the peak while growing is next to the
-//! steady size.
+//! A lookup reads three cache lines, those of the shard, the index and the record: at ten million
+//! records the latter two come from memory, and that is most of its time.
 
 use std::hash::BuildHasher;
 
+use super::free::Free;
 use super::index::Index;
 use super::key::{self, Key};
 use super::long_ids::LongIds;
 use super::record::{Held, Id, Record};
-use super::slab::Slab;
 use super::{Piece, Sought};
 use crate::grade::{Changes, Digest, UserGrade, Values};
 
-/// The records whose ids hash to this shard.
+/// The records whose ids hash to this shard. With its lock it fills a cache line.
 #[derive(Default)]
 pub(super) struct Shard {
     index: Index,
-    records: Slab<Record>,
+    records: Vec<Record>,
+    rare: Box<Rare>,
+}
+
+/// What a plain read does not look at.
+#[derive(Default)]
+struct Rare {
+    free_records: Free,
     /// Values that a record has no room for.
-    wide: Slab<Values>,
+    wide: Vec<Values>,
+    free_wide: Free,
     long_ids: LongIds,
     digest: Digest,
 }
 
 impl Shard {
     pub(super) fn len(&self) -> usize {
-        self.records.len()
+        self.records.len() - self.rare.free_records.len()
     }
 
     /// One more than the largest number of a record.
     pub(super) fn end(&self) -> usize {
-        self.records.end()
+        self.records.len()
     }
 
     pub(super) fn digest(&self) -> Digest {
-        self.digest
+        self.rare.digest
     }
 
     pub(super) fn get(&self, sought: &Sought<'_>) -> Option<Values> {
@@ -77,11 +85,11 @@ impl Shard {
         let digest = digest(sought, values);
         let number = match found {
             Some((number, held)) => {
-                self.digest.replace(self::digest(sought, held), digest);
+                self.rare.digest.replace(self::digest(sought, held), digest);
                 number
             }
             None => {
-                self.digest += digest;
+                self.rare.digest += digest;
                 self.insert(sought, hasher)
             }
         };
@@ -92,25 +100,31 @@ impl Shard {
     /// Adds a record whose id is not there; its number.
     fn insert(&mut self, sought: &Sought<'_>, hasher: &impl BuildHasher) -> u32 {
         if self.index.is_full() {
-            self.reserve(self.index.next_room(), hasher);
+            self.reserve_index(self.index.next_room(), hasher);
         }
         let record = match sought.key {
             Key::Packed { len, bytes } => Record::packed(len, bytes),
-            Key::Long(id) => Record::long(self.long_ids.push(id)),
+            Key::Long(id) => Record::long(self.rare.long_ids.push(id)),
         };
-        let number = self.records.insert(record);
+        let number = self.rare.free_records.insert(&mut self.records, record);
         self.index.insert(sought.hash, number);
         number
     }
 
     /// Makes room for `records` in all.
     pub(super) fn reserve(&mut self, records: usize, hasher: &impl BuildHasher) {
+        self.records
+            .reserve_exact(records.saturating_sub(self.records.len()));
+        self.reserve_index(records, hasher);
+    }
+
+    fn reserve_index(&mut self, records: usize, hasher: &impl BuildHasher) {
         if records <= self.index.room() {
             return;
         }
         let mut index = Index::with_room(records);
         for number in 0..self.end() as u32 {
-            if let Some(hash) = hash_of(&self.records, &self.long_ids, number, hasher) {
+            if let Some(hash) = hash_of(&self.records, &self.rare.long_ids, number, hasher) {
                 index.insert(hash, number);
             }
         }
@@ -121,7 +135,7 @@ impl Shard {
     pub(super) fn copy_from(&self, from: usize, piece: &mut Piece) -> usize {
         let mut next = from;
         while next < self.end() && !piece.is_full() {
-            if let Some(record) = self.records.get(next as u32) {
+            if let Some(record) = self.records.get(next) {
                 self.with_id(record, |id| piece.push(id, self.values(record)));
             }
             next += 1;
@@ -137,7 +151,7 @@ impl Shard {
     /// Reads what a search reads second.
     pub(super) fn touch_record(&self, sought: &Sought<'_>) -> bool {
         let number = self.index.find(sought.hash, |_| true);
-        let record = number.and_then(|number| self.records.get(number));
+        let record = number.and_then(|number| record(&self.records, number));
         record.is_some_and(Record::is_free)
     }
 
@@ -146,29 +160,29 @@ impl Shard {
         let Self {
             index,
             records,
-            long_ids,
-            ..
+            rare,
         } = self;
+        let long_ids = &rare.long_ids;
         let removed = index.remove(
             sought.hash,
             |number| has(records, long_ids, number, &sought.key),
             |number| hash_of(records, long_ids, number, hasher).unwrap_or_default(),
         );
-        let Some((number, record)) = removed.and_then(|number| Some((number, *records.get(number)?)))
+        let Some((number, record)) = removed.and_then(|number| Some((number, *record(records, number)?)))
         else {
             return false;
         };
         let held = digest(sought, self.values(&record));
-        self.digest.replace(held, Digest::default());
+        self.rare.digest.replace(held, Digest::default());
         if let Held::Wide(wide) = record.values() {
-            self.wide.remove(wide);
+            self.rare.free_wide.push(wide);
         }
-        if let Some(record) = self.records.get_mut(number) {
+        if let Some(record) = record_mut(&mut self.records, number) {
             *record = Record::FREE;
         }
-        self.records.remove(number);
+        self.rare.free_records.push(number);
         if let Id::Long(place) = record.id() {
-            self.long_ids.forget(place);
+            self.rare.long_ids.forget(place);
             self.move_long_ids();
         }
         true
@@ -176,50 +190,51 @@ impl Shard {
 
     /// Gives back the bytes of ids that nobody has any more, when they are many.
     fn move_long_ids(&mut self) {
-        if !self.long_ids.is_mostly_dead() {
+        if !self.rare.long_ids.is_mostly_dead() {
             return;
         }
-        let old = std::mem::take(&mut self.long_ids);
-        for record in self.records.iter_mut() {
+        let old = std::mem::take(&mut self.rare.long_ids);
+        for record in &mut self.records {
             if let Id::Long(place) = record.id() {
-                record.place(self.long_ids.push(old.get(place)));
+                record.place(self.rare.long_ids.push(old.get(place)));
             }
         }
     }
 
     fn find(&self, sought: &Sought<'_>) -> Option<u32> {
         self.index.find(sought.hash, |number| {
-            has(&self.records, &self.long_ids, number, &sought.key)
+            has(&self.records, &self.rare.long_ids, number, &sought.key)
         })
     }
 
     /// The record's number and values.
     fn find_held(&self, sought: &Sought<'_>) -> Option<(u32, Values)> {
         let number = self.find(sought)?;
-        Some((number, self.values(self.records.get(number)?)))
+        Some((number, self.values(record(&self.records, number)?)))
     }
 
     fn values(&self, record: &Record) -> Values {
         match record.values() {
             Held::Here(values) => values,
-            Held::Wide(number) => self.wide.get(number).copied().unwrap_or_default(),
+            Held::Wide(number) => self.rare.wide.get(number as usize).copied().unwrap_or_default(),
         }
     }
 
     fn set_values(&mut self, number: u32, values: Values) {
-        let Some(record) = self.records.get_mut(number) else {
+        let Some(record) = record_mut(&mut self.records, number) else {
             return;
         };
         let wide = match record.values() {
             Held::Wide(number) => Some(number),
             Held::Here(_) => None,
         };
+        let rare = &mut self.rare;
         match (record.set(&values), wide) {
             (true, None) => {}
-            (true, Some(wide)) => self.wide.remove(wide),
-            (false, None) => record.set_wide(self.wide.insert(values)),
+            (true, Some(wide)) => rare.free_wide.push(wide),
+            (false, None) => record.set_wide(rare.free_wide.insert(&mut rare.wide, values)),
             (false, Some(wide)) => {
-                if let Some(held) = self.wide.get_mut(wide) {
+                if let Some(held) = rare.wide.get_mut(wide as usize) {
                     *held = values;
                 }
             }
@@ -234,7 +249,7 @@ impl Shard {
             Id::Free => return None,
             Id::Inline(len, bytes) => take(text(bytes.get(..usize::from(len))?)),
             Id::Uuid(bytes) => key::with_uuid(bytes, take),
-            Id::Long(place) => take(text(self.long_ids.get(place))),
+            Id::Long(place) => take(text(self.rare.long_ids.get(place))),
         })
     }
 }
@@ -246,9 +261,17 @@ fn digest(sought: &Sought<'_>, values: Values) -> Digest {
 
 // Free functions over the parts, so that the index can be borrowed mutably beside them.
 
+fn record(records: &[Record], number: u32) -> Option<&Record> {
+    records.get(number as usize)
+}
+
+fn record_mut(records: &mut [Record], number: u32) -> Option<&mut Record> {
+    records.get_mut(number as usize)
+}
+
 /// Whether the record under `number` has the id `key`.
-fn has(records: &Slab<Record>, long_ids: &LongIds, number: u32, key: &Key<'_>) -> bool {
-    records.get(number).is_some_and(|record| match key {
+fn has(records: &[Record], long_ids: &LongIds, number: u32, key: &Key<'_>) -> bool {
+    record(records, number).is_some_and(|record| match key {
         Key::Packed { len, bytes } => record.is_packed(*len, *bytes),
         Key::Long(id) => match record.id() {
             Id::Long(place) => long_ids.get(place) == *id,
@@ -259,12 +282,12 @@ fn has(records: &Slab<Record>, long_ids: &LongIds, number: u32, key: &Key<'_>) -
 
 /// The hash of the record under `number`, if it is somebody's: that of its [`Key`].
 fn hash_of(
-    records: &Slab<Record>,
+    records: &[Record],
     long_ids: &LongIds,
     number: u32,
     hasher: &impl BuildHasher,
 ) -> Option<u64> {
-    Some(match records.get(number)?.id() {
+    Some(match record(records, number)?.id() {
         Id::Free => return None,
         Id::Inline(len, bytes) => hasher.hash_one(bytes.get(..usize::from(len))?),
         Id::Uuid(bytes) => hasher.hash_one(&bytes[..]),
