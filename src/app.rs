@@ -170,6 +170,7 @@ pub async fn run(
         storage,
         peers: Arc::new(peers),
         blocking: Blocking::threads(),
+        background: Blocking::background(),
         backup_metrics: telemetry.register(BackupMetrics::new),
     };
     let (node, mut tasks) = Node::new(&config, parts, &telemetry.replication);

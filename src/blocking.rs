@@ -4,10 +4,17 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
+use std::thread;
 
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Either};
+use rustix::process::setpriority_process;
+use rustix::thread::gettid;
 use tokio::sync::oneshot;
+
+/// As `nice -n 10`: where a core is wanted by both, a thread of this priority gets a tenth of what
+/// one that answers requests gets. Less, and other programs could keep a backup from ever ending.
+const BACKGROUND_NICE: i32 = 10;
 
 /// A piece of such work.
 pub type Work = Box<dyn FnOnce() + Send>;
@@ -31,6 +38,29 @@ impl Blocking {
     #[must_use]
     pub fn threads() -> Self {
         Self(None)
+    }
+
+    /// On threads of low priority, one for each piece of work and those that it starts: for
+    /// what must not stand in the way of requests.
+    #[must_use]
+    pub fn background() -> Self {
+        Self::by(Arc::new(|work| {
+            let (end, ended) = oneshot::channel::<()>();
+            let spawned = thread::Builder::new()
+                .name("background".into())
+                .spawn(move || {
+                    // Where it is not allowed it is as quick as all else.
+                    let _ = setpriority_process(Some(gettid()), BACKGROUND_NICE);
+                    work();
+                    drop(end);
+                });
+            if let Err(error) = spawned {
+                // The work is gone with its closure, which is what its sender hears.
+                tracing::error!(%error, "no thread for work in the background");
+            }
+            // Its end is told by dropping the sender.
+            ended.map(|_dropped| ()).boxed()
+        }))
     }
 
     /// By `run`: for who wants to say when what happens, such as a simulation.

@@ -64,6 +64,8 @@ pub struct Parts {
     pub peers: Arc<dyn Reach>,
     /// Where work goes that blocks.
     pub blocking: Blocking,
+    /// Where that goes which may take its time: backups and snapshots.
+    pub background: Blocking,
     /// What is measured about backups.
     pub backup_metrics: BackupMetrics,
 }
@@ -123,6 +125,7 @@ impl Node {
             storage,
             peers,
             blocking,
+            background,
             backup_metrics,
         } = parts;
         let (log, cluster) = (Arc::clone(&storage.log), &config.cluster);
@@ -156,7 +159,7 @@ impl Node {
             snapshots: snapshots.clone(),
             last: last_snapshot.clone(),
             writing: Arc::default(),
-            blocking: blocking.clone(),
+            blocking: background.clone(),
         });
         let follower = Follower {
             bootstrap: Bootstrap {
@@ -200,7 +203,7 @@ impl Node {
             queue: Arc::new(Semaphore::new(http.backups_waiting_max)),
             queue_wait_max: http.backup_wait_max,
             chunk_text_bytes: http.backup_chunk_text_bytes,
-            blocking: blocking.clone(),
+            blocking: background,
             node: Arc::clone(&name),
             metrics: backup_metrics,
         };

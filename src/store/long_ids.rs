@@ -33,7 +33,11 @@ impl LongIds {
             }
             None => {
                 // The first one grows with what it holds, so that a small store is small.
-                let room = if self.chunks.is_empty() { id.len() } else { CHUNK };
+                let room = if self.chunks.is_empty() {
+                    id.len()
+                } else {
+                    CHUNK
+                };
                 let mut chunk = Vec::with_capacity(room);
                 chunk.extend_from_slice(id);
                 self.chunks.push(chunk);

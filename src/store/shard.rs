@@ -168,7 +168,8 @@ impl Shard {
             |number| has(records, long_ids, number, &sought.key),
             |number| hash_of(records, long_ids, number, hasher).unwrap_or_default(),
         );
-        let Some((number, record)) = removed.and_then(|number| Some((number, *record(records, number)?)))
+        let Some((number, record)) =
+            removed.and_then(|number| Some((number, *record(records, number)?)))
         else {
             return false;
         };
@@ -216,7 +217,12 @@ impl Shard {
     fn values(&self, record: &Record) -> Values {
         match record.values() {
             Held::Here(values) => values,
-            Held::Wide(number) => self.rare.wide.get(number as usize).copied().unwrap_or_default(),
+            Held::Wide(number) => self
+                .rare
+                .wide
+                .get(number as usize)
+                .copied()
+                .unwrap_or_default(),
         }
     }
 

@@ -43,7 +43,12 @@ fn ids() -> impl Strategy<Value = String> {
 /// Values of every length, and those next to where one more byte is needed.
 fn values() -> impl Strategy<Value = i64> {
     let edges = (0_u32..64, -2_i64..=2).prop_map(|(bit, near)| (1_i64 << bit).wrapping_add(near));
-    prop_oneof![any::<i64>(), edges.clone(), edges.prop_map(i64::wrapping_neg), -3_i64..200]
+    prop_oneof![
+        any::<i64>(),
+        edges.clone(),
+        edges.prop_map(i64::wrapping_neg),
+        -3_i64..200
+    ]
 }
 
 #[derive(Debug, Clone)]
@@ -123,7 +128,9 @@ fn records_are_found_while_others_come_and_go() {
         _ => format!("{long}{user}"),
     };
     let sets = |users: std::ops::Range<i64>| -> Vec<_> {
-        users.map(|user| patch(&id(user), &[(0, user), (1, -user << 40)])).collect()
+        users
+            .map(|user| patch(&id(user), &[(0, user), (1, -user << 40)]))
+            .collect()
     };
     for begin in 0..10 {
         let begin = begin * 20_000;
@@ -158,8 +165,9 @@ fn two_threads_that_apply_many_at_once_both_come_to_an_end() {
             scope.spawn(move || {
                 // One walks the users forwards, the other backwards.
                 let users = (0..2_000).map(|user| if field == 0 { user } else { 1_999 - user });
-                let patches: Vec<_> =
-                    users.map(|user| patch(&user.to_string(), &[(field, 7)])).collect();
+                let patches: Vec<_> = users
+                    .map(|user| patch(&user.to_string(), &[(field, 7)]))
+                    .collect();
                 for _ in 0..50 {
                     store.apply_all(&patches);
                 }
