@@ -3,7 +3,7 @@
 //! A map of the rooms, from the bottom up. An arrow goes one way, from a room to those above it in
 //! this list; none knows what comes after it.
 //!
-//! - [`grade`]: what a grade and a patch are. The only room that knows the fields.
+//! - [`grade`]: what a grade, a patch and a deletion are. The only room that knows the fields.
 //! - [`blocking`]: where work goes that blocks a thread.
 //! - [`store`]: the records in memory, sharded; get, apply, scan, digest.
 //! - [`log`]: the one total order of batches, as a trait and its kinds.
@@ -23,12 +23,12 @@
 //! 1. [`http::listener`] has accepted the connection and hyper has read the request's header; the
 //!    router hands it to [`http::write`], which checks the password and readiness, reads the body
 //!    and parses it into a [`Patch`](grade::Patch).
-//! 2. [`Writer::write`](replication::Writer::write) puts the patch into a bounded queue and waits.
+//! 2. [`Writer::write`](replication::Writer::write) puts the write into a bounded queue and waits.
 //! 3. [`WriterTask`](replication::WriterTask) takes all that waits as one
 //!    [`Batch`](log::Batch), notes who waits for it and appends it to the log. While batches
 //!    are under way the next one fills: there is no timer.
 //! 4. The log gives the batch its place. [`Reader`](replication::Reader) gets it back, sees that
-//!    it is the next one and its own, applies the patches to the [`Store`](store::Store), moves
+//!    it is the next one and its own, applies the writes to the [`Store`](store::Store), moves
 //!    the position on and answers the requests.
 //! 5. The handler sends 204 with the position. The store has held the patch since before that.
 

@@ -176,6 +176,7 @@ impl Node {
                 origin,
                 checkpoints,
                 patches: metrics.patches_applied.clone(),
+                deletions: metrics.deletions_applied.clone(),
                 round_trip: metrics.batch_duration.clone(),
             },
             readiness: readiness.clone(),

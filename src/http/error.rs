@@ -37,7 +37,7 @@ pub enum ApiError {
     #[error("the body is no patch: {0}")]
     NotAPatch(String),
     /// No `user_id` in the query.
-    #[error("the query has no {USER_ID}; ask as /get?{USER_ID}=alice")]
+    #[error("the query has no {USER_ID}; put ?{USER_ID}=alice behind the path")]
     UserIdMissing,
     /// More than one `user_id` in the query.
     #[error("the query has {USER_ID} more than once; send it once")]
@@ -49,7 +49,7 @@ pub enum ApiError {
     #[error("the query is wrongly percent-encoded: {0}")]
     QueryEncoding(&'static str),
     /// A `Grade-Position` that is no number.
-    #[error("Grade-Position must be one decimal number, as an answer to POST /set gave it")]
+    #[error("Grade-Position must be one decimal number, as an answer to POST /set or DELETE /set gave it")]
     PositionInvalid,
     /// No or wrong credentials.
     #[error(

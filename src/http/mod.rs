@@ -2,7 +2,7 @@
 //!
 //! | port | route | module |
 //! | --- | --- | --- |
-//! | write | `POST /set` | [`mod@write`] |
+//! | write | `POST /set` `DELETE /set` | [`mod@write`] |
 //! | write | `GET /backup` | [`backup`] |
 //! | read | `GET /get` | [`read`] |
 //! | ops | `GET /livez` `/readyz` `/readyz/write` `/metrics` `/status` | [`ops`] |

@@ -1,4 +1,4 @@
-//! The write port: `POST /set`. Its other route is in [`super::backup`].
+//! The write port: `POST` and `DELETE /set`. Its other route is in [`super::backup`].
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -19,7 +19,10 @@ use http_body_util::BodyExt;
 use super::answer::{Answer, AnswerBody, boxed};
 use super::error::ApiError;
 use super::listener::{Direct, Directly};
+use super::read::user_id_of;
 use super::{Credentials, GRADE_POSITION, parse_patch};
+use crate::grade::Write;
+use crate::log::Seq;
 use crate::readiness::Readiness;
 use crate::replication::Writer;
 
@@ -33,7 +36,7 @@ const TOO_LARGE: ApiError = ApiError::BodyTooLarge {
 /// What the write port works with.
 #[derive(Clone)]
 pub struct WriteState {
-    /// Where patches go.
+    /// Where writes go.
     pub writer: Writer,
     /// Whether they may.
     pub readiness: Readiness,
@@ -48,9 +51,11 @@ pub fn routes(state: WriteState) -> Router {
     Router::new()
         .route(
             "/set",
-            post(set_grade).fallback(|| async { ApiError::MethodNotAllowed("POST") }),
+            post(set_grade)
+                .delete(delete_grade)
+                .fallback(|| async { ApiError::MethodNotAllowed("POST, DELETE") }),
         )
-        .fallback(|| async { ApiError::RouteUnknown("POST /set, GET /backup") })
+        .fallback(|| async { ApiError::RouteUnknown("POST /set, DELETE /set, GET /backup") })
         .with_state(state)
 }
 
@@ -86,11 +91,30 @@ where
         return Err(ApiError::UnsupportedMediaType);
     }
     let body = read_body(request, state.body_wait_max).await?;
-    let seq = state.writer.write(parse_patch(&body)?).await?;
+    let seq = state.writer.write(parse_patch(&body)?.into()).await?;
+    Ok(written(seq))
+}
+
+/// Removes a grade. That there is none is no error: what another replica has sent meanwhile decides
+/// whether there is, and that is known only once the log has given the deletion its place.
+async fn delete_grade(
+    State(state): State<WriteState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    state.credentials.check(request.headers())?;
+    state.readiness.writes()?;
+    let user_id = user_id_of(request.uri().query().unwrap_or_default())?;
+    let delete = Write::Delete(user_id.into());
+    let seq = state.writer.write(delete).await?;
+    Ok(boxed(written(seq)))
+}
+
+/// The answer to a write that was applied with batch `seq`.
+fn written(seq: Seq) -> Answer {
     let mut answer = Answer::new(AnswerBody::Whole(None));
     *answer.status_mut() = StatusCode::NO_CONTENT;
     answer.headers_mut().insert(GRADE_POSITION, seq.into());
-    Ok(answer)
+    answer
 }
 
 /// Whether the content type is `application/json`, with or without parameters.

@@ -5,7 +5,7 @@ use metrics::{Counter, Histogram};
 use super::applied::{Applied, Position};
 use super::checkpoint::{Checkpoints, Heard, Verdict};
 use super::own::OwnBatches;
-use crate::grade::Digest;
+use crate::grade::{Digest, Write};
 use crate::log::{Checkpoint, Entry, Origin, ReadError, Seq, Subscription};
 use crate::readiness::{DIVERGED, Latch, Readiness, Scope};
 use crate::store::Store;
@@ -53,6 +53,8 @@ pub struct Reader {
     pub checkpoints: Checkpoints,
     /// Counts patches applied.
     pub patches: Counter,
+    /// Counts deletions applied.
+    pub deletions: Counter,
     /// Times own batches from being sent to being applied.
     pub round_trip: Histogram,
 }
@@ -101,18 +103,26 @@ impl Reader {
             true => self.own.take(entry.batch.number),
             false => None,
         };
-        let patches = &entry.batch.patches;
+        let writes = &entry.batch.writes;
         let to = Position {
             seq: entry.seq,
             time_ns: entry.time_ns,
         };
+        let mut deletions = 0;
         self.applied.advance(to, || {
-            for patch in patches.iter() {
-                self.store.apply(patch);
+            for write in writes.iter() {
+                match write {
+                    Write::Set(patch) => self.store.apply(patch),
+                    Write::Delete(user_id) => {
+                        self.store.remove(user_id);
+                        deletions += 1;
+                    }
+                }
             }
         });
-        self.patches.increment(patches.len() as u64);
-        if !patches.is_empty() {
+        self.patches.increment(writes.len() as u64 - deletions);
+        self.deletions.increment(deletions);
+        if !writes.is_empty() {
             self.checkpoints.changed();
         }
         if let Some(own) = own {

@@ -1,4 +1,4 @@
-//! Group commit: from patches that wait to batches in the log.
+//! Group commit: from writes that wait to batches in the log.
 
 use std::future::{self, Future};
 use std::pin::pin;
@@ -16,25 +16,25 @@ use tokio_util::sync::CancellationToken;
 
 use super::checkpoint::Checkpoints;
 use super::own::{Answer, OwnBatch, OwnBatches};
-use crate::grade::Patch;
+use crate::grade::Write;
 use crate::log::{AppendError, Batch, Log, Origin, Seq};
 
 /// The bounds of the write path.
 #[derive(Debug, Clone, Copy)]
 pub struct WriterLimits {
-    /// Patches that may wait for a batch; one more is refused.
+    /// Writes that may wait for a batch; one more is refused.
     pub queue_patches_max: usize,
-    /// Patches a batch. As JSON a patch stays under 800 bytes, so 1,024 of them stay under the
+    /// Writes a batch. As JSON a write stays under 800 bytes, so 1,024 of them stay under the
     /// 1 MiB that a message broker takes by default.
     pub batch_patches_max: usize,
-    /// How long a patch may wait for the log.
+    /// How long a write may wait for the log.
     pub wait_max: Duration,
 }
 
 /// Why a write was not answered with a position.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WriteError {
-    /// Too many patches wait already. Nothing was written.
+    /// Too many writes wait already. Nothing was written.
     #[error("the write queue is full")]
     QueueFull,
     /// The replica is stopping. Nothing was written.
@@ -49,11 +49,11 @@ pub enum WriteError {
 }
 
 struct Waiting {
-    patch: Patch,
+    write: Write,
     answer: Answer,
 }
 
-/// Where requests hand in their patches. Clones feed the same queue.
+/// Where requests hand in their writes. Clones feed the same queue.
 #[derive(Clone)]
 pub struct Writer {
     queue: mpsc::Sender<Waiting>,
@@ -92,19 +92,19 @@ impl Writer {
         (writer, task)
     }
 
-    /// Hands `patch` in and waits until this replica has applied it; its batch's sequence number.
+    /// Hands `write` in and waits until this replica has applied it; its batch's sequence number.
     ///
-    /// Dropping the future does not take the patch back.
+    /// Dropping the future does not take the write back.
     ///
     /// # Errors
     /// See [`WriteError`]: each variant says whether anything was written.
-    pub async fn write(&self, patch: Patch) -> Result<Seq, WriteError> {
+    pub async fn write(&self, write: Write) -> Result<Seq, WriteError> {
         if let Some(why) = self.log.away() {
             return Err(WriteError::NotWritten(why));
         }
         let (answer, answered) = oneshot::channel();
         self.queue
-            .try_send(Waiting { patch, answer })
+            .try_send(Waiting { write, answer })
             .map_err(|error| match error {
                 mpsc::error::TrySendError::Full(_) => WriteError::QueueFull,
                 mpsc::error::TrySendError::Closed(_) => WriteError::Stopping,
@@ -113,7 +113,7 @@ impl Writer {
         answered.await.unwrap_or(Err(WriteError::OutcomeUnknown))
     }
 
-    /// Patches that wait for a batch.
+    /// Writes that wait for a batch.
     #[must_use]
     pub fn queue_patches(&self) -> usize {
         self.queue.max_capacity() - self.queue.capacity()
@@ -159,7 +159,7 @@ impl WriterTask {
                     biased;
                     received = self.queue.recv_many(&mut waiting, patches_max) => match received {
                         0 => Woken::Closed,
-                        _ => Woken::Patches,
+                        _ => Woken::Writes,
                     },
                     () = stop.cancelled(), if open => Woken::Stop,
                     () = self.checkpoints.due() => Woken::Checkpoint,
@@ -167,7 +167,7 @@ impl WriterTask {
             });
             match woken.await {
                 Woken::Closed => break,
-                Woken::Patches => {
+                Woken::Writes => {
                     // One turn for the tasks that are ready to run: what they hand in goes along.
                     // A batch then holds dozens of patches where it held one or two, and a writer
                     // that is alone waits for nobody.
@@ -190,14 +190,14 @@ impl WriterTask {
             }
             self.number += 1;
             let number = self.number;
-            let (patches, answers): (Vec<Patch>, Vec<Answer>) = waiting
+            let (writes, answers): (Vec<Write>, Vec<Answer>) = waiting
                 .drain(..)
-                .map(|waiting| (waiting.patch, waiting.answer))
+                .map(|waiting| (waiting.write, waiting.answer))
                 .unzip();
-            if !patches.is_empty() {
-                self.batch_patches.record(patches.len() as f64);
+            if !writes.is_empty() {
+                self.batch_patches.record(writes.len() as f64);
             }
-            let patches: Arc<[Patch]> = patches.into();
+            let writes: Arc<[Write]> = writes.into();
             self.own.push(OwnBatch {
                 number,
                 answers,
@@ -207,7 +207,7 @@ impl WriterTask {
             let batch = Batch {
                 origin: self.origin,
                 number,
-                patches,
+                writes,
                 checkpoint,
             };
             appends.begin(number, log.append(batch)).await;
@@ -231,11 +231,11 @@ impl WriterTask {
 
 /// What ended the wait for something to send.
 enum Woken {
-    /// Patches came.
-    Patches,
+    /// Writes came.
+    Writes,
     /// It is time for a checkpoint.
     Checkpoint,
-    /// No more patches are to be taken in.
+    /// No more writes are to be taken in.
     Stop,
     /// None will come.
     Closed,
@@ -314,7 +314,7 @@ mod tests {
 
     use super::super::checkpoint::CheckpointMetrics;
     use super::*;
-    use crate::grade::Changes;
+    use crate::grade::{Changes, Patch};
     use crate::log::{LogId, ReadError, Subscription};
 
     /// Takes batches in order and says what became of them when told to.
@@ -380,7 +380,7 @@ mod tests {
                     user_id: user.to_string().into(),
                     changes: Changes::default(),
                 };
-                tokio::spawn(async move { writer.write(patch).await })
+                tokio::spawn(async move { writer.write(patch.into()).await })
             })
             .collect();
         let appended = async |count: usize| {

@@ -6,7 +6,8 @@
 //! A shard is a hash table of record numbers over records that never move (see `shard.rs`). Beside
 //! a concurrent map of the same records (scc) it takes half to two thirds of the memory from a
 //! million records on, and a scan is a cursor: it needs no lock between two pieces and sees every
-//! record once, however much the shard grows meanwhile. The price is one more cache miss to find a
+//! record once, however much the shard grows meanwhile. A removed record's place is taken by a later
+//! one, but not while a scan is in its shard: what is removed and made again would come up twice. The price is one more cache miss to find a
 //! record. `benches/store.rs` and `benches/memory.rs` measure both; the figures stand in
 //! `benches/README.md`.
 
@@ -71,6 +72,12 @@ impl Store {
             .apply(hash, user_id, &patch.changes, &self.0.hasher);
     }
 
+    /// Removes the record under `user_id`; whether there was one.
+    pub fn remove(&self, user_id: &str) -> bool {
+        let hash = self.hash(user_id);
+        self.shard(shard_of(user_id)).write().remove(hash, user_id)
+    }
+
     /// The values under `user_id`.
     #[must_use]
     pub fn get(&self, user_id: &str) -> Option<Values> {
@@ -133,6 +140,7 @@ impl Store {
             store: self.clone(),
             shard: 0,
             record: 0,
+            entered: None,
         }
     }
 
@@ -147,7 +155,7 @@ impl Store {
     pub fn clear(&self) {
         self.0.epoch.fetch_add(1, Ordering::AcqRel);
         for shard in &self.0.shards {
-            *shard.write() = Shard::default();
+            shard.write().clear();
         }
     }
 
@@ -168,12 +176,15 @@ fn shard_of(user_id: &str) -> usize {
 
 /// A walk over all records in bounded pieces. No lock is held between two of them.
 ///
-/// A record that was there when the scan began comes up exactly once; one made meanwhile comes up
-/// once or not at all. Each comes whole, as it was when its piece was taken.
+/// A record that was there when the scan began and stays comes up exactly once; one made or removed
+/// meanwhile comes up once or not at all, and no user twice. Each comes whole, as it was when its
+/// piece was taken.
 pub struct Scan {
     store: Store,
     shard: usize,
     record: usize,
+    /// The place in the shard that ends the scan there, once it has entered it.
+    entered: Option<usize>,
 }
 
 impl Scan {
@@ -182,19 +193,27 @@ impl Scan {
         piece.clear();
         while let Some(shard) = self.store.0.shards.get(self.shard) {
             let shard = shard.read();
-            let room = piece.room();
-            let copied = shard.copy_from(self.record, room, piece);
-            self.record += copied;
-            if self.record < shard.len() {
-                return true;
+            let end = *self.entered.get_or_insert_with(|| shard.enter());
+            self.record = shard.copy(self.record..end, piece);
+            if self.record == end {
+                shard.leave();
+                self.entered = None;
+                self.shard += 1;
+                self.record = 0;
             }
-            self.shard += 1;
-            self.record = 0;
             if piece.room() == 0 {
                 return true;
             }
         }
         !piece.is_empty()
+    }
+}
+
+impl Drop for Scan {
+    fn drop(&mut self) {
+        if self.entered.is_some() {
+            self.store.shard(self.shard).read().leave();
+        }
     }
 }
 

@@ -4,8 +4,14 @@
 //! longer one in the shard's byte chunks, with no header and no allocation of its own. Growing
 //! copies neither records nor ids, only the table of 4-byte numbers, so the peak while growing is
 //! next to the steady size.
+//!
+//! A record that is removed leaves its place free for a later one, and its bytes among the long ids
+//! with it: an id that is no longer goes there.
 
 use std::hash::BuildHasher;
+use std::mem;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hashbrown::HashTable;
 
@@ -25,8 +31,14 @@ pub(super) struct Shard {
     table: HashTable<u32>,
     records: Vec<Vec<Record>>,
     ids: Vec<Vec<u8>>,
-    len: usize,
+    /// Records and free places.
+    places: usize,
+    /// The numbers of the free ones.
+    free: Vec<u32>,
     digest: Digest,
+    /// Scans that are in this shard. While there is one no free place is taken again, and it ends
+    /// where the places ended when it came: so it meets nobody who was removed and made again twice.
+    scans: AtomicUsize,
 }
 
 struct Record {
@@ -36,15 +48,28 @@ struct Record {
 
 #[derive(Clone, Copy)]
 enum Key {
-    Inline { len: u8, bytes: [u8; INLINE_BYTES] },
-    Chunk { chunk: u32, at: u16, len: u16 },
+    Inline {
+        len: u8,
+        bytes: [u8; INLINE_BYTES],
+    },
+    Chunk {
+        chunk: u32,
+        at: u16,
+        len: u16,
+    },
+    /// Nobody's; the bytes are those of the long id that was there, none of a short one.
+    Free {
+        chunk: u32,
+        at: u16,
+        len: u16,
+    },
 }
 
 const _: () = assert!(size_of::<Key>() == 16);
 
 impl Shard {
     pub(super) fn len(&self) -> usize {
-        self.len
+        self.places - self.free.len()
     }
 
     pub(super) fn digest(&self) -> Digest {
@@ -107,11 +132,59 @@ impl Shard {
         digest
     }
 
+    /// Removes the record of `user_id`; whether there was one.
+    pub(super) fn remove(&mut self, hash: u64, user_id: &str) -> bool {
+        let (records, ids) = (&self.records, &self.ids);
+        let found = self.table.find_entry(hash, |number| {
+            id_of(records, ids, *number) == user_id.as_bytes()
+        });
+        let Ok(found) = found else {
+            return false;
+        };
+        let (number, _) = found.remove();
+        if let Some(record) = record_mut(&mut self.records, number) {
+            let values = record.values;
+            let digest = UserGrade { user_id, values }.digest();
+            self.digest.replace(digest, Digest::default());
+            record.key = record.key.freed();
+        }
+        self.free.push(number);
+        true
+    }
+
+    /// Removes all records and gives their memory back.
+    pub(super) fn clear(&mut self) {
+        *self = Self {
+            // They leave as they came.
+            scans: mem::take(&mut self.scans),
+            ..Self::default()
+        };
+    }
+
     /// Adds a record whose id is not there.
     fn insert(&mut self, hash: u64, user_id: &str, values: Values, hasher: &impl BuildHasher) {
-        let key = self.key(user_id);
+        let scanned = self.scans.load(Ordering::Relaxed) > 0;
+        let number = match self.free.pop_if(|_| !scanned) {
+            Some(number) => {
+                let key = self.key(user_id, record(&self.records, number).map(|free| free.key));
+                if let Some(place) = record_mut(&mut self.records, number) {
+                    *place = Record { key, values };
+                }
+                number
+            }
+            None => self.add(user_id, values),
+        };
+        let (records, ids) = (&self.records, &self.ids);
+        self.table.insert_unique(hash, number, |number| {
+            hasher.hash_one(id_of(records, ids, *number))
+        });
+    }
+
+    /// Puts a record in a new place; its number.
+    fn add(&mut self, user_id: &str, values: Values) -> u32 {
+        let key = self.key(user_id, None);
         // A shard of 2^32 records would be a store of 4 * 10^12: memory ends long before.
-        let number = self.len as u32;
+        let number = self.places as u32;
         let full = self
             .records
             .last()
@@ -122,34 +195,57 @@ impl Shard {
         if let Some(chunk) = self.records.last_mut() {
             chunk.push(Record { key, values });
         }
-        self.len += 1;
-        let (records, ids) = (&self.records, &self.ids);
-        self.table.insert_unique(hash, number, |number| {
-            hasher.hash_one(id_of(records, ids, *number))
-        });
+        self.places += 1;
+        number
     }
 
     /// Makes room for `records` in all.
     pub(super) fn reserve(&mut self, records: usize, hasher: &impl BuildHasher) {
         let (stored, ids) = (&self.records, &self.ids);
         self.table
-            .reserve(records.saturating_sub(self.len), |number| {
+            .reserve(records.saturating_sub(self.len()), |number| {
                 hasher.hash_one(id_of(stored, ids, *number))
             });
     }
 
-    /// Appends up to `most` records from number `from` on; returns how many.
-    pub(super) fn copy_from(&self, from: usize, most: usize, piece: &mut Piece) -> usize {
-        let end = self.len.min(from + most);
-        for number in from..end {
+    /// A scan comes; where it is to end.
+    pub(super) fn enter(&self) -> usize {
+        self.scans.fetch_add(1, Ordering::Relaxed);
+        self.places
+    }
+
+    /// A scan goes.
+    pub(super) fn leave(&self) {
+        self.scans.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Appends the records of `places` until `piece` is full or has looked at as many places as it
+    /// may hold records; the next place.
+    pub(super) fn copy(&self, places: Range<usize>, piece: &mut Piece) -> usize {
+        let end = places.end.min(places.start + piece.room());
+        for number in places.start..end {
             let number = number as u32;
-            if let Some(record) = self.record(number) {
+            let record = self.record(number);
+            if let Some(Record { key, values }) = record
+                && !matches!(key, Key::Free { .. })
+            {
                 let id = id_of(&self.records, &self.ids, number);
                 // Ids came in as `str`, byte by byte.
-                piece.push(std::str::from_utf8(id).unwrap_or_default(), record.values);
+                piece.push(std::str::from_utf8(id).unwrap_or_default(), *values);
             }
         }
-        end.saturating_sub(from)
+        end
+    }
+
+    #[cfg(test)]
+    pub(super) fn places(&self) -> usize {
+        self.places
+    }
+
+    /// Bytes of long ids, in use or not.
+    #[cfg(test)]
+    pub(super) fn id_bytes(&self) -> usize {
+        self.ids.iter().map(Vec::len).sum()
     }
 
     fn find(&self, hash: u64, user_id: &str) -> Option<u32> {
@@ -164,7 +260,8 @@ impl Shard {
         record(&self.records, number)
     }
 
-    fn key(&mut self, user_id: &str) -> Key {
+    /// The key of a record; `before` is that of the place it goes to, if it was another's.
+    fn key(&mut self, user_id: &str, before: Option<Key>) -> Key {
         let id = user_id.as_bytes();
         let mut bytes = [0; INLINE_BYTES];
         if let Some(room) = bytes.get_mut(..id.len()) {
@@ -173,6 +270,15 @@ impl Shard {
                 len: id.len() as u8,
                 bytes,
             };
+        }
+        if let Some(Key::Free { chunk, at, len }) = before
+            && id.len() <= usize::from(len)
+            && let Some(bytes) = self.ids.get_mut(chunk as usize)
+            && let Some(room) = bytes.get_mut(usize::from(at)..usize::from(at) + id.len())
+        {
+            room.copy_from_slice(id);
+            let len = id.len() as u16;
+            return Key::Chunk { chunk, at, len };
         }
         let fits = self
             .ids
@@ -191,6 +297,22 @@ impl Shard {
             chunk,
             at,
             len: id.len() as u16,
+        }
+    }
+}
+
+impl Key {
+    /// That of the place once its record is gone.
+    fn freed(self) -> Self {
+        match self {
+            Self::Chunk { chunk, at, len } | Self::Free { chunk, at, len } => {
+                Self::Free { chunk, at, len }
+            }
+            Self::Inline { .. } => Self::Free {
+                chunk: 0,
+                at: 0,
+                len: 0,
+            },
         }
     }
 }
@@ -219,7 +341,7 @@ fn id_of<'a>(records: &'a [Vec<Record>], ids: &'a [Vec<u8>], number: u32) -> &'a
             ids.get(*chunk as usize)
                 .and_then(|chunk| chunk.get(at..at + usize::from(*len)))
         }
-        None => None,
+        Some(Key::Free { .. }) | None => None,
     };
     id.unwrap_or_default()
 }

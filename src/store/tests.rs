@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use proptest::prelude::*;
 
@@ -55,6 +55,183 @@ proptest! {
         let records = scanned(&store);
         prop_assert_eq!(records.len(), model.len());
         prop_assert_eq!(records.into_iter().collect::<HashMap<_, _>>(), model);
+    }
+}
+
+/// The digest of what a plain map holds.
+fn digest_of(model: &BTreeMap<String, Values>) -> Digest {
+    let mut digest = Digest::default();
+    for (user_id, values) in model {
+        let values = *values;
+        digest += UserGrade { user_id, values }.digest();
+    }
+    digest
+}
+
+/// The ids of one shard, short and long ones in turn.
+fn ids_of_one_shard(count: usize) -> Vec<String> {
+    let ids = (0..).map(|n: usize| format!("{n:00$}", if n.is_multiple_of(2) { 8 } else { 36 }));
+    let ids = ids.filter(|id| shard_of(id) == shard_of("a"));
+    ids.take(count).collect()
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Set(String, Vec<(usize, i64)>),
+    Remove(String),
+    /// Puts a record with all its values.
+    Put(String, Values),
+    /// Begins a scan, or takes the next piece of the one that has begun.
+    Scan(usize),
+    Clear,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let id = || "[ab]{1,2}|[ab]{13,16}|[ab]{30}|é{100,101}";
+    let fields = prop::collection::vec((0..FIELD_COUNT, any::<i64>()), 0..3);
+    prop_oneof![
+        8 => (id(), fields).prop_map(|(id, fields)| Step::Set(id, fields)),
+        6 => id().prop_map(Step::Remove),
+        1 => (id(), any::<Values>()).prop_map(|(id, values)| Step::Put(id, values)),
+        4 => (1..4_usize).prop_map(Step::Scan),
+        1 => Just(Step::Clear),
+    ]
+}
+
+/// A scan under way, and what must be true of what it shows.
+struct Watched {
+    scan: Scan,
+    /// Who was there when it began, and has stayed.
+    stayed: HashSet<String>,
+    seen: HashSet<String>,
+}
+
+proptest! {
+    #[test]
+    fn equals_a_plain_map_from_which_records_are_removed(steps in prop::collection::vec(step(), 0..300)) {
+        let store = Store::new();
+        let mut model: BTreeMap<String, Values> = BTreeMap::new();
+        let mut watched: Option<Watched> = None;
+        for step in steps {
+            match step {
+                Step::Set(id, fields) => {
+                    store.apply(&patch(&id, &fields));
+                    let values = model.entry(id).or_default();
+                    for (index, value) in fields {
+                        values[index] = value;
+                    }
+                }
+                Step::Remove(id) => {
+                    prop_assert_eq!(store.remove(&id), model.remove(&id).is_some());
+                    prop_assert_eq!(store.get(&id), None);
+                    if let Some(watched) = &mut watched {
+                        watched.stayed.remove(&id);
+                    }
+                }
+                Step::Put(id, values) => {
+                    let mut piece = Piece::default();
+                    piece.push(&id, values);
+                    store.put(&piece);
+                    model.insert(id, values);
+                }
+                Step::Clear => {
+                    store.clear();
+                    model.clear();
+                    // What it shows from here on was never there at one time.
+                    watched = None;
+                }
+                Step::Scan(records) => {
+                    let at = watched.get_or_insert_with(|| Watched {
+                        scan: store.scan(),
+                        stayed: model.keys().cloned().collect(),
+                        seen: HashSet::new(),
+                    });
+                    let mut piece = Piece::of(records);
+                    let more = at.scan.next_into(&mut piece);
+                    for (id, values) in piece.iter() {
+                        prop_assert_eq!(model.get(id), Some(values));
+                        prop_assert!(at.seen.insert(id.to_owned()), "{} twice", id);
+                    }
+                    if !more {
+                        prop_assert!(at.stayed.is_subset(&at.seen));
+                        watched = None;
+                    }
+                }
+            }
+            prop_assert_eq!(store.len(), model.len());
+            prop_assert_eq!(store.digest(), digest_of(&model));
+        }
+        drop(watched);
+        for (id, values) in &model {
+            prop_assert_eq!(store.get(id), Some(*values));
+        }
+        let records = scanned(&store);
+        prop_assert_eq!(records.len(), model.len());
+        prop_assert_eq!(records.into_iter().collect::<BTreeMap<_, _>>(), model);
+    }
+}
+
+#[test]
+fn who_is_removed_and_made_again_during_a_scan_comes_up_once_at_most() {
+    let ids = ids_of_one_shard(600);
+    let store = Store::new();
+    for (value, id) in ids.iter().enumerate() {
+        store.apply(&patch(id, &[(0, value as i64)]));
+    }
+    let mut scan = store.scan();
+    let mut piece = Piece::of(100);
+    let mut seen = Vec::new();
+    while scan.next_into(&mut piece) {
+        seen.extend(piece.iter().map(|(id, _)| id.to_owned()));
+        // Two that have come up and two that have not leave and come back in another order; one
+        // stays away.
+        for back in [[0, 300, 1, 301], [2, 302, 3, 303]] {
+            for at in back {
+                assert!(store.remove(&ids[at]));
+            }
+            // Each would get the place of the last one that left.
+            for at in back {
+                store.apply(&patch(&ids[at], &[(1, 1)]));
+            }
+        }
+        store.remove(&ids[599]);
+    }
+    let unique: HashSet<&String> = seen.iter().collect();
+    assert_eq!(unique.len(), seen.len());
+    let stayed = |at: &usize| !matches!(at, 0..=3 | 300..=303 | 599);
+    for at in (0..600).filter(stayed) {
+        assert!(unique.contains(&ids[at]), "{at}");
+    }
+    assert_eq!(store.len(), 599);
+    // The next one shows all that is there.
+    assert_eq!(scanned(&store).len(), 599);
+}
+
+#[test]
+fn places_that_became_free_are_taken_again() {
+    let ids = ids_of_one_shard(200);
+    let store = Store::new();
+    let places = || store.shard(shard_of("a")).read().places();
+    let ids_bytes = || store.shard(shard_of("a")).read().id_bytes();
+    for id in &ids {
+        store.apply(&patch(id, &[(0, 1)]));
+    }
+    let before = (places(), ids_bytes(), store.digest());
+    for round in 0..10 {
+        // A scan that was given up holds nothing back.
+        let mut scan = store.scan();
+        assert!(scan.next_into(&mut Piece::of(1)));
+        drop(scan);
+        ids.iter().for_each(|id| assert!(store.remove(id)));
+        assert_eq!((store.len(), store.digest()), (0, Digest::default()));
+        assert!(!store.remove(&ids[round]));
+        for id in ids.iter().rev() {
+            // Nothing of who was in the place before shows through.
+            store.apply(&patch(id, &[]));
+            assert_eq!(store.get(id), Some(Values::default()));
+            store.apply(&patch(id, &[(0, 1)]));
+        }
+        assert_eq!((places(), ids_bytes(), store.digest()), before);
     }
 }
 

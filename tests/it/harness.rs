@@ -103,6 +103,11 @@ pub(crate) fn set_request_of(body: &str) -> String {
     set_request(&format!("content-length: {}", body.len()), body)
 }
 
+/// A request for `DELETE /set` in bytes.
+pub(crate) fn delete_request(query: &str) -> String {
+    format!("DELETE /set{query} HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\r\n")
+}
+
 /// A request for `GET /get` in bytes.
 pub(crate) fn get_request(query: &str, headers: &str) -> String {
     format!("GET /get{query} HTTP/1.1\r\nhost: x\r\n{headers}\r\n")

@@ -26,6 +26,7 @@ mod cli;
 mod cluster;
 mod concurrency;
 mod damaged;
+mod delete;
 mod divergence;
 mod drain;
 mod durable;

@@ -276,6 +276,7 @@ fn metrics(
         batch_patches: Histogram::noop(),
         batch_duration: Histogram::noop(),
         patches_applied: Counter::noop(),
+        deletions_applied: Counter::noop(),
         gaps: Counter::from_arc(Arc::clone(gaps)),
         resyncs: Counter::from_arc(Arc::clone(resyncs)),
         checkpoints: CheckpointMetrics {
