@@ -188,6 +188,7 @@ impl Node {
         let write = WriteState {
             writer: writer.clone(),
             readiness: readiness.clone(),
+            applied: applied.clone(),
             credentials: config.credentials.clone(),
             body_wait_max: http.body_wait_max,
         };

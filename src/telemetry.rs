@@ -97,7 +97,7 @@ pub struct Gauges {
     pub position: Gauge,
     /// The log's last batch.
     pub log_end: Gauge,
-    /// Patches that wait for a batch.
+    /// Requests that wait for a batch.
     pub queue_patches: Gauge,
     /// 1 while reads are answered.
     pub ready: Gauge,
@@ -304,7 +304,7 @@ fn describe() {
     );
     describe_gauge!(
         "gradestore_write_queue_patches",
-        "Patches that wait for a batch."
+        "Requests that wait for a batch: single writes, and groups of lines."
     );
     describe_histogram!(
         BATCH_METRIC,

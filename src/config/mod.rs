@@ -184,6 +184,7 @@ pub fn default_writer_limits() -> WriterLimits {
         queue_patches_max: 8192,
         batch_patches_max: 1024,
         wait_max: Duration::from_secs(5),
+        bulks_max: 32,
     }
 }
 

@@ -18,15 +18,16 @@ use http_body_util::BodyExt;
 
 use super::answer::{Answer, AnswerBody, boxed};
 use super::error::ApiError;
+use super::lines::set_lines;
 use super::listener::{Direct, Directly};
 use super::read::user_id_of;
 use super::{Credentials, GRADE_POSITION, parse_patch};
 use crate::grade::Write;
 use crate::log::Seq;
 use crate::readiness::Readiness;
-use crate::replication::Writer;
+use crate::replication::{Applied, Writer};
 
-/// The largest body of `POST /set`, in bytes.
+/// The largest body of `POST /set` with one patch, in bytes.
 pub const BODY_BYTES_MAX: usize = 64 * 1024;
 
 const TOO_LARGE: ApiError = ApiError::BodyTooLarge {
@@ -40,9 +41,11 @@ pub struct WriteState {
     pub writer: Writer,
     /// Whether they may.
     pub readiness: Readiness,
+    /// How far this replica has come.
+    pub applied: Applied,
     /// What a request must bring.
     pub credentials: Credentials,
-    /// How long a body may take to arrive.
+    /// How long a body may take to arrive; of one with many lines, its next part.
     pub body_wait_max: Duration,
 }
 
@@ -87,8 +90,10 @@ where
 {
     state.credentials.check(request.headers())?;
     state.readiness.writes()?;
-    if !is_json(request.headers()) {
-        return Err(ApiError::UnsupportedMediaType);
+    match content_of(request.headers())? {
+        Content::Patch => {}
+        // Boxed: it is many times as large as what a single patch needs.
+        Content::Lines => return Box::pin(set_lines(state, request.into_body())).await,
     }
     let body = read_body(request, state.body_wait_max).await?;
     let seq = state.writer.write(parse_patch(&body)?.into()).await?;
@@ -117,15 +122,27 @@ fn written(seq: Seq) -> Answer {
     answer
 }
 
-/// Whether the content type is `application/json`, with or without parameters.
-fn is_json(headers: &HeaderMap) -> bool {
+/// What a body holds.
+enum Content {
+    Patch,
+    Lines,
+}
+
+/// The content type, with or without parameters.
+fn content_of(headers: &HeaderMap) -> Result<Content, ApiError> {
     let content_type = headers
         .get(CONTENT_TYPE)
         .and_then(|value| value.to_str().ok());
-    content_type.is_some_and(|value| {
-        let essence = value.split_once(';').map_or(value, |(essence, _)| essence);
-        essence.trim().eq_ignore_ascii_case("application/json")
-    })
+    let value = content_type.unwrap_or_default();
+    let essence = value.split_once(';').map_or(value, |(essence, _)| essence);
+    let essence = essence.trim();
+    if essence.eq_ignore_ascii_case("application/json") {
+        return Ok(Content::Patch);
+    }
+    match essence.eq_ignore_ascii_case("application/x-ndjson") {
+        true => Ok(Content::Lines),
+        false => Err(ApiError::UnsupportedMediaType),
+    }
 }
 
 async fn read_body<B>(request: Request<B>, wait_max: Duration) -> Result<Bytes, ApiError>

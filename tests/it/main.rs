@@ -37,6 +37,7 @@ mod get;
 mod hostile;
 mod kept_inputs;
 mod limits;
+mod lines;
 mod linearizable;
 mod log_faults;
 mod ops;

@@ -75,6 +75,7 @@ impl Knobs {
                 queue_patches_max: self.queue_patches_max,
                 batch_patches_max: self.batch_patches_max,
                 wait_max: Self::WRITE_WAIT_MAX,
+                bulks_max: 1,
             },
             restore_from: None,
             cluster: ClusterConfig {
