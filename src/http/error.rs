@@ -42,6 +42,21 @@ pub enum ApiError {
     /// More than one `user_id` in the query.
     #[error("the query has {USER_ID} more than once; send it once")]
     UserIdRepeated,
+    /// `user_id` and `user_ids` in one query.
+    #[error("the query has both {USER_ID} and user_ids; send one {USER_ID}, or user_ids alone")]
+    UserIdAndIds,
+    /// `user_ids` where there may be one user only.
+    #[error("the query has user_ids, which only GET /get takes; send one {USER_ID}")]
+    UserIdsHere,
+    /// More `user_ids` than may be asked for at once.
+    #[error(
+        "the query has {found} user_ids; send {} at most, and ask for the others next",
+        super::read::USER_IDS_MAX
+    )]
+    UserIdsTooMany {
+        /// How many.
+        found: usize,
+    },
     /// A `user_id` that no user can have.
     #[error(transparent)]
     UserIdInvalid(UserIdError),
@@ -176,6 +191,9 @@ impl ApiError {
             Self::BodyBroken => (S::BAD_REQUEST, "body-broken"),
             Self::UserIdMissing => (S::BAD_REQUEST, "user-id-missing"),
             Self::UserIdRepeated => (S::BAD_REQUEST, "user-id-repeated"),
+            Self::UserIdAndIds => (S::BAD_REQUEST, "user-id-and-ids"),
+            Self::UserIdsHere => (S::BAD_REQUEST, "user-ids-here"),
+            Self::UserIdsTooMany { .. } => (S::BAD_REQUEST, "user-ids-too-many"),
             Self::UserIdInvalid(_) => (S::BAD_REQUEST, "user-id-invalid"),
             Self::QueryEncoding(_) => (S::BAD_REQUEST, "query-encoding"),
             Self::PositionInvalid => (S::BAD_REQUEST, "position-invalid"),
