@@ -8,7 +8,7 @@
 //! - [`store`]: the records in memory, sharded; get, apply, scan, digest.
 //! - [`log`]: the one total order of batches, as a trait and its kinds.
 //! - [`backup`]: the store as a file: format, reading, writing, snapshots.
-//! - [`remote`]: another node's backup, as it arrives.
+//! - [`remote`]: another node, asked over HTTP.
 //! - [`readiness`]: whether this replica may answer, and if not, why.
 //! - [`replication`]: the invariant, *a replica's state is exactly its log's batches, in order, up
 //!   to its position*; group commit on the way in, ordered apply on the way out; getting to a
@@ -16,7 +16,7 @@
 //! - [`http`]: three ports; [`telemetry`]: logs and metrics; [`progress`]: bars.
 //! - [`storage`]: the data directory; [`config`]: from flags to what a node is built from; [`node`]:
 //!   its parts and tasks; [`app`]: its ports and its life.
-//! - [`fetch`] and [`health`]: what the program does from outside a node.
+//! - [`fetch`], [`import`] and [`health`]: what the program does from outside a node.
 //!
 //! # One write, from socket to reply
 //!
@@ -41,6 +41,7 @@ pub mod grade;
 pub mod health;
 mod hex;
 pub mod http;
+pub mod import;
 mod json;
 pub mod log;
 pub mod node;

@@ -18,7 +18,9 @@ use crate::http::listener::ListenerLimits;
 use crate::log::Servers;
 use crate::replication::WriterLimits;
 
-pub use args::{BackupArgs, Cli, Command, CredentialArgs, HealthArgs, Part, ServeArgs, VerifyArgs};
+pub use args::{
+    BackupArgs, Cli, Command, CredentialArgs, HealthArgs, ImportArgs, Part, ServeArgs, VerifyArgs,
+};
 pub use parse::{check_env, check_env_names, parse, parse_args};
 
 /// Why the configuration can't be used. The text names the key, the value and the fix.
@@ -69,7 +71,7 @@ pub enum ConfigError {
          or --password-file"
     )]
     NoSharedPassword,
-    /// A backup can't be fetched without a password.
+    /// A node can't be asked without a password.
     #[error("no password; set GRADESTORE_PASSWORD or --password-file to the node's")]
     NoPassword,
     /// No random bytes for a password.

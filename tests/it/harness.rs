@@ -377,6 +377,17 @@ impl Local {
     }
 }
 
+/// A connection on which lines are to come, and none has yet.
+pub(crate) async fn half_sent_lines(node: &Ports) -> Raw {
+    let mut connection = Raw::connect(node.write).await;
+    let framing = "transfer-encoding: chunked";
+    let request = set_request(framing, "").replace("/json", "/x-ndjson");
+    connection.send(request).await;
+    node.metric_reaches("gradestore_http_requests_in_flight", 2.0)
+        .await;
+    connection
+}
+
 /// A connection on which a request's header has arrived and its body has not.
 pub(crate) async fn half_sent_set(node: &Ports, body: &str) -> Raw {
     let mut connection = Raw::connect(node.write).await;
