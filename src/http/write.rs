@@ -20,6 +20,7 @@ use super::answer::{Answer, AnswerBody, boxed};
 use super::error::ApiError;
 use super::lines::set_lines;
 use super::listener::{Direct, Directly};
+use super::observe::ManyLines;
 use super::read::user_id_of;
 use super::{Credentials, GRADE_POSITION, parse_patch};
 use crate::grade::Write;
@@ -93,7 +94,12 @@ where
     match content_of(request.headers())? {
         Content::Patch => {}
         // Boxed: it is many times as large as what a single patch needs.
-        Content::Lines => return Box::pin(set_lines(state, request.into_body())).await,
+        Content::Lines => {
+            let answer = Box::pin(set_lines(state, request.into_body())).await;
+            let mut answer = answer.unwrap_or_else(Answer::from);
+            answer.extensions_mut().insert(ManyLines);
+            return Ok(answer);
+        }
     }
     let body = read_body(request, state.body_wait_max).await?;
     let seq = state.writer.write(parse_patch(&body)?.into()).await?;

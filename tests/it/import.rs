@@ -326,7 +326,7 @@ async fn a_node_that_is_full_is_waited_for_and_not_for_ever() {
         &file_of(&store_of(3000, u64::MAX), 1),
     );
     let to = format!("http://{}", node.write);
-    let refused = r#"gradestore_http_requests_total{route="/set",status="503"}"#;
+    let refused = r#"gradestore_http_requests_total{route="/set lines",status="503"}"#;
     let held = half_sent_lines(&node).await;
 
     let said = failed(&ended(begin(&file, &to, "0s")).await);

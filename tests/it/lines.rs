@@ -99,6 +99,18 @@ async fn all_lines_are_written_and_read_back() {
     // Nothing to write is no fault, and waits for nothing.
     accepted(&set_lines(&node, "").await, 0, 4);
     accepted(&set_lines(&node, "\n\r\n\n").await, 3, 4);
+    set_lines(&node, "x").await.problem(422, "bad-line");
+    // They are counted beside single writes, since they take as long as they are.
+    node.set(r#"{"user_id":"a"}"#).await.position();
+    for (name, value) in [
+        (r#"requests_total{route="/set lines",status="200"}"#, 4.0),
+        (r#"requests_total{route="/set lines",status="422"}"#, 1.0),
+        (r#"requests_total{route="/set",status="204"}"#, 1.0),
+        (r#"request_duration_seconds_count{route="/set"}"#, 1.0),
+    ] {
+        let name = format!("gradestore_http_{name}");
+        assert_eq!(node.metric(&name).await, Some(value), "{name}");
+    }
 }
 
 #[tokio::test]
