@@ -503,7 +503,7 @@ mod tests {
         stop.cancel();
         let task = tokio::spawn(task.run(stop));
         let mut batches = Vec::new();
-        while batches.len() < 3 {
+        while !task.is_finished() {
             tokio::task::yield_now().await;
             for (batch, verdict) in std::mem::take(&mut *log.0.lock()) {
                 verdict.send(Ok(())).unwrap();
