@@ -15,7 +15,7 @@ use bytes::Bytes;
 use clap::Parser;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values};
+use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write};
 use gradestore::log::{Batch, Entry, Origin, ReadError, Seq, Subscription, message};
 use gradestore::readiness::Readiness;
 use gradestore::replication::{
@@ -102,25 +102,25 @@ fn messages(args: &Args, origin: Origin) -> Vec<Message> {
         (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb) >> 16
     };
     let mut batch = |number| {
-        let patches: Arc<[Patch]> = (0..args.batch)
+        let writes: Arc<[Write]> = (0..args.batch)
             .map(|_| {
                 let user_id = (1_000_000_000_000 + random() % args.users).to_string();
                 let (field, value) = (random() as usize % FIELD_COUNT, random() as i64 % 1000);
                 let mut changes = Changes::default();
                 changes.set(field, value);
-                Patch {
+                Write::Set(Patch {
                     user_id: user_id.into(),
                     changes,
-                }
+                })
             })
             .collect();
         let batch = Batch {
             origin,
             number,
-            patches,
+            writes,
             checkpoint: None,
         };
-        (message::headers(&batch), message::payload(&batch.patches))
+        (message::headers(&batch), message::payload(&batch.writes))
     };
     (1..=args.patches / args.batch).map(&mut batch).collect()
 }
@@ -141,6 +141,7 @@ fn reader(args: &Args) -> Result<Reader, Error> {
         origin,
         checkpoints: Checkpoints::new(origin, None, CheckpointMetrics::noop()),
         patches: Counter::noop(),
+        deletions: Counter::noop(),
         round_trip: Histogram::noop(),
     })
 }
@@ -159,7 +160,7 @@ async fn main() -> Result<(), Error> {
         let begun = Instant::now();
         let read: usize = messages
             .iter()
-            .map(|(headers, payload)| black_box(read(headers, payload)).patches.len())
+            .map(|(headers, payload)| black_box(read(headers, payload)).writes.len())
             .sum();
         assert_eq!(read as u64, patches);
         let read_us = begun.elapsed().as_micros();

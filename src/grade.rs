@@ -1,5 +1,5 @@
-//! What a grade is: its fields, its limits, its JSON and its digest. Pure, and the only file that
-//! knows the fields.
+//! What a grade is: its fields, its limits, its JSON and its digest; and what a write does to it.
+//! Pure, and the only file that knows the fields.
 //!
 //! Adding a field is one more name in [`FIELDS`]. Everything else (the patch reader, the JSON
 //! answer, the digest, the store's record) is driven by that list; `tests/` proves it by adding one
@@ -176,7 +176,10 @@ impl<'a> Patch<&'a str> {
     /// Reads a patch as [`write_json`](Self::write_json) writes it, and what follows it. `None` for
     /// any other text, be it another way to write a patch or none: that is for a parser to say.
     pub(crate) fn read_written(json: &'a str) -> Option<(Self, &'a str)> {
-        let rest = json.strip_prefix(USER_ID_BEGIN)?;
+        let rest = json
+            .strip_prefix("{\"")?
+            .strip_prefix(USER_ID)?
+            .strip_prefix("\":\"")?;
         let end = rest.bytes().position(|byte| matches!(byte, b'"' | b'\\'))?;
         let (user_id, rest) = rest.split_at_checked(end)?;
         check_user_id(user_id).ok()?;
@@ -207,6 +210,61 @@ fn read_field<'a>(json: &'a str, name: &str) -> Option<(i64, &'a str)> {
     }
     let (number, rest) = number.split_at_checked(number.len() - digits.len() + len)?;
     Some((number.parse().ok()?, rest))
+}
+
+/// The name of the one key in a deletion's JSON.
+const DELETE: &str = "delete";
+
+/// What the log holds of one request: fields to set, or a record to remove.
+///
+/// Neither depends on what was there, so the same writes again in the same order end in the same
+/// records.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Write<S = Box<str>> {
+    /// Sets fields of a record; makes it if there is none.
+    Set(Patch<S>),
+    /// Removes the record of this user, if there is one.
+    Delete(S),
+}
+
+impl<S: AsRef<str>> Write<S> {
+    /// The same write, owning its id.
+    pub fn to_owned(&self) -> Write {
+        match self {
+            Self::Set(patch) => Write::Set(patch.to_owned()),
+            Self::Delete(user_id) => Write::Delete(Box::from(user_id.as_ref())),
+        }
+    }
+
+    /// Whose grade it is.
+    pub fn user_id(&self) -> &str {
+        match self {
+            Self::Set(patch) => patch.user_id.as_ref(),
+            Self::Delete(user_id) => user_id.as_ref(),
+        }
+    }
+
+    /// Whether it removes a record.
+    pub fn deletes(&self) -> bool {
+        matches!(self, Self::Delete(_))
+    }
+
+    /// Appends the write as JSON: a patch as `POST /set` takes it, or `{"delete":"ID"}`.
+    pub fn write_json(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Set(patch) => patch.write_json(out),
+            Self::Delete(user_id) => {
+                write_id_as(DELETE, user_id.as_ref(), out);
+                out.push(b'}');
+            }
+        }
+    }
+}
+
+impl<S> From<Patch<S>> for Write<S> {
+    fn from(patch: Patch<S>) -> Self {
+        Self::Set(patch)
+    }
 }
 
 /// One record: a user id and all its values.
@@ -256,11 +314,15 @@ impl<S: AsRef<str>> UserGrade<S> {
 /// Bytes of an id that is called short: a UUID is.
 const SHORT_ID: usize = 40;
 
-/// How every patch and every record begins.
-const USER_ID_BEGIN: &str = "{\"user_id\":\"";
-
 fn write_user_id(user_id: &str, out: &mut Vec<u8>) {
-    out.extend_from_slice(USER_ID_BEGIN.as_bytes());
+    write_id_as(USER_ID, user_id, out);
+}
+
+/// Begins an object with an id under `key`.
+fn write_id_as(key: &str, user_id: &str, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"{\"");
+    out.extend_from_slice(key.as_bytes());
+    out.extend_from_slice(b"\":\"");
     // A valid id has no control characters, so these two are all that JSON wants escaped.
     let mut rest = user_id.as_bytes();
     while let Some(at) = rest.iter().position(|byte| matches!(byte, b'"' | b'\\')) {
@@ -305,30 +367,78 @@ where
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut user_id: Option<S> = None;
-        let mut changes = Changes::default();
-        while let Some(key) = map.next_key::<Key>()? {
-            match key {
-                Key::UserId if user_id.is_some() => {
-                    return Err(de::Error::duplicate_field(USER_ID));
-                }
-                Key::UserId => {
-                    let id: S = map.next_value()?;
-                    check_user_id(id.as_ref()).map_err(de::Error::custom)?;
-                    user_id = Some(id);
-                }
-                Key::Field(index) => {
-                    let name = FIELDS.get(index).copied().unwrap_or_default();
-                    if changes.has(index) {
-                        return Err(de::Error::duplicate_field(name));
-                    }
-                    changes.set(index, map.next_value_seed(Integer(name))?);
-                }
+        let first = map.next_key()?;
+        patch_in(map, first)
+    }
+}
+
+/// Reads a patch whose first key has been read.
+fn patch_in<'de, S, A>(mut map: A, first: Option<Key>) -> Result<Patch<S>, A::Error>
+where
+    S: Deserialize<'de> + AsRef<str>,
+    A: MapAccess<'de>,
+{
+    let mut user_id: Option<S> = None;
+    let mut changes = Changes::default();
+    let mut next = first;
+    while let Some(key) = next {
+        match key {
+            Key::UserId if user_id.is_some() => {
+                return Err(de::Error::duplicate_field(USER_ID));
             }
+            Key::UserId => {
+                let id: S = map.next_value()?;
+                check_user_id(id.as_ref()).map_err(de::Error::custom)?;
+                user_id = Some(id);
+            }
+            Key::Field(index) => {
+                let name = FIELDS.get(index).copied().unwrap_or_default();
+                if changes.has(index) {
+                    return Err(de::Error::duplicate_field(name));
+                }
+                changes.set(index, map.next_value_seed(Integer(name))?);
+            }
+            Key::Delete => return Err(unknown_field(DELETE)),
         }
-        match user_id {
-            Some(user_id) => Ok(Patch { user_id, changes }),
-            None => Err(de::Error::missing_field(USER_ID)),
+        next = map.next_key()?;
+    }
+    match user_id {
+        Some(user_id) => Ok(Patch { user_id, changes }),
+        None => Err(de::Error::missing_field(USER_ID)),
+    }
+}
+
+impl<'de, S> Deserialize<'de> for Write<S>
+where
+    S: Deserialize<'de> + AsRef<str>,
+{
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(WriteVisitor(std::marker::PhantomData))
+    }
+}
+
+struct WriteVisitor<S>(std::marker::PhantomData<S>);
+
+impl<'de, S> Visitor<'de> for WriteVisitor<S>
+where
+    S: Deserialize<'de> + AsRef<str>,
+{
+    type Value = Write<S>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object with user_id and any of the fields, or with delete alone")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let first = map.next_key()?;
+        if !matches!(first, Some(Key::Delete)) {
+            return patch_in(map, first).map(Write::Set);
+        }
+        let user_id: S = map.next_value()?;
+        check_user_id(user_id.as_ref()).map_err(de::Error::custom)?;
+        match map.next_key::<Key>()? {
+            None => Ok(Write::Delete(user_id)),
+            Some(_) => Err(de::Error::custom("a deletion has one key, delete")),
         }
     }
 }
@@ -336,6 +446,15 @@ where
 enum Key {
     UserId,
     Field(usize),
+    Delete,
+}
+
+fn unknown_field<E: de::Error>(name: &str) -> E {
+    E::custom(format_args!(
+        "unknown field {:?}; known are {USER_ID}, {}",
+        shortened(name),
+        FIELDS.join(", ")
+    ))
 }
 
 impl<'de> Deserialize<'de> for Key {
@@ -354,11 +473,8 @@ impl<'de> Deserialize<'de> for Key {
                 }
                 match FIELDS.iter().position(|field| *field == name) {
                     Some(index) => Ok(Key::Field(index)),
-                    None => Err(E::custom(format_args!(
-                        "unknown field {:?}; known are {USER_ID}, {}",
-                        shortened(name),
-                        FIELDS.join(", ")
-                    ))),
+                    None if name == DELETE => Ok(Key::Delete),
+                    None => Err(unknown_field(name)),
                 }
             }
         }
@@ -594,6 +710,42 @@ mod tests {
             check_user_id(&"é".repeat(129)),
             Err(UserIdError::TooLong { bytes: 258 })
         );
+    }
+
+    #[test]
+    fn a_deletion_is_an_object_with_one_key_and_no_patch() {
+        let read = |text: &str| serde_json::from_str::<Write<String>>(text);
+        for id in ["a", "\"a\\b\"é\u{1f600}"] {
+            let write = Write::Delete(id.to_owned());
+            let mut json = Vec::new();
+            write.write_json(&mut json);
+            let json = std::str::from_utf8(&json).unwrap();
+            assert_eq!(read(json).unwrap(), write);
+            let error = parse(json).unwrap_err();
+            assert!(error.contains("unknown field \"delete\""), "{error}");
+        }
+        let set = r#"{"user_id":"a","spp":1}"#;
+        assert_eq!(read(set).unwrap(), Write::Set(parse(set).unwrap()));
+        for (text, reason) in [
+            (r#"{"delete":""}"#, "user_id is empty"),
+            (r#"{"delete":"\u0000"}"#, "U+0000"),
+            (r#"{"delete":null}"#, "null"),
+            (r#"{"delete":1}"#, "string"),
+            (r#"{"delete":"a","delete":"a"}"#, "one key"),
+            (r#"{"delete":"a","spp":1}"#, "one key"),
+            (r#"{"delete":"a","user_id":"a"}"#, "one key"),
+            (r#"{"delete":"a","x":1}"#, "unknown field \"x\""),
+            (
+                r#"{"user_id":"a","delete":"a"}"#,
+                "unknown field \"delete\"",
+            ),
+            (r#"{"Delete":"a"}"#, "unknown field \"Delete\""),
+            ("{}", "missing field `user_id`"),
+            (r#"["a"]"#, "an object"),
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains(reason), "{text}: {error}");
+        }
     }
 
     #[test]

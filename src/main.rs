@@ -4,16 +4,18 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use gradestore::app::{self, Sockets};
 use gradestore::config::{
-    self, BackupArgs, Command, Config, HealthArgs, MadePassword, ServeArgs, VerifyArgs,
+    self, BackupArgs, Command, Config, HealthArgs, ImportArgs, MadePassword, ServeArgs, VerifyArgs,
 };
 use gradestore::log::Origin;
 use gradestore::storage::Storage;
 use gradestore::telemetry;
-use gradestore::{fetch, health};
+use gradestore::{fetch, health, import};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Gives memory back when a crowd of connections or a backup is over, where the system's allocator
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
         .and_then(|()| match command {
             Command::Serve(args) => serve(&args),
             Command::Backup(args) => fetch_backup(&args),
+            Command::Import(args) => import_file(args),
             Command::Verify(args) => verify(&args),
             Command::Health(HealthArgs { ops_addr }) => health::check(ops_addr).map_err(Into::into),
         });
@@ -73,7 +76,7 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn fetch_backup(args: &BackupArgs) -> Result<(), Box<dyn std::error::Error>> {
-    let password = args.password()?;
+    let password = args.credentials.password()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -95,6 +98,30 @@ fn fetch_backup(args: &BackupArgs) -> Result<(), Box<dyn std::error::Error>> {
     let summary = fetched?;
     // Standard output may be the backup.
     write!(io::stderr(), "{}", fetch::describe(&summary))?;
+    Ok(())
+}
+
+fn import_file(args: ImportArgs) -> Result<(), Box<dyn std::error::Error>> {
+    let password = args.credentials.password()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?;
+    let imported = runtime.block_on(async {
+        let shutdown = shutdown()?;
+        let accepted = Arc::<AtomicU64>::default();
+        let importing = import::import(&args, &password, Arc::clone(&accepted));
+        tokio::select! {
+            imported = importing => Ok(imported?),
+            () = shutdown => {
+                let accepted = accepted.load(Ordering::Relaxed);
+                let said = format!("interrupted; {accepted} rows or some more were accepted and stay");
+                Err::<_, Box<dyn std::error::Error>>(said.into())
+            }
+        }
+    });
+    runtime.shutdown_background();
+    write!(io::stdout(), "{}", import::describe(&imported?))?;
     Ok(())
 }
 

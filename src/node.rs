@@ -179,6 +179,7 @@ impl Node {
                 origin,
                 checkpoints,
                 patches: metrics.patches_applied.clone(),
+                deletions: metrics.deletions_applied.clone(),
                 round_trip: metrics.batch_duration.clone(),
             },
             readiness: readiness.clone(),
@@ -190,6 +191,7 @@ impl Node {
         let write = WriteState {
             writer: writer.clone(),
             readiness: readiness.clone(),
+            applied: applied.clone(),
             credentials: config.credentials.clone(),
             body_wait_max: http.body_wait_max,
         };

@@ -1,4 +1,4 @@
-//! Another node's backup, asked for over HTTP and read as it arrives.
+//! Another node, asked over HTTP: for its backup, which is read as it arrives, or to take lines.
 
 use std::fmt;
 use std::io::{self, Read};
@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, StatusCode};
 use tokio::sync::mpsc;
 
@@ -34,9 +35,17 @@ const SHOWN_CHARS_MAX: usize = 500;
 const ERROR_BYTES_MAX: usize = 64 * 1024;
 const ERROR_WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// Why a backup did not arrive.
+/// Why a node did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
+    /// Nobody listens there.
+    #[error("{url}: {error}")]
+    Unreachable {
+        /// What was asked.
+        url: String,
+        /// What went wrong.
+        error: String,
+    },
     /// The node can't be asked or broke off.
     #[error("{url}: {error}")]
     Http {
@@ -212,11 +221,64 @@ impl Client {
         if self.compression == Compression::IfSlow {
             request = request.header(GRADE_COMPRESSION, IF_SLOW);
         }
-        let mut response = request.send().await.map_err(|error| failed(url, &error))?;
-        let status = response.status();
-        if status == StatusCode::OK {
+        let response = request.send().await.map_err(|error| failed(url, &error))?;
+        if response.status() == StatusCode::OK {
             return Ok(response);
         }
+        let Refusal { status, detail, .. } = Refusal::read(response).await;
+        Err(RemoteError::Refused {
+            url: url.to_owned(),
+            status,
+            body: detail,
+        })
+    }
+
+    /// Has the node whose write port is at `node_url` take `lines`, a patch each; the position of the
+    /// last one, or what was refused.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub async fn set_lines(
+        &self,
+        node_url: &str,
+        lines: Bytes,
+    ) -> Result<Result<Seq, Refusal>, RemoteError> {
+        let url = format!("{node_url}/set");
+        let Account { username, password } = &self.account;
+        let request = self.http.post(&url).basic_auth(username, Some(password));
+        let request = request.header(CONTENT_TYPE, NDJSON).body(lines);
+        let response = request.send().await;
+        let response = response.map_err(|error| failed(&url, &error))?;
+        let position = Offer::of(response.headers()).position;
+        match position.filter(|_| response.status() == StatusCode::OK) {
+            Some(position) => Ok(Ok(position)),
+            None => Ok(Err(Refusal::read(response).await)),
+        }
+    }
+}
+
+/// The media type of patches, a line each.
+const NDJSON: &str = "application/x-ndjson";
+
+/// An answer that says no.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The status.
+    pub status: u16,
+    /// Why, for people.
+    pub detail: String,
+    /// Lines that were accepted before.
+    pub accepted: u64,
+    /// The line that was refused, if one was.
+    pub line: Option<u64>,
+    /// When to try again.
+    pub retry_after: Option<Duration>,
+}
+
+impl Refusal {
+    async fn read(mut response: reqwest::Response) -> Self {
+        let retry_after = response.headers().get(RETRY_AFTER);
+        let retry_after = retry_after.and_then(|after| after.to_str().ok()?.parse().ok());
         let mut body = Vec::new();
         let reading = async {
             while let Ok(Some(part)) = response.chunk().await
@@ -227,16 +289,20 @@ impl Client {
         };
         let _ = tokio::time::timeout(ERROR_WAIT_MAX, reading).await;
         // Of a problem the detail is for people.
-        let problem = serde_json::from_slice::<serde_json::Value>(&body);
-        let detail = problem
-            .ok()
-            .and_then(|problem| Some(problem.get("detail")?.as_str()?.to_owned()));
-        let body = detail.unwrap_or_else(|| String::from_utf8_lossy(&body).into_owned());
-        Err(RemoteError::Refused {
-            url: url.to_owned(),
-            status: status.as_u16(),
-            body: body.chars().take(SHOWN_CHARS_MAX).collect(),
-        })
+        let problem = serde_json::from_slice::<serde_json::Value>(&body).unwrap_or_default();
+        let number = |name: &str| problem.get(name)?.as_u64();
+        let detail = problem.get("detail").and_then(|detail| detail.as_str());
+        let detail = match detail {
+            Some(detail) => detail.into(),
+            None => String::from_utf8_lossy(&body),
+        };
+        Self {
+            status: response.status().as_u16(),
+            detail: detail.chars().take(SHOWN_CHARS_MAX).collect(),
+            accepted: number("accepted").unwrap_or(0),
+            line: number("line"),
+            retry_after: retry_after.map(Duration::from_secs),
+        }
     }
 }
 
@@ -276,9 +342,10 @@ impl Download {
 }
 
 fn failed(url: &str, error: &reqwest::Error) -> RemoteError {
-    RemoteError::Http {
-        url: url.to_owned(),
-        error: cause(error),
+    let (url, text) = (url.to_owned(), cause(error));
+    match error.is_connect() {
+        true => RemoteError::Unreachable { url, error: text },
+        false => RemoteError::Http { url, error: text },
     }
 }
 

@@ -18,7 +18,7 @@ use crate::replication::CheckpointMetrics;
 /// this and the request rate bound that memory, scraped or not.
 pub const UPKEEP_EVERY: Duration = Duration::from_secs(1);
 
-/// Patches a batch: 1 is a lone writer, 1,024 the largest batch.
+/// Writes a batch: 1 is a lone writer, 1,024 the largest batch.
 const BATCH_BUCKETS: &[f64] = &[
     1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0,
 ];
@@ -56,12 +56,14 @@ pub struct Telemetry {
 
 /// What becomes of batches, and of the state.
 pub struct Replication {
-    /// Patches a batch that this process sent.
+    /// Writes a batch that this process sent.
     pub batch_patches: Histogram,
     /// Time from a batch's being sent until it has come back and is applied.
     pub batch_duration: Histogram,
     /// Patches applied, own and others'.
     pub patches_applied: Counter,
+    /// Deletions applied, own and others'.
+    pub deletions_applied: Counter,
     /// Times that batches were missing between two that came.
     pub gaps: Counter,
     /// States made anew because the log went on without them.
@@ -76,6 +78,7 @@ impl Replication {
             batch_patches: histogram!(BATCH_METRIC),
             batch_duration: histogram!(BATCH_DURATION_METRIC),
             patches_applied: counter!("gradestore_patches_applied_total"),
+            deletions_applied: counter!("gradestore_deletions_applied_total"),
             gaps: counter!("gradestore_gaps_total"),
             resyncs: counter!("gradestore_resyncs_total"),
             checkpoints: CheckpointMetrics {
@@ -94,7 +97,7 @@ pub struct Gauges {
     pub position: Gauge,
     /// The log's last batch.
     pub log_end: Gauge,
-    /// Patches that wait for a batch.
+    /// Requests that wait for a batch.
     pub queue_patches: Gauge,
     /// 1 while reads are answered.
     pub ready: Gauge,
@@ -301,9 +304,12 @@ fn describe() {
     );
     describe_gauge!(
         "gradestore_write_queue_patches",
-        "Patches that wait for a batch."
+        "Requests that wait for a batch: single writes, and groups of lines."
     );
-    describe_histogram!(BATCH_METRIC, "Patches in a batch that this process sent.");
+    describe_histogram!(
+        BATCH_METRIC,
+        "Writes, patches and deletions, in a batch that this process sent."
+    );
     describe_histogram!(
         BATCH_DURATION_METRIC,
         "Time from a batch's being sent until it came back and was applied."
@@ -375,6 +381,10 @@ fn describe() {
     describe_counter!(
         "gradestore_patches_applied_total",
         "Patches applied to the store."
+    );
+    describe_counter!(
+        "gradestore_deletions_applied_total",
+        "Deletions applied to the store, of users that were there and that were not."
     );
     describe_gauge!(
         "gradestore_log_first",

@@ -2,7 +2,8 @@
 
 use std::io;
 
-/// Why a backup was refused. `row` counts from 1, the header row not counted.
+/// Why a backup was refused. `row` counts from 1, the header row not counted; `line` counts those of
+/// the text.
 #[derive(Debug, thiserror::Error)]
 pub enum BackupError {
     /// The file could not be read.
@@ -77,20 +78,24 @@ pub enum BackupError {
         what: String,
     },
     /// A row has too many or too few columns.
-    #[error("row {row} has {found} columns where the header row has {wanted}")]
+    #[error("row {row} has {found} columns where the header row has {wanted} (line {line})")]
     Columns {
         /// Which row.
         row: u64,
+        /// Its line.
+        line: u64,
         /// Its columns.
         found: usize,
         /// The header's.
         wanted: usize,
     },
     /// A value can't be one.
-    #[error("row {row}, column {column}: {what}")]
+    #[error("row {row}, column {column} (line {line}): {what}")]
     Value {
         /// Which row.
         row: u64,
+        /// Its line.
+        line: u64,
         /// Which column.
         column: &'static str,
         /// What is wrong.

@@ -2,6 +2,7 @@
 //!
 //! Speed is not what this is for; every form that other tools write is.
 
+use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use std::task::{Context, Poll};
 use async_compression::tokio::bufread::GzipDecoder;
 use csv_async::{AsyncReaderBuilder, StringRecord, Trim};
 use futures_util::FutureExt;
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, BufReader, ReadBuf};
 
 use super::reader::Sink;
@@ -49,6 +51,31 @@ struct RowBounded<R> {
     given: u64,
     /// Where the last whole row ended; the parser moves it.
     row_end: Arc<AtomicU64>,
+    lines: Arc<Mutex<Lines>>,
+}
+
+/// Where lines end in what has been read. csv-async counts a line when it has passed what ends it,
+/// which of `\r\n` is the next row.
+#[derive(Default)]
+struct Lines {
+    /// Lines that ended before the row that was parsed last.
+    before: u64,
+    /// Where those after them end, as far as the text has been read.
+    ends: VecDeque<u64>,
+}
+
+impl Lines {
+    /// The line of a row that ends, with what ends it, before `end`.
+    fn of_row(&mut self, end: u64) -> u64 {
+        while self
+            .ends
+            .pop_front_if(|line_end| *line_end + 1 < end)
+            .is_some()
+        {
+            self.before += 1;
+        }
+        self.before + 1
+    }
 }
 
 impl<R: AsyncRead + Unpin> AsyncRead for RowBounded<R> {
@@ -64,7 +91,10 @@ impl<R: AsyncRead + Unpin> AsyncRead for RowBounded<R> {
         }
         let before = room.filled().len();
         let polled = Pin::new(&mut self.source).poll_read(cx, room);
-        self.given += (room.filled().len() - before) as u64;
+        let read = room.filled().get(before..).unwrap_or_default();
+        let breaks = (self.given..).zip(read).filter(|(_, byte)| **byte == b'\n');
+        self.lines.lock().ends.extend(breaks.map(|(at, _)| at));
+        self.given += read.len() as u64;
         polled
     }
 }
@@ -111,8 +141,18 @@ impl Columns {
         1 + self.fields.iter().flatten().count()
     }
 
-    fn row<'a>(&self, record: &'a StringRecord, row: u64) -> Result<Row<'a>, BackupError> {
-        let wrong = |column, what| BackupError::Value { row, column, what };
+    fn row<'a>(
+        &self,
+        record: &'a StringRecord,
+        row: u64,
+        line: u64,
+    ) -> Result<Row<'a>, BackupError> {
+        let wrong = |column, what| BackupError::Value {
+            row,
+            line,
+            column,
+            what,
+        };
         let user_id = record.get(self.user_id).unwrap_or_default();
         check_user_id(user_id).map_err(|error| wrong(USER_ID, error.to_string()))?;
         let mut values = Values::default();
@@ -138,6 +178,7 @@ pub(super) fn read(
 ) -> Result<Summary, BackupError> {
     let bytes = Arc::new(AtomicU64::new(0));
     let row_end = Arc::new(AtomicU64::new(0));
+    let lines = Arc::<Mutex<Lines>>::default();
     let source = AlwaysReady {
         source,
         bytes: Arc::clone(&bytes),
@@ -149,6 +190,7 @@ pub(super) fn read(
         source: inflated,
         given: 0,
         row_end: Arc::clone(&row_end),
+        lines: Arc::clone(&lines),
     };
     let mut csv = AsyncReaderBuilder::new()
         .flexible(true)
@@ -174,23 +216,33 @@ pub(super) fn read(
     };
     while next(&mut record, rows)? {
         let Some(columns) = &columns else {
-            columns = Some(Columns::of(&record)?);
+            let named = Columns::of(&record)?;
+            let there = named.fields.iter().enumerate();
+            progress.set_fields(there.filter_map(|(index, at)| at.map(|_| index)));
+            columns = Some(named);
             continue;
         };
         rows += 1;
+        let line = lines.lock().of_row(row_end.load(Ordering::Relaxed));
         if record.len() != columns.width() {
             return Err(BackupError::Columns {
                 row: rows,
+                line,
                 found: record.len(),
                 wanted: columns.width(),
             });
         }
-        let row = columns.row(&record, rows)?;
-        piece.push(row.user_id, row.values);
-        if piece.is_full() {
+        let row = columns.row(&record, rows, line)?;
+        // The rows of a piece follow each other line by line.
+        let follows = line == progress.line() + piece.len() as u64;
+        if piece.is_full() || !(follows || piece.is_empty()) {
             digest += sink(&piece);
             piece.clear();
         }
+        if piece.is_empty() {
+            progress.set_line(line);
+        }
+        piece.push(row.user_id, row.values);
         progress.add_rows(1);
         progress.set_bytes(bytes.load(Ordering::Relaxed));
     }

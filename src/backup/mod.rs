@@ -22,7 +22,10 @@
 //!
 //! Rows may hold effects of batches after the head's position: they were read while writes went
 //! on. Replaying the log from the batch after it repairs them, since a patch sets values and never
-//! adds; from the end's position on, the state is whole.
+//! adds, and a deletion removes a record whatever it held; from the end's position on, the state is
+//! whole. A user who was deleted meanwhile may have a row or none, and has none after the replay;
+//! one who was deleted and set again may have the row of before, of after, or none, and what was set
+//! since the deletion is in the log after the position. So there is no row that says "deleted".
 
 mod error;
 mod foreign;
@@ -37,7 +40,7 @@ use std::thread;
 use serde::{Deserialize, Serialize};
 
 pub use error::BackupError;
-pub use reader::{Progress, Sink, Summary, end_position, head, read};
+pub use reader::{Progress, Sink, Summary, end_position, head, read, read_in_order};
 pub use row::Row;
 pub use snapshots::{Snapshots, Written, restore, restore_file, set_aside};
 pub use writer::{BackupWriter, CHUNK_TEXT_BYTES, Chunk, ChunkSource};

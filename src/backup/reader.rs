@@ -2,7 +2,7 @@
 //! other.
 
 use std::io::{self, Read};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use super::member::{self, Content, FIXED_BYTES, Kind, TRAILER_BYTES};
 use super::{BackupError, End, FORMAT, Head, foreign, row, threads_for};
-use crate::grade::Digest;
+use crate::grade::{Digest, FIELD_COUNT};
 use crate::log::Seq;
 use crate::store::Piece;
 
@@ -29,6 +29,9 @@ pub struct Progress {
     rows: AtomicU64,
     bytes: AtomicU64,
     head: watch::Sender<Option<Head>>,
+    /// A bit a field.
+    fields: AtomicU32,
+    line: AtomicU64,
 }
 
 impl Progress {
@@ -61,6 +64,29 @@ impl Progress {
             // The sender is in `self`.
             let _ = heads.changed().await;
         }
+    }
+
+    /// Whether the file has a column for the field at `index` of [`FIELDS`](crate::grade::FIELDS);
+    /// known before the first row is handed out.
+    #[must_use]
+    pub fn has_field(&self, index: usize) -> bool {
+        index < FIELD_COUNT && self.fields.load(Ordering::Relaxed) >> index & 1 == 1
+    }
+
+    /// The line of the text, the header row's being 1, that the first of the rows which are being
+    /// handed out stands in. The others are in those after it. For the sink of [`read_in_order`].
+    #[must_use]
+    pub fn line(&self) -> u64 {
+        self.line.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_fields(&self, fields: impl Iterator<Item = usize>) {
+        let bits = fields.fold(0, |bits, index| bits | 1 << index);
+        self.fields.store(bits, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_line(&self, line: u64) {
+        self.line.store(line, Ordering::Relaxed);
     }
 
     pub(super) fn set_bytes(&self, bytes: u64) {
@@ -120,6 +146,27 @@ pub type Sink<'a> = dyn Fn(&Piece) -> Digest + Sync + 'a;
 /// # Errors
 /// The file is not a whole, unchanged backup; see [`BackupError`].
 pub fn read(
+    source: impl Read + Unpin + Send,
+    sink: &Sink<'_>,
+    progress: &Progress,
+) -> Result<Summary, BackupError> {
+    read_by(usize::MAX, source, sink, progress)
+}
+
+/// The same by this thread alone, so that rows come in the order of the file.
+///
+/// # Errors
+/// The file is not a whole, unchanged backup; see [`BackupError`].
+pub fn read_in_order(
+    source: impl Read + Unpin + Send,
+    sink: &Sink<'_>,
+    progress: &Progress,
+) -> Result<Summary, BackupError> {
+    read_by(1, source, sink, progress)
+}
+
+fn read_by(
+    threads_max: usize,
     mut source: impl Read + Unpin + Send,
     sink: &Sink<'_>,
     progress: &Progress,
@@ -128,7 +175,7 @@ pub fn read(
     let kind = known(&start)?;
     let mut source = io::Cursor::new(start).chain(source);
     match kind {
-        Kind::Ours(_) => Own::new(source, progress).read(sink),
+        Kind::Ours(_) => Own::new(source, progress).read(threads_max, sink),
         _ => {
             // What has lost its head only would pass for a whole foreign file, whatever else it lost.
             let mut ahead = Vec::new();
@@ -221,10 +268,11 @@ impl<'a, R: Read> Own<'a, R> {
         }
     }
 
-    fn read(mut self, sink: &Sink<'_>) -> Result<Summary, BackupError> {
+    fn read(mut self, threads_max: usize, sink: &Sink<'_>) -> Result<Summary, BackupError> {
         let (head, fields) = self.read_head()?;
+        self.progress.set_fields(0..fields);
         self.progress.head.send_replace(Some(head.clone()));
-        let threads = threads_for(head.rows_expected);
+        let threads = threads_for(head.rows_expected).min(threads_max);
         let (end, rows, checksum, digest) = match threads {
             1 => self.read_alone(fields, sink)?,
             _ => self.read_with(threads, fields, sink)?,
@@ -506,16 +554,22 @@ impl<'a> Worker<'a> {
         let (inflate, text) = (&mut self.inflate, &mut self.text);
         member::inflate(deflated, trailer, task.text_bytes, inflate, text).map_err(damaged)?;
         let text = std::str::from_utf8(text).map_err(|_| damaged("a member is not UTF-8"))?;
-        let (piece, sink) = (&mut self.rows, self.sink);
+        let (piece, sink, progress) = (&mut self.rows, self.sink, self.progress);
         piece.clear();
+        let mut first_row = task.first_row;
+        let mut pass_on = |piece: &mut Piece| {
+            progress.set_line(row::line_of(first_row));
+            first_row += piece.len() as u64;
+            self.digest += sink(piece);
+            piece.clear();
+        };
         let rows = row::parse(text, task.fields, task.first_row, |row| {
             piece.push(row.user_id, row.values);
             if piece.is_full() {
-                self.digest += sink(piece);
-                piece.clear();
+                pass_on(piece);
             }
         })?;
-        self.digest += sink(piece);
+        pass_on(piece);
         if rows != task.rows {
             return Err(damaged("a member has another number of rows than it says"));
         }

@@ -20,6 +20,11 @@ pub(super) const ROW_BYTES_MIN: usize = 2 + FIELD_COUNT * 2;
 /// So many digits are never too many for 64 bits.
 const SAFE_DIGITS: usize = 19;
 
+/// The line of row `row`: no id has a line break, and the header row is the first line.
+pub(super) fn line_of(row: u64) -> u64 {
+    row + 1
+}
+
 /// The header row.
 pub(super) fn write_header(out: &mut Vec<u8>) {
     out.extend_from_slice(USER_ID.as_bytes());
@@ -106,6 +111,7 @@ pub(super) fn parse(
         (user_id, rest) = parse_user_id(rest, &mut unquoted).ok_or_else(|| wrong_form(number))?;
         check_user_id(user_id).map_err(|error| BackupError::Value {
             row: number,
+            line: line_of(number),
             column: USER_ID,
             what: error.to_string(),
         })?;
@@ -114,6 +120,7 @@ pub(super) fn parse(
             let end = if index + 1 == fields { b'\n' } else { b',' };
             (*value, rest) = parse_number(rest, end).ok_or_else(|| BackupError::Value {
                 row: number,
+                line: line_of(number),
                 column: FIELDS.get(index).copied().unwrap_or_default(),
                 what: format!(
                     "not an integer of 64 bits, or not the last column: {:?}",
@@ -130,6 +137,7 @@ pub(super) fn parse(
 fn wrong_form(row: u64) -> BackupError {
     BackupError::Value {
         row,
+        line: line_of(row),
         column: USER_ID,
         what: "the column does not end, or its quotes don't".to_owned(),
     }

@@ -324,6 +324,81 @@ fn foreign_files_come_in_every_form() {
     assert_eq!(rows, Rows::from([("x".to_owned(), Values::default())]));
 }
 
+/// The users of a file as they come, each with the line that is said to be its.
+fn in_order(bytes: &[u8]) -> (Result<Summary, BackupError>, Vec<(String, u64)>) {
+    let (found, progress) = (Mutex::new(Vec::new()), Progress::default());
+    let sink = |rows: &Piece| {
+        let lines = (progress.line()..).zip(rows.iter());
+        let lines = lines.map(|(line, (user, _))| (user.to_owned(), line));
+        found.lock().extend(lines);
+        rows.digest()
+    };
+    let summary = read_in_order(bytes, &sink, &progress);
+    (summary, found.into_inner())
+}
+
+#[test]
+fn the_line_of_a_row_is_known_however_lines_end() {
+    for (text, wanted) in [
+        ("user_id\na\nb\nc\n", [2, 3, 4]),
+        ("user_id\na\nb\nc", [2, 3, 4]),
+        ("user_id\r\na\r\nb\r\nc\r\n", [2, 3, 4]),
+        ("user_id\r\na\r\nb\r\nc", [2, 3, 4]),
+        ("user_id\n\na\n\n\nb\nc\n\n", [3, 6, 7]),
+        ("\nuser_id\r\n\r\na\nb\r\n\nc", [4, 5, 7]),
+    ] {
+        let (summary, found) = in_order(&gzip(text));
+        assert_eq!(summary.unwrap().rows, 3);
+        let wanted = ["a", "b", "c"].map(str::to_owned).into_iter().zip(wanted);
+        assert_eq!(found, wanted.collect::<Vec<_>>(), "{text:?}");
+        // And of one that is wrong.
+        let said = refused(&gzip(&text.replacen('c', "c,1", 1)));
+        let (_, line) = &found[2];
+        assert!(said.contains(&format!("(line {line})")), "{said}");
+    }
+}
+
+#[test]
+fn rows_come_in_the_order_of_the_file_where_that_is_asked_for() {
+    let bytes = file_of(&store_of(20_000));
+    let mut text = String::new();
+    let mut inflated = MultiGzDecoder::new(&*bytes);
+    inflated.read_to_string(&mut text).unwrap();
+    let (_header, rows) = text.split_once('\n').unwrap();
+    let mut wanted = Vec::new();
+    let parsed = row::parse(rows, FIELD_COUNT, 1, |row| {
+        wanted.push((row.user_id.to_owned(), wanted.len() as u64 + 2));
+    });
+    assert_eq!(parsed.unwrap(), 20_000);
+    let (summary, found) = in_order(&bytes);
+    assert_eq!(summary.unwrap(), read_rows(&bytes).unwrap().0);
+    assert_eq!(found, wanted);
+}
+
+#[test]
+fn what_columns_there_are_is_known_with_the_first_row() {
+    for (header, wanted) in [
+        ("user_id\n".to_owned(), vec![]),
+        (format!("{},user_id\n", FIELDS[2]), vec![2]),
+        (format!("user_id,{},{}\n", FIELDS[3], FIELDS[1]), vec![1, 3]),
+    ] {
+        let progress = Progress::default();
+        let row = header
+            .replace(|c: char| c != ',' && c != '\n', "")
+            .replace(',', "1,");
+        let text = format!("{header}{}1\n", row.trim_end());
+        let sink = |rows: &Piece| {
+            let there = (0..=FIELD_COUNT).filter(|index| progress.has_field(*index));
+            assert_eq!(there.collect::<Vec<_>>(), wanted);
+            rows.digest()
+        };
+        assert_eq!(
+            read_in_order(&*gzip(&text), &sink, &progress).unwrap().rows,
+            1
+        );
+    }
+}
+
 #[test]
 fn foreign_files_are_refused_with_row_and_column() {
     let field = FIELDS[0];

@@ -34,6 +34,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Fetch a backup from a node, verify it, and keep it
     Backup(BackupArgs),
+    /// Load a backup, or another gzip CSV, into a node that runs
+    Import(ImportArgs),
     /// Check that a backup file is whole and unchanged; exit code 0 if so, else 1
     Verify(VerifyArgs),
     /// Ask a node on this machine whether it is ready; exit code 0 if so, else 1
@@ -177,6 +179,27 @@ pub struct BackupArgs {
     pub credentials: CredentialArgs,
 }
 
+/// Flags of `gradestore import`.
+#[derive(Debug, Clone, Args)]
+pub struct ImportArgs {
+    /// The backup, or any gzip CSV with a header row of the same columns; - for standard input
+    pub file: PathBuf,
+
+    /// The node's write port, such as http://127.0.0.1:8080
+    #[arg(long, env = "GRADESTORE_TO", value_name = "URL",
+        value_parser = base_url("--to", "GRADESTORE_TO"))]
+    pub to: String,
+
+    /// How long a node that takes nothing for now is waited for
+    #[arg(long, env = "GRADESTORE_WAIT", value_name = "TIME", default_value = "1m",
+        value_parser = at_least("0s", "--wait", "GRADESTORE_WAIT", "1m or 10s"))]
+    pub wait: Duration,
+
+    /// Name and password
+    #[command(flatten)]
+    pub credentials: CredentialArgs,
+}
+
 /// Flags of `gradestore verify`.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
@@ -218,12 +241,12 @@ impl ServeArgs {
     }
 }
 
-impl BackupArgs {
-    /// The password to ask with.
+impl CredentialArgs {
+    /// The password to ask a node with.
     ///
     /// # Errors
     /// None is given, or it can't be one.
     pub fn password(&self) -> Result<String, ConfigError> {
-        password::given(self.credentials.password_file.as_deref())?.ok_or(ConfigError::NoPassword)
+        password::given(self.password_file.as_deref())?.ok_or(ConfigError::NoPassword)
     }
 }

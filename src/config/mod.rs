@@ -18,7 +18,9 @@ use crate::http::listener::ListenerLimits;
 use crate::log::Servers;
 use crate::replication::WriterLimits;
 
-pub use args::{BackupArgs, Cli, Command, CredentialArgs, HealthArgs, Part, ServeArgs, VerifyArgs};
+pub use args::{
+    BackupArgs, Cli, Command, CredentialArgs, HealthArgs, ImportArgs, Part, ServeArgs, VerifyArgs,
+};
 pub use parse::{check_env, check_env_names, parse, parse_args};
 
 /// Why the configuration can't be used. The text names the key, the value and the fix.
@@ -69,7 +71,7 @@ pub enum ConfigError {
          or --password-file"
     )]
     NoSharedPassword,
-    /// A backup can't be fetched without a password.
+    /// A node can't be asked without a password.
     #[error("no password; set GRADESTORE_PASSWORD or --password-file to the node's")]
     NoPassword,
     /// No random bytes for a password.
@@ -184,6 +186,7 @@ pub fn default_writer_limits() -> WriterLimits {
         queue_patches_max: 8192,
         batch_patches_max: 1024,
         wait_max: Duration::from_secs(5),
+        bulks_max: 32,
     }
 }
 

@@ -37,11 +37,26 @@ pub enum ApiError {
     #[error("the body is no patch: {0}")]
     NotAPatch(String),
     /// No `user_id` in the query.
-    #[error("the query has no {USER_ID}; ask as /get?{USER_ID}=alice")]
+    #[error("the query has no {USER_ID}; put ?{USER_ID}=alice behind the path")]
     UserIdMissing,
     /// More than one `user_id` in the query.
     #[error("the query has {USER_ID} more than once; send it once")]
     UserIdRepeated,
+    /// `user_id` and `user_ids` in one query.
+    #[error("the query has both {USER_ID} and user_ids; send one {USER_ID}, or user_ids alone")]
+    UserIdAndIds,
+    /// `user_ids` where there may be one user only.
+    #[error("the query has user_ids, which only GET /get takes; send one {USER_ID}")]
+    UserIdsHere,
+    /// More `user_ids` than may be asked for at once.
+    #[error(
+        "the query has {found} user_ids; send {} at most, and ask for the others next",
+        super::read::USER_IDS_MAX
+    )]
+    UserIdsTooMany {
+        /// How many.
+        found: usize,
+    },
     /// A `user_id` that no user can have.
     #[error(transparent)]
     UserIdInvalid(UserIdError),
@@ -49,7 +64,9 @@ pub enum ApiError {
     #[error("the query is wrongly percent-encoded: {0}")]
     QueryEncoding(&'static str),
     /// A `Grade-Position` that is no number.
-    #[error("Grade-Position must be one decimal number, as an answer to POST /set gave it")]
+    #[error(
+        "Grade-Position must be one decimal number, as an answer to POST /set or DELETE /set gave it"
+    )]
     PositionInvalid,
     /// No or wrong credentials.
     #[error(
@@ -77,9 +94,32 @@ pub enum ApiError {
         /// The limit.
         limit_bytes: usize,
     },
-    /// Not `application/json`.
-    #[error("Content-Type must be application/json")]
+    /// Neither `application/json` nor `application/x-ndjson`.
+    #[error(
+        "Content-Type must be application/json for one patch, or application/x-ndjson for a patch a line"
+    )]
     UnsupportedMediaType,
+    /// One of many lines is no patch.
+    #[error(
+        "line {line}: {what}; {accepted} lines were accepted and stay, nothing after them was \
+         written; mend it and go on from line {}", .accepted + 1
+    )]
+    BadLine {
+        /// Which one, from 1.
+        line: u64,
+        /// Lines up to the last group that was written.
+        accepted: u64,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Something ended a body of many lines before it was written to its end.
+    #[error("{cause}; {accepted} lines were accepted and stay, go on from line {}", .accepted + 1)]
+    InPart {
+        /// Lines up to the last group that was written.
+        accepted: u64,
+        /// What it was.
+        cause: Box<ApiError>,
+    },
     /// This replica may not answer now.
     #[error("not ready ({}): {}; try again, or ask another replica", .0.state, .0.reason)]
     NotReady(Unready),
@@ -128,6 +168,19 @@ impl From<Unready> for ApiError {
 }
 
 impl ApiError {
+    /// What is wrong with a line, if that is what this says of a body.
+    #[must_use]
+    pub fn of_line(&self) -> String {
+        let said = match self {
+            Self::NotJson(why) => format!("it is not JSON: {why}"),
+            Self::BodyNotUtf8 { at } => format!("it is not UTF-8 from byte {at} on"),
+            Self::NotAPatch(why) => format!("it is no patch: {why}"),
+            other => other.to_string(),
+        };
+        // Which line it is among its kind is known better.
+        said.replace(" at line 1 column ", " at column ")
+    }
+
     /// The status, and the word that names the cause in `type`.
     #[must_use]
     pub fn kind(&self) -> (StatusCode, &'static str) {
@@ -138,6 +191,9 @@ impl ApiError {
             Self::BodyBroken => (S::BAD_REQUEST, "body-broken"),
             Self::UserIdMissing => (S::BAD_REQUEST, "user-id-missing"),
             Self::UserIdRepeated => (S::BAD_REQUEST, "user-id-repeated"),
+            Self::UserIdAndIds => (S::BAD_REQUEST, "user-id-and-ids"),
+            Self::UserIdsHere => (S::BAD_REQUEST, "user-ids-here"),
+            Self::UserIdsTooMany { .. } => (S::BAD_REQUEST, "user-ids-too-many"),
             Self::UserIdInvalid(_) => (S::BAD_REQUEST, "user-id-invalid"),
             Self::QueryEncoding(_) => (S::BAD_REQUEST, "query-encoding"),
             Self::PositionInvalid => (S::BAD_REQUEST, "position-invalid"),
@@ -149,6 +205,8 @@ impl ApiError {
             Self::BodyTooLarge { .. } => (S::PAYLOAD_TOO_LARGE, "body-too-large"),
             Self::UnsupportedMediaType => (S::UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type"),
             Self::NotAPatch(_) => (S::UNPROCESSABLE_ENTITY, "not-a-patch"),
+            Self::BadLine { .. } => (S::UNPROCESSABLE_ENTITY, "bad-line"),
+            Self::InPart { cause, .. } => cause.kind(),
             Self::NotReady(_) => (S::SERVICE_UNAVAILABLE, "not-ready"),
             Self::PositionNotReached { .. } => (S::SERVICE_UNAVAILABLE, "position-not-reached"),
             Self::QueueFull => (S::SERVICE_UNAVAILABLE, "queue-full"),
@@ -156,6 +214,15 @@ impl ApiError {
             Self::NotWritten(_) => (S::SERVICE_UNAVAILABLE, "not-written"),
             Self::OutcomeUnknown(_) => (S::GATEWAY_TIMEOUT, "outcome-unknown"),
             Self::Internal => (S::INTERNAL_SERVER_ERROR, "internal"),
+        }
+    }
+
+    /// The line that is wrong, and how many are accepted, where a body has many.
+    fn lines(&self) -> (Option<u64>, Option<u64>) {
+        match self {
+            Self::BadLine { line, accepted, .. } => (Some(*line), Some(*accepted)),
+            Self::InPart { accepted, .. } => (None, Some(*accepted)),
+            _ => (None, None),
         }
     }
 
@@ -178,23 +245,30 @@ impl ApiError {
     }
 }
 
-/// RFC 9457, section 3.1.
+/// RFC 9457, section 3.1; `line` and `accepted` are extensions by its section 3.2.
 #[derive(Serialize)]
 struct Problem<'a> {
     r#type: String,
     title: &'a str,
     status: u16,
     detail: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    line: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    accepted: Option<u64>,
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let (status, cause) = self.kind();
+        let (line, accepted) = self.lines();
         let problem = Problem {
             r#type: format!("urn:gradestore:problem:{cause}"),
             title: status.canonical_reason().unwrap_or_default(),
             status: status.as_u16(),
             detail: self.to_string(),
+            line,
+            accepted,
         };
         let body = serde_json::to_vec(&problem).unwrap_or_default();
         let mut headers = self.headers(status);

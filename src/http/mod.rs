@@ -2,7 +2,7 @@
 //!
 //! | port | route | module |
 //! | --- | --- | --- |
-//! | write | `POST /set` | [`mod@write`] |
+//! | write | `POST /set` `DELETE /set` | [`mod@write`], and [`lines`] for many patches at once |
 //! | write | `GET /backup` | [`backup`] |
 //! | read | `GET /get` | [`read`] |
 //! | ops | `GET /livez` `/readyz` `/readyz/write` `/metrics` `/status` | [`ops`] |
@@ -14,6 +14,7 @@ mod answer;
 mod auth;
 pub mod backup;
 pub mod error;
+pub mod lines;
 pub mod listener;
 mod observe;
 pub mod ops;

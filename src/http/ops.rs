@@ -68,7 +68,7 @@ pub struct Status {
     pub records: usize,
     /// Their digest.
     pub digest: String,
-    /// Patches that wait for a batch.
+    /// Requests that wait for a batch: single writes, and groups of lines.
     pub queue: usize,
     /// Seconds since the process started.
     pub uptime_s: u64,

@@ -1,4 +1,4 @@
-//! The read port: `GET /get?user_id=ID`.
+//! The read port: `GET /get?user_id=ID`, and `GET /get?user_ids=A&user_ids=B` for many at once.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -22,6 +22,11 @@ use crate::readiness::Readiness;
 use crate::replication::Applied;
 use crate::store::Store;
 
+/// The name of a query's parameter for one of many users.
+const USER_IDS: &str = "user_ids";
+/// The most users that may be asked for at once.
+pub const USER_IDS_MAX: usize = 1000;
+
 /// What the read port answers from.
 #[derive(Clone)]
 pub struct ReadState {
@@ -42,7 +47,9 @@ pub fn routes(state: ReadState) -> Router {
             "/get",
             get(get_grade).fallback(|| async { ApiError::MethodNotAllowed("GET, HEAD") }),
         )
-        .fallback(|| async { ApiError::RouteUnknown("GET /get?user_id=ID") })
+        .fallback(|| async {
+            ApiError::RouteUnknown("GET /get?user_id=ID, GET /get?user_ids=ID&user_ids=ID")
+        })
         .with_state(state)
 }
 
@@ -78,42 +85,122 @@ async fn get_grade(State(state): State<ReadState>, request: Request) -> Result<R
     answer(&state, request.uri()).map(boxed)
 }
 
-/// The grade that `uri` asks for, as it is now.
+/// The grade, or the grades, that `uri` asks for, as they are now.
 fn answer(state: &ReadState, uri: &Uri) -> Result<Answer, ApiError> {
-    let user_id = user_id_of(uri.query().unwrap_or_default())?;
-    let store = &state.store;
-    let values = state
-        .readiness
-        .read(|| store.epoch(), || store.get(&user_id))?;
-    let values = values.ok_or(ApiError::UserUnknown)?;
-    let user_id = user_id.as_ref();
-    let mut json = Vec::with_capacity(192);
-    UserGrade { user_id, values }.write_json(&mut json);
+    let json = match asked(uri.query().unwrap_or_default())? {
+        Asked::One(user_id) => one(state, &user_id)?,
+        Asked::Many(user_ids) => many(state, &user_ids)?,
+    };
     let mut response = Answer::new(AnswerBody::Whole(Some(json.into())));
     let json_type = HeaderValue::from_static("application/json");
     response.headers_mut().insert(CONTENT_TYPE, json_type);
     Ok(response)
 }
 
-/// The one `user_id` in a query of `application/x-www-form-urlencoded`; other names are ignored.
+/// One user's grade as JSON.
+fn one(state: &ReadState, user_id: &str) -> Result<Vec<u8>, ApiError> {
+    let store = &state.store;
+    let values = state
+        .readiness
+        .read(|| store.epoch(), || store.get(user_id))?;
+    let values = values.ok_or(ApiError::UserUnknown)?;
+    let mut json = Vec::with_capacity(192);
+    UserGrade { user_id, values }.write_json(&mut json);
+    Ok(json)
+}
+
+/// The grades of `user_ids` as a JSON array, in their order, with `null` for who has none. Each is
+/// whole; they are looked up one after the other while writes go on, so together they are no
+/// snapshot.
+fn many(state: &ReadState, user_ids: &[Cow<'_, str>]) -> Result<Vec<u8>, ApiError> {
+    let store = &state.store;
+    let found = state.readiness.read(
+        || store.epoch(),
+        || -> Vec<_> { user_ids.iter().map(|user_id| store.get(user_id)).collect() },
+    )?;
+    let mut json = Vec::with_capacity(2 + 192 * user_ids.len());
+    json.push(b'[');
+    for (index, (user_id, values)) in user_ids.iter().zip(found).enumerate() {
+        if index > 0 {
+            json.push(b',');
+        }
+        match values {
+            Some(values) => UserGrade { user_id, values }.write_json(&mut json),
+            None => json.extend_from_slice(b"null"),
+        }
+    }
+    json.push(b']');
+    Ok(json)
+}
+
+/// Whom a query asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Asked<'a> {
+    /// `user_id`.
+    One(Cow<'a, str>),
+    /// All `user_ids`, in their order.
+    Many(Vec<Cow<'a, str>>),
+}
+
+/// Reads a query of `application/x-www-form-urlencoded`: one `user_id`, or one to [`USER_IDS_MAX`]
+/// `user_ids`; other names are ignored.
 ///
 /// Stricter than a form: a broken percent sign or bytes that are no UTF-8 are errors, since a
 /// guess would read another user's grade.
 ///
 /// # Errors
-/// There is not one, it is wrongly encoded, or it can be no id.
-pub fn user_id_of(query: &str) -> Result<Cow<'_, str>, ApiError> {
+/// It asks for nobody, for one user twice, in both ways or for too many; or an id is wrongly encoded,
+/// or can be none.
+pub fn asked(query: &str) -> Result<Asked<'_>, ApiError> {
     let mut found = None;
     for pair in query.split('&') {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        if name == USER_ID || decoded(name).is_ok_and(|name| name == USER_ID) {
-            if found.is_some() {
+        if name == USER_ID {
+            if found.replace(value).is_some() {
                 return Err(ApiError::UserIdRepeated);
             }
-            found = Some(value);
+            continue;
+        }
+        match decoded(name).as_deref() {
+            Ok(USER_ID) if found.replace(value).is_some() => return Err(ApiError::UserIdRepeated),
+            Ok(USER_IDS) => return all_in(query).map(Asked::Many),
+            _ => {}
         }
     }
-    let user_id = decoded(found.ok_or(ApiError::UserIdMissing)?)?;
+    id_in(found.ok_or(ApiError::UserIdMissing)?).map(Asked::One)
+}
+
+/// The one `user_id` of a query; see [`asked`].
+///
+/// # Errors
+/// It asks for nobody or for more, or the id is wrongly encoded, or can be none.
+pub fn user_id_of(query: &str) -> Result<Cow<'_, str>, ApiError> {
+    match asked(query)? {
+        Asked::One(user_id) => Ok(user_id),
+        Asked::Many(_) => Err(ApiError::UserIdsHere),
+    }
+}
+
+/// The `user_ids` of a query that has some.
+fn all_in(query: &str) -> Result<Vec<Cow<'_, str>>, ApiError> {
+    let mut found = Vec::new();
+    for pair in query.split('&') {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        match decoded(name).as_deref() {
+            Ok(USER_ID) => return Err(ApiError::UserIdAndIds),
+            Ok(USER_IDS) => found.push(value),
+            _ => {}
+        }
+    }
+    if found.len() > USER_IDS_MAX {
+        return Err(ApiError::UserIdsTooMany { found: found.len() });
+    }
+    found.into_iter().map(id_in).collect()
+}
+
+/// The id that stands in a query as `value`.
+fn id_in(value: &str) -> Result<Cow<'_, str>, ApiError> {
+    let user_id = decoded(value)?;
     check_user_id(&user_id).map_err(ApiError::UserIdInvalid)?;
     Ok(user_id)
 }
@@ -190,6 +277,36 @@ mod tests {
         }
     }
 
+    #[test]
+    fn finds_all_user_ids_in_their_order() {
+        let most = vec!["user_ids=a"; USER_IDS_MAX].join("&");
+        let more = format!("{most}&user_ids=a");
+        for (query, wanted) in [
+            ("user_ids=a", Ok(vec!["a"])),
+            (
+                "user_ids=b&x=1&user%5Fids=a+b&user_ids=b&",
+                Ok(vec!["b", "a b", "b"]),
+            ),
+            (&most, Ok(vec!["a"; USER_IDS_MAX])),
+            (&more, Err("user-ids-too-many")),
+            ("user_ids=a&user_id=b", Err("user-id-and-ids")),
+            ("user_id=b&user_ids=a", Err("user-id-and-ids")),
+            ("user_id=b&user_id=b&user_ids=a", Err("user-id-repeated")),
+            ("user_ids=a&user%5fid=b", Err("user-id-and-ids")),
+            ("user_ids", Err("user-id-invalid")),
+            ("user_ids=a&user_ids=", Err("user-id-invalid")),
+            ("user_ids=a&user_ids=%0a", Err("user-id-invalid")),
+            ("user_ids=a&user_ids=%zz", Err("query-encoding")),
+            ("user_ids[]=a", Err("user-id-missing")),
+            ("USER_IDS=a", Err("user-id-missing")),
+        ] {
+            let found = asked(query).map_err(|error| error.kind().1);
+            let wanted = wanted.map(|ids| Asked::Many(ids.into_iter().map(Cow::from).collect()));
+            assert_eq!(found, wanted, "{query:.60}");
+        }
+        assert_eq!(outcome("user_ids=a"), Err("user-ids-here"));
+    }
+
     proptest! {
         #[test]
         fn what_is_encoded_is_found(id in "\\PC{1,64}") {
@@ -199,8 +316,8 @@ mod tests {
         }
 
         #[test]
-        fn no_query_panics(query in "[a-z_=&%+0-9]{0,40}|(user_id=[%0-9a-f]{0,9}&?){0,3}") {
-            let _ = outcome(&query);
+        fn no_query_panics(query in "[a-z_=&%+0-9]{0,40}|(user_ids?=[%0-9a-f]{0,9}&?){0,3}") {
+            let _ = (outcome(&query), asked(&query));
         }
     }
 }

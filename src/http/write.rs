@@ -1,4 +1,4 @@
-//! The write port: `POST /set`. Its other route is in [`super::backup`].
+//! The write port: `POST` and `DELETE /set`. Its other route is in [`super::backup`].
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -18,12 +18,17 @@ use http_body_util::BodyExt;
 
 use super::answer::{Answer, AnswerBody, boxed};
 use super::error::ApiError;
+use super::lines::set_lines;
 use super::listener::{Direct, Directly};
+use super::observe::ManyLines;
+use super::read::user_id_of;
 use super::{Credentials, GRADE_POSITION, parse_patch};
+use crate::grade::Write;
+use crate::log::Seq;
 use crate::readiness::Readiness;
-use crate::replication::Writer;
+use crate::replication::{Applied, Writer};
 
-/// The largest body of `POST /set`, in bytes.
+/// The largest body of `POST /set` with one patch, in bytes.
 pub const BODY_BYTES_MAX: usize = 64 * 1024;
 
 const TOO_LARGE: ApiError = ApiError::BodyTooLarge {
@@ -33,13 +38,15 @@ const TOO_LARGE: ApiError = ApiError::BodyTooLarge {
 /// What the write port works with.
 #[derive(Clone)]
 pub struct WriteState {
-    /// Where patches go.
+    /// Where writes go.
     pub writer: Writer,
     /// Whether they may.
     pub readiness: Readiness,
+    /// How far this replica has come.
+    pub applied: Applied,
     /// What a request must bring.
     pub credentials: Credentials,
-    /// How long a body may take to arrive.
+    /// How long a body may take to arrive; of one with many lines, its next part.
     pub body_wait_max: Duration,
 }
 
@@ -48,9 +55,11 @@ pub fn routes(state: WriteState) -> Router {
     Router::new()
         .route(
             "/set",
-            post(set_grade).fallback(|| async { ApiError::MethodNotAllowed("POST") }),
+            post(set_grade)
+                .delete(delete_grade)
+                .fallback(|| async { ApiError::MethodNotAllowed("POST, DELETE") }),
         )
-        .fallback(|| async { ApiError::RouteUnknown("POST /set, GET /backup") })
+        .fallback(|| async { ApiError::RouteUnknown("POST /set, DELETE /set, GET /backup") })
         .with_state(state)
 }
 
@@ -82,26 +91,64 @@ where
 {
     state.credentials.check(request.headers())?;
     state.readiness.writes()?;
-    if !is_json(request.headers()) {
-        return Err(ApiError::UnsupportedMediaType);
+    match content_of(request.headers())? {
+        Content::Patch => {}
+        // Boxed: it is many times as large as what a single patch needs.
+        Content::Lines => {
+            let answer = Box::pin(set_lines(state, request.into_body())).await;
+            let mut answer = answer.unwrap_or_else(Answer::from);
+            answer.extensions_mut().insert(ManyLines);
+            return Ok(answer);
+        }
     }
     let body = read_body(request, state.body_wait_max).await?;
-    let seq = state.writer.write(parse_patch(&body)?).await?;
+    let seq = state.writer.write(parse_patch(&body)?.into()).await?;
+    Ok(written(seq))
+}
+
+/// Removes a grade. That there is none is no error: what another replica has sent meanwhile decides
+/// whether there is, and that is known only once the log has given the deletion its place.
+async fn delete_grade(
+    State(state): State<WriteState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    state.credentials.check(request.headers())?;
+    state.readiness.writes()?;
+    let user_id = user_id_of(request.uri().query().unwrap_or_default())?;
+    let delete = Write::Delete(user_id.into());
+    let seq = state.writer.write(delete).await?;
+    Ok(boxed(written(seq)))
+}
+
+/// The answer to a write that was applied with batch `seq`.
+fn written(seq: Seq) -> Answer {
     let mut answer = Answer::new(AnswerBody::Whole(None));
     *answer.status_mut() = StatusCode::NO_CONTENT;
     answer.headers_mut().insert(GRADE_POSITION, seq.into());
-    Ok(answer)
+    answer
 }
 
-/// Whether the content type is `application/json`, with or without parameters.
-fn is_json(headers: &HeaderMap) -> bool {
+/// What a body holds.
+enum Content {
+    Patch,
+    Lines,
+}
+
+/// The content type, with or without parameters.
+fn content_of(headers: &HeaderMap) -> Result<Content, ApiError> {
     let content_type = headers
         .get(CONTENT_TYPE)
         .and_then(|value| value.to_str().ok());
-    content_type.is_some_and(|value| {
-        let essence = value.split_once(';').map_or(value, |(essence, _)| essence);
-        essence.trim().eq_ignore_ascii_case("application/json")
-    })
+    let value = content_type.unwrap_or_default();
+    let essence = value.split_once(';').map_or(value, |(essence, _)| essence);
+    let essence = essence.trim();
+    if essence.eq_ignore_ascii_case("application/json") {
+        return Ok(Content::Patch);
+    }
+    match essence.eq_ignore_ascii_case("application/x-ndjson") {
+        true => Ok(Content::Lines),
+        false => Err(ApiError::UnsupportedMediaType),
+    }
 }
 
 async fn read_body<B>(request: Request<B>, wait_max: Duration) -> Result<Bytes, ApiError>

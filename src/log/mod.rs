@@ -7,7 +7,7 @@
 mod disk;
 mod jetstream;
 mod memory;
-mod patches;
+mod writes;
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
-use crate::grade::{Digest, Patch};
+use crate::grade::{Digest, Write};
 use crate::hex;
 pub use disk::{DiskLog, OpenError, format as stored};
 pub use jetstream::{JetStreamConfig, JetStreamLog, Servers, SetupError, message};
@@ -61,28 +61,28 @@ impl fmt::Display for Origin {
     }
 }
 
-/// The patches that travel as one message.
+/// The writes that travel as one message.
 #[derive(Debug, Clone)]
 pub struct Batch {
     /// Who sent it.
     pub origin: Origin,
     /// The sender's own count of its batches; with `origin`, the batch's name.
     pub number: u64,
-    /// What it sets, in this order.
-    pub patches: Arc<[Patch]>,
+    /// What it does to records, in this order.
+    pub writes: Arc<[Write]>,
     /// What its sender says of its own state, now and then. A log that one process has to itself
     /// need not keep it.
     pub checkpoint: Option<Checkpoint>,
 }
 
 impl Batch {
-    /// What stands in the place of a message that can't be read: it sets nothing.
+    /// What stands in the place of a message that can't be read: it does nothing.
     #[must_use]
     pub fn nothing() -> Self {
         Self {
             origin: Origin::NOBODY,
             number: 0,
-            patches: Arc::default(),
+            writes: Arc::default(),
             checkpoint: None,
         }
     }
@@ -115,9 +115,9 @@ impl Entry {
     /// About how many bytes of memory it takes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        let of = |patch: &Patch| size_of::<Patch>() + patch.user_id.len();
-        let patches: usize = self.batch.patches.iter().map(of).sum();
-        (size_of::<Self>() + patches) as u64
+        let of = |write: &Write| size_of::<Write>() + write.user_id().len();
+        let writes: usize = self.batch.writes.iter().map(of).sum();
+        (size_of::<Self>() + writes) as u64
     }
 }
 

@@ -42,7 +42,7 @@ pub struct Checkpoints(Arc<Inner>);
 struct Inner {
     /// How often this replica speaks; `None` where nobody would listen.
     interval: Option<Duration>,
-    /// Whether patches have been applied since the last mark.
+    /// Whether writes have been applied since the last mark.
     changed: AtomicBool,
     state: Mutex<State>,
     /// What is to be said, or when, has changed.
@@ -77,7 +77,7 @@ struct State {
     whole_from: Seq,
     /// The last marks, the oldest first.
     marks: VecDeque<Mark>,
-    /// The newest mark that has patches before it and that this replica has not spoken of.
+    /// The newest mark that has writes before it and that this replica has not spoken of.
     unspoken: Option<Seq>,
     /// The mark that replicas differ at.
     disputed: Option<Mark>,

@@ -53,6 +53,8 @@ pub struct Reader {
     pub checkpoints: Checkpoints,
     /// Counts patches applied.
     pub patches: Counter,
+    /// Counts deletions applied.
+    pub deletions: Counter,
     /// Times own batches from being sent to being applied.
     pub round_trip: Histogram,
 }
@@ -101,14 +103,16 @@ impl Reader {
             true => self.own.take(entry.batch.number),
             false => None,
         };
-        let patches = &entry.batch.patches;
+        let writes = &entry.batch.writes;
         let to = Position {
             seq: entry.seq,
             time_ns: entry.time_ns,
         };
-        self.applied.advance(to, || self.store.apply_all(patches));
-        self.patches.increment(patches.len() as u64);
-        if !patches.is_empty() {
+        self.applied.advance(to, || self.store.apply_all(writes));
+        let deletions = writes.iter().filter(|write| write.deletes()).count() as u64;
+        self.patches.increment(writes.len() as u64 - deletions);
+        self.deletions.increment(deletions);
+        if !writes.is_empty() {
             self.checkpoints.changed();
         }
         if let Some(own) = own {

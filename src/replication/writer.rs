@@ -1,4 +1,4 @@
-//! Group commit: from patches that wait to batches in the log.
+//! Group commit: from writes that wait to batches in the log.
 
 use std::future::{self, Future};
 use std::pin::pin;
@@ -10,31 +10,37 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use metrics::Histogram;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::checkpoint::Checkpoints;
 use super::own::{Answer, OwnBatch, OwnBatches};
-use crate::grade::Patch;
+use crate::grade::Write;
 use crate::log::{AppendError, Batch, Log, Origin, Seq};
 
 /// The bounds of the write path.
 #[derive(Debug, Clone, Copy)]
 pub struct WriterLimits {
-    /// Patches that may wait for a batch; one more is refused.
+    /// Requests that may wait for a batch; one more is refused. A group of a [`Bulk`] is one of them.
     pub queue_patches_max: usize,
-    /// Patches a batch. As JSON a patch stays under 800 bytes, so 1,024 of them stay under the
+    /// Writes a batch. As JSON a write stays under 800 bytes, so 1,024 of them stay under the
     /// 1 MiB that a message broker takes by default.
     pub batch_patches_max: usize,
-    /// How long a patch may wait for the log.
+    /// How long a write may wait for the log.
     pub wait_max: Duration,
+    /// Bulks at once; one more is refused. With the size of a group this bounds what all of them
+    /// hold.
+    pub bulks_max: usize,
 }
+
+/// The most writes in a group of a [`Bulk`]; fewer where a batch is smaller.
+const GROUP_WRITES_MAX: usize = 1000;
 
 /// Why a write was not answered with a position.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WriteError {
-    /// Too many patches wait already. Nothing was written.
+    /// Too many writes wait already, or there are too many bulks. Nothing was written.
     #[error("the write queue is full")]
     QueueFull,
     /// The replica is stopping. Nothing was written.
@@ -49,15 +55,73 @@ pub enum WriteError {
 }
 
 struct Waiting {
-    patch: Patch,
+    writes: Writes,
     answer: Answer,
 }
 
-/// Where requests hand in their patches. Clones feed the same queue.
+enum Writes {
+    One(Write),
+    /// All for one batch.
+    Group {
+        writes: Vec<Write>,
+        /// Of whoever handed it in, and may be gone since.
+        _place: Arc<OwnedSemaphorePermit>,
+    },
+}
+
+impl Writes {
+    fn len(&self) -> usize {
+        match self {
+            Self::One(_) => 1,
+            Self::Group { writes, .. } => writes.len(),
+        }
+    }
+
+    fn append_to(self, batch: &mut Vec<Write>) {
+        match self {
+            Self::One(write) => batch.push(write),
+            Self::Group { writes, .. } => batch.extend(writes),
+        }
+    }
+}
+
+/// Where requests hand in their writes. Clones feed the same queue.
 #[derive(Clone)]
 pub struct Writer {
     queue: mpsc::Sender<Waiting>,
     log: Arc<dyn Log>,
+    bulks: Arc<Semaphore>,
+    group_writes_max: usize,
+}
+
+/// Hands in writes by the group, of which all go into one batch.
+pub struct Bulk {
+    writer: Writer,
+    place: Arc<OwnedSemaphorePermit>,
+}
+
+impl Bulk {
+    /// The most writes of a group.
+    #[must_use]
+    pub fn group_max(&self) -> usize {
+        self.writer.group_writes_max
+    }
+
+    /// Hands `writes` in, at most [`group_max`](Self::group_max) of them, and waits until this
+    /// replica has applied all; their batch's sequence number.
+    ///
+    /// Dropping the future does not take them back.
+    ///
+    /// # Errors
+    /// See [`WriteError`]: each variant says whether anything was written.
+    pub async fn write(&self, writes: Vec<Write>) -> Result<Seq, WriteError> {
+        let place = Arc::clone(&self.place);
+        let writes = Writes::Group {
+            writes,
+            _place: place,
+        };
+        answer(self.writer.hand_in(writes)?).await
+    }
 }
 
 impl Writer {
@@ -76,6 +140,8 @@ impl Writer {
         let writer = Self {
             queue: sender,
             log: Arc::clone(&log),
+            bulks: Arc::new(Semaphore::new(limits.bulks_max)),
+            group_writes_max: limits.batch_patches_max.min(GROUP_WRITES_MAX),
         };
         let task = WriterTask {
             log,
@@ -92,32 +158,56 @@ impl Writer {
         (writer, task)
     }
 
-    /// Hands `patch` in and waits until this replica has applied it; its batch's sequence number.
+    /// Hands `write` in and waits until this replica has applied it; its batch's sequence number.
     ///
-    /// Dropping the future does not take the patch back.
+    /// Dropping the future does not take the write back.
     ///
     /// # Errors
     /// See [`WriteError`]: each variant says whether anything was written.
-    pub async fn write(&self, patch: Patch) -> Result<Seq, WriteError> {
+    pub async fn write(&self, write: Write) -> Result<Seq, WriteError> {
+        answer(self.hand_in(Writes::One(write))?).await
+    }
+
+    /// Begins to hand in many.
+    ///
+    /// # Errors
+    /// There are too many bulks already.
+    pub fn bulk(&self) -> Result<Bulk, WriteError> {
+        let place = Arc::clone(&self.bulks).try_acquire_owned();
+        let place = place.map_err(|_none_free| WriteError::QueueFull)?;
+        Ok(Bulk {
+            writer: self.clone(),
+            place: Arc::new(place),
+        })
+    }
+
+    fn hand_in(&self, writes: Writes) -> Result<Answered, WriteError> {
         if let Some(why) = self.log.away() {
             return Err(WriteError::NotWritten(why));
         }
         let (answer, answered) = oneshot::channel();
         self.queue
-            .try_send(Waiting { patch, answer })
+            .try_send(Waiting { writes, answer })
             .map_err(|error| match error {
                 mpsc::error::TrySendError::Full(_) => WriteError::QueueFull,
                 mpsc::error::TrySendError::Closed(_) => WriteError::Stopping,
             })?;
-        // An answer that was dropped belongs to a batch that was sent and never came back.
-        answered.await.unwrap_or(Err(WriteError::OutcomeUnknown))
+        Ok(answered)
     }
 
-    /// Patches that wait for a batch.
+    /// Requests that wait for a batch; a group is one.
     #[must_use]
     pub fn queue_patches(&self) -> usize {
         self.queue.max_capacity() - self.queue.capacity()
     }
+}
+
+type Answered = oneshot::Receiver<Result<Seq, WriteError>>;
+
+/// What became of what was handed in.
+async fn answer(answered: Answered) -> Result<Seq, WriteError> {
+    // An answer that was dropped belongs to a batch that was sent and never came back.
+    answered.await.unwrap_or(Err(WriteError::OutcomeUnknown))
 }
 
 /// Collects what waits into batches and appends them.
@@ -139,7 +229,8 @@ impl WriterTask {
     pub async fn run(mut self, stop: CancellationToken) {
         let log = Arc::clone(&self.log);
         let mut appends = Appends::new(&self.own);
-        let mut waiting = Vec::with_capacity(self.limits.batch_patches_max);
+        // What is left of it when a batch has been made has no room in that one, and begins the next.
+        let mut waiting: Vec<Waiting> = Vec::with_capacity(self.limits.batch_patches_max);
         loop {
             // The slot first: what arrives while all are taken makes the next batch larger.
             let acquired = Arc::clone(&self.slots).acquire_owned();
@@ -148,18 +239,20 @@ impl WriterTask {
                 Ok(Ok(slot)) => slot,
                 Ok(Err(_closed)) => break,
                 Err(_elapsed) => {
-                    self.refuse_waiting();
+                    self.refuse(std::mem::take(&mut waiting));
                     continue;
                 }
             };
             let patches_max = self.limits.batch_patches_max;
             let open = !self.queue.is_closed();
+            let left = !waiting.is_empty();
             let woken = appends.beside(async {
                 tokio::select! {
                     biased;
+                    () = future::ready(()), if left => Woken::Writes,
                     received = self.queue.recv_many(&mut waiting, patches_max) => match received {
                         0 => Woken::Closed,
-                        _ => Woken::Patches,
+                        _ => Woken::Writes,
                     },
                     () = stop.cancelled(), if open => Woken::Stop,
                     () = self.checkpoints.due() => Woken::Checkpoint,
@@ -167,7 +260,7 @@ impl WriterTask {
             });
             match woken.await {
                 Woken::Closed => break,
-                Woken::Patches => {
+                Woken::Writes => {
                     // One turn for the tasks that are ready to run: what they hand in goes along.
                     // A batch then holds dozens of patches where it held one or two, and a writer
                     // that is alone waits for nobody.
@@ -190,14 +283,17 @@ impl WriterTask {
             }
             self.number += 1;
             let number = self.number;
-            let (patches, answers): (Vec<Patch>, Vec<Answer>) = waiting
-                .drain(..)
-                .map(|waiting| (waiting.patch, waiting.answer))
-                .unzip();
-            if !patches.is_empty() {
-                self.batch_patches.record(patches.len() as f64);
+            let fitting = fitting(&waiting, patches_max);
+            let mut writes = Vec::with_capacity(fitting);
+            let answers = waiting.drain(..fitting).map(|waiting| {
+                waiting.writes.append_to(&mut writes);
+                waiting.answer
+            });
+            let answers: Vec<Answer> = answers.collect();
+            if !writes.is_empty() {
+                self.batch_patches.record(writes.len() as f64);
             }
-            let patches: Arc<[Patch]> = patches.into();
+            let writes: Arc<[Write]> = writes.into();
             self.own.push(OwnBatch {
                 number,
                 answers,
@@ -207,7 +303,7 @@ impl WriterTask {
             let batch = Batch {
                 origin: self.origin,
                 number,
-                patches,
+                writes,
                 checkpoint,
             };
             appends.begin(number, log.append(batch)).await;
@@ -218,24 +314,35 @@ impl WriterTask {
     }
 
     /// The log has taken nothing for too long: who waits is told that nothing was written.
-    fn refuse_waiting(&mut self) {
-        let mut refused = 0;
-        while let Ok(waiting) = self.queue.try_recv() {
+    fn refuse(&mut self, mut waiting: Vec<Waiting>) {
+        while let Ok(another) = self.queue.try_recv() {
+            waiting.push(another);
+        }
+        tracing::warn!(refused = waiting.len(), "log stalled");
+        for waiting in waiting {
             let why = "the log gave back no batch in time".into();
             let _ = waiting.answer.send(Err(WriteError::NotWritten(why)));
-            refused += 1;
         }
-        tracing::warn!(refused, "log stalled");
     }
+}
+
+/// How many of `waiting` go into one batch: as many as there is room for, and the first in any case.
+fn fitting(waiting: &[Waiting], writes_max: usize) -> usize {
+    let mut writes = 0;
+    let fit = waiting.iter().take_while(|waiting| {
+        writes += waiting.writes.len();
+        writes <= writes_max
+    });
+    fit.count().max(waiting.len().min(1))
 }
 
 /// What ended the wait for something to send.
 enum Woken {
-    /// Patches came.
-    Patches,
+    /// Writes came.
+    Writes,
     /// It is time for a checkpoint.
     Checkpoint,
-    /// No more patches are to be taken in.
+    /// No more writes are to be taken in.
     Stop,
     /// None will come.
     Closed,
@@ -314,7 +421,7 @@ mod tests {
 
     use super::super::checkpoint::CheckpointMetrics;
     use super::*;
-    use crate::grade::Changes;
+    use crate::grade::{Changes, Patch};
     use crate::log::{LogId, ReadError, Subscription};
 
     /// Takes batches in order and says what became of them when told to.
@@ -352,25 +459,92 @@ mod tests {
         }
     }
 
+    fn writer_of(log: &Arc<SlowLog>, batch_patches_max: usize) -> (Writer, WriterTask, OwnBatches) {
+        let limits = WriterLimits {
+            queue_patches_max: 8,
+            batch_patches_max,
+            wait_max: Duration::from_secs(60),
+            bulks_max: 2,
+        };
+        let (origin, own) = (Origin::random().unwrap(), OwnBatches::default());
+        let log = Arc::clone(log) as Arc<dyn Log>;
+        let silent = Checkpoints::new(origin, None, CheckpointMetrics::noop());
+        let (writer, task) =
+            Writer::new(log, origin, own.clone(), silent, limits, Histogram::noop());
+        (writer, task, own)
+    }
+
+    /// A write that is known by its number.
+    fn numbered(number: usize) -> Write {
+        Write::Delete(number.to_string().into())
+    }
+
+    #[tokio::test]
+    async fn a_group_is_never_in_two_batches_and_nothing_overtakes() {
+        let log = Arc::new(SlowLog::default());
+        let (writer, task, own) = writer_of(&log, 5);
+        let bulks = [writer.bulk().unwrap(), writer.bulk().unwrap()];
+        assert!(matches!(writer.bulk(), Err(WriteError::QueueFull)));
+        assert_eq!(bulks[0].group_max(), 5);
+        let group = |from, to| (from..to).map(numbered).collect::<Vec<_>>();
+        // All wait before the first batch is made: 2 + 1 + 1, 5, 1.
+        let mut waiting = [
+            bulks[0].write(group(0, 2)).boxed(),
+            writer.write(numbered(2)).boxed(),
+            writer.write(numbered(3)).boxed(),
+            bulks[1].write(group(4, 9)).boxed(),
+            writer.write(numbered(9)).boxed(),
+        ];
+        for write in &mut waiting {
+            assert!(write.now_or_never().is_none());
+        }
+        assert_eq!(writer.queue_patches(), 5);
+        let stop = CancellationToken::new();
+        stop.cancel();
+        let task = tokio::spawn(task.run(stop));
+        let mut batches = Vec::new();
+        while !task.is_finished() {
+            tokio::task::yield_now().await;
+            for (batch, verdict) in std::mem::take(&mut *log.0.lock()) {
+                verdict.send(Ok(())).unwrap();
+                batches.push(batch.writes);
+                own.take(batch.number).unwrap().answer(&Ok(batch.number));
+            }
+        }
+        let lengths: Vec<_> = batches.iter().map(|writes| writes.len()).collect();
+        assert_eq!(lengths, [4, 5, 1]);
+        assert_eq!(batches.concat(), group(0, 10));
+        let mut answers = Vec::new();
+        for write in waiting {
+            answers.push(write.await.unwrap());
+        }
+        assert_eq!(answers, [1, 1, 1, 2, 3]);
+        task.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_group_keeps_its_place_when_nobody_waits_for_it() {
+        let log = Arc::new(SlowLog::default());
+        let (writer, task, _own) = writer_of(&log, 5);
+        let others = writer.bulk().unwrap();
+        let bulk = writer.bulk().unwrap();
+        assert!(bulk.write(vec![numbered(1)]).now_or_never().is_none());
+        drop(bulk);
+        assert!(matches!(writer.bulk(), Err(WriteError::QueueFull)));
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(task.run(stop));
+        while log.0.lock().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        writer.bulk().unwrap();
+        drop(others);
+        task.abort();
+    }
+
     #[tokio::test]
     async fn batches_go_side_by_side_and_a_refused_one_says_why() {
         let log = Arc::new(SlowLog::default());
-        let limits = WriterLimits {
-            queue_patches_max: 8,
-            batch_patches_max: 1,
-            wait_max: Duration::from_secs(60),
-        };
-        let (origin, own) = (Origin::random().unwrap(), OwnBatches::default());
-        let as_log = Arc::clone(&log) as Arc<dyn Log>;
-        let silent = Checkpoints::new(origin, None, CheckpointMetrics::noop());
-        let (writer, task) = Writer::new(
-            as_log,
-            origin,
-            own.clone(),
-            silent,
-            limits,
-            Histogram::noop(),
-        );
+        let (writer, task, own) = writer_of(&log, 1);
         let stop = CancellationToken::new();
         let task = tokio::spawn(task.run(stop.clone()));
         let writes: Vec<_> = (0..4)
@@ -380,7 +554,7 @@ mod tests {
                     user_id: user.to_string().into(),
                     changes: Changes::default(),
                 };
-                tokio::spawn(async move { writer.write(patch).await })
+                tokio::spawn(async move { writer.write(patch.into()).await })
             })
             .collect();
         let appended = async |count: usize| {

@@ -26,12 +26,17 @@ impl Free {
                 return number;
             }
         }
-        if items.len() == items.capacity() {
-            items.reserve_exact(items.len() / GROWTH + GROWTH);
-        }
-        // 2^32 items in a shard would be a store of 4 * 10^12: memory ends long before.
-        let number = items.len() as u32;
-        items.push(item);
-        number
+        append(items, item)
     }
+}
+
+/// Puts `item` at the end; its number.
+pub(super) fn append<T>(items: &mut Vec<T>, item: T) -> u32 {
+    if items.len() == items.capacity() {
+        items.reserve_exact(items.len() / GROWTH + GROWTH);
+    }
+    // 2^32 items in a shard would be a store of 4 * 10^12: memory ends long before.
+    let number = items.len() as u32;
+    items.push(item);
+    number
 }

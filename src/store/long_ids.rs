@@ -60,4 +60,10 @@ impl LongIds {
     pub(super) fn is_mostly_dead(&self) -> bool {
         self.dead > CHUNK && self.dead > self.chunks.len() * CHUNK / 2
     }
+
+    /// Bytes of ids, in use or not.
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> usize {
+        self.chunks.iter().map(Vec::len).sum()
+    }
 }

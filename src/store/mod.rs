@@ -6,7 +6,8 @@
 //! A shard is an index of record numbers over records of 32 bytes that keep their number (see
 //! `shard.rs`, `index.rs`, `record.rs`). Beside a concurrent map of the same records (scc) it takes
 //! a third of the memory, and a scan is a cursor: it needs no lock between two pieces and sees every
-//! record once, however much the shard grows meanwhile. `benches/store.rs` and `benches/memory.rs`
+//! record once, however much the shard grows meanwhile. A removed record's place is taken by a later
+//! one, but not while a scan is in its shard: what is removed and made again would come up twice. `benches/store.rs` and `benches/memory.rs`
 //! measure both; the figures stand in `benches/README.md`.
 
 mod free;
@@ -25,7 +26,7 @@ use foldhash::quality::{FixedState, RandomState};
 use parking_lot::RwLock;
 use smallvec::SmallVec;
 
-use crate::grade::{Digest, Patch, UserGrade, Values};
+use crate::grade::{Digest, Patch, UserGrade, Values, Write};
 use key::Key;
 use shard::Shard;
 
@@ -87,19 +88,19 @@ impl Store {
             .apply(&sought, &patch.changes, &self.0.hasher);
     }
 
-    /// Applies all of `patches` in their order. Much faster than one call each where the records are
-    /// in memory and not in a cache: `benches/README.md`.
-    pub fn apply_all<S: AsRef<str>>(&self, patches: &[Patch<S>]) {
-        let mut rest = patches.iter().peekable();
+    /// Does all of `writes` in their order. Much faster than one call each where the records are in
+    /// memory and not in a cache: `benches/README.md`.
+    pub fn apply_all<S: AsRef<str>>(&self, writes: &[Write<S>]) {
+        let mut rest = writes.iter().peekable();
         while rest.peek().is_some() {
             let mut together = SmallVec::<[_; SIDE_BY_SIDE]>::new();
             while together.len() < SIDE_BY_SIDE
-                && let Some(patch) = rest.peek()
+                && let Some(write) = rest.peek()
             {
-                let sought = self.sought(patch.user_id.as_ref());
+                let sought = self.sought(write.user_id());
                 let shard = self.shard(sought.shard);
                 // Waited for only while no other is held: so two who do this can't wait for each
-                // other. One that is held already, for another user's patch, ends the row as well.
+                // other. One that is held already, for another user's write, ends the row as well.
                 let locked = match together.is_empty() {
                     true => shard.write(),
                     false => match shard.try_write() {
@@ -107,7 +108,7 @@ impl Store {
                         None => break,
                     },
                 };
-                together.push((locked, sought, &patch.changes));
+                together.push((locked, sought, *write));
                 rest.next();
             }
             // Of many searches whose first reads are made one after the other, and then their
@@ -118,8 +119,13 @@ impl Store {
             for (shard, sought, _) in &together {
                 black_box(shard.touch_record(sought));
             }
-            for (shard, sought, changes) in &mut together {
-                shard.apply(sought, changes, &self.0.hasher);
+            for (shard, sought, write) in &mut together {
+                match write {
+                    Write::Set(patch) => shard.apply(sought, &patch.changes, &self.0.hasher),
+                    Write::Delete(_) => {
+                        shard.remove(sought, &self.0.hasher);
+                    }
+                }
             }
         }
     }
@@ -196,6 +202,7 @@ impl Store {
             store: self.clone(),
             shard: 0,
             record: 0,
+            entered: None,
         }
     }
 
@@ -210,7 +217,7 @@ impl Store {
     pub fn clear(&self) {
         self.0.epoch.fetch_add(1, Ordering::AcqRel);
         for shard in &self.0.shards {
-            *shard.0.write() = Shard::default();
+            shard.0.write().clear();
         }
     }
 
@@ -242,12 +249,15 @@ struct Sought<'a> {
 
 /// A walk over all records in bounded pieces. No lock is held between two of them.
 ///
-/// A record that was there when the scan began comes up exactly once; one made meanwhile comes up
-/// once or not at all. Each comes whole, as it was when its piece was taken.
+/// A record that was there when the scan began and stays comes up exactly once; one made or removed
+/// meanwhile comes up once or not at all, and no user twice. Each comes whole, as it was when its
+/// piece was taken.
 pub struct Scan {
     store: Store,
     shard: usize,
     record: usize,
+    /// The place in the shard that ends the scan there, once it has entered it.
+    entered: Option<usize>,
 }
 
 impl Scan {
@@ -256,8 +266,11 @@ impl Scan {
         piece.clear();
         while let Some(shard) = self.store.0.shards.get(self.shard) {
             let shard = shard.0.read();
-            self.record = shard.copy_from(self.record, piece);
-            if self.record == shard.end() {
+            let end = *self.entered.get_or_insert_with(|| shard.enter());
+            self.record = shard.copy(self.record..end, piece);
+            if self.record == end {
+                shard.leave();
+                self.entered = None;
                 self.shard += 1;
                 self.record = 0;
             }
@@ -266,6 +279,14 @@ impl Scan {
             }
         }
         !piece.is_empty()
+    }
+}
+
+impl Drop for Scan {
+    fn drop(&mut self) {
+        if self.entered.is_some() {
+            self.store.shard(self.shard).read().leave();
+        }
     }
 }
 

@@ -4,8 +4,11 @@
 //! records the latter two come from memory, and that is most of its time.
 
 use std::hash::BuildHasher;
+use std::mem;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::free::Free;
+use super::free::{self, Free};
 use super::index::Index;
 use super::key::{self, Key};
 use super::long_ids::LongIds;
@@ -30,16 +33,14 @@ struct Rare {
     free_wide: Free,
     long_ids: LongIds,
     digest: Digest,
+    /// Scans that are in this shard. While there is one no free place is taken again, and it ends
+    /// where the places ended when it came: so it meets nobody who was removed and made again twice.
+    scans: AtomicUsize,
 }
 
 impl Shard {
     pub(super) fn len(&self) -> usize {
         self.records.len() - self.rare.free_records.len()
-    }
-
-    /// One more than the largest number of a record.
-    pub(super) fn end(&self) -> usize {
-        self.records.len()
     }
 
     pub(super) fn digest(&self) -> Digest {
@@ -106,7 +107,10 @@ impl Shard {
             Key::Packed { len, bytes } => Record::packed(len, bytes),
             Key::Long(id) => Record::long(self.rare.long_ids.push(id)),
         };
-        let number = self.rare.free_records.insert(&mut self.records, record);
+        let number = match self.rare.scans.load(Ordering::Relaxed) {
+            0 => self.rare.free_records.insert(&mut self.records, record),
+            _ => free::append(&mut self.records, record),
+        };
         self.index.insert(sought.hash, number);
         number
     }
@@ -123,7 +127,7 @@ impl Shard {
             return;
         }
         let mut index = Index::with_room(records);
-        for number in 0..self.end() as u32 {
+        for number in 0..self.records.len() as u32 {
             if let Some(hash) = hash_of(&self.records, &self.rare.long_ids, number, hasher) {
                 index.insert(hash, number);
             }
@@ -131,16 +135,33 @@ impl Shard {
         self.index = index;
     }
 
-    /// Fills `piece` with records from number `from` on; the number to go on from.
-    pub(super) fn copy_from(&self, from: usize, piece: &mut Piece) -> usize {
-        let mut next = from;
-        while next < self.end() && !piece.is_full() {
-            if let Some(record) = self.records.get(next) {
-                self.with_id(record, |id| piece.push(id, self.values(record)));
-            }
-            next += 1;
+    /// A scan comes; where it is to end.
+    pub(super) fn enter(&self) -> usize {
+        self.rare.scans.fetch_add(1, Ordering::Relaxed);
+        self.records.len()
+    }
+
+    /// A scan goes.
+    pub(super) fn leave(&self) {
+        self.rare.scans.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Appends the records of `places` until `piece` is full or has looked at as many places as it
+    /// may hold records; the next place.
+    pub(super) fn copy(&self, places: Range<usize>, piece: &mut Piece) -> usize {
+        let end = places.end.min(places.start + piece.room());
+        for record in self.records.get(places.start..end).unwrap_or_default() {
+            self.with_id(record, |id| piece.push(id, self.values(record)));
         }
-        next
+        end
+    }
+
+    /// Removes all records and gives their memory back.
+    pub(super) fn clear(&mut self) {
+        // The scans leave as they came.
+        let scans = mem::take(&mut self.rare.scans);
+        *self = Self::default();
+        self.rare.scans = scans;
     }
 
     /// Reads what a search reads first.
@@ -194,7 +215,7 @@ impl Shard {
         if !self.rare.long_ids.is_mostly_dead() {
             return;
         }
-        let old = std::mem::take(&mut self.rare.long_ids);
+        let old = mem::take(&mut self.rare.long_ids);
         for record in &mut self.records {
             if let Id::Long(place) = record.id() {
                 record.place(self.rare.long_ids.push(old.get(place)));
@@ -245,6 +266,18 @@ impl Shard {
                 }
             }
         }
+    }
+
+    /// Records and free places.
+    #[cfg(test)]
+    pub(super) fn places(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Bytes of long ids, in use or not.
+    #[cfg(test)]
+    pub(super) fn id_bytes(&self) -> usize {
+        self.rare.long_ids.bytes()
     }
 
     /// Hands `take` the id of `record`, if it is somebody's.

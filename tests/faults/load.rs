@@ -136,6 +136,7 @@ async fn write(shared: Arc<Shared>, id: usize) {
             let mut record = shared.record.lock();
             match outcome {
                 Outcome::Answered(position) => {
+                    let write = write.into();
                     record.answered.push(Answered { position, write });
                     shared.answered[index].fetch_add(1, Ordering::Relaxed);
                 }
@@ -188,6 +189,7 @@ async fn read(shared: Arc<Shared>, index: usize) {
         let (Some(ports), Some(Answered { position, write })) = (ports, answered) else {
             continue;
         };
+        let write = write.set().unwrap();
         let url = format!("http://{}/get?user_id={}", ports.read, write.user);
         let request = ports.client.get(url).timeout(SILENCE_MAX);
         let Ok(answer) = request.header("grade-position", position).send().await else {
@@ -203,7 +205,7 @@ async fn read(shared: Arc<Shared>, index: usize) {
         );
         if status == 200 {
             let grade: serde_json::Value = serde_json::from_str(&body).unwrap();
-            assert_not_before(&write, grade[FIELDS[write.field]].as_i64().unwrap());
+            assert_not_before(write, grade[FIELDS[write.field]].as_i64().unwrap());
         }
     }
 }

@@ -2,13 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use gradestore::grade::{Changes, Patch};
-
-use crate::broker::{FIELDS, Write, get_at};
+use crate::broker::{FIELDS, Logged, Write, get_at};
 use crate::disk::restored;
 use crate::fault::Fault;
 use crate::load::assert_not_before;
 use crate::scene::{A, B, C, Scene};
+use crate::seeded::apply;
 
 /// Ends the clients and judges.
 pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
@@ -24,7 +23,8 @@ pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
     scene.cluster.check(&nodes, &record.answered).await;
 
     let truth = &scene.cluster.truth;
-    let stored: BTreeSet<&Write> = truth.log.values().flatten().collect();
+    let stored = truth.log.values().flatten().filter_map(Logged::set);
+    let stored: BTreeSet<&Write> = stored.collect();
     for refused in &record.refused {
         assert!(
             !stored.contains(refused),
@@ -35,7 +35,7 @@ pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
     // And each can be read everywhere, or a later one of the same client.
     let mut last: BTreeMap<(&str, usize), &Write> = BTreeMap::new();
     for answered in &record.answered {
-        let write = &answered.write;
+        let write = answered.write.set().unwrap();
         let known = last.entry((&write.user, write.field)).or_insert(write);
         if write.value > known.value {
             *known = write;
@@ -69,10 +69,7 @@ fn judge_backup(scene: &Scene, fault: Fault, backup: Option<Vec<u8>>) {
     assert!(head.position <= end.position && end.position <= truth.position);
     let after = truth.log.range(head.position + 1..);
     for write in after.flat_map(|(_, writes)| writes) {
-        let mut changes = Changes::default();
-        changes.set(write.field, write.value);
-        let user_id = write.user.as_str();
-        store.apply(&Patch { user_id, changes });
+        apply(&store, write);
     }
     assert_eq!(store.digest(), truth.store.digest());
 }

@@ -17,7 +17,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
-use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, Process, collected, program};
+use crate::harness::{
+    ANY_PORTS, AUTHORIZATION, Node, PASSWORD, Ports, Process, collected, program,
+};
 use crate::wire::{Answer, eventually, in_time};
 
 /// As tests/install.sh puts it there.
@@ -152,7 +154,31 @@ pub(crate) fn replica_with(nats_url: &str) -> Command {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Answered {
     pub(crate) position: u64,
-    pub(crate) write: Write,
+    pub(crate) write: Logged,
+}
+
+/// What the log says of one user.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Logged {
+    Set(Write),
+    /// The user's record is removed.
+    Delete(String),
+}
+
+impl Logged {
+    /// What it sets, if it does.
+    pub(crate) fn set(&self) -> Option<&Write> {
+        match self {
+            Self::Set(write) => Some(write),
+            Self::Delete(_) => None,
+        }
+    }
+}
+
+impl From<Write> for Logged {
+    fn from(write: Write) -> Self {
+        Self::Set(write)
+    }
 }
 
 /// One field of one user set to a value that no other write sets.
@@ -171,6 +197,18 @@ impl Write {
     }
 }
 
+/// `DELETE /set`, as it should be done.
+pub(crate) async fn delete(node: &Ports, user: &str) -> Answer {
+    let request = node
+        .client
+        .delete(format!("http://{}/set?user_id={user}", node.write))
+        .header("authorization", AUTHORIZATION);
+    Answer::of(in_time("DELETE /set", request.send()).await.unwrap()).await
+}
+
+/// Often enough that users go, seldom enough that there are some at any time.
+const DELETE_EVERY: usize = 29;
+
 /// Writers that work until they are told to stop.
 pub(crate) struct Load {
     stop: Arc<AtomicBool>,
@@ -178,7 +216,8 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// Three writers a node, all on the same fields of the same users; each sends `writes` at most.
+    /// Three writers a node, all on the same fields of the same users; each sends `writes` at most,
+    /// and every [`DELETE_EVERY`]th of them is a deletion.
     pub(crate) fn start(nodes: &[&Node], users: usize, writes: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let writers = (0..nodes.len() * 3).map(|id| {
@@ -224,7 +263,13 @@ async fn write(
             field: (count / 3 + id) % FIELDS.len(),
             value: (id * 1_000_000_000 + count) as i64,
         };
-        let answer = ports.set(write.json()).await;
+        let (answer, write) = match (count + id).is_multiple_of(DELETE_EVERY) {
+            true => (
+                delete(&ports, &write.user).await,
+                Logged::Delete(write.user),
+            ),
+            false => (ports.set(write.json()).await, write.into()),
+        };
         match answer.status {
             204 => answered.push(Answered {
                 position: answer.position(),
@@ -251,7 +296,7 @@ pub(crate) async fn get_at(node: &Ports, user: &str, position: u64) -> Value {
 }
 
 /// The stream as a plain program reads it: each message's writes, the first one's first.
-pub(crate) async fn read_stream(broker: &Context) -> Vec<Vec<Write>> {
+pub(crate) async fn read_stream(broker: &Context) -> Vec<Vec<Logged>> {
     let mut stream = broker.get_stream(STREAM).await.unwrap();
     let messages = stream.info().await.unwrap().state.messages as usize;
     let config = pull::Config {
@@ -272,17 +317,20 @@ pub(crate) async fn read_stream(broker: &Context) -> Vec<Vec<Write>> {
     read
 }
 
-/// What a message sets.
-pub(crate) fn writes_in(payload: &[u8]) -> Vec<Write> {
+/// What a message sets and deletes.
+pub(crate) fn writes_in(payload: &[u8]) -> Vec<Logged> {
     let Ok(Value::Array(patches)) = serde_json::from_slice(payload) else {
         return Vec::new();
     };
     let mut writes = Vec::new();
     for patch in patches {
+        if let Some(user) = patch["delete"].as_str() {
+            writes.push(Logged::Delete(user.to_owned()));
+        }
         for (field, name) in FIELDS.iter().enumerate() {
             if let Some(value) = patch[name].as_i64() {
                 let user = patch["user_id"].as_str().unwrap().to_owned();
-                writes.push(Write { user, field, value });
+                writes.push(Write { user, field, value }.into());
             }
         }
     }
@@ -294,15 +342,21 @@ pub(crate) fn writes_in(payload: &[u8]) -> Vec<Write> {
 /// a plain fold of the log gives.
 pub(crate) async fn check(broker: &Context, nodes: &[&Node], answered: &[Answered]) {
     let log = read_stream(broker).await;
-    for Answered { position, write } in answered {
-        let batch = &log[*position as usize - 1];
-        assert!(batch.contains(write), "{position} lacks {write:?}");
-    }
-    let mut seen = BTreeSet::new();
+    all_there(answered, |position| log.get(position as usize - 1));
+    none_twice(log.iter().flatten());
     let mut folded: BTreeMap<&str, [i64; 4]> = BTreeMap::new();
+    let mut deleted = BTreeSet::new();
     for write in log.iter().flatten() {
-        assert!(seen.insert(write), "twice: {write:?}");
-        folded.entry(&write.user).or_default()[write.field] = write.value;
+        match write {
+            Logged::Set(write) => {
+                folded.entry(&write.user).or_default()[write.field] = write.value;
+                deleted.remove(&*write.user);
+            }
+            Logged::Delete(user) => {
+                folded.remove(&**user);
+                deleted.insert(&**user);
+            }
+        }
     }
     let end = log.len() as u64;
     let mut digests = BTreeSet::new();
@@ -315,8 +369,33 @@ pub(crate) async fn check(broker: &Context, nodes: &[&Node], answered: &[Answere
             let found = FIELDS.map(|field| grade[field].as_i64().unwrap());
             assert_eq!(found, *values, "{user}");
         }
+        for user in &deleted {
+            node.get(user).await.problem(404, "user-unknown");
+        }
     }
     assert_eq!(digests.len(), 1, "{digests:?}");
+}
+
+/// Checks that each answered write is in the batch that its answer named; a deletion, which may be
+/// of a user that others deleted as well, as often as it was answered.
+pub(crate) fn all_there<'a>(answered: &[Answered], batch: impl Fn(u64) -> Option<&'a Vec<Logged>>) {
+    let mut wanted: BTreeMap<(u64, &Logged), usize> = BTreeMap::new();
+    for Answered { position, write } in answered {
+        *wanted.entry((*position, write)).or_default() += 1;
+    }
+    for ((position, write), times) in wanted {
+        let there = batch(position).into_iter().flatten();
+        let there = there.filter(|there| *there == write).count();
+        assert!(there >= times, "{position} lacks {write:?}");
+    }
+}
+
+/// Checks that nothing is set twice, since no two writes set the same.
+pub(crate) fn none_twice<'a>(log: impl Iterator<Item = &'a Logged>) {
+    let mut seen = BTreeSet::new();
+    for write in log.filter_map(Logged::set) {
+        assert!(seen.insert(write), "twice: {write:?}");
+    }
 }
 
 /// Waits until a node is ready and has come to `position` exactly; its `/status`.

@@ -92,6 +92,7 @@ impl Client {
             let key = (write.user.clone(), write.field);
             if let Some(position) = self.write(&write).await {
                 self.written.insert(key.clone(), write.value);
+                let write = write.into();
                 answered.push(Answered { position, write });
                 count.fetch_add(1, Ordering::Relaxed);
             } else {

@@ -9,7 +9,7 @@ use std::process::Command;
 use gradestore::backup::{
     BackupWriter, ChunkSource, FORMAT, Head, Progress, Summary, restore, rfc3339,
 };
-use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values};
+use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write};
 use gradestore::log::{DiskLog, Log};
 use gradestore::store::Store;
 use rustix::fs::OFlags;
@@ -103,11 +103,12 @@ pub(crate) async fn replay(log: &DiskLog, store: &Store, after: u64, through: u6
         for entry in entries.iter().take_while(|entry| entry.seq <= through) {
             assert_eq!(entry.seq, applied + 1);
             applied = entry.seq;
-            entry
-                .batch
-                .patches
-                .iter()
-                .for_each(|patch| store.apply(patch));
+            for write in entry.batch.writes.iter() {
+                match write {
+                    Write::Set(patch) => store.apply(patch),
+                    Write::Delete(user_id) => drop(store.remove(user_id)),
+                }
+            }
         }
     }
 }

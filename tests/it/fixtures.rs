@@ -1,4 +1,4 @@
-//! What version 1 of each format looks like, kept as it was written: every later program reads it to
+//! What each version of each format looks like, kept as it was written: every later program reads it to
 //! the same grades. These files never change; a new version of a format brings new ones.
 
 use std::collections::BTreeMap;
@@ -13,11 +13,13 @@ use tempfile::tempdir;
 
 use crate::backup::verify;
 use crate::broker::{Broker, SUBJECT, at, copy_tree};
-use crate::disk::{program_from, program_on, restored};
+use crate::disk::{Held, program_from, program_on, restored};
 use crate::harness::{Node, Ports};
 
 const BACKUP: &[u8] = include_bytes!("../fixtures/backup-1.csv.gz");
 const MESSAGES: &str = include_str!("../fixtures/messages-1.txt");
+/// Those that follow them.
+const MESSAGES_2: &str = include_str!("../fixtures/messages-2.txt");
 const DIGEST: &str = "c6e9489171341a65aefd438f35bb55af";
 
 /// What each of them holds.
@@ -114,9 +116,48 @@ async fn reads_all(node: &Ports, count: u64) {
 async fn messages_of_format_1_are_read() {
     let broker = Broker::start().await;
     let early = broker.replica().await;
+    let count = publish(&broker, MESSAGES).await;
+    reads_all(&early, count).await;
+    early.kill();
+    let late = broker.replica().await;
+    reads_all(&late, count).await;
+}
+
+/// What is left of the users once the messages of format 2 have been read as well.
+fn grades_2() -> Store {
+    let mut grades = grades();
+    for user in ["0", r#""q", 'r'"#, "привет 😀"] {
+        grades.remove(user).unwrap();
+    }
+    grades.insert("a".to_owned(), [0, 5, 0, 0]);
+    let (store, mut piece) = (Store::new(), Piece::default());
+    for (user, values) in grades {
+        piece.push(&user, values);
+    }
+    store.put(&piece);
+    store
+}
+
+#[tokio::test]
+async fn messages_of_format_2_are_read() {
+    let broker = Broker::start().await;
+    let early = broker.replica().await;
+    publish(&broker, MESSAGES).await;
+    let position = publish(&broker, MESSAGES_2).await;
+    let wanted = Held::in_store(&grades_2(), position);
+    at(&early, position).await;
+    assert_eq!(Held::by(&early).await, wanted);
+    let late = broker.replica().await;
+    assert_eq!(Held::by(&late).await, wanted);
+    let poisoned = late.metric("gradestore_log_poisoned_total").await;
+    assert_eq!(poisoned, Some(0.0));
+}
+
+/// Sends messages as they were sent once; the place of the last.
+async fn publish(broker: &Broker, messages: &str) -> u64 {
     let client = broker.client().await;
-    let mut count = 0;
-    for message in MESSAGES.split("\n----\n") {
+    let mut place = 0;
+    for message in messages.split("\n----\n") {
         let (head, payload) = message.split_once("\n\n").unwrap();
         let mut headers = HeaderMap::new();
         for line in head.lines() {
@@ -125,13 +166,32 @@ async fn messages_of_format_1_are_read() {
         }
         let payload = payload.trim_end().to_owned().into();
         let sent = client.publish_with_headers(SUBJECT, headers, payload).await;
-        count += 1;
-        assert_eq!(sent.unwrap().await.unwrap().sequence, count);
+        place = sent.unwrap().await.unwrap().sequence;
     }
-    reads_all(&early, count).await;
-    early.kill();
-    let late = broker.replica().await;
-    reads_all(&late, count).await;
+    place
+}
+
+#[tokio::test]
+async fn a_data_directory_of_format_2_is_read() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path();
+    copy_tree(&fixture("data-2"), dir);
+    let node = Node::start_with(&mut program_on(dir)).await;
+    let status = node.ops("/status").await.json();
+    assert_eq!(status["restore"]["rows"], 2);
+    assert_eq!(Held::by(&node).await, Held::in_store(&left_in_data_2(), 8));
+    // And written on.
+    assert_eq!(node.set(r#"{"user_id":"b"}"#).await.position(), 9);
+}
+
+/// What is left of a, b and c: the snapshot is of when a had gone, the log of when a had come back
+/// and b had gone.
+fn left_in_data_2() -> Store {
+    let (store, mut piece) = (Store::new(), Piece::default());
+    piece.push("a", [0, 0, 0, -4]);
+    piece.push("c", [0, 7, 0, 0]);
+    store.put(&piece);
+    store
 }
 
 #[tokio::test]

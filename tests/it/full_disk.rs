@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use gradestore::grade::{Changes, Patch};
+use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::{Batch, DiskLog, Log, Origin};
 use tempfile::tempdir;
 
@@ -138,7 +138,7 @@ fn large_batch(origin: Origin, number: u64) -> Batch {
     Batch {
         origin,
         number,
-        patches: patches.collect(),
+        writes: patches.map(Write::Set).collect(),
         checkpoint: None,
     }
 }
@@ -162,14 +162,14 @@ async fn append_until_full(log: &DiskLog) -> u64 {
 async fn assert_held(log: &DiskLog, after: u64) {
     let mut subscription = log.subscribe(after).await.unwrap();
     let (mut read, mut entries) = (after, Vec::new());
-    let wanted = large_batch(Origin::random().unwrap(), 0).patches;
+    let wanted = large_batch(Origin::random().unwrap(), 0).writes;
     while read < log.end() {
         let next = subscription.next(&mut entries);
         in_time("the next batches", next).await.unwrap();
         for entry in entries.drain(..) {
             read += 1;
             assert_eq!((entry.seq, entry.batch.number), (read, read));
-            assert_eq!(entry.batch.patches, wanted);
+            assert_eq!(entry.batch.writes, wanted);
         }
     }
 }

@@ -55,6 +55,75 @@ async fn a_query_that_names_no_one_user_is_refused() {
 }
 
 #[tokio::test]
+async fn many_are_answered_in_the_order_asked_with_null_for_who_is_not_there() {
+    let node = Node::start().await;
+    for (user, spp) in [("a", 1), ("b +é", 2), ("\"c\"", 3)] {
+        let patch = serde_json::json!({ "user_id": user, "spp": spp });
+        node.set(patch.to_string()).await.position();
+    }
+    let answer = ask(
+        &node,
+        "?user_ids=b+%2b%C3%A9&x=1&user_ids=nobody&user%5Fids=a&user_ids=%22c%22&user_ids=a",
+        "",
+    )
+    .await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert_eq!(answer.header("content-type"), "application/json");
+    let rest = r#""shipping_fee":0,"return_fee":0}"#;
+    let grade = |user: &str, spp: u8| {
+        format!(r#"{{"user_id":"{user}","postpaid_limit":0,"spp":{spp},{rest}"#)
+    };
+    let wanted = [
+        grade("b +é", 2),
+        "null".to_owned(),
+        grade("a", 1),
+        grade(r#"\"c\""#, 3),
+        grade("a", 1),
+    ];
+    assert_eq!(answer.body, format!("[{}]", wanted.join(",")));
+    assert_eq!(ask(&node, "?user_ids=nobody", "").await.body, "[null]");
+    let most = format!("?{}", ["user_ids=a"; 1000].join("&"));
+    let all = ask(&node, &most, "").await.json();
+    assert_eq!(all.as_array().unwrap().len(), 1000);
+
+    let long = format!("?user_ids={}", "x".repeat(257));
+    let more = format!("{most}&user_ids=a");
+    for (query, cause) in [
+        ("?user_ids=a&user_id=a", "user-id-and-ids"),
+        ("?user_id=a&user_ids=a", "user-id-and-ids"),
+        ("?user_ids=a&user_ids=", "user-id-invalid"),
+        (&long, "user-id-invalid"),
+        ("?user_ids=%zz", "query-encoding"),
+        (&more, "user-ids-too-many"),
+    ] {
+        ask(&node, query, "").await.problem(400, cause);
+    }
+}
+
+#[tokio::test]
+async fn many_wait_for_the_position_they_ask_for_and_are_not_read_before_the_node_is_ready() {
+    let node = Node::start().await;
+    let mut reader = Raw::connect(node.read).await;
+    let query = "?user_ids=a&user_ids=b";
+    reader
+        .send(get_request(query, "grade-position: 2\r\n"))
+        .await;
+    node.metric_reaches("gradestore_http_requests_in_flight", 2.0)
+        .await;
+    for user in ["a", "b"] {
+        node.set(format!(r#"{{"user_id":"{user}","spp":1}}"#))
+            .await
+            .position();
+    }
+    let both = reader.answer().await.json();
+    assert_eq!((&both[0]["spp"], &both[1]["spp"]), (&1.into(), &1.into()));
+    let headers = "grade-position: x\r\n";
+    ask(&node, query, headers)
+        .await
+        .problem(400, "position-invalid");
+}
+
+#[tokio::test]
 async fn head_answers_as_get_does_without_the_body() {
     let node = Node::start().await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();

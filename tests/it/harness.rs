@@ -103,6 +103,11 @@ pub(crate) fn set_request_of(body: &str) -> String {
     set_request(&format!("content-length: {}", body.len()), body)
 }
 
+/// A request for `DELETE /set` in bytes.
+pub(crate) fn delete_request(query: &str) -> String {
+    format!("DELETE /set{query} HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\r\n")
+}
+
 /// A request for `GET /get` in bytes.
 pub(crate) fn get_request(query: &str, headers: &str) -> String {
     format!("GET /get{query} HTTP/1.1\r\nhost: x\r\n{headers}\r\n")
@@ -370,6 +375,17 @@ impl Local {
     pub(crate) async fn stopped(self) {
         in_time("the node's end", self.running).await.unwrap();
     }
+}
+
+/// A connection on which lines are to come, and none has yet.
+pub(crate) async fn half_sent_lines(node: &Ports) -> Raw {
+    let mut connection = Raw::connect(node.write).await;
+    let framing = "transfer-encoding: chunked";
+    let request = set_request(framing, "").replace("/json", "/x-ndjson");
+    connection.send(request).await;
+    node.metric_reaches("gradestore_http_requests_in_flight", 2.0)
+        .await;
+    connection
 }
 
 /// A connection on which a request's header has arrived and its body has not.

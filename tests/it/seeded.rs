@@ -1,7 +1,7 @@
 //! A cluster whose log does not begin at its first batch, so that who starts from nothing needs a
 //! peer; and what its replicas must hold.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
@@ -13,7 +13,10 @@ use gradestore::store::Store;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::broker::{Answered, Broker, FIELDS, STREAM, Write, at, replica_at, writes_in};
+use crate::broker::{
+    Answered, Broker, FIELDS, Logged, STREAM, Write, all_there, at, delete, none_twice, replica_at,
+    writes_in,
+};
 use crate::disk::{store_of, write_file_of};
 use crate::harness::{Node, Ports};
 use crate::throttle::Throttle;
@@ -89,12 +92,20 @@ impl Cluster {
                 field: self.written as usize % FIELDS.len(),
                 value: self.written as i64,
             };
+            let deletes = self.written.is_multiple_of(11);
             // A broker that is away refuses, and stores nothing of what it refused.
             let answer = eventually("an answered write", async || {
-                let answer = node.set(write.json()).await;
+                let answer = match deletes {
+                    true => delete(node, &write.user.replace(' ', "+")).await,
+                    false => node.set(write.json()).await,
+                };
                 (answer.status != 503).then_some(answer)
             });
             let position = answer.await.position();
+            let write = match deletes {
+                true => Logged::Delete(write.user),
+                false => write.into(),
+            };
             answered.push(Answered { position, write });
         }
         answered
@@ -110,8 +121,8 @@ impl Cluster {
 pub(crate) struct Truth {
     pub(crate) store: Store,
     pub(crate) position: u64,
-    /// What each batch sets.
-    pub(crate) log: BTreeMap<u64, Vec<Write>>,
+    /// What each batch sets and deletes.
+    pub(crate) log: BTreeMap<u64, Vec<Logged>>,
 }
 
 impl Truth {
@@ -143,12 +154,7 @@ impl Truth {
             self.position += 1;
             assert_eq!(message.info().unwrap().stream_sequence, self.position);
             let writes = writes_in(&message.payload);
-            for write in &writes {
-                let mut changes = Changes::default();
-                changes.set(write.field, write.value);
-                let user_id = write.user.as_str();
-                self.store.apply(&Patch { user_id, changes });
-            }
+            writes.iter().for_each(|write| apply(&self.store, write));
             self.log.insert(self.position, writes);
         }
     }
@@ -156,19 +162,26 @@ impl Truth {
     /// What must hold of replicas, whatever has happened.
     pub(crate) async fn check(&mut self, broker: &Broker, nodes: &[&Ports], answered: &[Answered]) {
         self.read(broker).await;
-        for Answered { position, write } in answered {
-            let batch = &self.log[position];
-            assert!(batch.contains(write), "{position} lacks {write:?}");
-        }
-        let mut seen = BTreeSet::new();
-        for write in self.log.values().flatten() {
-            assert!(seen.insert(write), "twice: {write:?}");
-        }
+        all_there(answered, |position| self.log.get(&position));
+        none_twice(self.log.values().flatten());
         for node in nodes {
             let status = at(node, self.position).await;
             assert_eq!(status["records"], self.store.len());
             assert_eq!(status["digest"], self.store.digest().to_string());
         }
+    }
+}
+
+/// Does what the log says.
+pub(crate) fn apply(store: &Store, write: &Logged) {
+    match write {
+        Logged::Set(write) => {
+            let mut changes = Changes::default();
+            changes.set(write.field, write.value);
+            let user_id = write.user.as_str();
+            store.apply(&Patch { user_id, changes });
+        }
+        Logged::Delete(user) => drop(store.remove(user)),
     }
 }
 
@@ -183,6 +196,7 @@ pub(crate) async fn serves_nothing(node: &Ports, states: &[&str]) -> Value {
     let refused = [
         node.get("user 1").await,
         node.set(r#"{"user_id":"user 1","spp":1}"#).await,
+        delete(node, "user+1").await,
         node.ops("/readyz").await,
         node.ops("/readyz/write").await,
     ];

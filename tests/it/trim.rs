@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 
 use gradestore::backup::{FORMAT, Head, Snapshots};
-use gradestore::grade::{Changes, Patch};
+use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::{Batch, DiskLog, Log, Origin};
 use gradestore::store::Store;
 use tempfile::tempdir;
@@ -28,7 +27,7 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
             let user_id = format!("{user:0>250}").into_boxed_str();
             Patch { user_id, changes }
         });
-        let patches: Arc<[Patch]> = patches.collect();
+        let patches: Vec<Patch> = patches.collect();
         // Four batches set all fields of all users: those before them leave nothing.
         if number + 4 > batches || (snapshot_at - 3..=snapshot_at).contains(&number) {
             patches.iter().for_each(|patch| store.apply(patch));
@@ -36,7 +35,7 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
         log.append(Batch {
             origin,
             number,
-            patches,
+            writes: patches.into_iter().map(Write::Set).collect(),
             checkpoint: None,
         })
         .await

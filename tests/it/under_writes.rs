@@ -11,21 +11,25 @@ use tempfile::tempdir;
 use crate::disk::{
     Held, Rng, backup_of, file_of, program_on, replay, restored, store_of, write_file_of,
 };
-use crate::harness::{Node, set_request_of};
+use crate::harness::{Node, delete_request, set_request_of};
 use crate::wire::Raw;
 
 const ROWS: u64 = 30_000;
 const WRITERS: u64 = 8;
 const BACKUPS: usize = 4;
 
-/// Writes to users old and new until told to stop.
+/// Writes to users old and new, and deletes some, until told to stop.
 async fn write_until(node: &Node, writer: u64, stop: &AtomicBool) {
     let (mut rng, mut connection) = (Rng(writer + 1), Raw::connect(node.write).await);
     while !stop.load(Ordering::Relaxed) {
         let field = FIELDS[rng.below(FIELDS.len() as u64) as usize];
         let (user, value) = (rng.below(ROWS + 1000), rng.next() as i64);
         let patch = format!(r#"{{"user_id":"user {user}","{field}":{value}}}"#);
-        connection.send(set_request_of(&patch)).await;
+        let request = match rng.below(4) {
+            0 => delete_request(&format!("?user_id=user+{user}")),
+            _ => set_request_of(&patch),
+        };
+        connection.send(request).await;
         connection.answer().await.position();
     }
 }

@@ -3,18 +3,16 @@
 //!
 //! | bytes | what |
 //! | --- | --- |
-//! | 1 | format, 1 |
+//! | 1 | format: 1, or 2 where the batch has a deletion |
 //! | 8 | the log's time, nanoseconds since 1970 |
 //! | 16 | the sender's origin |
 //! | 8 | the sender's number of the batch |
-//! | rest | the patches, a JSON array |
+//! | rest | the writes, a JSON array |
 //!
 //! There is no checksum: the library has its own.
 
-use crate::log::{Batch, Entry, Origin, ReadError, Seq, patches};
-
-/// The format that is written, and the only one that is read.
-const FORMAT: u8 = 1;
+use crate::log::writes::{self, Format};
+use crate::log::{Batch, Entry, Origin, ReadError, Seq};
 
 /// The key of batch `seq`.
 pub(super) fn key(seq: Seq) -> [u8; 8] {
@@ -29,38 +27,40 @@ pub(super) fn seq(key: &[u8]) -> Option<Seq> {
 /// Replaces what is in `out` by `entry`'s value.
 pub fn write(entry: &Entry, out: &mut Vec<u8>) {
     out.clear();
-    out.push(FORMAT);
+    out.push(Format::of(&entry.batch.writes).number());
     out.extend_from_slice(&entry.time_ns.to_le_bytes());
     out.extend_from_slice(&entry.batch.origin.0.to_le_bytes());
     out.extend_from_slice(&entry.batch.number.to_le_bytes());
-    patches::write(&entry.batch.patches, out);
+    writes::write(&entry.batch.writes, out);
 }
 
-/// What stands before the patches.
+/// What stands before the writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
+    format: Format,
     pub(super) time_ns: u64,
     pub(super) origin: Origin,
     pub(super) number: u64,
 }
 
-/// Takes the value of batch `seq` apart: its header, and the patches as JSON.
+/// Takes the value of batch `seq` apart: its header, and the writes as JSON.
 pub(super) fn header(seq: Seq, value: &[u8]) -> Result<(Header, &[u8]), ReadError> {
     let damaged = |why: &str| ReadError::Damaged {
         seq,
         why: why.into(),
     };
-    match value.first() {
-        Some(&FORMAT) => {}
-        Some(format) => {
-            let why = format!("its format is {format}, this version reads {FORMAT} only");
-            return Err(damaged(&why));
-        }
-        None => return Err(damaged("it is empty")),
-    }
+    let Some(number) = value.first() else {
+        return Err(damaged("it is empty"));
+    };
+    let format = Format::numbered(u64::from(*number)).ok_or_else(|| {
+        damaged(&format!(
+            "its format is {number}, this version reads 1 and 2 only"
+        ))
+    })?;
     let mut rest = value.get(1..).unwrap_or_default();
     let parts = (|| {
         let header = Header {
+            format,
             time_ns: u64::from_le_bytes(take(&mut rest)?),
             origin: Origin(u128::from_le_bytes(take(&mut rest)?)),
             number: u64::from_le_bytes(take(&mut rest)?),
@@ -76,14 +76,15 @@ pub(super) fn header(seq: Seq, value: &[u8]) -> Result<(Header, &[u8]), ReadErro
 /// `value` is not what [`write()`] wrote.
 pub fn read(seq: Seq, value: &[u8]) -> Result<Entry, ReadError> {
     let (header, json) = header(seq, value)?;
-    let patches = patches::read(json).map_err(|why| ReadError::Damaged { seq, why })?;
+    let writes = writes::read(header.format, json);
+    let writes = writes.map_err(|why| ReadError::Damaged { seq, why })?;
     Ok(Entry {
         seq,
         time_ns: header.time_ns,
         batch: Batch {
             origin: header.origin,
             number: header.number,
-            patches,
+            writes,
             checkpoint: None,
         },
     })

@@ -1,7 +1,8 @@
 //! A batch as a message, and back.
 //!
-//! The payload is a JSON array of patches as `POST /set` takes them; headers say the rest:
-//! `Grade-Format: 1`, `Grade-Origin` (who sent it) and `Nats-Msg-Id`, which is origin and number and
+//! The payload is a JSON array of writes: patches as `POST /set` takes them and `{"delete":"ID"}`;
+//! headers say the rest: `Grade-Format` (2 where there is a deletion, else 1, which has none; a
+//! message without it is of format 1), `Grade-Origin` (who sent it) and `Nats-Msg-Id`, which is origin and number and
 //! makes the broker store a batch once however often it is sent. `Grade-Checkpoint`, in a message now
 //! and then, is a position and the sender's digest there. A message without headers is read all the
 //! same: any client of the broker can write to the log.
@@ -11,11 +12,10 @@ use std::sync::Arc;
 use async_nats::HeaderMap;
 use bytes::Bytes;
 
-use crate::grade::{Digest, Patch};
-use crate::log::{Batch, Checkpoint, Origin, patches};
+use crate::grade::{Digest, Write};
+use crate::log::writes::{self, Format};
+use crate::log::{Batch, Checkpoint, Origin};
 
-/// The newest format that this program reads, and the one that it writes.
-const FORMAT: u64 = 1;
 const FORMAT_HEADER: &str = "Grade-Format";
 const ORIGIN_HEADER: &str = "Grade-Origin";
 /// The broker's own: the name that it knows a message again by.
@@ -37,6 +37,8 @@ pub enum Unreadable {
 /// What the headers say of a batch.
 #[derive(Debug, PartialEq, Eq)]
 struct Label {
+    /// How its writes are spelled.
+    format: Format,
     /// Who sent it; [`Origin::NOBODY`] where they don't say.
     origin: Origin,
     /// Which of the sender's batches it is.
@@ -50,7 +52,8 @@ struct Label {
 pub fn headers(batch: &Batch) -> HeaderMap {
     let (origin, number) = (batch.origin, batch.number);
     let mut headers = HeaderMap::new();
-    headers.insert(FORMAT_HEADER, FORMAT.to_string());
+    let format = Format::of(&batch.writes).number();
+    headers.insert(FORMAT_HEADER, format.to_string());
     headers.insert(ORIGIN_HEADER, origin.to_string());
     headers.insert(ID_HEADER, format!("{origin}-{number}"));
     if let Some(checkpoint) = batch.checkpoint {
@@ -66,15 +69,15 @@ pub fn headers(batch: &Batch) -> HeaderMap {
     headers
 }
 
-/// The payload of a batch of `patches`.
+/// The payload of a batch of `writes`.
 #[must_use]
-pub fn payload(patches: &[Patch]) -> Bytes {
+pub fn payload(writes: &[Write]) -> Bytes {
     let mut json = Vec::new();
-    patches::write(patches, &mut json);
+    writes::write(writes, &mut json);
     json.into()
 }
 
-/// Reads a message. `at_hand` is asked for the patches of the batch that the headers name; what it has
+/// Reads a message. `at_hand` is asked for the writes of the batch that the headers name; what it has
 /// is not decoded.
 ///
 /// # Errors
@@ -82,21 +85,22 @@ pub fn payload(patches: &[Patch]) -> Bytes {
 pub fn read(
     headers: Option<&HeaderMap>,
     payload: &[u8],
-    at_hand: impl FnOnce(Origin, u64) -> Option<Arc<[Patch]>>,
+    at_hand: impl FnOnce(Origin, u64) -> Option<Arc<[Write]>>,
 ) -> Result<Batch, Unreadable> {
     let Label {
+        format,
         origin,
         number,
         checkpoint,
     } = label(headers)?;
-    let patches = match at_hand(origin, number) {
-        Some(patches) => patches,
-        None => patches::read(payload).map_err(Unreadable::Poisoned)?,
+    let writes = match at_hand(origin, number) {
+        Some(writes) => writes,
+        None => writes::read(format, payload).map_err(Unreadable::Poisoned)?,
     };
     Ok(Batch {
         origin,
         number,
-        patches,
+        writes,
         checkpoint,
     })
 }
@@ -104,24 +108,25 @@ pub fn read(
 /// Reads what [`headers()`] wrote.
 fn label(headers: Option<&HeaderMap>) -> Result<Label, Unreadable> {
     let text = |name: &str| headers?.get(name).map(async_nats::HeaderValue::as_str);
-    match text(FORMAT_HEADER).map(str::parse) {
-        None | Some(Ok(FORMAT)) => {}
-        Some(Ok(format @ FORMAT..)) => return Err(Unreadable::Newer(format)),
-        Some(_) => {
-            let why = "its Grade-Format is no number from 1 up";
-            return Err(Unreadable::Poisoned(why.into()));
-        }
-    }
+    let number = text(FORMAT_HEADER).map_or(Ok(1), str::parse);
+    let number = number.ok().filter(|number| *number > 0);
+    let Some(number) = number else {
+        let why = "its Grade-Format is no number from 1 up";
+        return Err(Unreadable::Poisoned(why.into()));
+    };
+    let format = Format::numbered(number).ok_or(Unreadable::Newer(number))?;
     let origin = text(ORIGIN_HEADER).and_then(Origin::parse);
     let number = text(ID_HEADER).and_then(|id| id.rsplit_once('-')?.1.parse().ok());
     let checkpoint = text(CHECKPOINT_HEADER).and_then(checkpoint);
     Ok(match (origin, number) {
         (Some(origin), Some(number)) => Label {
+            format,
             origin,
             number,
             checkpoint,
         },
         _ => Label {
+            format,
             origin: Origin::NOBODY,
             number: 0,
             checkpoint: None,
@@ -158,10 +163,11 @@ mod tests {
             let batch = Batch {
                 origin,
                 number,
-                patches: Arc::from([]),
+                writes: Arc::from([]),
                 checkpoint,
             };
             let wanted = Label {
+                format: Format::Patches,
                 origin,
                 number,
                 checkpoint,
@@ -183,8 +189,9 @@ mod tests {
 
     #[test]
     fn strangers_need_no_headers_and_a_newer_format_is_told_from_a_broken_one() {
-        let nobody = || {
+        let nobody = |format| {
             Ok(Label {
+                format,
                 origin: Origin::NOBODY,
                 number: 0,
                 checkpoint: None,
@@ -194,11 +201,12 @@ mod tests {
             let why = "its Grade-Format is no number from 1 up";
             Err(Unreadable::Poisoned(why.into()))
         };
-        assert_eq!(label(None), nobody());
-        assert_eq!(label(Some(&HeaderMap::new())), nobody());
+        assert_eq!(label(None), nobody(Format::Patches));
+        assert_eq!(label(Some(&HeaderMap::new())), nobody(Format::Patches));
         for (format, wanted) in [
-            ("1", nobody()),
-            ("2", Err(Unreadable::Newer(2))),
+            ("1", nobody(Format::Patches)),
+            ("2", nobody(Format::Writes)),
+            ("3", Err(Unreadable::Newer(3))),
             ("0", broken()),
             ("x", broken()),
         ] {
@@ -210,10 +218,33 @@ mod tests {
     }
 
     #[test]
-    fn patches_at_hand_are_not_decoded() {
-        let patches: Arc<[Patch]> = Arc::from([]);
-        let batch = read(None, b"no JSON", |_, _| Some(Arc::clone(&patches))).unwrap();
-        assert!(Arc::ptr_eq(&batch.patches, &patches));
+    fn a_batch_with_a_deletion_is_of_another_format_and_no_other_has_one() {
+        let payload = br#"[{"user_id":"a","spp":1},{"delete":"a"}]"#;
+        let of_format = |format: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(FORMAT_HEADER, format);
+            read(Some(&headers), payload, |_, _| None)
+        };
+        let batch = of_format("2").unwrap();
+        assert_eq!(batch.writes[1], Write::Delete("a".into()));
+        assert_eq!(headers(&batch).get(FORMAT_HEADER).unwrap().as_str(), "2");
+        assert_eq!(super::payload(&batch.writes), &payload[..]);
+        let sets_only = Batch {
+            writes: batch.writes[..1].into(),
+            ..batch
+        };
+        let headers = headers(&sets_only);
+        assert_eq!(headers.get(FORMAT_HEADER).unwrap().as_str(), "1");
+        for poisoned in [of_format("1"), read(None, payload, |_, _| None)] {
+            assert!(matches!(poisoned, Err(Unreadable::Poisoned(_))));
+        }
+    }
+
+    #[test]
+    fn writes_at_hand_are_not_decoded() {
+        let writes: Arc<[Write]> = Arc::from([]);
+        let batch = read(None, b"no JSON", |_, _| Some(Arc::clone(&writes))).unwrap();
+        assert!(Arc::ptr_eq(&batch.writes, &writes));
         let poisoned = read(None, b"no JSON", |_, _| None);
         assert!(matches!(poisoned, Err(Unreadable::Poisoned(_))));
     }

@@ -30,10 +30,10 @@ impl Shared {
     pub(super) async fn publish(&self, batch: Batch) -> Result<(), AppendError> {
         let mut session = self.session().map_err(AppendError::Refused)?;
         let message = PublishMessage::build()
-            .payload(message::payload(&batch.patches))
+            .payload(message::payload(&batch.writes))
             .headers(message::headers(&batch));
         let number = batch.number;
-        let mut came_back = self.under_way.add(number, batch.patches);
+        let mut came_back = self.under_way.add(number, batch.writes);
         // Far from where the broker would not know the batch again and would store it twice.
         let give_up_at = Instant::now() + duplicate_window(&self.config) / 4;
         let mut resent = false;

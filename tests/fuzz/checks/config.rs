@@ -53,6 +53,7 @@ pub(crate) fn check(input: Input) {
         Ok(cli) => match cli.command {
             Command::Serve(args) => taken(&args),
             Command::Backup(args) => base(&args.from),
+            Command::Import(args) => base(&args.to),
             Command::Verify(_) | Command::Health(_) => {}
         },
     }

@@ -1,14 +1,15 @@
 //! Messages of the JetStream log, which anyone who may publish can write. The first byte is the kind:
 //!
-//! - a message as text, headers a line each, an empty line, the payload. Nothing panics; the patches are
-//!   those that serde_json reads; and what was read is written and read again as the same.
+//! - a message as text, headers a line each, an empty line, the payload. Nothing panics; the writes are
+//!   those that serde_json reads, without deletions in format 1; and what was read is written and read
+//!   again as the same.
 //! - a batch, made from the input. It is read as it was written, and with one byte changed nothing
 //!   panics.
 
 use std::sync::Arc;
 
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
-use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, check_user_id};
+use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write, check_user_id};
 use gradestore::log::message::{self, Unreadable};
 use gradestore::log::{Batch, Checkpoint};
 
@@ -37,38 +38,45 @@ fn as_sent(text: &[u8]) {
     let format = headers.get("Grade-Format").map(|format| format.as_str());
     let number = format.map_or(Ok(1), |format| format.parse::<u64>().map_err(drop));
     match read {
-        Err(Unreadable::Newer(newer)) => assert!(newer > 1 && number == Ok(newer)),
-        Err(Unreadable::Poisoned(why)) => assert!(!why.is_empty() && number.unwrap_or(0) < 2),
+        Err(Unreadable::Newer(newer)) => assert!(newer > 2 && number == Ok(newer)),
+        Err(Unreadable::Poisoned(why)) => assert!(!why.is_empty() && number.unwrap_or(0) < 3),
         Ok(batch) => {
-            assert_eq!(number, Ok(1));
+            assert!(number == Ok(1) || number == Ok(2));
             again(&batch);
         }
     }
     // serde_json reads -0 as a float, so as no integer.
-    if number == Ok(1) && !payload.windows(2).any(|two| two == b"-0") {
-        let patches = message::read(None, payload, |_, _| None).ok();
-        let plain = serde_json::from_slice::<Vec<Patch<String>>>(payload).ok();
-        let plain = plain.map(|plain| plain.iter().map(Patch::to_owned).collect());
-        assert_eq!(patches.map(|batch| batch.patches), plain);
+    if !payload.windows(2).any(|two| two == b"-0") {
+        let patches = serde_json::from_slice::<Vec<Patch<String>>>(payload).ok();
+        let patches: Option<Arc<[Write]>> =
+            patches.map(|plain| plain.iter().map(|patch| patch.to_owned().into()).collect());
+        let writes = serde_json::from_slice::<Vec<Write<String>>>(payload).ok();
+        let writes = writes.map(|plain| plain.iter().map(Write::to_owned).collect());
+        for (format, plain) in [("1", patches), ("2", writes)] {
+            let mut headers = HeaderMap::new();
+            headers.insert("Grade-Format", format);
+            let read = message::read(Some(&headers), payload, |_, _| None).ok();
+            assert_eq!(read.map(|batch| batch.writes), plain, "{format}");
+        }
     }
 }
 
 /// What is read is what was written, headers and all.
 fn again(batch: &Batch) {
-    let (headers, payload) = (message::headers(batch), message::payload(&batch.patches));
+    let (headers, payload) = (message::headers(batch), message::payload(&batch.writes));
     let read = message::read(Some(&headers), &payload, |_, _| None).expect("what we write we read");
     assert_eq!(parts(&read), parts(batch));
     let at_hand = |origin, number| {
         assert_eq!((origin, number), (batch.origin, batch.number));
-        Some(Arc::clone(&batch.patches))
+        Some(Arc::clone(&batch.writes))
     };
     let own = message::read(Some(&headers), b"not looked at", at_hand).unwrap();
-    assert!(Arc::ptr_eq(&own.patches, &batch.patches));
+    assert!(Arc::ptr_eq(&own.writes, &batch.writes));
 }
 
-fn parts(batch: &Batch) -> (String, u64, &[Patch], Option<Checkpoint>) {
+fn parts(batch: &Batch) -> (String, u64, &[Write], Option<Checkpoint>) {
     let origin = batch.origin.to_string();
-    (origin, batch.number, &batch.patches, batch.checkpoint)
+    (origin, batch.number, &batch.writes, batch.checkpoint)
 }
 
 fn as_written(data: &[u8]) {
@@ -76,36 +84,37 @@ fn as_written(data: &[u8]) {
         return;
     };
     let batch = Batch {
-        patches: patches(rest),
+        writes: writes(rest),
         ..Batch::nothing()
     };
     again(&batch);
-    let mut payload = message::payload(&batch.patches).to_vec();
+    let mut payload = message::payload(&batch.writes).to_vec();
     let at = usize::from(at) * payload.len() / 256;
     payload[at] = put;
     let _ = message::read(None, &payload, |_, _| None);
 }
 
-/// A patch a line: a byte that says which fields, their value, the id.
-fn patches(data: &[u8]) -> Arc<[Patch]> {
-    let patch = |line: &[u8]| {
+/// A write a line: a byte that says which fields, or that it deletes, their value, the id.
+fn writes(data: &[u8]) -> Arc<[Write]> {
+    let write = |line: &[u8]| {
         let (&[set], rest) = line.split_first_chunk()?;
         let (&value, id) = rest.split_first_chunk::<8>()?;
         let user_id = str::from_utf8(id)
             .ok()
             .filter(|id| check_user_id(id).is_ok())?;
+        if set == b'd' {
+            return Some(Write::Delete(user_id.into()));
+        }
         let value = i64::from_le_bytes(value);
         let values: Values = std::array::from_fn(|index| value.wrapping_shr(index as u32));
         let mut changes = Changes::default();
         for index in (0..FIELD_COUNT).filter(|index| set >> index & 1 == 1) {
             changes.set(index, values[index]);
         }
-        Some(Patch {
-            user_id: user_id.into(),
-            changes,
-        })
+        let user_id = user_id.into();
+        Some(Write::Set(Patch { user_id, changes }))
     };
     data.split(|byte| *byte == b'\n')
-        .filter_map(patch)
+        .filter_map(write)
         .collect()
 }

@@ -1,9 +1,9 @@
 //! The query of `GET /get`, beside a plain reading of the rules: parts between `&`, a name and a value
-//! around the first `=`, `+` for a space, two hexadecimal digits after `%`, UTF-8. Where those hold, the
-//! URL standard's own parser must see the same.
+//! around the first `=`, `+` for a space, two hexadecimal digits after `%`, UTF-8; one `user_id`, or some
+//! `user_ids`. Where those hold, the URL standard's own parser must see the same.
 
 use gradestore::grade::{USER_ID, check_user_id};
-use gradestore::http::read::user_id_of;
+use gradestore::http::read::{Asked, USER_IDS_MAX, asked, user_id_of};
 
 pub(crate) fn check(data: &[u8]) {
     let Ok(query) = str::from_utf8(data) else {
@@ -13,25 +13,51 @@ pub(crate) fn check(data: &[u8]) {
         Some(at) => (&pair[..at], &pair[at + 1..]),
         None => (pair, ""),
     });
-    let values: Vec<_> = pairs
-        .filter(|(name, _)| decoded(name).as_deref() == Some(USER_ID))
-        .map(|(_, value)| value)
-        .collect();
-    let wanted = match values[..] {
-        [] => Err("user-id-missing"),
-        [value] => match decoded(value) {
-            None => Err("query-encoding"),
-            Some(id) if check_user_id(&id).is_err() => Err("user-id-invalid"),
-            Some(id) => Ok(id),
-        },
-        _ => Err("user-id-repeated"),
+    let named = |wanted: &str| -> Vec<&str> {
+        let pairs = pairs.clone();
+        let of_name = pairs.filter(|(name, _)| decoded(name).as_deref() == Some(wanted));
+        of_name.map(|(_, value)| value).collect()
     };
-    if let Ok(id) = &wanted {
-        let mut lenient = form_urlencoded::parse(data).filter(|(name, _)| name == USER_ID);
-        assert_eq!(lenient.next().as_ref().map(|(_, id)| &**id), Some(&**id));
+    let id_in = |value: &str| match decoded(value) {
+        None => Err("query-encoding"),
+        Some(id) if check_user_id(&id).is_err() => Err("user-id-invalid"),
+        Some(id) => Ok(id),
+    };
+    let (one, many) = (named(USER_ID), named("user_ids"));
+    let wanted = match (&one[..], &many[..]) {
+        ([], []) => Err("user-id-missing"),
+        ([value], []) => id_in(value).map(|id| vec![id]),
+        (_, []) => Err("user-id-repeated"),
+        ([], _) if many.len() > USER_IDS_MAX => Err("user-ids-too-many"),
+        ([], _) => many.iter().map(|value| id_in(value)).collect(),
+        // Which of the two is said depends on what comes first.
+        _ => {
+            let said = asked(query).map_err(|error| error.kind().1);
+            assert!(matches!(said, Err("user-id-and-ids" | "user-id-repeated")));
+            assert!(one.len() > 1 || said == Err("user-id-and-ids"));
+            return;
+        }
+    };
+    let name = if many.is_empty() { USER_ID } else { "user_ids" };
+    if let Ok(ids) = &wanted {
+        let lenient = form_urlencoded::parse(data).filter(|(found, _)| found == name);
+        assert!(
+            lenient
+                .map(|(_, id)| id.into_owned())
+                .eq(ids.iter().cloned())
+        );
     }
-    let found = user_id_of(query).map(|id| id.into_owned());
-    assert_eq!(found.map_err(|error| error.kind().1), wanted);
+    let found = asked(query).map(|asked| match asked {
+        Asked::One(id) => vec![id.into_owned()],
+        Asked::Many(ids) => ids.into_iter().map(|id| id.into_owned()).collect(),
+    });
+    let found = found.map_err(|error| error.kind().1);
+    assert_eq!(found, wanted);
+    let alone = user_id_of(query).map_err(|error| error.kind().1);
+    match many.is_empty() || wanted.is_err() {
+        true => assert_eq!(alone.map(|id| vec![id.into_owned()]), wanted),
+        false => assert_eq!(alone, Err("user-ids-here")),
+    }
 }
 
 fn decoded(text: &str) -> Option<String> {

@@ -21,7 +21,7 @@ pub(crate) fn check(value: &[u8]) {
     assert_eq!((again.seq, again.time_ns), (7, entry.time_ns));
     assert_eq!(again.batch.origin, entry.batch.origin);
     assert_eq!(again.batch.number, entry.batch.number);
-    assert_eq!(again.batch.patches, entry.batch.patches);
+    assert_eq!(again.batch.writes, entry.batch.writes);
     let mut twice = Vec::new();
     stored::write(&again, &mut twice);
     assert_eq!(twice, written);

@@ -4,7 +4,9 @@
 //! It rests on each value being set by one write alone. A read then names the writes it has seen, a
 //! write must have happened before the first read that saw it ends, and nothing may be overwritten
 //! that a read has yet to see. So there is rarely more than one way to go on, even with dozens of
-//! writes whose end is unknown; the search stays exhaustive. A general one (todc-utils 0.1) took 12 s
+//! writes whose end is unknown; the search stays exhaustive. Deletions all do the same, so a read does
+//! not name one; but of those whose end is unknown, none is better than another, and the first one
+//! will do. A general one (todc-utils 0.1) took 12 s
 //! for 100 such operations, and for 300 more than was waited for.
 
 use std::collections::{HashMap, HashSet};
@@ -26,6 +28,8 @@ const STEPS_MAX: usize = 500_000;
 pub(crate) enum Did {
     /// Sets at least one field, none of them to 0.
     Set([Option<i64>; FIELDS.len()]),
+    /// Removes the record.
+    Delete,
     /// Found this.
     Get(State),
 }
@@ -57,6 +61,11 @@ struct Placed<'a> {
 struct Search<'a> {
     /// By their beginning.
     ops: Vec<Placed<'a>>,
+    /// When the deletions began that may happen at any time after, or never; the first so many have.
+    spare: Vec<u64>,
+    spare_happened: usize,
+    /// Deletions among `ops` that have not happened.
+    deletions_left: usize,
     /// Those that have happened; all below `first_left` have.
     happened: Vec<bool>,
     first_left: usize,
@@ -67,15 +76,24 @@ struct Search<'a> {
     /// How many have yet to find no record.
     absent_wanted: usize,
     /// All that has been tried: what had happened, and what came of it.
-    tried: HashSet<(usize, Vec<usize>, State)>,
+    tried: HashSet<(usize, Vec<usize>, usize, State)>,
+}
+
+/// What may be next.
+#[derive(Clone, Copy)]
+enum Choice {
+    Op(usize),
+    /// A deletion that may as well never happen.
+    Spare,
 }
 
 /// A step of the search, to be taken back.
 struct Step {
     before: State,
     happened: Vec<usize>,
+    spare: bool,
     /// The writes that may be next.
-    choices: Vec<usize>,
+    choices: Vec<Choice>,
 }
 
 impl<'a> Search<'a> {
@@ -94,7 +112,7 @@ impl<'a> Search<'a> {
                 *until = ended.min(*until);
             }
         }
-        let mut placed = Vec::new();
+        let (mut placed, mut spare) = (Vec::new(), Vec::new());
         let mut written = HashSet::new();
         for op in ops {
             let mut until = op.ended;
@@ -104,6 +122,9 @@ impl<'a> Search<'a> {
                     let seen = seen_until.get(&key).copied();
                     until = seen.into_iter().chain(until).min();
                 }
+            }
+            if op.did == Did::Delete && until.is_none() {
+                spare.push(op.begun);
             }
             // A write that may never have happened and that nobody has seen: as well it did not.
             let Some(until) = until else { continue };
@@ -118,7 +139,12 @@ impl<'a> Search<'a> {
             return None;
         }
         placed.sort_by_key(|op| op.begun);
+        spare.sort_unstable();
+        let deletions = placed.iter().filter(|op| *op.did == Did::Delete);
         Some(Self {
+            deletions_left: deletions.count(),
+            spare,
+            spare_happened: 0,
             happened: vec![false; placed.len()],
             left: placed.len(),
             ops: placed,
@@ -150,20 +176,33 @@ impl<'a> Search<'a> {
 
     /// Lets `write` happen, and every read that then can: a read changes nothing, so it may as well
     /// happen as soon as it finds what it found.
-    fn step(&mut self, write: Option<usize>) -> Step {
+    fn step(&mut self, write: Option<Choice>) -> Step {
         let mut step = Step {
             before: self.state,
             happened: Vec::new(),
+            spare: false,
             choices: Vec::new(),
         };
-        if let Some(write) = write {
-            if let Did::Set(fields) = self.ops[write].did {
-                let state = self.state.get_or_insert_default();
-                for (field, value) in keys(fields) {
-                    state[field] = value;
+        match write {
+            Some(Choice::Op(write)) => {
+                match self.ops[write].did {
+                    Did::Set(fields) => {
+                        let state = self.state.get_or_insert_default();
+                        for (field, value) in keys(fields) {
+                            state[field] = value;
+                        }
+                    }
+                    Did::Delete => self.state = None,
+                    Did::Get(_) => {}
                 }
+                self.happens(write, &mut step);
             }
-            self.happens(write, &mut step);
+            Some(Choice::Spare) => {
+                self.state = None;
+                self.spare_happened += 1;
+                step.spare = true;
+            }
+            None => {}
         }
         let mut next = self.next();
         while let Some(read) = next.iter().find(|op| self.reads_state(**op)) {
@@ -175,13 +214,54 @@ impl<'a> Search<'a> {
             .take_while(|op| Some(self.ops[*op].begun) <= soonest)
             .filter(|op| self.happened[*op])
             .collect();
-        if self.tried.insert((self.first_left, ahead, self.state)) {
+        let key = (self.first_left, ahead, self.spare_happened, self.state);
+        if self.tried.insert(key) {
+            let waiting = next.iter().filter(|op| self.wants_less(**op));
+            let waiting = waiting.map(|op| self.ops[*op].until).min();
             next.retain(|op| self.may_write(*op));
+            let mut choices: Vec<_> = next
+                .into_iter()
+                .map(|op| (self.ops[op].until, Choice::Op(op)))
+                .collect();
+            if self.may_spare(soonest) {
+                choices.push((waiting.unwrap_or(u64::MAX), Choice::Spare));
+            }
             // The last is taken first: what must have happened soonest.
-            next.sort_by_key(|op| std::cmp::Reverse(self.ops[*op].until));
-            step.choices = next;
+            choices.sort_by_key(|(until, _)| std::cmp::Reverse(*until));
+            step.choices = choices.into_iter().map(|(_, choice)| choice).collect();
         }
         step
+    }
+
+    /// Whether this is a read that finds less than there is, which only a deletion can bring about.
+    fn wants_less(&self, op: usize) -> bool {
+        let (Did::Get(found), Some(values)) = (self.ops[op].did, self.state) else {
+            return false;
+        };
+        found.is_none_or(|found| (0..FIELDS.len()).any(|at| found[at] == 0 && values[at] != 0))
+    }
+
+    /// Whether a deletion that nothing demands may be next, and is of use: what is left finds less
+    /// than there is.
+    fn may_spare(&self, soonest: Option<u64>) -> bool {
+        let begun = self.spare.get(self.spare_happened);
+        let (Some(begun), Some(values)) = (begun, self.state) else {
+            return false;
+        };
+        let lost = |(field, value): (usize, &i64)| *value != 0 && self.is_wanted(field, 0);
+        let of_use = self.absent_wanted > 0 || values.iter().enumerate().any(lost);
+        of_use && soonest.is_none_or(|soonest| *begun <= soonest) && self.may_delete()
+    }
+
+    fn is_wanted(&self, field: usize, value: i64) -> bool {
+        let reads = self.wanted.get(&(field, value));
+        reads.is_some_and(|reads| *reads > 0)
+    }
+
+    /// Whether nothing that is there is still to be read.
+    fn may_delete(&self) -> bool {
+        let values = self.state.unwrap_or_default();
+        !(0..FIELDS.len()).any(|field| values[field] != 0 && self.is_wanted(field, values[field]))
     }
 
     /// What can be next: all that has begun before anything that is left must have happened.
@@ -204,19 +284,28 @@ impl<'a> Search<'a> {
         matches!(self.ops[op].did, Did::Get(found) if *found == self.state)
     }
 
-    /// Whether this is a write, and overwrites nothing that is still to be read.
+    /// Whether this is a write, and overwrites nothing that is still to be read and does not come
+    /// back.
     fn may_write(&self, op: usize) -> bool {
-        let Did::Set(fields) = self.ops[op].did else {
-            return false;
+        let fields = match self.ops[op].did {
+            Did::Set(fields) => fields,
+            Did::Delete => return self.may_delete(),
+            Did::Get(_) => return false,
         };
-        let wanted = |key| self.wanted.get(&key).is_some_and(|reads| *reads > 0);
+        // What was never set, and no record at all, come back with a deletion.
+        let comes_back = self.deletions_left > 0 || self.spare_happened < self.spare.len();
         let values = self.state.unwrap_or_default();
         let absent_wanted = self.state.is_none() && self.absent_wanted > 0;
-        !absent_wanted && !keys(fields).any(|(field, _)| wanted((field, values[field])))
+        let lost = |(field, _)| {
+            let value: i64 = values[field];
+            (value != 0 || !comes_back) && self.is_wanted(field, value)
+        };
+        (comes_back || !absent_wanted) && !keys(fields).any(lost)
     }
 
     fn happens(&mut self, op: usize, step: &mut Step) {
         self.count(op, |reads| *reads -= 1);
+        self.deletions_left -= usize::from(*self.ops[op].did == Did::Delete);
         self.happened[op] = true;
         self.left -= 1;
         step.happened.push(op);
@@ -228,16 +317,18 @@ impl<'a> Search<'a> {
     fn take_back(&mut self, step: Step) {
         for op in step.happened {
             self.count(op, |reads| *reads += 1);
+            self.deletions_left += usize::from(*self.ops[op].did == Did::Delete);
             self.happened[op] = false;
             self.left += 1;
             self.first_left = self.first_left.min(op);
         }
+        self.spare_happened -= usize::from(step.spare);
         self.state = step.before;
     }
 
     fn count(&mut self, op: usize, change: impl Fn(&mut usize)) {
         match self.ops[op].did {
-            Did::Set(_) => {}
+            Did::Set(_) | Did::Delete => {}
             Did::Get(None) => change(&mut self.absent_wanted),
             Did::Get(Some(values)) => {
                 for key in values.iter().copied().enumerate() {
@@ -279,20 +370,24 @@ pub(crate) fn shortest(ops: &[Op]) -> Vec<Op> {
 }
 
 /// A history without a part of it; but what the rest has seen stays. If the whole makes sense, so
-/// does this: reads change nothing, nor does what is overwritten before it is read.
+/// does this: reads change nothing, nor does what is overwritten before it is read. Deletions stay as
+/// long as there is a read that finds less than all fields.
 fn without(ops: &[Op], from: usize, to: usize) -> Vec<Op> {
     let within = |index: usize| (from..to).contains(&index);
     let mut seen = HashSet::new();
+    let mut less_seen = false;
     for (index, op) in ops.iter().enumerate() {
-        if let Did::Get(Some(values)) = op.did
+        if let Did::Get(found) = op.did
             && !within(index)
         {
-            seen.extend(values.into_iter().enumerate());
+            less_seen |= found.is_none_or(|values| values.contains(&0));
+            seen.extend(found.into_iter().flatten().enumerate());
         }
     }
     let stays = |(index, op): &(usize, &Op)| match op.did {
         _ if !within(*index) => true,
         Did::Set(fields) => keys(&fields).any(|key| seen.contains(&key)),
+        Did::Delete => less_seen,
         Did::Get(_) => false,
     };
     let rest = ops.iter().enumerate().filter(stays);
@@ -306,7 +401,7 @@ fn until(ops: &[Op], time: u64) -> Vec<Op> {
         if op.ended.is_some_and(|end| end > time) {
             op.ended = None;
         }
-        (op.ended.is_some() || matches!(op.did, Did::Set(_))).then_some(op)
+        (op.ended.is_some() || !matches!(op.did, Did::Get(_))).then_some(op)
     });
     known.collect()
 }
@@ -326,6 +421,7 @@ impl fmt::Display for Op {
                     .entries(keys(fields).map(|(field, value)| (FIELDS[field], value)))
                     .finish()
             }
+            Did::Delete => write!(f, "deletes"),
             Did::Get(None) => write!(f, "finds no record"),
             Did::Get(Some(values)) => write!(f, "finds {values:?}"),
         }

@@ -23,6 +23,10 @@ fn set(begun: u64, ended: impl Into<Option<u64>>, value: i64) -> Op {
     op(begun, ended, Did::Set([Some(value), None, None, None]))
 }
 
+fn delete(begun: u64, ended: impl Into<Option<u64>>) -> Op {
+    op(begun, ended, Did::Delete)
+}
+
 /// Finds the first field, and 0 in the others; 0 is no record.
 fn get(begun: u64, ended: u64, value: i64) -> Op {
     let found = (value != 0).then_some([value, 0, 0, 0]);
@@ -57,6 +61,29 @@ fn histories_that_make_sense_are_accepted() {
             set(0, 9, 1),
             op(10, 11, Did::Get(Some([1, 8, 0, 0]))),
         ],
+        // A deletion, beside a write and after it; one of what is not there.
+        vec![set(0, 1, 1), delete(2, 3), get(4, 5, 0), delete(6, 7)],
+        vec![set(0, 9, 1), delete(0, 9), get(2, 3, 1), get(4, 5, 0)],
+        vec![delete(0, 9), set(0, 9, 1), get(2, 3, 0), get(10, 11, 1)],
+        // What was set before it does not show through what is set after it.
+        vec![
+            op(0, 1, Did::Set([Some(7), Some(8), None, None])),
+            delete(2, 3),
+            set(4, 5, 1),
+            get(6, 7, 1),
+        ],
+        // One without an end: never, late, or as often as there are some.
+        vec![set(0, 1, 1), delete(0, None), get(2, 3, 1)],
+        vec![set(0, 1, 1), delete(0, None), get(2, 3, 1), get(4, 5, 0)],
+        vec![
+            set(0, 1, 1),
+            delete(0, None),
+            delete(0, None),
+            get(2, 3, 0),
+            set(4, 5, 2),
+            get(6, 7, 2),
+            get(8, 9, 0),
+        ],
     ];
     for history in histories {
         assert!(linearizable(&history), "{history:#?}");
@@ -67,6 +94,7 @@ fn histories_that_make_sense_are_accepted() {
 fn histories_that_make_no_sense_are_found_and_told_in_short() {
     let both = |begun, ended| op(begun, ended, Did::Set([Some(7), Some(8), None, None]));
     let finds = |begun, values| op(begun, begun + 1, Did::Get(Some(values)));
+    let after = |begun| vec![both(begun, Some(begun + 1)), delete(begun + 2, begun + 3)];
     // Each with how many of its operations it takes to see it.
     let histories = [
         // What was answered is lost.
@@ -100,6 +128,27 @@ fn histories_that_make_no_sense_are_found_and_told_in_short() {
             ],
             4,
         ),
+        // A deletion that was answered is lost, or takes half of a record.
+        ([after(0), vec![finds(4, [7, 8, 0, 0])]].concat(), 3),
+        ([after(0), vec![finds(4, [7, 0, 0, 0])]].concat(), 3),
+        // What was deleted shows through what was set after.
+        (
+            [after(0), vec![set(4, 5, 1), finds(6, [1, 8, 0, 0])]].concat(),
+            4,
+        ),
+        // There is no record, and nobody has deleted it so often.
+        (
+            vec![
+                set(0, 1, 1),
+                delete(0, None),
+                get(2, 3, 0),
+                set(4, 5, 2),
+                get(6, 7, 0),
+            ],
+            5,
+        ),
+        // Deleted before that was sent.
+        (vec![set(0, 1, 1), get(2, 3, 0), delete(4, None)], 2),
     ];
     for (history, enough) in histories {
         assert!(!linearizable(&history), "{history:#?}");
@@ -142,6 +191,7 @@ fn by_all_orders(left: &mut Vec<Op>, state: State) -> bool {
             _ if too_late => None,
             Did::Get(found) => (*found == state).then_some(state),
             Did::Set(fields) => Some(Some(applied(state, fields))),
+            Did::Delete => Some(None),
         };
         let found = next.is_some_and(|next| by_all_orders(left, next));
         left.insert(index, first);
@@ -172,16 +222,20 @@ fn small_history() -> impl Strategy<Value = Vec<Op>> {
         0..8u64,
         1..8u64,
         any::<bool>(),
-        prop_oneof![Just(1), Just(2), Just(3)],
+        // 0 deletes.
+        prop_oneof![Just(0), Just(1), Just(2), Just(3)],
     );
     let read = (0..12u64, 1..8u64, 0..5i64, 0..5i64);
-    (vec(write, 0..5), vec(read, 0..4)).prop_map(|(writes, reads)| {
+    (vec(write, 0..6), vec(read, 0..4)).prop_map(|(writes, reads)| {
         let writes = writes
             .into_iter()
             .enumerate()
             .map(|(n, (begun, took, known, which))| {
                 let value = |bit| (which & bit != 0).then_some(n as i64 + 1);
-                let did = Did::Set([value(1), value(2), None, None]);
+                let did = match which {
+                    0 => Did::Delete,
+                    _ => Did::Set([value(1), value(2), None, None]),
+                };
                 op(begun, known.then_some(begun + took), did)
             });
         let reads = reads.into_iter().map(|(begun, took, one, other)| {
@@ -195,7 +249,7 @@ fn small_history() -> impl Strategy<Value = Vec<Op>> {
 /// What was done to a record at moments 10 apart, each operation begun and ended around its own;
 /// the writes that are not known to have happened are told as such, and some have not.
 fn real_history() -> impl Strategy<Value = Vec<Op>> {
-    let one = (proptest::option::of(fields()), 0..60u64, 0..60u64, 0..10u8);
+    let one = (proptest::option::of(fields()), 0..60u64, 0..60u64, 0..12u8);
     vec(one, 1..400).prop_map(|all| {
         let mut state = None;
         let mut history = Vec::new();
@@ -203,6 +257,12 @@ fn real_history() -> impl Strategy<Value = Vec<Op>> {
             let moment = 100 + n as u64 * 10;
             let ended = (fate > 1).then_some(moment + after);
             let (ended, did) = match write {
+                Some(_) if fate >= 10 => {
+                    if fate > 10 {
+                        state = None;
+                    }
+                    ((fate > 10).then_some(moment + after), Did::Delete)
+                }
                 Some(which) => {
                     let fields = which.map(|set| set.then_some(n as i64 + 1));
                     if fate > 0 {

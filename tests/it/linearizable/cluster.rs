@@ -134,17 +134,23 @@ fn command(dir: &TempDir, proxies: &[Proxy], index: usize) -> Command {
 fn tell(records: &[Record]) {
     let count = |of: fn(&Asked) -> bool| records.iter().filter(|record| of(&record.asked)).count();
     let outcome = |is: fn(&Outcome) -> bool| {
-        let of =
-            |record: &&Record| matches!(&record.asked, Asked::Set { outcome, .. } if is(outcome));
+        let of = |record: &&Record| record.asked.outcome().is_some_and(|outcome| is(&outcome));
         records.iter().filter(of).count()
     };
     let reads = count(|asked| matches!(asked, Asked::Get { .. }));
     let written = outcome(|outcome| matches!(outcome, Outcome::Written(_)));
     let refused = outcome(|outcome| *outcome == Outcome::NotWritten);
     let unknown = outcome(|outcome| *outcome == Outcome::Unknown);
-    println!("{reads} reads, {written} writes, {refused} refused, {unknown} without an answer");
+    let deletions = count(
+        |asked| matches!(asked, Asked::Delete { outcome } if matches!(outcome, Outcome::Written(_))),
+    );
+    let absent = count(|asked| matches!(asked, Asked::Get { found: None, .. }));
+    println!(
+        "{reads} reads, {absent} of them of no record, {written} writes, {deletions} of them \
+         deletions, {refused} refused, {unknown} without an answer"
+    );
     // A history without these says nothing.
-    assert!(reads > 100 && written > 100);
+    assert!(reads > 100 && written > 100 && deletions > 10 && absent > 10);
     let users: BTreeSet<usize> = records.iter().map(|record| record.user).collect();
     assert_eq!(users.len(), USERS);
 }
@@ -154,15 +160,15 @@ fn history_of(records: &[Record], replica: usize, user: usize) -> Vec<Op> {
     let of_user = records.iter().filter(|record| record.user == user);
     let op = |record: &Record| {
         let here = record.replica == replica;
+        // `None` for a write that never happens.
+        let ended = |outcome| match outcome {
+            Outcome::NotWritten => None,
+            Outcome::Written(_) if here => Some(Some(record.ended)),
+            Outcome::Written(_) | Outcome::Unknown => Some(None),
+        };
         let (ended, did) = match &record.asked {
-            Asked::Set {
-                outcome: Outcome::NotWritten,
-                ..
-            } => return None,
-            Asked::Set { fields, outcome } => {
-                let answered = here && matches!(outcome, Outcome::Written(_));
-                (answered.then_some(record.ended), Did::Set(*fields))
-            }
+            Asked::Set { fields, outcome } => (ended(*outcome)?, Did::Set(*fields)),
+            Asked::Delete { outcome } => (ended(*outcome)?, Did::Delete),
             Asked::Get { found, .. } if here => (Some(record.ended), Did::Get(*found)),
             Asked::Get { .. } => return None,
         };

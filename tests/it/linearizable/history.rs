@@ -30,8 +30,24 @@ pub(crate) enum Asked {
         fields: [Option<i64>; FIELDS.len()],
         outcome: Outcome,
     },
+    Delete {
+        outcome: Outcome,
+    },
     /// A read that was answered; `position` is what it asked for.
-    Get { position: Option<u64>, found: State },
+    Get {
+        position: Option<u64>,
+        found: State,
+    },
+}
+
+impl Asked {
+    /// What is known of a write.
+    pub(crate) fn outcome(&self) -> Option<Outcome> {
+        match self {
+            Self::Set { outcome, .. } | Self::Delete { outcome } => Some(*outcome),
+            Self::Get { .. } => None,
+        }
+    }
 }
 
 /// What a client knows of its write.
@@ -146,17 +162,15 @@ impl Client {
             let write = self.random.below(2) == 0;
             let begun = self.now();
             let asked = match write {
+                true if self.random.below(6) == 0 => Some(self.delete(&ports, user).await),
                 true => Some(self.set(&ports, user).await),
                 false => self.get(&ports, user).await,
             };
             let ended = self.now();
-            let was_answered = !matches!(
-                asked,
-                None | Some(Asked::Set {
-                    outcome: Outcome::NotWritten | Outcome::Unknown,
-                    ..
-                })
-            );
+            let was_answered = asked.as_ref().is_some_and(|asked| {
+                let outcome = asked.outcome();
+                outcome.is_none_or(|outcome| matches!(outcome, Outcome::Written(_)))
+            });
             if let Some(asked) = asked {
                 records.push(Record {
                     client: self.id,
@@ -205,6 +219,19 @@ impl Client {
             .header("authorization", AUTHORIZATION)
             .header("content-type", "application/json")
             .body(Value::from(patch).to_string());
+        let outcome = self.write(request).await;
+        Asked::Set { fields, outcome }
+    }
+
+    async fn delete(&mut self, ports: &Ports, user: usize) -> Asked {
+        let url = format!("http://{}/set?user_id={}", ports.write, user_id(user));
+        let request = ports.client.delete(url);
+        let request = request.header("authorization", AUTHORIZATION);
+        let outcome = self.write(request).await;
+        Asked::Delete { outcome }
+    }
+
+    async fn write(&mut self, request: reqwest::RequestBuilder) -> Outcome {
         let outcome = match answer(request).await {
             Ok(Some(answer)) => match answer.status {
                 204 => Outcome::Written(answer.position()),
@@ -219,7 +246,7 @@ impl Client {
         if let Outcome::Written(position) = outcome {
             self.position = Some(position);
         }
-        Asked::Set { fields, outcome }
+        outcome
     }
 
     /// A read; every other one at the position of this client's last write. `None` if it was not

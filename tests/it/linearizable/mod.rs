@@ -1,7 +1,7 @@
 //! Histories of real replicas under faults, and what they may say.
 //!
-//! Many clients ask three replicas for few users; each request is kept with when it began and ended
-//! and what came of it. What must then be true is said twice, once by each replica's own answers and
+//! Many clients set, delete and read few users at three replicas; each request is kept with when it
+//! began and ended and what came of it. What must then be true is said twice, once by each replica's own answers and
 //! once by the log.
 //!
 //! **One replica is linearizable, user by user** ([`checker`]). The operations that went to it, in

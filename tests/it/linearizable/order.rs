@@ -1,11 +1,11 @@
 //! Whether a history is told by the log: its order is one in which everything that was asked and
 //! answered makes sense.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::checker::{State, keys};
 use super::history::{Asked, Outcome, REPLICAS, Record, USERS, user_id};
-use crate::broker::Write;
+use crate::broker::Logged;
 
 /// A log and what clients recorded of it.
 pub(crate) struct Order<'a> {
@@ -13,8 +13,51 @@ pub(crate) struct Order<'a> {
     /// The writes in the log's order: the batch's position, and which record it is.
     places: Vec<(u64, usize)>,
     place_of: HashMap<usize, usize>,
-    /// By user, what the record was before and after each of its writes, and the place of that.
-    states: Vec<HashMap<State, Span>>,
+    /// By user, what the record was before and after each of its writes, and the place of that. Only
+    /// no record comes more than once.
+    states: Vec<HashMap<State, Vec<Span>>>,
+}
+
+/// The deletions of one history. They all look the same in the log.
+#[derive(Default)]
+struct Deletions {
+    /// By user and position, those that were answered.
+    answered: HashMap<(String, u64), Vec<usize>>,
+    /// By user, those of which nothing is known, in the order of time.
+    unknown: HashMap<String, VecDeque<usize>>,
+}
+
+impl Deletions {
+    fn of(records: &[Record]) -> Self {
+        let mut deletions = Self::default();
+        let mut by_begin: Vec<usize> = (0..records.len()).collect();
+        by_begin.sort_by_key(|index| records[*index].begun);
+        for index in by_begin {
+            let Asked::Delete { outcome } = records[index].asked else {
+                continue;
+            };
+            let user = user_id(records[index].user);
+            match outcome {
+                Outcome::Written(position) => {
+                    let answered = deletions.answered.entry((user, position));
+                    answered.or_default().push(index);
+                }
+                Outcome::Unknown => {
+                    deletions.unknown.entry(user).or_default().push_back(index);
+                }
+                Outcome::NotWritten => {}
+            }
+        }
+        deletions
+    }
+
+    /// Which record the log's next deletion of `user` is. Of those that it can be as well the one
+    /// that began first is the best: it may be anywhere the others may be.
+    fn next(&mut self, user: &str, position: u64) -> Option<usize> {
+        let answered = self.answered.get_mut(&(user.to_owned(), position));
+        let answered = answered.and_then(Vec::pop);
+        answered.or_else(|| self.unknown.get_mut(user)?.pop_front())
+    }
 }
 
 /// A user's state holds from one place in the log until before another.
@@ -26,22 +69,28 @@ struct Span {
 
 impl<'a> Order<'a> {
     /// Finds each of the log's writes among the records: whole, once, and none that was refused.
-    pub(crate) fn new(records: &'a [Record], log: &BTreeMap<u64, Vec<Write>>) -> Self {
+    pub(crate) fn new(records: &'a [Record], log: &BTreeMap<u64, Vec<Logged>>) -> Self {
         let mut sent = HashMap::new();
         for (index, record) in records.iter().enumerate() {
             if let Asked::Set { fields, .. } = &record.asked {
                 sent.extend(keys(fields).map(|key| (key, index)));
             }
         }
+        let mut deletions = Deletions::of(records);
         let mut places: Vec<(u64, usize)> = Vec::new();
         let mut found = vec![0; records.len()];
         for (position, write) in log
             .iter()
             .flat_map(|(at, writes)| writes.iter().map(move |w| (*at, w)))
         {
-            let index = sent.get(&(write.field, write.value));
-            let index = *index.unwrap_or_else(|| panic!("nobody sent {write:?} at {position}"));
-            assert_eq!(write.user, user_id(records[index].user));
+            let index = match write {
+                Logged::Set(set) => sent.get(&(set.field, set.value)).copied(),
+                Logged::Delete(user) => deletions.next(user, position),
+            };
+            let index = index.unwrap_or_else(|| panic!("nobody sent {write:?} at {position}"));
+            if let Some(set) = write.set() {
+                assert_eq!(set.user, user_id(records[index].user));
+            }
             found[index] += 1;
             if places.last() != Some(&(position, index)) {
                 places.push((position, index));
@@ -55,10 +104,11 @@ impl<'a> Order<'a> {
             states: vec![HashMap::new(); USERS],
         };
         for (index, record) in records.iter().enumerate() {
-            let Asked::Set { fields, outcome } = &record.asked else {
-                continue;
+            let (whole, outcome) = match &record.asked {
+                Asked::Set { fields, outcome } => (keys(fields).count(), outcome),
+                Asked::Delete { outcome } => (1, outcome),
+                Asked::Get { .. } => continue,
             };
-            let whole = keys(fields).count();
             match outcome {
                 Outcome::NotWritten => {
                     assert_eq!(found[index], 0, "refused and written: {record:?}")
@@ -81,29 +131,38 @@ impl<'a> Order<'a> {
     }
 
     /// What each user's record was in turn. Each write sets values of its own, so no state comes
-    /// twice.
+    /// twice, but for that of no record.
     fn fold(&mut self) {
         let end = self.places.len();
         let mut now: Vec<(State, Option<usize>)> = vec![(None, None); USERS];
         for (place, (_, index)) in self.places.iter().enumerate() {
             let record = &self.records[*index];
-            let Asked::Set { fields, .. } = &record.asked else {
-                unreachable!("only writes are in the log");
-            };
             let (state, from) = &mut now[record.user];
+            let after = match &record.asked {
+                Asked::Set { fields, .. } => {
+                    let mut values = state.unwrap_or_default();
+                    for (field, value) in keys(fields) {
+                        values[field] = value;
+                    }
+                    Some(values)
+                }
+                Asked::Delete { .. } => None,
+                Asked::Get { .. } => unreachable!("only writes are in the log"),
+            };
+            if after == *state {
+                continue;
+            }
             let span = Span {
                 from: *from,
                 until: place,
             };
-            self.states[record.user].insert(*state, span);
-            let values = state.get_or_insert_default();
-            for (field, value) in keys(fields) {
-                values[field] = value;
-            }
-            *from = Some(place);
+            let spans = self.states[record.user].entry(*state);
+            spans.or_default().push(span);
+            (*state, *from) = (after, Some(place));
         }
         for (user, (state, from)) in now.into_iter().enumerate() {
-            self.states[user].insert(state, Span { from, until: end });
+            let spans = self.states[user].entry(state);
+            spans.or_default().push(Span { from, until: end });
         }
     }
 
@@ -155,10 +214,10 @@ impl<'a> Order<'a> {
         }
     }
 
-    /// What a read has found, as a part of the log.
-    fn span(&self, record: &Record, found: &State) -> Span {
-        let span = self.states[record.user].get(found);
-        *span.unwrap_or_else(|| panic!("the log never comes to this: {record:?}"))
+    /// What a read has found, as parts of the log, the first one first.
+    fn spans(&self, record: &Record, found: &State) -> &[Span] {
+        let spans = self.states[record.user].get(found);
+        spans.unwrap_or_else(|| panic!("the log never comes to this: {record:?}"))
     }
 
     /// All that a replica answers, to whomever and in all its lives, is of a beginning of the log
@@ -173,18 +232,16 @@ impl<'a> Order<'a> {
         by_begin.sort_by_key(|(_, record)| record.begun);
         // How far the replica must have come, and who says so.
         let mut least: Option<(usize, &Record)> = None;
+        // Where what a read has found begins.
+        let mut found_from: HashMap<usize, Option<usize>> = HashMap::new();
         let mut ended = by_end.into_iter().peekable();
-        for (_, record) in by_begin {
+        for (index, record) in by_begin {
             while let Some((index, before)) =
                 ended.next_if(|(_, before)| before.ended < record.begun)
             {
-                let shown = match &before.asked {
-                    Asked::Get { found, .. } => self.span(before, found).from,
-                    Asked::Set {
-                        outcome: Outcome::Written(_),
-                        ..
-                    } => Some(self.place_of[&index]),
-                    Asked::Set { .. } => None,
+                let shown = match written(before) {
+                    Some(_) => Some(self.place_of[&index]),
+                    None => found_from.get(&index).copied().flatten(),
                 };
                 let further = |place: &usize| least.is_none_or(|(least, _)| *place > least);
                 if let Some(place) = shown.filter(further) {
@@ -194,13 +251,13 @@ impl<'a> Order<'a> {
             let Asked::Get { found, .. } = &record.asked else {
                 continue;
             };
-            let span = self.span(record, found);
-            if let Some((place, before)) = least {
-                assert!(
-                    place < span.until,
-                    "the second is of an earlier state of the replica: {before:?} {record:?}"
-                );
-            }
+            let spans = self.spans(record, found).iter();
+            let late_enough = |span: &&Span| least.is_none_or(|(place, _)| place < span.until);
+            let Some(span) = spans.copied().find(|span| late_enough(&span)) else {
+                let (_, before) = least.expect("something is later");
+                panic!("the second is of an earlier state of the replica: {before:?} {record:?}");
+            };
+            // The first one that it may be: it has been sent if any of them has.
             if let Some(from) = span.from {
                 let write = &self.records[self.places[from].1];
                 assert!(
@@ -208,6 +265,7 @@ impl<'a> Order<'a> {
                     "read before it was sent: {write:?} {record:?}"
                 );
             }
+            found_from.insert(index, span.from);
         }
     }
 
@@ -223,9 +281,9 @@ impl<'a> Order<'a> {
                 continue;
             };
             let asked_for = self.places.partition_point(|(at, _)| at <= position);
-            let span = self.span(record, found);
+            let mut spans = self.spans(record, found).iter();
             assert!(
-                asked_for <= span.until,
+                spans.any(|span| asked_for <= span.until),
                 "it does not hold what it asked for: {record:?}"
             );
         }
@@ -234,11 +292,8 @@ impl<'a> Order<'a> {
 
 /// The position of a write that was answered.
 fn written(record: &Record) -> Option<u64> {
-    match record.asked {
-        Asked::Set {
-            outcome: Outcome::Written(position),
-            ..
-        } => Some(position),
+    match record.asked.outcome() {
+        Some(Outcome::Written(position)) => Some(position),
         _ => None,
     }
 }

@@ -6,11 +6,15 @@ use std::panic::catch_unwind;
 use super::checker::State;
 use super::history::{Asked, Outcome, Record, user_id};
 use super::order::Order;
-use crate::broker::Write;
+use crate::broker::{Logged, Write};
 
 fn set(replica: usize, begun: u64, value: i64, outcome: Outcome) -> Record {
     let fields = [Some(value), None, None, None];
     record(replica, begun, Asked::Set { fields, outcome })
+}
+
+fn delete(replica: usize, begun: u64, outcome: Outcome) -> Record {
+    record(replica, begun, Asked::Delete { outcome })
 }
 
 fn get(replica: usize, begun: u64, position: Option<u64>, value: i64) -> Record {
@@ -29,13 +33,17 @@ fn record(replica: usize, begun: u64, asked: Asked) -> Record {
     }
 }
 
-/// Whether the log with these values, a batch each, tells `records`.
+/// Whether the log with these values, a batch each, tells `records`; 0 is a deletion.
 fn tells(values: &[i64], records: Vec<Record>) -> bool {
     let batch = |(index, value): (usize, &i64)| {
         let (user, field, value) = (user_id(0), 0, *value);
-        (index as u64 + 1, vec![Write { user, field, value }])
+        let logged = match value {
+            0 => Logged::Delete(user),
+            _ => Write { user, field, value }.into(),
+        };
+        (index as u64 + 1, vec![logged])
     };
-    let log: BTreeMap<u64, Vec<Write>> = values.iter().enumerate().map(batch).collect();
+    let log: BTreeMap<u64, Vec<Logged>> = values.iter().enumerate().map(batch).collect();
     catch_unwind(|| Order::new(&records, &log).check()).is_ok()
 }
 
@@ -82,4 +90,64 @@ fn what_the_log_does_not_tell_is_found() {
     assert!(!tells(&[2, 1], two()));
     let swapped = vec![written(0, 0, 1, 2), written(1, 10, 2, 1)];
     assert!(!tells(&[2, 1], swapped));
+}
+
+#[test]
+fn deletions_are_told_by_the_log_too() {
+    let written =
+        |replica, begun, value, position| set(replica, begun, value, Outcome::Written(position));
+    let deleted = |replica, begun, position| delete(replica, begun, Outcome::Written(position));
+    let maybe = |begun| delete(0, begun, Outcome::Unknown);
+    let three = || vec![written(0, 0, 1, 1), deleted(1, 10, 2), written(0, 20, 2, 3)];
+    let with = |more: &[Record]| [three(), more.to_vec()].concat();
+    let log = [1, 0, 2];
+
+    assert!(tells(&log, three()));
+    // No record before the first write, and after the deletion; not after the second write.
+    assert!(tells(
+        &log,
+        with(&[
+            get(2, 30, None, 0),
+            get(2, 40, None, 1),
+            get(2, 50, None, 0),
+            get(2, 60, None, 2)
+        ])
+    ));
+    assert!(!tells(
+        &log,
+        with(&[get(2, 30, None, 2), get(2, 40, None, 0)])
+    ));
+    assert!(!tells(
+        &log,
+        with(&[
+            get(2, 30, None, 1),
+            get(2, 40, None, 0),
+            get(2, 50, None, 1)
+        ])
+    ));
+    // Whoever answered the deletion does not show what was before it, nor does who is asked for it.
+    assert!(!tells(&log, with(&[get(1, 30, None, 1)])));
+    assert!(tells(&log, with(&[get(1, 30, None, 0)])));
+    assert!(tells(&log, with(&[get(2, 30, Some(2), 0)])));
+    assert!(!tells(&log, with(&[get(2, 30, Some(2), 1)])));
+    assert!(!tells(&log, with(&[get(2, 30, Some(3), 0)])));
+    // It is not seen before it is sent.
+    assert!(!tells(
+        &log,
+        with(&[get(2, 4, None, 1), get(2, 6, None, 0)])
+    ));
+    // It is there, where it was said to be, and once.
+    assert!(!tells(&[1, 2], three()));
+    assert!(!tells(&[0, 1, 2], three()));
+    assert!(!tells(&[1, 0, 2, 0], three()));
+    assert!(tells(&[1, 0, 2, 0], with(&[maybe(15)])));
+    assert!(tells(&log, with(&[maybe(15)])));
+    assert!(!tells(&[1, 0, 2, 0, 0], with(&[maybe(15)])));
+    assert!(!tells(
+        &[1, 0, 2, 0],
+        with(&[delete(0, 15, Outcome::NotWritten)])
+    ));
+    // What was answered before another was begun is before it.
+    let swapped = vec![deleted(0, 0, 2), written(1, 10, 1, 1)];
+    assert!(!tells(&[1, 0], swapped));
 }

@@ -79,7 +79,7 @@ impl Broker {
         self.known.insert(name, now);
         self.clock_ns = self.now_ns().max(self.clock_ns + 1);
         let (seq, time_ns) = (self.end() + 1, self.clock_ns);
-        ledger.take(time_ns, self.last_ns, seq, batch.patches.clone());
+        ledger.take(time_ns, self.last_ns, seq, batch.writes.clone());
         self.last_ns = time_ns;
         self.entries.push_back(Entry {
             seq,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
-use gradestore::grade::{Changes, FIELDS, Patch, Values};
+use gradestore::grade::{Changes, FIELDS, Patch, Values, Write};
 use gradestore::log::Seq;
 use gradestore::remote::GRADE_POSITION;
 use http::header::{AUTHORIZATION, CONTENT_TYPE};
@@ -43,6 +43,10 @@ pub enum OpKind {
         fields: u8,
         hang_up_ms: Option<u64>,
     },
+    /// Removes the record; may hang up as well.
+    Delete {
+        hang_up_ms: Option<u64>,
+    },
     Get,
     /// A read that wants to see the client's last write.
     GetOwn,
@@ -56,9 +60,11 @@ pub struct Client {
     /// The last position it was told, and the time of that batch.
     last: Option<(Seq, u64)>,
     sets: i64,
-    sets_answered: u64,
+    writes_answered: u64,
     /// Its writes that were refused: they must be nowhere.
-    pub refused: Vec<Patch>,
+    pub refused: Vec<Write>,
+    /// Those that were not: one deletion is as another.
+    pub sent: Vec<Write>,
 }
 
 enum Answer {
@@ -75,8 +81,9 @@ impl Client {
             number,
             last: None,
             sets: 0,
-            sets_answered: 0,
+            writes_answered: 0,
             refused: Vec::new(),
+            sent: Vec::new(),
         }
     }
 
@@ -91,10 +98,10 @@ impl Client {
             user,
             kind,
         };
-        let before = self.sets_answered;
+        let before = self.writes_answered;
         for _ in 0..SETS_MAX {
             self.set(&op, 1, None).await;
-            if self.sets_answered > before || self.world.violated() {
+            if self.writes_answered > before || self.world.violated() {
                 return;
             }
             sleep(RECOVERED_AFTER).await;
@@ -107,6 +114,7 @@ impl Client {
             sleep(Duration::from_millis(op.think_ms)).await;
             match op.kind {
                 OpKind::Set { fields, hang_up_ms } => self.set(&op, fields, hang_up_ms).await,
+                OpKind::Delete { hang_up_ms } => self.delete(&op, hang_up_ms).await,
                 OpKind::Get => self.get(&op, None).await,
                 OpKind::GetOwn => self.get(&op, self.last).await,
             }
@@ -132,13 +140,43 @@ impl Client {
             .header(CONTENT_TYPE, "application/json")
             .body(Body::from(json))
             .expect("a request");
+        self.write(op, Write::Set(patch), request, hang_up_ms).await;
+    }
+
+    async fn delete(&mut self, op: &Op, hang_up_ms: Option<u64>) {
+        let user_id = format!("user-{}", op.user);
+        let request = Request::delete(format!("/set?user_id={user_id}"))
+            .header(AUTHORIZATION, AUTHORIZED)
+            .body(Body::empty())
+            .expect("a request");
+        let write = Write::Delete(user_id.into());
+        self.write(op, write, request, hang_up_ms).await;
+    }
+
+    async fn write(
+        &mut self,
+        op: &Op,
+        write: Write,
+        request: Request<Body>,
+        hang_up_ms: Option<u64>,
+    ) {
         let asked = self.ask(op.node, request, true);
         let hang_up = Duration::from_millis(hang_up_ms.unwrap_or(u64::MAX / 4));
-        let Ok((process, answer)) = tokio::time::timeout(hang_up, asked).await else {
-            return self.note(op, || format!("sets {patch:?} and hangs up"));
+        let asked = tokio::time::timeout(hang_up, asked).await;
+        let refused = matches!(
+            &asked,
+            Ok((_, Answer::Response(response)))
+                if response.status() == StatusCode::SERVICE_UNAVAILABLE
+        );
+        match refused {
+            true => self.refused.push(write.clone()),
+            false => self.sent.push(write.clone()),
+        }
+        let Ok((process, answer)) = asked else {
+            return self.note(op, || format!("writes {write:?} and hangs up"));
         };
         let Answer::Response(response) = answer else {
-            return self.note(op, || format!("sets {patch:?}: connection broken"));
+            return self.note(op, || format!("writes {write:?}: connection broken"));
         };
         let status = response.status();
         match (status, process) {
@@ -146,15 +184,14 @@ impl Client {
                 let seq = response.headers().get(GRADE_POSITION);
                 let seq = seq.and_then(|seq| seq.to_str().ok()?.parse().ok());
                 let seq: Seq = seq.unwrap_or_default();
-                self.note(op, || format!("sets {patch:?}: batch {seq}"));
-                self.check_answered(op.node, &process, &patch, seq);
+                self.note(op, || format!("writes {write:?}: batch {seq}"));
+                self.check_answered(op.node, &process, &write, seq);
             }
             (StatusCode::SERVICE_UNAVAILABLE, _) => {
-                self.note(op, || format!("sets {patch:?}: refused"));
-                self.refused.push(patch);
+                self.note(op, || format!("writes {write:?}: refused"));
             }
             (StatusCode::GATEWAY_TIMEOUT, _) => {
-                self.note(op, || format!("sets {patch:?}: outcome unknown"));
+                self.note(op, || format!("writes {write:?}: outcome unknown"));
             }
             _ => self.violate(format!("a good write was answered with {status}")),
         }
@@ -162,12 +199,12 @@ impl Client {
 
     /// An answered write is in the log where the answer says, the replica that answered shows it,
     /// and what one client is told never goes back.
-    fn check_answered(&mut self, node: usize, process: &Process, patch: &Patch, seq: Seq) {
+    fn check_answered(&mut self, node: usize, process: &Process, write: &Write, seq: Seq) {
         let position = process.node.applied.position();
         let state = self.world.lock();
         let time_ns = state.ledger.before(position.time_ns, seq);
         let place = time_ns.and_then(|time_ns| state.ledger.at(time_ns));
-        let there = place.is_some_and(|place| place.patches.contains(patch));
+        let there = place.is_some_and(|place| place.writes.contains(write));
         let back = self.last.filter(|(last, last_ns)| {
             *last >= seq && state.ledger.at(*last_ns).is_some_and(|place| !place.lost)
         });
@@ -183,7 +220,7 @@ impl Client {
         }
         self.last = time_ns.map(|time_ns| (seq, time_ns));
         self.world.lock().answered += 1;
-        self.sets_answered += 1;
+        self.writes_answered += 1;
         check::look(&self.world, node, process, &self.knobs, true);
     }
 

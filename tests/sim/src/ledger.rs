@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use gradestore::grade::{Digest, FIELD_COUNT, Patch, UserGrade, Values};
+use gradestore::grade::{Digest, FIELD_COUNT, UserGrade, Values, Write};
 use gradestore::log::Seq;
 
 /// The records after some batch, by a fold that knows nothing of the program's.
@@ -11,7 +11,14 @@ use gradestore::log::Seq;
 pub struct State(BTreeMap<Box<str>, Values>);
 
 impl State {
-    fn apply(&mut self, patch: &Patch) {
+    fn apply(&mut self, write: &Write) {
+        let patch = match write {
+            Write::Set(patch) => patch,
+            Write::Delete(user_id) => {
+                self.0.remove(user_id);
+                return;
+            }
+        };
         let values = self
             .0
             .entry(patch.user_id.clone())
@@ -48,7 +55,7 @@ pub struct Place {
     pub seq: Seq,
     /// The time of the batch before it; what makes a place one of its log's.
     pub before_ns: u64,
-    pub patches: Arc<[Patch]>,
+    pub writes: Arc<[Write]>,
     pub state: Arc<State>,
     pub digest: Digest,
     /// Whether the broker lost it: by going back, or with its whole stream.
@@ -70,16 +77,16 @@ impl Ledger {
     }
 
     /// A batch was taken at `time_ns`, after the one of `before_ns` (0: it is a log's first).
-    pub fn take(&mut self, time_ns: u64, before_ns: u64, seq: Seq, patches: Arc<[Patch]>) {
+    pub fn take(&mut self, time_ns: u64, before_ns: u64, seq: Seq, writes: Arc<[Write]>) {
         let mut state = match self.places.get(&before_ns) {
             Some(before) => State::clone(&before.state),
             None => State::default(),
         };
-        patches.iter().for_each(|patch| state.apply(patch));
+        writes.iter().for_each(|write| state.apply(write));
         let place = Place {
             seq,
             before_ns,
-            patches,
+            writes,
             digest: state.digest(),
             state: Arc::new(state),
             lost: false,
@@ -118,11 +125,11 @@ impl Ledger {
         None
     }
 
-    /// Whether `patch` is in any batch, lost or not.
-    pub fn anywhere(&self, is: impl Fn(&Patch) -> bool) -> Option<Seq> {
+    /// A batch that holds such a write, lost or not.
+    pub fn anywhere(&self, is: impl Fn(&Write) -> bool) -> Option<Seq> {
         let mut places = self.places.values();
         places
-            .find(|place| place.patches.iter().any(&is))
+            .find(|place| place.writes.iter().any(&is))
             .map(|place| place.seq)
     }
 }

@@ -160,12 +160,15 @@ fn client(rng: &mut fastrand::Rng, nodes: usize, users: u8) -> Vec<Op> {
         think_ms: rng.u64(0..think_max),
         node: if roams { rng.usize(..nodes) } else { home },
         user: rng.u8(..users),
-        kind: match rng.u8(..10) {
+        kind: match rng.u8(..12) {
             0..=5 => OpKind::Set {
                 fields: rng.u8(1..16),
                 hang_up_ms: (rng.u8(..12) == 0).then(|| rng.u64(0..60)),
             },
-            6 | 7 => OpKind::Get,
+            6 | 7 => OpKind::Delete {
+                hang_up_ms: (rng.u8(..12) == 0).then(|| rng.u64(0..60)),
+            },
+            8 | 9 => OpKind::Get,
             _ => OpKind::GetOwn,
         },
     };

@@ -75,6 +75,7 @@ impl Knobs {
                 queue_patches_max: self.queue_patches_max,
                 batch_patches_max: self.batch_patches_max,
                 wait_max: Self::WRITE_WAIT_MAX,
+                bulks_max: 1,
             },
             restore_from: None,
             cluster: ClusterConfig {
@@ -277,6 +278,7 @@ fn metrics(
         batch_patches: Histogram::noop(),
         batch_duration: Histogram::noop(),
         patches_applied: Counter::noop(),
+        deletions_applied: Counter::noop(),
         gaps: Counter::from_arc(Arc::clone(gaps)),
         resyncs: Counter::from_arc(Arc::clone(resyncs)),
         checkpoints: CheckpointMetrics {

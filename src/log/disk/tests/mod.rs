@@ -10,7 +10,7 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use super::*;
-use crate::grade::{Changes, Patch};
+use crate::grade::{Changes, Patch, Write};
 use crate::log::{Entry, Origin};
 
 /// Small enough that a few batches make a table and a few more a segment.
@@ -20,19 +20,21 @@ const TINY: Sizes = Sizes {
     reserve_bytes: 0,
 };
 
-fn batch(number: u64, patches: usize) -> Batch {
-    let patches = (0..patches).map(|index| {
+/// Every fifth write is a deletion.
+fn batch(number: u64, writes: usize) -> Batch {
+    let writes = (0..writes).map(|index| {
+        let user_id = format!("user-{number}-{index}").into();
+        if (number as usize + index).is_multiple_of(5) {
+            return Write::Delete(user_id);
+        }
         let mut changes = Changes::default();
         changes.set(index % 4, number as i64);
-        Patch {
-            user_id: format!("user-{number}-{index}").into(),
-            changes,
-        }
+        Write::Set(Patch { user_id, changes })
     });
     Batch {
         origin: Origin(7),
         number,
-        patches: patches.collect(),
+        writes: writes.collect(),
         checkpoint: None,
     }
 }
@@ -75,8 +77,8 @@ fn check(entries: &[Entry], after: Seq) {
         assert_eq!(entry.seq, seq);
         assert!(entry.time_ns >= time_ns);
         time_ns = entry.time_ns;
-        let wanted = batch(entry.batch.number, entry.batch.patches.len());
-        assert_eq!(entry.batch.patches, wanted.patches);
+        let wanted = batch(entry.batch.number, entry.batch.writes.len());
+        assert_eq!(entry.batch.writes, wanted.writes);
         assert_eq!(entry.batch.origin, wanted.origin);
     }
 }

@@ -41,8 +41,8 @@ async fn own_batches_come_back_undecoded() {
     let sent = batch(1, 3);
     log.append(sent.clone()).await.unwrap();
     assert!(Arc::ptr_eq(
-        &read(&log, 0).await[0].batch.patches,
-        &sent.patches
+        &read(&log, 0).await[0].batch.writes,
+        &sent.writes
     ));
 }
 
@@ -121,7 +121,7 @@ async fn readers_see_each_batch_once_and_in_order_while_batches_come() {
 
 #[derive(Debug, Clone)]
 enum Step {
-    Append { patches: usize },
+    Append { writes: usize },
     Trim { through_percent: u64 },
     Reopen,
 }
@@ -132,7 +132,7 @@ proptest! {
     /// Whatever is done in whatever order, the log is the model from its first batch on.
     #[test]
     fn agrees_with_a_vec(steps in prop::collection::vec(prop_oneof![
-        6 => (0..12_usize).prop_map(|patches| Step::Append { patches }),
+        6 => (0..12_usize).prop_map(|writes| Step::Append { writes }),
         1 => (0..130_u64).prop_map(|through_percent| Step::Trim { through_percent }),
         1 => Just(Step::Reopen),
     ], 1..60)) {
@@ -143,8 +143,8 @@ proptest! {
             for step in steps {
                 let (first, end) = (log.first(), log.end());
                 match step {
-                    Step::Append { patches } => {
-                        let batch = batch(end * 10, patches);
+                    Step::Append { writes } => {
+                        let batch = batch(end * 10, writes);
                         log.append(batch.clone()).await.unwrap();
                         model.insert(end + 1, batch);
                     }
@@ -167,7 +167,7 @@ proptest! {
             for entry in entries {
                 let wanted = &model[&entry.seq];
                 assert_eq!(entry.batch.number, wanted.number);
-                assert_eq!(entry.batch.patches, wanted.patches);
+                assert_eq!(entry.batch.writes, wanted.writes);
             }
         });
     }

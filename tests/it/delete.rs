@@ -1,0 +1,176 @@
+//! The contract of `DELETE /set`, and that what was deleted stays so.
+
+use serde_json::json;
+use tempfile::tempdir;
+
+use crate::broker::{Broker, Load, STREAM, at, check, delete, get_at};
+use crate::disk::{Held, backup_of, program_from, program_on, restored};
+use crate::harness::{AUTHORIZATION, Node, Ports, delete_request};
+use crate::wire::{Answer, Raw, eventually};
+
+async fn ask(node: &Ports, request: String) -> Answer {
+    let mut connection = Raw::connect(node.write).await;
+    connection.send(request).await;
+    connection.answer().await
+}
+
+/// Two users, one of whom has been deleted and set again, with one field.
+async fn come_and_go(node: &Ports) {
+    for body in [
+        r#"{"user_id":"a b","spp":5,"return_fee":7}"#,
+        r#"{"user_id":"b","spp":6}"#,
+    ] {
+        node.set(body).await.position();
+    }
+    for user in ["a+b", "b"] {
+        delete(node, user).await.position();
+    }
+    node.set(r#"{"user_id":"a b","shipping_fee":1}"#)
+        .await
+        .position();
+}
+
+/// What must be there then.
+async fn came_and_went(node: &Ports) {
+    let a = json!({
+        "user_id": "a b", "postpaid_limit": 0, "spp": 0, "shipping_fee": 1, "return_fee": 0,
+    });
+    assert_eq!(node.get("a b").await.json(), a);
+    node.get("b").await.problem(404, "user-unknown");
+    assert_eq!(node.ops("/status").await.json()["records"], 1);
+}
+
+#[tokio::test]
+async fn a_deletion_is_answered_with_its_position_and_nothing_is_left() {
+    let node = Node::start().await;
+    let empty = Held::by(&node).await;
+    come_and_go(&node).await;
+    came_and_went(&node).await;
+    let answer = delete(&node, "a+b").await;
+    assert_eq!((answer.position(), answer.body.as_str()), (6, ""));
+    node.get("a b").await.problem(404, "user-unknown");
+    // One who is not there is deleted all the same: the log decides who is.
+    assert_eq!(delete(&node, "a+b").await.position(), 7);
+    assert_eq!(delete(&node, "nobody").await.position(), 8);
+    let held = Held::by(&node).await;
+    assert_eq!((held.records, held.digest), (0, empty.digest));
+    for (name, value) in [
+        ("gradestore_patches_applied_total", 3.0),
+        ("gradestore_deletions_applied_total", 5.0),
+        (
+            r#"gradestore_http_requests_total{route="/set",status="204"}"#,
+            8.0,
+        ),
+    ] {
+        assert_eq!(node.metric(name).await, Some(value), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn it_needs_the_password_and_one_user() {
+    let node = Node::start().await;
+    node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    let ours = format!("authorization: {AUTHORIZATION}\r\n");
+    for wrong in ["", "authorization: Basic YWRtaW46d3Jvbmc=\r\n"] {
+        let request = delete_request("?user_id=a").replace(&ours, wrong);
+        ask(&node, request).await.problem(401, "unauthorized");
+    }
+    let long = format!("?user_id={}", "x".repeat(257));
+    for (query, cause) in [
+        ("", "user-id-missing"),
+        ("?USER_ID=a", "user-id-missing"),
+        ("?user_id=a&user_id=a", "user-id-repeated"),
+        ("?user_id=a&user%5fid=b", "user-id-repeated"),
+        ("?user_id=", "user-id-invalid"),
+        ("?user_id=%00", "user-id-invalid"),
+        (&long, "user-id-invalid"),
+        ("?user_id=%", "query-encoding"),
+        ("?user_id=%ff", "query-encoding"),
+    ] {
+        ask(&node, delete_request(query)).await.problem(400, cause);
+    }
+    let held = Held::by(&node).await;
+    assert_eq!((held.position, held.records), (1, 1));
+}
+
+#[tokio::test]
+async fn a_deletion_outlives_the_process_in_the_log_in_snapshots_and_in_backups() {
+    let root = tempdir().unwrap();
+    let dir = root.path().join("data");
+    let node = Node::start_with(&mut program_on(&dir)).await;
+    come_and_go(&node).await;
+    let held = Held::by(&node).await;
+    let file = backup_of(&node).await;
+    node.kill();
+    // From the log alone, then from a snapshot alone.
+    let node = Node::start_with(&mut program_on(&dir)).await;
+    came_and_went(&node).await;
+    assert_eq!(node.ops("/status").await.json()["restore"], json!(null));
+    node.end().await;
+    let node = Node::start_with(&mut program_on(&dir)).await;
+    came_and_went(&node).await;
+    assert_eq!(node.ops("/status").await.json()["restore"]["rows"], 1);
+    assert_eq!(Held::by(&node).await, held);
+
+    let (store, summary) = restored(&file);
+    assert_eq!(summary.rows, 1);
+    assert_eq!(Held::in_store(&store, held.position), held);
+    let path = root.path().join("grades.csv.gz");
+    std::fs::write(&path, file).unwrap();
+    let node = Node::start_with(&mut program_from(&path)).await;
+    came_and_went(&node).await;
+}
+
+#[tokio::test]
+async fn replicas_delete_in_the_logs_order_and_older_ones_are_told_to_stop() {
+    let broker = Broker::start().await;
+    let [a, b] = broker.replicas().await;
+    come_and_go(&a).await;
+    at(&b, 5).await;
+    came_and_went(&b).await;
+    // Through the other one, and back.
+    let deleted = delete(&b, "a+b").await.position();
+    let read = a
+        .client
+        .get(format!("http://{}/get?user_id=a+b", a.read))
+        .header("grade-position", deleted);
+    let answer = Answer::of(read.send().await.unwrap()).await;
+    answer.problem(404, "user-unknown");
+    let set = a.set(r#"{"user_id":"c","spp":1}"#).await.position();
+    assert_eq!(get_at(&b, "c", set).await["spp"], 1);
+    // Only a batch with a deletion is one that they can't read.
+    let stream = broker.client().await.get_stream(STREAM).await.unwrap();
+    let mut formats = String::new();
+    for seq in 1..=set {
+        let message = stream.get_raw_message(seq).await.unwrap();
+        formats += message.headers.get("Grade-Format").unwrap().as_str();
+    }
+    assert_eq!(formats, "1122121");
+    // One that comes late reads it all.
+    check(
+        &broker.client().await,
+        &[&a, &b, &broker.replica().await],
+        &[],
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_begins_with_a_backup_taken_among_deletions_is_as_the_others() {
+    let broker = Broker::start().await;
+    let [a, b] = broker.replicas().await;
+    let load = Load::start(&[&a, &b], 40, usize::MAX);
+    let mut late = Vec::new();
+    for _ in 0..3 {
+        let applied = "gradestore_deletions_applied_total";
+        let before = a.metric(applied).await.unwrap();
+        eventually("more deletions", async || {
+            (a.metric(applied).await? >= before + 20.0).then_some(())
+        })
+        .await;
+        late.push(broker.replica().await);
+    }
+    let answered = load.stop().await;
+    let nodes = [&a, &b, &late[0], &late[1], &late[2]];
+    check(&broker.client().await, &nodes, &answered).await;
+}
