@@ -1,6 +1,6 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip compare \
+.PHONY: help run cluster test picture sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip compare \
 	jetstream backups drill soak mutants
 
 help: ## this list
@@ -16,6 +16,12 @@ test: ## every test
 	tests/install.sh
 	cargo test --locked
 	$(MAKE) sim
+
+picture: ## the README's picture of the status page
+	tests/install.sh
+	cargo test --locked --test it page::a_ready_node
+	mkdir -p docs
+	cp target/tmp/page/ready-light.png docs/status-page.png
 
 SEEDS ?= 1000
 sim: ## a simulated cluster through what can go wrong, SEEDS times

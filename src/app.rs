@@ -17,6 +17,7 @@ use crate::config::{ClusterConfig, Config};
 use crate::http::backup::BackupMetrics;
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops;
+use crate::http::traffic::RecentTraffic;
 use crate::http::{self, HttpMetrics};
 use crate::log::{Origin, now_ns};
 use crate::node::{Node, Parts, StartError};
@@ -190,7 +191,8 @@ pub async fn run(
         metrics: Arc::clone(&http_metrics),
         connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
     };
-    let ops_router = ops::routes(node.ops(Arc::clone(&telemetry)));
+    let traffic = RecentTraffic::default();
+    let ops_router = ops::routes(node.ops(Arc::clone(&telemetry), traffic.clone()));
     let ops = listener("ops", sockets.ops, ops_router, None, limits.ops);
     rest.spawn(ops.serve(stop_rest.child_token()));
     let data_ports = [
@@ -203,6 +205,11 @@ pub async fn run(
     }
     let upkeep = Arc::clone(&telemetry);
     rest.spawn(until(&stop_rest, async move { upkeep.upkeep().await }));
+    let measured = Arc::clone(&telemetry);
+    rest.spawn(until(
+        &stop_rest,
+        async move { traffic.watch(&measured).await },
+    ));
     rest.spawn(until(&stop_rest, progress::report(node.restore.clone())));
     node.announce(url);
 

@@ -5,20 +5,26 @@
 //! | write | `POST /set` | [`mod@write`] |
 //! | write | `GET /backup` | [`backup`] |
 //! | read | `GET /get` | [`read`] |
-//! | ops | `GET /livez` `/readyz` `/readyz/write` `/metrics` `/status` | [`ops`] |
+//! | ops | `GET /livez` `/readyz` `/readyz/write` `/metrics` | [`ops`] |
+//! | ops | `GET /status` `/` | [`status`], `page` |
 //!
-//! [`listener`] takes connections and bounds them, `observe` counts and times requests,
+//! [`listener`] takes connections and bounds them, `observe` counts and times requests, [`traffic`] knows
+//! the last seconds of that,
 //! [`error::ApiError`] alone maps what can go wrong to statuses.
 
 mod answer;
 mod auth;
 pub mod backup;
 pub mod error;
+mod human;
 pub mod listener;
 mod observe;
 pub mod ops;
+mod page;
 mod patch_body;
 pub mod read;
+pub mod status;
+pub mod traffic;
 pub mod write;
 
 pub use answer::{Answer, AnswerBody};

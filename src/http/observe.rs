@@ -26,7 +26,7 @@ use super::error::ApiError;
 use super::listener::{Connection, Direct, Directly};
 
 /// The routes as metrics name them; whatever else is asked for counts as the last one.
-const ROUTES: [&str; 9] = [
+const ROUTES: [&str; 10] = [
     "/set",
     "/get",
     BACKUP,
@@ -35,6 +35,7 @@ const ROUTES: [&str; 9] = [
     "/readyz/write",
     "/metrics",
     "/status",
+    "/",
     "other",
 ];
 /// The route whose answer goes on after it has begun.

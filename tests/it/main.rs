@@ -7,6 +7,7 @@
 )]
 
 mod broker;
+mod browser;
 mod clients;
 mod disk;
 mod fake_peer;
@@ -40,6 +41,7 @@ mod linearizable;
 mod log_faults;
 mod ops;
 mod outrun;
+mod page;
 mod peers;
 mod recover;
 mod restart;
