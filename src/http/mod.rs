@@ -7,6 +7,7 @@
 //! | read | `GET /get` | [`read`] |
 //! | ops | `GET /livez` `/readyz` `/readyz/write` `/metrics` | [`ops`] |
 //! | ops | `GET /status` `/` | [`status`], `page` |
+//! | ops | `GET /openapi.json` | `openapi` |
 //!
 //! [`listener`] takes connections and bounds them, `observe` counts and times requests, [`traffic`] knows
 //! the last seconds of that,
@@ -19,6 +20,7 @@ pub mod error;
 mod human;
 pub mod listener;
 mod observe;
+mod openapi;
 pub mod ops;
 mod page;
 mod patch_body;

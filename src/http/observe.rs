@@ -26,7 +26,7 @@ use super::error::ApiError;
 use super::listener::{Connection, Direct, Directly};
 
 /// The routes as metrics name them; whatever else is asked for counts as the last one.
-const ROUTES: [&str; 10] = [
+pub(super) const ROUTES: [&str; 11] = [
     "/set",
     "/get",
     BACKUP,
@@ -36,6 +36,7 @@ const ROUTES: [&str; 10] = [
     "/metrics",
     "/status",
     "/",
+    "/openapi.json",
     "other",
 ];
 /// The route whose answer goes on after it has begun.

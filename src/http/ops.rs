@@ -10,6 +10,7 @@ use http::HeaderValue;
 use http::header::CONTENT_TYPE;
 
 use super::error::ApiError;
+use super::openapi::OpenApi;
 use super::page::View;
 use super::status::Status;
 use super::traffic::RecentTraffic;
@@ -78,6 +79,7 @@ pub fn routes(state: OpsState) -> Router {
     let getting = |handler: MethodRouter<OpsState>| {
         handler.fallback(|| async { ApiError::MethodNotAllowed("GET, HEAD") })
     };
+    let openapi = OpenApi::new();
     Router::new()
         .route("/", getting(get(status_page)))
         .route("/livez", getting(get(alive)))
@@ -85,9 +87,13 @@ pub fn routes(state: OpsState) -> Router {
         .route("/readyz/write", getting(get(ready_for_writes)))
         .route("/metrics", getting(get(metrics)))
         .route("/status", getting(get(status)))
+        .route(
+            "/openapi.json",
+            getting(get(move || async { openapi.answer() })),
+        )
         .fallback(|| async {
             ApiError::RouteUnknown(
-                "/, /livez, /readyz, /readyz/write, /metrics, /status",
+                "/, /livez, /readyz, /readyz/write, /metrics, /status, /openapi.json",
             )
         })
         .with_state(state)
