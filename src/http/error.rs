@@ -7,6 +7,7 @@ use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use serde::Serialize;
 
+use super::failures::Failure;
 use crate::grade::{USER_ID, UserIdError};
 use crate::readiness::Unready;
 use crate::replication::WriteError;
@@ -184,22 +185,30 @@ struct Problem<'a> {
     r#type: String,
     title: &'a str,
     status: u16,
-    detail: String,
+    detail: &'a str,
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let (status, cause) = self.kind();
+        let detail = self.to_string();
         let problem = Problem {
             r#type: format!("urn:gradestore:problem:{cause}"),
             title: status.canonical_reason().unwrap_or_default(),
             status: status.as_u16(),
-            detail: self.to_string(),
+            detail: &detail,
         };
         let body = serde_json::to_vec(&problem).unwrap_or_default();
         let mut headers = self.headers(status);
         let problem_json = HeaderValue::from_static("application/problem+json");
         headers.insert(CONTENT_TYPE, problem_json);
-        (status, headers, body).into_response()
+        let mut response = (status, headers, body).into_response();
+        if Failure::is_told(status) {
+            let (problem, detail) = (cause, detail.into());
+            response
+                .extensions_mut()
+                .insert(Failure { problem, detail });
+        }
+        response
     }
 }

@@ -10,13 +10,14 @@
 //! | ops | `GET /openapi.json` | `openapi` |
 //!
 //! [`listener`] takes connections and bounds them, `observe` counts and times requests, [`traffic`] knows
-//! the last seconds of that,
+//! the last seconds of that, `request_id` names them, `failures` logs those that failed,
 //! [`error::ApiError`] alone maps what can go wrong to statuses.
 
 mod answer;
 mod auth;
 pub mod backup;
 pub mod error;
+mod failures;
 mod human;
 pub mod listener;
 mod observe;
@@ -25,6 +26,7 @@ pub mod ops;
 mod page;
 mod patch_body;
 pub mod read;
+mod request_id;
 pub mod status;
 pub mod traffic;
 pub mod write;

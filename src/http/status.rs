@@ -1,4 +1,4 @@
-//! What a node says of itself: `GET /status`, and the [page](super::page) for people.
+//! What a node says of itself: `GET /status`, and the page for people.
 
 use std::sync::Arc;
 

@@ -39,6 +39,7 @@ mod kept_inputs;
 mod limits;
 mod linearizable;
 mod log_faults;
+mod logs;
 mod openapi;
 mod ops;
 mod outrun;
