@@ -26,6 +26,7 @@ use crate::remote::{Client, Compression};
 use crate::replication::SILENCE_MAX;
 use crate::storage::Storage;
 use crate::store::Store;
+use crate::supervisor;
 use crate::telemetry::Telemetry;
 
 /// Connections that may wait to be accepted; the system may allow fewer.
@@ -211,6 +212,8 @@ pub async fn run(
         async move { traffic.watch(&measured).await },
     ));
     rest.spawn(until(&stop_rest, progress::report(node.restore.clone())));
+    let told = supervisor::report(node.readiness.clone(), node.restore.clone());
+    rest.spawn(until(&stop_rest, told));
     node.announce(url);
 
     tokio::select! {
@@ -220,6 +223,7 @@ pub async fn run(
 
     // Unready first, so that whoever asks goes elsewhere; then finish what runs.
     tracing::info!("stopping");
+    supervisor::stopping();
     let stopping = node.stopping();
     stop_listening.cancel();
     let deadline = tokio::time::Instant::now() + config.http.drain_max;

@@ -51,6 +51,7 @@ mod restore_from;
 mod set;
 mod stages;
 mod stall;
+mod supervisor;
 mod three_servers;
 mod trim;
 mod under_writes;
