@@ -133,7 +133,10 @@ pub async fn alive_while<T>(
     };
     let stop = CancellationToken::new();
     let serving = tokio::spawn(listener.serve(stop.clone()));
-    let opened = opening.await;
+    let opened = tokio::select! {
+        opened = opening => opened,
+        never = supervisor::opening() => match never {},
+    };
     stop.cancel();
     let _ = tokio::time::timeout(OPS_DRAIN_MAX, serving).await;
     Ok(opened)

@@ -4,6 +4,7 @@
 //! The node counts as started once it answers reads, as `/readyz` has it. Until then it asks for more
 //! time again and again: a restore takes as long as it takes.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -17,6 +18,17 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How often more time is asked for, and how much.
 const EXTEND_EVERY: Duration = Duration::from_secs(5);
 const EXTEND_BY_US: u32 = 30_000_000;
+
+/// Asks for time while the log is being opened, for ever.
+pub async fn opening() -> Infallible {
+    let mut every = tokio::time::interval(EXTEND_EVERY);
+    let status = NotifyState::Status("starting: the log is being opened");
+    let news = [NotifyState::ExtendTimeoutUsec(EXTEND_BY_US), status];
+    loop {
+        every.tick().await;
+        tell(&news);
+    }
+}
 
 /// Tells of the node while it runs, for ever.
 pub async fn report(readiness: Readiness, restore: RestoreTracker) {

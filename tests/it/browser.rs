@@ -150,7 +150,7 @@ impl Browser {
             page.call(method, params).await;
         }
         eventually(url, async || {
-            let there = format!("document.readyState === 'complete' && location.href === '{url}'");
+            let there = format!("location.href === '{url}'");
             (page.evaluate(&there).await == true).then_some(())
         })
         .await;
@@ -158,6 +158,16 @@ impl Browser {
     }
 
     async fn call(&mut self, session: Option<&str>, method: &str, params: Value) -> Value {
+        let answer = self.try_call(session, method, params).await;
+        answer.unwrap_or_else(|error| panic!("{method}: {error}"))
+    }
+
+    async fn try_call(
+        &mut self,
+        session: Option<&str>,
+        method: &str,
+        params: Value,
+    ) -> Result<Value, String> {
         self.calls += 1;
         let id = self.calls;
         let mut call = json!({"id": id, "method": method, "params": params});
@@ -170,8 +180,10 @@ impl Browser {
                 .await
                 .expect("Chromium ended");
             if said["id"] == id {
-                assert!(said["error"].is_null(), "{method}: {}", said["error"]);
-                return said["result"].take();
+                return match said["error"]["message"].as_str() {
+                    Some(error) => Err(error.to_owned()),
+                    None => Ok(said["result"].take()),
+                };
             }
             let event = said["method"].as_str().unwrap_or_default();
             if matches!(event, "Runtime.exceptionThrown" | "Log.entryAdded") {
@@ -187,12 +199,31 @@ impl Page<'_> {
         self.browser.call(session, method, params).await
     }
 
-    /// The value of an expression of the page's language.
+    /// The value of an expression of the page's language, once the page is whole.
     pub(crate) async fn evaluate(&mut self, expression: &str) -> Value {
-        let params = json!({"expression": expression, "returnByValue": true});
-        let mut answer = self.call("Runtime.evaluate", params).await;
-        assert!(answer["exceptionDetails"].is_null(), "{answer}");
-        answer["result"]["value"].take()
+        // A page without script is loaded anew now and then, perhaps just now.
+        let when_whole =
+            format!("document.readyState === 'complete' ? {{value: {expression}}} : null");
+        let params = json!({"expression": when_whole, "returnByValue": true});
+        eventually(expression, async || {
+            let session = Some(self.session.as_str());
+            let evaluated = self
+                .browser
+                .try_call(session, "Runtime.evaluate", params.clone());
+            match evaluated.await {
+                Ok(mut answer) => {
+                    assert!(answer["exceptionDetails"].is_null(), "{answer}");
+                    let found = answer["result"]["value"].take();
+                    found.is_object().then(|| found["value"].clone())
+                }
+                Err(error) => {
+                    let gone = error.contains("navigated") || error.contains("context");
+                    assert!(gone, "{expression}: {error}");
+                    None
+                }
+            }
+        })
+        .await
     }
 
     /// What a person reads.

@@ -195,7 +195,7 @@ async fn lines_are_json_where_that_is_wanted_and_as_many_as_rust_log_says() {
         ask(&node, OTHERS[1], &with(&[b"in\"json"], false))
             .await
             .problem(404, "user-unknown");
-        let said = line(&node, &["request failed"]).await;
+        let said = line(&node, &["request failed", "in\\\"json"]).await;
         let failed: Value = serde_json::from_str(&said).unwrap();
         for (field, value) in [
             ("level", "DEBUG"),

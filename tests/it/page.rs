@@ -194,6 +194,9 @@ async fn a_restore_is_shown_as_it_goes() {
     ];
     reads(&mut browser, "restoring", &late, &all).await;
     let mut page = browser.open(&url(&late), Look::LIGHT).await;
+    let restore = "document.getElementById('restore').innerText";
+    let restore = page.evaluate(restore).await;
+    assert!(restore.as_str().unwrap().contains(&from), "{restore}");
     let bar = "document.querySelector('progress').value";
     let percent = page.evaluate(bar).await.as_f64().unwrap();
     assert!((1.0..100.0).contains(&percent), "{percent}");

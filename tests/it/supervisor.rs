@@ -1,6 +1,6 @@
 //! What a service manager is told, on a socket of its kind.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -8,7 +8,7 @@ use tokio::net::UnixDatagram;
 
 use crate::broker::{replica_at, status_where};
 use crate::disk::backup_of;
-use crate::harness::{ANY_PORTS, Node, PASSWORD, program};
+use crate::harness::{ANY_PORTS, Node, PASSWORD, Process, program};
 use crate::seeded::Cluster;
 use crate::throttle::Throttle;
 use crate::wire::in_time;
@@ -97,6 +97,25 @@ async fn a_node_is_started_when_it_answers_reads_and_asks_for_time_until_then() 
         "{told:?}"
     );
     assert_eq!(late.exit().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_node_that_waits_for_its_broker_asks_for_time() {
+    let supervisor = Supervisor::new();
+    let mut command = program();
+    command
+        .env("GRADESTORE_PASSWORD", PASSWORD)
+        .args(["--nats-url", "127.0.0.1:1"])
+        .args(ANY_PORTS)
+        .stderr(Stdio::null());
+    let _process = Process(supervisor.over(&mut command).spawn().unwrap());
+    let wanted = [
+        "EXTEND_TIMEOUT_USEC=30000000",
+        "STATUS=starting: the log is being opened",
+    ];
+    for _ in 0..2 {
+        assert_eq!(supervisor.told().await, wanted);
+    }
 }
 
 #[tokio::test]
