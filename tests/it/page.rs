@@ -179,15 +179,13 @@ async fn a_restore_is_shown_as_it_goes() {
 
     let mut browser = Browser::start().await;
     let from = throttle.url();
-    let rows = grouped(&late.ops("/status").await.json()["restore"]["rows"]);
-    let of = format!("{rows} of about 30,000");
     let all = [
         "Restoring",
         "Reads refused",
         "Writes refused",
         "Restore",
         &from,
-        &of,
+        "of about 30,000",
         "3 batches",
         " %",
         "Left\nabout",
@@ -197,6 +195,12 @@ async fn a_restore_is_shown_as_it_goes() {
     let restore = "document.getElementById('restore').innerText";
     let restore = page.evaluate(restore).await;
     assert!(restore.as_str().unwrap().contains(&from), "{restore}");
+    eventually("the rows that /status tells of", async || {
+        let rows = grouped(&late.ops("/status").await.json()["restore"]["rows"]);
+        let shown = format!("{rows} of about 30,000");
+        page.text().await.contains(&shown).then_some(())
+    })
+    .await;
     let bar = "document.querySelector('progress').value";
     let percent = page.evaluate(bar).await.as_f64().unwrap();
     assert!((1.0..100.0).contains(&percent), "{percent}");
