@@ -32,7 +32,7 @@ sim-planted: ## five bugs, planted one after the other, that the simulator must 
 
 FAULTS ?=
 faults: ## faults times what a replica is doing, each cell on real processes; FAULTS="kill/restoring" runs one cell
-	tests/install.sh
+	tests/install-nats.sh
 	tests/faults/install.sh
 	cargo test --locked --test faults -- $(FAULTS)
 
@@ -92,13 +92,13 @@ roundtrip: ## a million users in and out of a node that runs on the default port
 
 COMPARE ?=
 compare: ## all that is demanded of speed and size, beside references, as one table; COMPARE="get set" for parts
-	tests/install.sh
+	tests/install-nats.sh
 	load/install.sh
 	cargo build --locked --release --bins --examples
 	python3 load/compare.py $(COMPARE)
 
 jetstream: ## writes through the JetStream log beside one message a write, in turns
-	tests/install.sh
+	tests/install-nats.sh
 	cargo build --locked --release --bins --examples
 	python3 load/jetstream.py
 
@@ -108,12 +108,12 @@ backups: ## backups: read by other tools, next to pigz and Redis, memory, slow r
 
 DRILL ?= --users 1000000 --writes-per-s 10000
 drill: ## one of three replicas loses its disk under load and comes back; DRILL has the flags
-	tests/install.sh
+	tests/install-nats.sh
 	cargo build --locked --release --bins --examples
 	python3 load/drill.py $(DRILL)
 
 SOAK ?= --seconds 3600
 soak: ## an hour under load with a fault every 30 s; SOAK has the flags
-	tests/install.sh
+	tests/install-nats.sh
 	cargo build --locked --release --bins --examples
 	python3 load/soak.py $(SOAK)

