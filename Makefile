@@ -1,6 +1,6 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip compare \
+.PHONY: help run cluster test picture sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip compare \
 	jetstream backups drill soak mutants
 
 help: ## this list
@@ -17,6 +17,12 @@ test: ## every test
 	cargo test --locked
 	$(MAKE) sim
 
+picture: ## the README's picture of the status page
+	tests/install.sh
+	cargo test --locked --test it page::a_ready_node
+	mkdir -p docs
+	cp target/tmp/page/ready-light.png docs/status-page.png
+
 SEEDS ?= 1000
 sim: ## a simulated cluster through what can go wrong, SEEDS times
 	cargo run --quiet --locked --profile sim -p gradestore-sim -- --seeds $(SEEDS)
@@ -26,7 +32,7 @@ sim-planted: ## five bugs, planted one after the other, that the simulator must 
 
 FAULTS ?=
 faults: ## faults times what a replica is doing, each cell on real processes; FAULTS="kill/restoring" runs one cell
-	tests/install.sh
+	tests/install-nats.sh
 	tests/faults/install.sh
 	cargo test --locked --test faults -- $(FAULTS)
 
@@ -86,13 +92,13 @@ roundtrip: ## a million users in and out of a node that runs on the default port
 
 COMPARE ?=
 compare: ## all that is demanded of speed and size, beside references, as one table; COMPARE="get set" for parts
-	tests/install.sh
+	tests/install-nats.sh
 	load/install.sh
 	cargo build --locked --release --bins --examples
 	python3 load/compare.py $(COMPARE)
 
 jetstream: ## writes through the JetStream log beside one message a write, in turns
-	tests/install.sh
+	tests/install-nats.sh
 	cargo build --locked --release --bins --examples
 	python3 load/jetstream.py
 
@@ -102,12 +108,12 @@ backups: ## backups: read by other tools, next to pigz and Redis, memory, slow r
 
 DRILL ?= --users 1000000 --writes-per-s 10000
 drill: ## one of three replicas loses its disk under load and comes back; DRILL has the flags
-	tests/install.sh
+	tests/install-nats.sh
 	cargo build --locked --release --bins --examples
 	python3 load/drill.py $(DRILL)
 
 SOAK ?= --seconds 3600
 soak: ## an hour under load with a fault every 30 s; SOAK has the flags
-	tests/install.sh
+	tests/install-nats.sh
 	cargo build --locked --release --bins --examples
 	python3 load/soak.py $(SOAK)

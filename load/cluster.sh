@@ -6,7 +6,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-tests/install.sh >/dev/null
+tests/install-nats.sh >/dev/null
 cargo build --release --locked
 export GRADESTORE_PASSWORD="${GRADESTORE_PASSWORD:-secret}"
 
@@ -61,7 +61,7 @@ Three replicas, one store; logs are in $dir. Set a grade on the first, get it fr
   curl -i -u 'admin:$GRADESTORE_PASSWORD' -H 'content-type: application/json' -d '{"user_id":"alice","spp":5}' http://127.0.0.1:18080/set
   curl -H 'Grade-Position: 1' 'http://127.0.0.1:38081/get?user_id=alice'
 
-Ctrl-C ends all.
+Look at the first one at http://127.0.0.1:18082/. Ctrl-C ends all.
 SAID
 while :; do
     for pid in $pids; do

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Everything that is demanded of speed and size, measured beside a reference and printed as one table.
 
-    load/install.sh && tests/install.sh
+    load/install.sh && tests/install-nats.sh
     cargo build --release --bins --examples
     python3 load/compare.py                     # all parts, in about forty minutes
     python3 load/compare.py get set --rounds 3  # some of them

@@ -7,7 +7,7 @@ started again. Reported is what it took and what the other two's clients noticed
 written, all three must hold the same, and every write that was ever answered is read back from the one
 that was restored. Exit code 1 when something is missing or differs, or a demand is missed.
 
-    tests/install.sh
+    tests/install-nats.sh
     cargo build --release --bins --examples
     python3 load/drill.py --users 5000000 --writes-per-s 10000
 

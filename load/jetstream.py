@@ -7,7 +7,7 @@ message a write with as many in flight, so that a slow minute of the machine hit
 pinned: broker, node and load share all cores. Printed is each round and the median of the rounds'
 ratios. Exit code 1 when a request failed or a demand is missed.
 
-    tests/install.sh
+    tests/install-nats.sh
     cargo build --release --bins --examples
     python3 load/jetstream.py --rounds 5 --seconds 4
 

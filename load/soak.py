@@ -9,7 +9,7 @@ quarter is compared with that of the second one, leaving out the first minute of
 what its stream takes for a write. The first replica is never ended, so that what leaks slowly shows. Exit code 1
 when any of this is not so.
 
-    tests/install.sh
+    tests/install-nats.sh
     cargo build --release --bins --examples
     python3 load/soak.py --seconds 3600
 

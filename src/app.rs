@@ -17,6 +17,7 @@ use crate::config::{ClusterConfig, Config};
 use crate::http::backup::BackupMetrics;
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops;
+use crate::http::traffic::RecentTraffic;
 use crate::http::{self, HttpMetrics};
 use crate::log::{Origin, now_ns};
 use crate::node::{Node, Parts, StartError};
@@ -25,6 +26,7 @@ use crate::remote::{Client, Compression};
 use crate::replication::SILENCE_MAX;
 use crate::storage::Storage;
 use crate::store::Store;
+use crate::supervisor;
 use crate::telemetry::Telemetry;
 
 /// Connections that may wait to be accepted; the system may allow fewer.
@@ -131,7 +133,10 @@ pub async fn alive_while<T>(
     };
     let stop = CancellationToken::new();
     let serving = tokio::spawn(listener.serve(stop.clone()));
-    let opened = opening.await;
+    let opened = tokio::select! {
+        opened = opening => opened,
+        never = supervisor::opening() => match never {},
+    };
     stop.cancel();
     let _ = tokio::time::timeout(OPS_DRAIN_MAX, serving).await;
     Ok(opened)
@@ -191,7 +196,8 @@ pub async fn run(
         metrics: Arc::clone(&http_metrics),
         connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
     };
-    let ops_router = ops::routes(node.ops(Arc::clone(&telemetry)));
+    let traffic = RecentTraffic::default();
+    let ops_router = ops::routes(node.ops(Arc::clone(&telemetry), traffic.clone()));
     let ops = listener("ops", sockets.ops, ops_router, None, limits.ops);
     rest.spawn(ops.serve(stop_rest.child_token()));
     let data_ports = [
@@ -204,7 +210,14 @@ pub async fn run(
     }
     let upkeep = Arc::clone(&telemetry);
     rest.spawn(until(&stop_rest, async move { upkeep.upkeep().await }));
+    let measured = Arc::clone(&telemetry);
+    rest.spawn(until(
+        &stop_rest,
+        async move { traffic.watch(&measured).await },
+    ));
     rest.spawn(until(&stop_rest, progress::report(node.restore.clone())));
+    let told = supervisor::report(node.readiness.clone(), node.restore.clone());
+    rest.spawn(until(&stop_rest, told));
     node.announce(url);
 
     tokio::select! {
@@ -214,6 +227,7 @@ pub async fn run(
 
     // Unready first, so that whoever asks goes elsewhere; then finish what runs.
     tracing::info!("stopping");
+    supervisor::stopping();
     let stopping = node.stopping();
     stop_listening.cancel();
     let deadline = tokio::time::Instant::now() + config.http.drain_max;

@@ -13,7 +13,8 @@
 //! - [`replication`]: the invariant, *a replica's state is exactly its log's batches, in order, up
 //!   to its position*; group commit on the way in, ordered apply on the way out; getting to a
 //!   position at the start, and snapshots.
-//! - [`http`]: three ports; [`telemetry`]: logs and metrics; [`progress`]: bars.
+//! - [`http`]: three ports; [`telemetry`]: logs and metrics; [`progress`]: bars; [`supervisor`]: what
+//!   systemd is told.
 //! - [`storage`]: the data directory; [`config`]: from flags to what a node is built from; [`node`]:
 //!   its parts and tasks; [`app`]: its ports and its life.
 //! - [`fetch`], [`import`] and [`health`]: what the program does from outside a node.
@@ -51,5 +52,6 @@ pub mod remote;
 pub mod replication;
 pub mod storage;
 pub mod store;
+pub mod supervisor;
 mod sync;
 pub mod telemetry;

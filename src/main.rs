@@ -47,7 +47,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
-    telemetry::init_logs();
+    telemetry::init_logs(args.log_format);
     let (config, made_password) = Config::from_args(args)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

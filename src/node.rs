@@ -18,6 +18,7 @@ use crate::http::backup::{self, BackupMetrics, BackupState};
 use crate::http::listener::Direct;
 use crate::http::ops::OpsState;
 use crate::http::read::{self, ReadState};
+use crate::http::traffic::RecentTraffic;
 use crate::http::write::{self, WriteState};
 use crate::log::{Announcement, Log, Origin};
 use crate::readiness::{Latch, Readiness, Scope};
@@ -263,7 +264,7 @@ impl Node {
 
     /// What the ops port tells of.
     #[must_use]
-    pub fn ops(&self, telemetry: Arc<Telemetry>) -> OpsState {
+    pub fn ops(&self, telemetry: Arc<Telemetry>, traffic: RecentTraffic) -> OpsState {
         OpsState {
             node: Arc::clone(&self.name),
             store: self.store.clone(),
@@ -272,6 +273,7 @@ impl Node {
             writer: self.writer.clone(),
             readiness: self.readiness.clone(),
             telemetry,
+            traffic,
             restore: self.restore.clone(),
             last_snapshot: self.last_snapshot.clone(),
             peers: self.peers.clone(),

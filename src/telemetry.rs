@@ -7,6 +7,7 @@ use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use metrics_exporter_prometheus::{
     BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
+use tracing_subscriber::Layer;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -267,6 +268,12 @@ impl Telemetry {
     #[must_use]
     pub fn render(&self) -> String {
         self.register(|| self.process.collect());
+        self.render_metrics()
+    }
+
+    /// The same without what is measured about the process.
+    #[must_use]
+    pub fn render_metrics(&self) -> String {
         self.handle.render()
     }
 
@@ -437,9 +444,18 @@ fn by_default() -> Targets {
     targets.with_target("async_nats", Level::WARN)
 }
 
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line, for programs
+    Json,
+}
+
 /// Sends log lines to standard error, from `info` up or as `RUST_LOG` says
 /// (`RUST_LOG=gradestore=debug`).
-pub fn init_logs() {
+pub fn init_logs(format: LogFormat) {
     let wanted = std::env::var("RUST_LOG").unwrap_or_default();
     let targets = match wanted.is_empty() {
         true => Ok(by_default()),
@@ -449,9 +465,17 @@ pub fn init_logs() {
         Ok(targets) => (targets, None),
         Err(error) => (by_default(), Some(error)),
     };
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = match format {
+        LogFormat::Text => lines
+            .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+            .boxed(),
+        LogFormat::Json => lines
+            .json()
+            .flatten_event(true)
+            .with_current_span(false)
+            .boxed(),
+    };
     tracing_subscriber::registry()
         .with(lines)
         .with(targets)

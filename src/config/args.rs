@@ -12,6 +12,7 @@ use super::values::{
 use super::{ConfigError, password};
 use crate::log::{JetStreamConfig, Servers};
 use crate::storage::{DataDir, StorageConfig};
+use crate::telemetry::LogFormat;
 
 /// The command line.
 #[derive(Debug, Parser)]
@@ -94,6 +95,15 @@ pub struct ServeArgs {
     /// A backup to begin from; only for a data directory that nothing has been written to
     #[arg(long, env = "GRADESTORE_RESTORE_FROM", value_name = "FILE")]
     pub restore_from: Option<PathBuf>,
+
+    /// How log lines are written, on standard error; RUST_LOG says which
+    #[arg(
+        long,
+        env = "GRADESTORE_LOG_FORMAT",
+        value_name = "FORMAT",
+        default_value = "text"
+    )]
+    pub log_format: LogFormat,
 
     /// Leave something out, to measure what it costs; not for a node that anybody uses
     #[arg(long, hide = true, value_name = "WHAT", value_delimiter = ',')]

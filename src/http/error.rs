@@ -7,6 +7,7 @@ use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use serde::Serialize;
 
+use super::failures::Failure;
 use crate::grade::{USER_ID, UserIdError};
 use crate::readiness::Unready;
 use crate::replication::WriteError;
@@ -251,7 +252,7 @@ struct Problem<'a> {
     r#type: String,
     title: &'a str,
     status: u16,
-    detail: String,
+    detail: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     line: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -262,11 +263,12 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let (status, cause) = self.kind();
         let (line, accepted) = self.lines();
+        let detail = self.to_string();
         let problem = Problem {
             r#type: format!("urn:gradestore:problem:{cause}"),
             title: status.canonical_reason().unwrap_or_default(),
             status: status.as_u16(),
-            detail: self.to_string(),
+            detail: &detail,
             line,
             accepted,
         };
@@ -274,6 +276,13 @@ impl IntoResponse for ApiError {
         let mut headers = self.headers(status);
         let problem_json = HeaderValue::from_static("application/problem+json");
         headers.insert(CONTENT_TYPE, problem_json);
-        (status, headers, body).into_response()
+        let mut response = (status, headers, body).into_response();
+        if Failure::is_told(status) {
+            let (problem, detail) = (cause, detail.into());
+            response
+                .extensions_mut()
+                .insert(Failure { problem, detail });
+        }
+        response
     }
 }

@@ -5,21 +5,31 @@
 //! | write | `POST /set` `DELETE /set` | [`mod@write`], and [`lines`] for many patches at once |
 //! | write | `GET /backup` | [`backup`] |
 //! | read | `GET /get` | [`read`] |
-//! | ops | `GET /livez` `/readyz` `/readyz/write` `/metrics` `/status` | [`ops`] |
+//! | ops | `GET /livez` `/readyz` `/readyz/write` `/metrics` | [`ops`] |
+//! | ops | `GET /status` `/` | [`status`], `page` |
+//! | ops | `GET /openapi.json` | `openapi` |
 //!
-//! [`listener`] takes connections and bounds them, `observe` counts and times requests,
+//! [`listener`] takes connections and bounds them, `observe` counts and times requests, [`traffic`] knows
+//! the last seconds of that, `request_id` names them, `failures` logs those that failed,
 //! [`error::ApiError`] alone maps what can go wrong to statuses.
 
 mod answer;
 mod auth;
 pub mod backup;
 pub mod error;
+mod failures;
+mod human;
 pub mod lines;
 pub mod listener;
 mod observe;
+mod openapi;
 pub mod ops;
+mod page;
 mod patch_body;
 pub mod read;
+mod request_id;
+pub mod status;
+pub mod traffic;
 pub mod write;
 
 pub use answer::{Answer, AnswerBody};

@@ -1,14 +1,14 @@
-//! Counts and times every request, and turns a panic into an answer.
+//! Counts, times and names every request, and turns a panic into an answer.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::OnceLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, CatchUnwind};
-use http::{Request, StatusCode};
+use http::{HeaderValue, Method, Request, StatusCode};
 use hyper::body::Incoming;
 use metrics::{
     Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram,
@@ -23,24 +23,32 @@ use tower::Service;
 
 use super::answer::{Answer, routed};
 use super::error::ApiError;
+use super::failures::{Failed, Failure, FailureLog};
 use super::listener::{Connection, Direct, Directly};
+use super::request_id::{self, X_REQUEST_ID};
 
 /// The routes as metrics name them; whatever else is asked for counts as the last one.
-const ROUTES: [&str; 10] = [
+pub(super) const ROUTES: [&str; 12] = [
     "/set",
-    LINES,
     "/get",
+    LINES,
     BACKUP,
     "/livez",
     "/readyz",
     "/readyz/write",
     "/metrics",
     "/status",
+    "/",
+    "/openapi.json",
     "other",
 ];
 /// `POST /set` with many lines, which takes as long as its body: no path has a space.
-const LINES: &str = "/set lines";
-const LINES_AT: usize = 1;
+pub(super) const LINES: &str = "/set lines";
+const LINES_AT: usize = 2;
+/// Of `ROUTES`, so many of the first are those of the data ports.
+const DATA_ROUTES: usize = 4;
+/// And of these the first are answered so often that a request there is named only where that is of use.
+const HOT_ROUTES: usize = 2;
 /// The route whose answer goes on after it has begun.
 const BACKUP: &str = "/backup";
 const OTHER: usize = ROUTES.len() - 1;
@@ -66,6 +74,7 @@ pub(crate) const LATENCY_METRIC: &str = "gradestore_http_request_duration_second
 pub struct HttpMetrics {
     routes: [RouteMetrics; ROUTES.len()],
     in_flight: Gauge,
+    failures: FailureLog,
 }
 
 struct RouteMetrics {
@@ -104,6 +113,7 @@ impl HttpMetrics {
                 }
             }),
             in_flight: gauge!("gradestore_http_requests_in_flight"),
+            failures: FailureLog::default(),
         }
     }
 
@@ -154,6 +164,9 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
             connection: Arc::clone(&self.connection),
             begun,
             route: route.unwrap_or(OTHER),
+            request_id: request_id::sent(request.headers()),
+            // Replicas ask each other so whether they would give a backup.
+            head: request.method() == Method::HEAD,
             answered: false,
         };
         let directly = match &self.direct {
@@ -233,7 +246,34 @@ struct Running {
     connection: Arc<Connection>,
     begun: Instant,
     route: usize,
+    /// What the client calls it.
+    request_id: Option<HeaderValue>,
+    head: bool,
     answered: bool,
+}
+
+impl Running {
+    /// Gives the answer the request's id, where it has or needs one, and tells of a failure.
+    fn name(&mut self, answer: &mut Answer, took: Duration) {
+        let status = answer.status();
+        let failed = status.is_client_error() || status.is_server_error();
+        let sent = self.request_id.take();
+        if sent.is_none() && !failed && self.route < HOT_ROUTES {
+            return;
+        }
+        let request_id = sent.unwrap_or_else(request_id::made);
+        if let Some(failure) = answer.extensions_mut().remove::<Failure>() {
+            let failed = Failed {
+                route: ROUTES.get(self.route).copied().unwrap_or_default(),
+                status,
+                request_id: &request_id,
+                took,
+                expected: self.head || (DATA_ROUTES..OTHER).contains(&self.route),
+            };
+            self.metrics.failures.tell(&failed, &failure);
+        }
+        answer.headers_mut().insert(X_REQUEST_ID, request_id);
+    }
 }
 
 impl Drop for Running {
@@ -250,18 +290,20 @@ impl Future for ObservedFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let response = std::task::ready!(this.answer.poll(cx));
+        let mut response = std::task::ready!(this.answer.poll(cx));
         let running = this.running;
         // The clock is read once for both.
         let now = Instant::now();
         running.answered = true;
         running.connection.end_at(now);
-        let duration_s = (now - running.begun).as_secs_f64();
-        let route = match response.extensions().get::<ManyLines>() {
-            Some(_) => LINES_AT,
-            None => running.route,
-        };
-        running.metrics.record(route, response.status(), duration_s);
+        let took = now - running.begun;
+        if response.extensions().get::<ManyLines>().is_some() {
+            running.route = LINES_AT;
+        }
+        running
+            .metrics
+            .record(running.route, response.status(), took.as_secs_f64());
+        running.name(&mut response, took);
         Poll::Ready(Ok(response))
     }
 }

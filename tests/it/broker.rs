@@ -22,7 +22,7 @@ use crate::harness::{
 };
 use crate::wire::{Answer, eventually, in_time};
 
-/// As tests/install.sh puts it there.
+/// As tests/install-nats.sh puts it there.
 pub(crate) const NATS_SERVER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/.tools/bin/nats-server");
 pub(crate) const STREAM: &str = "GRADES";
 pub(crate) const SUBJECT: &str = "grades.set";
@@ -120,7 +120,7 @@ async fn spawn(dir: &Path, port: i32, args: &[&str]) -> (Process, SocketAddr) {
         .stdin(Stdio::null())
         .stderr(Stdio::piped())
         .spawn();
-    let missing = |error| panic!("{NATS_SERVER}: {error}; tests/install.sh gets it");
+    let missing = |error| panic!("{NATS_SERVER}: {error}; tests/install-nats.sh gets it");
     let mut process = Process(spawned.unwrap_or_else(missing));
     let said = collected(process.0.stderr.take().unwrap());
     let address = eventually("nats-server", async || {

@@ -42,7 +42,15 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
     let crate_copy = scratch.join("fifth-field");
     let _ = fs::remove_dir_all(&crate_copy);
     fs::create_dir(&crate_copy).unwrap();
-    for name in ["Cargo.toml", "Cargo.lock", "src", "load", "benches"] {
+    for name in [
+        "Cargo.toml",
+        "Cargo.lock",
+        "askama.toml",
+        "README.md",
+        "src",
+        "load",
+        "benches",
+    ] {
         copy(
             &Path::new(env!("CARGO_MANIFEST_DIR")).join(name),
             &crate_copy.join(name),

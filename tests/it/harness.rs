@@ -233,7 +233,11 @@ impl Node {
         })
         .await;
         let address = |field: &str| {
-            let (_, rest) = listening.split_once(&format!("{field}=\"http://")).unwrap();
+            // As text or as JSON.
+            let (_, rest) = listening
+                .split_once(&format!("{field}=\"http://"))
+                .or_else(|| listening.split_once(&format!("\"{field}\":\"http://")))
+                .unwrap();
             rest.split('"').next().unwrap().parse().unwrap()
         };
         let ports = Ports::new(address("write"), address("read"), address("ops"));

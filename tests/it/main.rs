@@ -7,6 +7,7 @@
 )]
 
 mod broker;
+mod browser;
 mod clients;
 mod disk;
 mod fake_peer;
@@ -41,8 +42,11 @@ mod limits;
 mod linearizable;
 mod lines;
 mod log_faults;
+mod logs;
+mod openapi;
 mod ops;
 mod outrun;
+mod page;
 mod peers;
 mod recover;
 mod restart;
@@ -50,6 +54,7 @@ mod restore_from;
 mod set;
 mod stages;
 mod stall;
+mod supervisor;
 mod three_servers;
 mod trim;
 mod under_writes;

@@ -12,7 +12,7 @@ async fn a_node_says_that_it_lives_and_is_ready() {
     for path in ["/livez", "/readyz", "/readyz/write"] {
         assert_eq!(node.ops(path).await.status, 200, "{path}");
     }
-    for path in ["/", "/get?user_id=a", "/readyz/read"] {
+    for path in ["/index.html", "/get?user_id=a", "/readyz/read"] {
         node.ops(path).await.problem(404, "route-unknown");
     }
     for path in ["/livez", "/readyz", "/readyz/write", "/metrics", "/status"] {

@@ -1,0 +1,263 @@
+//! A real browser without a window, driven through its DevTools protocol over a pipe.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{ChildStdin, Command, Stdio};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+
+use crate::harness::Process;
+use crate::wire::{eventually, in_time};
+
+/// As tests/install.sh has it.
+const PROGRAMS: [&str; 3] = ["chromium", "chromium-browser", "google-chrome"];
+/// The protocol is spoken on the file descriptors 3 and 4.
+const ON_A_PIPE: &str = r#"exec "$@" 3<&0 4>&1 </dev/null >/dev/null"#;
+/// A phone held upright, in CSS pixels.
+const PHONE: (u32, u32) = (390, 844);
+const DESK: (u32, u32) = (1000, 800);
+
+/// Chromium as a child process, with a profile of its own.
+pub(crate) struct Browser {
+    to: ChildStdin,
+    from: mpsc::UnboundedReceiver<Value>,
+    calls: u64,
+    /// What went wrong in a page: exceptions, and what the browser refused.
+    complaints: Vec<Value>,
+    /// Ends before the profile goes.
+    _process: Process,
+    _profile: TempDir,
+}
+
+/// How a page is looked at.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Look {
+    pub(crate) script: bool,
+    pub(crate) dark: bool,
+    pub(crate) phone: bool,
+}
+
+impl Look {
+    pub(crate) const LIGHT: Self = Self {
+        script: true,
+        dark: false,
+        phone: false,
+    };
+}
+
+/// An open page.
+pub(crate) struct Page<'a> {
+    browser: &'a mut Browser,
+    session: String,
+}
+
+impl Browser {
+    pub(crate) async fn start() -> Self {
+        let program = PROGRAMS.iter().find(|program| {
+            let mut there = Command::new("sh");
+            there.args(["-c", "command -v \"$0\" >/dev/null", program]);
+            there.status().unwrap().success()
+        });
+        let program =
+            program.expect("no Chromium: tests/install.sh gets it, or apt-get install chromium");
+        let profile = tempfile::tempdir().unwrap();
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", ON_A_PIPE, "sh", program])
+            .args(["--headless=new", "--no-sandbox", "--remote-debugging-pipe"])
+            .args([
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--no-proxy-server",
+            ])
+            .args([
+                "--disable-background-networking",
+                "--disable-component-update",
+            ])
+            .args(["--no-first-run", "--hide-scrollbars", "--lang=en"])
+            .arg(format!("--user-data-dir={}", profile.path().display()))
+            .env("HOME", profile.path());
+        let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = Process(command.stderr(Stdio::null()).spawn().unwrap());
+        let to = process.0.stdin.take().unwrap();
+        let messages = BufReader::new(process.0.stdout.take().unwrap()).split(0);
+        let (said, from) = mpsc::unbounded_channel();
+        std::thread::spawn(move || {
+            for message in messages.map_while(Result::ok) {
+                if said
+                    .send(serde_json::from_slice(&message).unwrap())
+                    .is_err()
+                {
+                    break;
+                }
+            }
+        });
+        Self {
+            to,
+            from,
+            calls: 0,
+            complaints: Vec::new(),
+            _process: process,
+            _profile: profile,
+        }
+    }
+
+    /// Opens `url` and waits until it is there.
+    pub(crate) async fn open(&mut self, url: &str, look: Look) -> Page<'_> {
+        let context = self
+            .call(None, "Target.createBrowserContext", json!({}))
+            .await;
+        let blank = json!({
+            "url": "about:blank", "browserContextId": context["browserContextId"],
+        });
+        let target = self.call(None, "Target.createTarget", blank).await;
+        let attach = json!({"targetId": target["targetId"], "flatten": true});
+        let attached = self.call(None, "Target.attachToTarget", attach).await;
+        let session = attached["sessionId"].as_str().unwrap().to_owned();
+        let mut page = Page {
+            browser: self,
+            session,
+        };
+        let (width, height) = if look.phone { PHONE } else { DESK };
+        let scheme = if look.dark { "dark" } else { "light" };
+        for (method, params) in [
+            ("Page.enable", json!({})),
+            ("Runtime.enable", json!({})),
+            ("Log.enable", json!({})),
+            (
+                "Emulation.setDeviceMetricsOverride",
+                json!({
+                    "width": width, "height": height, "deviceScaleFactor": 1, "mobile": look.phone,
+                }),
+            ),
+            (
+                "Emulation.setEmulatedMedia",
+                json!({
+                    "features": [{"name": "prefers-color-scheme", "value": scheme}],
+                }),
+            ),
+            (
+                "Emulation.setScriptExecutionDisabled",
+                json!({"value": !look.script}),
+            ),
+            ("Page.navigate", json!({"url": url})),
+        ] {
+            page.call(method, params).await;
+        }
+        eventually(url, async || {
+            let there = format!("location.href === '{url}'");
+            (page.evaluate(&there).await == true).then_some(())
+        })
+        .await;
+        page
+    }
+
+    async fn call(&mut self, session: Option<&str>, method: &str, params: Value) -> Value {
+        let answer = self.try_call(session, method, params).await;
+        answer.unwrap_or_else(|error| panic!("{method}: {error}"))
+    }
+
+    async fn try_call(
+        &mut self,
+        session: Option<&str>,
+        method: &str,
+        params: Value,
+    ) -> Result<Value, String> {
+        self.calls += 1;
+        let id = self.calls;
+        let mut call = json!({"id": id, "method": method, "params": params});
+        if let Some(session) = session {
+            call["sessionId"] = session.into();
+        }
+        self.to.write_all(format!("{call}\0").as_bytes()).unwrap();
+        loop {
+            let mut said = in_time(method, self.from.recv())
+                .await
+                .expect("Chromium ended");
+            if said["id"] == id {
+                return match said["error"]["message"].as_str() {
+                    Some(error) => Err(error.to_owned()),
+                    None => Ok(said["result"].take()),
+                };
+            }
+            let event = said["method"].as_str().unwrap_or_default();
+            if matches!(event, "Runtime.exceptionThrown" | "Log.entryAdded") {
+                self.complaints.push(said["params"].take());
+            }
+        }
+    }
+}
+
+impl Page<'_> {
+    async fn call(&mut self, method: &str, params: Value) -> Value {
+        let session = Some(self.session.as_str());
+        self.browser.call(session, method, params).await
+    }
+
+    /// The value of an expression of the page's language, once the page is whole.
+    pub(crate) async fn evaluate(&mut self, expression: &str) -> Value {
+        // A page without script is loaded anew now and then, perhaps just now.
+        let when_whole =
+            format!("document.readyState === 'complete' ? {{value: {expression}}} : null");
+        let params = json!({"expression": when_whole, "returnByValue": true});
+        eventually(expression, async || {
+            let session = Some(self.session.as_str());
+            let evaluated = self
+                .browser
+                .try_call(session, "Runtime.evaluate", params.clone());
+            match evaluated.await {
+                Ok(mut answer) => {
+                    assert!(answer["exceptionDetails"].is_null(), "{answer}");
+                    let found = answer["result"]["value"].take();
+                    found.is_object().then(|| found["value"].clone())
+                }
+                Err(error) => {
+                    let gone = error.contains("navigated") || error.contains("context");
+                    assert!(gone, "{expression}: {error}");
+                    None
+                }
+            }
+        })
+        .await
+    }
+
+    /// What a person reads.
+    pub(crate) async fn text(&mut self) -> String {
+        let text = self.evaluate("document.body.innerText").await;
+        text.as_str().unwrap().to_owned()
+    }
+
+    /// Waits until a person can read all of `wanted`; the text.
+    pub(crate) async fn shows(&mut self, wanted: &[&str]) -> String {
+        eventually(&format!("{wanted:?}"), async || {
+            let text = self.text().await;
+            wanted
+                .iter()
+                .all(|wanted| text.contains(wanted))
+                .then_some(text)
+        })
+        .await
+    }
+
+    /// Keeps a picture of the whole page, to look at: `target/tmp/page/NAME.png`.
+    pub(crate) async fn picture(&mut self, name: &str) -> PathBuf {
+        let params = json!({"format": "png", "captureBeyondViewport": true});
+        let picture = self.call("Page.captureScreenshot", params).await;
+        let png = STANDARD.decode(picture["data"].as_str().unwrap()).unwrap();
+        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("page");
+        fs::create_dir_all(&dir).unwrap();
+        let path = dir.join(format!("{name}.png"));
+        fs::write(&path, png).unwrap();
+        path
+    }
+
+    /// What the browser complained of so far: exceptions, and what the page's policy forbade.
+    pub(crate) fn complaints(&self) -> &[Value] {
+        &self.browser.complaints
+    }
+}
