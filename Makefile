@@ -1,7 +1,7 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
 .PHONY: help run cluster test sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip compare \
-	jetstream backups drill soak
+	jetstream backups drill soak load-test
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -16,6 +16,7 @@ test: ## every test
 	tests/install.sh
 	cargo test --locked
 	$(MAKE) sim
+	$(MAKE) load-test
 
 SEEDS ?= 1000
 sim: ## a simulated cluster through what can go wrong, SEEDS times
@@ -72,6 +73,12 @@ $(FUZZ):
 
 load-tools: ## what the load tests run, into .tools
 	load/install.sh
+
+OPS_TEST = PROGRAM=target/debug/gradestore .tools/ops/bin/python -m unittest
+load-test: ## the k6 scripts and the data generator, on real nodes
+	tests/ops/install.sh
+	cargo build --locked
+	$(OPS_TEST) tests/ops/test_load.py
 
 roundtrip: ## a million users in and out of a node that runs on the default ports
 	cargo run --locked --release --example roundtrip -- --users 1000000

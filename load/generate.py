@@ -1,14 +1,26 @@
 #!/usr/bin/env python3
-"""Writes the records that the load tests of backups use, as gzip CSV: always the same ones.
+"""Writes the records that the load tests use, as gzip CSV, or requests for them, as URLs: always the same ones.
 
     python3 load/generate.py --users 5000000 -o grades.csv.gz
     target/release/gradestore serve --ephemeral --restore-from grades.csv.gz
+
+    python3 load/generate.py --users 5000000 --urls 100000 --zipf 1.1 -o urls.txt
+    .tools/bin/oha --urls-from-file urls.txt -z 10s -q 1000 --latency-correction --no-tui
+
+Ids are `sequential`; `numeric`, as long but in no order; or `uuid`, version 4. `load/k6/ids.js` has the same ones. With
+--zipf S the k-th user is asked for in proportion to 1/k^S, as `load/k6/zipf.js` does; 0 asks for all alike.
 """
 
 import argparse
+import functools
 import gzip
+import itertools
 import multiprocessing
+import random
 import signal
+import sys
+import urllib.parse
+import uuid
 
 from measure import end_with_parent
 
@@ -21,6 +33,25 @@ BLOCK_USERS = 50_000
 def user_id(user):
     """The ids of the other load tools; one in a thousand has what CSV must quote behind it."""
     return f'{FIRST_ID + user}, "ж"' if user % 1000 == 7 else str(FIRST_ID + user)
+
+
+def mixed(n):
+    """Every 32-bit number becomes another one, and neighbours no neighbours: the end of MurmurHash3."""
+    n = (n ^ n >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    n = (n ^ n >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return n ^ n >> 16
+
+
+def numeric_id(user):
+    return str(FIRST_ID + mixed(user))
+
+
+def uuid_id(user):
+    words = (mixed(user * 4 + word & 0xFFFFFFFF) for word in range(4))
+    return str(uuid.UUID(bytes=b"".join(word.to_bytes(4, "big") for word in words), version=4))
+
+
+IDS = {"sequential": user_id, "numeric": numeric_id, "uuid": uuid_id}
 
 
 def user_of(user_id):
@@ -44,19 +75,19 @@ def values(user):
     return [value(user, field) for field in range(len(FIELDS))]
 
 
-def csv_row(user):
-    name = user_id(user)
+def csv_row(user, id_of=user_id):
+    name = id_of(user)
     if '"' in name:
         name = '"' + name.replace('"', '""') + '"'
     return ",".join((name, *map(str, values(user)))) + "\n"
 
 
-def csv_block(users):
-    return "".join(map(csv_row, users)).encode()
+def csv_block(users, id_of=user_id):
+    return "".join(csv_row(user, id_of) for user in users).encode()
 
 
-def gzip_block(users):
-    return gzip.compress(csv_block(users), compresslevel=1, mtime=0)
+def gzip_block(users, id_of=user_id):
+    return gzip.compress(csv_block(users, id_of), compresslevel=1, mtime=0)
 
 
 def alone():
@@ -73,19 +104,40 @@ def blocks(users, make):
         yield from pool.imap(make, ranges)
 
 
-def write(path, users):
+def write(path, users, id_of=user_id):
     with open(path, "wb") as file:
         file.write(gzip.compress(HEADER.encode(), mtime=0))
-        for member in blocks(users, gzip_block):
+        for member in blocks(users, functools.partial(gzip_block, id_of=id_of)):
             file.write(member)
+
+
+def draw(count, users, zipf, seed=1):
+    """So many users, often or seldom as `zipf` says."""
+    weights = itertools.accumulate((user + 1) ** -zipf for user in range(users))
+    return random.Random(seed).choices(range(users), cum_weights=list(weights), k=count)
+
+
+def write_urls(path, count, users, zipf, id_of, read_url):
+    with open(path, "w") as file:
+        for user in draw(count, users, zipf):
+            file.write(f"{read_url}/get?user_id={urllib.parse.quote(id_of(user))}\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=5_000_000)
+    parser.add_argument("--ids", choices=IDS, default="sequential")
+    parser.add_argument("--urls", type=int, metavar="COUNT", help="so many requests, in place of records")
+    parser.add_argument("--zipf", type=float, default=0)
+    parser.add_argument("--read-url", default="http://127.0.0.1:8081")
     parser.add_argument("-o", "--output", required=True)
     args = parser.parse_args()
-    write(args.output, args.users)
+    if args.users < 1:
+        sys.exit(f"--users {args.users}: give 1 or more")
+    if args.urls is None:
+        write(args.output, args.users, IDS[args.ids])
+    else:
+        write_urls(args.output, args.urls, args.users, args.zipf, IDS[args.ids], args.read_url)
 
 
 if __name__ == "__main__":
