@@ -35,22 +35,24 @@ def run(*command):
 
 
 class Network:
-    """One wire to which every service is attached. `ip link` needs a name that is free: this process has its own network."""
+    """One wire to which every service is attached. One a process, whose network is its own."""
 
     def __init__(self):
         run("ip", "link", "set", "lo", "up")
         run("ip", "link", "add", "wire", "type", "bridge")
         run("ip", "address", "add", "10.77.0.1/24", "dev", "wire")
         run("ip", "link", "set", "wire", "up")
-        self.last = 1
+        self.addresses = self.ends = 1
 
     def address(self):
-        self.last += 1
-        return f"10.77.0.{self.last}"
+        self.addresses += 1
+        return f"10.77.0.{self.addresses}"
 
     def attach(self, pid, address):
-        end = f"at{address.rsplit('.', 1)[1]}"
-        run("ip", "link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
+        # The end of one that has gone may still be there; who has the address anew is known by the same hardware.
+        self.ends += 1
+        end, hardware = f"end{self.ends}", f"02:00:00:00:00:{int(address.rsplit('.', 1)[1]):02x}"
+        run("ip", "link", "add", end, "type", "veth", "peer", "name", "eth0", "address", hardware, "netns", str(pid))
         run("ip", "link", "set", end, "master", "wire", "up")
 
 
@@ -65,9 +67,11 @@ class Service:
         self.address = compose.network.address()
         self.log = self.directory / "log"
         self.directory.mkdir(parents=True)
-        self.env = {"PATH": f"{PROGRAMS_AT}:/usr/bin:/bin:/usr/sbin:/sbin"} | {
-            key: str(value) for key, value in self.described.get("environment", {}).items()}
         self.child = None
+
+    @property
+    def env(self):
+        return {"PATH": f"{PROGRAMS_AT}:/usr/bin:/bin:/usr/sbin:/sbin", **self.described.get("environment", {})}
 
     @property
     def depends_on(self):
@@ -156,10 +160,9 @@ class Compose:
     """A compose file. `programs` has what to run for each image, `secrets` what the files of its secrets hold, `settings` what the
     environment has."""
 
-    def __init__(self, path, programs, secrets, settings, directory):
+    def __init__(self, path, programs, secrets, settings, network, directory):
         self.path, self.file, self.directory = path, read(path, settings), directory
-        self.network = Network()
-        self.secrets = secrets
+        self.network, self.secrets = network, secrets
         self.services = {name: Service(self, name, programs, directory) for name, service in self.file["services"].items()
                          if service["image"].split(":")[0] in programs}
 

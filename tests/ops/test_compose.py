@@ -11,11 +11,16 @@ import unittest
 import urllib.request
 from pathlib import Path
 
+import kubernetes_validate
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "compose" / "compose.yaml"
 DOCKERFILE = ROOT / "compose" / "Dockerfile"
+SERVICE = ROOT / "compose" / "gradestore.service"
+KUBERNETES = "1.33"
+# Of systemd's 100, where 0 is a service that may do nothing.
+EXPOSURE_MAX = 15
 TOOLS = ROOT / ".tools"
 sys.path.insert(0, str(ROOT / "load"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -45,9 +50,13 @@ def schema(name, path):
 
 
 class Run(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.network = containers.Network()
+
     def setUp(self):
         directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        self.compose = containers.Compose(COMPOSE, PROGRAMS, SECRETS, LIGHT, directory)
+        self.compose = containers.Compose(COMPOSE, PROGRAMS, SECRETS, LIGHT, self.network, directory)
         self.addCleanup(self.compose.kill_all)
         self.services = self.compose.services
 
@@ -111,11 +120,38 @@ class Run(unittest.TestCase):
             self.assertTrue(list((self.compose.directory / "volumes" / name).iterdir()), f"no snapshot of {name}")
 
 
+    def test_kubernetes(self):
+        # A pod's container, beside the broker of the compose file.
+        stateful_set, = (described for described in kubernetes() if described["kind"] == "StatefulSet")
+        container, = stateful_set["spec"]["template"]["spec"]["containers"]
+        one = self.services["one"]
+        data, password = container["volumeMounts"]
+        one.described |= {
+            "command": container["args"],
+            "environment": {variable["name"]: variable["value"] for variable in container["env"]},
+            "volumes": [f"one:{data['mountPath']}"],
+            "read_only": container["securityContext"]["readOnlyRootFilesystem"],
+        }
+        # Where both put it.
+        self.assertEqual((password["mountPath"], list(SECRETS)[0]), ("/run/secrets", "./secrets/gradestore_password"))
+        self.compose.up("one")
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        for probe in ("livenessProbe", "readinessProbe"):
+            asked = container[probe]["httpGet"]
+            self.assertEqual(ask(self.url("one", ports[asked["port"]], asked["path"])).status, 200)
+        self.assertEqual(one.stop(), 0)
+
+
+def kubernetes():
+    return list(yaml.safe_load_all((ROOT / "compose" / "kubernetes.yaml").read_text()))
+
+
 class Files(unittest.TestCase):
     file = containers.read(COMPOSE, {})
 
     def test_schema(self):
-        self.assertEqual(schema("vendor.compose-spec", COMPOSE).returncode, 0, schema("vendor.compose-spec", COMPOSE).stdout)
+        said = schema("vendor.compose-spec", COMPOSE)
+        self.assertEqual(said.returncode, 0, said.stdout)
         with tempfile.TemporaryDirectory() as directory:
             wrong = Path(directory) / "compose.yaml"
             wrong.write_text(COMPOSE.read_text().replace("service_healthy", "service_is_well"))
@@ -162,6 +198,39 @@ class Files(unittest.TestCase):
             tree = subprocess.run(["cargo", "tree", "--locked", "--offline", "--package", "gradestore"], cwd=directory,
                                   capture_output=True, text=True)
             self.assertEqual(tree.returncode, 0, tree.stderr)
+
+    def test_kubernetes(self):
+        for described in kubernetes():
+            kubernetes_validate.validate(described, KUBERNETES, strict=True)
+        self.assertEqual([described["kind"] for described in kubernetes()], ["Service", "PodDisruptionBudget", "StatefulSet"])
+        described["spec"]["template"]["spec"]["containers"][0]["arguments"] = ["serve"]
+        with self.assertRaises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(described, KUBERNETES, strict=True)
+
+    def test_systemd(self):
+        text = SERVICE.read_text()
+        with tempfile.TemporaryDirectory() as directory:
+            # systemd wants the program to be there.
+            unit = Path(directory) / "gradestore.service"
+            unit.write_text(text.replace("/usr/local/bin/gradestore", str(Path(PROGRAM).resolve())))
+            for command in (["verify", "--man=no"], ["security", "--offline=true", f"--threshold={EXPOSURE_MAX}"]):
+                said = subprocess.run(["systemd-analyze", *command, unit], capture_output=True, text=True)
+                self.assertEqual((said.returncode, said.stderr), (0, ""), said.stdout)
+
+    def test_systemd_starts_a_node(self):
+        text = SERVICE.read_text()
+        with tempfile.TemporaryDirectory() as directory:
+            (Path(directory) / "password").write_text(PASSWORD)
+            env = dict(re.findall(r"^Environment=(\w+)=(.*)$", text, re.MULTILINE))
+            env = {name: value.replace("%S", directory).replace("%d", directory) for name, value in env.items()}
+            _, *flags = re.search(r"^ExecStart=(.*)$", text, re.MULTILINE)[1].split()
+            # Its default ports are free: this network is the test's own.
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+            with subprocess.Popen([PROGRAM, *flags], env=env, stderr=subprocess.DEVNULL) as child:
+                until(lambda: subprocess.run([PROGRAM, "health"], capture_output=True, text=True).stderr)
+                self.assertTrue((Path(directory) / "gradestore").is_dir())
+                child.terminate()
+            self.assertEqual(child.returncode, 0)
 
 
 if __name__ == "__main__":
