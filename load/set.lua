@@ -12,7 +12,7 @@ function init()
     ["Content-Type"] = "application/json",
     ["Authorization"] = "Basic " .. (os.getenv("AUTH") or ""),
   }
-  for i = 1, 16384 do
+  for i = 1, tonumber(os.getenv("REQUESTS") or "16384") do
     local id = string.format("%.0f", 1000000000000 + math.random(0, users - 1))
     local body = string.format('{"user_id":"%s","%s":%d}', id, fields[i % 4 + 1], math.random(0, 1000))
     requests[i] = wrk.format("POST", "/set", headers, body)
@@ -22,13 +22,6 @@ end
 function request()
   at = at % #requests + 1
   return requests[at]
-end
-
-local delay_ms = tonumber(os.getenv("DELAY_MS") or "0")
-if delay_ms > 0 then
-  function delay()
-    return delay_ms
-  end
 end
 
 -- Beside this file, from wherever wrk was started.

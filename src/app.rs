@@ -18,7 +18,7 @@ use crate::http::backup::BackupMetrics;
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops;
 use crate::http::{self, HttpMetrics};
-use crate::log::Origin;
+use crate::log::{Origin, now_ns};
 use crate::node::{Node, Parts, StartError};
 use crate::progress;
 use crate::remote::{Client, Compression};
@@ -153,11 +153,19 @@ pub async fn run(
     let recorder = Arc::clone(&telemetry);
     let count =
         move |route, status| recorder.register(|| HttpMetrics::requests_counter(route, status));
-    let http_metrics = Arc::new(telemetry.register(|| HttpMetrics::new(count)));
+    let counted = config.http.counted;
+    let http_metrics = Arc::new(match counted {
+        true => telemetry.register(|| HttpMetrics::new(count)),
+        false => HttpMetrics::new(|_, _| Counter::noop()),
+    });
+    if !counted || !config.credentials.checked() {
+        tracing::warn!("--measure-without leaves something out: only for measurements");
+    }
     let account = config.credentials.account();
     let peers = Client::new(account, SILENCE_MAX, Compression::IfSlow)?;
     let parts = Parts {
         origin,
+        began_ns: now_ns(),
         store: Store::new(),
         storage,
         peers: Arc::new(peers),

@@ -14,6 +14,7 @@ use crate::backup::{BackupError, Progress, Summary, read, rfc3339};
 use crate::config::BackupArgs;
 use crate::progress::Bar;
 use crate::remote::{Account, Client, Compression, Download, Parts, RemoteError};
+use crate::store::Piece;
 
 /// How long the node may be silent.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
@@ -120,7 +121,7 @@ async fn copy(
     let progress = Arc::new(Progress::default());
     let verifier = {
         let progress = Arc::clone(&progress);
-        thread::spawn(move || read(parts, &|_| {}, &progress))
+        thread::spawn(move || read(parts, &Piece::digest, &progress))
     };
     let bar = Bar::new(0, Instant::now());
     let passed_on = download.pass_on(sender, |part| {
@@ -146,7 +147,7 @@ pub fn verify(path: &Path) -> Result<Summary, BackupError> {
     let progress = Progress::default();
     let bar = Bar::new(bytes_total, Instant::now());
     thread::scope(|scope| {
-        let reader = scope.spawn(|| read(BufReader::new(file), &|_| {}, &progress));
+        let reader = scope.spawn(|| read(BufReader::new(file), &Piece::digest, &progress));
         while !reader.is_finished() {
             bar.set(progress.rows(), progress.bytes());
             thread::sleep(Duration::from_millis(50));

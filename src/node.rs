@@ -19,7 +19,7 @@ use crate::http::listener::Direct;
 use crate::http::ops::OpsState;
 use crate::http::read::{self, ReadState};
 use crate::http::write::{self, WriteState};
-use crate::log::{Announcement, Log, Origin, now_ns};
+use crate::log::{Announcement, Log, Origin};
 use crate::readiness::{Latch, Readiness, Scope};
 use crate::remote::Reach;
 use crate::replication::{
@@ -54,6 +54,8 @@ pub enum StartError {
 pub struct Parts {
     /// This process start.
     pub origin: Origin,
+    /// When, in nanoseconds since 1970.
+    pub began_ns: u64,
     /// An empty store.
     pub store: Store,
     /// The log and what stands beside it.
@@ -116,6 +118,7 @@ impl Node {
     pub fn new(config: &Config, parts: Parts, metrics: &Replication) -> (Self, Tasks) {
         let Parts {
             origin,
+            began_ns,
             store,
             storage,
             peers,
@@ -126,7 +129,7 @@ impl Node {
         let name: Arc<str> = origin.to_string().into();
         let readiness = Readiness::default();
         let starting = readiness.hold(Scope::All, "starting", "the store is being restored");
-        let applied = Applied::new(now_ns());
+        let applied = Applied::new(began_ns);
         let own = OwnBatches::default();
         let restore = RestoreTracker::default();
         let last_snapshot = LastSnapshot::default();

@@ -13,8 +13,10 @@ use csv_async::{AsyncReaderBuilder, StringRecord, Trim};
 use futures_util::FutureExt;
 use tokio::io::{AsyncRead, BufReader, ReadBuf};
 
+use super::reader::Sink;
 use super::{BackupError, Progress, Row, Summary};
 use crate::grade::{Digest, FIELDS, USER_ID, Values, check_user_id};
+use crate::store::Piece;
 
 /// The longest row of a foreign file. Also what stops a small file that inflates to one endless
 /// row.
@@ -131,7 +133,7 @@ impl Columns {
 
 pub(super) fn read(
     source: impl Read + Unpin + Send,
-    sink: &(dyn Fn(Row<'_>) + Sync),
+    sink: &Sink<'_>,
     progress: &Progress,
 ) -> Result<Summary, BackupError> {
     let bytes = Arc::new(AtomicU64::new(0));
@@ -156,6 +158,7 @@ pub(super) fn read(
     let mut record = StringRecord::new();
     let mut rows = 0;
     let mut digest = Digest::default();
+    let mut piece = Piece::default();
     let mut columns = None;
     // Nothing in this pipe ever waits, so one poll a record is all it takes.
     let mut next = |record: &mut StringRecord, row: u64| -> Result<bool, BackupError> {
@@ -183,11 +186,15 @@ pub(super) fn read(
             });
         }
         let row = columns.row(&record, rows)?;
-        digest += row.digest();
-        sink(row);
+        piece.push(row.user_id, row.values);
+        if piece.is_full() {
+            digest += sink(&piece);
+            piece.clear();
+        }
         progress.add_rows(1);
         progress.set_bytes(bytes.load(Ordering::Relaxed));
     }
+    digest += sink(&piece);
     if columns.is_none() {
         return Err(BackupError::Header {
             what: "there is none".to_owned(),

@@ -37,7 +37,7 @@ use std::thread;
 use serde::{Deserialize, Serialize};
 
 pub use error::BackupError;
-pub use reader::{Progress, Summary, end_position, head, read};
+pub use reader::{Progress, Sink, Summary, end_position, head, read};
 pub use row::Row;
 pub use snapshots::{Snapshots, Written, restore, restore_file, set_aside};
 pub use writer::{BackupWriter, CHUNK_TEXT_BYTES, Chunk, ChunkSource};

@@ -3,7 +3,7 @@
 
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
 use parking_lot::Mutex;
@@ -11,9 +11,10 @@ use tokio::sync::watch;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::member::{self, Content, FIXED_BYTES, Kind, TRAILER_BYTES};
-use super::{BackupError, End, FORMAT, Head, Row, foreign, row, threads_for};
+use super::{BackupError, End, FORMAT, Head, foreign, row, threads_for};
 use crate::grade::Digest;
 use crate::log::Seq;
+use crate::store::Piece;
 
 /// The longest name in the first member.
 const NAME_BYTES_MAX: usize = 256;
@@ -108,6 +109,9 @@ fn read_start(source: &mut impl Read) -> Result<Vec<u8>, BackupError> {
     Ok(start)
 }
 
+/// Takes rows, and returns the sum of their digests.
+pub type Sink<'a> = dyn Fn(&Piece) -> Digest + Sync + 'a;
+
 /// Reads `source` to its end and hands every row to `sink`, from several threads.
 ///
 /// Blocks; not for an async task. Rows are handed out before the end record has been seen: `sink`
@@ -117,7 +121,7 @@ fn read_start(source: &mut impl Read) -> Result<Vec<u8>, BackupError> {
 /// The file is not a whole, unchanged backup; see [`BackupError`].
 pub fn read(
     mut source: impl Read + Unpin + Send,
-    sink: &(dyn Fn(Row<'_>) + Sync),
+    sink: &Sink<'_>,
     progress: &Progress,
 ) -> Result<Summary, BackupError> {
     let start = read_start(&mut source)?;
@@ -174,7 +178,7 @@ pub fn end_position(mut source: impl Read + Unpin + Send) -> Result<Seq, BackupE
         let (header, content) = own.read_header()?;
         match content {
             Content::End(end) => return Ok(end.position),
-            Content::Rows { member, .. } if (member as usize) < member::MEMBER_BYTES_MAX => {
+            Content::Rows { member, .. } if (member as usize) <= member::MEMBER_BYTES_MAX => {
                 skipped.clear();
                 let rest = (member as usize).saturating_sub(header.len());
                 own.read_some(rest, &mut skipped)?;
@@ -217,11 +221,36 @@ impl<'a, R: Read> Own<'a, R> {
         }
     }
 
-    fn read(mut self, sink: &(dyn Fn(Row<'_>) + Sync)) -> Result<Summary, BackupError> {
+    fn read(mut self, sink: &Sink<'_>) -> Result<Summary, BackupError> {
         let (head, fields) = self.read_head()?;
         self.progress.head.send_replace(Some(head.clone()));
-        let progress = self.progress;
         let threads = threads_for(head.rows_expected);
+        let (end, rows, checksum, digest) = match threads {
+            1 => self.read_alone(fields, sink)?,
+            _ => self.read_with(threads, fields, sink)?,
+        };
+        self.finish(head, end, rows, digest, checksum)
+    }
+
+    /// All by this thread, so that what happens when depends on no other.
+    fn read_alone(
+        &mut self,
+        fields: usize,
+        sink: &Sink<'_>,
+    ) -> Result<(End, u64, u128, Digest), BackupError> {
+        let progress = self.progress;
+        let mut worker = Worker::new(sink, progress);
+        let (end, rows, checksum) = self.read_members(fields, &mut |task| worker.read(&task))?;
+        Ok((end, rows, checksum, worker.digest))
+    }
+
+    fn read_with(
+        &mut self,
+        threads: usize,
+        fields: usize,
+        sink: &Sink<'_>,
+    ) -> Result<(End, u64, u128, Digest), BackupError> {
+        let progress = self.progress;
         let digest = Mutex::new(Digest::default());
         let (tasks, queue) = sync_channel::<Task>(threads);
         let queue = Mutex::new(queue);
@@ -240,7 +269,15 @@ impl<'a, R: Read> Own<'a, R> {
                     })
                 })
                 .collect();
-            let members = self.read_members(fields, &tasks, &failed);
+            let members = self.read_members(fields, &mut |task| {
+                // A worker has said why it ended, and that is told first.
+                let at = task.at;
+                let what = "a member could not be read";
+                match tasks.send(task).is_err() || failed.load(Ordering::Relaxed) {
+                    true => Err(BackupError::Damaged { at, what }),
+                    false => Ok(()),
+                }
+            });
             drop(tasks);
             let mut worked = Ok(());
             for worker in workers {
@@ -253,7 +290,7 @@ impl<'a, R: Read> Own<'a, R> {
             // A worker's error comes first: it made the reading stop.
             worked.and(members)
         })?;
-        self.finish(head, end, rows, digest.into_inner(), checksum)
+        Ok((end, rows, checksum, digest.into_inner()))
     }
 
     /// The first member: what it says, and how many fields a row has.
@@ -306,8 +343,7 @@ impl<'a, R: Read> Own<'a, R> {
     fn read_members(
         &mut self,
         fields: usize,
-        tasks: &SyncSender<Task>,
-        failed: &AtomicBool,
+        pass_on: &mut dyn FnMut(Task) -> Result<(), BackupError>,
     ) -> Result<(End, u64, u128), BackupError> {
         let mut rows_before = 0;
         loop {
@@ -329,19 +365,15 @@ impl<'a, R: Read> Own<'a, R> {
                     self.read_some(rest, &mut bytes)?;
                     self.hash.update(&header);
                     self.hash.update(&bytes);
-                    let task = Task {
+                    pass_on(Task {
                         at,
                         first_row: rows_before + 1,
                         fields,
                         text_bytes: text,
                         rows,
                         bytes,
-                    };
+                    })?;
                     rows_before += u64::from(rows);
-                    if tasks.send(task).is_err() || failed.load(Ordering::Relaxed) {
-                        // A worker has said why, and that is told first.
-                        return Err(damaged("a member could not be read"));
-                    }
                 }
                 Content::End(end) => {
                     let mut last = header;
@@ -431,39 +463,63 @@ impl<'a, R: Read> Own<'a, R> {
 /// Takes tasks until there are no more; the digest of the rows in them.
 fn work(
     queue: &Mutex<Receiver<Task>>,
-    sink: &(dyn Fn(Row<'_>) + Sync),
+    sink: &Sink<'_>,
     progress: &Progress,
 ) -> Result<Digest, BackupError> {
-    let mut inflate = libdeflater::Decompressor::new();
-    let mut text = Vec::new();
-    let mut digest = Digest::default();
+    let mut worker = Worker::new(sink, progress);
     loop {
         let task = queue.lock().recv();
         let Ok(task) = task else {
-            return Ok(digest);
+            return Ok(worker.digest);
         };
-        read_task(&task, &mut inflate, &mut text, |row| {
-            digest += row.digest();
-            sink(row);
-        })?;
-        progress.add_rows(u64::from(task.rows));
+        worker.read(&task)?;
     }
 }
 
-fn read_task(
-    task: &Task,
-    inflate: &mut libdeflater::Decompressor,
-    text: &mut Vec<u8>,
-    row: impl FnMut(Row<'_>),
-) -> Result<(), BackupError> {
-    let damaged = |what| BackupError::Damaged { at: task.at, what };
-    let split = task.bytes.len().saturating_sub(TRAILER_BYTES);
-    let (deflated, trailer) = task.bytes.split_at(split);
-    member::inflate(deflated, trailer, task.text_bytes, inflate, text).map_err(damaged)?;
-    let text = std::str::from_utf8(text).map_err(|_| damaged("a member is not UTF-8"))?;
-    let rows = row::parse(text, task.fields, task.first_row, row)?;
-    match rows == task.rows {
-        true => Ok(()),
-        false => Err(damaged("a member has another number of rows than it says")),
+/// Reads members of rows one after the other.
+struct Worker<'a> {
+    sink: &'a Sink<'a>,
+    progress: &'a Progress,
+    inflate: libdeflater::Decompressor,
+    text: Vec<u8>,
+    rows: Piece,
+    /// The sum of the rows' digests so far.
+    digest: Digest,
+}
+
+impl<'a> Worker<'a> {
+    fn new(sink: &'a Sink<'a>, progress: &'a Progress) -> Self {
+        Self {
+            sink,
+            progress,
+            inflate: libdeflater::Decompressor::new(),
+            text: Vec::new(),
+            rows: Piece::default(),
+            digest: Digest::default(),
+        }
+    }
+
+    fn read(&mut self, task: &Task) -> Result<(), BackupError> {
+        let damaged = |what| BackupError::Damaged { at: task.at, what };
+        let split = task.bytes.len().saturating_sub(TRAILER_BYTES);
+        let (deflated, trailer) = task.bytes.split_at(split);
+        let (inflate, text) = (&mut self.inflate, &mut self.text);
+        member::inflate(deflated, trailer, task.text_bytes, inflate, text).map_err(damaged)?;
+        let text = std::str::from_utf8(text).map_err(|_| damaged("a member is not UTF-8"))?;
+        let (piece, sink) = (&mut self.rows, self.sink);
+        piece.clear();
+        let rows = row::parse(text, task.fields, task.first_row, |row| {
+            piece.push(row.user_id, row.values);
+            if piece.is_full() {
+                self.digest += sink(piece);
+                piece.clear();
+            }
+        })?;
+        self.digest += sink(piece);
+        if rows != task.rows {
+            return Err(damaged("a member has another number of rows than it says"));
+        }
+        self.progress.add_rows(u64::from(task.rows));
+        Ok(())
     }
 }

@@ -12,12 +12,9 @@ use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{
-    BackupError, BackupWriter, ChunkSource, Head, Progress, Row, Summary, read, threads_for,
-};
-use crate::grade::{Changes, Patch};
+use super::{BackupError, BackupWriter, ChunkSource, Head, Progress, Summary, read, threads_for};
 use crate::log::Seq;
-use crate::store::Store;
+use crate::store::{Piece, Store};
 
 /// How many snapshots are kept.
 const KEPT: usize = 2;
@@ -205,12 +202,9 @@ pub fn restore(
     progress: &Progress,
 ) -> Result<Summary, BackupError> {
     let sized = Once::new();
-    let sink = |row: Row<'_>| {
+    let sink = |rows: &Piece| {
         sized.call_once(|| store.reserve(progress.rows_expected().min(RESERVED_ROWS_MAX) as usize));
-        store.apply(&Patch {
-            user_id: row.user_id,
-            changes: Changes::all(row.values),
-        });
+        store.put(rows)
     };
     let restored = read(source, &sink, progress).and_then(|summary| {
         let (rows, users) = (summary.rows, store.len() as u64);

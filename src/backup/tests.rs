@@ -6,12 +6,13 @@ use std::io::{Cursor, Read, Write};
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
 use flate2::write::GzEncoder;
+use futures_util::FutureExt;
 use parking_lot::Mutex;
 use proptest::prelude::*;
 
 use super::*;
 use crate::grade::{Changes, FIELD_COUNT, FIELDS, Patch, USER_ID, Values};
-use crate::store::Store;
+use crate::store::{Piece, Store};
 
 type Rows = BTreeMap<String, Values>;
 
@@ -39,13 +40,17 @@ fn head() -> Head {
         log_id: "memory-1".into(),
         position: 7,
         time_ns: 1_700_000_000_123_456_789,
-        rows_expected: 0,
+        rows_expected: 2_900,
     }
 }
 
 /// The members of a backup, one by one: small ones, some for every thousand rows.
 fn members_of(store: &Store) -> Vec<Vec<u8>> {
-    let (mut writer, first) = BackupWriter::begin(&head());
+    members_after(&head(), store)
+}
+
+fn members_after(head: &Head, store: &Store) -> Vec<Vec<u8>> {
+    let (mut writer, first) = BackupWriter::begin(head);
     let mut members = vec![first];
     let source = ChunkSource::with_chunk_text(store, 16 * 1024);
     while let Some(chunk) = source.next() {
@@ -62,8 +67,10 @@ fn file_of(store: &Store) -> Vec<u8> {
 
 fn read_rows(bytes: &[u8]) -> Result<(Summary, Rows), BackupError> {
     let rows = Mutex::new(Rows::new());
-    let sink = |row: Row<'_>| {
-        rows.lock().insert(row.user_id.to_owned(), row.values);
+    let sink = |piece: &Piece| {
+        let given = piece.iter().map(|(id, values)| (id.to_owned(), *values));
+        rows.lock().extend(given);
+        piece.digest()
     };
     let summary = read(Cursor::new(bytes.to_vec()), &sink, &Progress::default())?;
     Ok((summary, rows.into_inner()))
@@ -78,7 +85,7 @@ fn refused(bytes: &[u8]) -> String {
 
 fn rows_of(store: &Store) -> Rows {
     let mut rows = Rows::new();
-    let mut piece = crate::store::Piece::default();
+    let mut piece = Piece::default();
     let mut scan = store.scan();
     while scan.next_into(&mut piece) {
         rows.extend(piece.iter().map(|(id, values)| (id.to_owned(), *values)));
@@ -120,6 +127,65 @@ fn it_is_plain_gzip_and_csv_to_others() {
     assert_eq!(rows, rows_of(&store));
     assert_eq!((summary.records, summary.rows), (None, 3_000));
     assert_eq!(summary.digest, store.digest());
+}
+
+#[test]
+fn a_file_tells_what_it_is_before_its_rows_are_read() {
+    let bytes = file_of(&store_of(3_000));
+    assert_eq!(super::head(&*bytes).unwrap(), Some(head()));
+    assert_eq!(end_position(&*bytes).unwrap(), 9);
+    let foreign = gzip("user_id\na\n");
+    assert_eq!(super::head(&*foreign).unwrap(), None);
+    assert_eq!(end_position(&*foreign).unwrap(), 0);
+    for cut in (20..bytes.len()).step_by(991) {
+        let (start, _) = bytes.split_at(cut);
+        let error = end_position(start).unwrap_err().to_string();
+        assert!(error.contains("cut off at byte"), "at {cut}: {error}");
+    }
+    assert!(super::head(&b"no gzip, though long"[..]).is_err());
+}
+
+#[test]
+fn several_threads_read_what_one_does() {
+    let store = store_of(20_000);
+    let large = Head {
+        rows_expected: 1_000_000,
+        ..head()
+    };
+    assert!(threads_for(large.rows_expected) > 1 || threads_for(u64::MAX) == 1);
+    let mut members = members_after(&large, &store);
+    let (summary, rows) = read_rows(&members.concat()).unwrap();
+    assert_eq!(rows, rows_of(&store));
+    assert_eq!(summary.digest, store.digest());
+    // The first thing that is wrong is told, though others read on beside it.
+    let middle = members.len() / 2;
+    let at: usize = members[..middle].iter().map(Vec::len).sum();
+    let half = members[middle].len() / 2;
+    members[middle][half] ^= 1;
+    let error = refused(&members.concat());
+    assert!(
+        error.contains(&format!("damaged at byte {at}: ")),
+        "{error}"
+    );
+    members.truncate(middle);
+    assert!(refused(&members.concat()).contains("cut off at byte"));
+}
+
+#[test]
+fn progress_is_what_has_been_read() {
+    let progress = Progress::default();
+    assert!(progress.head().now_or_never().is_none());
+    let bytes = file_of(&store_of(3_000));
+    read(&*bytes, &Piece::digest, &progress).unwrap();
+    assert_eq!(progress.rows(), 3_000);
+    assert_eq!(progress.bytes(), bytes.len() as u64);
+    assert_eq!(progress.rows_expected(), 2_900);
+    assert_eq!(progress.head().now_or_never(), Some(head()));
+    let progress = Progress::default();
+    let foreign = gzip("user_id\na\nb\n");
+    read(&*foreign, &Piece::digest, &progress).unwrap();
+    assert_eq!((progress.rows(), progress.rows_expected()), (2, 0));
+    assert_eq!(progress.bytes(), foreign.len() as u64);
 }
 
 #[test]
@@ -197,6 +263,10 @@ fn a_member_that_claims_too_much_is_refused_before_it_is_read() {
         let sound = members[1].clone();
         members[1][numbers + at..numbers + at + 4].copy_from_slice(&claim.to_le_bytes());
         refused(&members.concat());
+        if (at, claim) == (0, u32::MAX) {
+            let error = end_position(&*members.concat()).unwrap_err().to_string();
+            assert!(error.contains("do not lead to an end record"), "{error}");
+        }
         members[1] = sound;
     }
     let newer = Head {

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::values::{
     address, at_least, base_url, replicas, servers, stream_name, username, yes_or_no,
@@ -38,6 +38,15 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Ask a node on this machine whether it is ready; exit code 0 if so, else 1
     Health(HealthArgs),
+}
+
+/// What a node can leave out to measure what it costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// Everybody may write.
+    Auth,
+    /// Requests and connections are not counted.
+    Metrics,
 }
 
 /// Flags of `gradestore serve`.
@@ -83,6 +92,10 @@ pub struct ServeArgs {
     /// A backup to begin from; only for a data directory that nothing has been written to
     #[arg(long, env = "GRADESTORE_RESTORE_FROM", value_name = "FILE")]
     pub restore_from: Option<PathBuf>,
+
+    /// Leave something out, to measure what it costs; not for a node that anybody uses
+    #[arg(long, hide = true, value_name = "WHAT", value_delimiter = ',')]
+    pub measure_without: Vec<Part>,
 
     /// NATS servers with JetStream, with a comma between two; all nodes that share them and
     /// --stream are one store. Without it a node is alone

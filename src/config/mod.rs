@@ -18,7 +18,7 @@ use crate::http::listener::ListenerLimits;
 use crate::log::Servers;
 use crate::replication::WriterLimits;
 
-pub use args::{BackupArgs, Cli, Command, CredentialArgs, HealthArgs, ServeArgs, VerifyArgs};
+pub use args::{BackupArgs, Cli, Command, CredentialArgs, HealthArgs, Part, ServeArgs, VerifyArgs};
 pub use parse::{check_env, check_env_names, parse, parse_args};
 
 /// Why the configuration can't be used. The text names the key, the value and the fix.
@@ -146,6 +146,8 @@ pub struct HttpConfig {
     pub backup_wait_max: Duration,
     /// Rows of a backup go in chunks of about so many bytes, before compression.
     pub backup_chunk_text_bytes: usize,
+    /// Whether requests and connections are counted and timed.
+    pub counted: bool,
     /// How long running requests may take to finish once the node stops.
     pub drain_max: Duration,
 }
@@ -169,6 +171,7 @@ impl Default for HttpConfig {
             backups_waiting_max: 16,
             backup_wait_max: Duration::from_secs(2),
             backup_chunk_text_bytes: CHUNK_TEXT_BYTES,
+            counted: true,
             drain_max: Duration::from_secs(10),
         }
     }
@@ -219,12 +222,19 @@ impl Config {
             .as_deref()
             .or(made.as_ref().map(|made| made.0.as_str()))
             .unwrap_or_default();
+        let credentials = Credentials::new(&args.credentials.username, password);
         let config = Self {
             write_addr: args.write_addr,
             read_addr: args.read_addr,
             ops_addr: args.ops_addr,
-            credentials: Credentials::new(&args.credentials.username, password),
-            http: HttpConfig::default(),
+            credentials: match args.measure_without.contains(&Part::Auth) {
+                true => credentials.unchecked(),
+                false => credentials,
+            },
+            http: HttpConfig {
+                counted: !args.measure_without.contains(&Part::Metrics),
+                ..HttpConfig::default()
+            },
             writer: default_writer_limits(),
             restore_from: args.restore_from.clone(),
             cluster: ClusterConfig {

@@ -10,11 +10,10 @@ use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::response::Response;
 use futures_util::future::BoxFuture;
 use futures_util::task::AtomicWaker;
 use http::Request;
@@ -29,6 +28,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::answer::Answer;
 use super::observe::{HttpMetrics, Observed};
 
 /// The most header bytes of a request; more is answered with 431. So are more than 100 lines, which
@@ -63,9 +63,9 @@ pub type Direct = Arc<dyn Fn(Request<Incoming>) -> Directly + Send + Sync>;
 /// What becomes of a request on that way.
 pub enum Directly {
     /// The answer.
-    Now(Response),
+    Now(Answer),
     /// The answer, once something has happened.
-    Later(BoxFuture<'static, Response>),
+    Later(BoxFuture<'static, Answer>),
     /// It is the router's.
     Router(Request<Incoming>),
 }
@@ -199,16 +199,23 @@ async fn serve_connection(stream: TcpStream, service: Observed, connection: &Con
         .max_header_size(HEADER_BYTES_MAX)
         // A client that has said all it has to may still want the answer.
         .half_close(true)
+        // Most answers are short: to copy one behind its header costs less than to send it in parts.
+        .writev(false)
         .serve_connection(TokioIo::new(stream), service);
     let mut draining = false;
+    let mut registered = Waker::noop().clone();
     let served = std::future::poll_fn(|cx| {
-        match connection.poll_order(cx) {
-            Poll::Ready(Order::Cut) => return Poll::Ready(false),
-            Poll::Ready(Order::Drain) if !draining => {
-                draining = true;
-                Pin::new(&mut http).graceful_shutdown();
+        // Registering takes longer than all else here, and is rarely needed.
+        if connection.has_order() || !registered.will_wake(cx.waker()) {
+            registered.clone_from(cx.waker());
+            match connection.poll_order(cx) {
+                Poll::Ready(Order::Cut) => return Poll::Ready(false),
+                Poll::Ready(Order::Drain) if !draining => {
+                    draining = true;
+                    Pin::new(&mut http).graceful_shutdown();
+                }
+                _ => {}
             }
-            _ => {}
         }
         // What hyper says here is about one client: it hung up, or broke the protocol and was
         // answered.
@@ -293,7 +300,12 @@ impl Connection {
 
     /// A request has been answered, or another part of a long answer has been taken.
     pub(super) fn end(&self) {
-        let since_ms = self.opened.elapsed().as_millis() as u64;
+        self.end_at(Instant::now());
+    }
+
+    /// The same, for who knows what time it is.
+    pub(super) fn end_at(&self, now: Instant) {
+        let since_ms = now.saturating_duration_since(self.opened).as_millis() as u64;
         self.idle_since_ms.store(since_ms, Ordering::Relaxed);
     }
 
@@ -313,6 +325,12 @@ impl Connection {
                     .saturating_sub(Duration::from_millis(since_ms)),
             ),
         }
+    }
+
+    /// Whether it was ever told to do something. If not, its task stays registered: only an order
+    /// takes the waker out.
+    fn has_order(&self) -> bool {
+        self.drain.load(Ordering::Acquire) || self.cut.load(Ordering::Acquire)
     }
 
     fn poll_order(&self, cx: &mut Context<'_>) -> Poll<Order> {

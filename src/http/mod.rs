@@ -10,6 +10,7 @@
 //! [`listener`] takes connections and bounds them, `observe` counts and times requests,
 //! [`error::ApiError`] alone maps what can go wrong to statuses.
 
+mod answer;
 mod auth;
 pub mod backup;
 pub mod error;
@@ -20,6 +21,7 @@ mod patch_body;
 pub mod read;
 pub mod write;
 
+pub use answer::{Answer, AnswerBody};
 pub use auth::Credentials;
 pub use observe::HttpMetrics;
 

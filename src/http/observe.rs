@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use axum::Router;
 use axum::body::Body;
-use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, CatchUnwind};
 use http::{Request, StatusCode};
@@ -22,6 +21,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use tower::Service;
 
+use super::answer::{Answer, routed};
 use super::error::ApiError;
 use super::listener::{Connection, Direct, Directly};
 
@@ -127,7 +127,7 @@ pub(super) struct Observed {
 }
 
 impl hyper::service::Service<Request<Incoming>> for Observed {
-    type Response = Response;
+    type Response = Answer;
     type Error = Infallible;
     type Future = ObservedFuture;
 
@@ -146,6 +146,7 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
             connection: Arc::clone(&self.connection),
             begun,
             route: route.unwrap_or(OTHER),
+            answered: false,
         };
         let directly = match &self.direct {
             Some(direct) => {
@@ -174,8 +175,8 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
 }
 
 /// What a panic is answered with. The panic hook has logged it.
-fn internal() -> Response {
-    ApiError::Internal.into_response()
+fn internal() -> Answer {
+    ApiError::Internal.into()
 }
 
 type RouterFuture = <Router as Service<Request<Body>>>::Future;
@@ -191,16 +192,16 @@ pin_project_lite::pin_project! {
 pin_project_lite::pin_project! {
     #[project = AnswerProjection]
     enum AnswerFuture {
-        Ready { response: Option<Response> },
-        Later { #[pin] answer: CatchUnwind<AssertUnwindSafe<BoxFuture<'static, Response>>> },
+        Ready { response: Option<Answer> },
+        Later { #[pin] answer: CatchUnwind<AssertUnwindSafe<BoxFuture<'static, Answer>>> },
         Router { #[pin] answer: CatchUnwind<AssertUnwindSafe<RouterFuture>> },
     }
 }
 
 impl Future for AnswerFuture {
-    type Output = Response;
+    type Output = Answer;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response> {
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Answer> {
         match self.project() {
             // Polled once: hyper drops a future that has answered.
             AnswerProjection::Ready { response } => {
@@ -210,7 +211,7 @@ impl Future for AnswerFuture {
                 .poll(cx)
                 .map(|answered| answered.unwrap_or_else(|_panic| internal())),
             AnswerProjection::Router { answer } => answer.poll(cx).map(|answered| match answered {
-                Ok(Ok(response)) => response,
+                Ok(Ok(response)) => routed(response),
                 Ok(Err(never)) => match never {},
                 Err(_panic) => internal(),
             }),
@@ -224,23 +225,30 @@ struct Running {
     connection: Arc<Connection>,
     begun: Instant,
     route: usize,
+    answered: bool,
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
         self.metrics.in_flight.decrement(1.0);
-        self.connection.end();
+        if !self.answered {
+            self.connection.end();
+        }
     }
 }
 
 impl Future for ObservedFuture {
-    type Output = Result<Response, Infallible>;
+    type Output = Result<Answer, Infallible>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let response = std::task::ready!(this.answer.poll(cx));
-        let duration_s = this.running.begun.elapsed().as_secs_f64();
-        let running = &this.running;
+        let running = this.running;
+        // The clock is read once for both.
+        let now = Instant::now();
+        running.answered = true;
+        running.connection.end_at(now);
+        let duration_s = (now - running.begun).as_secs_f64();
         running
             .metrics
             .record(running.route, response.status(), duration_s);

@@ -5,15 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::get;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderValue, Method, Uri};
 use percent_encoding::percent_decode;
 
 use super::GRADE_POSITION;
+use super::answer::{Answer, AnswerBody, boxed};
 use super::error::ApiError;
 use super::listener::{Direct, Directly};
 use crate::grade::{USER_ID, UserGrade, check_user_id};
@@ -56,7 +56,7 @@ pub fn direct(state: ReadState) -> Direct {
         match plain {
             true => {
                 let answer = answer(&state, request.uri());
-                Directly::Now(answer.unwrap_or_else(ApiError::into_response))
+                Directly::Now(answer.unwrap_or_else(Answer::from))
             }
             false => Directly::Router(request),
         }
@@ -75,11 +75,11 @@ async fn get_grade(State(state): State<ReadState>, request: Request) -> Result<R
             return Err(ApiError::PositionNotReached { wanted, applied });
         }
     }
-    answer(&state, request.uri())
+    answer(&state, request.uri()).map(boxed)
 }
 
 /// The grade that `uri` asks for, as it is now.
-fn answer(state: &ReadState, uri: &Uri) -> Result<Response, ApiError> {
+fn answer(state: &ReadState, uri: &Uri) -> Result<Answer, ApiError> {
     let user_id = user_id_of(uri.query().unwrap_or_default())?;
     let store = &state.store;
     let values = state
@@ -89,7 +89,7 @@ fn answer(state: &ReadState, uri: &Uri) -> Result<Response, ApiError> {
     let user_id = user_id.as_ref();
     let mut json = Vec::with_capacity(192);
     UserGrade { user_id, values }.write_json(&mut json);
-    let mut response = Response::new(Body::from(json));
+    let mut response = Answer::new(AnswerBody::Whole(Some(json.into())));
     let json_type = HeaderValue::from_static("application/json");
     response.headers_mut().insert(CONTENT_TYPE, json_type);
     Ok(response)

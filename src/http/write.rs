@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use axum::body::HttpBody;
 use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::post;
 use axum::{BoxError, Router};
 use bytes::Bytes;
-use futures_util::FutureExt;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http::{HeaderMap, Method, StatusCode};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 
+use super::answer::{Answer, AnswerBody, boxed};
 use super::error::ApiError;
 use super::listener::{Direct, Directly};
 use super::{Credentials, GRADE_POSITION, parse_patch};
@@ -56,12 +56,9 @@ pub fn direct(state: WriteState) -> Direct {
             return Directly::Router(request);
         }
         let state = Arc::clone(&state);
-        let answer = async move { set(&state, request).await };
-        Directly::Later(
-            answer
-                .map(|answer| answer.unwrap_or_else(ApiError::into_response))
-                .boxed(),
-        )
+        Directly::Later(Box::pin(async move {
+            set(&state, request).await.unwrap_or_else(Answer::from)
+        }))
     })
 }
 
@@ -69,10 +66,10 @@ async fn set_grade(
     State(state): State<WriteState>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    set(&state, request).await
+    set(&state, request).await.map(boxed)
 }
 
-async fn set<B>(state: &WriteState, request: Request<B>) -> Result<Response, ApiError>
+async fn set<B>(state: &WriteState, request: Request<B>) -> Result<Answer, ApiError>
 where
     B: HttpBody<Data = Bytes>,
     B::Error: Into<BoxError>,
@@ -84,7 +81,10 @@ where
     }
     let body = read_body(request, state.body_wait_max).await?;
     let seq = state.writer.write(parse_patch(&body)?).await?;
-    Ok((StatusCode::NO_CONTENT, [(GRADE_POSITION, seq)]).into_response())
+    let mut answer = Answer::new(AnswerBody::Whole(None));
+    *answer.status_mut() = StatusCode::NO_CONTENT;
+    answer.headers_mut().insert(GRADE_POSITION, seq.into());
+    Ok(answer)
 }
 
 /// Whether the content type is `application/json`, with or without parameters.

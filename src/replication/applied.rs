@@ -1,11 +1,12 @@
 //! How far this replica has come in its log.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
 use crate::grade::Digest;
 use crate::log::Seq;
@@ -21,7 +22,9 @@ struct Inner {
     seq: AtomicU64,
     /// When the log took the batch at `seq`.
     time_ns: AtomicU64,
-    reached: watch::Sender<Seq>,
+    began_ns: u64,
+    /// Wakes those that wait, in the order in which they came.
+    reached: Notify,
 }
 
 /// Facts that belong together: what the store held at one position.
@@ -40,20 +43,27 @@ pub struct AtPosition {
 pub struct Position {
     /// The last batch applied.
     pub seq: Seq,
-    /// When the log took it, in nanoseconds since 1970; before the first one, when the log began.
+    /// When the log took it, in nanoseconds since 1970; before the first one, when this node began.
     pub time_ns: u64,
 }
 
 impl Applied {
-    /// Before the first batch of a log that began at `time_ns`.
+    /// Before the first batch, for a node that began at `began_ns`.
     #[must_use]
-    pub fn new(time_ns: u64) -> Self {
+    pub fn new(began_ns: u64) -> Self {
         Self(Arc::new(Inner {
             gate: Mutex::new(()),
             seq: AtomicU64::new(0),
-            time_ns: AtomicU64::new(time_ns),
-            reached: watch::Sender::new(0),
+            time_ns: AtomicU64::new(began_ns),
+            began_ns,
+            reached: Notify::new(),
         }))
+    }
+
+    /// The store has just been cleared.
+    pub(super) fn cleared(&self) {
+        let time_ns = self.0.began_ns;
+        self.restored(Position { seq: 0, time_ns });
     }
 
     /// The store has just been restored to `position`: the log goes on after it.
@@ -102,9 +112,15 @@ impl Applied {
 
     /// Waits until `seq` is applied.
     pub async fn reach(&self, seq: Seq) {
-        let mut reached = self.0.reached.subscribe();
-        // The sender lives in `self`.
-        let _ = reached.wait_for(|applied| *applied >= seq).await;
+        loop {
+            let mut reached = pin!(self.0.reached.notified());
+            // Before the look, so that nothing is missed between that and the wait.
+            reached.as_mut().enable();
+            if self.seq() >= seq {
+                return;
+            }
+            reached.await;
+        }
     }
 
     /// Runs `apply`, which puts the batch at `to` into the store, as one step to who takes a
@@ -118,6 +134,6 @@ impl Applied {
 
     /// Wakes who waits for what was advanced to.
     pub(super) fn announce(&self) {
-        self.0.reached.send_replace(self.seq());
+        self.0.reached.notify_waiters();
     }
 }

@@ -6,12 +6,11 @@ use std::time::Duration;
 use metrics::Counter;
 use tokio::time::Instant;
 
-use super::Position;
 use super::bootstrap::{Begun, Bootstrap, BootstrapError};
 use super::peers::Peer;
 use super::reader::{Reader, ReaderError};
 use super::snapshotter::Snapshotter;
-use crate::log::{ReadError, Seq, now_ns};
+use crate::log::{ReadError, Seq};
 use crate::readiness::{DIVERGED, Latch, Readiness, Scope};
 
 const PAUSE_MIN: Duration = Duration::from_millis(250);
@@ -131,10 +130,7 @@ impl Follower {
         self.reader.own.forget();
         // In this order: a snapshot that is being written is not kept once the store is another one.
         self.bootstrap.store.clear();
-        let time_ns = now_ns();
-        self.bootstrap
-            .applied
-            .restored(Position { seq: 0, time_ns });
+        self.bootstrap.applied.cleared();
         if doubtful && let Some(snapshotter) = &self.snapshotter {
             snapshotter.set_all_aside("diverged").await;
         }

@@ -77,6 +77,38 @@ impl Shard {
         let mut values = Values::default();
         changes.apply_to(&mut values);
         self.digest += UserGrade { user_id, values }.digest();
+        self.insert(hash, user_id, values, hasher);
+    }
+
+    /// Puts a record with all its values; its digest.
+    pub(super) fn put(
+        &mut self,
+        hash: u64,
+        grade: &UserGrade<&str>,
+        hasher: &impl BuildHasher,
+    ) -> Digest {
+        let UserGrade { user_id, values } = *grade;
+        let digest = grade.digest();
+        let found = self.find(hash, user_id);
+        match found.and_then(|number| record_mut(&mut self.records, number)) {
+            Some(record) => {
+                let old = std::mem::replace(&mut record.values, values);
+                let old = UserGrade {
+                    user_id,
+                    values: old,
+                };
+                self.digest.replace(old.digest(), digest);
+            }
+            None => {
+                self.digest += digest;
+                self.insert(hash, user_id, values, hasher);
+            }
+        }
+        digest
+    }
+
+    /// Adds a record whose id is not there.
+    fn insert(&mut self, hash: u64, user_id: &str, values: Values, hasher: &impl BuildHasher) {
         let key = self.key(user_id);
         // A shard of 2^32 records would be a store of 4 * 10^12: memory ends long before.
         let number = self.len as u32;

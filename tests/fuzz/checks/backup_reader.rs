@@ -13,7 +13,7 @@ use gradestore::backup::{
     read,
 };
 use gradestore::grade::{Changes, Digest, FIELDS, Patch, USER_ID, Values};
-use gradestore::store::Store;
+use gradestore::store::{Piece, Store};
 use parking_lot::Mutex;
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -45,9 +45,11 @@ type Rows = Vec<(String, Values)>;
 fn checked(file: &[u8]) -> Result<(Summary, Rows), BackupError> {
     let rows = Mutex::new(Rows::new());
     let digest = Mutex::new(Digest::default());
-    let sink = |row: gradestore::backup::Row<'_>| {
-        *digest.lock() += row.digest();
-        rows.lock().push((row.user_id.to_owned(), row.values));
+    let sink = |piece: &Piece| {
+        let given = piece.iter().map(|(id, values)| (id.to_owned(), *values));
+        rows.lock().extend(given);
+        *digest.lock() += piece.digest();
+        piece.digest()
     };
     let end = end_position(file);
     let summary = read(file, &sink, &Progress::default())?;
@@ -176,7 +178,7 @@ fn ours(text: &[u8], digest: Option<String>) -> Vec<u8> {
     let end = serde_json::to_vec(&end).unwrap();
     let content = [&b"E"[..], &crc32(&end).to_le_bytes(), &end].concat();
     member(&mut file, &content, &[3, 0], &[]);
-    match read(&file[..], &|_| {}, &Progress::default()) {
+    match read(&file[..], &Piece::digest, &Progress::default()) {
         Err(BackupError::Mismatch { found, .. }) if digest.is_none() => ours(text, Some(found)),
         _ => file,
     }

@@ -53,6 +53,11 @@ impl Broker {
         self.first + self.entries.len() as Seq - 1
     }
 
+    /// What every clock shows.
+    pub fn now_ns(&self) -> u64 {
+        BEGIN_NS + u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
     /// The time of the last batch; 0 before the first.
     pub fn end_ns(&self) -> u64 {
         self.last_ns
@@ -72,8 +77,7 @@ impl Broker {
             return;
         }
         self.known.insert(name, now);
-        let since = u64::try_from((now - self.begun).as_nanos()).unwrap_or(u64::MAX);
-        self.clock_ns = (BEGIN_NS + since).max(self.clock_ns + 1);
+        self.clock_ns = self.now_ns().max(self.clock_ns + 1);
         let (seq, time_ns) = (self.end() + 1, self.clock_ns);
         ledger.take(time_ns, self.last_ns, seq, batch.patches.clone());
         self.last_ns = time_ns;

@@ -149,7 +149,10 @@ fn repeats(plan: &Plan) -> bool {
     let (one, other) = (run::run(plan, true).history, run::run(plan, true).history);
     let mut lines = one.iter().zip(&other);
     if let Some((one, other)) = lines.find(|(one, other)| one != other) {
-        println!("{one}\n  is in the same place of a second run\n{other}");
+        println!(
+            "seed {}:\n{one}\n  is in the same place of a second run\n{other}",
+            plan.seed
+        );
     }
     one == other
 }

@@ -211,6 +211,7 @@ async fn live(world: World, node: usize, config: Config, knobs: Knobs, stop: Can
     let (gaps, resyncs, divergences) = (Arc::default(), Arc::default(), Arc::default());
     let parts = Parts {
         origin,
+        began_ns: world.lock().broker.now_ns(),
         store: Store::repeatable(start),
         storage,
         peers: Arc::new(Phone::new(world.clone(), node)),
