@@ -1,7 +1,7 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
 .PHONY: help run cluster test sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip compare \
-	jetstream backups drill soak mutants load-test dashboards-test compose-test
+	jetstream backups drill soak mutants rates load-test dashboards-test compose-test
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -80,6 +80,13 @@ $(FUZZ):
 
 load-tools: ## what the load tests run, into .tools
 	load/install.sh
+
+RATES ?=
+rates: ## k6 and oha at fixed rates, on one node and on three; RATES="smoke oha" for parts
+	tests/install.sh
+	load/install.sh
+	cargo build --locked --release
+	python3 load/k6.py $(RATES)
 
 OPS_TEST = PROGRAM=target/debug/gradestore .tools/ops/bin/python -m unittest
 load-test: ## the k6 scripts and the data generator, on real nodes
