@@ -31,10 +31,11 @@ faults: ## faults times what a replica is doing, each cell on real processes; FA
 	tests/faults/install.sh
 	cargo test --locked --test faults -- $(FAULTS)
 
-check: ## format, lints and docs, warnings as errors
+check: ## format, lints and docs, warnings as errors; whether the planted bugs still fit
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+	for bug in tests/sim/planted/*.patch; do patch --dry-run --quiet -p1 <"$$bug" || exit 1; done
 
 bench: ## micro benchmarks; figures in benches/README.md
 	cargo bench --locked

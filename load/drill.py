@@ -68,6 +68,11 @@ class Report:
         self(f"demand: {what} {sign} {bound}: {found:.{digits}f}, {'met' if met else 'MISSED'}")
         return not met
 
+    def keep(self, results, name, picture):
+        results.mkdir(parents=True, exist_ok=True)
+        (results / f"{name}.txt").write_text("\n".join([*self.lines, ""]))
+        (results / f"{name}.svg").write_text(picture)
+
 
 class Load:
     """`steady`, and what it says."""
@@ -432,9 +437,7 @@ def main():
     report = Report()
     with tempfile.TemporaryDirectory(prefix="drill-", dir=args.dir) as directory, ExitStack() as stack:
         missed, picture = drill(report, args, Path(directory), stack)
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "drill.txt").write_text("\n".join([*report.lines, ""]))
-    (args.results / "drill.svg").write_text(picture)
+    report.keep(args.results, "drill", picture)
     sys.exit(missed)
 
 

@@ -295,9 +295,7 @@ def main():
     report = Report()
     with tempfile.TemporaryDirectory(prefix="soak-", dir=args.dir) as directory, ExitStack() as stack:
         missed, drawn = soak(report, args, Path(directory), stack)
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "soak.txt").write_text("\n".join([*report.lines, ""]))
-    (args.results / "soak.svg").write_text(drawn)
+    report.keep(args.results, "soak", drawn)
     sys.exit(missed)
 
 

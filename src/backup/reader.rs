@@ -112,7 +112,7 @@ fn read_start(source: &mut impl Read) -> Result<Vec<u8>, BackupError> {
 /// Takes rows, and returns the sum of their digests.
 pub type Sink<'a> = dyn Fn(&Piece) -> Digest + Sync + 'a;
 
-/// Reads `source` to its end and hands every row to `sink`, from several threads.
+/// Reads `source` to its end and hands every row to `sink`, from several threads if there are many.
 ///
 /// Blocks; not for an async task. Rows are handed out before the end record has been seen: `sink`
 /// must collect into something that is thrown away on an error.

@@ -57,7 +57,7 @@ const fn is_plain(byte: u8) -> bool {
     PLAIN[byte as usize]
 }
 
-/// By byte, as looking one up takes less time than half a dozen comparisons.
+/// By byte.
 #[expect(clippy::indexing_slicing, reason = "the bound stands beside it")]
 const PLAIN: [bool; 256] = {
     let mut plain = [false; 256];

@@ -45,7 +45,7 @@ pub enum Command {
 pub enum Part {
     /// Everybody may write.
     Auth,
-    /// Requests and connections are not counted.
+    /// Requests are not counted.
     Metrics,
 }
 

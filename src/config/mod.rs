@@ -146,7 +146,7 @@ pub struct HttpConfig {
     pub backup_wait_max: Duration,
     /// Rows of a backup go in chunks of about so many bytes, before compression.
     pub backup_chunk_text_bytes: usize,
-    /// Whether requests and connections are counted and timed.
+    /// Whether requests are counted.
     pub counted: bool,
     /// How long running requests may take to finish once the node stops.
     pub drain_max: Duration,

@@ -205,7 +205,7 @@ async fn serve_connection(stream: TcpStream, service: Observed, connection: &Con
     let mut draining = false;
     let mut registered = Waker::noop().clone();
     let served = std::future::poll_fn(|cx| {
-        // Registering takes longer than all else here, and is rarely needed.
+        // Registering writes to what others read, and is rarely needed.
         if connection.has_order() || !registered.will_wake(cx.waker()) {
             registered.clone_from(cx.waker());
             match connection.poll_order(cx) {

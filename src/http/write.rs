@@ -1,17 +1,20 @@
 //! The write port: `POST /set`. Its other route is in [`super::backup`].
 
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
+use axum::Router;
 use axum::body::HttpBody;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use axum::routing::post;
-use axum::{BoxError, Router};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http::{HeaderMap, Method, StatusCode};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::BodyExt;
 
 use super::answer::{Answer, AnswerBody, boxed};
 use super::error::ApiError;
@@ -22,6 +25,10 @@ use crate::replication::Writer;
 
 /// The largest body of `POST /set`, in bytes.
 pub const BODY_BYTES_MAX: usize = 64 * 1024;
+
+const TOO_LARGE: ApiError = ApiError::BodyTooLarge {
+    limit_bytes: BODY_BYTES_MAX,
+};
 
 /// What the write port works with.
 #[derive(Clone)]
@@ -71,8 +78,7 @@ async fn set_grade(
 
 async fn set<B>(state: &WriteState, request: Request<B>) -> Result<Answer, ApiError>
 where
-    B: HttpBody<Data = Bytes>,
-    B::Error: Into<BoxError>,
+    B: HttpBody<Data = Bytes> + Unpin,
 {
     state.credentials.check(request.headers())?;
     state.readiness.writes()?;
@@ -100,24 +106,66 @@ fn is_json(headers: &HeaderMap) -> bool {
 
 async fn read_body<B>(request: Request<B>, wait_max: Duration) -> Result<Bytes, ApiError>
 where
-    B: HttpBody<Data = Bytes>,
-    B::Error: Into<BoxError>,
+    B: HttpBody<Data = Bytes> + Unpin,
 {
-    let too_large = ApiError::BodyTooLarge {
-        limit_bytes: BODY_BYTES_MAX,
-    };
     let announced = request.headers().get(CONTENT_LENGTH);
     let announced = announced.and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if announced.is_some_and(|bytes| bytes > BODY_BYTES_MAX as u64) {
-        return Err(too_large);
+        return Err(TOO_LARGE);
     }
-    let body = Limited::new(request.into_body(), BODY_BYTES_MAX).collect();
-    match tokio::time::timeout(wait_max, body).await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large),
-        Ok(Err(_)) => Err(ApiError::BodyBroken),
-        Err(_elapsed) => Err(ApiError::BodySlow {
-            seconds: wait_max.as_secs(),
-        }),
+    let mut whole = pin!(whole(request.into_body()));
+    if let Some(whole) = at_once(whole.as_mut()).await {
+        return whole;
     }
+    let in_time = tokio::time::timeout(wait_max, whole).await;
+    in_time.unwrap_or(Err(ApiError::BodySlow {
+        seconds: wait_max.as_secs(),
+    }))
+}
+
+/// What `future` gives in its first two polls. A short body comes with the second one: hyper passes
+/// it on once it has been asked for. No timer is made for it.
+async fn at_once<T>(mut future: Pin<&mut impl Future<Output = T>>) -> Option<T> {
+    let mut asked = false;
+    poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(done) => Poll::Ready(Some(done)),
+        Poll::Pending if asked => Poll::Ready(None),
+        Poll::Pending => {
+            asked = true;
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        }
+    })
+    .await
+}
+
+async fn whole<B>(mut body: B) -> Result<Bytes, ApiError>
+where
+    B: HttpBody<Data = Bytes> + Unpin,
+{
+    // Nearly every body comes in one part, which needs no copy.
+    let (mut first, mut whole) = (Bytes::new(), BytesMut::new());
+    while !body.is_end_stream()
+        && let Some(frame) = body.frame().await
+    {
+        let frame = frame.map_err(|_| ApiError::BodyBroken)?;
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
+        if first.len().max(whole.len()) + data.len() > BODY_BYTES_MAX {
+            return Err(TOO_LARGE);
+        }
+        if first.is_empty() {
+            first = data;
+            continue;
+        }
+        if whole.is_empty() {
+            whole.extend_from_slice(&first);
+        }
+        whole.extend_from_slice(&data);
+    }
+    Ok(match whole.is_empty() {
+        true => first,
+        false => whole.freeze(),
+    })
 }

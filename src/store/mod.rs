@@ -16,8 +16,7 @@ use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use foldhash::SharedSeed;
-use foldhash::quality::{FixedState, SeedableRandomState};
+use foldhash::quality::{FixedState, RandomState};
 use parking_lot::RwLock;
 
 use crate::grade::{Digest, Patch, UserGrade, Values};
@@ -28,9 +27,10 @@ use shard::Shard;
 const SHARD_COUNT: usize = 1024;
 
 /// Says which shard an id belongs to, the same in every process: rows that were scanned together, as
-/// in a backup, are then put together as well, into tables that fit in a core's cache. A restore
-/// takes half the time for it (`benches/README.md`). Who prepares ids that meet in one shard gets one
-/// that is large, and no others.
+/// in a backup, are then put together as well, into tables that fit in a core's cache: what that is
+/// worth to a restore stands in `benches/README.md`. It also makes the order of a scan depend on that
+/// of the writes alone. Who prepares ids that meet in one shard makes that one large, and slow for
+/// its own ids.
 const SHARD_HASHER: FixedState = FixedState::with_seed(0);
 
 /// The handle of a store; clones are the same store.
@@ -40,7 +40,7 @@ pub struct Store(Arc<Inner>);
 struct Inner {
     shards: Box<[RwLock<Shard>]>,
     /// Seeded anew by each process, so that nobody can prepare ids that collide in a shard's table.
-    hasher: SeedableRandomState,
+    hasher: RandomState,
     epoch: AtomicU64,
 }
 
@@ -54,21 +54,9 @@ impl Store {
     /// An empty store.
     #[must_use]
     pub fn new() -> Self {
-        Self::hashing_by(SeedableRandomState::random())
-    }
-
-    /// An empty store whose scans give the same records in the same order whenever it is made with
-    /// the same `seed`. Not for a store that strangers write to.
-    #[must_use]
-    pub fn repeatable(seed: u64) -> Self {
-        let shared = SharedSeed::global_fixed();
-        Self::hashing_by(SeedableRandomState::with_seed(seed, shared))
-    }
-
-    fn hashing_by(hasher: SeedableRandomState) -> Self {
         Self(Arc::new(Inner {
             shards: (0..SHARD_COUNT).map(|_| RwLock::default()).collect(),
-            hasher,
+            hasher: RandomState::default(),
             epoch: AtomicU64::new(0),
         }))
     }

@@ -5,6 +5,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::SystemTime;
 
 use serde_json::Value;
 use tempfile::tempdir;
@@ -214,19 +215,30 @@ async fn log_in_tables(dir: &Path) -> PathBuf {
         node.set(patch).await.position();
     }
     node.kill();
-    let node = Node::start_with(&mut program_on(dir)).await;
     let keyspaces = dir.join("log").join("keyspaces");
-    let table = eventually("a table", async || {
-        let mut folders = names_in(&keyspaces).into_iter();
-        folders.find_map(|folder| {
-            let table = keyspaces.join(folder).join("tables").join("1");
-            let bytes = fs::read(&table).ok()?;
-            place_of(&bytes, 99).map(|_| table)
+    let mut node = Node::start_with(&mut program_on(dir)).await;
+    loop {
+        let (table, made) = eventually("a table", async || {
+            let mut folders = names_in(&keyspaces).into_iter();
+            folders.find_map(|folder| {
+                let table = keyspaces.join(folder).join("tables").join("1");
+                let bytes = fs::read(&table).ok()?;
+                place_of(&bytes, 99).map(|_| (table.clone(), modified(&table)))
+            })
         })
-    })
-    .await;
-    node.kill();
-    table
+        .await;
+        node.kill();
+        // One that the kill left half done is made anew by the next start.
+        node = Node::start_with(&mut program_on(dir)).await;
+        if made.is_some() && modified(&table) == made {
+            node.kill();
+            return table;
+        }
+    }
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    fs::metadata(path).and_then(|file| file.modified()).ok()
 }
 
 /// Where a user's id stands.

@@ -36,9 +36,10 @@ pub fn look(world: &World, node: usize, process: &Process, knobs: &Knobs, fields
     let Err(unready) = shown.readiness.reads() else {
         return whole(world, node, process, fields);
     };
-    if unready.state == "no-source" && !shown.store.is_empty() {
-        let records = shown.store.len();
-        world.violate(format!("node {node} has no source, yet {records} records"));
+    let (records, position) = (shown.store.len(), shown.applied.seq());
+    if unready.state == "no-source" && (records, position) != (0, 0) {
+        let held = format!("{records} records of batch {position}");
+        world.violate(format!("node {node} has no source, yet {held}"));
     }
 }
 

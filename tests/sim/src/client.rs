@@ -22,6 +22,10 @@ pub const AUTHORIZED: &str = "Basic c2ltOnNlY3JldA==";
 /// No answer takes longer: the waits for a place in a batch and for the batch, and some.
 const ANSWER_MAX: Duration = Duration::from_secs(6);
 
+/// How often a node that is well may leave a write unanswered, and the pause after each.
+const SETS_MAX: usize = 3;
+const RECOVERED_AFTER: Duration = Duration::from_secs(30);
+
 /// What a client does, after a while.
 #[derive(Debug, Clone)]
 pub struct Op {
@@ -52,6 +56,7 @@ pub struct Client {
     /// The last position it was told, and the time of that batch.
     last: Option<(Seq, u64)>,
     sets: i64,
+    sets_answered: u64,
     /// Its writes that were refused: they must be nowhere.
     pub refused: Vec<Patch>,
 }
@@ -70,8 +75,31 @@ impl Client {
             number,
             last: None,
             sets: 0,
+            sets_answered: 0,
             refused: Vec::new(),
         }
+    }
+
+    /// Sets one field at `node`, which must answer in the end: nothing is wrong any more, though it may
+    /// only notice by this that the log is another one.
+    pub async fn set_at(&mut self, node: usize) {
+        let kind = OpKind::Get;
+        let (think_ms, user) = (0, 0);
+        let op = Op {
+            think_ms,
+            node,
+            user,
+            kind,
+        };
+        let before = self.sets_answered;
+        for _ in 0..SETS_MAX {
+            self.set(&op, 1, None).await;
+            if self.sets_answered > before || self.world.violated() {
+                return;
+            }
+            sleep(RECOVERED_AFTER).await;
+        }
+        self.violate(format!("node {node} is well, and answered no write"));
     }
 
     pub async fn run(mut self, ops: Vec<Op>) -> Self {
@@ -155,6 +183,7 @@ impl Client {
         }
         self.last = time_ns.map(|time_ns| (seq, time_ns));
         self.world.lock().answered += 1;
+        self.sets_answered += 1;
         check::look(&self.world, node, process, &self.knobs, true);
     }
 

@@ -142,6 +142,14 @@ impl Plan {
             |(_, fault): &(u64, Fault)| matches!(fault, Fault::Lose { .. } | Fault::Trim { .. });
         self.faults.iter().any(loses)
     }
+
+    /// Whether the log may lose what it had: then a node may need help.
+    pub fn loses_log(&self) -> bool {
+        let loses = |(_, fault): &(u64, Fault)| {
+            matches!(fault, Fault::BrokerLoses { .. } | Fault::Recreate)
+        };
+        self.loses_place() || self.faults.iter().any(loses)
+    }
 }
 
 fn client(rng: &mut fastrand::Rng, nodes: usize, users: u8) -> Vec<Op> {

@@ -212,7 +212,7 @@ async fn live(world: World, node: usize, config: Config, knobs: Knobs, stop: Can
     let parts = Parts {
         origin,
         began_ns: world.lock().broker.now_ns(),
-        store: Store::repeatable(start),
+        store: Store::new(),
         storage,
         peers: Arc::new(Phone::new(world.clone(), node)),
         blocking: blocking(world.clone(), knobs.work_wait_ms),

@@ -65,7 +65,7 @@ async fn course(world: &World, plan: &Plan) -> bool {
         process::start(world, node, &plan.knobs);
     }
     let mut beside = JoinSet::new();
-    beside.spawn(watch(world.clone(), plan.knobs.clone()));
+    beside.spawn(watch(world.clone(), plan.knobs.clone(), plan.loses_log()));
     let mut clients = JoinSet::new();
     for (number, ops) in plan.clients.iter().enumerate() {
         let client = Client::new(world.clone(), plan.knobs.clone(), number + 1);
@@ -126,6 +126,11 @@ async fn become_well(world: &World, plan: &Plan) -> bool {
         }
         sleep(Duration::from_millis(200)).await;
     }
+    let mut client = Client::new(world.clone(), plan.knobs.clone(), plan.clients.len() + 1);
+    (0..plan.nodes).for_each(|node| world.slot(node).spare());
+    for node in 0..plan.nodes {
+        client.set_at(node).await;
+    }
     for node in 0..plan.nodes {
         let process = world.slot(node).process.clone();
         if let Some(process) = process {
@@ -164,7 +169,7 @@ fn nobody_has_it(world: &World, plan: &Plan) -> bool {
 }
 
 /// Looks at all nodes now and then, and does what an operator would do.
-async fn watch(world: World, knobs: Knobs) {
+async fn watch(world: World, knobs: Knobs, loses_log: bool) {
     loop {
         sleep(LOOK_EVERY).await;
         let nodes = world.lock().nodes.len();
@@ -172,7 +177,7 @@ async fn watch(world: World, knobs: Knobs) {
             let process = world.slot(node).process.clone();
             if let Some(process) = process {
                 check::look(&world, node, &process, &knobs, false);
-                help(&world, node, &process, &knobs);
+                help(&world, node, &process, &knobs, loses_log);
             }
         }
     }
@@ -180,7 +185,7 @@ async fn watch(world: World, knobs: Knobs) {
 
 /// Restarts a node that says that it can't go on by itself; one that still can't, or begins with
 /// what does not belong to this log, gets an empty disk.
-fn help(world: &World, node: usize, process: &process::Process, knobs: &Knobs) {
+fn help(world: &World, node: usize, process: &process::Process, knobs: &Knobs, loses_log: bool) {
     let helpless = process.node.readiness.reads().err();
     let helpless = helpless.filter(|unready| {
         unready.state == "gap"
@@ -192,6 +197,13 @@ fn help(world: &World, node: usize, process: &process::Process, knobs: &Knobs) {
         slot.restarted = false;
         return;
     };
+    if !loses_log {
+        drop(slot);
+        let why = &unready.reason;
+        return world.violate(format!(
+            "node {node} needs help though nothing was lost: {why}"
+        ));
+    }
     let wipe = unready.state != "gap" || slot.restarted;
     let since = *slot.helpless_since.get_or_insert_with(Instant::now);
     drop(slot);

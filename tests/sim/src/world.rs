@@ -83,6 +83,16 @@ pub struct Slot {
     pub restarted: bool,
 }
 
+impl Slot {
+    /// What was to go wrong once, and did not come to it, does not any more.
+    pub fn spare(&mut self) {
+        self.lose_next = false;
+        self.repeat_next = false;
+        self.ack_lost = false;
+        self.store_twice = false;
+    }
+}
+
 impl World {
     pub fn new(seed: u64, latency_ms: Range<u64>, nodes: usize, record: bool) -> Self {
         Self(Arc::new(Inner {
