@@ -19,6 +19,7 @@ SYSTEM = ("bin", "sbin", "lib", "lib64", "usr", "dev", "proc")
 PROGRAMS_AT = "/opt/bin"
 UNITS_S = {"s": 1, "m": 60, "h": 3600}
 POLL_S = 0.1
+HARDWARE = "02:00:00:00:00:{:02x}"
 
 
 def read(path, settings):
@@ -39,7 +40,9 @@ class Network:
 
     def __init__(self):
         run("ip", "link", "set", "lo", "up")
-        run("ip", "link", "add", "wire", "type", "bridge")
+        # An address of its own: else it takes that of one of its ends, and another one when that end goes, and who knows
+        # the old one by heart talks to nobody for half a minute.
+        run("ip", "link", "add", "wire", "address", HARDWARE.format(1), "type", "bridge")
         run("ip", "address", "add", "10.77.0.1/24", "dev", "wire")
         run("ip", "link", "set", "wire", "up")
         self.addresses = self.ends = 1
@@ -49,11 +52,15 @@ class Network:
         return f"10.77.0.{self.addresses}"
 
     def attach(self, pid, address):
-        # The end of one that has gone may still be there; who has the address anew is known by the same hardware.
+        """Gives a process this address; what takes it away again."""
+        # Who has the address after a restart is known by the same hardware.
+        hardware = HARDWARE.format(int(address.rsplit(".", 1)[1]))
         self.ends += 1
-        end, hardware = f"end{self.ends}", f"02:00:00:00:00:{int(address.rsplit('.', 1)[1]):02x}"
+        end = f"end{self.ends}"
         run("ip", "link", "add", end, "type", "veth", "peer", "name", "eth0", "address", hardware, "netns", str(pid))
         run("ip", "link", "set", end, "master", "wire", "up")
+        # The kernel does it too, some time after the process has gone: until then there may be two with one address.
+        return lambda: subprocess.run(["ip", "link", "delete", end], stderr=subprocess.DEVNULL)
 
 
 class Service:
@@ -124,7 +131,7 @@ class Service:
                                           preexec_fn=end_with_parent)
         if self.child.stdout.readline() != b"entered\n":
             raise AssertionError(f"{self.name} has no root: {self.log.read_text()}")
-        self.compose.network.attach(self.child.pid, self.address)
+        self.detach = self.compose.network.attach(self.child.pid, self.address)
         self.child.stdin.write(b"go\n")
         self.child.stdin.close()
 
@@ -146,14 +153,18 @@ class Service:
     def kill(self):
         self.child.kill()
         self.child.wait()
-        self.child.stdout.close()
+        self.ended()
 
     def stop(self):
         """Ends it as compose does; what it exits with."""
         self.child.terminate()
         code = self.child.wait(seconds(self.described.get("stop_grace_period", "10s")))
-        self.child.stdout.close()
+        self.ended()
         return code
+
+    def ended(self):
+        self.child.stdout.close()
+        self.detach()
 
 
 class Compose:
