@@ -13,7 +13,8 @@
 //! - [`replication`]: the invariant, *a replica's state is exactly its log's batches, in order, up
 //!   to its position*; group commit on the way in, ordered apply on the way out; getting to a
 //!   position at the start, and snapshots.
-//! - [`http`]: three ports; [`telemetry`]: logs and metrics; [`progress`]: bars.
+//! - [`http`]: three ports; [`telemetry`]: logs and metrics; [`machine`]: what it gives the process;
+//!   [`progress`]: bars.
 //! - [`storage`]: the data directory; [`config`]: from flags to what a node is built from; [`node`]:
 //!   its parts and tasks; [`app`]: its ports and its life.
 //! - [`fetch`] and [`health`]: what the program does from outside a node.
@@ -43,6 +44,7 @@ mod hex;
 pub mod http;
 mod json;
 pub mod log;
+pub mod machine;
 pub mod node;
 pub mod progress;
 pub mod readiness;

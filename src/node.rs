@@ -86,6 +86,7 @@ pub struct Node {
     peers: Peers,
     snapshotter: Option<Snapshotter>,
     last_snapshot: LastSnapshot,
+    blocking: Blocking,
     write: WriteState,
     backup: BackupState,
     read: ReadState,
@@ -212,7 +213,7 @@ impl Node {
         };
         let interval = kept.map(|(_, interval)| *interval);
         let mut tasks = Tasks {
-            blocking,
+            blocking: blocking.clone(),
             snapshotter: snapshotter.clone(),
             follower: Some((follower, starting)),
             writing: JoinSet::new(),
@@ -235,6 +236,7 @@ impl Node {
             peers,
             snapshotter,
             last_snapshot,
+            blocking,
             write,
             backup,
             read,
@@ -268,8 +270,10 @@ impl Node {
             readiness: self.readiness.clone(),
             telemetry,
             restore: self.restore.clone(),
+            snapshots: self.snapshotter.as_ref().map(|s| s.snapshots.clone()),
             last_snapshot: self.last_snapshot.clone(),
             peers: self.peers.clone(),
+            blocking: self.blocking.clone(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The ops port: is it alive, is it ready, what does it hold, what does it measure.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -11,8 +12,10 @@ use http::header::CONTENT_TYPE;
 use serde::Serialize;
 
 use super::error::ApiError;
-use crate::backup::rfc3339;
+use crate::backup::{Snapshots, rfc3339};
+use crate::blocking::Blocking;
 use crate::log::{Log, Seq, now_ns};
+use crate::machine::{Room, memory_limit, room_in};
 use crate::readiness::{Readiness, Unready};
 use crate::replication::{Applied, LastSnapshot, Peer, Peers, RestoreTracker, Writer};
 use crate::store::Store;
@@ -37,11 +40,18 @@ pub struct OpsState {
     pub telemetry: Arc<Telemetry>,
     /// What is being restored, or was.
     pub restore: RestoreTracker,
+    /// Where snapshots go, if any do.
+    pub snapshots: Option<Snapshots>,
     /// What was written last.
     pub last_snapshot: LastSnapshot,
     /// The other replicas.
     pub peers: Peers,
+    /// Where the machine is asked.
+    pub blocking: Blocking,
 }
+
+/// How long a file system may take to say how much room it has.
+const ROOM_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// The answer of `GET /status`.
 #[derive(Debug, Serialize)]
@@ -229,15 +239,19 @@ async fn metrics(State(state): State<OpsState>) -> Response {
     recovery
         .snapshot_failures
         .absolute(state.last_snapshot.failures());
-    if let Some((written, age)) = state.last_snapshot.written() {
-        recovery.snapshot_age_s.set(age.as_secs_f64());
-        recovery.snapshot_position.set(written.head.position as f64);
-        recovery.snapshot_rows.set(written.rows as f64);
-        recovery.snapshot_bytes.set(written.bytes as f64);
-        recovery.snapshot_duration_s.set(written.took.as_secs_f64());
-    }
+    recovery.set_snapshot(state.last_snapshot.written().as_ref());
+    let machine = &state.telemetry.machine;
+    machine.set(memory_limit(), room(&state).await);
     let text_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(CONTENT_TYPE, text_type)], state.telemetry.render()).into_response()
+}
+
+/// How much room the data directory has, if there is one and its file system answers.
+async fn room(state: &OpsState) -> Option<Room> {
+    let snapshots = state.snapshots.clone()?;
+    let asked = state.blocking.run(move || room_in(snapshots.dir()));
+    let room = tokio::time::timeout(ROOM_WAIT_MAX, asked).await;
+    room.ok()?.ok()?.ok()
 }
 
 async fn status(State(state): State<OpsState>) -> Json<Status> {
