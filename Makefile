@@ -1,7 +1,7 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
 .PHONY: help run cluster test sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip compare \
-	jetstream backups drill soak mutants rates load-test dashboards-test compose-test
+	jetstream backups drill soak mutants rates load-test dashboards-test compose-test protocol-test
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -16,7 +16,7 @@ test: ## every test
 	tests/install.sh
 	cargo test --locked
 	$(MAKE) sim
-	$(MAKE) load-test dashboards-test compose-test
+	$(MAKE) load-test dashboards-test compose-test protocol-test
 
 SEEDS ?= 1000
 sim: ## a simulated cluster through what can go wrong, SEEDS times
@@ -99,6 +99,11 @@ dashboards-test: ## every panel and alert, on a real Prometheus and a cluster un
 	tests/ops/install.sh
 	cargo build --locked
 	$(OPS_TEST) tests/ops/test_dashboards.py
+
+protocol-test: ## a reader made from docs/protocol.md alone, on the stream and backups of real nodes
+	tests/ops/install.sh
+	cargo build --locked
+	$(OPS_TEST) tests/ops/test_protocol.py
 
 IN_NAMESPACES = unshare --map-root-user --net --mount --pid --fork --kill-child --mount-proc
 compose-test: ## the files of compose/, against their schemas and run without containers
