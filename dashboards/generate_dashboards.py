@@ -152,10 +152,17 @@ DASHBOARDS = {
             ("Threads", "short", {REPLICA: "process_threads"}, ""),
         ],
         "Memory": [
-            ("Resident", "bytes", {REPLICA: "process_resident_memory_bytes"}, "Grows with the records and has no bound."),
+            ("Resident", "bytes", {REPLICA: "process_resident_memory_bytes", "limit, " + REPLICA: "gradestore_memory_limit_bytes"},
+             "Grows with the records. At the limit, of its control group or of the machine, the kernel ends the process."),
             ("Resident a record", "bytes", {REPLICA: "process_resident_memory_bytes / (gradestore_records > 0)"},
              "What does not belong to records weighs in a small store."),
             ("Virtual", "bytes", {REPLICA: "process_virtual_memory_bytes"}, ""),
+        ],
+        "Disk": [
+            ("Free where the data directory is", "bytes", {REPLICA: "gradestore_data_dir_free_bytes"},
+             "A snapshot that is being written needs as much as the last one has."),
+            ("Share that is free", "percentunit", {REPLICA: "gradestore_data_dir_free_bytes / gradestore_data_dir_size_bytes"},
+             "Others may use the file system too."),
         ],
         "Files and connections": [
             ("Open files", "short", {REPLICA: "process_open_fds", "limit, " + REPLICA: "process_max_fds"},

@@ -257,7 +257,14 @@ class Rules(unittest.TestCase):
     def test_each_says_what_to_do(self):
         for rule in written_rules():
             self.assertIn(rule["labels"]["severity"], ("critical", "warning"))
-            self.assertEqual(set(rule["annotations"]), {"summary", "runbook"}, rule["alert"])
+            self.assertEqual(set(rule["annotations"]), {"summary", "runbook", "runbook_url"}, rule["alert"])
+
+    def test_each_is_a_heading_of_the_runbook(self):
+        for rule in written_rules():
+            file, anchor = rule["annotations"]["runbook_url"].split("#")
+            headings = re.findall(r"^#+ (.*)$", (ROOT / file).read_text(), re.MULTILINE)
+            self.assertIn(rule["alert"], headings)
+            self.assertEqual(anchor, rule["alert"].lower())
 
 
 if __name__ == "__main__":
