@@ -22,12 +22,13 @@ KUBERNETES = "1.33"
 # Of systemd's 100, where 0 is a service that may do nothing.
 EXPOSURE_MAX = 15
 TOOLS = ROOT / ".tools"
-sys.path.insert(0, str(ROOT / "load"))
+sys.path[:0] = [str(ROOT / "load"), str(ROOT / "dashboards")]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import containers  # noqa: E402
 from measure import PROGRAM, SERVER, PASSWORD, AUTH  # noqa: E402
-from test_dashboards import until, written_rules  # noqa: E402
+from show import until  # noqa: E402
+from test_dashboards import written_rules  # noqa: E402
 
 PROGRAMS = {
     "gradestore": (containers.entrypoint(DOCKERFILE), {"/gradestore": PROGRAM}),

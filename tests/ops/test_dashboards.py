@@ -2,16 +2,13 @@
 panel gives data, and no rule an error. promtool shows each alert firing and silent."""
 
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 import urllib.error
-import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -22,81 +19,19 @@ DASHBOARDS = ROOT / "dashboards"
 sys.path[:0] = [str(ROOT / "load"), str(DASHBOARDS)]
 
 import generate_dashboards  # noqa: E402
-from measure import AUTH, PASSWORD, Broker, Node, end_with_parent, free_port  # noqa: E402
+from measure import AUTH, PASSWORD, Broker, Node, end_with_parent  # noqa: E402
+from show import FILES, RULES, Prometheus, asked, panels, shown, until  # noqa: E402
 
-PROMETHEUS, PROMTOOL = (ROOT / ".tools" / "prometheus" / name for name in ("prometheus", "promtool"))
+PROMTOOL = ROOT / ".tools" / "prometheus" / "promtool"
 K6 = ROOT / ".tools" / "bin" / "k6"
-RULES = DASHBOARDS / "rules.yml"
-FILES = sorted((DASHBOARDS / "grafana").glob("*.json"))
-WAIT_S_MAX = 60
-# Grafana's is four scrape intervals at least.
-RATE_INTERVAL = "8s"
 METRIC = re.compile(r"\b(?:gradestore|process)_\w+")
-
-
-def until(wanted):
-    """Asks until there is an answer, or none in time: then what was said last is the reason."""
-    deadline = time.monotonic() + WAIT_S_MAX
-    while True:
-        missing = wanted()
-        if not missing:
-            return
-        if time.monotonic() > deadline:
-            raise AssertionError(f"after {WAIT_S_MAX} s: {missing}")
-        time.sleep(0.2)
-
-
-class Prometheus:
-    """A real one, that scrapes these nodes every second."""
-
-    def __init__(self, directory, nodes):
-        self.url = f"http://127.0.0.1:{free_port()}"
-        targets = [node.urls["ops"].removeprefix("http://") for node in nodes]
-        config = {
-            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-            "rule_files": [str(RULES)],
-            "scrape_configs": [{"job_name": "gradestore", "static_configs": [{"targets": targets}]}],
-        }
-        (directory / "prometheus.yml").write_text(json.dumps(config))
-        self.command = [PROMETHEUS, f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/tsdb",
-                        f"--web.listen-address={self.url.removeprefix('http://')}"]
-
-    def __enter__(self):
-        self.child = subprocess.Popen(self.command, stderr=subprocess.DEVNULL, preexec_fn=end_with_parent)
-        until(self.not_ready)
-        return self
-
-    def __exit__(self, *_):
-        self.child.terminate()
-        self.child.wait()
-
-    def not_ready(self):
-        try:
-            urllib.request.urlopen(f"{self.url}/-/ready").close()
-        except OSError as error:
-            return error
-
-    def api(self, path, **query):
-        url = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(query)}"
-        try:
-            return json.load(urllib.request.urlopen(url))["data"]
-        except urllib.error.HTTPError as error:
-            raise AssertionError(f"{query}: {error.read().decode()}") from error
-
-    def ask(self, query):
-        """What a query gives, series by series, numbers alone."""
-        found = [(series["metric"], float(series["value"][1])) for series in self.api("query", query=query)["result"]]
-        return [(labels, value) for labels, value in found if math.isfinite(value)]
 
 
 def queries():
     """Every query of every panel: dashboard, panel, legend, query with Grafana's variables filled in."""
-    for file in FILES:
-        for panel in json.loads(file.read_text())["panels"]:
-            for target in panel.get("targets", []):
-                query = target["expr"].replace("$job", "gradestore").replace("$instance", ".+")
-                query = query.replace("$__rate_interval", RATE_INTERVAL)
-                yield file.stem, panel["title"], target["legendFormat"], query
+    for dashboard, panel in panels():
+        for target in panel["targets"]:
+            yield dashboard, panel["title"], target["legendFormat"], asked(target)
 
 
 def post(node, **patch):
@@ -124,7 +59,11 @@ class UnderLoad(unittest.TestCase):
             cls.nodes.append(cls.enterClassContext(Node(home, *flags)))
             # The next one has something to restore.
             assert post(cls.nodes[n], user_id=f"user-{n}", spp=5) == 204
-        cls.prometheus = cls.enterClassContext(Prometheus(cls.directory, cls.nodes))
+        cls.prometheus = cls.enterClassContext(Prometheus(cls.directory, cls.instances()))
+
+    @classmethod
+    def instances(cls):
+        return [node.urls["ops"].removeprefix("http://") for node in cls.nodes]
 
     def load(self):
         """Backups, reads and writes on all three, for longer than this test takes."""
@@ -138,7 +77,7 @@ class UnderLoad(unittest.TestCase):
 
     def test_every_query_gives_data(self):
         self.load()
-        instances = {node.urls["ops"].removeprefix("http://") for node in self.nodes}
+        instances = set(self.instances())
 
         def without_data():
             for dashboard, panel, legend, query in queries():
@@ -162,6 +101,13 @@ class UnderLoad(unittest.TestCase):
         until(lambda: [rule for group in self.prometheus.api("rules")["groups"] for rule in group["rules"]
                        if rule["health"] != "ok"])
         self.assertEqual(self.prometheus.api("alerts")["alerts"], [])
+
+        # As text, each panel has a line for what it is and one at least for what it shows.
+        said = list(shown(self.prometheus, [file.stem for file in FILES]))
+        for _, panel in panels():
+            at = said.index(panel["title"])
+            self.assertRegex(said[at + 1], r"^    \S.* -?[\d.e+-]+( |/|$)")
+        self.assertEqual(said[-1], "\n== alerts ==")
 
         # With the broker away, writes fail, and the first alert begins to wait.
         self.broker.kill()

@@ -1,11 +1,12 @@
-"""docs/protocol.md: a reader that knows nothing but what stands there reads the stream of real nodes and their backups, and
-holds what they do."""
+"""docs/: a reader that knows nothing but what stands in protocol.md reads the stream of real nodes and their backups, and
+holds what they do. And every link of every page leads somewhere."""
 
 import asyncio
 import csv
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,11 +19,11 @@ from pathlib import Path
 import nats
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "load"), str(ROOT / "docs"), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(ROOT / "load"), str(ROOT / "docs"), str(ROOT / "dashboards")]
 
 import read  # noqa: E402
 from measure import AUTH, PROGRAM, Broker, Node  # noqa: E402
-from test_dashboards import until  # noqa: E402
+from show import until  # noqa: E402
 
 STREAM, SUBJECT = "GRADES", "grades.set"
 IDS = ["alice", 'a "b"', "one, two", " =1+1 ", "привет 😀", "é" * 128, "a\\nb\u2028c", "-_.:@/"]
@@ -301,6 +302,30 @@ class Page(unittest.TestCase):
         headers, payload = self.text.split("### A message\n\n```\n")[1].split("\n```")[0].split("\n\n")
         headers = dict(line.split(": ") for line in headers.splitlines())
         self.assertEqual([entry["user_id"] for entry in read.parse_batch(headers, payload.encode())], ["alice", "bob"])
+
+
+def anchors(page):
+    """What the headings of a page are linked to by."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+class Links(unittest.TestCase):
+    def test_each_leads_somewhere(self):
+        listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+        links = 0
+        for page in (ROOT / name for name in listed.stdout.split()):
+            for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+                file, _, anchor = link.partition("#")
+                if "://" in file:
+                    continue
+                links += 1
+                to = (page.parent / file).resolve() if file else page
+                self.assertTrue(to.exists(), f"{page.relative_to(ROOT)}: {link}")
+                if anchor:
+                    self.assertIn(anchor, anchors(to), f"{page.relative_to(ROOT)}: {link}")
+        self.assertGreater(links, 50)
 
 
 if __name__ == "__main__":
