@@ -273,6 +273,51 @@ class Protocol(unittest.TestCase):
         self.assertEqual(said.returncode, 0, said.stderr)
 
 
+class Operations(unittest.TestCase):
+    def test_a_backup_into_a_cluster(self):
+        """The steps of operations.md, under "Restore"."""
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        broker = self.enterContext(Broker(directory / "nats", "default"))
+        homes = [directory / str(n) for n in range(2)]
+
+        def start(home, *flags):
+            return Node(home, "--nats-url", broker.url, "--data-dir", home / "data", *flags)
+
+        def stop(nodes):
+            for node in nodes:
+                node.__exit__()
+
+        for home in homes:
+            home.mkdir()
+        nodes = [start(home) for home in homes]
+        self.addCleanup(lambda: stop(nodes))
+        write(nodes[0], user_id="alice", spp=1)
+        file = directory / "grades.csv.gz"
+        file.write_bytes(backup(nodes[0]))
+        # What is to be undone; each has it in a snapshot then.
+        write(nodes[0], user_id="alice", spp=666)
+        stop(nodes)
+
+        async def remove():
+            client = await nats.connect(broker.url)
+            await client.jetstream().delete_stream(STREAM)
+            await client.close()
+
+        asyncio.run(remove())
+        (homes[0] / "data").rename(homes[0] / "moved-away")
+        nodes[:] = [start(homes[0], "--restore-from", file)]
+        nodes.append(start(homes[1]))
+        for node in nodes:
+            self.assertEqual(json.load(ask(node, "read", "/get?user_id=alice"))["spp"], 1)
+        # Without the file from then on.
+        stop(nodes[:1])
+        nodes[0] = start(homes[0])
+        position = write(nodes[0], user_id="alice", spp=2)
+        for node in nodes:
+            found = urllib.request.Request(f"{node.urls['read']}/get?user_id=alice", headers={"Grade-Position": str(position)})
+            self.assertEqual(json.load(urllib.request.urlopen(found))["spp"], 2)
+
+
 class Page(unittest.TestCase):
     text = (ROOT / "docs" / "protocol.md").read_text()
 
