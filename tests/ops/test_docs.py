@@ -32,6 +32,7 @@ STRANGERS = [
     (None, b'[{"user_id":"stranger","spp":1}]', True),
     ({"Grade-Format": "1"}, b'[ {"spp" : -9223372036854775808, "user_id": "stranger"} , {"user_id":"bare"} ]', True),
     ({"Grade-Checkpoint": "0 0"}, b'[{"user_id":"stranger","spp":2,"return_fee":3}]', True),
+    (None, b'[{"user_id":"minus nothing","spp":-0}]', True),
     (None, b"[]", False),
     (None, b"no JSON", False),
     (None, b'{"user_id":"x"}', False),
