@@ -21,6 +21,9 @@ use crate::replication::{Applied, LastSnapshot, Peer, Peers, RestoreTracker, Wri
 use crate::store::Store;
 use crate::telemetry::Telemetry;
 
+/// How long a file system may take to say how much room it has.
+const ROOM_WAIT_MAX: Duration = Duration::from_secs(1);
+
 /// What the ops port tells of.
 #[derive(Clone)]
 pub struct OpsState {
@@ -49,9 +52,6 @@ pub struct OpsState {
     /// Where the machine is asked.
     pub blocking: Blocking,
 }
-
-/// How long a file system may take to say how much room it has.
-const ROOM_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// The answer of `GET /status`.
 #[derive(Debug, Serialize)]
