@@ -1,7 +1,7 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test picture sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip compare \
-	jetstream backups drill soak mutants
+.PHONY: help run cluster test picture sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip \
+	compare jetstream backups drill soak mutants rates load-test dashboards dashboards-test compose-test docs-test
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -16,6 +16,7 @@ test: ## every test
 	tests/install.sh
 	cargo test --locked
 	$(MAKE) sim
+	$(MAKE) load-test dashboards-test compose-test docs-test
 
 picture: ## the README's picture of the status page
 	tests/install.sh
@@ -86,6 +87,39 @@ $(FUZZ):
 
 load-tools: ## what the load tests run, into .tools
 	load/install.sh
+
+RATES ?=
+rates: ## k6 and oha at fixed rates, on one node and on three; RATES="smoke oha" for parts
+	tests/install.sh
+	$(if $(filter-out oha,$(RATES)),$(if $(filter oha,$(RATES)),load/install.sh,load/install-k6.sh),load/install.sh)
+	cargo build --locked --release
+	python3 load/k6.py $(RATES)
+
+OPS_TEST = PROGRAM=target/debug/gradestore .tools/ops/bin/python -m unittest
+load-test: ## the k6 scripts and the data generator, on real nodes
+	tests/ops/install.sh
+	cargo build --locked
+	$(OPS_TEST) tests/ops/test_load.py
+
+dashboards: ## every panel's newest values for the replicas of `make cluster`, as text, from a Prometheus of its own
+	tests/ops/install.sh
+	python3 dashboards/show.py
+
+dashboards-test: ## every panel and alert, on a real Prometheus and a cluster under load
+	tests/ops/install.sh
+	cargo build --locked
+	$(OPS_TEST) tests/ops/test_dashboards.py
+
+docs-test: ## a reader made from docs/protocol.md alone, on the stream and backups of real nodes; every page's links
+	tests/ops/install.sh
+	cargo build --locked
+	$(OPS_TEST) tests/ops/test_docs.py
+
+IN_NAMESPACES = unshare --map-root-user --net --mount --pid --fork --kill-child --mount-proc
+compose-test: ## the files of compose/, against their schemas and run without containers
+	tests/ops/install.sh
+	cargo build --locked
+	$(IN_NAMESPACES) env $(OPS_TEST) tests/ops/test_compose.py
 
 roundtrip: ## a million users in and out of a node that runs on the default ports
 	cargo run --locked --release --example roundtrip -- --users 1000000

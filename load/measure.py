@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASE = ROOT / "target" / "release"
+PROGRAM = os.environ.get("PROGRAM", RELEASE / "gradestore")
 SERVER = ROOT / ".tools" / "bin" / "nats-server"
 SYNCS = {"default": "2m", "always": "always"}
 PASSWORD = "compare"
@@ -128,7 +129,7 @@ class Node:
         self.log = Path(directory) / "node.log"
         addresses = {port: f"127.0.0.1:{free_port()}" for port in ("write", "read", "ops")}
         self.urls = {port: f"http://{address}" for port, address in addresses.items()}
-        self.command = [*pinned(core), RELEASE / "gradestore", "serve", *flags,
+        self.command = [*pinned(core), PROGRAM, "serve", *flags,
                         *(f"--{port}-addr={address}" for port, address in addresses.items())]
         self.start()
         if wait:

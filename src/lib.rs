@@ -13,8 +13,8 @@
 //! - [`replication`]: the invariant, *a replica's state is exactly its log's batches, in order, up
 //!   to its position*; group commit on the way in, ordered apply on the way out; getting to a
 //!   position at the start, and snapshots.
-//! - [`http`]: three ports; [`telemetry`]: logs and metrics; [`progress`]: bars; [`supervisor`]: what
-//!   systemd is told.
+//! - [`http`]: three ports; [`telemetry`]: logs and metrics; [`machine`]: what it gives the process;
+//!   [`progress`]: bars; [`supervisor`]: what systemd is told.
 //! - [`storage`]: the data directory; [`config`]: from flags to what a node is built from; [`node`]:
 //!   its parts and tasks; [`app`]: its ports and its life.
 //! - [`fetch`], [`import`] and [`health`]: what the program does from outside a node.
@@ -45,6 +45,7 @@ pub mod http;
 pub mod import;
 mod json;
 pub mod log;
+pub mod machine;
 pub mod node;
 pub mod progress;
 pub mod readiness;

@@ -89,6 +89,7 @@ pub struct Node {
     peers: Peers,
     snapshotter: Option<Snapshotter>,
     last_snapshot: LastSnapshot,
+    blocking: Blocking,
     write: WriteState,
     backup: BackupState,
     read: ReadState,
@@ -218,7 +219,7 @@ impl Node {
         };
         let interval = kept.map(|(_, interval)| *interval);
         let mut tasks = Tasks {
-            blocking,
+            blocking: blocking.clone(),
             snapshotter: snapshotter.clone(),
             follower: Some((follower, starting)),
             writing: JoinSet::new(),
@@ -241,6 +242,7 @@ impl Node {
             peers,
             snapshotter,
             last_snapshot,
+            blocking,
             write,
             backup,
             read,
@@ -275,8 +277,10 @@ impl Node {
             telemetry,
             traffic,
             restore: self.restore.clone(),
+            snapshots: self.snapshotter.as_ref().map(|s| s.snapshots.clone()),
             last_snapshot: self.last_snapshot.clone(),
             peers: self.peers.clone(),
+            blocking: self.blocking.clone(),
         }
     }
 

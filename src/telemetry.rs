@@ -12,7 +12,9 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::backup::Written;
 use crate::log::Counts;
+use crate::machine::Room;
 use crate::replication::CheckpointMetrics;
 
 /// How often samples are folded into the histograms. Between two folds a sample takes 8 bytes, so
@@ -49,6 +51,8 @@ pub struct Telemetry {
     pub gauges: Gauges,
     /// Set at a scrape.
     pub recovery: Recovery,
+    /// Set at a scrape.
+    pub machine: Machine,
     /// Set at a scrape.
     pub log: LogMetrics,
     /// Counted as it happens.
@@ -211,17 +215,54 @@ impl Recovery {
             buffered_batches: gauge!("gradestore_restore_buffered_batches"),
             buffered_bytes: gauge!("gradestore_restore_buffered_bytes"),
             snapshot_failures: counter!("gradestore_snapshot_failures_total"),
-            snapshot_age_s: {
-                // 0 would look like one that was just written.
-                let age = gauge!("gradestore_snapshot_age_seconds");
-                age.set(f64::NAN);
-                age
-            },
+            snapshot_age_s: gauge!("gradestore_snapshot_age_seconds"),
             snapshot_position: gauge!("gradestore_snapshot_position"),
             snapshot_rows: gauge!("gradestore_snapshot_rows"),
             snapshot_bytes: gauge!("gradestore_snapshot_bytes"),
             snapshot_duration_s: gauge!("gradestore_snapshot_duration_seconds"),
         }
+    }
+
+    /// Takes over what is known of the last snapshot and how long ago it was finished.
+    pub fn set_snapshot(&self, last: Option<&(Written, Duration)>) {
+        let number = |of: fn(&Written) -> f64| last.map_or(0.0, |(written, _)| of(written));
+        // An age of 0 would look like one that was just written.
+        let age_s = last.map_or(f64::NAN, |(_, age)| age.as_secs_f64());
+        self.snapshot_age_s.set(age_s);
+        self.snapshot_position
+            .set(number(|written| written.head.position as f64));
+        self.snapshot_rows
+            .set(number(|written| written.rows as f64));
+        self.snapshot_bytes
+            .set(number(|written| written.bytes as f64));
+        self.snapshot_duration_s
+            .set(number(|written| written.took.as_secs_f64()));
+    }
+}
+
+/// What the machine gives the process.
+pub struct Machine {
+    memory_limit: Gauge,
+    free: Gauge,
+    size: Gauge,
+}
+
+impl Machine {
+    fn new() -> Self {
+        Self {
+            memory_limit: gauge!("gradestore_memory_limit_bytes"),
+            free: gauge!("gradestore_data_dir_free_bytes"),
+            size: gauge!("gradestore_data_dir_size_bytes"),
+        }
+    }
+
+    /// Takes over what was found; no room where there is no data directory, or none that answers.
+    pub fn set(&self, memory_limit: u64, room: Option<Room>) {
+        self.memory_limit.set(memory_limit as f64);
+        // 0 would look like a disk that is full.
+        let bytes = |of: fn(Room) -> u64| room.map_or(f64::NAN, |room| of(room) as f64);
+        self.free.set(bytes(|room| room.free));
+        self.size.set(bytes(|room| room.size));
     }
 }
 
@@ -240,11 +281,16 @@ impl Telemetry {
         let recorder = builder.build_recorder();
         let handle = recorder.handle();
         let process = metrics_process::Collector::default();
-        let (gauges, recovery, log) = metrics::with_local_recorder(&recorder, || {
+        let (gauges, recovery, machine, log) = metrics::with_local_recorder(&recorder, || {
             describe();
             process.describe();
             gauge!("gradestore_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-            (Gauges::new(), Recovery::new(), LogMetrics::new())
+            (
+                Gauges::new(),
+                Recovery::new(),
+                Machine::new(),
+                LogMetrics::new(),
+            )
         });
         let replication = metrics::with_local_recorder(&recorder, Replication::new);
         Ok(Self {
@@ -254,6 +300,7 @@ impl Telemetry {
             process,
             gauges,
             recovery,
+            machine,
             log,
             replication,
         })
@@ -423,7 +470,7 @@ fn describe() {
     );
     describe_gauge!(
         "gradestore_snapshot_age_seconds",
-        "Time since a snapshot was finished."
+        "Time since a snapshot was finished; no number while there is none."
     );
     describe_gauge!(
         "gradestore_snapshot_position",
@@ -434,6 +481,18 @@ fn describe() {
     describe_gauge!(
         "gradestore_snapshot_duration_seconds",
         "Time that the last snapshot took."
+    );
+    describe_gauge!(
+        "gradestore_memory_limit_bytes",
+        "Memory that this process may have: the least of its control groups' limits and the machine's."
+    );
+    describe_gauge!(
+        "gradestore_data_dir_free_bytes",
+        "Free bytes on the file system of the data directory; no number without one."
+    );
+    describe_gauge!(
+        "gradestore_data_dir_size_bytes",
+        "Size of the file system of the data directory; no number without one."
     );
 }
 
@@ -482,5 +541,78 @@ pub fn init_logs(format: LogFormat) {
         .init();
     if let Some(error) = wrong {
         tracing::warn!(value = wanted, %error, "RUST_LOG not understood, logging from info up");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::backup::{FORMAT, Head};
+
+    fn value(telemetry: &Telemetry, name: &str) -> f64 {
+        let text = telemetry.render();
+        let mut lines = text.lines();
+        let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn a_snapshot_that_is_set_aside_is_told_of_no_more() {
+        let telemetry = Telemetry::new(&[]).unwrap();
+        let head = Head {
+            format: FORMAT,
+            log_id: "x".into(),
+            position: 7,
+            time_ns: 0,
+            rows_expected: 5,
+        };
+        let written = Written {
+            head,
+            rows: 5,
+            bytes: 99,
+            took: Duration::from_secs(2),
+            at: SystemTime::UNIX_EPOCH,
+        };
+        let named = [
+            ("position", 7.0),
+            ("rows", 5.0),
+            ("bytes", 99.0),
+            ("duration_seconds", 2.0),
+            ("age_seconds", 3.0),
+        ];
+        let recovery = &telemetry.recovery;
+        recovery.set_snapshot(Some(&(written, Duration::from_secs(3))));
+        for (name, wanted) in named {
+            let found = value(&telemetry, &format!("gradestore_snapshot_{name}"));
+            assert_eq!(found, wanted, "{name}");
+        }
+        recovery.set_snapshot(None);
+        for (name, _) in named {
+            let found = value(&telemetry, &format!("gradestore_snapshot_{name}"));
+            assert!(found == 0.0 || name == "age_seconds" && found.is_nan());
+        }
+    }
+
+    #[test]
+    fn cpu_time_is_told_in_parts_of_a_second() {
+        let telemetry = Telemetry::new(&[]).unwrap();
+        let begun = Instant::now();
+        // The kernel counts hundredths.
+        let in_between = || value(&telemetry, "process_cpu_seconds_total").fract() != 0.0;
+        while !in_between() {
+            assert!(begun.elapsed() < Duration::from_secs(60));
+        }
+    }
+
+    #[test]
+    fn no_data_directory_is_not_a_full_one() {
+        let telemetry = Telemetry::new(&[]).unwrap();
+        let free = || value(&telemetry, "gradestore_data_dir_free_bytes");
+        telemetry.machine.set(1, None);
+        assert!(free().is_nan());
+        telemetry.machine.set(1, Some(Room { free: 0, size: 9 }));
+        assert_eq!(free(), 0.0);
     }
 }

@@ -64,6 +64,12 @@ impl Snapshots {
         })
     }
 
+    /// Where they are.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Positions and files, newest first.
     ///
     /// # Errors

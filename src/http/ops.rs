@@ -1,6 +1,7 @@
 //! The ops port: is it alive, is it ready, what does it hold, what does it measure.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -14,11 +15,17 @@ use super::openapi::OpenApi;
 use super::page::View;
 use super::status::Status;
 use super::traffic::RecentTraffic;
+use crate::backup::Snapshots;
+use crate::blocking::Blocking;
 use crate::log::{Log, Seq, now_ns};
+use crate::machine::{Room, memory_limit, room_in};
 use crate::readiness::{Readiness, Unready};
 use crate::replication::{Applied, LastSnapshot, Peers, RestoreTracker, Writer};
 use crate::store::Store;
 use crate::telemetry::Telemetry;
+
+/// How long a file system may take to say how much room it has.
+const ROOM_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// What the ops port tells of.
 #[derive(Clone)]
@@ -41,10 +48,14 @@ pub struct OpsState {
     pub traffic: RecentTraffic,
     /// What is being restored, or was.
     pub restore: RestoreTracker,
+    /// Where snapshots go, if any do.
+    pub snapshots: Option<Snapshots>,
     /// What was written last.
     pub last_snapshot: LastSnapshot,
     /// The other replicas.
     pub peers: Peers,
+    /// Where the machine is asked.
+    pub blocking: Blocking,
 }
 
 impl OpsState {
@@ -173,15 +184,19 @@ async fn metrics(State(state): State<OpsState>) -> Response {
     recovery
         .snapshot_failures
         .absolute(state.last_snapshot.failures());
-    if let Some((written, age)) = state.last_snapshot.written() {
-        recovery.snapshot_age_s.set(age.as_secs_f64());
-        recovery.snapshot_position.set(written.head.position as f64);
-        recovery.snapshot_rows.set(written.rows as f64);
-        recovery.snapshot_bytes.set(written.bytes as f64);
-        recovery.snapshot_duration_s.set(written.took.as_secs_f64());
-    }
+    recovery.set_snapshot(state.last_snapshot.written().as_ref());
+    let machine = &state.telemetry.machine;
+    machine.set(memory_limit(), room(&state).await);
     let text_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(CONTENT_TYPE, text_type)], state.telemetry.render()).into_response()
+}
+
+/// How much room the data directory has, if there is one and its file system answers.
+async fn room(state: &OpsState) -> Option<Room> {
+    let snapshots = state.snapshots.clone()?;
+    let asked = state.blocking.run(move || room_in(snapshots.dir()));
+    let room = tokio::time::timeout(ROOM_WAIT_MAX, asked).await;
+    room.ok()?.ok()?.ok()
 }
 
 async fn status(State(state): State<OpsState>) -> Json<Status> {

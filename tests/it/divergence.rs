@@ -137,6 +137,10 @@ async fn one_of_three_that_is_wrong_is_outvoted_and_begins_anew() {
         names.iter().any(|name| name.ends_with(".diverged")),
         "{names:?}"
     );
+    // And not to be told of as if it were.
+    let snapshot = async |what| wrong.metric(&format!("gradestore_snapshot_{what}")).await;
+    assert_eq!(snapshot("position").await, Some(0.0));
+    assert!(snapshot("age_seconds").await.unwrap().is_nan());
     let said = wrong.stderr.lock().clone();
     assert!(said.contains("a peer holds something else"), "{said}");
 }

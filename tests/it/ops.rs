@@ -125,6 +125,7 @@ async fn metrics_count_and_time_and_name_no_user() {
         &format!(r#"gradestore_build_info{{version="{version}"}} 1"#),
         r#"gradestore_http_request_duration_seconds_bucket{route="/get",le="0.00005"}"#,
         "process_cpu_seconds_total",
+        "gradestore_memory_limit_bytes",
         "process_resident_memory_bytes",
         "process_open_fds",
         "process_start_time_seconds",

@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""Reads a backup of gradestore, and the messages of its stream, by what protocol.md says and by nothing else. A test runs it
+on real ones.
+
+    python3 -m venv reader && reader/bin/pip install xxhash==4.1.0
+    reader/bin/python docs/read.py grades.csv.gz
+"""
+
+import csv
+import io
+import json
+import struct
+import sys
+import unicodedata
+import zlib
+
+import xxhash
+
+FIELDS = ("postpaid_limit", "spp", "shipping_fee", "return_fee")
+BACKUP_FORMAT = 1
+BATCH_FORMATS = (1, 2)
+HEADER_BYTES = 17
+LAST_BEGINS, LAST_ENDS = bytes.fromhex("1f8b08040000000000ff"), bytes.fromhex("03000000000000000000")
+PIECE_BYTES = 64 * 1024
+
+
+class Unreadable(Exception):
+    """What is read is not as protocol.md has it."""
+
+
+class Newer(Unreadable):
+    """What is read has a format that came after this program."""
+
+
+# Digests.
+
+def record_digest(user_id, values):
+    key = user_id.encode()
+    text = struct.pack("<Q", len(key)) + key
+    for place, value in enumerate(values):
+        if value:
+            text += struct.pack("<Bq", place, value)
+    return xxhash.xxh3_128_intdigest(text)
+
+
+def digest(state):
+    """Of all records: the sum of theirs."""
+    return f"{sum(record_digest(user_id, values) for user_id, values in state.items()) % 2**128:032x}"
+
+
+# A backup.
+
+def member(data, at):
+    """The gzip member that begins at `at`: what its subfield GS holds, what it inflates to, and where it ends."""
+    if len(data) < at + HEADER_BYTES:
+        raise Unreadable("the file is cut")
+    if data[at:at + 3] != b"\x1f\x8b\x08":
+        raise Unreadable(f"byte {at}: no gzip member begins here")
+    flags, extra_bytes = data[at + 3], int.from_bytes(data[at + 10:at + 12], "little")
+    extra = data[at + 12:at + 12 + extra_bytes]
+    if flags & 0b111_0111 & ~0b100 or not flags & 0b100 or extra[:2] != b"GS":
+        raise Unreadable(f"byte {at}: a gzip member, but not one of gradestore")
+    if int.from_bytes(extra[2:4], "little") != extra_bytes - 4:
+        raise Unreadable(f"byte {at}: the subfield does not fill the extra field")
+    inflate, text, end = zlib.decompressobj(zlib.MAX_WBITS | 16), b"", at
+    while not inflate.eof:
+        piece = data[end:end + PIECE_BYTES]
+        if not piece:
+            raise Unreadable("the file is cut")
+        try:
+            text += inflate.decompress(piece)
+        except zlib.error as error:
+            raise Unreadable(f"byte {at}: {error}") from error
+        end += len(piece)
+    return extra[4:5], extra[5:], text, end - len(inflate.unused_data)
+
+
+def record(text, names):
+    """A record of the first or the last member."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = {}
+    if not set(names) <= set(found):
+        raise Unreadable(f"no record with {', '.join(names)}")
+    return found
+
+
+def read_backup(data):
+    """What the first member says, the records, what the last one says."""
+    kind, content, header, at = member(data, 0)
+    if kind != b"H":
+        raise Unreadable("the first member is missing")
+    head = record(content, ("format", "log_id", "position", "time_ns"))
+    if head["format"] > BACKUP_FORMAT:
+        raise Newer(f"format {head['format']}")
+    columns = next(csv.reader([header.decode()]))
+    # A file of an older version has fewer: the fields that it lacks are 0.
+    if columns != ["user_id", *FIELDS][:len(columns)]:
+        raise Unreadable(f"columns {columns}")
+    records, rows = {}, 0
+    while True:
+        begin = at
+        kind, content, text, at = member(data, begin)
+        if kind == b"E":
+            break
+        if kind != b"M":
+            raise Unreadable(f"byte {begin}: a member of an unknown kind")
+        member_bytes, text_bytes, member_rows = struct.unpack("<III", content)
+        if (member_bytes, text_bytes) != (at - begin, len(text)):
+            raise Unreadable(f"byte {begin}: the member is not as long as it says")
+        found = list(csv.reader(io.StringIO(text.decode(), newline="")))
+        if len(found) != member_rows:
+            raise Unreadable(f"byte {begin}: the member has not as many rows as it says")
+        for user_id, *values in found:
+            records[user_id] = [*map(int, values), *(0 for _ in FIELDS[len(values):])]
+        rows += member_rows
+    crc, end = int.from_bytes(content[:4], "little"), content[4:]
+    if zlib.crc32(end) != crc:
+        raise Unreadable("the end record has changed")
+    end = record(end, ("position", "rows", "digest", "checksum"))
+    # All else in it is always the same, and nothing follows.
+    if data[begin:begin + 10] != LAST_BEGINS or data[-10:] != LAST_ENDS or at != len(data):
+        raise Unreadable("the last member has changed, or is not the last")
+    if end["checksum"] != f"{xxhash.xxh3_128_intdigest(data[:begin]):032x}":
+        raise Unreadable("a byte has changed")
+    if (end["rows"], end["digest"]) != (rows, digest(records)) or rows != len(records):
+        raise Unreadable("not the rows that the end record counts")
+    return head, records, end
+
+
+# The stream.
+
+def once(pairs):
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name twice")
+    return found
+
+
+def is_id(value):
+    # A lone half of a surrogate pair, which JSON can write and UTF-8 can't, is of category Cs.
+    return (isinstance(value, str) and not any(unicodedata.category(char) in ("Cc", "Cs") for char in value)
+            and 1 <= len(value.encode()) <= 256)
+
+
+def is_value(value):
+    return type(value) is int and -2**63 <= value < 2**63
+
+
+def parse_batch(headers, payload):
+    """The entries of a message's batch; none where all replicas skip it."""
+    wanted = headers.get("Grade-Format", "1")
+    if not wanted.isdecimal() or int(wanted) < 1:
+        return []
+    if int(wanted) > BATCH_FORMATS[-1]:
+        raise Newer(f"format {wanted}")
+    try:
+        entries = json.loads(payload.decode(), object_pairs_hook=once)
+    except ValueError:
+        return []
+    if not isinstance(entries, list):
+        return []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            return []
+        if set(entry) == {"delete"} and int(wanted) >= 2 and is_id(entry["delete"]):
+            continue
+        changes = {name: value for name, value in entry.items() if name != "user_id"}
+        if not is_id(entry.get("user_id")) or set(changes) - set(FIELDS) or not all(map(is_value, changes.values())):
+            return []
+    return entries
+
+
+def apply(state, entries):
+    """What a replica does with a batch."""
+    for entry in entries:
+        if "delete" in entry:
+            state.pop(entry["delete"], None)
+            continue
+        values = state.setdefault(entry["user_id"], [0] * len(FIELDS))
+        for place, name in enumerate(FIELDS):
+            values[place] = entry.get(name, values[place])
+
+
+def parse_checkpoint(headers):
+    """A position, the sender's digest there, and that batch's time, if it is said."""
+    position, said, *time_ns = headers["Grade-Checkpoint"].split(" ")
+    return int(position), said, int(*time_ns) if time_ns else None
+
+
+def main():
+    with open(sys.argv[1], "rb") as file:
+        head, records, end = read_backup(file.read())
+    print(json.dumps({"head": head, "end": end, "records": len(records)}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

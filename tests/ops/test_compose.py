@@ -1,0 +1,238 @@
+"""The files of compose/: against their schemas, and run, but for Grafana, without containers."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+import urllib.request
+from pathlib import Path
+
+import kubernetes_validate
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPOSE = ROOT / "compose" / "compose.yaml"
+DOCKERFILE = ROOT / "compose" / "Dockerfile"
+SERVICE = ROOT / "compose" / "gradestore.service"
+KUBERNETES = "1.33"
+# Of systemd's 100, where 0 is a service that may do nothing.
+EXPOSURE_MAX = 15
+TOOLS = ROOT / ".tools"
+sys.path[:0] = [str(ROOT / "load"), str(ROOT / "dashboards")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import containers  # noqa: E402
+from measure import PROGRAM, SERVER, PASSWORD, AUTH  # noqa: E402
+from show import until  # noqa: E402
+from test_dashboards import written_rules  # noqa: E402
+
+PROGRAMS = {
+    "gradestore": (containers.entrypoint(DOCKERFILE), {"/gradestore": PROGRAM}),
+    "nats": ([], {"/opt/bin/nats-server": SERVER}),
+    "prom/prometheus": (["prometheus"], {"/opt/bin/prometheus": TOOLS / "prometheus" / "prometheus"}),
+    "grafana/k6": (["k6"], {"/opt/bin/k6": TOOLS / "bin" / "k6"}),
+}
+# Latency is not judged here.
+LIGHT = {"RATE": "40", "DURATION": "2s", "P99_MS": "5000"}
+SECRETS = {"./secrets/gradestore_password": PASSWORD + "\n"}
+
+
+def ask(url, **more):
+    return urllib.request.urlopen(urllib.request.Request(url, **more), timeout=10)
+
+
+def schema(name, path):
+    return subprocess.run([TOOLS / "ops" / "bin" / "check-jsonschema", "--builtin-schema", name, path],
+                          capture_output=True, text=True)
+
+
+class Run(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.network = containers.Network()
+
+    def setUp(self):
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.compose = containers.Compose(COMPOSE, PROGRAMS, SECRETS, LIGHT, self.network, directory)
+        self.addCleanup(self.compose.kill_all)
+        self.services = self.compose.services
+
+    def url(self, name, port, path):
+        return f"http://{self.services[name].address}:{port}{path}"
+
+    def test_up_and_down(self):
+        self.compose.up("k6")
+        self.compose.up("prometheus")
+        replicas = ["one", "two", "three"]
+
+        # A write on the first is read on the third.
+        written = ask(self.url("one", 8080, "/set"), data=b'{"user_id":"alice","spp":5}',
+                      headers={"Authorization": f"Basic {AUTH}", "Content-Type": "application/json"})
+        position = written.headers["Grade-Position"]
+        read = ask(self.url("three", 8081, "/get?user_id=alice"), headers={"Grade-Position": position})
+        self.assertEqual(json.load(read)["spp"], 5)
+        for name in replicas:
+            status = json.load(ask(self.url(name, 8082, "/status")))
+            self.assertEqual(status["log_kind"], "jetstream")
+
+        # The smoke test passes.
+        k6 = self.services["k6"]
+        said = k6.child.stdout.read().decode()
+        self.assertEqual(k6.child.wait(), 0, said + k6.log.read_text())
+        self.assertIn("k6 smoke: 3 nodes", said)
+
+        # Prometheus sees all three, and has read the alerts.
+        api = self.url("prometheus", 9090, "/api/v1")
+
+        def not_up():
+            targets = json.load(ask(f"{api}/targets"))["data"]["activeTargets"]
+            health = {target["labels"]["instance"]: target["health"] for target in targets}
+            if health != {f"{name}:8082": "up" for name in replicas}:
+                return f"targets: {health}"
+
+        until(not_up)
+        rules = json.load(ask(f"{api}/rules"))["data"]["groups"][0]["rules"]
+        self.assertEqual([rule["name"] for rule in rules], [rule["alert"] for rule in written_rules()])
+
+        # The broker's password-free door is open to replicas alone.
+        self.assertIn("nats", self.compose.known_to("one"))
+        self.assertNotIn("nats", self.compose.known_to("k6"))
+
+        # A replica that dies comes back with what it held.
+        self.services["two"].kill()
+        self.services["two"].start()
+        self.services["two"].until_healthy()
+        found = ask(self.url("two", 8081, "/get?user_id=alice"), headers={"Grade-Position": position})
+        self.assertEqual(json.load(found)["spp"], 5)
+
+        # A health check is not always content.
+        with self.assertRaises(AssertionError):
+            self.services["nats"].kill()
+            self.services["nats"].until_healthy()
+
+        for name in (*replicas, "prometheus"):
+            service = self.services[name]
+            self.assertEqual(service.stop(), 0, service.log.read_text())
+        for name in replicas:
+            self.assertTrue(list((self.compose.directory / "volumes" / name).iterdir()), f"no snapshot of {name}")
+
+
+    def test_kubernetes(self):
+        # A pod's container, beside the broker of the compose file.
+        stateful_set, = (described for described in kubernetes() if described["kind"] == "StatefulSet")
+        container, = stateful_set["spec"]["template"]["spec"]["containers"]
+        one = self.services["one"]
+        data, password = container["volumeMounts"]
+        one.described |= {
+            "command": container["args"],
+            "environment": {variable["name"]: variable["value"] for variable in container["env"]},
+            "volumes": [f"one:{data['mountPath']}"],
+            "read_only": container["securityContext"]["readOnlyRootFilesystem"],
+        }
+        # Where both put it.
+        self.assertEqual((password["mountPath"], list(SECRETS)[0]), ("/run/secrets", "./secrets/gradestore_password"))
+        self.compose.up("one")
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        for probe in ("livenessProbe", "readinessProbe"):
+            asked = container[probe]["httpGet"]
+            self.assertEqual(ask(self.url("one", ports[asked["port"]], asked["path"])).status, 200)
+        self.assertEqual(one.stop(), 0)
+
+
+def kubernetes():
+    return list(yaml.safe_load_all((ROOT / "compose" / "kubernetes.yaml").read_text()))
+
+
+class Files(unittest.TestCase):
+    file = containers.read(COMPOSE, {})
+
+    def test_schema(self):
+        said = schema("vendor.compose-spec", COMPOSE)
+        self.assertEqual(said.returncode, 0, said.stdout)
+        with tempfile.TemporaryDirectory() as directory:
+            wrong = Path(directory) / "compose.yaml"
+            wrong.write_text(COMPOSE.read_text().replace("service_healthy", "service_is_well"))
+            self.assertNotEqual(schema("vendor.compose-spec", wrong).returncode, 0)
+
+    def test_versions_are_pinned_and_those_of_the_tests(self):
+        def pinned(image):
+            return re.search(rf"(?<![\w/]){image}:v?(\d+\.\d+\.\d+)", COMPOSE.read_text() + DOCKERFILE.read_text())[1]
+
+        for service in self.file["services"].values():
+            self.assertRegex(service["image"], r":v?\d+\.\d+\.\d+(-alpine)?$")
+        self.assertIn(f"NATS_SERVER={pinned('nats')}\n", (ROOT / "tests" / "install.sh").read_text())
+        self.assertIn(f"K6={pinned('grafana/k6')}\n", (ROOT / "load" / "install-k6.sh").read_text())
+        cargo = (ROOT / "Cargo.toml").read_text()
+        self.assertTrue(pinned("rust").startswith(re.search(r'rust-version = "(.*)"', cargo)[1]))
+        self.assertEqual(pinned("gradestore"), re.search(r'^version = "(.*)"', cargo, re.MULTILINE)[1])
+
+    def test_each_service_gives_up_what_it_does_not_need(self):
+        for name, service in self.file["services"].items():
+            self.assertEqual(service["cap_drop"], ["ALL"], name)
+            self.assertEqual(service["security_opt"], ["no-new-privileges:true"], name)
+            for port in service.get("ports", []):
+                self.assertTrue(port.startswith("127.0.0.1:"), f"{name} is open to the network: {port}")
+
+    def test_grafana_finds_its_files(self):
+        grafana = self.file["services"]["grafana"]
+        mounted = {there: COMPOSE.parent / here for here, there in (volume.split(":")[:2] for volume in grafana["volumes"])}
+        provisioning = mounted["/etc/grafana/provisioning"]
+        provider = yaml.safe_load((provisioning / "dashboards" / "gradestore.yml").read_text())["providers"][0]
+        self.assertTrue(list(mounted[provider["options"]["path"]].glob("*.json")))
+        datasource = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"][0]
+        self.assertEqual(datasource["url"], "http://prometheus:9090")
+        self.assertEqual(datasource["jsonData"]["timeInterval"],
+                         yaml.safe_load((COMPOSE.parent / "prometheus.yml").read_text())["global"]["scrape_interval"])
+
+    def test_the_image_gets_what_cargo_wants(self):
+        with tempfile.TemporaryDirectory() as directory:
+            for copied in re.findall(r"^COPY ([^-].*)$", DOCKERFILE.read_text(), re.MULTILINE):
+                *sources, to = copied.split()
+                for source in sources:
+                    target = Path(directory, to, source if to == "./" else "")
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, target)
+            tree = subprocess.run(["cargo", "tree", "--locked", "--offline", "--package", "gradestore"], cwd=directory,
+                                  capture_output=True, text=True)
+            self.assertEqual(tree.returncode, 0, tree.stderr)
+
+    def test_kubernetes(self):
+        for described in kubernetes():
+            kubernetes_validate.validate(described, KUBERNETES, strict=True)
+        self.assertEqual([described["kind"] for described in kubernetes()], ["Service", "PodDisruptionBudget", "StatefulSet"])
+        described["spec"]["template"]["spec"]["containers"][0]["arguments"] = ["serve"]
+        with self.assertRaises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(described, KUBERNETES, strict=True)
+
+    def test_systemd(self):
+        text = SERVICE.read_text()
+        with tempfile.TemporaryDirectory() as directory:
+            # systemd wants the program to be there.
+            unit = Path(directory) / "gradestore.service"
+            unit.write_text(text.replace("/usr/local/bin/gradestore", str(Path(PROGRAM).resolve())))
+            for command in (["verify", "--man=no"], ["security", "--offline=true", f"--threshold={EXPOSURE_MAX}"]):
+                said = subprocess.run(["systemd-analyze", *command, unit], capture_output=True, text=True)
+                self.assertEqual((said.returncode, said.stderr), (0, ""), said.stdout)
+
+    def test_systemd_starts_a_node(self):
+        text = SERVICE.read_text()
+        with tempfile.TemporaryDirectory() as directory:
+            (Path(directory) / "password").write_text(PASSWORD)
+            env = dict(re.findall(r"^Environment=(\w+)=(.*)$", text, re.MULTILINE))
+            env = {name: value.replace("%S", directory).replace("%d", directory) for name, value in env.items()}
+            _, *flags = re.search(r"^ExecStart=(.*)$", text, re.MULTILINE)[1].split()
+            # Its default ports are free: this network is the test's own.
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+            with subprocess.Popen([PROGRAM, *flags], env=env, stderr=subprocess.DEVNULL) as child:
+                until(lambda: subprocess.run([PROGRAM, "health"], capture_output=True, text=True).stderr)
+                self.assertTrue((Path(directory) / "gradestore").is_dir())
+                child.terminate()
+            self.assertEqual(child.returncode, 0)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,379 @@
+"""docs/: a reader that knows nothing but what stands in protocol.md reads the stream of real nodes and their backups, and
+holds what they do. And every link of every page leads somewhere."""
+
+import asyncio
+import csv
+import gzip
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import nats
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "load"), str(ROOT / "docs"), str(ROOT / "dashboards")]
+
+import read  # noqa: E402
+from measure import AUTH, PROGRAM, Broker, Node  # noqa: E402
+from show import until  # noqa: E402
+
+STREAM, SUBJECT = "GRADES", "grades.set"
+IDS = ["alice", 'a "b"', "one, two", " =1+1 ", "привет 😀", "é" * 128, "a\\nb\u2028c", "-_.:@/"]
+# What a stranger may publish, with what headers, and whether it sets something.
+STRANGERS = [
+    (None, b'[{"user_id":"stranger","spp":1}]', True),
+    ({"Grade-Format": "1"}, b'[ {"spp" : -9223372036854775808, "user_id": "stranger"} , {"user_id":"bare"} ]', True),
+    ({"Grade-Checkpoint": "0 0"}, b'[{"user_id":"stranger","spp":2,"return_fee":3}]', True),
+    (None, b'[{"user_id":"minus nothing","spp":-0}]', True),
+    (None, b"[]", False),
+    (None, b"no JSON", False),
+    (None, b'{"user_id":"x"}', False),
+    (None, b'[{"user_id":"x","spp":1},{"user_id":"y","spp":1.0}]', False),
+    (None, b'[{"user_id":"x","spp":1e2}]', False),
+    (None, b'[{"user_id":"x","spp":9223372036854775808}]', False),
+    (None, b'[{"user_id":"x","spp":1,"spp":2}]', False),
+    (None, b'[{"user_id":"x","unknown":1}]', False),
+    (None, b'[{"user_id":"","spp":1}]', False),
+    (None, b'[{"user_id":"\\u0001","spp":1}]', False),
+    (None, b'[{"user_id":"\\ud800","spp":1}]', False),
+    (None, json.dumps([{"user_id": "é" * 128 + "a"}]).encode(), False),
+    (None, b'[{"user_id":"x","spp":null}]', False),
+    ({"Grade-Format": "0"}, b'[{"user_id":"x","spp":1}]', False),
+    ({"Grade-Format": "x"}, b'[{"user_id":"x","spp":1}]', False),
+]
+
+
+def ask(node, port, path, body=None):
+    headers = {"Authorization": f"Basic {AUTH}", "Content-Type": "application/json"}
+    return urllib.request.urlopen(urllib.request.Request(node.urls[port] + path, body, headers), timeout=30)
+
+
+def write(node, **patch):
+    return int(ask(node, "write", "/set", json.dumps(patch).encode()).headers["Grade-Position"])
+
+
+def backup(node):
+    return ask(node, "write", "/backup").read()
+
+
+def members(data):
+    count = at = 0
+    while at < len(data):
+        *_, at = read.member(data, at)
+        count += 1
+    return count
+
+
+def refused(data):
+    try:
+        read.read_backup(data)
+    except read.Unreadable:
+        return True
+    return False
+
+
+class Follower:
+    """Has read the stream up to `position`."""
+
+    def __init__(self, url):
+        self.url, self.position, self.state, self.digests, self.checkpoints = url, 0, {}, {0: "0" * 32}, []
+
+    def follow(self, through, digests=True):
+        asyncio.run(self.read(through, digests))
+
+    async def read(self, through, digests):
+        broker = await nats.connect(self.url)
+        for position in range(self.position + 1, through + 1):
+            message = await broker.jetstream().get_msg(STREAM, position)
+            headers = message.headers or {}
+            read.apply(self.state, read.parse_batch(headers, message.data or b""))
+            self.position = position
+            if digests:
+                self.digests[position] = read.digest(self.state)
+            if {"Grade-Checkpoint", "Grade-Origin", "Nats-Msg-Id"} <= set(headers):
+                self.checkpoints.append((position, *read.parse_checkpoint(headers)))
+        await broker.close()
+
+    def publish(self, messages):
+        """Where the last one is."""
+        async def publish():
+            broker = await nats.connect(self.url)
+            for headers, payload in messages:
+                stored = await broker.jetstream().publish(SUBJECT, payload, headers=headers)
+            await broker.close()
+            return stored.seq
+        return asyncio.run(publish())
+
+
+class Protocol(unittest.TestCase):
+    def setUp(self):
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.broker = self.enterContext(Broker(directory / "nats", "default"))
+        self.nodes = []
+        for n in range(2):
+            home = directory / str(n)
+            home.mkdir()
+            flags = ("--nats-url", self.broker.url, "--data-dir", home / "data", "--checkpoint-interval=100ms")
+            self.nodes.append(self.enterContext(Node(home, *flags)))
+        self.directory = directory
+
+    def held(self, at_least=0):
+        """What a node says of itself, once it has come so far."""
+        def behind():
+            self.status = self.nodes[0].status()
+            return self.status["position"] < at_least and self.status
+        until(behind)
+        return self.status
+
+    def fill(self):
+        for n, user in enumerate(IDS):
+            for field, value in zip(read.FIELDS, (n, -n, 2**63 - 1, -2**63)):
+                write(self.nodes[n % 2], **{"user_id": user, field: value})
+        write(self.nodes[0], user_id="zeros", spp=0)
+        return write(self.nodes[1], user_id="alice", spp=0)
+
+    def test_the_stream(self):
+        follower = Follower(self.broker.url)
+        self.fill()
+        before = self.nodes[0].metric("gradestore_log_poisoned_total")
+        follower.publish((headers, payload) for headers, payload, _ in STRANGERS)
+        end = write(self.nodes[0], user_id="last", spp=1)
+        status = self.held(end)
+        follower.follow(status["position"])
+        self.assertEqual(len(follower.state), status["records"])
+        self.assertEqual(follower.digests[status["position"]], status["digest"])
+        skipped = sum(not read.parse_batch(headers or {}, payload) for headers, payload, _ in STRANGERS)
+        self.assertEqual(skipped, sum(not sets for *_, sets in STRANGERS))
+        # All but the empty array, which is a batch.
+        self.assertEqual(self.nodes[0].metric("gradestore_log_poisoned_total") - before, skipped - 1)
+
+        # The nodes compare the same digests.
+        def no_checkpoint():
+            follower.follow(self.held()["position"])
+            return not [position for _, position, *_ in follower.checkpoints if position > end]
+
+        until(no_checkpoint)
+        for at, position, said, time_ns in follower.checkpoints:
+            self.assertEqual(said, follower.digests[position], f"in message {at}")
+            self.assertEqual(position == 0, time_ns == 0)
+
+        # What has a newer format stops both.
+        newer = follower.publish([({"Grade-Format": "99"}, b'[{"user_id":"alice","spp":7}]')])
+        until(lambda: self.nodes[0].ready())
+        with self.assertRaises(read.Newer):
+            follower.follow(newer)
+        self.assertEqual(self.nodes[0].status()["position"], newer - 1)
+        self.assertEqual(follower.position, newer - 1)
+
+    def test_a_batch_that_is_sent_again_is_stored_once(self):
+        follower = Follower(self.broker.url)
+        headers = {"Grade-Format": "1", "Grade-Origin": "a" * 32, "Nats-Msg-Id": "a" * 32 + "-1"}
+        follower.publish([(headers, b'[{"user_id":"alice","spp":1}]')] * 3)
+        self.held(write(self.nodes[0], user_id="bob", spp=1))
+        end = self.held()["position"]
+        follower.follow(end)
+        names = asyncio.run(self.names(end))
+        self.assertEqual(names.count("a" * 32 + "-1"), 1)
+        # An origin and a count from 1 up.
+        origins = {name.rsplit("-", 1)[0] for name in names}
+        for origin in origins:
+            counts = [int(name.rsplit("-", 1)[1]) for name in names if name.startswith(origin)]
+            self.assertEqual(counts, list(range(1, len(counts) + 1)))
+
+    async def names(self, end):
+        broker = await nats.connect(self.broker.url)
+        found = [(await broker.jetstream().get_msg(STREAM, position)).headers for position in range(1, end + 1)]
+        await broker.close()
+        for headers in found:
+            self.assertTrue(headers["Nats-Msg-Id"].startswith(headers["Grade-Origin"] + "-"))
+        return [headers["Nats-Msg-Id"] for headers in found]
+
+    def test_a_backup(self):
+        follower = Follower(self.broker.url)
+        self.held(self.fill())
+        data = backup(self.nodes[0])
+        head, records, end = read.read_backup(data)
+        self.assertEqual(head["log_id"], self.nodes[0].status()["log_id"])
+        # Nobody writes, but a checkpoint may come in between.
+        self.assertLessEqual(head["position"], end["position"])
+        follower.follow(end["position"])
+        self.assertEqual(records, follower.state)
+        self.assertEqual(end["digest"], follower.digests[end["position"]])
+        # As it says, plain CSV to other tools.
+        rows = list(csv.DictReader(io.StringIO(gzip.decompress(data).decode(), newline="")))
+        self.assertEqual({row.pop("user_id"): [int(row[field]) for field in read.FIELDS] for row in rows}, records)
+        # The first page of the table of bytes, for what the reader does not look at.
+        self.assertEqual(data[3], 0x0c)
+        self.assertEqual(data[8:10], b"\x00\xff")
+        self.assertEqual(int.from_bytes(data[4:8], "little"), head["time_ns"] // 10**9)
+        extra_bytes = int.from_bytes(data[10:12], "little")
+        name, after = data[12 + extra_bytes:].split(b"\0", 1)
+        self.assertRegex(name.decode(), r"^grades-\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\.csv$")
+        self.assertEqual(after[0], 1)
+
+    def test_whatever_is_done_to_a_backup_is_noticed(self):
+        self.held(self.fill())
+        data = backup(self.nodes[0])
+        self.assertFalse(refused(data))
+        for at in range(len(data)):
+            self.assertTrue(refused(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1:]), at)
+            self.assertTrue(refused(data[:at]), at)
+        self.assertTrue(refused(data + b"\0"))
+        self.assertTrue(refused(data + data))
+
+    def test_a_backup_under_writes_and_the_log_after_it(self):
+        self.held(self.fill())
+        for first in range(0, 40_000, 1000):
+            entries = [{"user_id": f"user-{n}", "spp": n} for n in range(first, first + 1000)]
+            Follower(self.broker.url).publish([(None, json.dumps(entries).encode())])
+        stop = threading.Event()
+
+        def keep_writing():
+            n = 0
+            while not stop.is_set():
+                n += 1
+                write(self.nodes[1], user_id=f"user-{n * 7919 % 40_000}", spp=-n)
+
+        writer = threading.Thread(target=keep_writing)
+        writer.start()
+        try:
+            under_way = []
+
+            def not_overtaken():
+                head, records, end = read.read_backup(backup(self.nodes[0]))
+                under_way[:] = [head, records, end]
+                return head["position"] == end["position"] and "nothing was written during a backup"
+
+            until(not_overtaken)
+        finally:
+            stop.set()
+            writer.join()
+        head, records, end = under_way
+        self.assertGreater(members(backup(self.nodes[0])), 3)
+        status = self.held(write(self.nodes[0], user_id="last", spp=1))
+        follower = Follower(self.broker.url)
+        follower.position, follower.state = head["position"], records
+        follower.follow(status["position"], digests=False)
+        self.assertEqual(read.digest(follower.state), status["digest"])
+
+    def test_the_program_on_the_page(self):
+        self.held(self.fill())
+        file = self.directory / "grades.csv.gz"
+        file.write_bytes(backup(self.nodes[0]))
+        said = subprocess.run([sys.executable, ROOT / "docs" / "read.py", file], capture_output=True, text=True)
+        self.assertEqual(said.returncode, 0, said.stderr)
+        self.assertEqual(json.loads(said.stdout)["records"], len(IDS) + 1)
+        said = subprocess.run([PROGRAM, "verify", file], capture_output=True, text=True)
+        self.assertEqual(said.returncode, 0, said.stderr)
+
+
+class Operations(unittest.TestCase):
+    def test_a_backup_into_a_cluster(self):
+        """The steps of operations.md, under "Restore"."""
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        broker = self.enterContext(Broker(directory / "nats", "default"))
+        homes = [directory / str(n) for n in range(2)]
+
+        def start(home, *flags):
+            return Node(home, "--nats-url", broker.url, "--data-dir", home / "data", *flags)
+
+        def stop(nodes):
+            for node in nodes:
+                node.__exit__()
+
+        for home in homes:
+            home.mkdir()
+        nodes = [start(home) for home in homes]
+        self.addCleanup(lambda: stop(nodes))
+        write(nodes[0], user_id="alice", spp=1)
+        file = directory / "grades.csv.gz"
+        file.write_bytes(backup(nodes[0]))
+        # What is to be undone; each has it in a snapshot then.
+        write(nodes[0], user_id="alice", spp=666)
+        stop(nodes)
+
+        async def remove():
+            client = await nats.connect(broker.url)
+            await client.jetstream().delete_stream(STREAM)
+            await client.close()
+
+        asyncio.run(remove())
+        (homes[0] / "data").rename(homes[0] / "moved-away")
+        nodes[:] = [start(homes[0], "--restore-from", file)]
+        nodes.append(start(homes[1]))
+        for node in nodes:
+            self.assertEqual(json.load(ask(node, "read", "/get?user_id=alice"))["spp"], 1)
+        # Without the file from then on.
+        stop(nodes[:1])
+        nodes[0] = start(homes[0])
+        position = write(nodes[0], user_id="alice", spp=2)
+        for node in nodes:
+            found = urllib.request.Request(f"{node.urls['read']}/get?user_id=alice", headers={"Grade-Position": str(position)})
+            self.assertEqual(json.load(urllib.request.urlopen(found))["spp"], 2)
+
+
+class Page(unittest.TestCase):
+    text = (ROOT / "docs" / "protocol.md").read_text()
+
+    def test_the_digest_of_the_example(self):
+        self.assertEqual(read.digest({"alice": [0, 5, 0, 0]}), "dd6a0570c454b97f66aac1625bf5536d")
+        self.assertIn("dd6a0570c454b97f66aac1625bf5536d", self.text)
+
+    def test_what_was_written_by_the_first_version(self):
+        fixtures = ROOT / "tests" / "fixtures"
+        _, records, end = read.read_backup((fixtures / "backup-1.csv.gz").read_bytes())
+        state = {}
+        for message in (fixtures / "messages-1.txt").read_text().split("----\n"):
+            headers, payload = message.split("\n\n", 1)
+            headers = dict(line.split(": ", 1) for line in headers.splitlines())
+            read.apply(state, read.parse_batch(headers, payload.strip("\n").encode()))
+        self.assertEqual(state, records)
+        self.assertEqual(end["digest"], read.digest(state))
+
+    def test_deletions(self):
+        state = {}
+        batch = b'[{"user_id":"a","spp":1},{"delete":"a"},{"delete":"nobody"},{"user_id":"b"}]'
+        read.apply(state, read.parse_batch({"Grade-Format": "2"}, batch))
+        self.assertEqual(state, {"b": [0, 0, 0, 0]})
+        self.assertEqual(read.parse_batch({"Grade-Format": "1"}, batch), [])
+
+    def test_its_example_of_a_message(self):
+        headers, payload = self.text.split("### A message\n\n```\n")[1].split("\n```")[0].split("\n\n")
+        headers = dict(line.split(": ") for line in headers.splitlines())
+        self.assertEqual([entry["user_id"] for entry in read.parse_batch(headers, payload.encode())], ["alice", "bob"])
+
+
+def anchors(page):
+    """What the headings of a page are linked to by."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+class Links(unittest.TestCase):
+    def test_each_leads_somewhere(self):
+        listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+        links = 0
+        for page in (ROOT / name for name in listed.stdout.split()):
+            for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+                file, _, anchor = link.partition("#")
+                if "://" in file:
+                    continue
+                links += 1
+                to = (page.parent / file).resolve() if file else page
+                self.assertTrue(to.exists(), f"{page.relative_to(ROOT)}: {link}")
+                if anchor:
+                    self.assertIn(anchor, anchors(to), f"{page.relative_to(ROOT)}: {link}")
+        self.assertGreater(links, 50)
+
+
+if __name__ == "__main__":
+    unittest.main()
