@@ -158,16 +158,12 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
             let connection = Arc::clone(&self.connection);
             request.extensions_mut().insert(connection);
         }
-        self.metrics.in_flight.increment(1.0);
-        let running = Running {
-            metrics: Arc::clone(&self.metrics),
-            connection: Arc::clone(&self.connection),
+        let mut asked = Asked {
             begun,
             route: route.unwrap_or(OTHER),
             request_id: request_id::sent(request.headers()),
             // Replicas ask each other so whether they would give a backup.
             head: request.method() == Method::HEAD,
-            answered: false,
         };
         let directly = match &self.direct {
             Some(direct) => {
@@ -178,9 +174,13 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
             None => Directly::Router(request),
         };
         let answer = match directly {
-            Directly::Now(response) => AnswerFuture::Ready {
-                response: Some(response),
-            },
+            // Nobody could see it in flight, and nobody need hold what it is measured with.
+            Directly::Now(mut response) => {
+                asked.answered(&mut response, &self.metrics, &self.connection);
+                return ObservedFuture::Answered {
+                    response: Some(response),
+                };
+            }
             Directly::Later(answer) => AnswerFuture::Later {
                 answer: AssertUnwindSafe(answer).catch_unwind(),
             },
@@ -191,7 +191,14 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
                 }
             }
         };
-        ObservedFuture { answer, running }
+        self.metrics.in_flight.increment(1.0);
+        let running = Running {
+            metrics: Arc::clone(&self.metrics),
+            connection: Arc::clone(&self.connection),
+            asked,
+            answered: false,
+        };
+        ObservedFuture::Running { answer, running }
     }
 }
 
@@ -203,17 +210,16 @@ fn internal() -> Answer {
 type RouterFuture = <Router as Service<Request<Body>>>::Future;
 
 pin_project_lite::pin_project! {
-    pub(super) struct ObservedFuture {
-        #[pin]
-        answer: AnswerFuture,
-        running: Running,
+    #[project = ObservedProjection]
+    pub(super) enum ObservedFuture {
+        Answered { response: Option<Answer> },
+        Running { #[pin] answer: AnswerFuture, running: Running },
     }
 }
 
 pin_project_lite::pin_project! {
     #[project = AnswerProjection]
     enum AnswerFuture {
-        Ready { response: Option<Answer> },
         Later { #[pin] answer: CatchUnwind<AssertUnwindSafe<BoxFuture<'static, Answer>>> },
         Router { #[pin] answer: CatchUnwind<AssertUnwindSafe<RouterFuture>> },
     }
@@ -224,10 +230,6 @@ impl Future for AnswerFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Answer> {
         match self.project() {
-            // Polled once: hyper drops a future that has answered.
-            AnswerProjection::Ready { response } => {
-                Poll::Ready(response.take().unwrap_or_else(internal))
-            }
             AnswerProjection::Later { answer } => answer
                 .poll(cx)
                 .map(|answered| answered.unwrap_or_else(|_panic| internal())),
@@ -240,21 +242,31 @@ impl Future for AnswerFuture {
     }
 }
 
-/// A request that has begun; ends when dropped, so that one whose client went away ends too.
-struct Running {
-    metrics: Arc<HttpMetrics>,
-    connection: Arc<Connection>,
+/// What is kept of a request until it is answered.
+struct Asked {
     begun: Instant,
     route: usize,
     /// What the client calls it.
     request_id: Option<HeaderValue>,
     head: bool,
-    answered: bool,
 }
 
-impl Running {
+impl Asked {
+    /// Measures the answer, and names it.
+    fn answered(&mut self, answer: &mut Answer, metrics: &HttpMetrics, connection: &Connection) {
+        // The clock is read once for both.
+        let now = Instant::now();
+        connection.end_at(now);
+        let took = now - self.begun;
+        if answer.extensions().get::<ManyLines>().is_some() {
+            self.route = LINES_AT;
+        }
+        metrics.record(self.route, answer.status(), took.as_secs_f64());
+        self.name(answer, took, &metrics.failures);
+    }
+
     /// Gives the answer the request's id, where it has or needs one, and tells of a failure.
-    fn name(&mut self, answer: &mut Answer, took: Duration) {
+    fn name(&mut self, answer: &mut Answer, took: Duration, failures: &FailureLog) {
         let status = answer.status();
         let failed = status.is_client_error() || status.is_server_error();
         let sent = self.request_id.take();
@@ -270,10 +282,18 @@ impl Running {
                 took,
                 expected: self.head || (DATA_ROUTES..OTHER).contains(&self.route),
             };
-            self.metrics.failures.tell(&failed, &failure);
+            failures.tell(&failed, &failure);
         }
         answer.headers_mut().insert(X_REQUEST_ID, request_id);
     }
+}
+
+/// A request that has begun; ends when dropped, so that one whose client went away ends too.
+struct Running {
+    metrics: Arc<HttpMetrics>,
+    connection: Arc<Connection>,
+    asked: Asked,
+    answered: bool,
 }
 
 impl Drop for Running {
@@ -289,21 +309,22 @@ impl Future for ObservedFuture {
     type Output = Result<Answer, Infallible>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = self.project();
-        let mut response = std::task::ready!(this.answer.poll(cx));
-        let running = this.running;
-        // The clock is read once for both.
-        let now = Instant::now();
+        let (answer, running) = match self.project() {
+            // Polled once: hyper drops a future that has answered.
+            ObservedProjection::Answered { response } => {
+                return Poll::Ready(Ok(response.take().unwrap_or_else(internal)));
+            }
+            ObservedProjection::Running { answer, running } => (answer, running),
+        };
+        let mut response = std::task::ready!(answer.poll(cx));
         running.answered = true;
-        running.connection.end_at(now);
-        let took = now - running.begun;
-        if response.extensions().get::<ManyLines>().is_some() {
-            running.route = LINES_AT;
-        }
-        running
-            .metrics
-            .record(running.route, response.status(), took.as_secs_f64());
-        running.name(&mut response, took);
+        let Running {
+            asked,
+            metrics,
+            connection,
+            ..
+        } = running;
+        asked.answered(&mut response, metrics, connection);
         Poll::Ready(Ok(response))
     }
 }
