@@ -146,6 +146,10 @@ def ratio(rows, one, other, key="rate"):
     return statistics.median(row[one][key] / row[other][key] for row in rows)
 
 
+def told(what, found):
+    print(f"told: {what}: {found:.3f}", flush=True)
+
+
 def driven(args, script, url, pid, users, **more):
     """What a run of wrk gives, with the server's CPU time a request."""
     def run(n):
@@ -163,7 +167,8 @@ def get(args, files):
         node = start(files.filled(args.users, core=0))
         few = start(files.filled(10_000, core=0))
         uncounted = start(files.filled(10_000, "--ephemeral", "--measure-without=metrics", core=0))
-        servers = [reference, node, few, uncounted]
+        routed = start(files.filled(10_000, "--ephemeral", "--measure-without=direct", core=0))
+        servers = [reference, node, few, uncounted, routed]
 
         def asks(url, server, users):
             return driven(args, "get.lua", url, server.pid, users, REQUESTS=ASKED)
@@ -174,11 +179,14 @@ def get(args, files):
             "node": asks(node.urls["read"], node, args.users),
             "10,000 records": asks(few.urls["read"], few, 10_000),
             "and no metrics": asks(uncounted.urls["read"], uncounted, 10_000),
+            "and through axum": asks(routed.urls["read"], routed, 10_000),
         }, servers)
         of = f"/get, {args.users:,} records"
         demand(f"{of}: server CPU a request / bare hyper", ratio(rows, "node", "bare", "cpu_us"), "<=", 1.05)
         demand(f"{of}: requests a second / bare hyper", ratio(rows, "node", "bare"), ">=", 0.95)
         demand(f"{of}: requests a second / with 10,000", ratio(rows, "node", "10,000 records"), ">=", 0.9)
+        told("/get through axum / past it: server CPU a request",
+             ratio(rows, "and through axum", "10,000 records", "cpu_us"))
         demand("/get, metrics on / off, requests a second", ratio(rows, "10,000 records", "and no metrics"), ">=", 0.99)
 
         rate = 0.7 * statistics.median(row["node"]["rate"] for row in rows)
@@ -251,14 +259,17 @@ def sets(args, files):
         users = 100_000
         node = start(files.filled(users, core=0))
         unchecked = start(files.filled(users, "--ephemeral", "--measure-without=auth", core=0))
+        routed = start(files.filled(users, "--ephemeral", "--measure-without=direct", core=0))
         on_disk = start(files.filled(users, "--data-dir", files.directory / "set", core=0))
         print(f"\nPOST /set, {args.connections} connections, {users:,} records")
         rows = in_turns(args, {
             name: driven(args, "set.lua", url, server.pid, users)
             for name, server, url in (("bare", reference, reference.url), ("memory log", node, node.urls["write"]),
                                       ("unchecked", unchecked, unchecked.urls["write"]),
+                                      ("through axum", routed, routed.urls["write"]),
                                       ("disk log", on_disk, on_disk.urls["write"]))
-        }, [reference, node, unchecked, on_disk])
+        }, [reference, node, unchecked, routed, on_disk])
+        told("/set through axum / past it: server CPU a request", ratio(rows, "through axum", "memory log", "cpu_us"))
         demand("/set, memory log, requests a second / bare hyper POST", ratio(rows, "memory log", "bare"), ">=", 0.85)
         demand("/set, disk log / memory log, requests a second", ratio(rows, "disk log", "memory log"), ">=", 0.7)
         demand("/set, auth on / off, requests a second", ratio(rows, "memory log", "unchecked"), ">=", 0.99)

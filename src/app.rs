@@ -163,7 +163,8 @@ pub async fn run(
         true => telemetry.register(|| HttpMetrics::new(count)),
         false => HttpMetrics::new(|_, _| Counter::noop()),
     });
-    if !counted || !config.credentials.checked() {
+    let past_router = config.http.direct;
+    if !counted || !past_router || !config.credentials.checked() {
         tracing::warn!("--measure-without leaves something out: only for measurements");
     }
     let account = config.credentials.account();
@@ -176,6 +177,7 @@ pub async fn run(
         peers: Arc::new(peers),
         blocking: Blocking::threads(),
         background: Blocking::background(),
+        idle: Blocking::idle(),
         backup_metrics: telemetry.register(BackupMetrics::new),
     };
     let (node, mut tasks) = Node::new(&config, parts, &telemetry.replication);
@@ -205,7 +207,8 @@ pub async fn run(
         ("read", sockets.read, node.read()),
     ];
     for (name, socket, (router, direct)) in data_ports {
-        let port = listener(name, socket, router, Some(direct), limits.data);
+        let direct = past_router.then_some(direct);
+        let port = listener(name, socket, router, direct, limits.data);
         data.spawn(port.serve(stop_listening.child_token()));
     }
     let upkeep = Arc::clone(&telemetry);

@@ -164,19 +164,24 @@ impl scc::Equivalent<Id> for [u8] {
     }
 }
 
-/// The longest that [`with_id`] makes, about as long as a UUID's text.
-const ID: [u8; 36] = *b"0000000-0000-0000-0000-1000000000000";
+/// What ids look like: a number, or a UUID where they are as long as one.
+const NUMBER: [u8; 13] = *b"1000000000000";
+const UUID: [u8; 36] = *b"00000000-0000-4000-8000-000000000000";
 
 /// Calls `with` on the id of the `user`th user, a number in its last 12 of `id_bytes` bytes;
 /// allocates nothing.
 pub(crate) fn with_id<R>(user: u64, id_bytes: usize, with: impl FnOnce(&str) -> R) -> R {
-    let mut id = ID;
+    let (mut number, mut uuid) = (NUMBER, UUID);
+    let id = match id_bytes == UUID.len() {
+        true => &mut uuid[..],
+        false => &mut number[..],
+    };
     let mut rest = user;
     for digit in id.iter_mut().rev().take(12) {
         *digit = b'0' + (rest % 10) as u8;
         rest /= 10;
     }
-    with(std::str::from_utf8(&id[ID.len() - id_bytes..]).unwrap_or_default())
+    with(std::str::from_utf8(id).unwrap_or_default())
 }
 
 /// A store of `count` users with every field set.

@@ -50,6 +50,8 @@ pub enum Part {
     Auth,
     /// Requests are not counted.
     Metrics,
+    /// All requests go through the router.
+    Direct,
 }
 
 /// Flags of `gradestore serve`.

@@ -150,6 +150,8 @@ pub struct HttpConfig {
     pub backup_chunk_text_bytes: usize,
     /// Whether requests are counted.
     pub counted: bool,
+    /// Whether `GET /get` and `POST /set` go past the router.
+    pub direct: bool,
     /// How long running requests may take to finish once the node stops.
     pub drain_max: Duration,
 }
@@ -174,6 +176,7 @@ impl Default for HttpConfig {
             backup_wait_max: Duration::from_secs(2),
             backup_chunk_text_bytes: CHUNK_TEXT_BYTES,
             counted: true,
+            direct: true,
             drain_max: Duration::from_secs(10),
         }
     }
@@ -236,6 +239,7 @@ impl Config {
             },
             http: HttpConfig {
                 counted: !args.measure_without.contains(&Part::Metrics),
+                direct: !args.measure_without.contains(&Part::Direct),
                 ..HttpConfig::default()
             },
             writer: default_writer_limits(),

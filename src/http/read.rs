@@ -54,7 +54,8 @@ pub fn routes(state: ReadState) -> Router {
 }
 
 /// The way past the router: a plain `GET /get` is answered at once, without a future of its own or
-/// a boxed one of axum's. Worth a tenth of the server's CPU time a request (`load/README.md`).
+/// a boxed one of axum's. What it is worth stands in
+/// `load/README.md`.
 pub fn direct(state: ReadState) -> Direct {
     Arc::new(move |request| {
         let plain = request.method() == Method::GET
