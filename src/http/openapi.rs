@@ -59,7 +59,7 @@ fn document() -> serde_json::Result<Value> {
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
-    use super::super::observe::ROUTES;
+    use super::super::observe::{LINES, ROUTES};
     use super::*;
     use crate::grade::UserIdError;
     use crate::readiness::Unready;
@@ -74,7 +74,10 @@ mod tests {
             E::BodyBroken => E::NotAPatch(String::new()),
             E::NotAPatch(_) => E::UserIdMissing,
             E::UserIdMissing => E::UserIdRepeated,
-            E::UserIdRepeated => E::UserIdInvalid(UserIdError::Empty),
+            E::UserIdRepeated => E::UserIdAndIds,
+            E::UserIdAndIds => E::UserIdsHere,
+            E::UserIdsHere => E::UserIdsTooMany { found: 0 },
+            E::UserIdsTooMany { .. } => E::UserIdInvalid(UserIdError::Empty),
             E::UserIdInvalid(_) => E::QueryEncoding(""),
             E::QueryEncoding(_) => E::PositionInvalid,
             E::PositionInvalid => E::Unauthorized,
@@ -84,7 +87,17 @@ mod tests {
             E::MethodNotAllowed(_) => E::BodySlow { seconds: 0 },
             E::BodySlow { .. } => E::BodyTooLarge { limit_bytes: 0 },
             E::BodyTooLarge { .. } => E::UnsupportedMediaType,
-            E::UnsupportedMediaType => E::NotReady(Unready {
+            E::UnsupportedMediaType => E::BadLine {
+                line: 0,
+                accepted: 0,
+                what: String::new(),
+            },
+            // It is of its cause's kind.
+            E::BadLine { .. } => E::InPart {
+                accepted: 0,
+                cause: Box::new(E::BodyBroken),
+            },
+            E::InPart { .. } => E::NotReady(Unready {
                 state: "",
                 reason: "".into(),
             }),
@@ -120,7 +133,7 @@ mod tests {
             .collect();
         let routes: BTreeSet<&str> = ROUTES
             .into_iter()
-            .filter(|route| *route != "other")
+            .filter(|route| ![LINES, "other"].contains(route))
             .collect();
         assert_eq!(paths, routes);
         assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));

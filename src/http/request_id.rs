@@ -1,7 +1,8 @@
 //! `X-Request-Id`: names a request in its answer and in the log line of one that failed.
 //!
-//! A client may bring one, and gets it back with every answer. Else one is made, but for a `GET /get` or
-//! a `POST /set` that succeeds: nobody asks for it there, and it would cost what those routes are spared.
+//! A client may bring one, and gets it back with every answer. Else one is made, but for a `GET /get`, a
+//! `POST /set` of one patch or a `DELETE /set` that succeeds: nobody asks for it there, and it would cost
+//! what those routes are spared.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -113,6 +113,7 @@ async fn the_document_says_where_what_is() {
     }
     for (path, method, security) in [
         ("/set", "post", json!([{"basic": []}])),
+        ("/set", "delete", json!([{"basic": []}])),
         ("/backup", "get", json!([{"basic": []}])),
         ("/get", "get", json!(null)),
     ] {
