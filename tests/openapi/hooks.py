@@ -20,7 +20,7 @@ def map_body(context, body):
 def lines(context, body):
     """An array goes as its items, a line each; what is none, as one line."""
     body = body if isinstance(body, list) else [body]
-    return {"data": "".join(json.dumps(line) + "\n" for line in body).encode()}
+    return "".join(json.dumps(line) + "\n" for line in body).encode()
 
 
 @schemathesis.hook
