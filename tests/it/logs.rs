@@ -123,7 +123,8 @@ async fn a_request_that_failed_is_in_the_log_under_its_name() {
         r#"route="/set""#,
         "status=503",
         r#"problem="not-written""#,
-        "no connection to the broker",
+        // How it learnt that the broker is away is a race.
+        "detail=nothing was written: ",
         "took_ms=",
     ] {
         assert!(said.contains(part), "{part}: {said}");
