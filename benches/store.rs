@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use gradestore::grade::{Changes, FIELD_COUNT, Patch};
+use gradestore::grade::{Changes, FIELD_COUNT, Patch, Write};
 use gradestore::store::Store;
 use stores::{Grades, Scc, check, filled, with_id};
 
@@ -25,9 +25,42 @@ fn store(c: &mut Criterion) {
         &[10_000]
     };
     for count in counts {
+        together(c, *count);
         of_one::<Store>(c, *count);
         of_one::<Scc>(c, *count);
     }
+}
+
+/// What it is worth to apply a batch's patches side by side.
+fn together(c: &mut Criterion, count: u64) {
+    const BATCH: usize = 64;
+    let store: Store = filled(count, ID_BYTES);
+    let mut random = 1;
+    // More of them than fit in a cache.
+    let writes: Vec<Write> = (0..1_u64 << 20)
+        .map(|round| {
+            random = after(random);
+            let user_id = with_id((random >> 33) % count, ID_BYTES, |id| Box::from(id));
+            let mut changes = Changes::default();
+            changes.set(round as usize % FIELD_COUNT, round as i64);
+            Write::Set(Patch { user_id, changes })
+        })
+        .collect();
+    let mut group = c.benchmark_group(format!("batch of 64/{count}"));
+    group.throughput(Throughput::Elements(BATCH as u64));
+    let mut batches = writes.chunks(BATCH).cycle();
+    group.bench_function("side by side", |bencher| {
+        bencher.iter(|| batches.next().map(|batch| store.apply_all(batch)));
+    });
+    group.bench_function("one by one", |bencher| {
+        bencher.iter(|| {
+            for write in batches.next().unwrap_or_default() {
+                if let Write::Set(patch) = write {
+                    store.apply(patch);
+                }
+            }
+        });
+    });
 }
 
 fn of_one<G: Grades>(c: &mut Criterion, count: u64) {
@@ -83,15 +116,19 @@ fn measure(
             in_threads(threads, |thread| {
                 let mut random = thread + 1;
                 for round in 0..rounds {
-                    // Knuth's MMIX; its low bits are poor.
-                    random = random
-                        .wrapping_mul(6_364_136_223_846_793_005)
-                        .wrapping_add(1_442_695_040_888_963_407);
+                    random = after(random);
                     one((random >> 33) % count, round);
                 }
             })
         });
     });
+}
+
+/// The next random number: Knuth's MMIX, whose low bits are poor.
+fn after(random: u64) -> u64 {
+    random
+        .wrapping_mul(6_364_136_223_846_793_005)
+        .wrapping_add(1_442_695_040_888_963_407)
 }
 
 /// The time until all threads have done `work`.

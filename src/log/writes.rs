@@ -87,7 +87,7 @@ fn parse(format: Format, json: &mut [u8], buffers: &mut Buffers) -> Result<Arc<[
 }
 
 /// Reads patches that [`write()`] wrote, byte for byte, as nearly every batch is; what has escapes in
-/// it, or was written by another program, is `None`. What it is worth: `benches/README.md`.
+/// it, or was written by another program, is `None`. What it is worth: `load/README.md`.
 fn read_written(json: &[u8]) -> Option<Arc<[Write]>> {
     let mut rest = std::str::from_utf8(json).ok()?.strip_prefix('[')?;
     let mut writes = Vec::with_capacity(rest.len() / PATCH_BYTES);
