@@ -24,6 +24,8 @@ from show import FILES, RULES, Prometheus, asked, panels, shown, until  # noqa: 
 
 PROMTOOL = ROOT / ".tools" / "prometheus" / "promtool"
 K6 = ROOT / ".tools" / "bin" / "k6"
+# What the machine that runs this may be short of, whatever the nodes do.
+OF_THE_MACHINE = {"GradestoreDisk", "GradestoreMemory"}
 METRIC = re.compile(r"\b(?:gradestore|process)_\w+")
 
 
@@ -100,14 +102,16 @@ class UnderLoad(unittest.TestCase):
         self.assertEqual([rule["name"] for rule in rules], [rule["alert"] for rule in written_rules()])
         until(lambda: [rule for group in self.prometheus.api("rules")["groups"] for rule in group["rules"]
                        if rule["health"] != "ok"])
-        self.assertEqual(self.prometheus.api("alerts")["alerts"], [])
+        alerts = {alert["labels"]["alertname"] for alert in self.prometheus.api("alerts")["alerts"]}
+        self.assertLessEqual(alerts, OF_THE_MACHINE)
 
         # As text, each panel has a line for what it is and one at least for what it shows.
         said = list(shown(self.prometheus, [file.stem for file in FILES]))
         for _, panel in panels():
             at = said.index(panel["title"])
             self.assertRegex(said[at + 1], r"^    \S.* -?[\d.e+-]+( |/|$)")
-        self.assertEqual(said[-1], "\n== alerts ==")
+        told = said[said.index("\n== alerts ==") + 1:]
+        self.assertEqual([line for line in told if not any(name in line for name in OF_THE_MACHINE)], [])
 
         # With the broker away, writes fail, and the first alert begins to wait.
         self.broker.kill()
