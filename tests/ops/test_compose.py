@@ -164,7 +164,7 @@ class Files(unittest.TestCase):
 
         for service in self.file["services"].values():
             self.assertRegex(service["image"], r":v?\d+\.\d+\.\d+(-alpine)?$")
-        self.assertIn(f"NATS_SERVER={pinned('nats')}\n", (ROOT / "tests" / "install.sh").read_text())
+        self.assertIn(f"NATS_SERVER={pinned('nats')}\n", (ROOT / "tests" / "install-nats.sh").read_text())
         self.assertIn(f"K6={pinned('grafana/k6')}\n", (ROOT / "load" / "install-k6.sh").read_text())
         cargo = (ROOT / "Cargo.toml").read_text()
         self.assertTrue(pinned("rust").startswith(re.search(r'rust-version = "(.*)"', cargo)[1]))
