@@ -177,7 +177,6 @@ pub async fn run(
         peers: Arc::new(peers),
         blocking: Blocking::threads(),
         background: Blocking::background(),
-        idle: Blocking::idle(),
         backup_metrics: telemetry.register(BackupMetrics::new),
     };
     let (node, mut tasks) = Node::new(&config, parts, &telemetry.replication);

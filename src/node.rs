@@ -65,10 +65,8 @@ pub struct Parts {
     pub peers: Arc<dyn Reach>,
     /// Where work goes that blocks.
     pub blocking: Blocking,
-    /// Where that goes which may take its time: snapshots.
+    /// Where that goes which may take its time: backups and snapshots.
     pub background: Blocking,
-    /// Where that goes which comes in short pieces and may take its time: backups.
-    pub idle: Blocking,
     /// What is measured about backups.
     pub backup_metrics: BackupMetrics,
 }
@@ -130,7 +128,6 @@ impl Node {
             peers,
             blocking,
             background,
-            idle,
             backup_metrics,
         } = parts;
         let (log, cluster) = (Arc::clone(&storage.log), &config.cluster);
@@ -164,7 +161,7 @@ impl Node {
             snapshots: snapshots.clone(),
             last: last_snapshot.clone(),
             writing: Arc::default(),
-            blocking: background,
+            blocking: background.clone(),
         });
         let follower = Follower {
             bootstrap: Bootstrap {
@@ -210,7 +207,7 @@ impl Node {
             queue: Arc::new(Semaphore::new(http.backups_waiting_max)),
             queue_wait_max: http.backup_wait_max,
             chunk_text_bytes: http.backup_chunk_text_bytes,
-            blocking: idle,
+            blocking: background,
             node: Arc::clone(&name),
             metrics: backup_metrics,
         };
