@@ -5,7 +5,7 @@
 //!
 //! A shard is an index of record numbers over records of 32 bytes that keep their number (see
 //! `shard.rs`, `index.rs`, `record.rs`). Beside a concurrent map of the same records (scc) it takes
-//! a third of the memory, and a scan is a cursor: it needs no lock between two pieces and sees every
+//! half of the memory or less, and a scan is a cursor: it needs no lock between two pieces and sees every
 //! record once, however much the shard grows meanwhile. A removed record's place is taken by a later
 //! one, but not while a scan is in its shard: what is removed and made again would come up twice. `benches/store.rs` and `benches/memory.rs`
 //! measure both; the figures stand in `benches/README.md`.
@@ -88,8 +88,8 @@ impl Store {
             .apply(&sought, &patch.changes, &self.0.hasher);
     }
 
-    /// Does all of `writes` in their order. Much faster than one call each where the records are in
-    /// memory and not in a cache: `benches/README.md`.
+    /// Does all of `writes` in their order. Memory serves several of them at a time, which
+    /// one call each does not let it: `cargo bench --bench store -- batch` compares both.
     pub fn apply_all<S: AsRef<str>>(&self, writes: &[Write<S>]) {
         let mut rest = writes.iter().peekable();
         while rest.peek().is_some() {
