@@ -1,4 +1,4 @@
-//! A batch as bytes, the value of a [record](super::record). Integers are little-endian:
+//! A batch of the log on disk as bytes. Integers are little-endian:
 //!
 //! | bytes | what |
 //! | --- | --- |
@@ -8,7 +8,7 @@
 //! | 8 | the sender's number of the batch |
 //! | rest | the writes, a JSON array |
 //!
-//! The record has the checksum.
+//! The record around it has the checksum.
 
 use crate::log::writes::{self, Format};
 use crate::log::{Batch, Entry, Origin, ReadError, Seq};

@@ -100,6 +100,38 @@ async fn a_failed_write_is_settled_in_a_new_segment() {
 }
 
 #[tokio::test]
+async fn what_a_new_segment_took_over_counts_for_nothing_in_the_old_one() {
+    let (_root, dir) = dir();
+    let log = tiny(&dir);
+    append(&log, 1..=4).await;
+    // Whole in the old segment, and half in the new one that was begun with it.
+    fail(&log, Fails::AtSync);
+    let mut doubtful = log.append(batch(5, 2));
+    while log.refusal().is_none() {
+        assert!((&mut doubtful).now_or_never().is_none());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    fail(&log, Fails::Within);
+    assert!(pending(&mut doubtful).await);
+    drop(doubtful);
+    drop(log);
+    assert_eq!(segments(&dir).len(), 2);
+    let log = tiny(&dir);
+    assert_eq!(log.end(), 4);
+    append(&log, 50..=53).await;
+    let numbers = async |log: &DiskLog| -> Vec<u64> {
+        let entries = read(log, 0).await;
+        check(&entries, 0);
+        entries.iter().map(|entry| entry.batch.number).collect()
+    };
+    let wanted = [1, 2, 3, 4, 50, 51, 52, 53];
+    append(&log, 54..=63).await;
+    assert_eq!(numbers(&log).await[..8], wanted);
+    drop(log);
+    assert_eq!(numbers(&tiny(&dir)).await[..8], wanted);
+}
+
+#[tokio::test]
 async fn a_doubtful_batch_waits_for_a_new_segment_that_cannot_be_made() {
     let (_root, dir) = dir();
     let log = tiny(&dir);
