@@ -84,7 +84,7 @@ async fn a_full_disk_refuses_writes_until_there_is_room() {
         assert!(!has_room(&node).await);
         drop(ballast);
         assert!(has_room(&node).await);
-        held = assert_takes_writes(&node, round * 100 + 50).await;
+        assert_takes_writes(&node, round * 100 + 50).await;
     }
 
     let ballast = disk.fill(0);

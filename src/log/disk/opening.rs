@@ -8,7 +8,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::segment::{HEADER_BYTES, Header, Heads, create, list, path, read_at, sync_dir};
 use super::{OpenError, Sizes, format, record, segment};
@@ -108,20 +108,20 @@ impl Opened {
         let file = file.map_err(io)?;
         let bytes = whole(&file).map_err(io)?;
         let header = headers(dir, &listing.segments, &bytes)?;
-        let mut nexts = listing.segments.iter().skip(1);
-        for first in earlier {
+        for (first, next) in earlier.iter().zip(listing.segments.iter().skip(1)) {
             let file = File::open(path(dir, *first)).map_err(io)?;
-            let next = nexts.next().copied().unwrap_or(last);
-            follow(&file, *first, next).map_err(io)?.map_err(damaged)?;
+            follow(&file, *first, *next).map_err(io)?.map_err(damaged)?;
         }
         let found = Found::in_segment(&header, &bytes).map_err(damaged)?;
         // Now the log is known to be whole, and things may be changed.
         let pen = found.settle(file, &bytes).map_err(io)?;
-        let left = [dir.with_extension("new"), dir.with_extension("old")];
-        left.iter().try_for_each(|dir| remove(dir)).map_err(io)?;
-        let mut unfinished = listing.unfinished.iter();
-        unfinished.try_for_each(fs::remove_file).map_err(io)?;
-        // A process that failed to do so may have gone before.
+        for left in ["new", "old"] {
+            remove(&dir.with_extension(left)).map_err(io)?;
+        }
+        for unfinished in &listing.unfinished {
+            fs::remove_file(unfinished).map_err(io)?;
+        }
+        // A process before may have failed to do so.
         sync_dir(dir).map_err(io)?;
         Ok(Self {
             log: header.log,
@@ -256,7 +256,7 @@ fn whole(file: &File) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn remove(dir: &PathBuf) -> io::Result<()> {
+fn remove(dir: &Path) -> io::Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -100,6 +100,29 @@ async fn a_failed_write_is_settled_in_a_new_segment() {
 }
 
 #[tokio::test]
+async fn a_batch_in_doubt_is_not_read() {
+    let (_root, dir) = dir();
+    // So large that all of it is in one segment, and the first batches not in memory any more.
+    let log = DiskLog::open(&dir, None).unwrap();
+    append(&log, 1..=20).await;
+    fail(&log, Fails::AtSync);
+    let mut doubtful = log.append(batch(21, 2));
+    assert!(pending(&mut doubtful).await);
+    let mut subscription = log.subscribe(0).await.unwrap();
+    let mut entries = Vec::new();
+    subscription.next(&mut entries).await.unwrap();
+    assert_eq!(entries.len(), 20);
+    let mut more = subscription.next(&mut entries);
+    assert!((&mut more).now_or_never().is_none());
+    drop(more);
+    *log.shared.fault.lock() = None;
+    doubtful.await.unwrap();
+    subscription.next(&mut entries).await.unwrap();
+    assert_eq!(entries.len(), 21);
+    check(&entries, 0);
+}
+
+#[tokio::test]
 async fn what_a_new_segment_took_over_counts_for_nothing_in_the_old_one() {
     let (_root, dir) = dir();
     let log = tiny(&dir);
