@@ -169,6 +169,7 @@ pub async fn run(
     }
     let account = config.credentials.account();
     let peers = Client::new(account, SILENCE_MAX, Compression::IfSlow)?;
+    let background = Blocking::background()?;
     let parts = Parts {
         origin,
         began_ns: now_ns(),
@@ -176,7 +177,8 @@ pub async fn run(
         storage,
         peers: Arc::new(peers),
         blocking: Blocking::threads(),
-        background: Blocking::background(),
+        idle: Blocking::idle(background.clone())?,
+        background,
         backup_metrics: telemetry.register(BackupMetrics::new),
     };
     let (node, mut tasks) = Node::new(&config, parts, &telemetry.replication);

@@ -65,8 +65,10 @@ pub struct Parts {
     pub peers: Arc<dyn Reach>,
     /// Where work goes that blocks.
     pub blocking: Blocking,
-    /// Where that goes which may take its time: backups and snapshots.
+    /// Where that goes which may take its time: snapshots, and backups for replicas that start.
     pub background: Blocking,
+    /// Where that goes which may take even longer: other backups.
+    pub idle: Blocking,
     /// What is measured about backups.
     pub backup_metrics: BackupMetrics,
 }
@@ -128,6 +130,7 @@ impl Node {
             peers,
             blocking,
             background,
+            idle,
             backup_metrics,
         } = parts;
         let (log, cluster) = (Arc::clone(&storage.log), &config.cluster);
@@ -207,7 +210,8 @@ impl Node {
             queue: Arc::new(Semaphore::new(http.backups_waiting_max)),
             queue_wait_max: http.backup_wait_max,
             chunk_text_bytes: http.backup_chunk_text_bytes,
-            blocking: background,
+            blocking: idle,
+            urgent: background,
             node: Arc::clone(&name),
             metrics: backup_metrics,
         };

@@ -68,6 +68,8 @@ pub struct BackupState {
     pub chunk_text_bytes: usize,
     /// Where chunks are made.
     pub blocking: Blocking,
+    /// Where they are made for a replica that starts, which somebody waits for.
+    pub urgent: Blocking,
     /// This process start's name.
     pub node: Arc<str>,
     /// What is measured about backups.
@@ -218,7 +220,10 @@ fn members(
             state.chunk_text_bytes,
         )),
         chunks: FuturesUnordered::new(),
-        blocking: state.blocking,
+        blocking: match compress_if_slow {
+            true => state.urgent,
+            false => state.blocking,
+        },
         exhausted: false,
         compress_if_slow,
         bytes: 0,

@@ -37,6 +37,10 @@ pub struct WriterLimits {
 /// The most writes in a group of a [`Bulk`]; fewer where a batch is smaller.
 const GROUP_WRITES_MAX: usize = 1000;
 
+/// How many turns a batch waits for more. With the disk's log three in place of one made it 5 % quicker
+/// (64 connections), with the others there was no difference.
+const TURNS: usize = 3;
+
 /// Why a write was not answered with a position.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WriteError {
@@ -261,10 +265,12 @@ impl WriterTask {
             match woken.await {
                 Woken::Closed => break,
                 Woken::Writes => {
-                    // One turn for the tasks that are ready to run: what they hand in goes along.
+                    // Some turns for the tasks that are ready to run: what they hand in goes along.
                     // A batch then holds dozens of patches where it held one or two, and a writer
                     // that is alone waits for nobody.
-                    tokio::task::yield_now().await;
+                    for _ in 0..TURNS {
+                        tokio::task::yield_now().await;
+                    }
                     while waiting.len() < patches_max
                         && let Ok(another) = self.queue.try_recv()
                     {

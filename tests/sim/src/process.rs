@@ -218,6 +218,7 @@ async fn live(world: World, node: usize, config: Config, knobs: Knobs, stop: Can
         peers: Arc::new(Phone::new(world.clone(), node)),
         blocking: blocking(world.clone(), knobs.work_wait_ms),
         background: blocking(world.clone(), knobs.work_wait_ms),
+        idle: blocking(world.clone(), knobs.work_wait_ms),
         backup_metrics: BackupMetrics::new(),
     };
     let (built, mut tasks) = Node::new(&config, parts, &metrics(&gaps, &resyncs, &divergences));
