@@ -141,7 +141,7 @@ impl Changes {
 /// One write: a user id and the fields it carries. `S` is `Box<str>` where the patch is kept and
 /// `&str` where it is only passed through.
 ///
-/// A patch that came through [`Deserialize`] is valid: its id passed [`check_user_id`].
+/// A patch that came through [`serde::Deserialize`] is valid: its id passed [`check_user_id`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Patch<S = Box<str>> {
     /// Whose grade it is.
