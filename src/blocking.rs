@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 /// one that answers requests gets. Less, and other programs could keep a snapshot from ever ending.
 const BACKGROUND_NICE: i32 = 10;
 /// A short piece of work that took so long was kept from its core by others.
-const SHORT_WORK_MAX: Duration = Duration::from_millis(100);
+const SHORT_WORK_MAX: Duration = Duration::from_millis(50);
 /// So many pieces after that are not left to idle cores.
 const HURRIED_PIECES: usize = 256;
 
