@@ -37,8 +37,8 @@ pub struct WriterLimits {
 /// The most writes in a group of a [`Bulk`]; fewer where a batch is smaller.
 const GROUP_WRITES_MAX: usize = 1000;
 
-/// How many turns a batch waits for more. With the disk's log three in place of one made it 5 % quicker
-/// (64 connections), with the others there was no difference.
+/// How many turns a batch waits for more. Three in place of one made a disk log that syncs in 0.1 ms
+/// 5 % quicker (64 connections); with the other logs there was no difference.
 const TURNS: usize = 3;
 
 /// Why a write was not answered with a position.
