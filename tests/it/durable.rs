@@ -166,7 +166,8 @@ async fn what_was_answered_survives_fifty_kills() {
         writer.check(&node).await;
     }
     assert_consistent(&node).await;
-    assert_eq!(names_in(&snapshots).len(), 2);
+    // Two are kept; a kill between a new one and the removal of the oldest leaves that one.
+    assert!((2..=3).contains(&names_in(&snapshots).len()));
 }
 
 #[tokio::test]
