@@ -26,7 +26,7 @@ fn lines(users: std::ops::Range<usize>) -> String {
 }
 
 /// `POST /set` with many lines, as it should be done.
-async fn set_lines(node: &Ports, body: impl Into<reqwest::Body>) -> Answer {
+pub(crate) async fn set_lines(node: &Ports, body: impl Into<reqwest::Body>) -> Answer {
     let request = node.client.post(format!("http://{}/set", node.write));
     let request = request
         .header("authorization", AUTHORIZATION)

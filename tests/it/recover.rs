@@ -5,8 +5,9 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::SystemTime;
 
+use gradestore::grade::{Changes, Patch, Write};
+use gradestore::log::{Batch, DiskLog, Log, Origin};
 use serde_json::Value;
 use tempfile::tempdir;
 
@@ -207,82 +208,103 @@ async fn a_log_that_was_lost_is_not_begun_anew_beside_its_snapshots() {
     assert!(reason.contains(&snapshot), "{reason}");
 }
 
-/// A log of 100 batches without a snapshot, in tables: a journal is looked through at the start.
-async fn log_in_tables(dir: &Path) -> PathBuf {
-    let node = Node::start_with(&mut program_on(dir)).await;
-    for user in 0..100 {
-        let patch = format!(r#"{{"user_id":"{user:0>250}","spp":1}}"#);
-        node.set(patch).await.position();
-    }
-    node.kill();
-    let keyspaces = dir.join("log").join("keyspaces");
-    let mut node = Node::start_with(&mut program_on(dir)).await;
-    loop {
-        let (table, made) = eventually("a table", async || {
-            let mut folders = names_in(&keyspaces).into_iter();
-            folders.find_map(|folder| {
-                let table = keyspaces.join(folder).join("tables").join("1");
-                let bytes = fs::read(&table).ok()?;
-                place_of(&bytes, 99).map(|_| (table.clone(), modified(&table)))
-            })
+/// A user's id that is as long as one may be.
+fn long_id(user: u64) -> String {
+    format!("{user:0>250}")
+}
+
+/// A log of 100 batches in more than one file, without a snapshot; its first file.
+async fn long_log(dir: &Path) -> PathBuf {
+    let log = DiskLog::open(&dir.join("log"), None).unwrap();
+    let mut changes = Changes::default();
+    changes.set(0, 1);
+    for number in 1..=100 {
+        let patches = (0..1000).map(|user| Patch {
+            user_id: long_id(number * 1000 + user).into(),
+            changes,
+        });
+        log.append(Batch {
+            origin: Origin::of(1),
+            number,
+            writes: patches.map(Write::Set).collect(),
+            checkpoint: None,
         })
-        .await;
-        node.kill();
-        // One that the kill left half done is made anew by the next start.
-        node = Node::start_with(&mut program_on(dir)).await;
-        if made.is_some() && modified(&table) == made {
-            node.kill();
-            return table;
-        }
+        .await
+        .unwrap();
     }
+    let files = names_in(&dir.join("log"));
+    assert!(files.len() > 1, "{files:?}");
+    dir.join("log").join(&files[0])
 }
 
-fn modified(path: &Path) -> Option<SystemTime> {
-    fs::metadata(path).and_then(|file| file.modified()).ok()
-}
-
-/// Where a user's id stands.
-fn place_of(bytes: &[u8], user: u64) -> Option<usize> {
-    let id = format!("{user:0>250}");
-    bytes.windows(250).position(|at| at == id.as_bytes())
+/// Changes the file at the id of `user` with the bytes there.
+fn change(file: &Path, user: u64, by: impl Fn(&mut [u8])) {
+    let (mut bytes, id) = (fs::read(file).unwrap(), long_id(user));
+    let place = bytes.windows(250).position(|at| at == id.as_bytes());
+    by(&mut bytes[place.unwrap()..]);
+    fs::write(file, bytes).unwrap();
 }
 
 #[tokio::test]
 async fn a_log_that_cannot_be_read_to_its_end_is_told_at_the_start() {
     let directory = tempdir().unwrap();
-    let (changed, missing) = (directory.path().join("one"), directory.path().join("other"));
-    let table = log_in_tables(&changed).await;
-    let mut bytes = fs::read(&table).unwrap();
-    let place = place_of(&bytes, 50).unwrap();
-    bytes[place] ^= 1;
-    fs::write(&table, bytes).unwrap();
+    let dir = directory.path();
+    let file = long_log(dir).await;
+    change(&file, 51_500, |bytes| bytes[0] ^= 1);
+    let node = Node::launch(&mut program_on(dir)).await;
+    let status = verdict(&node).await;
+    assert_eq!(status["state"], "gap", "{status}");
+    assert_eq!(status["log_end"], 100);
+    let reason = status["reason"].as_str().unwrap();
+    let why = reason.contains("batch 51") && reason.contains("checksum");
+    assert!(why, "{reason}");
+    let detail = node.ops("/readyz").await.problem(503, "not-ready");
+    let same = detail.contains("(gap)") && detail.contains(reason);
+    assert!(same, "{detail}");
+    node.get(&long_id(1_500)).await.problem(503, "not-ready");
+    assert_eq!(node.ops("/livez").await.status, 200);
+    // What it could read is no snapshot of all that there is.
+    node.end().await;
+    assert!(snapshots(dir).is_empty());
+}
 
-    log_in_tables(&missing).await;
-    let db = fjall::Database::builder(missing.join("log"))
-        .open()
-        .unwrap();
-    let batches = db.keyspace("seg-1", Default::default).unwrap();
-    batches.remove(51_u64.to_be_bytes()).unwrap();
-    drop((batches, db));
-
-    for (dir, why) in [(changed, "hecksum"), (missing, "batch 51")] {
-        let node = Node::launch(&mut program_on(&dir)).await;
-        let status = verdict(&node).await;
-        assert_eq!(status["state"], "gap", "{status}");
-        assert_eq!(status["log_end"], 100);
-        let reason = status["reason"].as_str().unwrap();
-        assert!(reason.contains(why), "{reason}");
-        let detail = node.ops("/readyz").await.problem(503, "not-ready");
-        let same = detail.contains("(gap)") && detail.contains(reason);
-        assert!(same, "{detail}");
-        node.get(&format!("{:0>250}", 1))
-            .await
-            .problem(503, "not-ready");
-        assert_eq!(node.ops("/livez").await.status, 200);
-        // What it could read is no snapshot of all that there is.
-        node.end().await;
-        assert!(snapshots(&dir).is_empty());
+#[tokio::test]
+async fn a_log_that_lacks_batches_is_no_start_and_is_left_as_it_is() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path();
+    let file = long_log(dir).await;
+    let files = names_in(&dir.join("log"));
+    let missing = format!(
+        "to {} are missing",
+        files[1][..20].parse::<u64>().unwrap() - 1
+    );
+    change(&file, 51_500, |bytes| bytes.fill(0));
+    let before = fs::read(&file).unwrap();
+    for _ in 0..2 {
+        let output = run(&mut program_on(dir));
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            said.contains("batches 52") && said.contains(&missing),
+            "{said}"
+        );
+        assert!(said.contains("restore from a backup"), "{said}");
     }
+    assert!(before == fs::read(&file).unwrap());
+}
+
+#[tokio::test]
+async fn a_log_of_an_earlier_format_is_no_start_and_is_left_as_it_is() {
+    let directory = tempdir().unwrap();
+    let log = directory.path().join("log");
+    fs::create_dir(&log).unwrap();
+    fs::write(log.join("0.jnl"), "kept").unwrap();
+    let output = run(&mut program_on(directory.path()));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    let named = said.contains(log.to_str().unwrap()) && said.contains("earlier");
+    assert!(named && said.contains("move it away"), "{said}");
+    assert_eq!(names_in(&log), ["0.jnl"]);
 }
 
 #[tokio::test]

@@ -1,5 +1,4 @@
-//! A stored batch as bytes. The key is its sequence number, big-endian, so that keys sort as
-//! numbers do. The value, with integers little-endian:
+//! A batch of the log on disk as bytes. Integers are little-endian:
 //!
 //! | bytes | what |
 //! | --- | --- |
@@ -9,24 +8,22 @@
 //! | 8 | the sender's number of the batch |
 //! | rest | the writes, a JSON array |
 //!
-//! There is no checksum: the library has its own.
+//! The record around it has the checksum.
 
 use crate::log::writes::{self, Format};
 use crate::log::{Batch, Entry, Origin, ReadError, Seq};
 
-/// The key of batch `seq`.
-pub(super) fn key(seq: Seq) -> [u8; 8] {
-    seq.to_be_bytes()
-}
-
-/// The batch that `key` stands for.
-pub(super) fn seq(key: &[u8]) -> Option<Seq> {
-    Some(Seq::from_be_bytes(key.try_into().ok()?))
-}
+/// Bytes before the writes.
+pub(super) const HEADER_BYTES: usize = 1 + 8 + 16 + 8;
 
 /// Replaces what is in `out` by `entry`'s value.
 pub fn write(entry: &Entry, out: &mut Vec<u8>) {
     out.clear();
+    append(entry, out);
+}
+
+/// Writes `entry`'s value after what is in `out`.
+pub(super) fn append(entry: &Entry, out: &mut Vec<u8>) {
     out.push(Format::of(&entry.batch.writes).number());
     out.extend_from_slice(&entry.time_ns.to_le_bytes());
     out.extend_from_slice(&entry.batch.origin.0.to_le_bytes());

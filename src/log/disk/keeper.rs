@@ -1,30 +1,27 @@
 //! The one thread that writes: takes batches, makes each durable, and only then shows it.
 //!
-//! When the library fails, what became of the batch at hand is not known. The thread then closes
-//! the database, opens it again and looks: a batch that is there is delivered, one that is not is
-//! refused. Until that is known nothing else is taken.
+//! When a write or a sync fails, what became of the batch is not known: what the system shows of the
+//! file need not be what the disk has. The thread then begins a new segment with that batch, which
+//! takes it out of the old one whatever is there, and shows it once that has synced. Until then
+//! nothing else is taken.
 
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use fjall::{Database, PersistMode};
 use tokio::sync::{oneshot, watch};
 
-use super::shelf::{Segment, Shelf, new_segment, plain};
-use super::{Shared, Sizes, format};
+use super::opening::Pen;
+use super::segment::{self, HEADER_BYTES, Header};
+use super::{Shared, Sizes, record};
 use crate::log::{AppendError, Batch, Entry, Seq, now_ns};
+use crate::machine::room_in;
 
 /// How often a thread that refuses batches looks whether it still must.
 const LOOK_AGAIN_EVERY: Duration = Duration::from_millis(250);
-/// How often it looks whether a table got written that it waits for.
-const TABLE_POLL_EVERY: Duration = Duration::from_millis(2);
-/// How long it waits for that; a disk that takes longer is as good as failed.
-const TABLE_WAIT_MAX: Duration = Duration::from_secs(30);
-/// Memory tables that may wait to be written while another fills.
-const TABLES_WAITING_MAX: usize = 2;
 
 /// A batch, and where its sender waits for the verdict.
 pub(super) struct Append {
@@ -32,41 +29,18 @@ pub(super) struct Append {
     pub(super) verdict: oneshot::Sender<Result<(), AppendError>>,
 }
 
-/// Where the next batch goes.
-pub(super) struct Pen {
-    db: Database,
-    segment: Segment,
-    /// Written to the segment.
-    segment_bytes: u64,
-    /// Written since the memory table was last handed on.
-    table_bytes: u64,
-}
-
-impl Pen {
-    pub(super) fn new(shelf: &Shelf) -> Option<Self> {
-        let segment = shelf.segments.last()?.clone();
-        Some(Self {
-            db: shelf.db.clone(),
-            segment_bytes: segment.keyspace.disk_space(),
-            segment,
-            table_bytes: 0,
-        })
-    }
-
-    /// Has the memory table written to the disk, by the library's worker.
-    fn hand_on(&mut self) -> fjall::Result<()> {
-        self.segment.keyspace.rotate_memtable()?;
-        self.table_bytes = 0;
-        Ok(())
-    }
-}
-
 /// A batch of which it is not known whether it is in the log.
 pub(super) struct Doubt {
     entry: Entry,
     verdict: oneshot::Sender<Result<(), AppendError>>,
-    /// Whether it may be written once more if it is not.
-    again: bool,
+}
+
+/// Why no batch is taken.
+pub(super) struct Refusing {
+    why: Arc<str>,
+    /// The length of the record that there was no room for.
+    record_bytes: u64,
+    looked: Instant,
 }
 
 /// The thread's state.
@@ -76,96 +50,156 @@ pub(super) struct Keeper {
     pub(super) end: watch::Sender<Seq>,
     /// The last batch's time.
     pub(super) time_ns: u64,
-    /// `None` while the database is closed.
+    /// `None` after a failure: what is written next begins a segment.
     pub(super) pen: Option<Pen>,
     /// The batch that a failure left in doubt.
     pub(super) doubt: Option<Doubt>,
+    pub(super) refusing: Option<Refusing>,
     /// Where batches are encoded.
-    pub(super) value: Vec<u8>,
+    pub(super) record: Vec<u8>,
+}
+
+impl Pen {
+    /// Makes room up to `end`. After an error nothing may be written here any more: what the file
+    /// has from its last record on is not known.
+    fn make_room(&mut self, end: u64) -> io::Result<()> {
+        let made = segment::write_zeros(&self.file, self.room_end, end);
+        if let Err(error) = made.and_then(|()| self.file.sync_all()) {
+            // Others may need what was taken of the disk.
+            let _ = self.file.set_len(self.room_end);
+            return Err(error);
+        }
+        self.room_end = end;
+        Ok(())
+    }
 }
 
 impl Keeper {
-    /// Runs until nobody can send any more, then closes the database.
+    /// Runs until nobody can send any more.
     pub(super) fn run(mut self, queue: &Receiver<Append>) {
         loop {
-            // In its own statement: the lock must not be held while waiting.
-            let refusing = self.shared.refusal.lock().is_some();
-            let received = match refusing {
+            let received = match self.refusing.is_some() {
                 true => queue.recv_timeout(LOOK_AGAIN_EVERY),
                 false => queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
             };
             match received {
                 Ok(append) => self.take(append),
                 Err(RecvTimeoutError::Timeout) => {
-                    let _ = self.ready();
+                    let _ = self.look_again();
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
-        if let Some(pen) = self.pen.take()
-            && let Err(error) = pen.db.persist(PersistMode::SyncAll)
-        {
-            tracing::error!(error = plain(&error), "log not synced at close");
-        }
-        self.close();
     }
 
     /// Makes a batch durable and shows it, or refuses it.
     fn take(&mut self, Append { batch, verdict }: Append) {
-        if let Err(why) = self.ready() {
-            // Who hung up needs no answer.
-            let _ = verdict.send(Err(AppendError::Refused(why)));
-            return;
-        }
-        let seq = *self.end.borrow() + 1;
-        let entry = Entry {
-            seq,
-            // A clock that was set back must not make the log's time go back.
-            time_ns: now_ns().max(self.time_ns),
-            batch,
+        let entry = self.look_again().and_then(|()| {
+            let entry = Entry {
+                seq: self.next_seq(),
+                // A clock that was set back must not make the log's time go back.
+                time_ns: now_ns().max(self.time_ns),
+                batch,
+            };
+            let placed = self.place(&entry);
+            placed.map(|()| entry).inspect_err(|why| self.refuse(why))
+        });
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(why) => {
+                // Who hung up needs no answer.
+                let _ = verdict.send(Err(AppendError::Refused(why)));
+                return;
+            }
         };
-        match self.write(&entry) {
+        match self.write() {
             Ok(()) => {
                 self.show(entry);
                 let _ = verdict.send(Ok(()));
             }
-            Err(error) => {
-                self.fail(&error);
-                self.doubt = Some(Doubt {
-                    entry,
-                    verdict,
-                    again: true,
-                });
+            Err(why) => {
+                self.refuse(&why);
+                self.doubt = Some(Doubt { entry, verdict });
             }
         }
     }
 
-    /// Writes and syncs.
-    fn write(&mut self, entry: &Entry) -> fjall::Result<()> {
+    fn next_seq(&self) -> Seq {
+        *self.end.borrow() + 1
+    }
+
+    /// Encodes a batch and makes room for it.
+    fn place(&mut self, entry: &Entry) -> Result<(), Arc<str>> {
+        record::write(entry, &mut self.record).map_err(|error| self.shared.failure(&error))?;
+        self.make_room(entry.seq, self.record.len() as u64)
+    }
+
+    /// Makes sure that the record of batch `seq` fits where the pen is. Nothing of it is written yet,
+    /// so when this fails the batch is not in the log.
+    fn make_room(&mut self, seq: Seq, record_bytes: u64) -> Result<(), Arc<str>> {
         let sizes = self.shared.sizes;
-        let pen = self.pen.as_mut().ok_or(fjall::Error::Poisoned)?;
-        if pen.table_bytes >= sizes.table_bytes {
-            // So that memory, and what is still to be written when the disk is nearly full, stay
-            // within bounds. This is where a slow disk slows writers down.
-            wait_for_tables(pen, TABLES_WAITING_MAX)?;
-            pen.hand_on()?;
-            if pen.segment_bytes >= sizes.segment_bytes {
-                pen.segment = new_segment(&pen.db, entry.seq)?;
-                pen.segment_bytes = 0;
-                if let Some(shelf) = self.shared.shelf.write().as_mut() {
-                    shelf.segments.push(pen.segment.clone());
+        if let Some(pen) = &mut self.pen {
+            let end = pen.at + record_bytes;
+            if end <= pen.room_end {
+                return Ok(());
+            }
+            if end <= HEADER_BYTES + sizes.segment_bytes || pen.at == HEADER_BYTES {
+                let steps = (end - HEADER_BYTES).next_multiple_of(sizes.step_bytes);
+                let room_end = HEADER_BYTES + steps;
+                self.shared.ask_for(room_end - pen.room_end)?;
+                match pen.make_room(room_end) {
+                    Ok(()) => return Ok(()),
+                    Err(error) => tracing::warn!(%error, "log's file does not grow"),
                 }
             }
         }
-        format::write(entry, &mut self.value);
-        let bytes = self.value.len() as u64;
-        pen.segment_bytes += bytes;
-        pen.table_bytes += bytes;
-        let keyspace = &pen.segment.keyspace;
-        keyspace.insert(format::key(entry.seq), self.value.as_slice())?;
-        // Data is enough: fdatasync writes the file's length and where its blocks are, too; what
-        // it leaves out is the time of change.
-        pen.db.persist(PersistMode::SyncData)
+        let room_bytes = record_bytes.next_multiple_of(sizes.step_bytes);
+        self.shared.ask_for(HEADER_BYTES + room_bytes)?;
+        self.begin(seq, room_bytes)
+    }
+
+    /// Begins a segment with batch `seq`.
+    fn begin(&mut self, seq: Seq, room_bytes: u64) -> Result<(), Arc<str>> {
+        // If this fails the new file may be there all the same. Then the old one must not get this
+        // batch: at the next start it would count for nothing.
+        self.pen = None;
+        let header = Header {
+            log: self.shared.log,
+            base: self.shared.base,
+            first: seq,
+            time_ns: self.time_ns,
+        };
+        let file = segment::create(&self.shared.dir, &header, room_bytes)
+            .map_err(|error| self.shared.failure(&error))?;
+        self.pen = Some(Pen {
+            file,
+            at: HEADER_BYTES,
+            room_end: HEADER_BYTES + room_bytes,
+        });
+        let mut segments = self.shared.segments.lock();
+        if segments.last() != Some(&seq) {
+            segments.push(seq);
+        }
+        Ok(())
+    }
+
+    /// Writes and syncs the record, for which there is room.
+    fn write(&mut self) -> Result<(), Arc<str>> {
+        let written = match &mut self.pen {
+            Some(pen) => self.shared.write(&pen.file, pen.at, &self.record),
+            None => Err(io::Error::other("it is not open")),
+        };
+        match (written, &mut self.pen) {
+            (Ok(()), Some(pen)) => {
+                pen.at += self.record.len() as u64;
+                Ok(())
+            }
+            (written, _) => {
+                self.pen = None;
+                let error = written.err().unwrap_or_else(|| ErrorKind::Other.into());
+                Err(self.shared.failure(&error))
+            }
+        }
     }
 
     /// Lets readers have a durable batch.
@@ -176,138 +210,115 @@ impl Keeper {
         self.end.send_replace(seq);
     }
 
-    /// Whether a batch may be written now: the database is open and the disk has room.
-    fn ready(&mut self) -> Result<(), Arc<str>> {
-        let able = self.reopen().and_then(|()| self.room());
-        let mut refusal = self.shared.refusal.lock();
-        match (&able, refusal.is_some()) {
-            (Err(why), false) => tracing::error!(why = &**why, "log refuses batches"),
-            (Ok(()), true) => tracing::info!("log takes batches again"),
-            _ => {}
+    /// Takes no batch any more, until [`look_again`](Self::look_again) finds that it can.
+    fn refuse(&mut self, why: &Arc<str>) {
+        if self.refusing.is_none() {
+            tracing::error!(%why, "log refuses batches");
         }
-        *refusal = able.clone().err();
+        *self.shared.refusal.lock() = Some(Arc::clone(why));
+        self.refusing = Some(Refusing {
+            why: Arc::clone(why),
+            record_bytes: self.record.len() as u64,
+            looked: Instant::now(),
+        });
+    }
+
+    /// Whether a batch may be taken now: looks, now and then, whether what kept it is over.
+    fn look_again(&mut self) -> Result<(), Arc<str>> {
+        let Some(refusing) = &self.refusing else {
+            return Ok(());
+        };
+        if refusing.looked.elapsed() < LOOK_AGAIN_EVERY {
+            return Err(Arc::clone(&refusing.why));
+        }
+        let record_bytes = refusing.record_bytes;
+        let able = match self.doubt.take() {
+            Some(doubt) => self.settle(doubt),
+            None => self.make_room(self.next_seq(), record_bytes),
+        };
+        match &able {
+            Ok(()) => self.accept(),
+            Err(why) => self.refuse(why),
+        }
         able
     }
 
-    /// Whether the disk has room for a batch.
-    fn room(&mut self) -> Result<(), Arc<str>> {
-        let Err(why) = self.shared.room() else {
-            return Ok(());
-        };
-        // The reserve is for this: the library lets go of a journal, and of the files of dropped
-        // segments that it had a part of, only when all in it is in tables. Without this a trim
-        // might free nothing, and writing, which would, never begin again.
-        if let Some(pen) = self.pen.as_mut()
-            && pen.table_bytes > 0
-            && let Err(error) = pen.hand_on()
-        {
-            self.fail(&error);
+    /// Takes batches again.
+    fn accept(&mut self) {
+        if self.refusing.take().is_some() {
+            *self.shared.refusal.lock() = None;
+            tracing::info!("log takes batches again");
         }
-        // It also keeps the files of dropped segments open, and their bytes taken, until it is
-        // closed. The next look opens it again.
-        if self.shared.dropped.swap(false, Ordering::AcqRel) {
-            self.close();
-        }
-        Err(why)
     }
 
-    /// Closes the database after a failure.
-    fn fail(&mut self, error: &fjall::Error) {
-        let why = self.failure(&plain(error));
-        tracing::error!(why = &*why, "log failed");
-        *self.shared.refusal.lock() = Some(why);
-        self.close();
-    }
-
-    /// Closes the database, until [`reopen`](Self::reopen). Readers that need it wait.
-    fn close(&mut self) {
-        self.pen = None;
-        *self.shared.shelf.write() = None;
-    }
-
-    fn failure(&self, why: &str) -> Arc<str> {
-        let dir = self.shared.dir.display();
-        format!("the log in {dir} failed: {why}; it is being reopened, check the disk").into()
-    }
-
-    /// Answers who waits for a batch that was in doubt, now that it is known whether it is there.
-    fn settle(&mut self, doubt: Doubt, there: bool) -> Result<(), Arc<str>> {
-        let written = match (there, doubt.again && self.room().is_ok()) {
-            (true, _) => Ok(()),
-            // It is not, so it can be written again: what failed was often an earlier one's table,
-            // for want of room that there is now.
-            (false, true) => self.write(&doubt.entry).map_err(Some),
-            (false, false) => Err(None),
-        };
-        match written {
+    /// Writes the batch in doubt at the begin of a new segment.
+    fn settle(&mut self, doubt: Doubt) -> Result<(), Arc<str>> {
+        let written = self.place(&doubt.entry).and_then(|()| self.write());
+        match &written {
             Ok(()) => {
+                // Before its sender hears of it and sends the next.
+                self.accept();
                 self.show(doubt.entry);
                 let _ = doubt.verdict.send(Ok(()));
-                Ok(())
             }
-            Err(None) => {
-                let why = self.failure("the batch is not in it");
-                let _ = doubt.verdict.send(Err(AppendError::Refused(why)));
-                Ok(())
-            }
-            Err(Some(error)) => {
-                self.fail(&error);
-                self.doubt = Some(Doubt {
-                    again: false,
-                    ..doubt
-                });
-                Err(self.failure(&plain(&error)))
-            }
+            Err(_) => self.doubt = Some(doubt),
         }
-    }
-
-    /// Opens the database again if it is closed, and settles the batch in doubt.
-    fn reopen(&mut self) -> Result<(), Arc<str>> {
-        if self.pen.is_some() {
-            return Ok(());
-        }
-        let end = *self.end.borrow();
-        let shelf = Shelf::open(&self.shared.dir).map_err(|e| self.failure(&e.to_string()))?;
-        let mut pen = Pen::new(&shelf).ok_or_else(|| self.failure("it has no segment"))?;
-        if shelf.id != self.shared.id || shelf.end < end {
-            return Err(self.failure("batches that were in it are gone"));
-        }
-        // After a failed sync the system may show what the disk does not have. What opening found
-        // is believed once it is in tables of their own, newly written and synced.
-        wait_for_tables(&mut pen, 1).map_err(|error| self.failure(&plain(&error)))?;
-        let there = shelf.end > end;
-        self.shared.adopt(shelf);
-        self.pen = Some(pen);
-        if let Some(doubt) = self.doubt.take() {
-            self.settle(doubt, there)?;
-        }
-        tracing::info!(end = *self.end.borrow(), "log reopened");
-        Ok(())
+        written
     }
 }
 
-/// Waits until fewer than `waiting_max` memory tables wait to be written.
-fn wait_for_tables(pen: &mut Pen, waiting_max: usize) -> fjall::Result<()> {
-    let begun = Instant::now();
-    while pen.segment.keyspace.sealed_memtable_count() >= waiting_max {
-        // Writes nothing; says whether the worker that writes tables has failed.
-        pen.db.persist(PersistMode::Buffer)?;
-        if begun.elapsed() > TABLE_WAIT_MAX {
-            return Err(fjall::Error::Io(std::io::ErrorKind::TimedOut.into()));
+impl Shared {
+    /// Writes over zeros, and syncs.
+    fn write(&self, file: &File, at: u64, record: &[u8]) -> io::Result<()> {
+        #[cfg(test)]
+        if let Some(fault) = self.fault.lock().as_mut() {
+            fault(file, at, record)?;
         }
-        thread::sleep(TABLE_POLL_EVERY);
+        file.write_all_at(record, at)?;
+        // Neither the file's length nor its blocks change; the time of change need not be synced.
+        file.sync_data()
     }
-    Ok(())
+
+    /// Whether the disk has `bytes` for the log.
+    fn ask_for(&self, bytes: u64) -> Result<(), Arc<str>> {
+        let dir = self.dir.display();
+        let free_bytes = match room_in(&self.dir) {
+            Ok(room) => room.free,
+            Err(error) => return Err(format!("the disk of {dir} can't be asked: {error}").into()),
+        };
+        let wanted_bytes = self.sizes.reserve_bytes.saturating_add(bytes);
+        match free_bytes < wanted_bytes {
+            true => Err(format!(
+                "the disk of {dir} is full: {free_bytes} bytes free, {wanted_bytes} are wanted for \
+                 the log to go on; free some"
+            )
+            .into()),
+            false => Ok(()),
+        }
+    }
+
+    /// Why nothing is taken after `error`, and what to do.
+    fn failure(&self, error: &io::Error) -> Arc<str> {
+        let dir = self.dir.display();
+        match error.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+                format!("the disk of {dir} is full: {error}; free some").into()
+            }
+            _ => format!(
+                "the log in {dir} failed: {error}; it is tried again in a new file, check the disk"
+            )
+            .into(),
+        }
+    }
 }
 
 impl Sizes {
-    /// What a node runs with. Memory holds up to three tables of the log, and a crash leaves as
-    /// much to be read from the journal; a segment is what a trim may leave behind.
+    /// What a node runs with.
     pub(super) const NODE: Self = Self {
-        table_bytes: 4 * 1024 * 1024,
+        // Of some hundred batches, so that making room is a small part of what they take.
+        step_bytes: 1024 * 1024,
+        // What a trim may leave behind.
         segment_bytes: 16 * 1024 * 1024,
-        // Three tables that are still to be written, the one of a merge's, and room for the
-        // library's own notes and for a batch in the journal.
-        reserve_bytes: 24 * 1024 * 1024,
+        reserve_bytes: 1024 * 1024,
     };
 }

@@ -5,20 +5,23 @@
 //! never waits for a reader: what a slow one misses in memory is on the disk.
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
-use super::{Shared, format};
+use super::segment::{HEADER_BYTES, Heads, path, read_at};
+use super::{Shared, format, record};
 use crate::log::{Entry, ReadError, Seq, Subscription};
 
 /// Entries kept in memory: enough that a reader that keeps up never goes to the disk.
 const RECENT_MAX: usize = 8;
-/// How often a reader looks whether the database is open again.
-const REOPENED_POLL_EVERY: Duration = Duration::from_millis(50);
+/// What is read off the disk at once; a record that is larger is read alone.
+const PIECE_BYTES: usize = 256 * 1024;
 
 /// The newest entries, without a gap.
 #[derive(Default)]
@@ -51,6 +54,19 @@ pub(super) struct DiskSubscription {
     pub(super) end: watch::Receiver<Seq>,
     /// The batch to give next.
     pub(super) wanted: Seq,
+    /// Where it last stopped reading the disk.
+    pub(super) place: Option<Place>,
+}
+
+/// A place in a segment: reading from front to back opens each file once and looks for nothing.
+#[derive(Clone)]
+pub(super) struct Place {
+    file: Arc<File>,
+    /// The segment's first batch.
+    first: Seq,
+    /// The batch whose record begins at `at`.
+    seq: Seq,
+    at: u64,
 }
 
 impl DiskSubscription {
@@ -67,24 +83,94 @@ impl DiskSubscription {
     }
 
     /// Reads and decodes a piece off the disk, on a thread that may block.
-    async fn read(&self, end: Seq) -> Result<Vec<Entry>, ReadError> {
-        loop {
-            let (shared, wanted) = (Arc::clone(&self.shared), self.wanted);
-            let piece = tokio::task::spawn_blocking(move || {
-                let stored = match shared.shelf.read().as_ref() {
-                    Some(shelf) => shelf.read(wanted, end)?,
-                    None => return Ok(None),
-                };
-                let entries = stored.iter().map(|(seq, value)| format::read(*seq, value));
-                entries.collect::<Result<Vec<Entry>, _>>().map(Some)
-            });
-            // A thread that panicked, or a runtime that is going away.
-            let piece = piece.await.map_err(|_| ReadError::Closed)?;
-            match piece? {
-                Some(entries) => return Ok(entries),
-                None if self.end.has_changed().is_err() => return Err(ReadError::Closed),
-                None => tokio::time::sleep(REOPENED_POLL_EVERY).await,
+    async fn read(&mut self, end: Seq) -> Result<Vec<Entry>, ReadError> {
+        let (shared, wanted, place) = (Arc::clone(&self.shared), self.wanted, self.place.take());
+        let read = tokio::task::spawn_blocking(move || shared.read(place, wanted, end));
+        // A thread that panicked, or a runtime that is going away.
+        let (entries, place) = read.await.map_err(|_| ReadError::Closed)??;
+        self.place = Some(place);
+        Ok(entries)
+    }
+}
+
+impl Shared {
+    /// Some entries from `wanted` on, `end` at most; at least one. `place` is where it was stopped.
+    fn read(
+        &self,
+        place: Option<Place>,
+        wanted: Seq,
+        end: Seq,
+    ) -> Result<(Vec<Entry>, Place), ReadError> {
+        let read = self.read_piece(place, wanted, end);
+        // What could not be read because it is forgotten by now was not damaged.
+        match wanted < self.first.load(Ordering::Acquire) {
+            true => Err(ReadError::NotHeld { wanted }),
+            false => read,
+        }
+    }
+
+    fn read_piece(
+        &self,
+        place: Option<Place>,
+        wanted: Seq,
+        end: Seq,
+    ) -> Result<(Vec<Entry>, Place), ReadError> {
+        let failed = |error: io::Error| ReadError::Failed(error.to_string().into());
+        let segment = self.segment_of(wanted);
+        let (first, last) = segment.ok_or(ReadError::NotHeld { wanted })?;
+        let mut place = match place {
+            Some(place) if place.first == first && place.seq <= wanted => place,
+            _ => Place {
+                file: Arc::new(File::open(path(&self.dir, first)).map_err(failed)?),
+                first,
+                seq: first,
+                at: HEADER_BYTES,
+            },
+        };
+        let damaged = |why: &str| ReadError::Damaged {
+            seq: wanted,
+            why: why.into(),
+        };
+        let mut heads = Heads::of(&place.file);
+        while place.seq < wanted {
+            let head = heads.at(place.at).map_err(failed)?;
+            let head = head.filter(|head| head.seq == place.seq);
+            let head = head.ok_or_else(|| damaged("the records before it do not lead to it"))?;
+            place.at += head.bytes_padded() as u64;
+            place.seq += 1;
+        }
+        let mut bytes = Vec::new();
+        read_at(&place.file, place.at, PIECE_BYTES, &mut bytes).map_err(failed)?;
+        let head = record::Head::read(&bytes).filter(|head| head.seq == wanted);
+        let head = head.ok_or_else(|| damaged("it is missing"))?;
+        if head.bytes() > bytes.len() {
+            // A length that is damaged must not be believed.
+            let rest = place
+                .file
+                .metadata()
+                .map_err(failed)?
+                .len()
+                .saturating_sub(place.at);
+            let wanted = usize::try_from(rest).map_or(head.bytes(), |rest| rest.min(head.bytes()));
+            read_at(&place.file, place.at, wanted, &mut bytes).map_err(failed)?;
+        }
+        let (mut entries, mut rest) = (Vec::new(), bytes.as_slice());
+        while place.seq <= end.min(last)
+            && let Some(record) = record::read(rest)
+            && record.seq == place.seq
+        {
+            match format::read(record.seq, record.value) {
+                Ok(entry) => entries.push(entry),
+                Err(error) if entries.is_empty() => return Err(error),
+                Err(_) => break,
             }
+            rest = rest.get(record.bytes..).unwrap_or_default();
+            place.at += record.bytes as u64;
+            place.seq += 1;
+        }
+        match entries.is_empty() {
+            true => Err(damaged("its checksum is not that of what was written")),
+            false => Ok((entries, place)),
         }
     }
 }

@@ -5,7 +5,7 @@ mod failure;
 mod order;
 mod trim;
 
-use std::process::Command;
+use std::fs::File;
 
 use tempfile::TempDir;
 
@@ -13,10 +13,13 @@ use super::*;
 use crate::grade::{Changes, Patch, Write};
 use crate::log::{Entry, Origin};
 
-/// Small enough that a few batches make a table and a few more a segment.
+/// Comes before a record is written: the file, where, and the record.
+pub(super) type Fault = Box<dyn FnMut(&File, u64, &[u8]) -> io::Result<()> + Send>;
+
+/// Small enough that a few batches make a segment.
 const TINY: Sizes = Sizes {
-    table_bytes: 200,
-    segment_bytes: 500,
+    step_bytes: 200,
+    segment_bytes: 800,
     reserve_bytes: 0,
 };
 
@@ -83,22 +86,28 @@ fn check(entries: &[Entry], after: Seq) {
     }
 }
 
-/// What a crash would leave: `from` as it is at one moment, though the library's worker may be
-/// writing and removing tables.
+/// What a crash would leave: `from` as it is now, for nothing is done in the background.
 fn copy(from: &Path, to: &Path) {
-    let run = |program: &str, args: &[&str]| {
-        let ran = Command::new(program).args(args).output().unwrap();
-        (ran.status.success(), ran.stdout)
-    };
-    let (from, to) = (from.to_str().unwrap(), to.to_str().unwrap());
-    let seen = || run("find", &[from, "-printf", "%p %s %T@\n"]);
-    for _ in 0..1_000 {
-        let before = seen();
-        let (copied, _) = run("cp", &["-a", from, to]);
-        if copied && seen() == before {
-            return;
-        }
-        std::fs::remove_dir_all(to).unwrap();
+    fs::create_dir(to).unwrap();
+    for file in fs::read_dir(from).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), to.join(file.file_name())).unwrap();
     }
-    panic!("{from} never stood still");
+}
+
+/// The log's segments, oldest first.
+fn segments(dir: &Path) -> Vec<PathBuf> {
+    let listing = segment::list(dir).unwrap();
+    assert!(listing.others.is_empty() && listing.unfinished.is_empty());
+    let firsts = listing.segments.iter();
+    firsts.map(|first| segment::path(dir, *first)).collect()
+}
+
+/// Where the records of a segment begin, and the last one's end.
+fn places(bytes: &[u8]) -> Vec<usize> {
+    let mut places = vec![segment::HEADER_BYTES as usize];
+    while let Some(record) = record::read(&bytes[places[places.len() - 1]..]) {
+        places.push(places[places.len() - 1] + record.bytes);
+    }
+    places
 }

@@ -1,6 +1,7 @@
 //! What was appended comes back, each batch once and in its place.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -121,9 +122,45 @@ async fn readers_see_each_batch_once_and_in_order_while_batches_come() {
 
 #[derive(Debug, Clone)]
 enum Step {
-    Append { writes: usize },
-    Trim { through_percent: u64 },
+    Append {
+        writes: usize,
+    },
+    Trim {
+        through_percent: u64,
+    },
     Reopen,
+    /// A crash within the last batch, which loses from some byte of it on.
+    Tear {
+        kept_percent: usize,
+        short: bool,
+    },
+    /// A write that fails, part of it being done.
+    Fail {
+        done_percent: usize,
+    },
+}
+
+/// Takes the last batch's end off the file that has it.
+fn tear(dir: &Path, kept_percent: usize, short: bool) -> bool {
+    let file = segments(dir).pop().unwrap();
+    let mut bytes = std::fs::read(&file).unwrap();
+    let places = places(&bytes);
+    let &[.., begin, end] = places.as_slice() else {
+        return false;
+    };
+    let end = end
+        - bytes[..end]
+            .iter()
+            .rev()
+            .position(|byte| *byte != 0)
+            .unwrap();
+    let cut = begin + (end - begin) * kept_percent / 100;
+    match short {
+        true => bytes.truncate(cut),
+        false => bytes[cut..].fill(0),
+    }
+    std::fs::write(file, bytes).unwrap();
+    true
 }
 
 proptest! {
@@ -135,6 +172,11 @@ proptest! {
         6 => (0..12_usize).prop_map(|writes| Step::Append { writes }),
         1 => (0..130_u64).prop_map(|through_percent| Step::Trim { through_percent }),
         1 => Just(Step::Reopen),
+        1 => (0..100_usize, any::<bool>()).prop_map(|(kept_percent, short)| Step::Tear {
+            kept_percent,
+            short,
+        }),
+        1 => (0..=100_usize).prop_map(|done_percent| Step::Fail { done_percent }),
     ], 1..60)) {
         let (_root, dir) = dir();
         runtime().block_on(async {
@@ -157,6 +199,28 @@ proptest! {
                         drop(log);
                         log = tiny(&dir);
                         assert_eq!((log.first(), log.end()), (first, end));
+                    }
+                    Step::Tear { kept_percent, short } => {
+                        drop(log);
+                        if tear(&dir, kept_percent, short) {
+                            model.pop_last();
+                        }
+                        log = tiny(&dir);
+                        assert_eq!(log.first(), first);
+                    }
+                    Step::Fail { done_percent } => {
+                        let mut once = true;
+                        *log.shared.fault.lock() = Some(Box::new(move |file, at, record| {
+                            let done = &record[..record.len() * done_percent / 100];
+                            if std::mem::take(&mut once) {
+                                file.write_all_at(done, at)?;
+                                return Err(io::Error::other("input/output error"));
+                            }
+                            Ok(())
+                        }));
+                        let batch = batch(end * 10, 3);
+                        log.append(batch.clone()).await.unwrap();
+                        model.insert(end + 1, batch);
                     }
                 }
                 assert_eq!(log.end(), model.len() as u64);
