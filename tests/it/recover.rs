@@ -294,7 +294,7 @@ async fn a_log_that_lacks_batches_is_no_start_and_is_left_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_log_of_an_earlier_format_is_no_start_and_is_left_as_it_is() {
+async fn what_is_no_log_is_no_start_and_is_left_as_it_is() {
     let directory = tempdir().unwrap();
     let log = directory.path().join("log");
     fs::create_dir(&log).unwrap();
@@ -302,7 +302,7 @@ async fn a_log_of_an_earlier_format_is_no_start_and_is_left_as_it_is() {
     let output = run(&mut program_on(directory.path()));
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let said = String::from_utf8(output.stderr).unwrap();
-    let named = said.contains(log.to_str().unwrap()) && said.contains("earlier");
+    let named = said.contains(log.to_str().unwrap()) && said.contains("no segment");
     assert!(named && said.contains("move it away"), "{said}");
     assert_eq!(names_in(&log), ["0.jnl"]);
 }

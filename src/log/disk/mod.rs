@@ -10,7 +10,7 @@
 //! # Why a format of our own
 //!
 //! Until it was measured the log was kept in *fjall*, a log-structured store, whose journal does what
-//! is done here. It grows as it is written, so each sync also commits the file's length and blocks: a
+//! is done here (such a log is [converted](former) when it is opened). It grows as it is written, so each sync also commits the file's length and blocks: a
 //! batch took 0.18 ms of CPU, and `POST /set` came to 0.46 of what it does with the log in memory.
 //! Writing 2,500 bytes and syncing them took 192 us, 68 of them CPU, at a file's end; 184 and 70 in
 //! room that was only reserved; 104 and 37 over zeros that were written and synced before, and the
@@ -32,6 +32,7 @@
 //! the snapshots take, are about the least for a disk.
 
 pub mod format;
+mod former;
 mod keeper;
 mod opening;
 mod record;
@@ -172,9 +173,11 @@ impl DiskLog {
     }
 
     fn open_with(dir: &Path, base: Option<Seq>, sizes: Sizes) -> Result<Self, OpenError> {
-        let exists = dir.try_exists().map_err(|e| OpenError::io(dir, e))?;
-        if !exists {
+        let exists = former::put_back(dir).and_then(|()| dir.try_exists());
+        if !exists.map_err(|error| OpenError::io(dir, error))? {
             Opened::create(dir, base.unwrap_or(0), sizes)?;
+        } else if former::is_at(dir) {
+            former::convert(dir, sizes)?;
         }
         let mut opened = Opened::open(dir)?;
         if let Some(base) = base

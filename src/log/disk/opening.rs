@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::segment::{HEADER_BYTES, Header, Heads, create, list, path, read_at, sync_dir};
-use super::{OpenError, Sizes, format, record, segment};
+use super::{OpenError, Sizes, format, former, record, segment};
 use crate::log::{Origin, Seq};
 
 /// The opened log.
@@ -95,12 +95,7 @@ impl Opened {
         };
         let listing = list(dir).map_err(io)?;
         let Some((&last, earlier)) = listing.segments.split_last() else {
-            let journal = |name: &String| name.ends_with(".jnl");
-            let why = match listing.others.iter().any(journal) {
-                true => "it is of an earlier development version",
-                false => "it has no segment file",
-            };
-            let (dir, why) = (dir.into(), why.into());
+            let (dir, why) = (dir.into(), "it has no segment file".into());
             return Err(OpenError::Foreign { dir, why });
         };
         let mut options = File::options();
@@ -115,8 +110,12 @@ impl Opened {
         let found = Found::in_segment(&header, &bytes).map_err(damaged)?;
         // Now the log is known to be whole, and things may be changed.
         let pen = found.settle(file, &bytes).map_err(io)?;
-        for left in ["new", "old"] {
-            remove(&dir.with_extension(left)).map_err(io)?;
+        for left in [
+            dir.with_extension("new"),
+            dir.with_extension("old"),
+            former::moved(dir),
+        ] {
+            remove(&left).map_err(io)?;
         }
         for unfinished in &listing.unfinished {
             fs::remove_file(unfinished).map_err(io)?;
@@ -256,14 +255,14 @@ fn whole(file: &File) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn remove(dir: &Path) -> io::Result<()> {
+pub(super) fn remove(dir: &Path) -> io::Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
 }
 
-fn sync_parent(path: &Path) -> io::Result<()> {
+pub(super) fn sync_parent(path: &Path) -> io::Result<()> {
     match path.parent() {
         Some(parent) if parent.as_os_str().is_empty() => sync_dir(Path::new(".")),
         Some(parent) => sync_dir(parent),

@@ -112,8 +112,8 @@ pub(super) struct Listing {
     pub(super) segments: Vec<Seq>,
     /// Segments that were never finished.
     pub(super) unfinished: Vec<PathBuf>,
-    /// Other files' names.
-    pub(super) others: Vec<String>,
+    /// Whether there are other files.
+    pub(super) others: bool,
 }
 
 /// Looks through `dir`.
@@ -132,7 +132,7 @@ pub(super) fn list(dir: &Path) -> io::Result<Listing> {
         match numbered {
             Some((first, EXTENSION)) => listing.segments.push(first),
             Some((_, NEW_EXTENSION)) => listing.unfinished.push(path),
-            _ => listing.others.push(name.into_owned()),
+            _ => listing.others = true,
         }
     }
     listing.segments.sort_unstable();

@@ -2,6 +2,7 @@
 
 mod damage;
 mod failure;
+mod former;
 mod order;
 mod trim;
 
@@ -98,7 +99,7 @@ fn copy(from: &Path, to: &Path) {
 /// The log's segments, oldest first.
 fn segments(dir: &Path) -> Vec<PathBuf> {
     let listing = segment::list(dir).unwrap();
-    assert!(listing.others.is_empty() && listing.unfinished.is_empty());
+    assert!(!listing.others && listing.unfinished.is_empty());
     let firsts = listing.segments.iter();
     firsts.map(|first| segment::path(dir, *first)).collect()
 }
