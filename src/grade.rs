@@ -10,6 +10,7 @@ mod digest;
 mod json;
 
 pub use digest::Digest;
+pub(crate) use digest::digests;
 
 /// The fields of a grade beside its key, in the order of every answer and every file. All are
 /// `i64`; one that was never set reads as 0.

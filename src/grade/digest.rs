@@ -5,7 +5,7 @@ use std::ops::AddAssign;
 
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::{FIELD_COUNT, USER_ID_BYTES_MAX, UserGrade};
+use super::{FIELD_COUNT, USER_ID_BYTES_MAX, UserGrade, Values};
 use crate::hex;
 
 /// A sum over records that does not depend on their order: two stores with equal digests hold, but
@@ -43,58 +43,76 @@ impl fmt::Display for Digest {
 impl<S: AsRef<str>> UserGrade<S> {
     /// What the record adds to the store's digest.
     pub fn digest(&self) -> Digest {
-        // Most ids are short, and room that is not there need not be cleared.
-        match self.user_id.as_ref().len() {
-            0..=SHORT_ID => self.digest_in::<{ record_bytes(SHORT_ID) }>(),
-            _ => self.digest_in::<{ record_bytes(USER_ID_BYTES_MAX) }>(),
-        }
+        let [digest] = digests(self.user_id.as_ref(), [&self.values]);
+        digest
     }
+}
 
-    fn digest_in<const BYTES: usize>(&self) -> Digest {
-        let user_id = self.user_id.as_ref();
-        let mut bytes = RecordBytes::<BYTES>::default();
-        // The length first, so that no id can look like an id and a field.
-        bytes.push(&(user_id.len() as u64).to_le_bytes());
-        bytes.push(user_id.as_bytes());
-        for (index, value) in self.values.iter().enumerate() {
-            if *value != 0 {
-                bytes.push(&[index as u8]);
-                bytes.push(&value.to_le_bytes());
-            }
-        }
-        Digest(xxh3_128(bytes.filled()))
+/// What a record adds to the store's digest with one values or another.
+pub(crate) fn digests<const N: usize>(user_id: &str, values: [&Values; N]) -> [Digest; N] {
+    // Most ids are short, and room that is not there need not be cleared.
+    match user_id.len() {
+        0..=SHORT_ID => digests_in::<{ record_bytes(SHORT_ID) }, N>(user_id, values),
+        _ => digests_in::<{ record_bytes(USER_ID_BYTES_MAX) }, N>(user_id, values),
     }
+}
+
+fn digests_in<const BYTES: usize, const N: usize>(
+    user_id: &str,
+    values: [&Values; N],
+) -> [Digest; N] {
+    // All are written before the first is read: what was just written in small parts is not had back in
+    // larger ones at once.
+    let mut records = [const { RecordBytes::<BYTES>::EMPTY }; N];
+    for (record, values) in records.iter_mut().zip(values) {
+        record.write(user_id, values);
+    }
+    let mut digests = [Digest::default(); N];
+    for (digest, record) in digests.iter_mut().zip(&records) {
+        *digest = Digest(xxh3_128(record.filled()));
+    }
+    digests
 }
 
 /// Bytes of an id that is called short: a UUID is.
 const SHORT_ID: usize = 40;
+/// Bytes of a field: its index and its value.
+const FIELD_BYTES: usize = 1 + size_of::<i64>();
 
-/// Room on the stack for one record's canonical bytes.
+/// Bytes that a record with an id of `id` bytes takes at most.
+const fn record_bytes(id: usize) -> usize {
+    size_of::<u64>() + id + FIELD_COUNT * FIELD_BYTES
+}
+
+/// A record's canonical bytes, on the stack.
 struct RecordBytes<const BYTES: usize> {
     bytes: [u8; BYTES],
     len: usize,
 }
 
-/// Bytes that a record with an id of `id` bytes takes at most.
-const fn record_bytes(id: usize) -> usize {
-    8 + id + FIELD_COUNT * 9
-}
+impl<const BYTES: usize> RecordBytes<BYTES> {
+    const EMPTY: Self = Self {
+        bytes: [0; BYTES],
+        len: 0,
+    };
 
-impl<const BYTES: usize> Default for RecordBytes<BYTES> {
-    fn default() -> Self {
-        Self {
-            bytes: [0; BYTES],
-            len: 0,
+    fn write(&mut self, user_id: &str, values: &Values) {
+        // The length first, so that no id can look like an id and a field.
+        self.put(&(user_id.len() as u64).to_le_bytes(), true);
+        self.put(user_id.as_bytes(), true);
+        for (index, value) in values.iter().enumerate() {
+            let counts = *value != 0;
+            self.put(&[index as u8], counts);
+            self.put(&value.to_le_bytes(), counts);
         }
     }
-}
 
-impl<const BYTES: usize> RecordBytes<BYTES> {
-    fn push(&mut self, part: &[u8]) {
-        let end = self.len + part.len();
-        if let Some(room) = self.bytes.get_mut(self.len..end) {
+    /// Puts `part` behind the others if it counts. It is written in any case, as which it is can't be
+    /// foreseen: what does not count is overwritten, or stands behind the end.
+    fn put(&mut self, part: &[u8], counts: bool) {
+        if let Some(room) = self.bytes.get_mut(self.len..self.len + part.len()) {
             room.copy_from_slice(part);
-            self.len = end;
+            self.len += part.len() * usize::from(counts);
         }
     }
 

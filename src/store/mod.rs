@@ -18,7 +18,6 @@ mod record;
 mod shard;
 
 use std::hash::BuildHasher;
-use std::hint::black_box;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -85,7 +84,7 @@ impl Store {
         let sought = self.sought(patch.user_id.as_ref());
         self.shard(sought.shard)
             .write()
-            .apply(&sought, &patch.changes, &self.0.hasher);
+            .apply(&sought, None, &patch.changes, &self.0.hasher);
     }
 
     /// Does all of `writes` in their order. Memory serves several of them at a time, which
@@ -108,20 +107,20 @@ impl Store {
                         None => break,
                     },
                 };
-                together.push((locked, sought, *write));
+                // Memory is asked for what all searches read first, and then for what they read second:
+                // it serves several at a time.
+                locked.prefetch_index(&sought);
+                together.push((locked, sought, None, *write));
                 rest.next();
             }
-            // Of many searches whose first reads are made one after the other, and then their
-            // second, memory serves several at a time.
-            for (shard, sought, _) in &together {
-                black_box(shard.touch_index(sought));
+            for (shard, sought, likely, _) in &mut together {
+                *likely = shard.prefetch_record(sought);
             }
-            for (shard, sought, _) in &together {
-                black_box(shard.touch_record(sought));
-            }
-            for (shard, sought, write) in &mut together {
+            for (shard, sought, likely, write) in &mut together {
                 match write {
-                    Write::Set(patch) => shard.apply(sought, &patch.changes, &self.0.hasher),
+                    Write::Set(patch) => {
+                        shard.apply(sought, *likely, &patch.changes, &self.0.hasher);
+                    }
                     Write::Delete(_) => {
                         shard.remove(sought, &self.0.hasher);
                     }

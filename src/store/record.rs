@@ -12,8 +12,8 @@ use super::key::UUID_BYTES;
 use crate::grade::{FIELD_COUNT, Values};
 
 const BYTES: usize = 32;
-/// So that any eight bytes of a record can be read as one number.
-const PADDED: usize = BYTES + size_of::<i64>();
+/// Where the last eight bytes begin.
+const LAST_WORD: usize = BYTES - size_of::<i64>();
 /// Where the lengths of the values end, from where they begin.
 const LENGTHS: usize = FIELD_COUNT.div_ceil(2);
 
@@ -83,10 +83,6 @@ impl Record {
         self.write(7, place.len.to_le_bytes());
     }
 
-    pub(super) fn is_free(&self) -> bool {
-        self.kind() == FREE
-    }
-
     pub(super) fn id(&self) -> Id {
         match self.kind() {
             FREE => Id::Free,
@@ -108,25 +104,21 @@ impl Record {
         self.kind() == len && id << unused == 0
     }
 
+    // Inlined, like what calls it: values that go through memory are waited for.
+    #[inline(always)]
     pub(super) fn values(&self) -> Held {
         let begin = self.values_begin();
         if self.head() & WIDE != 0 {
             return Held::Wide(u32::from_le_bytes(self.read(begin)));
         }
-        let mut padded = [0; PADDED];
-        write(&mut padded, 0, self.0);
         let mut values = Values::default();
         let mut at = begin + LENGTHS;
         for (field, value) in values.iter_mut().enumerate() {
-            let [pair] = read(&padded, begin + field / 2);
+            let [pair] = self.read(begin + field / 2);
             let len = u32::from(pair >> (field % 2 * 4)) & 0xf;
             let unused = i64::BITS - len * 8;
             // Cut to its bytes, and the sign carried on; no bytes at all are a 0.
-            let word = i64::from_le_bytes(read(&padded, at));
-            *value = match len {
-                0 => 0,
-                _ => (word << unused) >> unused,
-            };
+            *value = self.word(at).unbounded_shl(unused).unbounded_shr(unused);
             at += len as usize;
         }
         Held::Here(values)
@@ -135,26 +127,20 @@ impl Record {
     /// Sets its values; `false`, and nothing is set, if they need more room than there is.
     pub(super) fn set(&mut self, values: &Values) -> bool {
         let begin = self.values_begin();
-        let mut padded = [0; PADDED];
-        write(&mut padded, 0, self.0);
-        write(&mut padded, begin, [0_u8; LENGTHS]);
+        let lens = values.map(bytes_of);
         let mut at = begin + LENGTHS;
-        for (field, value) in values.iter().enumerate() {
-            let len = bytes_of(*value);
-            let [pair] = read(&padded, begin + field / 2);
-            write(
-                &mut padded,
-                begin + field / 2,
-                [pair | (len as u8) << (field % 2 * 4)],
-            );
-            if at + len > BYTES {
-                return false;
+        if at + lens.iter().sum::<usize>() > BYTES {
+            return false;
+        }
+        let mut lengths = [0; LENGTHS];
+        for (field, (value, len)) in values.iter().zip(lens).enumerate() {
+            if let Some(pair) = lengths.get_mut(field / 2) {
+                *pair |= (len as u8) << (field % 2 * 4);
             }
-            // What follows the value's own bytes is overwritten by the next one.
-            write(&mut padded, at, value.to_le_bytes());
+            self.set_word(at, *value, len);
             at += len;
         }
-        self.0 = read(&padded, 0);
+        self.write(begin, lengths);
         self.write(0, [self.kind()]);
         true
     }
@@ -163,6 +149,24 @@ impl Record {
     pub(super) fn set_wide(&mut self, number: u32) {
         self.write(0, [self.kind() | WIDE]);
         self.write(self.values_begin(), number.to_le_bytes());
+    }
+
+    /// Eight bytes from `at` on as a number, with zeros for what is behind the record's end.
+    fn word(&self, at: usize) -> i64 {
+        let begin = at.min(LAST_WORD);
+        let word = u64::from_le_bytes(self.read(begin));
+        word.unbounded_shr((at - begin) as u32 * 8).cast_signed()
+    }
+
+    /// Writes the `len` low bytes of `word` at `at`, where there is room for them, and anything behind
+    /// them.
+    fn set_word(&mut self, at: usize, word: i64, len: usize) {
+        let bytes = word.to_le_bytes();
+        if at <= LAST_WORD {
+            self.write(at, bytes);
+        } else if let (Some(room), Some(bytes)) = (self.0.get_mut(at..at + len), bytes.get(..len)) {
+            room.copy_from_slice(bytes);
+        }
     }
 
     fn head(&self) -> u8 {
@@ -192,11 +196,8 @@ impl Record {
 
 /// How many bytes hold `value` and its sign; 0 is held by none.
 fn bytes_of(value: i64) -> usize {
-    if value == 0 {
-        return 0;
-    }
     let significant = i64::BITS - (value ^ (value >> 63)).leading_zeros() + 1;
-    significant.div_ceil(8) as usize
+    significant.div_ceil(8) as usize * usize::from(value != 0)
 }
 
 /// The bytes from `at` on; zeros, if there are not so many.

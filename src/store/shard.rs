@@ -8,13 +8,15 @@ use std::mem;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use prefetch_index::prefetch_index;
+
 use super::free::{self, Free};
 use super::index::Index;
 use super::key::{self, Key};
 use super::long_ids::LongIds;
 use super::record::{Held, Id, Record};
 use super::{Piece, Sought};
-use crate::grade::{Changes, Digest, UserGrade, Values};
+use crate::grade::{Changes, Digest, Values, digests};
 
 /// The records whose ids hash to this shard. With its lock it fills a cache line.
 #[derive(Default)]
@@ -48,20 +50,23 @@ impl Shard {
     }
 
     pub(super) fn get(&self, sought: &Sought<'_>) -> Option<Values> {
-        self.find_held(sought).map(|(_, values)| values)
+        self.held(self.find(sought)?)
     }
 
-    /// Sets what `changes` carry.
+    /// Sets what `changes` carry. The record is looked for under the number `likely` first.
     pub(super) fn apply(
         &mut self,
         sought: &Sought<'_>,
+        likely: Option<u32>,
         changes: &Changes,
         hasher: &impl BuildHasher,
     ) {
-        let found = self.find_held(sought);
-        let mut values = found.map(|(_, held)| held).unwrap_or_default();
+        let right = |number: &u32| has(&self.records, &self.rare.long_ids, *number, &sought.key);
+        let number = likely.filter(right).or_else(|| self.find(sought));
+        let held = number.and_then(|number| self.held(number));
+        let mut values = held.unwrap_or_default();
         changes.apply_to(&mut values);
-        self.set(found, sought, values, hasher);
+        self.set(number.zip(held), sought, &values, hasher);
     }
 
     /// Puts a record with all its values; its digest.
@@ -71,8 +76,9 @@ impl Shard {
         values: Values,
         hasher: &impl BuildHasher,
     ) -> Digest {
-        let found = self.find_held(sought);
-        self.set(found, sought, values, hasher)
+        let number = self.find(sought);
+        let held = number.and_then(|number| self.held(number));
+        self.set(number.zip(held), sought, &values, hasher)
     }
 
     /// Gives `values` to the record that was found, with what it held, or to a new one; its digest.
@@ -80,18 +86,19 @@ impl Shard {
         &mut self,
         found: Option<(u32, Values)>,
         sought: &Sought<'_>,
-        values: Values,
+        values: &Values,
         hasher: &impl BuildHasher,
     ) -> Digest {
-        let digest = digest(sought, values);
-        let number = match found {
+        let (number, digest) = match found {
             Some((number, held)) => {
-                self.rare.digest.replace(self::digest(sought, held), digest);
-                number
+                let [old, new] = digests(sought.user_id, [&held, values]);
+                self.rare.digest.replace(old, new);
+                (number, new)
             }
             None => {
+                let [digest] = digests(sought.user_id, [values]);
                 self.rare.digest += digest;
-                self.insert(sought, hasher)
+                (self.insert(sought, hasher), digest)
             }
         };
         self.set_values(number, values);
@@ -164,16 +171,17 @@ impl Shard {
         self.rare.scans = scans;
     }
 
-    /// Reads what a search reads first.
-    pub(super) fn touch_index(&self, sought: &Sought<'_>) -> u32 {
-        self.index.touch(sought.hash)
+    /// Asks memory for what a search reads first.
+    pub(super) fn prefetch_index(&self, sought: &Sought<'_>) {
+        self.index.prefetch(sought.hash);
     }
 
-    /// Reads what a search reads second.
-    pub(super) fn touch_record(&self, sought: &Sought<'_>) -> bool {
-        let number = self.index.find(sought.hash, |_| true);
-        let record = number.and_then(|number| record(&self.records, number));
-        record.is_some_and(Record::is_free)
+    /// Asks memory for what a search reads second: the number of the record that it finds, unless
+    /// another has all the bits of the hash that the index has.
+    pub(super) fn prefetch_record(&self, sought: &Sought<'_>) -> Option<u32> {
+        let number = self.index.find(sought.hash, |_| true)?;
+        prefetch_index(&self.records, number as usize);
+        Some(number)
     }
 
     /// Removes the record; whether there was one.
@@ -194,7 +202,7 @@ impl Shard {
         else {
             return false;
         };
-        let held = digest(sought, self.values(&record));
+        let [held] = digests(sought.user_id, [&self.values(&record)]);
         self.rare.digest.replace(held, Digest::default());
         if let Held::Wide(wide) = record.values() {
             self.rare.free_wide.push(wide);
@@ -229,12 +237,12 @@ impl Shard {
         })
     }
 
-    /// The record's number and values.
-    fn find_held(&self, sought: &Sought<'_>) -> Option<(u32, Values)> {
-        let number = self.find(sought)?;
-        Some((number, self.values(record(&self.records, number)?)))
+    #[inline(always)]
+    fn held(&self, number: u32) -> Option<Values> {
+        Some(self.values(record(&self.records, number)?))
     }
 
+    #[inline(always)]
     fn values(&self, record: &Record) -> Values {
         match record.values() {
             Held::Here(values) => values,
@@ -247,7 +255,7 @@ impl Shard {
         }
     }
 
-    fn set_values(&mut self, number: u32, values: Values) {
+    fn set_values(&mut self, number: u32, values: &Values) {
         let Some(record) = record_mut(&mut self.records, number) else {
             return;
         };
@@ -256,13 +264,13 @@ impl Shard {
             Held::Here(_) => None,
         };
         let rare = &mut self.rare;
-        match (record.set(&values), wide) {
+        match (record.set(values), wide) {
             (true, None) => {}
             (true, Some(wide)) => rare.free_wide.push(wide),
-            (false, None) => record.set_wide(rare.free_wide.insert(&mut rare.wide, values)),
+            (false, None) => record.set_wide(rare.free_wide.insert(&mut rare.wide, *values)),
             (false, Some(wide)) => {
                 if let Some(held) = rare.wide.get_mut(wide as usize) {
-                    *held = values;
+                    *held = *values;
                 }
             }
         }
@@ -291,11 +299,6 @@ impl Shard {
             Id::Long(place) => take(text(self.rare.long_ids.get(place))),
         })
     }
-}
-
-fn digest(sought: &Sought<'_>, values: Values) -> Digest {
-    let user_id = sought.user_id;
-    UserGrade { user_id, values }.digest()
 }
 
 // Free functions over the parts, so that the index can be borrowed mutably beside them.

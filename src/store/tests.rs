@@ -465,3 +465,30 @@ fn a_scan_sees_each_old_record_once_while_the_store_grows() {
     assert_eq!(old, (0..20_000).collect::<Vec<_>>());
     assert_eq!(store.len(), 20_000 + new);
 }
+
+#[test]
+fn a_likely_number_that_is_anothers_is_not_believed() {
+    let store = Store::new();
+    let first = store.sought("a");
+    let other = (0..).map(|n| format!("{n}"));
+    let other = other
+        .filter(|id| store.sought(id).shard == first.shard)
+        .take(2);
+    let [second, absent] = other.collect::<Vec<_>>().try_into().unwrap();
+    for id in ["a", &second] {
+        store.apply(&patch(id, &[(0, 1)]));
+    }
+    for id in ["a", &second, &absent] {
+        let sought = store.sought(id);
+        for likely in [None, Some(0), Some(1), Some(7)] {
+            let mut shard = store.shard(sought.shard).write();
+            let changes = patch(id, &[(1, 2)]).changes;
+            shard.apply(&sought, likely, &changes, &store.0.hasher);
+        }
+    }
+    assert_eq!(store.len(), 3);
+    for (id, first) in [("a", 1), (&second, 1), (&absent, 0)] {
+        let held = store.get(id).unwrap();
+        assert_eq!(held[..2], [first, 2], "{id}");
+    }
+}
