@@ -138,6 +138,8 @@ impl Keeper {
     /// so when this fails the batch is not in the log.
     fn make_room(&mut self, seq: Seq, record_bytes: u64) -> Result<(), Arc<str>> {
         let sizes = self.shared.sizes;
+        // Said while there is still room here: what this node writes beside the log needs some as well.
+        self.shared.ask_for(0)?;
         if let Some(pen) = &mut self.pen {
             let end = pen.at + record_bytes;
             if end <= pen.room_end {

@@ -25,9 +25,10 @@
 //!
 //! # A full disk
 //!
-//! Room is made a [step](Sizes) at a time and synced before a batch is written there. When the next
-//! step, and a reserve for others, is not free, the batch is refused before any of it is written;
-//! reading goes on, and when there is room again so does writing. A segment can be forgotten once the
+//! Room is made a [step](Sizes) at a time and synced before a batch is written there. Free space is
+//! looked at before each batch: with less than a reserve left, or without the next step where that is
+//! needed, the batch is refused before any of it is written; reading goes on, and when there is room
+//! again so does writing. A segment can be forgotten once the
 //! next one is begun, so the log comes to 17 MiB before a trim can free any of it: 20 MiB, and what
 //! the snapshots take, are about the least for a disk.
 
