@@ -107,7 +107,11 @@ impl Shard {
 
     /// Adds a record whose id is not there; its number.
     fn insert(&mut self, sought: &Sought<'_>, hasher: &impl BuildHasher) -> u32 {
-        if self.index.is_full() {
+        let taken_again =
+            self.rare.scans.load(Ordering::Relaxed) == 0 && self.rare.free_records.len() > 0;
+        // The index has bits for as many numbers as it has room for. While there is a scan, numbers grow
+        // past the records that there are.
+        if self.index.is_full() || !taken_again && self.records.len() >= self.index.room() {
             self.reserve_index(self.index.next_room(), hasher);
         }
         let record = match sought.key {
@@ -130,6 +134,7 @@ impl Shard {
     }
 
     fn reserve_index(&mut self, records: usize, hasher: &impl BuildHasher) {
+        let records = records.max(self.records.len());
         if records <= self.index.room() {
             return;
         }

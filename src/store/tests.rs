@@ -492,3 +492,33 @@ fn a_likely_number_that_is_anothers_is_not_believed() {
         assert_eq!(held[..2], [first, 2], "{id}");
     }
 }
+
+#[test]
+fn who_comes_and_goes_during_a_scan_is_found_however_many_there_are() {
+    let store = Store::new();
+    let shard = store.sought("a").shard;
+    let of_shard = |id: &String| store.sought(id).shard == shard;
+    let ids: Vec<_> = (0..)
+        .map(|n| n.to_string())
+        .filter(of_shard)
+        .take(300)
+        .collect();
+    for id in &ids[..3] {
+        store.apply(&patch(id, &[(0, 1)]));
+    }
+    let mut scan = store.scan();
+    let mut piece = Piece::of(1);
+    assert!(scan.next_into(&mut piece));
+    // Each takes a number of its own, since the scan is in their shard.
+    for pair in ids.windows(2) {
+        store.apply(&patch(&pair[1], &[(0, 2)]));
+        assert!(store.remove(&pair[0]));
+        assert_eq!(store.get(&pair[0]), None);
+        assert_eq!(store.get(&pair[1]).map(|held| held[0]), Some(2));
+    }
+    drop(scan);
+    store.reserve(1024 * 40);
+    assert_eq!(store.len(), 1);
+    assert_eq!(scanned(&store).len(), 1);
+    assert!(store.get(&ids[299]).is_some());
+}
