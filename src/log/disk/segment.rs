@@ -105,15 +105,13 @@ pub(super) fn path(dir: &Path, first: Seq) -> PathBuf {
     dir.join(format!("{first:020}.{EXTENSION}"))
 }
 
-/// What a log's directory holds, by name.
+/// What of a log a directory holds, by name.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
     /// First batches, in order.
     pub(super) segments: Vec<Seq>,
     /// Segments that were never finished.
     pub(super) unfinished: Vec<PathBuf>,
-    /// Whether there are other files.
-    pub(super) others: bool,
 }
 
 /// Looks through `dir`.
@@ -132,7 +130,7 @@ pub(super) fn list(dir: &Path) -> io::Result<Listing> {
         match numbered {
             Some((first, EXTENSION)) => listing.segments.push(first),
             Some((_, NEW_EXTENSION)) => listing.unfinished.push(path),
-            _ => listing.others = true,
+            _ => {}
         }
     }
     listing.segments.sort_unstable();
