@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use foldhash::quality::{FixedState, RandomState};
 use parking_lot::RwLock;
+use prefetch_index::prefetch_index;
 use smallvec::SmallVec;
 
 use crate::grade::{Digest, Patch, UserGrade, Values, Write};
@@ -90,13 +91,22 @@ impl Store {
     /// Does all of `writes` in their order. Memory serves several of them at a time, which
     /// one call each does not let it: `cargo bench --bench store -- batch` compares both.
     pub fn apply_all<S: AsRef<str>>(&self, writes: &[Write<S>]) {
-        let mut rest = writes.iter().peekable();
+        for row in writes.chunks(SIDE_BY_SIDE) {
+            self.apply_row(row);
+        }
+    }
+
+    fn apply_row<S: AsRef<str>>(&self, writes: &[Write<S>]) {
+        let sought = writes.iter().map(|write| {
+            let sought = self.sought(write.user_id());
+            prefetch_index(&self.0.shards, sought.shard);
+            sought
+        });
+        let sought: SmallVec<[_; SIDE_BY_SIDE]> = sought.collect();
+        let mut rest = sought.iter().zip(writes).peekable();
         while rest.peek().is_some() {
             let mut together = SmallVec::<[_; SIDE_BY_SIDE]>::new();
-            while together.len() < SIDE_BY_SIDE
-                && let Some(write) = rest.peek()
-            {
-                let sought = self.sought(write.user_id());
+            while let Some((sought, write)) = rest.peek() {
                 let shard = self.shard(sought.shard);
                 // Waited for only while no other is held: so two who do this can't wait for each
                 // other. One that is held already, for another user's write, ends the row as well.
@@ -109,8 +119,8 @@ impl Store {
                 };
                 // Memory is asked for what all searches read first, and then for what they read second:
                 // it serves several at a time.
-                locked.prefetch_index(&sought);
-                together.push((locked, sought, None, *write));
+                locked.prefetch_index(sought);
+                together.push((locked, *sought, None, *write));
                 rest.next();
             }
             for (shard, sought, likely, _) in &mut together {
