@@ -49,9 +49,7 @@ fn main() -> ExitCode {
 fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
     telemetry::init_logs(args.log_format);
     let (config, made_password) = Config::from_args(args)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?;
+    let runtime = app::runtime(args.threads)?;
     let ended = runtime.block_on(async {
         let origin = Origin::random()?;
         let mut shutdown = pin!(shutdown()?);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::values::{
-    address, at_least, base_url, replicas, servers, stream_name, username, yes_or_no,
+    address, at_least, base_url, replicas, servers, stream_name, threads, username, yes_or_no,
 };
 use super::{ConfigError, password};
 use crate::log::{JetStreamConfig, Servers};
@@ -97,6 +97,11 @@ pub struct ServeArgs {
     /// A backup to begin from; only for a data directory that nothing has been written to
     #[arg(long, env = "GRADESTORE_RESTORE_FROM", value_name = "FILE")]
     pub restore_from: Option<PathBuf>,
+
+    /// Threads that answer requests and follow the log; by default half as many as there are cores.
+    /// Backups and restores have others
+    #[arg(long, env = "GRADESTORE_THREADS", value_name = "N", value_parser = threads)]
+    pub threads: Option<usize>,
 
     /// How log lines are written, on standard error; RUST_LOG says which
     #[arg(

@@ -83,6 +83,17 @@ pub(super) fn replicas(text: &str) -> Result<usize, String> {
     }
 }
 
+pub(super) fn threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(threads @ 1..=1024) => Ok(threads),
+        _ => Err(
+            "it must be a number from 1 to 1024; set --threads or GRADESTORE_THREADS to one such as \
+             4, or leave it out for half as many as there are cores"
+                .to_owned(),
+        ),
+    }
+}
+
 pub(super) fn base_url(
     flag: &'static str,
     env: &'static str,

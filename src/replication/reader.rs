@@ -10,6 +10,10 @@ use crate::log::{Checkpoint, Entry, Origin, ReadError, Seq, Subscription};
 use crate::readiness::{DIVERGED, Latch, Readiness, Scope};
 use crate::store::Store;
 
+/// After so many writes others have their turn, however much there is to apply: requests share the
+/// thread, and a log that was read ahead never waits.
+const TURN_WRITES: usize = 1024;
+
 /// Why the reader stopped.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ReaderError {
@@ -69,13 +73,20 @@ impl Reader {
         disputed: &mut Option<Latch>,
     ) -> ReaderError {
         let mut entries = Vec::new();
+        let mut since_turn = 0;
         loop {
             if let Err(error) = subscription.next(&mut entries).await {
                 return error.into();
             }
             for entry in entries.drain(..) {
+                since_turn += entry.batch.writes.len().max(1);
                 if let Err(error) = self.take(entry, readiness, disputed) {
                     return error;
+                }
+                if since_turn >= TURN_WRITES {
+                    since_turn = 0;
+                    self.applied.announce();
+                    tokio::task::yield_now().await;
                 }
             }
             self.applied.announce();

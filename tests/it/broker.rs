@@ -91,9 +91,15 @@ impl Broker {
         Node::start_with(&mut replica_at(self.address)).await
     }
 
-    /// Some that start at once, so that one of them makes the stream and the others find it.
+    /// Some that start at once, so that one of them makes the stream and the others find it. Every
+    /// second one has two threads, whatever the machine.
     pub(crate) async fn replicas<const N: usize>(&self) -> [Node; N] {
-        let nodes = join_all((0..N).map(|_| self.replica())).await;
+        let replica = async |number: usize| {
+            let threads = (1 + number % 2).to_string();
+            let mut command = replica_at(self.address);
+            Node::start_with(command.args(["--threads", &threads])).await
+        };
+        let nodes = join_all((0..N).map(replica)).await;
         nodes.try_into().ok().unwrap()
     }
 }

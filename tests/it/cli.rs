@@ -50,6 +50,10 @@ fn a_wrong_flag_or_variable_is_named_with_its_value_and_the_fix() {
         &refused(program().args(["--username", ""])),
         &["--username", "empty"],
     );
+    for value in ["0", "-1", "two", "1025"] {
+        let said = refused(program().arg(format!("--threads={value}")));
+        assert_names(&said, &["--threads", value, "from 1 to 1024"]);
+    }
     assert_names(
         &refused(program().arg("--wirte-addr=x")),
         &["--wirte-addr", "--write-addr"],

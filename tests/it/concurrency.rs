@@ -3,7 +3,7 @@
 use futures_util::future::join_all;
 use gradestore::grade::FIELDS;
 
-use crate::harness::{Node, get_request, set_request_of};
+use crate::harness::{ANY_PORTS, Node, PASSWORD, get_request, program, set_request_of};
 use crate::wire::Raw;
 
 const CLIENTS: usize = 64;
@@ -41,10 +41,22 @@ async fn set_one_field(node: &Node, client: usize) -> Vec<Written> {
     written
 }
 
+/// A node with so many threads, ready.
+async fn node_with(threads: usize) -> Node {
+    let mut command = program();
+    let command = command.env("GRADESTORE_PASSWORD", PASSWORD).args(ANY_PORTS);
+    Node::start_with(command.args(["--threads", &threads.to_string()])).await
+}
+
 #[tokio::test]
 async fn fields_set_by_64_clients_at_once_all_stay() {
-    let node = Node::start().await;
-    let written = join_all((0..CLIENTS).map(|client| set_one_field(&node, client))).await;
+    for threads in [1, 3] {
+        fields_stay(&node_with(threads).await).await;
+    }
+}
+
+async fn fields_stay(node: &Node) {
+    let written = join_all((0..CLIENTS).map(|client| set_one_field(node, client))).await;
     let written: Vec<Written> = written.into_iter().flatten().collect();
     for user in 0..USERS {
         let grade = node.get(&format!("user {user}")).await.json();
@@ -90,7 +102,7 @@ async fn an_answered_write_is_read_back_at_once() {
 
 #[tokio::test]
 async fn a_patch_of_two_fields_is_seen_whole_or_not_at_all() {
-    let node = Node::start().await;
+    let node = node_with(3).await;
     let clients = (0..8).map(async |client| {
         let mut writer = Raw::connect(node.write).await;
         let mut reader = Raw::connect(node.read).await;

@@ -21,8 +21,8 @@ use crate::log::{Batch, Entry, ReadError, Seq, Subscription};
 /// for when half has come. The largest message that the stream takes is far smaller.
 const PULL_MESSAGES_MAX: usize = 512;
 const PULL_BYTES_MAX: usize = 8 << 20;
-/// Entries handed out at once.
-const GIVE_MAX: usize = 64;
+/// Entries handed out at once: all are decoded in one turn.
+const GIVE_MAX: usize = 16;
 /// How often a broker that has nothing to send says so. After twice this much silence the consumer
 /// is made anew.
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(2);
