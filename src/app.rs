@@ -205,6 +205,7 @@ pub async fn run(
         idle: Blocking::idle(background.clone())?,
         background,
         backup_metrics: telemetry.register(BackupMetrics::new),
+        answered: http_metrics.answered(),
     };
     let (node, mut tasks) = Node::new(&config, parts, &telemetry.replication);
 

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::blocking::Blocking;
 use crate::config::Config;
+use crate::http::Answered;
 use crate::http::backup::{self, BackupMetrics, BackupState};
 use crate::http::listener::Direct;
 use crate::http::ops::OpsState;
@@ -71,6 +72,8 @@ pub struct Parts {
     pub idle: Blocking,
     /// What is measured about backups.
     pub backup_metrics: BackupMetrics,
+    /// How many requests were answered.
+    pub answered: Answered,
 }
 
 /// A node's handles.
@@ -132,6 +135,7 @@ impl Node {
             background,
             idle,
             backup_metrics,
+            answered,
         } = parts;
         let (log, cluster) = (Arc::clone(&storage.log), &config.cluster);
         let name: Arc<str> = origin.to_string().into();
@@ -212,6 +216,7 @@ impl Node {
             chunk_text_bytes: http.backup_chunk_text_bytes,
             blocking: idle,
             urgent: background,
+            answered,
             node: Arc::clone(&name),
             metrics: backup_metrics,
         };

@@ -1,13 +1,14 @@
 //! The write port's other route: `GET /backup`, the whole store as it is read.
 //!
-//! Nothing is made ahead of the client: as many chunks are in work as the machine has cores, and
-//! the next begins when one has been taken. A client that stops reading therefore costs those
+//! Nothing is made ahead of the client: as many chunks are in work as the machine has cores, or one
+//! with pauses while requests are answered, and the next begins when one has been taken. A client that stops reading therefore costs those
 //! chunks and no lock, until the port cuts its connection for doing nothing.
 //!
 //! Few are sent at once, so that reads stay quick while many replicas start from this one; some more
 //! wait for their turn, in the order in which they came.
 
 use std::io;
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +31,7 @@ use tokio::time::Instant;
 
 use super::error::ApiError;
 use super::listener::Connection;
+use super::observe::Answered;
 use super::{Credentials, GRADE_NODE, GRADE_POSITION};
 use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
 use crate::blocking::Blocking;
@@ -44,6 +46,12 @@ use crate::store::Store;
 const QUICK_BYTES_PER_S: f64 = 16e6;
 /// How long the first chunks, which go into the system's buffers, say nothing of the pace.
 const PACE_KNOWN_AFTER: Duration = Duration::from_millis(500);
+
+/// So many bytes are sent in one turn: requests on the same thread wait for them.
+const PIECE_BYTES_MAX: usize = 32 * 1024;
+/// While requests are answered, one chunk is made at a time, and the next one begun so long after
+/// it. A core that is never idle is had back later, however low the priority of what it does.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// What a backup is made from.
 #[derive(Clone)]
@@ -70,6 +78,8 @@ pub struct BackupState {
     pub blocking: Blocking,
     /// Where they are made for a replica that starts, which somebody waits for.
     pub urgent: Blocking,
+    /// Tells whether requests come meanwhile.
+    pub answered: Answered,
     /// This process start's name.
     pub node: Arc<str>,
     /// What is measured about backups.
@@ -161,8 +171,8 @@ async fn get_backup(
     };
     let connection = request.extensions().get::<Arc<Connection>>().cloned();
     let wanted = request.headers().get(GRADE_COMPRESSION);
-    let if_slow = wanted.is_some_and(|wanted| wanted == IF_SLOW);
-    let body = Body::from_stream(members(state, epoch, &head, if_slow, slot, connection));
+    let urgent = wanted.is_some_and(|wanted| wanted == IF_SLOW);
+    let body = Body::from_stream(members(state, epoch, &head, urgent, slot, connection));
     Ok((headers, body).into_response())
 }
 
@@ -188,8 +198,14 @@ struct Running {
     chunks: FuturesUnordered<BoxFuture<'static, io::Result<Option<Chunk>>>>,
     blocking: Blocking,
     exhausted: bool,
-    /// Whether chunks are compressed only while the client is slow.
-    compress_if_slow: bool,
+    /// What is left of the member that is being sent.
+    rest: Bytes,
+    /// Whether it is for a replica that starts: its clients wait as well. Chunks are compressed only
+    /// while it is slow.
+    urgent: bool,
+    answered: Answered,
+    /// As many as there were when the last chunk was begun.
+    answered_before: u64,
     bytes: u64,
     /// Taken when the end is sent, or when it never will be.
     writer: Option<BackupWriter>,
@@ -209,7 +225,7 @@ fn members(
     state: BackupState,
     epoch: u64,
     head: &Head,
-    compress_if_slow: bool,
+    urgent: bool,
     slot: OwnedSemaphorePermit,
     connection: Option<Arc<Connection>>,
 ) -> impl Stream<Item = io::Result<Bytes>> + use<> {
@@ -220,12 +236,15 @@ fn members(
             state.chunk_text_bytes,
         )),
         chunks: FuturesUnordered::new(),
-        blocking: match compress_if_slow {
+        blocking: match urgent {
             true => state.urgent,
             false => state.blocking,
         },
         exhausted: false,
-        compress_if_slow,
+        rest: Bytes::new(),
+        urgent,
+        answered_before: state.answered.count(),
+        answered: state.answered,
         bytes: 0,
         writer: Some(writer),
         whole: false,
@@ -244,7 +263,7 @@ fn members(
     }
     let first = futures_util::stream::iter([Ok(Bytes::from(first))]);
     first.chain(unfold(running, |mut running| async {
-        let next = running.next().await?;
+        let next = running.next_piece().await?;
         Some((next, running))
     }))
 }
@@ -254,6 +273,12 @@ impl Running {
     fn quick(&self) -> bool {
         let elapsed = self.begun.elapsed();
         elapsed < PACE_KNOWN_AFTER || self.bytes as f64 / elapsed.as_secs_f64() > QUICK_BYTES_PER_S
+    }
+
+    /// Whether requests were answered while the last chunk was made, and come first.
+    fn gives_way(&mut self) -> bool {
+        let answered = self.answered.count();
+        mem::replace(&mut self.answered_before, answered) != answered && !self.urgent
     }
 
     /// Whether what was read so far is one state, and not one that is in doubt.
@@ -267,14 +292,32 @@ impl Running {
         }
     }
 
-    /// The next member's bytes; an error breaks the answer off, so that it can't look whole.
-    async fn next(&mut self) -> Option<io::Result<Bytes>> {
+    /// The next bytes to send, not so many that requests on the same thread wait for them long.
+    async fn next_piece(&mut self) -> Option<io::Result<Bytes>> {
         if let Some(connection) = &self.connection {
             connection.end();
         }
-        self.source
-            .store_only(self.compress_if_slow && self.quick());
-        let at_once = std::thread::available_parallelism().map_or(2, usize::from);
+        match self.rest.is_empty() {
+            true => match self.next().await? {
+                Ok(member) => self.rest = member,
+                error => return Some(error),
+            },
+            false => tokio::task::yield_now().await,
+        }
+        let piece_bytes = PIECE_BYTES_MAX.min(self.rest.len());
+        Some(Ok(self.rest.split_to(piece_bytes)))
+    }
+
+    /// The next member's bytes; an error breaks the answer off, so that it can't look whole.
+    async fn next(&mut self) -> Option<io::Result<Bytes>> {
+        self.source.store_only(self.urgent && self.quick());
+        let at_once = match self.gives_way() {
+            true => {
+                tokio::time::sleep(PAUSE).await;
+                1
+            }
+            false => std::thread::available_parallelism().map_or(2, usize::from),
+        };
         while !self.exhausted && self.chunks.len() < at_once {
             let source = Arc::clone(&self.source);
             let chunk = self.blocking.run(move || source.next());

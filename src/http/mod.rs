@@ -34,7 +34,7 @@ pub mod write;
 
 pub use answer::{Answer, AnswerBody};
 pub use auth::Credentials;
-pub use observe::HttpMetrics;
+pub use observe::{Answered, HttpMetrics};
 
 /// The upper bounds of this room's histograms, by name.
 pub const BUCKETS: [(&str, &[f64]); 2] = [

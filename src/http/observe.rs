@@ -2,6 +2,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -70,8 +71,21 @@ pub(crate) const LATENCY_BUCKETS_S: &[f64] = &[
 /// The name of the latency histograms.
 pub(crate) const LATENCY_METRIC: &str = "gradestore_http_request_duration_seconds";
 
+/// How many requests for grades were answered: who works beside them looks whether there are any.
+/// Clones are the same.
+#[derive(Clone, Default)]
+pub struct Answered(Arc<AtomicU64>);
+
+impl Answered {
+    /// So many since the start.
+    pub(super) fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// Handles of what is measured about requests, made once.
 pub struct HttpMetrics {
+    answered: Answered,
     routes: [RouteMetrics; ROUTES.len()],
     in_flight: Gauge,
     failures: FailureLog,
@@ -104,6 +118,7 @@ impl HttpMetrics {
             "Requests that are being answered."
         );
         Self {
+            answered: Answered::default(),
             routes: ROUTES.map(|route| {
                 let counter_of = counter_of.clone();
                 RouteMetrics {
@@ -121,6 +136,12 @@ impl HttpMetrics {
     pub fn requests_counter(route: &'static str, status: u16) -> Counter {
         let status = status.to_string();
         counter!("gradestore_http_requests_total", "route" => route, "status" => status)
+    }
+
+    /// How many requests for grades were answered, counted as long as this is.
+    #[must_use]
+    pub fn answered(&self) -> Answered {
+        self.answered.clone()
     }
 
     fn record(&self, route: usize, status: StatusCode, duration_s: f64) {
@@ -260,6 +281,9 @@ impl Asked {
         let took = now - self.begun;
         if answer.extensions().get::<ManyLines>().is_some() {
             self.route = LINES_AT;
+        }
+        if self.route < HOT_ROUTES {
+            metrics.answered.0.fetch_add(1, Ordering::Relaxed);
         }
         metrics.record(self.route, answer.status(), took.as_secs_f64());
         self.name(answer, took, &metrics.failures);

@@ -9,6 +9,7 @@ use axum::Router;
 use gradestore::backup::Snapshots;
 use gradestore::blocking::Blocking;
 use gradestore::config::{ClusterConfig, Config, HttpConfig};
+use gradestore::http::Answered;
 use gradestore::http::Credentials;
 use gradestore::http::backup::BackupMetrics;
 use gradestore::log::Origin;
@@ -220,6 +221,7 @@ async fn live(world: World, node: usize, config: Config, knobs: Knobs, stop: Can
         background: blocking(world.clone(), knobs.work_wait_ms),
         idle: blocking(world.clone(), knobs.work_wait_ms),
         backup_metrics: BackupMetrics::new(),
+        answered: Answered::default(),
     };
     let (built, mut tasks) = Node::new(&config, parts, &metrics(&gaps, &resyncs, &divergences));
     let built = Arc::new(built);
