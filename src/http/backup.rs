@@ -48,7 +48,7 @@ const QUICK_BYTES_PER_S: f64 = 16e6;
 const PACE_KNOWN_AFTER: Duration = Duration::from_millis(500);
 
 /// So many bytes are sent in one turn: requests on the same thread wait for them.
-const PIECE_BYTES_MAX: usize = 32 * 1024;
+const PIECE_BYTES_MAX: usize = 64 * 1024;
 /// While requests are answered, one chunk is made at a time, and the next one begun so long after
 /// it. A core that is never idle is had back later, however low the priority of what it does.
 const PAUSE: Duration = Duration::from_millis(1);
