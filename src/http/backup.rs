@@ -47,8 +47,9 @@ const QUICK_BYTES_PER_S: f64 = 16e6;
 /// How long the first chunks, which go into the system's buffers, say nothing of the pace.
 const PACE_KNOWN_AFTER: Duration = Duration::from_millis(500);
 
-/// So many bytes are sent in one turn: requests on the same thread wait for them.
-const PIECE_BYTES_MAX: usize = 64 * 1024;
+/// So many bytes are sent in one turn: requests on the same thread wait for them. A replica that
+/// starts has whole members: in pieces of 64 KiB it was ready after 1.7 s in place of 1.4.
+const PIECE_BYTES_MAX: usize = 32 * 1024;
 /// While requests are answered, one chunk is made at a time, and the next one begun so long after
 /// it. A core that is never idle is had back later, however low the priority of what it does.
 const PAUSE: Duration = Duration::from_millis(1);
@@ -304,7 +305,10 @@ impl Running {
             },
             false => tokio::task::yield_now().await,
         }
-        let piece_bytes = PIECE_BYTES_MAX.min(self.rest.len());
+        let piece_bytes = match self.urgent {
+            true => self.rest.len(),
+            false => PIECE_BYTES_MAX.min(self.rest.len()),
+        };
         Some(Ok(self.rest.split_to(piece_bytes)))
     }
 
