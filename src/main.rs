@@ -6,6 +6,7 @@ use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use gradestore::app::{self, Sockets};
@@ -16,7 +17,7 @@ use gradestore::log::Origin;
 use gradestore::storage::Storage;
 use gradestore::telemetry;
 use gradestore::{fetch, health, import};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Gives memory back when a crowd of connections or a backup is over, where the system's allocator
 /// keeps nearly all of it, and takes less time a request (`load/README.md`).
@@ -68,8 +69,9 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
         app::run(config, origin, storage, sockets, shutdown).await?;
         Ok(())
     });
-    // What did not end within its deadline is not waited for again.
-    runtime.shutdown_background();
+    // What did not end within its deadline is not waited for again: dropped here, it might wait for a
+    // disk.
+    std::mem::forget(runtime);
     ended
 }
 
@@ -130,23 +132,48 @@ fn verify(args: &VerifyArgs) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Resolves at the first SIGTERM or Ctrl-C; a second one ends the process at once.
+/// Resolves at the first SIGTERM or Ctrl-C; a second one ends the process at once. That is seen to on
+/// a thread of its own, as the one that tasks share may be waiting for a disk.
 fn shutdown() -> io::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
+    let aside = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()?;
+    let mut first = Signals::new()?;
+    let entered = aside.enter();
+    let mut both = Signals::new()?;
+    drop(entered);
+    thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            aside.block_on(async {
+                both.next().await;
+                both.next().await;
+            });
             std::process::exit(130);
-        });
-    })
+        })?;
+    Ok(async move { first.next().await })
+}
+
+/// What asks the process to end.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 /// Says where the node listens, and shows a password that was made, once, in a line to paste.

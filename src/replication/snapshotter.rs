@@ -99,11 +99,9 @@ impl Snapshotter {
     pub async fn write_if_changed(&self, epoch: u64) {
         let _alone = self.writing.lock().await;
         let position = self.applied.position();
-        let newest = self
-            .snapshots
-            .list()
-            .ok()
-            .and_then(|found| found.first().cloned());
+        let snapshots = self.snapshots.clone();
+        let found = self.blocking.run(move || snapshots.list()).await.flatten();
+        let newest = found.ok().and_then(|found| found.first().cloned());
         if newest.map_or(0, |(seq, _)| seq) >= position.seq {
             return;
         }

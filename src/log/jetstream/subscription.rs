@@ -21,8 +21,9 @@ use crate::log::{Batch, Entry, ReadError, Seq, Subscription};
 /// for when half has come. The largest message that the stream takes is far smaller.
 const PULL_MESSAGES_MAX: usize = 512;
 const PULL_BYTES_MAX: usize = 8 << 20;
-/// Entries handed out at once: all are decoded in one turn.
+/// Entries handed out at once, or so many writes and the rest of a batch: all are decoded in one turn.
 const GIVE_MAX: usize = 16;
+const GIVE_WRITES_MAX: usize = 1024;
 /// How often a broker that has nothing to send says so. After twice this much silence the consumer
 /// is made anew.
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(2);
@@ -109,7 +110,9 @@ impl JetStreamSubscription {
                     }
                     None => self.source = None,
                 }
-                let full = entries.len() - before >= GIVE_MAX;
+                let given = entries.iter().skip(before);
+                let writes: usize = given.map(|entry| entry.batch.writes.len()).sum();
+                let full = entries.len() - before >= GIVE_MAX || writes >= GIVE_WRITES_MAX;
                 let Some(source) = self.source.as_mut().filter(|_| !full) else {
                     break;
                 };
