@@ -116,9 +116,9 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 /// What a node's tasks run on: so many threads, by default half as many as there are cores.
 ///
 /// The other half is the kernel's, which does more than half of the work of a request, and the
-/// broker's. Where these share two cores with the node, one thread answered 1.3 times as many
-/// requests as two, with 0.8 of the CPU for each: two wake each other all the time
-/// (`load/README.md`). And one thread needs no scheduler that could move tasks to another.
+/// broker's. Where these share two cores with the node, two threads wake each other all the time;
+/// what one is worth stands in `load/README.md`. And one thread needs no scheduler that could move
+/// tasks to another.
 ///
 /// # Errors
 /// The system refused.

@@ -1,8 +1,9 @@
 //! The write port's other route: `GET /backup`, the whole store as it is read.
 //!
-//! Nothing is made ahead of the client: as many chunks are in work as the machine has cores, or one
-//! with pauses while requests are answered, and the next begins when one has been taken. A client that stops reading therefore costs those
-//! chunks and no lock, until the port cuts its connection for doing nothing.
+//! Nothing is made ahead of the client: as many chunks are in work as the machine has cores, or, while
+//! requests are answered, one with a pause before the next; and the next begins when one has been
+//! taken. A client that stops reading therefore costs those chunks and no lock, until the port cuts
+//! its connection for doing nothing.
 //!
 //! Few are sent at once, so that reads stay quick while many replicas start from this one; some more
 //! wait for their turn, in the order in which they came.
@@ -205,7 +206,7 @@ struct Running {
     /// while it is slow.
     urgent: bool,
     answered: Answered,
-    /// As many as there were when the last chunk was begun.
+    /// As many as there were when that was last looked at.
     answered_before: u64,
     bytes: u64,
     /// Taken when the end is sent, or when it never will be.
@@ -276,7 +277,7 @@ impl Running {
         elapsed < PACE_KNOWN_AFTER || self.bytes as f64 / elapsed.as_secs_f64() > QUICK_BYTES_PER_S
     }
 
-    /// Whether requests were answered while the last chunk was made, and come first.
+    /// Whether requests were answered since this was last asked, and come first.
     fn gives_way(&mut self) -> bool {
         let answered = self.answered.count();
         mem::replace(&mut self.answered_before, answered) != answered && !self.urgent

@@ -107,20 +107,20 @@ impl Shard {
 
     /// Adds a record whose id is not there; its number.
     fn insert(&mut self, sought: &Sought<'_>, hasher: &impl BuildHasher) -> u32 {
-        let taken_again =
-            self.rare.scans.load(Ordering::Relaxed) == 0 && self.rare.free_records.len() > 0;
+        let scanned = self.rare.scans.load(Ordering::Relaxed) > 0;
+        let grows = scanned || self.rare.free_records.len() == 0;
         // The index has bits for as many numbers as it has room for. While there is a scan, numbers grow
         // past the records that there are.
-        if self.index.is_full() || !taken_again && self.records.len() >= self.index.room() {
+        if self.index.is_full() || grows && self.records.len() >= self.index.room() {
             self.reserve_index(self.index.next_room(), hasher);
         }
         let record = match sought.key {
             Key::Packed { len, bytes } => Record::packed(len, bytes),
             Key::Long(id) => Record::long(self.rare.long_ids.push(id)),
         };
-        let number = match self.rare.scans.load(Ordering::Relaxed) {
-            0 => self.rare.free_records.insert(&mut self.records, record),
-            _ => free::append(&mut self.records, record),
+        let number = match scanned {
+            false => self.rare.free_records.insert(&mut self.records, record),
+            true => free::append(&mut self.records, record),
         };
         self.index.insert(sought.hash, number);
         number
