@@ -152,6 +152,7 @@ pub async fn alive_while<T>(
         socket: TcpListener::from_std(socket.into())?,
         router: ops::routes_while_opening(),
         direct: None,
+        plain_get: None,
         limits: config.http.ops,
         metrics: Arc::new(HttpMetrics::new(|_, _| Counter::noop())),
         connection_metrics: ConnectionMetrics::new("ops"),
@@ -189,7 +190,8 @@ pub async fn run(
         false => HttpMetrics::new(|_, _| Counter::noop()),
     });
     let past_router = config.http.direct;
-    if !counted || !past_router || !config.credentials.checked() {
+    let past_hyper = config.http.plain_get;
+    if !counted || !past_router || !past_hyper || !config.credentials.checked() {
         tracing::warn!("--measure-without leaves something out: only for measurements");
     }
     let account = config.credentials.account();
@@ -221,6 +223,7 @@ pub async fn run(
         socket,
         router,
         direct,
+        plain_get: None,
         limits,
         metrics: Arc::clone(&http_metrics),
         connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
@@ -230,12 +233,15 @@ pub async fn run(
     let ops = listener("ops", sockets.ops, ops_router, None, limits.ops);
     rest.spawn(ops.serve(stop_rest.child_token()));
     let data_ports = [
-        ("write", sockets.write, node.write()),
-        ("read", sockets.read, node.read()),
+        ("write", sockets.write, node.write(), None),
+        ("read", sockets.read, node.read(), Some(node.show())),
     ];
-    for (name, socket, (router, direct)) in data_ports {
+    for (name, socket, (router, direct), show) in data_ports {
         let direct = past_router.then_some(direct);
-        let port = listener(name, socket, router, direct, limits.data);
+        let port = Listener {
+            plain_get: show.filter(|_| past_hyper),
+            ..listener(name, socket, router, direct, limits.data)
+        };
         data.spawn(port.serve(stop_listening.child_token()));
     }
     let upkeep = Arc::clone(&telemetry);

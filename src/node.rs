@@ -16,7 +16,7 @@ use crate::blocking::Blocking;
 use crate::config::Config;
 use crate::http::Answered;
 use crate::http::backup::{self, BackupMetrics, BackupState};
-use crate::http::listener::Direct;
+use crate::http::listener::{Direct, ShowGrade};
 use crate::http::ops::OpsState;
 use crate::http::read::{self, ReadState};
 use crate::http::traffic::RecentTraffic;
@@ -271,6 +271,11 @@ impl Node {
     pub fn read(&self) -> (Router, Direct) {
         let read = &self.read;
         (read::routes(read.clone()), read::direct(read.clone()))
+    }
+
+    /// What the read port answers past hyper.
+    pub fn show(&self) -> ShowGrade {
+        read::show(self.read.clone())
     }
 
     /// What the ops port tells of.

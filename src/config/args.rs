@@ -52,6 +52,8 @@ pub enum Part {
     Metrics,
     /// All requests go through the router.
     Direct,
+    /// All reads go through hyper.
+    PlainGet,
 }
 
 /// Flags of `gradestore serve`.

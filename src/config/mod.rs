@@ -152,6 +152,8 @@ pub struct HttpConfig {
     pub counted: bool,
     /// Whether `GET /get` and `POST /set` go past the router.
     pub direct: bool,
+    /// Whether plain reads go past hyper.
+    pub plain_get: bool,
     /// How long running requests may take to finish once the node stops.
     pub drain_max: Duration,
 }
@@ -177,6 +179,7 @@ impl Default for HttpConfig {
             backup_chunk_text_bytes: CHUNK_TEXT_BYTES,
             counted: true,
             direct: true,
+            plain_get: true,
             drain_max: Duration::from_secs(10),
         }
     }
@@ -240,6 +243,9 @@ impl Config {
             http: HttpConfig {
                 counted: !args.measure_without.contains(&Part::Metrics),
                 direct: !args.measure_without.contains(&Part::Direct),
+                plain_get: ![Part::Direct, Part::PlainGet]
+                    .iter()
+                    .any(|part| args.measure_without.contains(part)),
                 ..HttpConfig::default()
             },
             writer: default_writer_limits(),

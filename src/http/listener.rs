@@ -19,7 +19,6 @@ use futures_util::task::AtomicWaker;
 use http::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
-use hyper_util::rt::TokioIo;
 use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -30,6 +29,9 @@ use tokio_util::task::TaskTracker;
 
 use super::answer::Answer;
 use super::observe::{HttpMetrics, Observed};
+use super::plain_get::{Answers, PlainGet};
+
+pub use super::plain_get::ShowGrade;
 
 /// The most header bytes of a request; more is answered with 431. So are more than 100 lines, which
 /// is hyper's own bound: with another it would allocate for each request.
@@ -80,6 +82,8 @@ pub struct Listener {
     pub router: Router,
     /// Answers at once what needs no waiting, past the router; `None` leaves it to that.
     pub direct: Option<Direct>,
+    /// Answers a plain `GET /get` past hyper as well; `None` where there is no such route.
+    pub plain_get: Option<ShowGrade>,
     /// Bounds.
     pub limits: ListenerLimits,
     /// Handles for what is measured about requests.
@@ -138,6 +142,8 @@ impl Listener {
                 accepting.set(self.accept(&connections));
                 match accepted {
                     Ok((stream, _peer)) => {
+                        // Answers are written whole: waiting to send more at once only delays them.
+                        let _ = stream.set_nodelay(true);
                         let connection = connections.add();
                         let service = Observed {
                             router: self.router.clone(),
@@ -145,6 +151,12 @@ impl Listener {
                             metrics: Arc::clone(&self.metrics),
                             connection: Arc::clone(&connection),
                         };
+                        let answers = self.plain_get.as_ref().map(|show| Answers {
+                            show: Arc::clone(show),
+                            metrics: Arc::clone(&self.metrics),
+                            connection: Arc::clone(&connection),
+                        });
+                        let stream = PlainGet::new(stream, answers);
                         let connections = Arc::clone(&connections);
                         tasks.spawn(async move {
                             // Removes it on every way out, a panic too.
@@ -191,9 +203,7 @@ impl Listener {
     }
 }
 
-async fn serve_connection(stream: TcpStream, service: Observed, connection: &Connection) {
-    // Answers are written whole: waiting to send more at once only delays them.
-    let _ = stream.set_nodelay(true);
+async fn serve_connection(stream: PlainGet, service: Observed, connection: &Connection) {
     let mut http = http1::Builder::new()
         .max_buf_size(2 * HEADER_BYTES_MAX)
         .max_header_size(HEADER_BYTES_MAX)
@@ -201,7 +211,7 @@ async fn serve_connection(stream: TcpStream, service: Observed, connection: &Con
         .half_close(true)
         // Most answers are short: to copy one behind its header costs less than to send it in parts.
         .writev(false)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(stream, service);
     let mut draining = false;
     let mut registered = Waker::noop().clone();
     let served = std::future::poll_fn(|cx| {
@@ -223,14 +233,14 @@ async fn serve_connection(stream: TcpStream, service: Observed, connection: &Con
     });
     if served.await {
         connection.end();
-        let mut stream = http.into_parts().io.into_inner();
-        linger(&mut stream, connection).await;
+        let (mut stream, unsent) = http.into_parts().io.into_parts();
+        linger(&mut stream, &unsent, connection).await;
     }
 }
 
-async fn linger(stream: &mut TcpStream, connection: &Connection) {
+async fn linger(stream: &mut TcpStream, unsent: &[u8], connection: &Connection) {
     let discard = async {
-        if stream.shutdown().await.is_err() {
+        if stream.write_all(unsent).await.is_err() || stream.shutdown().await.is_err() {
             return;
         }
         let mut room = [0; 4096];

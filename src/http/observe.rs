@@ -43,6 +43,8 @@ pub(super) const ROUTES: [&str; 12] = [
     "/openapi.json",
     "other",
 ];
+/// `GET /get`.
+const GET_AT: usize = 1;
 /// `POST /set` with many lines, which takes as long as its body: no path has a space.
 pub(super) const LINES: &str = "/set lines";
 const LINES_AT: usize = 2;
@@ -142,6 +144,14 @@ impl HttpMetrics {
     #[must_use]
     pub fn answered(&self) -> Answered {
         self.answered.clone()
+    }
+
+    /// Measures a `GET /get` that was answered past hyper, and ends it.
+    pub(super) fn plain_get(&self, begun: Instant, connection: &Connection) {
+        let now = Instant::now();
+        connection.end_at(now);
+        self.answered.0.fetch_add(1, Ordering::Relaxed);
+        self.record(GET_AT, StatusCode::OK, (now - begun).as_secs_f64());
     }
 
     fn record(&self, route: usize, status: StatusCode, duration_s: f64) {

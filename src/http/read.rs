@@ -15,7 +15,7 @@ use percent_encoding::percent_decode;
 use super::GRADE_POSITION;
 use super::answer::{Answer, AnswerBody, boxed};
 use super::error::ApiError;
-use super::listener::{Direct, Directly};
+use super::listener::{Direct, Directly, ShowGrade};
 use crate::grade::{USER_ID, UserGrade, check_user_id};
 use crate::log::Seq;
 use crate::readiness::Readiness;
@@ -53,15 +53,14 @@ pub fn routes(state: ReadState) -> Router {
         .with_state(state)
 }
 
-/// The way past the router: a plain `GET /get` is answered at once, without a future of its own or
-/// a boxed one of axum's. What it is worth stands in
-/// `load/README.md`.
+/// The way past the router: a `GET /get` that waits for nothing is answered at once, without a future of
+/// its own or a boxed one of axum's. What it is worth stands in `load/README.md`.
 pub fn direct(state: ReadState) -> Direct {
     Arc::new(move |request| {
-        let plain = request.method() == Method::GET
+        let at_once = request.method() == Method::GET
             && request.uri().path() == "/get"
             && !request.headers().contains_key(GRADE_POSITION);
-        match plain {
+        match at_once {
             true => {
                 let answer = answer(&state, request.uri());
                 Directly::Now(answer.unwrap_or_else(Answer::from))
@@ -69,6 +68,11 @@ pub fn direct(state: ReadState) -> Direct {
             false => Directly::Router(request),
         }
     })
+}
+
+/// What answers a plain `GET /get` past hyper, where there is something to show.
+pub fn show(state: ReadState) -> ShowGrade {
+    Arc::new(move |user_id, json| append_one(&state, user_id, json).is_ok())
 }
 
 async fn get_grade(State(state): State<ReadState>, request: Request) -> Result<Response, ApiError> {
@@ -100,14 +104,19 @@ fn answer(state: &ReadState, uri: &Uri) -> Result<Answer, ApiError> {
 
 /// One user's grade as JSON.
 fn one(state: &ReadState, user_id: &str) -> Result<Vec<u8>, ApiError> {
+    let mut json = Vec::with_capacity(192);
+    append_one(state, user_id, &mut json)?;
+    Ok(json)
+}
+
+fn append_one(state: &ReadState, user_id: &str, json: &mut Vec<u8>) -> Result<(), ApiError> {
     let store = &state.store;
     let values = state
         .readiness
         .read(|| store.epoch(), || store.get(user_id))?;
     let values = values.ok_or(ApiError::UserUnknown)?;
-    let mut json = Vec::with_capacity(192);
-    UserGrade { user_id, values }.write_json(&mut json);
-    Ok(json)
+    UserGrade { user_id, values }.write_json(json);
+    Ok(())
 }
 
 /// The grades of `user_ids` as a JSON array, in their order, with `null` for who has none. Each is

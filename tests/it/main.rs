@@ -48,6 +48,7 @@ mod ops;
 mod outrun;
 mod page;
 mod peers;
+mod plain;
 mod recover;
 mod restart;
 mod restore_from;

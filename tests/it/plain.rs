@@ -1,0 +1,156 @@
+//! What is answered past hyper can't be told from what hyper answers.
+
+use std::fmt::Write as _;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
+
+use crate::harness::{Node, Ports, get_request};
+use crate::wire::{Raw, eventually, in_time};
+
+/// A header line that makes a request hyper's.
+const HYPERS: &str = "x-other: 1\r\n";
+const READS: &str = r#"gradestore_http_requests_total{route="/get",status="200"}"#;
+
+/// All bytes of the one answer to `request`, and of those only the date is left out.
+async fn bytes_of(node: &Ports, request: &str) -> String {
+    let mut connection = Raw::connect(node.read).await;
+    connection.send(request).await;
+    connection.send_no_more().await;
+    let answer = String::from_utf8(connection.rest().await).unwrap();
+    let (before, date) = answer.split_once("date: ").unwrap();
+    let (date, after) = date.split_once("\r\n").unwrap();
+    // Of the form that RFC 9110 wants, and of these days.
+    let date = httpdate::parse_http_date(date).unwrap();
+    assert!(date.elapsed().unwrap().as_secs() < 60);
+    format!("{before}date: ?\r\n{after}")
+}
+
+#[tokio::test]
+async fn answers_are_those_of_hyper_byte_for_byte() {
+    let node = Node::start().await;
+    let most = "m".repeat(256);
+    for user in ["a", "A-z.0_9~:@", &most] {
+        let patch = serde_json::json!({ "user_id": user, "spp": -7, "return_fee": i64::MAX });
+        node.set(patch.to_string()).await.position();
+        let query = format!("?user_id={user}");
+        let plain = bytes_of(&node, &get_request(&query, "")).await;
+        let hypers = bytes_of(&node, &get_request(&query, HYPERS)).await;
+        assert_eq!(plain, hypers);
+        assert!(plain.contains(user) && plain.contains("9223372036854775807"));
+    }
+    assert_eq!(node.metric(READS).await, Some(6.0));
+}
+
+#[tokio::test]
+async fn requests_of_both_kinds_are_answered_in_their_order() {
+    let node = Node::start().await;
+    for (user, spp) in [("a", 1), ("b c", 2)] {
+        let patch = serde_json::json!({ "user_id": user, "spp": spp });
+        node.set(patch.to_string()).await.position();
+    }
+    let requests = [
+        (get_request("?user_id=a", ""), 200, r#""spp":1"#),
+        (
+            get_request("?user_id=a", "accept: */*\r\n"),
+            200,
+            r#""spp":1"#,
+        ),
+        (get_request("?user_id=b+c", ""), 200, r#""spp":2"#),
+        (get_request("?user_id=a", ""), 200, r#""spp":1"#),
+        (get_request("?user_id=nobody", ""), 404, "user-unknown"),
+        (get_request("?user_id=", ""), 400, "user-id-invalid"),
+        (get_request("?user_id=a", ""), 200, r#""spp":1"#),
+        (
+            "PUT /get HTTP/1.1\r\n\r\n".to_owned(),
+            405,
+            "method-not-allowed",
+        ),
+        (
+            get_request("?user_id=a", "connection: close\r\n"),
+            200,
+            r#""spp":1"#,
+        ),
+    ];
+    // At once, from each of them on: so each is the first that comes to a new connection.
+    for first in 0..requests.len() {
+        let mut connection = Raw::connect(node.read).await;
+        let bytes: String = requests[first..]
+            .iter()
+            .map(|(bytes, ..)| &**bytes)
+            .collect();
+        connection.send(bytes).await;
+        for (request, status, part) in &requests[first..] {
+            let answer = connection.answer().await;
+            assert_eq!(answer.status, *status, "{request}: {}", answer.body);
+            assert!(answer.body.contains(part), "{request}: {}", answer.body);
+        }
+        connection.closed().await;
+    }
+}
+
+#[tokio::test]
+async fn a_request_in_two_parts_is_answered_wherever_it_is_cut() {
+    let node = Node::start().await;
+    node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    let request = get_request("?user_id=a", "");
+    for cut in 1..request.len() {
+        let mut connection = Raw::connect(node.read).await;
+        let before = node.metric(READS).await;
+        // The first one's answer says that the second one's beginning has come as well.
+        let (begin, end) = request.split_at(cut);
+        connection.send(format!("{request}{begin}")).await;
+        assert!(connection.answer().await.body.contains(r#""spp":1"#));
+        connection.send(end).await;
+        assert!(
+            connection.answer().await.body.contains(r#""spp":1"#),
+            "{cut}"
+        );
+        let more = node.metric(READS).await.unwrap() - before.unwrap_or_default();
+        assert!((more - 2.0).abs() < 0.5, "{cut}: {more}");
+    }
+}
+
+#[tokio::test]
+async fn who_does_not_read_gets_all_answers_later() {
+    const REQUESTS: usize = 60_000;
+    let node = Node::start().await;
+    node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    let mut bytes = get_request("?user_id=a", "").repeat(REQUESTS - 1);
+    // What hyper answers comes behind all that was not yet sent.
+    let _ = write!(
+        bytes,
+        "{}",
+        get_request("?user_id=nobody", "connection: close\r\n")
+    );
+
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let stream = in_time("connect", socket.connect(node.read)).await.unwrap();
+    let (mut incoming, mut outgoing) = stream.into_split();
+    let sending = tokio::spawn(async move { outgoing.write_all(bytes.as_bytes()).await });
+    // Until the node can send no more, and so reads no more.
+    let mut before = None;
+    eventually("the node waits for its client", async || {
+        let now = node.metric(READS).await;
+        let stands = now.is_some() && now == before;
+        before = now;
+        stands.then_some(())
+    })
+    .await;
+    let mut received = Vec::new();
+    let all = incoming.read_to_end(&mut received);
+    in_time("all answers", all).await.unwrap();
+    in_time("all requests", sending).await.unwrap().unwrap();
+    let received = String::from_utf8(received).unwrap();
+    let answers: Vec<_> = received.split("HTTP/1.1 ").skip(1).collect();
+    assert_eq!(answers.len(), REQUESTS);
+    let (last, others) = answers.split_last().unwrap();
+    assert!(last.starts_with("404 "));
+    let whole = |answer: &&&str| answer.starts_with("200 OK\r\n") && answer.ends_with("0}");
+    assert_eq!(others.iter().filter(whole).count(), REQUESTS - 1);
+    assert!(
+        before.unwrap() < REQUESTS as f64 - 1.0,
+        "the node never waited"
+    );
+}
