@@ -175,7 +175,7 @@ def get(args, files):
         node = start(files.filled(args.users, core=0))
         few = start(files.filled(10_000, core=0))
         uncounted = start(files.filled(10_000, "--ephemeral", "--measure-without=metrics", core=0))
-        through_hyper = start(files.filled(10_000, "--ephemeral", "--measure-without=plain-get", core=0))
+        through_hyper = start(files.filled(10_000, "--ephemeral", "--measure-without=plain", core=0))
         routed = start(files.filled(10_000, "--ephemeral", "--measure-without=direct", core=0))
         return {"bare": asks(reference, args.users), "node": asks(node, args.users),
                 "10,000 records": asks(few, 10_000), "and no metrics": asks(uncounted, 10_000),

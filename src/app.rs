@@ -152,7 +152,7 @@ pub async fn alive_while<T>(
         socket: TcpListener::from_std(socket.into())?,
         router: ops::routes_while_opening(),
         direct: None,
-        plain_get: None,
+        plain: None,
         limits: config.http.ops,
         metrics: Arc::new(HttpMetrics::new(|_, _| Counter::noop())),
         connection_metrics: ConnectionMetrics::new("ops"),
@@ -190,7 +190,7 @@ pub async fn run(
         false => HttpMetrics::new(|_, _| Counter::noop()),
     });
     let past_router = config.http.direct;
-    let past_hyper = config.http.plain_get;
+    let past_hyper = config.http.plain;
     if !counted || !past_router || !past_hyper || !config.credentials.checked() {
         tracing::warn!("--measure-without leaves something out: only for measurements");
     }
@@ -223,7 +223,7 @@ pub async fn run(
         socket,
         router,
         direct,
-        plain_get: None,
+        plain: None,
         limits,
         metrics: Arc::clone(&http_metrics),
         connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
@@ -232,14 +232,15 @@ pub async fn run(
     let ops_router = ops::routes(node.ops(Arc::clone(&telemetry), traffic.clone()));
     let ops = listener("ops", sockets.ops, ops_router, None, limits.ops);
     rest.spawn(ops.serve(stop_rest.child_token()));
+    let [plain_write, plain_read] = node.plain();
     let data_ports = [
-        ("write", sockets.write, node.write(), None),
-        ("read", sockets.read, node.read(), Some(node.show())),
+        ("write", sockets.write, node.write(), plain_write),
+        ("read", sockets.read, node.read(), plain_read),
     ];
-    for (name, socket, (router, direct), show) in data_ports {
+    for (name, socket, (router, direct), plain) in data_ports {
         let direct = past_router.then_some(direct);
         let port = Listener {
-            plain_get: show.filter(|_| past_hyper),
+            plain: past_hyper.then_some(plain),
             ..listener(name, socket, router, direct, limits.data)
         };
         data.spawn(port.serve(stop_listening.child_token()));

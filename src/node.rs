@@ -16,7 +16,7 @@ use crate::blocking::Blocking;
 use crate::config::Config;
 use crate::http::Answered;
 use crate::http::backup::{self, BackupMetrics, BackupState};
-use crate::http::listener::{Direct, ShowGrade};
+use crate::http::listener::{Direct, Plain};
 use crate::http::ops::OpsState;
 use crate::http::read::{self, ReadState};
 use crate::http::traffic::RecentTraffic;
@@ -273,9 +273,12 @@ impl Node {
         (read::routes(read.clone()), read::direct(read.clone()))
     }
 
-    /// What the read port answers past hyper.
-    pub fn show(&self) -> ShowGrade {
-        read::show(self.read.clone())
+    /// What the write port and the read port answer past hyper.
+    pub fn plain(&self) -> [Plain; 2] {
+        [
+            write::plain(self.write.clone()),
+            read::plain(self.read.clone()),
+        ]
     }
 
     /// What the ops port tells of.

@@ -52,8 +52,8 @@ pub enum Part {
     Metrics,
     /// All requests go through the router.
     Direct,
-    /// All reads go through hyper.
-    PlainGet,
+    /// All requests go through hyper.
+    Plain,
 }
 
 /// Flags of `gradestore serve`.

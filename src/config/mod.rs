@@ -152,8 +152,8 @@ pub struct HttpConfig {
     pub counted: bool,
     /// Whether `GET /get` and `POST /set` go past the router.
     pub direct: bool,
-    /// Whether plain reads go past hyper.
-    pub plain_get: bool,
+    /// Whether plain requests go past hyper.
+    pub plain: bool,
     /// How long running requests may take to finish once the node stops.
     pub drain_max: Duration,
 }
@@ -179,7 +179,7 @@ impl Default for HttpConfig {
             backup_chunk_text_bytes: CHUNK_TEXT_BYTES,
             counted: true,
             direct: true,
-            plain_get: true,
+            plain: true,
             drain_max: Duration::from_secs(10),
         }
     }
@@ -243,7 +243,7 @@ impl Config {
             http: HttpConfig {
                 counted: !args.measure_without.contains(&Part::Metrics),
                 direct: !args.measure_without.contains(&Part::Direct),
-                plain_get: ![Part::Direct, Part::PlainGet]
+                plain: ![Part::Direct, Part::Plain]
                     .iter()
                     .any(|part| args.measure_without.contains(part)),
                 ..HttpConfig::default()

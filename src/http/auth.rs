@@ -53,6 +53,12 @@ impl Credentials {
         self.account.clone()
     }
 
+    /// Whether an `Authorization` header says them as nearly every client does. If not, it may say them in
+    /// another way: [`check`](Self::check) knows.
+    pub(super) fn are(&self, sent: Option<&[u8]>) -> bool {
+        self.anybody || sent.is_some_and(|sent| bool::from(sent.ct_eq(self.header.as_bytes())))
+    }
+
     /// Checks a request's `Authorization` header. Takes the same time wherever name or password
     /// differ.
     ///

@@ -29,9 +29,10 @@ use tokio_util::task::TaskTracker;
 
 use super::answer::Answer;
 use super::observe::{HttpMetrics, Observed};
-use super::plain_get::{Answers, PlainGet};
+use super::plain::{Ours, Socket};
+use crate::http::error::ApiError;
 
-pub use super::plain_get::ShowGrade;
+pub use super::plain::{HandIn, Plain, ShowGrade};
 
 /// The most header bytes of a request; more is answered with 431. So are more than 100 lines, which
 /// is hyper's own bound: with another it would allocate for each request.
@@ -82,8 +83,8 @@ pub struct Listener {
     pub router: Router,
     /// Answers at once what needs no waiting, past the router; `None` leaves it to that.
     pub direct: Option<Direct>,
-    /// Answers a plain `GET /get` past hyper as well; `None` where there is no such route.
-    pub plain_get: Option<ShowGrade>,
+    /// What is answered past hyper as well; `None` leaves all to that.
+    pub plain: Option<Plain>,
     /// Bounds.
     pub limits: ListenerLimits,
     /// Handles for what is measured about requests.
@@ -151,12 +152,12 @@ impl Listener {
                             metrics: Arc::clone(&self.metrics),
                             connection: Arc::clone(&connection),
                         };
-                        let answers = self.plain_get.as_ref().map(|show| Answers {
-                            show: Arc::clone(show),
+                        let ours = self.plain.clone().map(|plain| Ours {
+                            plain,
                             metrics: Arc::clone(&self.metrics),
                             connection: Arc::clone(&connection),
                         });
-                        let stream = PlainGet::new(stream, answers);
+                        let stream = Socket::new(stream, ours);
                         let connections = Arc::clone(&connections);
                         tasks.spawn(async move {
                             // Removes it on every way out, a panic too.
@@ -203,7 +204,7 @@ impl Listener {
     }
 }
 
-async fn serve_connection(stream: PlainGet, service: Observed, connection: &Connection) {
+async fn serve_connection(stream: Socket, service: Observed, connection: &Connection) {
     let mut http = http1::Builder::new()
         .max_buf_size(2 * HEADER_BYTES_MAX)
         .max_header_size(HEADER_BYTES_MAX)
@@ -212,7 +213,7 @@ async fn serve_connection(stream: PlainGet, service: Observed, connection: &Conn
         // Most answers are short: to copy one behind its header costs less than to send it in parts.
         .writev(false)
         .serve_connection(stream, service);
-    let mut draining = false;
+    let (mut to_drain, mut draining) = (false, false);
     let mut registered = Waker::noop().clone();
     let served = std::future::poll_fn(|cx| {
         // Registering writes to what others read, and is rarely needed.
@@ -220,16 +221,23 @@ async fn serve_connection(stream: PlainGet, service: Observed, connection: &Conn
             registered.clone_from(cx.waker());
             match connection.poll_order(cx) {
                 Poll::Ready(Order::Cut) => return Poll::Ready(false),
-                Poll::Ready(Order::Drain) if !draining => {
-                    draining = true;
-                    Pin::new(&mut http).graceful_shutdown();
-                }
-                _ => {}
+                Poll::Ready(Order::Drain) => to_drain = true,
+                Poll::Pending => {}
             }
         }
         // What hyper says here is about one client: it hung up, or broke the protocol and was
         // answered.
-        http.poll_without_shutdown(cx).map(|_| true)
+        loop {
+            // To hyper nothing runs while something does past it: it would end the connection now.
+            if to_drain && !draining && !connection.waits_past_hyper() {
+                draining = true;
+                Pin::new(&mut http).graceful_shutdown();
+            }
+            let ended = http.poll_without_shutdown(cx).map(|_| true);
+            if ended.is_ready() || !to_drain || draining || connection.waits_past_hyper() {
+                return ended;
+            }
+        }
     });
     if served.await {
         connection.end();
@@ -281,6 +289,10 @@ pub(super) struct Connection {
     greeted: AtomicBool,
     /// Whether it is being sent a long answer: then it is not cut to make room.
     streaming: AtomicBool,
+    /// Whether a request is waited for of which hyper knows nothing.
+    past_hyper: AtomicBool,
+    /// What became of such a request, and when it began, if hyper is to say so.
+    failed: Mutex<Option<(ApiError, Instant)>>,
     drain: AtomicBool,
     cut: AtomicBool,
     task: AtomicWaker,
@@ -296,6 +308,8 @@ impl Connection {
             idle_since_ms: AtomicU64::new(0),
             greeted: AtomicBool::new(false),
             streaming: AtomicBool::new(false),
+            past_hyper: AtomicBool::new(false),
+            failed: Mutex::default(),
             drain: AtomicBool::new(false),
             cut: AtomicBool::new(false),
             task: AtomicWaker::new(),
@@ -323,6 +337,25 @@ impl Connection {
     /// deadline alone.
     pub(super) fn stream(&self, streaming: bool) {
         self.streaming.store(streaming, Ordering::Relaxed);
+    }
+
+    /// Whether a request past hyper is waited for from now on.
+    pub(super) fn wait_past_hyper(&self, waits: bool) {
+        self.past_hyper.store(waits, Ordering::Relaxed);
+    }
+
+    fn waits_past_hyper(&self) -> bool {
+        self.past_hyper.load(Ordering::Relaxed)
+    }
+
+    /// A request past hyper, begun then, came to `error`. It is hyper's next one.
+    pub(super) fn failed(&self, error: ApiError, begun: Instant) {
+        *self.failed.lock() = Some((error, begun));
+    }
+
+    /// What became of the request that hyper has read, where that is known.
+    pub(super) fn take_failed(&self) -> Option<(ApiError, Instant)> {
+        self.failed.lock().take()
     }
 
     /// For how long nothing has run; `None` while something does.

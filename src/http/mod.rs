@@ -9,7 +9,7 @@
 //! | ops | `GET /status` `/` | [`status`], `page` |
 //! | ops | `GET /openapi.json` | `openapi` |
 //!
-//! [`listener`] takes connections and bounds them, `plain_get` answers most reads before hyper sees them,
+//! [`listener`] takes connections and bounds them, `plain` answers most requests before hyper sees them,
 //! `observe` counts and times requests, [`traffic`] knows
 //! the last seconds of that, `request_id` names them, `failures` logs those that failed,
 //! [`error::ApiError`] alone maps what can go wrong to statuses.
@@ -27,7 +27,7 @@ mod openapi;
 pub mod ops;
 mod page;
 mod patch_body;
-mod plain_get;
+mod plain;
 pub mod read;
 mod request_id;
 pub mod status;

@@ -45,6 +45,8 @@ pub(super) const ROUTES: [&str; 12] = [
 ];
 /// `GET /get`.
 const GET_AT: usize = 1;
+/// `POST /set` of one patch.
+const SET_AT: usize = 0;
 /// `POST /set` with many lines, which takes as long as its body: no path has a space.
 pub(super) const LINES: &str = "/set lines";
 const LINES_AT: usize = 2;
@@ -146,12 +148,29 @@ impl HttpMetrics {
         self.answered.clone()
     }
 
-    /// Measures a `GET /get` that was answered past hyper, and ends it.
+    /// Measures a `GET /get` that was answered past hyper.
     pub(super) fn plain_get(&self, begun: Instant, connection: &Connection) {
+        connection.begin();
+        self.plain(GET_AT, StatusCode::OK, begun, connection);
+    }
+
+    /// Measures a `POST /set` that was answered past hyper; what time it is.
+    pub(super) fn plain_set(&self, begun: Instant, connection: &Connection) -> Instant {
+        self.plain(SET_AT, StatusCode::NO_CONTENT, begun, connection)
+    }
+
+    fn plain(
+        &self,
+        route: usize,
+        status: StatusCode,
+        begun: Instant,
+        connection: &Connection,
+    ) -> Instant {
         let now = Instant::now();
         connection.end_at(now);
         self.answered.0.fetch_add(1, Ordering::Relaxed);
-        self.record(GET_AT, StatusCode::OK, (now - begun).as_secs_f64());
+        self.record(route, status, (now - begun).as_secs_f64());
+        now
     }
 
     fn record(&self, route: usize, status: StatusCode, duration_s: f64) {
@@ -164,6 +183,22 @@ impl HttpMetrics {
                     .increment(1);
             }
         }
+    }
+}
+
+/// A request that is being answered; counted as one until dropped.
+pub(super) struct InFlight(Arc<HttpMetrics>);
+
+impl InFlight {
+    pub(super) fn begin(metrics: &Arc<HttpMetrics>) -> Self {
+        metrics.in_flight.increment(1.0);
+        Self(Arc::clone(metrics))
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.decrement(1.0);
     }
 }
 
@@ -196,7 +231,12 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
             // Replicas ask each other so whether they would give a backup.
             head: request.method() == Method::HEAD,
         };
+        let failed = self.connection.take_failed();
         let directly = match &self.direct {
+            _ if let Some((error, begun)) = failed => {
+                asked.begun = begun;
+                Directly::Now(error.into())
+            }
             Some(direct) => {
                 let answer = || direct(request);
                 let answer = std::panic::catch_unwind(AssertUnwindSafe(answer));

@@ -15,7 +15,7 @@ use percent_encoding::percent_decode;
 use super::GRADE_POSITION;
 use super::answer::{Answer, AnswerBody, boxed};
 use super::error::ApiError;
-use super::listener::{Direct, Directly, ShowGrade};
+use super::listener::{Direct, Directly, Plain};
 use crate::grade::{USER_ID, UserGrade, check_user_id};
 use crate::log::Seq;
 use crate::readiness::Readiness;
@@ -71,8 +71,10 @@ pub fn direct(state: ReadState) -> Direct {
 }
 
 /// What answers a plain `GET /get` past hyper, where there is something to show.
-pub fn show(state: ReadState) -> ShowGrade {
-    Arc::new(move |user_id, json| append_one(&state, user_id, json).is_ok())
+pub fn plain(state: ReadState) -> Plain {
+    Plain::Get(Arc::new(move |user_id, json| {
+        append_one(&state, user_id, json).is_ok()
+    }))
 }
 
 async fn get_grade(State(state): State<ReadState>, request: Request) -> Result<Response, ApiError> {

@@ -46,4 +46,4 @@ pub use reader::{Reader, ReaderError};
 pub use seed::restore_seed;
 pub use snapshotter::{LastSnapshot, Snapshotter, backup_head};
 pub use tracker::{Restore, RestoreTracker, Stage};
-pub use writer::{Bulk, WriteError, Writer, WriterLimits, WriterTask};
+pub use writer::{Bulk, HandedIn, WriteError, Writer, WriterLimits, WriterTask};

@@ -1,9 +1,9 @@
 //! Group commit: from writes that wait to batches in the log.
 
 use std::future::{self, Future};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -124,7 +124,7 @@ impl Bulk {
             writes,
             _place: place,
         };
-        answer(self.writer.hand_in(writes)?).await
+        self.writer.hand_in(writes)?.await
     }
 }
 
@@ -169,7 +169,16 @@ impl Writer {
     /// # Errors
     /// See [`WriteError`]: each variant says whether anything was written.
     pub async fn write(&self, write: Write) -> Result<Seq, WriteError> {
-        answer(self.hand_in(Writes::One(write))?).await
+        self.hand_in_one(write)?.await
+    }
+
+    /// Hands `write` in. What is given back waits for it as [`write`](Self::write) does; dropping that does
+    /// not take the write back.
+    ///
+    /// # Errors
+    /// It was not taken; nothing was written.
+    pub fn hand_in_one(&self, write: Write) -> Result<HandedIn, WriteError> {
+        self.hand_in(Writes::One(write))
     }
 
     /// Begins to hand in many.
@@ -185,7 +194,7 @@ impl Writer {
         })
     }
 
-    fn hand_in(&self, writes: Writes) -> Result<Answered, WriteError> {
+    fn hand_in(&self, writes: Writes) -> Result<HandedIn, WriteError> {
         if let Some(why) = self.log.away() {
             return Err(WriteError::NotWritten(why));
         }
@@ -196,7 +205,7 @@ impl Writer {
                 mpsc::error::TrySendError::Full(_) => WriteError::QueueFull,
                 mpsc::error::TrySendError::Closed(_) => WriteError::Stopping,
             })?;
-        Ok(answered)
+        Ok(HandedIn(answered))
     }
 
     /// Requests that wait for a batch; a group is one.
@@ -206,12 +215,18 @@ impl Writer {
     }
 }
 
-type Answered = oneshot::Receiver<Result<Seq, WriteError>>;
+/// What was handed in: waits until this replica has applied it, and is its batch's sequence number.
+#[must_use = "whether it was applied is known only once it has been waited for"]
+pub struct HandedIn(oneshot::Receiver<Result<Seq, WriteError>>);
 
-/// What became of what was handed in.
-async fn answer(answered: Answered) -> Result<Seq, WriteError> {
-    // An answer that was dropped belongs to a batch that was sent and never came back.
-    answered.await.unwrap_or(Err(WriteError::OutcomeUnknown))
+impl Future for HandedIn {
+    type Output = Result<Seq, WriteError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        // An answer that was dropped belongs to a batch that was sent and never came back.
+        let answered = Pin::new(&mut self.0).poll(cx);
+        answered.map(|answer| answer.unwrap_or(Err(WriteError::OutcomeUnknown)))
+    }
 }
 
 /// Collects what waits into batches and appends them.

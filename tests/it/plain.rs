@@ -1,27 +1,30 @@
 //! What is answered past hyper can't be told from what hyper answers.
 
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 
-use crate::harness::{Node, Ports, get_request};
+use crate::harness::{AUTHORIZATION, Node, get_request, set_request_of};
 use crate::wire::{Raw, eventually, in_time};
 
 /// A header line that makes a request hyper's.
 const HYPERS: &str = "x-other: 1\r\n";
 const READS: &str = r#"gradestore_http_requests_total{route="/get",status="200"}"#;
 
+const WRITES: &str = r#"gradestore_http_requests_total{route="/set",status="204"}"#;
+
 /// All bytes of the one answer to `request`, and of those only the date is left out.
-async fn bytes_of(node: &Ports, request: &str) -> String {
-    let mut connection = Raw::connect(node.read).await;
+async fn bytes_of(port: SocketAddr, request: &str) -> String {
+    let mut connection = Raw::connect(port).await;
     connection.send(request).await;
     connection.send_no_more().await;
     let answer = String::from_utf8(connection.rest().await).unwrap();
     let (before, date) = answer.split_once("date: ").unwrap();
     let (date, after) = date.split_once("\r\n").unwrap();
     // Of the form that RFC 9110 wants, and of these days.
-    let date = httpdate::parse_http_date(date).unwrap();
+    let date = httpdate::parse_http_date(date).expect(date);
     assert!(date.elapsed().unwrap().as_secs() < 60);
     format!("{before}date: ?\r\n{after}")
 }
@@ -34,12 +37,66 @@ async fn answers_are_those_of_hyper_byte_for_byte() {
         let patch = serde_json::json!({ "user_id": user, "spp": -7, "return_fee": i64::MAX });
         node.set(patch.to_string()).await.position();
         let query = format!("?user_id={user}");
-        let plain = bytes_of(&node, &get_request(&query, "")).await;
-        let hypers = bytes_of(&node, &get_request(&query, HYPERS)).await;
+        let plain = bytes_of(node.read, &get_request(&query, "")).await;
+        let hypers = bytes_of(node.read, &get_request(&query, HYPERS)).await;
         assert_eq!(plain, hypers);
         assert!(plain.contains(user) && plain.contains("9223372036854775807"));
     }
     assert_eq!(node.metric(READS).await, Some(6.0));
+}
+
+#[tokio::test]
+async fn what_is_said_of_writes_is_what_hyper_says_byte_for_byte() {
+    let node = Node::start().await;
+    let body = r#"{"user_id":"a","spp":1}"#;
+    let plain = bytes_of(node.write, &set_request_of(body)).await;
+    let with_another_line =
+        set_request_of(body).replace("host: x\r\n", &format!("host: x\r\n{HYPERS}"));
+    let hypers = bytes_of(node.write, &with_another_line).await;
+    assert_eq!(plain.replace("position: 1", "position: 2"), hypers);
+    assert_eq!(node.metric(WRITES).await, Some(2.0));
+    let in_flight = "gradestore_http_requests_in_flight";
+    // What asks for it is one.
+    assert_eq!(node.metric(in_flight).await, Some(1.0));
+}
+
+#[tokio::test]
+async fn writes_of_both_kinds_are_done_in_their_order() {
+    let node = Node::start().await;
+    let set = |spp: u32| set_request_of(&format!(r#"{{"user_id":"a","spp":{spp}}}"#));
+    let requests = [
+        (set(1), 204),
+        (set(2), 204),
+        (
+            set(3).replace("application/json", "application/json; charset=utf-8"),
+            204,
+        ),
+        (set(4), 204),
+        (set(5).replace(AUTHORIZATION, "Basic eDp5"), 401),
+        (set(6).replace("spp", "sqq"), 422),
+        (set(7).replace("application/json", "text/plain"), 415),
+        (set(8).replace("POST /set", "DELETE /set?user_id=b"), 204),
+        (set(9).replace("host: x", "connection: close"), 204),
+    ];
+    for first in 0..requests.len() {
+        let mut connection = Raw::connect(node.write).await;
+        let bytes: String = requests[first..]
+            .iter()
+            .map(|(bytes, _)| &**bytes)
+            .collect();
+        connection.send(bytes).await;
+        let mut before = 0;
+        for (request, status) in &requests[first..] {
+            let answer = connection.answer().await;
+            assert_eq!(answer.status, *status, "{request}: {}", answer.body);
+            if *status == 204 {
+                assert!(answer.position() > before, "{request}");
+                before = answer.position();
+            }
+        }
+        connection.closed().await;
+        assert_eq!(node.get("a").await.json()["spp"], 9);
+    }
 }
 
 #[tokio::test]
@@ -93,6 +150,18 @@ async fn requests_of_both_kinds_are_answered_in_their_order() {
 async fn a_request_in_two_parts_is_answered_wherever_it_is_cut() {
     let node = Node::start().await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    let write = set_request_of(r#"{"user_id":"a","spp":1}"#);
+    for cut in 1..write.len() {
+        let mut connection = Raw::connect(node.write).await;
+        let before = node.metric(WRITES).await.unwrap();
+        let (begin, end) = write.split_at(cut);
+        connection.send(format!("{write}{begin}")).await;
+        let first = connection.answer().await.position();
+        connection.send(end).await;
+        assert_eq!(connection.answer().await.position(), first + 1, "{cut}");
+        let more = node.metric(WRITES).await.unwrap() - before;
+        assert!((more - 2.0).abs() < 0.5, "{cut}: {more}");
+    }
     let request = get_request("?user_id=a", "");
     for cut in 1..request.len() {
         let mut connection = Raw::connect(node.read).await;
