@@ -265,6 +265,7 @@ def sets(args, files):
     def begin(start):
         reference = start(bare())
         nodes = {"memory log": ["--ephemeral"], "unchecked": ["--ephemeral", "--measure-without=auth"],
+                 "through hyper": ["--ephemeral", "--measure-without=plain"],
                  "through axum": ["--ephemeral", "--measure-without=direct"],
                  "disk log": ["--data-dir", tempfile.mkdtemp(dir=files.directory)]}
         nodes = {name: start(files.filled(users, *flags, core=0)) for name, flags in nodes.items()}
@@ -274,7 +275,9 @@ def sets(args, files):
 
     print(f"\nPOST /set, {args.connections} connections, {users:,} records")
     rows = in_turns(args, begin)
-    told("/set through axum / past it: server CPU a request", ratio(rows, "through axum", "memory log", "cpu_us"))
+    told("/set through hyper / past it: server CPU a request", ratio(rows, "through hyper", "memory log", "cpu_us"))
+    told("/set through axum / through hyper: server CPU a request",
+         ratio(rows, "through axum", "through hyper", "cpu_us"))
     demand("/set, memory log, requests a second / bare hyper POST", ratio(rows, "memory log", "bare"), ">=", 0.85)
     demand("/set, disk log / memory log, requests a second", ratio(rows, "disk log", "memory log"), ">=", 0.7)
     demand("/set, auth on / off, requests a second", ratio(rows, "memory log", "unchecked"), ">=", 0.99)

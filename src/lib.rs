@@ -21,9 +21,10 @@
 //!
 //! # One write, from socket to reply
 //!
-//! 1. [`http::listener`] has accepted the connection and hyper has read the request's header; the
-//!    router hands it to [`http::write`], which checks the password and readiness, reads the body
-//!    and parses it into a [`Patch`](grade::Patch).
+//! 1. [`http::listener`] has accepted the connection and sees what comes first: a plain request, as
+//!    nearly all are, goes to [`http::write`] at once. Any other is read by hyper, and the router hands
+//!    it to the same room. There the password and readiness are checked and the body is parsed into a
+//!    [`Patch`](grade::Patch).
 //! 2. [`Writer::write`](replication::Writer::write) puts the write into a bounded queue and waits.
 //! 3. [`WriterTask`](replication::WriterTask) takes all that waits as one
 //!    [`Batch`](log::Batch), notes who waits for it and appends it to the log. While batches
@@ -31,7 +32,7 @@
 //! 4. The log gives the batch its place. [`Reader`](replication::Reader) gets it back, sees that
 //!    it is the next one and its own, applies the writes to the [`Store`](store::Store), moves
 //!    the position on and answers the requests.
-//! 5. The handler sends 204 with the position. The store has held the patch since before that.
+//! 5. 204 goes out with the position. The store has held the patch since before that.
 
 pub mod app;
 pub mod backup;

@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 
-use crate::harness::{AUTHORIZATION, Node, get_request, set_request_of};
+use crate::harness::{
+    ANY_PORTS, AUTHORIZATION, Node, PASSWORD, get_request, program, set_request_of,
+};
 use crate::wire::{Raw, eventually, in_time};
 
 /// A header line that makes a request hyper's.
@@ -222,4 +224,117 @@ async fn who_does_not_read_gets_all_answers_later() {
         before.unwrap() < REQUESTS as f64 - 1.0,
         "the node never waited"
     );
+}
+
+/// Numbers that come out the same each time (Knuth's 64-bit linear congruential generator).
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005);
+        self.0 = self.0.wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % bound
+    }
+}
+
+/// `request`, changed in one to three places.
+fn changed(request: &[u8], numbers: &mut Numbers) -> Vec<u8> {
+    const BYTES: &[u8] = b"\r\n\0\t :;,/?=&%+#\"{}a0A1-_\x7f\xc3\xff";
+    const LINES: [&str; 12] = [
+        "host: y\r\n",
+        "Connection: close\r\n",
+        "connection: keep-alive\r\n",
+        "content-length: 5\r\n",
+        "content-length: 0\r\n",
+        "transfer-encoding: chunked\r\n",
+        "expect: 100-continue\r\n",
+        "x-request-id: b\r\n",
+        "grade-position: 0\r\n",
+        "accept: */*\r\n",
+        " folded\r\n",
+        "\r\n",
+    ];
+    let mut bytes = request.to_vec();
+    for _ in 0..=numbers.below(3) {
+        let at = numbers.below(bytes.len());
+        match numbers.below(6) {
+            0 => {
+                bytes.remove(at);
+            }
+            1 => bytes.insert(at, BYTES[numbers.below(BYTES.len())]),
+            2 => bytes[at] = BYTES[numbers.below(BYTES.len())],
+            3 => bytes[at] ^= 0x20,
+            4 => bytes.truncate(at.max(1)),
+            _ => {
+                let ends = bytes
+                    .windows(2)
+                    .enumerate()
+                    .filter(|(_, end)| end == b"\r\n");
+                let ends: Vec<_> = ends.map(|(at, _)| at + 2).collect();
+                if !ends.is_empty() {
+                    let at = ends[numbers.below(ends.len())];
+                    let line = LINES[numbers.below(LINES.len())].bytes();
+                    bytes.splice(at..at, line);
+                }
+            }
+        }
+    }
+    bytes
+}
+
+/// All that comes back for `bytes`, without dates and made names.
+async fn all_said(port: SocketAddr, bytes: &[u8]) -> String {
+    let mut connection = Raw::connect(port).await;
+    // A node that has refused the beginning may have hung up.
+    if connection.try_send(bytes).await.is_ok() {
+        connection.send_no_more().await;
+    }
+    let said = connection.rest().await;
+    let said = String::from_utf8(said).unwrap();
+    let lines = said.split_inclusive("\r\n");
+    let lines = lines.filter(|line| !line.starts_with("date: "));
+    lines
+        .filter(|line| !line.starts_with("x-request-id: "))
+        .collect()
+}
+
+#[tokio::test]
+async fn nothing_that_is_nearly_plain_is_answered_otherwise_than_by_hyper() {
+    const ROUNDS: usize = 1500;
+    let node = Node::start().await;
+    let hypers = Node::start_with(
+        program()
+            .args(ANY_PORTS)
+            .args(["--ephemeral", "--measure-without=plain"])
+            .env("GRADESTORE_PASSWORD", PASSWORD),
+    )
+    .await;
+    let read = get_request("?user_id=ab", "user-agent: x\r\n");
+    let write = set_request_of(r#"{"user_id":"ab","spp":1}"#);
+    let mut numbers = Numbers(1);
+    let mut answered = [0, 0];
+    for _ in 0..ROUNDS {
+        let (ports, request) = match numbers.below(2) {
+            0 => ([node.read, hypers.read], read.repeat(1 + numbers.below(2))),
+            _ => (
+                [node.write, hypers.write],
+                write.repeat(1 + numbers.below(2)),
+            ),
+        };
+        let request = changed(request.as_bytes(), &mut numbers);
+        let said = all_said(ports[0], &request).await;
+        let by_hyper = all_said(ports[1], &request).await;
+        assert_eq!(said, by_hyper, "{}", request.escape_ascii());
+        answered[usize::from(said.starts_with("HTTP/1.1 20"))] += 1;
+    }
+    // Neither is rare.
+    assert!(
+        answered.iter().all(|count| count * 5 > ROUNDS),
+        "{answered:?}"
+    );
+    let [records, by_hyper] = [&node, &hypers].map(|node| async {
+        let status = node.ops("/status").await.json();
+        (status["digest"].clone(), status["position"].clone())
+    });
+    assert_eq!(records.await, by_hyper.await);
 }
