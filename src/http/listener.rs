@@ -155,9 +155,8 @@ impl Listener {
                         let ours = self.plain.clone().map(|plain| Ours {
                             plain,
                             metrics: Arc::clone(&self.metrics),
-                            connection: Arc::clone(&connection),
                         });
-                        let stream = Socket::new(stream, ours);
+                        let stream = Socket::new(stream, ours, Arc::clone(&connection));
                         let connections = Arc::clone(&connections);
                         tasks.spawn(async move {
                             // Removes it on every way out, a panic too.
@@ -289,7 +288,7 @@ pub(super) struct Connection {
     greeted: AtomicBool,
     /// Whether it is being sent a long answer: then it is not cut to make room.
     streaming: AtomicBool,
-    /// Whether a request is waited for of which hyper knows nothing.
+    /// Whether something is waited for, or still to be sent, of which hyper knows nothing.
     past_hyper: AtomicBool,
     /// What became of such a request, and when it began, if hyper is to say so.
     failed: Mutex<Option<(ApiError, Instant)>>,
@@ -339,7 +338,12 @@ impl Connection {
         self.streaming.store(streaming, Ordering::Relaxed);
     }
 
-    /// Whether a request past hyper is waited for from now on.
+    /// Whether it is told to end once what runs has been answered.
+    pub(super) fn drains(&self) -> bool {
+        self.drain.load(Ordering::Acquire)
+    }
+
+    /// Whether from now on something is waited for, or still to be sent, of which hyper knows nothing.
     pub(super) fn wait_past_hyper(&self, waits: bool) {
         self.past_hyper.store(waits, Ordering::Relaxed);
     }

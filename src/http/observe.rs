@@ -9,6 +9,7 @@ use axum::Router;
 use axum::body::Body;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, CatchUnwind};
+use http::header::CONNECTION;
 use http::{HeaderValue, Method, Request, StatusCode};
 use hyper::body::Incoming;
 use metrics::{
@@ -235,7 +236,13 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
         let directly = match &self.direct {
             _ if let Some((error, begun)) = failed => {
                 asked.begun = begun;
-                Directly::Now(error.into())
+                let mut answer = Answer::from(error);
+                if self.connection.drains() {
+                    // hyper has not been told yet.
+                    let close = HeaderValue::from_static("close");
+                    answer.headers_mut().insert(CONNECTION, close);
+                }
+                Directly::Now(answer)
             }
             Some(direct) => {
                 let answer = || direct(request);

@@ -57,11 +57,14 @@ impl Answers {
         true
     }
 
-    /// Adds that a write was applied with batch `seq`.
-    pub(super) fn written(&mut self, seq: Seq, now: Instant) {
+    /// Adds that a write was applied with batch `seq`, and whether the connection ends.
+    pub(super) fn written(&mut self, seq: Seq, closes: bool, now: Instant) {
         self.out
             .extend_from_slice(b"HTTP/1.1 204 No Content\r\ngrade-position: ");
         self.number(seq);
+        if closes {
+            self.out.extend_from_slice(b"\r\nconnection: close");
+        }
         self.end(now);
     }
 

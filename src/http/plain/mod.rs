@@ -16,6 +16,7 @@ mod request;
 
 use std::io;
 use std::mem::{self, MaybeUninit};
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -41,6 +42,9 @@ pub type HandIn = Arc<dyn Fn(Option<&[u8]>, &[u8]) -> Option<HandedIn> + Send + 
 /// Bytes that are read at a time. A request that is longer is hyper's.
 const READ_BYTES: usize = 4096;
 
+/// Reads a poll; hyper does as many.
+const TURNS_MAX: usize = 16;
+
 /// What a port's plain requests are.
 #[derive(Clone)]
 pub enum Plain {
@@ -56,7 +60,9 @@ pub(super) struct Socket {
     /// `None` once the connection is hyper's.
     ours: Option<Ours>,
     waiting: Option<Waiting>,
-    /// Read and not answered: from the request that is waited for on; or hyper's.
+    connection: Arc<Connection>,
+    /// Read and not answered: from the request that is waited for on; or hyper's. Its memory is kept for
+    /// the next write.
     held: Vec<u8>,
     /// Answered and not sent. Nothing more is read, nor sent by hyper, until it is.
     unsent: Vec<u8>,
@@ -66,7 +72,6 @@ pub(super) struct Socket {
 pub(super) struct Ours {
     pub(super) plain: Plain,
     pub(super) metrics: Arc<HttpMetrics>,
-    pub(super) connection: Arc<Connection>,
 }
 
 /// A write on its way.
@@ -80,10 +85,11 @@ struct Waiting {
 
 impl Socket {
     /// With `None` all is hyper's.
-    pub(super) fn new(stream: TcpStream, ours: Option<Ours>) -> Self {
+    pub(super) fn new(stream: TcpStream, ours: Option<Ours>, connection: Arc<Connection>) -> Self {
         Self {
             io: TokioIo::new(stream),
             ours,
+            connection,
             waiting: None,
             held: Vec::new(),
             unsent: Vec::new(),
@@ -105,6 +111,7 @@ impl Socket {
             if self.unsent.is_empty() {
                 // There is rarely more.
                 self.unsent = Vec::new();
+                self.connection.wait_past_hyper(self.waiting.is_some());
             }
         }
         Poll::Ready(Ok(()))
@@ -118,18 +125,25 @@ impl Socket {
         };
         let (rest, waiting) = match &ours.plain {
             Plain::Get(show) => Answers::with(|answers| {
-                let rest = ours.show(bytes, show, answers);
+                let rest = ours.show(bytes, show, answers, &self.connection);
                 send(&mut self.io, &mut self.unsent, cx, answers.bytes())?;
                 io::Result::Ok((rest, None))
             })?,
-            Plain::Set(hand_in) => (bytes, ours.hand_in(bytes, hand_in)),
+            Plain::Set(hand_in) => (bytes, ours.hand_in(bytes, hand_in, &self.connection)),
         };
         if waiting.is_none() && (!rest.is_empty() || bytes.is_empty()) {
             self.ours = None;
         }
         self.waiting = waiting;
         self.held.extend_from_slice(rest);
+        self.say_what_is_open();
         Ok(())
+    }
+
+    /// Says whether there is something to be finished before the connection may end.
+    fn say_what_is_open(&self) {
+        let open = self.waiting.is_some() || !self.unsent.is_empty();
+        self.connection.wait_past_hyper(open);
     }
 
     /// Waits for the write that is on its way, if one is, and answers it.
@@ -140,21 +154,23 @@ impl Socket {
         let outcome = ready!(Pin::new(&mut waiting.handed_in).poll(cx));
         let (begun, len) = (waiting.begun, waiting.len);
         self.waiting = None;
-        ours.connection.wait_past_hyper(false);
         match outcome {
             Ok(seq) => {
-                let now = ours.metrics.plain_set(begun, &ours.connection);
+                let now = ours.metrics.plain_set(begun, &self.connection);
+                let closes = self.connection.drains();
                 let written = Answers::with(|answers| {
-                    answers.written(seq, now);
+                    answers.written(seq, closes, now);
                     send(&mut self.io, &mut self.unsent, cx, answers.bytes())
                 });
                 self.held.drain(..len.min(self.held.len()));
+                self.say_what_is_open();
                 Poll::Ready(written)
             }
             // hyper sees the request, and is told what became of it.
             Err(error) => {
-                ours.connection.failed(error.into(), begun);
+                self.connection.failed(error.into(), begun);
                 self.ours = None;
+                self.say_what_is_open();
                 Poll::Ready(Ok(()))
             }
         }
@@ -181,26 +197,33 @@ fn send(
 
 impl Ours {
     /// What follows the requests that were answered.
-    fn show<'a>(&self, mut bytes: &'a [u8], show: &ShowGrade, answers: &mut Answers) -> &'a [u8] {
+    fn show<'a>(
+        &self,
+        mut bytes: &'a [u8],
+        show: &ShowGrade,
+        answers: &mut Answers,
+        connection: &Connection,
+    ) -> &'a [u8] {
         while !bytes.is_empty()
             && let Some((user_id, len)) = request::get(bytes)
         {
             let begun = Instant::now();
-            if !answers.grade(begun, |json| show(user_id, json)) {
+            if !answers.grade(begun, |json| {
+                caught(|| show(user_id, json)).unwrap_or(false)
+            }) {
                 break;
             }
-            self.metrics.plain_get(begun, &self.connection);
+            self.metrics.plain_get(begun, connection);
             bytes = bytes.get(len..).unwrap_or_default();
         }
         bytes
     }
 
-    fn hand_in(&self, bytes: &[u8], hand_in: &HandIn) -> Option<Waiting> {
+    fn hand_in(&self, bytes: &[u8], hand_in: &HandIn, connection: &Connection) -> Option<Waiting> {
         let set = request::set(bytes)?;
         let begun = Instant::now();
-        let handed_in = hand_in(set.authorization, set.body)?;
-        self.connection.begin();
-        self.connection.wait_past_hyper(true);
+        let handed_in = caught(|| hand_in(set.authorization, set.body))??;
+        connection.begin();
         Some(Waiting {
             handed_in,
             begun,
@@ -208,6 +231,11 @@ impl Ours {
             _in_flight: InFlight::begin(&self.metrics),
         })
     }
+}
+
+/// What `answer` gives; `None` if it panics: then so it does for hyper, who is told of it.
+fn caught<T>(answer: impl FnOnce() -> T) -> Option<T> {
+    std::panic::catch_unwind(AssertUnwindSafe(answer)).ok()
 }
 
 impl Read for Socket {
@@ -218,12 +246,23 @@ impl Read for Socket {
         mut hypers: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        let mut turns = 0;
         while this.ours.is_some() {
             ready!(this.poll_waiting(cx))?;
             if this.ours.is_none() {
                 break;
             }
             ready!(this.poll_unsent(cx))?;
+            if this.connection.drains() {
+                // Nothing more is begun. Who said so wakes this task, and hyper ends it.
+                return Poll::Pending;
+            }
+            turns += 1;
+            if turns > TURNS_MAX {
+                // Others' turn: a client may send as quickly as it is answered.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             if this.held.is_empty() {
                 let mut room = [const { MaybeUninit::uninit() }; READ_BYTES];
                 let mut read = ReadBuf::uninit(&mut room);
