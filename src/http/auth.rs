@@ -75,8 +75,7 @@ impl Credentials {
             return Err(ApiError::Unauthorized);
         }
         // What is the same byte for byte needs no decoding.
-        let same = first.map(|sent| sent.as_bytes().ct_eq(self.header.as_bytes()));
-        if same.is_some_and(bool::from) {
+        if self.are(first.map(HeaderValue::as_bytes)) {
             return Ok(());
         }
         let given: Authorization<Basic> = headers.typed_get().ok_or(ApiError::Unauthorized)?;

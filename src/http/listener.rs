@@ -28,9 +28,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::answer::Answer;
+use super::error::ApiError;
 use super::observe::{HttpMetrics, Observed};
 use super::plain::{Ours, Socket};
-use crate::http::error::ApiError;
 
 pub use super::plain::{HandIn, Plain, ShowGrade};
 

@@ -111,7 +111,7 @@ impl Socket {
             if self.unsent.is_empty() {
                 // There is rarely more.
                 self.unsent = Vec::new();
-                self.connection.wait_past_hyper(self.waiting.is_some());
+                self.say_what_is_open();
             }
         }
         Poll::Ready(Ok(()))

@@ -47,7 +47,7 @@ pub(super) fn set(bytes: &[u8]) -> Option<Set<'_>> {
     }
     let (mut authorization, mut body_len, mut is_json) = (None, None, false);
     for line in head.headers.iter() {
-        let repeated = if named(line, "content-length") {
+        let hypers = if named(line, "content-length") {
             body_len.replace(number(line.value)?).is_some()
         } else if named(line, "authorization") {
             authorization.replace(line.value).is_some()
@@ -57,7 +57,7 @@ pub(super) fn set(bytes: &[u8]) -> Option<Set<'_>> {
         } else {
             !is_harmless(line)
         };
-        if repeated {
+        if hypers {
             return None;
         }
     }
