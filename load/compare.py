@@ -6,14 +6,15 @@
     python3 load/compare.py                     # all parts, in about forty minutes
     python3 load/compare.py get set --rounds 3  # some of them
 
-Each part starts its own servers and drives them in turns, so that a slow minute of the machine hits all alike; each
-round another one goes first, and where a ratio lies near its demand each round has processes of its own. Where CPU
-time is compared the servers are on the first core and wrk on the second. A round that others' work disturbed does not
-count. Printed is each round, the median of the rounds' ratios and, in the end, the table. Exit code 1 when a request
-failed or a demand is missed.
+Each part starts its own servers and drives them in turns of a second, so that a slow moment of the machine hits all
+alike; each turn another one goes first, and where a ratio lies near its demand each round of turns has processes of its
+own. Where CPU time is compared the servers are on the first core and wrk on the second. A turn that others' work
+disturbed does not count. Printed is each turn, the median of the turns' ratios and, in the end, the table. Exit code 1
+when a request failed or a demand is missed.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -35,8 +36,8 @@ from measure import (AUTH, DEMANDED, OTHERS_QUIET, RELEASE, ROOT, Node, cpu_s, d
                      last_line, machine_cpu_s, memory_mib, own_cpu_s, pinned, says, wrk)
 
 MILLION = 1_000_000
-# A round in which everything else on the machine took more than OTHERS_QUIET of a core does not count; it is repeated,
-# up to so many times the rounds asked for. Each begins once the machine is that quiet.
+# A turn in which everything else on the machine took more than OTHERS_QUIET of a core does not count; it is repeated,
+# up to so many times the turns asked for. Each begins once the machine is that quiet.
 TRIES = 3
 QUIET_WAIT_S_MAX = 120
 # Different users that a run asks for: what they touch does not fit in a cache.
@@ -117,30 +118,36 @@ def wait_for_quiet():
 
 
 def in_turns(args, begin):
-    """Rounds in which each run is done once: what they give, by name. `begin` is handed what starts a server for as
-    long as the round, and gives the runs by name and the servers. One process may be a tenth quicker or slower than the
-    next of the same program for as long as it lives, so where a ratio lies near its demand no two rounds share one."""
+    """Turns in which each run is done once, for a second: what they give, by name. There are args.rounds rounds of
+    args.seconds turns. `begin` is handed what starts a server for as long as the round, and gives the runs by name and
+    the servers. One process may be a tenth quicker or slower than the next of the same program for as long as it lives,
+    so where a ratio lies near its demand no two rounds share one."""
     counted = []
-    for n in range(args.rounds * TRIES):
+    for n in range(args.rounds):
         with ExitStack() as stack:
             runs, servers = begin(stack.enter_context)
-            names = list(runs)
             if n == 0:
-                print("  ".join(f"{name:>20}" for name in names) + "  others' CPU")
-            if not args.noisy:
-                wait_for_quiet()
-            began, others = time.monotonic(), machine_cpu_s() - own_cpu_s(*servers)
-            first = n % len(names)
-            row = {name: runs[name](n + 1) for name in names[first:] + names[:first]}
-            others = max(machine_cpu_s() - own_cpu_s(*servers) - others, 0) / (time.monotonic() - began)
-        disturbed = others > OTHERS_QUIET and not args.noisy
-        print("  ".join(f"{shown(row[name]):>20}" for name in names)
-              + f"  {others:10.0%}{'  not counted' if disturbed else ''}", flush=True)
-        if not disturbed:
-            counted.append(row)
-        if len(counted) == args.rounds:
-            return counted
-    sys.exit("the machine was too busy with other things: no figure")
+                print("  ".join(f"{name:>20}" for name in runs) + "  others' CPU")
+            turns = (turn(args, n * args.seconds * TRIES + seed, runs, servers) for seed in range(args.seconds * TRIES))
+            counted += itertools.islice((row for row in turns if row), args.seconds)
+        if len(counted) < (n + 1) * args.seconds:
+            sys.exit("the machine was too busy with other things: no figure")
+    return counted
+
+
+def turn(args, seed, runs, servers):
+    """What each run gives, by name; None if others' work disturbed them."""
+    if not args.noisy:
+        wait_for_quiet()
+    names = list(runs)
+    began, others = time.monotonic(), machine_cpu_s() - own_cpu_s(*servers)
+    first = seed % len(names)
+    row = {name: runs[name](seed, seconds=1) for name in names[first:] + names[:first]}
+    others = max(machine_cpu_s() - own_cpu_s(*servers) - others, 0) / (time.monotonic() - began)
+    disturbed = others > OTHERS_QUIET and not args.noisy
+    print("  ".join(f"{shown(row[name]):>20}" for name in names)
+          + f"  {others:10.0%}{'  not counted' if disturbed else ''}", flush=True)
+    return None if disturbed else row
 
 
 def shown(run):
@@ -157,9 +164,9 @@ def told(what, found):
 
 def driven(args, script, url, pid, users, **more):
     """What a run of wrk gives, with the server's CPU time a request."""
-    def run(n):
+    def run(seed, seconds=None):
         before = cpu_s(pid)
-        row = wrk(script, url, n, args, core=1, users=users, **more)
+        row = wrk(script, url, seed, args, core=1, users=users, seconds=seconds, **more)
         return dict(row, cpu_us=(cpu_s(pid) - before) / row["requests"] * 1e6)
     return run
 
@@ -322,12 +329,12 @@ def reading(args, files):
         think = {"connections": 64, "delay_ms": 10, "DELAY_SPREAD": "1", "REQUESTS": ASKED}
         ask = driven(args, "get.lua", node.urls["read"], node.pid, args.users, **think)
 
-        def during(n):
+        def during(seed, seconds):
             stop.clear()
             taking = threading.Thread(target=take)
             taking.start()
             try:
-                return ask(n)
+                return ask(seed, seconds)
             finally:
                 stop.set()
                 taking.join()
@@ -374,7 +381,7 @@ def growing(args, files):
         steady = [driven(args, "set.lua", url, node.pid, begin)(n) for n in range(1, 4)]
         rate = statistics.median(run["rate"] for run in steady)
         seconds = int((args.users - begin) / rate * 1.2) + 1
-        grown = driven(args, "grow.lua", url, node.pid, begin, seconds=seconds, FIRST=str(begin))(1)
+        grown = driven(args, "grow.lua", url, node.pid, begin, FIRST=str(begin))(1, seconds)
         records = node.status()["records"]
         steady += [driven(args, "set.lua", url, node.pid, records)(n) for n in range(4, 7)]
         time.sleep(2)
@@ -417,11 +424,11 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS) + "; all if none is given")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5, help="with processes of their own, where a ratio is near its demand")
+    parser.add_argument("--seconds", type=int, default=4, help="of each run in a round, in turns of one where they are short")
     parser.add_argument("--users", type=int, default=10 * MILLION)
     parser.add_argument("--connections", type=int, default=64)
-    parser.add_argument("--noisy", action="store_true", help="disturbed rounds count as well")
+    parser.add_argument("--noisy", action="store_true", help="disturbed turns count as well")
     parser.add_argument("--dir", type=Path, default=ROOT / "target", help="where a directory is made, on a disk")
     args = parser.parse_args()
     unknown = [part for part in args.parts if part not in PARTS]

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use metrics::Counter;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::{self, Runtime};
 use tokio_util::sync::CancellationToken;
@@ -154,7 +153,7 @@ pub async fn alive_while<T>(
         direct: None,
         plain: None,
         limits: config.http.ops,
-        metrics: Arc::new(HttpMetrics::new(|_, _| Counter::noop())),
+        metrics: Arc::new(HttpMetrics::uncounted()),
         connection_metrics: ConnectionMetrics::new("ops"),
     };
     let stop = CancellationToken::new();
@@ -187,7 +186,7 @@ pub async fn run(
     let counted = config.http.counted;
     let http_metrics = Arc::new(match counted {
         true => telemetry.register(|| HttpMetrics::new(count)),
-        false => HttpMetrics::new(|_, _| Counter::noop()),
+        false => HttpMetrics::uncounted(),
     });
     let past_router = config.http.direct;
     let past_hyper = config.http.plain;
@@ -229,7 +228,12 @@ pub async fn run(
         connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
     };
     let traffic = RecentTraffic::default();
-    let ops_router = ops::routes(node.ops(Arc::clone(&telemetry), traffic.clone()));
+    let ops_state = node.ops(
+        Arc::clone(&telemetry),
+        Arc::clone(&http_metrics),
+        traffic.clone(),
+    );
+    let ops_router = ops::routes(ops_state);
     let ops = listener("ops", sockets.ops, ops_router, None, limits.ops);
     rest.spawn(ops.serve(stop_rest.child_token()));
     let [plain_write, plain_read] = node.plain();
@@ -247,11 +251,9 @@ pub async fn run(
     }
     let upkeep = Arc::clone(&telemetry);
     rest.spawn(until(&stop_rest, async move { upkeep.upkeep().await }));
-    let measured = Arc::clone(&telemetry);
-    rest.spawn(until(
-        &stop_rest,
-        async move { traffic.watch(&measured).await },
-    ));
+    rest.spawn(until(&stop_rest, async move {
+        traffic.watch(&http_metrics).await;
+    }));
     rest.spawn(until(&stop_rest, progress::report(node.restore.clone())));
     let told = supervisor::report(node.readiness.clone(), node.restore.clone());
     rest.spawn(until(&stop_rest, told));

@@ -14,13 +14,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::blocking::Blocking;
 use crate::config::Config;
-use crate::http::Answered;
 use crate::http::backup::{self, BackupMetrics, BackupState};
-use crate::http::listener::{Direct, Plain};
+use crate::http::listener::Direct;
 use crate::http::ops::OpsState;
+use crate::http::plain::Plain;
 use crate::http::read::{self, ReadState};
 use crate::http::traffic::RecentTraffic;
 use crate::http::write::{self, WriteState};
+use crate::http::{Answered, HttpMetrics};
 use crate::log::{Announcement, Log, Origin};
 use crate::readiness::{Latch, Readiness, Scope};
 use crate::remote::Reach;
@@ -283,7 +284,12 @@ impl Node {
 
     /// What the ops port tells of.
     #[must_use]
-    pub fn ops(&self, telemetry: Arc<Telemetry>, traffic: RecentTraffic) -> OpsState {
+    pub fn ops(
+        &self,
+        telemetry: Arc<Telemetry>,
+        http_metrics: Arc<HttpMetrics>,
+        traffic: RecentTraffic,
+    ) -> OpsState {
         OpsState {
             node: Arc::clone(&self.name),
             store: self.store.clone(),
@@ -292,6 +298,7 @@ impl Node {
             writer: self.writer.clone(),
             readiness: self.readiness.clone(),
             telemetry,
+            http_metrics,
             traffic,
             restore: self.restore.clone(),
             snapshots: self.snapshotter.as_ref().map(|s| s.snapshots.clone()),

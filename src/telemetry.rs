@@ -317,12 +317,6 @@ impl Telemetry {
     #[must_use]
     pub fn render(&self) -> String {
         self.register(|| self.process.collect());
-        self.render_metrics()
-    }
-
-    /// The same without what is measured about the process.
-    #[must_use]
-    pub fn render_metrics(&self) -> String {
         self.handle.render()
     }
 

@@ -5,6 +5,8 @@
 //! its last answer may take to be read. One look over all connections a second does it: a timer
 //! for each request would cost more than the rest of this file.
 
+use std::cell::Cell;
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
@@ -28,11 +30,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::answer::Answer;
-use super::error::ApiError;
 use super::observe::{HttpMetrics, Observed};
-use super::plain::{Ours, Socket};
-
-pub use super::plain::{HandIn, Plain, ShowGrade};
+use super::plain::{self, Ours, Plain, Rewound};
 
 /// The most header bytes of a request; more is answered with 431. So are more than 100 lines, which
 /// is hyper's own bound: with another it would allocate for each request.
@@ -126,6 +125,10 @@ impl Listener {
     /// Serves until `drain` is cancelled, then finishes what runs and returns.
     pub async fn serve(self, drain: CancellationToken) {
         let connections = Connections::new(self.limits, self.connection_metrics.clone());
+        let ours = self.plain.clone().map(|plain| {
+            let metrics = Arc::clone(&self.metrics);
+            Arc::new(Ours { plain, metrics })
+        });
         let tasks = TaskTracker::new();
         let mut sweep = tokio::time::interval(SWEEP_EVERY);
         {
@@ -151,17 +154,14 @@ impl Listener {
                             direct: self.direct.clone(),
                             metrics: Arc::clone(&self.metrics),
                             connection: Arc::clone(&connection),
+                            failed: Cell::new(None),
                         };
-                        let ours = self.plain.clone().map(|plain| Ours {
-                            plain,
-                            metrics: Arc::clone(&self.metrics),
-                        });
-                        let stream = Socket::new(stream, ours, Arc::clone(&connection));
+                        let ours = ours.clone();
                         let connections = Arc::clone(&connections);
                         tasks.spawn(async move {
                             // Removes it on every way out, a panic too.
                             let _place = Place(&connections, &connection);
-                            serve_connection(stream, service, &connection).await;
+                            serve_connection(stream, ours.as_deref(), service, &connection).await;
                         });
                     }
                     Err(error) => {
@@ -203,7 +203,43 @@ impl Listener {
     }
 }
 
-async fn serve_connection(stream: Socket, service: Observed, connection: &Connection) {
+/// Serves plain requests first, and leaves the rest to hyper.
+async fn serve_connection(
+    mut stream: TcpStream,
+    ours: Option<&Ours>,
+    service: Observed,
+    connection: &Connection,
+) {
+    let mut orders = Orders::new(connection);
+    let mut read = Vec::new();
+    if let Some(ours) = ours {
+        let left = {
+            let mut plain = pin!(plain::serve(&mut stream, ours, connection));
+            let left = poll_fn(|cx| match orders.poll(cx) {
+                Poll::Ready(Order::Cut) => Poll::Ready(None),
+                // It looks for itself whether it is to drain.
+                _ => plain.as_mut().poll(cx).map(Some),
+            });
+            left.await
+        };
+        match left {
+            None => return,
+            Some(Ok(Some(hypers))) => {
+                read = hypers.bytes;
+                service.failed.set(hypers.failed);
+            }
+            Some(Ok(None) | Err(_)) => {
+                linger(&mut stream, connection).await;
+                return;
+            }
+        }
+    }
+    serve_hyper(read, stream, service, orders).await;
+}
+
+/// Serves with hyper, to which `read` comes before what `stream` gives.
+async fn serve_hyper(read: Vec<u8>, stream: TcpStream, service: Observed, mut orders: Orders<'_>) {
+    let mut to_be_read = !read.is_empty();
     let mut http = http1::Builder::new()
         .max_buf_size(2 * HEADER_BYTES_MAX)
         .max_header_size(HEADER_BYTES_MAX)
@@ -211,43 +247,41 @@ async fn serve_connection(stream: Socket, service: Observed, connection: &Connec
         .half_close(true)
         // Most answers are short: to copy one behind its header costs less than to send it in parts.
         .writev(false)
-        .serve_connection(stream, service);
+        .serve_connection(Rewound::new(read, stream), service);
     let (mut to_drain, mut draining) = (false, false);
-    let mut registered = Waker::noop().clone();
-    let served = std::future::poll_fn(|cx| {
-        // Registering writes to what others read, and is rarely needed.
-        if connection.has_order() || !registered.will_wake(cx.waker()) {
-            registered.clone_from(cx.waker());
-            match connection.poll_order(cx) {
-                Poll::Ready(Order::Cut) => return Poll::Ready(false),
-                Poll::Ready(Order::Drain) => to_drain = true,
-                Poll::Pending => {}
-            }
+    let served = poll_fn(|cx| {
+        match orders.poll(cx) {
+            Poll::Ready(Order::Cut) => return Poll::Ready(false),
+            Poll::Ready(Order::Drain) => to_drain = true,
+            Poll::Pending => {}
         }
         // What hyper says here is about one client: it hung up, or broke the protocol and was
         // answered.
         loop {
-            // To hyper nothing runs while something does past it: it would end the connection now.
-            if to_drain && !draining && !connection.waits_past_hyper() {
+            // hyper would end a connection of which it has read nothing.
+            if to_drain && !draining && !to_be_read {
                 draining = true;
                 Pin::new(&mut http).graceful_shutdown();
             }
             let ended = http.poll_without_shutdown(cx).map(|_| true);
-            if ended.is_ready() || !to_drain || draining || connection.waits_past_hyper() {
+            let again = to_drain && to_be_read;
+            to_be_read = false;
+            if ended.is_ready() || !again {
                 return ended;
             }
         }
     });
     if served.await {
+        let connection = orders.connection;
         connection.end();
-        let (mut stream, unsent) = http.into_parts().io.into_parts();
-        linger(&mut stream, &unsent, connection).await;
+        let mut stream = http.into_parts().io.into_inner();
+        linger(&mut stream, connection).await;
     }
 }
 
-async fn linger(stream: &mut TcpStream, unsent: &[u8], connection: &Connection) {
+async fn linger(stream: &mut TcpStream, connection: &Connection) {
     let discard = async {
-        if stream.write_all(unsent).await.is_err() || stream.shutdown().await.is_err() {
+        if stream.shutdown().await.is_err() {
             return;
         }
         let mut room = [0; 4096];
@@ -259,7 +293,7 @@ async fn linger(stream: &mut TcpStream, unsent: &[u8], connection: &Connection) 
             }
         }
     };
-    let cut = std::future::poll_fn(|cx| match connection.poll_order(cx) {
+    let cut = poll_fn(|cx| match connection.poll_order(cx) {
         Poll::Ready(Order::Cut) => Poll::Ready(()),
         _ => Poll::Pending,
     });
@@ -278,6 +312,33 @@ enum Order {
     Cut,
 }
 
+/// What a connection's task is told.
+struct Orders<'a> {
+    connection: &'a Connection,
+    /// Who is woken by the next one.
+    registered: Waker,
+}
+
+impl<'a> Orders<'a> {
+    fn new(connection: &'a Connection) -> Self {
+        let registered = Waker::noop().clone();
+        Self {
+            connection,
+            registered,
+        }
+    }
+
+    /// What it was told, once and for all.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Order> {
+        // Registering writes to what others read, and is rarely needed: only an order takes the waker out.
+        if !self.connection.has_order() && self.registered.will_wake(cx.waker()) {
+            return Poll::Pending;
+        }
+        self.registered.clone_from(cx.waker());
+        self.connection.poll_order(cx)
+    }
+}
+
 /// One open connection, as its task and the port both see it.
 pub(super) struct Connection {
     id: u64,
@@ -288,10 +349,6 @@ pub(super) struct Connection {
     greeted: AtomicBool,
     /// Whether it is being sent a long answer: then it is not cut to make room.
     streaming: AtomicBool,
-    /// Whether something is waited for, or still to be sent, of which hyper knows nothing.
-    past_hyper: AtomicBool,
-    /// What became of such a request, and when it began, if hyper is to say so.
-    failed: Mutex<Option<(ApiError, Instant)>>,
     drain: AtomicBool,
     cut: AtomicBool,
     task: AtomicWaker,
@@ -307,8 +364,6 @@ impl Connection {
             idle_since_ms: AtomicU64::new(0),
             greeted: AtomicBool::new(false),
             streaming: AtomicBool::new(false),
-            past_hyper: AtomicBool::new(false),
-            failed: Mutex::default(),
             drain: AtomicBool::new(false),
             cut: AtomicBool::new(false),
             task: AtomicWaker::new(),
@@ -343,25 +398,6 @@ impl Connection {
         self.drain.load(Ordering::Acquire)
     }
 
-    /// Whether from now on something is waited for, or still to be sent, of which hyper knows nothing.
-    pub(super) fn wait_past_hyper(&self, waits: bool) {
-        self.past_hyper.store(waits, Ordering::Relaxed);
-    }
-
-    fn waits_past_hyper(&self) -> bool {
-        self.past_hyper.load(Ordering::Relaxed)
-    }
-
-    /// A request past hyper, begun then, came to `error`. It is hyper's next one.
-    pub(super) fn failed(&self, error: ApiError, begun: Instant) {
-        *self.failed.lock() = Some((error, begun));
-    }
-
-    /// What became of the request that hyper has read, where that is known.
-    pub(super) fn take_failed(&self) -> Option<(ApiError, Instant)> {
-        self.failed.lock().take()
-    }
-
     /// For how long nothing has run; `None` while something does.
     fn idle(&self) -> Option<Duration> {
         match self.idle_since_ms.load(Ordering::Relaxed) {
@@ -374,8 +410,7 @@ impl Connection {
         }
     }
 
-    /// Whether it was ever told to do something. If not, its task stays registered: only an order
-    /// takes the waker out.
+    /// Whether it was ever told to do something.
     fn has_order(&self) -> bool {
         self.drain.load(Ordering::Acquire) || self.cut.load(Ordering::Acquire)
     }

@@ -9,9 +9,9 @@
 //! | ops | `GET /status` `/` | [`status`], `page` |
 //! | ops | `GET /openapi.json` | `openapi` |
 //!
-//! [`listener`] takes connections and bounds them, `plain` answers most requests before hyper sees them,
-//! `observe` counts and times requests, [`traffic`] knows
-//! the last seconds of that, `request_id` names them, `failures` logs those that failed,
+//! [`listener`] takes connections and bounds them, [`plain`] answers most requests before hyper sees them,
+//! `observe` counts and times requests (`latency`), [`traffic`] knows the last seconds of that,
+//! `request_id` names them, `failures` logs those that failed,
 //! [`error::ApiError`] alone maps what can go wrong to statuses.
 
 mod answer;
@@ -20,6 +20,7 @@ pub mod backup;
 pub mod error;
 mod failures;
 mod human;
+mod latency;
 pub mod lines;
 pub mod listener;
 mod observe;
@@ -27,7 +28,7 @@ mod openapi;
 pub mod ops;
 mod page;
 mod patch_body;
-mod plain;
+pub mod plain;
 pub mod read;
 mod request_id;
 pub mod status;
@@ -39,10 +40,7 @@ pub use auth::Credentials;
 pub use observe::{Answered, HttpMetrics};
 
 /// The upper bounds of this room's histograms, by name.
-pub const BUCKETS: [(&str, &[f64]); 2] = [
-    (observe::LATENCY_METRIC, observe::LATENCY_BUCKETS_S),
-    (backup::DURATION_METRIC, backup::DURATION_BUCKETS_S),
-];
+pub const BUCKETS: [(&str, &[f64]); 1] = [(backup::DURATION_METRIC, backup::DURATION_BUCKETS_S)];
 
 pub use crate::remote::{GRADE_NODE, GRADE_POSITION};
 pub use patch_body::parse_patch;

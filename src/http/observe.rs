@@ -12,10 +12,8 @@ use futures_util::future::{BoxFuture, CatchUnwind};
 use http::header::CONNECTION;
 use http::{HeaderValue, Method, Request, StatusCode};
 use hyper::body::Incoming;
-use metrics::{
-    Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram,
-    gauge, histogram,
-};
+use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
@@ -26,6 +24,7 @@ use tower::Service;
 use super::answer::{Answer, routed};
 use super::error::ApiError;
 use super::failures::{Failed, Failure, FailureLog};
+use super::latency::{self, Counts, Latency};
 use super::listener::{Connection, Direct, Directly};
 use super::request_id::{self, X_REQUEST_ID};
 
@@ -66,16 +65,6 @@ pub(super) struct ManyLines;
 /// Statuses that are counted one by one: 100 to 599.
 const STATUSES: usize = 500;
 
-/// Upper bounds of the latency histograms, in seconds. From 50 µs, below which a request is mostly
-/// system calls, in steps of about 2, to 10 s, the longest wait that is allowed by default.
-pub(crate) const LATENCY_BUCKETS_S: &[f64] = &[
-    0.000_05, 0.000_1, 0.000_2, 0.000_4, 0.000_8, 0.001_5, 0.003, 0.006, 0.012, 0.025, 0.05, 0.1,
-    0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-];
-
-/// The name of the latency histograms.
-pub(crate) const LATENCY_METRIC: &str = "gradestore_http_request_duration_seconds";
-
 /// How many requests for grades were answered: who works beside them looks whether there are any.
 /// Clones are the same.
 #[derive(Clone, Default)]
@@ -88,16 +77,18 @@ impl Answered {
     }
 }
 
-/// Handles of what is measured about requests, made once.
+/// What is measured about requests; handles are made once.
 pub struct HttpMetrics {
     answered: Answered,
+    /// Whether more is measured than what others work by.
+    counted: bool,
     routes: [RouteMetrics; ROUTES.len()],
     in_flight: Gauge,
     failures: FailureLog,
 }
 
 struct RouteMetrics {
-    duration_s: Histogram,
+    latency: Latency,
     /// A counter a status, made when it first occurs.
     requests: Box<[OnceLock<Counter>]>,
     /// Makes them, bound to the recorder that the handles belong to.
@@ -114,20 +105,17 @@ impl HttpMetrics {
             "gradestore_http_requests_total",
             "Requests answered, by route and status."
         );
-        describe_histogram!(
-            LATENCY_METRIC,
-            "Time from a request's header to its answer, by route."
-        );
         describe_gauge!(
             "gradestore_http_requests_in_flight",
             "Requests that are being answered."
         );
         Self {
             answered: Answered::default(),
+            counted: true,
             routes: ROUTES.map(|route| {
                 let counter_of = counter_of.clone();
                 RouteMetrics {
-                    duration_s: histogram!(LATENCY_METRIC, "route" => route),
+                    latency: Latency::default(),
                     requests: (0..STATUSES).map(|_| OnceLock::new()).collect(),
                     make: Box::new(move |status| counter_of(route, status)),
                 }
@@ -137,10 +125,28 @@ impl HttpMetrics {
         }
     }
 
+    /// Measures nothing for anybody to see.
+    #[must_use]
+    pub fn uncounted() -> Self {
+        Self {
+            counted: false,
+            in_flight: Gauge::noop(),
+            ..Self::new(|_, _| Counter::noop())
+        }
+    }
+
     /// The counter of a route's answers with a status, from the current recorder.
     pub fn requests_counter(route: &'static str, status: u16) -> Counter {
         let status = status.to_string();
         counter!("gradestore_http_requests_total", "route" => route, "status" => status)
+    }
+
+    /// Appends what is counted here and not in the recorder, in Prometheus' text format.
+    pub fn render(&self, out: &mut String) {
+        if self.counted {
+            let latencies = self.routes.iter().map(|route| &route.latency);
+            latency::render(ROUTES.into_iter().zip(latencies), out);
+        }
     }
 
     /// How many requests for grades were answered, counted as long as this is.
@@ -149,41 +155,58 @@ impl HttpMetrics {
         self.answered.clone()
     }
 
+    /// How long the requests for one grade and the single writes took; `None` where that is not counted.
+    pub(super) fn reads_and_writes(&self) -> Option<[Counts; 2]> {
+        let counts = |route| Some(self.routes.get::<usize>(route)?.latency.counts());
+        let both = [counts(GET_AT)?, counts(SET_AT)?];
+        self.counted.then_some(both)
+    }
+
     /// Measures a `GET /get` that was answered past hyper.
     pub(super) fn plain_get(&self, begun: Instant, connection: &Connection) {
         connection.begin();
-        self.plain(GET_AT, StatusCode::OK, begun, connection);
+        self.end(GET_AT, StatusCode::OK, begun, connection);
     }
 
     /// Measures a `POST /set` that was answered past hyper; what time it is.
     pub(super) fn plain_set(&self, begun: Instant, connection: &Connection) -> Instant {
-        self.plain(SET_AT, StatusCode::NO_CONTENT, begun, connection)
+        self.end(SET_AT, StatusCode::NO_CONTENT, begun, connection)
     }
 
-    fn plain(
+    /// A request ends: what time it is.
+    fn end(
         &self,
         route: usize,
         status: StatusCode,
         begun: Instant,
         connection: &Connection,
     ) -> Instant {
+        // The clock is read once for all.
         let now = Instant::now();
         connection.end_at(now);
-        self.answered.0.fetch_add(1, Ordering::Relaxed);
-        self.record(route, status, (now - begun).as_secs_f64());
+        if route < HOT_ROUTES {
+            self.answered.0.fetch_add(1, Ordering::Relaxed);
+        }
+        self.count(route, status, now - begun);
         now
     }
 
-    fn record(&self, route: usize, status: StatusCode, duration_s: f64) {
-        if let Some(route) = self.routes.get(route) {
-            route.duration_s.record(duration_s);
-            let index = usize::from(status.as_u16()).wrapping_sub(100);
-            if let Some(counter) = route.requests.get(index) {
-                counter
-                    .get_or_init(|| (route.make)(status.as_u16()))
-                    .increment(1);
-            }
+    fn count(&self, route: usize, status: StatusCode, took: Duration) {
+        let index = usize::from(status.as_u16()).wrapping_sub(100);
+        if let Some(route) = self.routes.get(route).filter(|_| self.counted)
+            && let Some(counter) = route.requests.get(index)
+        {
+            route.latency.record(took);
+            counter
+                .get_or_init(|| (route.make)(status.as_u16()))
+                .increment(1);
         }
+    }
+
+    /// Counts a `GET /get` that took so long.
+    #[cfg(test)]
+    pub(super) fn count_read(&self, took: Duration) {
+        self.count(GET_AT, StatusCode::OK, took);
     }
 }
 
@@ -203,12 +226,17 @@ impl Drop for InFlight {
     }
 }
 
+/// What became of a request past hyper, where hyper is to say it, and when it began.
+pub(super) type FailedPlain = (ApiError, Instant);
+
 /// The service of one connection: a port's router, watched.
 pub(super) struct Observed {
     pub(super) router: Router,
     pub(super) direct: Option<Direct>,
     pub(super) metrics: Arc<HttpMetrics>,
     pub(super) connection: Arc<Connection>,
+    /// Of the first request, if it is known.
+    pub(super) failed: Cell<Option<FailedPlain>>,
 }
 
 impl hyper::service::Service<Request<Incoming>> for Observed {
@@ -232,7 +260,7 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
             // Replicas ask each other so whether they would give a backup.
             head: request.method() == Method::HEAD,
         };
-        let failed = self.connection.take_failed();
+        let failed = self.failed.take();
         let directly = match &self.direct {
             _ if let Some((error, begun)) = failed => {
                 asked.begun = begun;
@@ -269,9 +297,8 @@ impl hyper::service::Service<Request<Incoming>> for Observed {
                 }
             }
         };
-        self.metrics.in_flight.increment(1.0);
         let running = Running {
-            metrics: Arc::clone(&self.metrics),
+            in_flight: InFlight::begin(&self.metrics),
             connection: Arc::clone(&self.connection),
             asked,
             answered: false,
@@ -332,18 +359,11 @@ struct Asked {
 impl Asked {
     /// Measures the answer, and names it.
     fn answered(&mut self, answer: &mut Answer, metrics: &HttpMetrics, connection: &Connection) {
-        // The clock is read once for both.
-        let now = Instant::now();
-        connection.end_at(now);
-        let took = now - self.begun;
         if answer.extensions().get::<ManyLines>().is_some() {
             self.route = LINES_AT;
         }
-        if self.route < HOT_ROUTES {
-            metrics.answered.0.fetch_add(1, Ordering::Relaxed);
-        }
-        metrics.record(self.route, answer.status(), took.as_secs_f64());
-        self.name(answer, took, &metrics.failures);
+        let now = metrics.end(self.route, answer.status(), self.begun, connection);
+        self.name(answer, now - self.begun, &metrics.failures);
     }
 
     /// Gives the answer the request's id, where it has or needs one, and tells of a failure.
@@ -371,7 +391,7 @@ impl Asked {
 
 /// A request that has begun; ends when dropped, so that one whose client went away ends too.
 struct Running {
-    metrics: Arc<HttpMetrics>,
+    in_flight: InFlight,
     connection: Arc<Connection>,
     asked: Asked,
     answered: bool,
@@ -379,7 +399,6 @@ struct Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.metrics.in_flight.decrement(1.0);
         if !self.answered {
             self.connection.end();
         }
@@ -401,11 +420,11 @@ impl Future for ObservedFuture {
         running.answered = true;
         let Running {
             asked,
-            metrics,
+            in_flight,
             connection,
             ..
         } = running;
-        asked.answered(&mut response, metrics, connection);
+        asked.answered(&mut response, &in_flight.0, connection);
         Poll::Ready(Ok(response))
     }
 }

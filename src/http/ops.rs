@@ -10,6 +10,7 @@ use axum::{Json, Router};
 use http::HeaderValue;
 use http::header::CONTENT_TYPE;
 
+use super::HttpMetrics;
 use super::error::ApiError;
 use super::openapi::OpenApi;
 use super::page::View;
@@ -44,6 +45,8 @@ pub struct OpsState {
     pub readiness: Readiness,
     /// What is measured.
     pub telemetry: Arc<Telemetry>,
+    /// What is measured about requests.
+    pub http_metrics: Arc<HttpMetrics>,
     /// What the data ports answered lately.
     pub traffic: RecentTraffic,
     /// What is being restored, or was.
@@ -188,7 +191,9 @@ async fn metrics(State(state): State<OpsState>) -> Response {
     let machine = &state.telemetry.machine;
     machine.set(memory_limit(), room(&state).await);
     let text_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    ([(CONTENT_TYPE, text_type)], state.telemetry.render()).into_response()
+    let mut text = state.telemetry.render();
+    state.http_metrics.render(&mut text);
+    ([(CONTENT_TYPE, text_type)], text).into_response()
 }
 
 /// How much room the data directory has, if there is one and its file system answers.
