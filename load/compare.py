@@ -7,8 +7,8 @@
     python3 load/compare.py get set --rounds 3  # some of them
 
 Each part starts its own servers and drives them in turns of a second, so that a slow moment of the machine hits all
-alike; each turn another one goes first, and where a ratio lies near its demand each round of turns has processes of its
-own. Where CPU time is compared the servers are on the first core and wrk on the second. A turn that others' work
+alike; the order changes from turn to turn, and where a ratio lies near its demand each round of turns has processes of
+its own. Where CPU time is compared the servers are on the first core and wrk on the second. A turn that others' work
 disturbed does not count. Printed is each turn, the median of the turns' ratios and, in the end, the table. Exit code 1
 when a request failed or a demand is missed.
 """
@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -127,7 +128,7 @@ def in_turns(args, begin):
         with ExitStack() as stack:
             runs, servers = begin(stack.enter_context)
             if n == 0:
-                print("  ".join(f"{name:>20}" for name in runs) + "  others' CPU")
+                print("  ".join(f"{name:>30}" for name in runs) + "  others' CPU")
             turns = (turn(args, n * args.seconds * TRIES + seed, runs, servers) for seed in range(args.seconds * TRIES))
             counted += itertools.islice((row for row in turns if row), args.seconds)
         if len(counted) < (n + 1) * args.seconds:
@@ -141,11 +142,11 @@ def turn(args, seed, runs, servers):
         wait_for_quiet()
     names = list(runs)
     began, others = time.monotonic(), machine_cpu_s() - own_cpu_s(*servers)
-    first = seed % len(names)
-    row = {name: runs[name](seed, seconds=1) for name in names[first:] + names[:first]}
+    shuffled = random.Random(seed).sample(names, len(names))
+    row = {name: runs[name](seed, seconds=1) for name in shuffled}
     others = max(machine_cpu_s() - own_cpu_s(*servers) - others, 0) / (time.monotonic() - began)
     disturbed = others > OTHERS_QUIET and not args.noisy
-    print("  ".join(f"{shown(row[name]):>20}" for name in names)
+    print("  ".join(f"{shown(row[name]):>30}" for name in names)
           + f"  {others:10.0%}{'  not counted' if disturbed else ''}", flush=True)
     return None if disturbed else row
 

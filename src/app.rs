@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::blocking::Blocking;
-use crate::config::{ClusterConfig, Config};
+use crate::config::{ClusterConfig, Config, Past};
 use crate::http::backup::BackupMetrics;
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops;
@@ -188,9 +188,8 @@ pub async fn run(
         true => telemetry.register(|| HttpMetrics::new(count)),
         false => HttpMetrics::uncounted(),
     });
-    let past_router = config.http.direct;
-    let past_hyper = config.http.plain;
-    if !counted || !past_router || !past_hyper || !config.credentials.checked() {
+    let past = config.http.past;
+    if !counted || past != Past::Hyper || !config.credentials.checked() {
         tracing::warn!("--measure-without leaves something out: only for measurements");
     }
     let account = config.credentials.account();
@@ -242,9 +241,9 @@ pub async fn run(
         ("read", sockets.read, node.read(), plain_read),
     ];
     for (name, socket, (router, direct), plain) in data_ports {
-        let direct = past_router.then_some(direct);
+        let direct = (past >= Past::Axum).then_some(direct);
         let port = Listener {
-            plain: past_hyper.then_some(plain),
+            plain: (past >= Past::Hyper).then_some(plain),
             ..listener(name, socket, router, direct, limits.data)
         };
         data.spawn(port.serve(stop_listening.child_token()));

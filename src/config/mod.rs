@@ -129,6 +129,17 @@ impl ClusterConfig {
     }
 }
 
+/// What the requests that come most often go past; each has all before it in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Past {
+    /// They go through hyper and the router of axum.
+    Nothing,
+    /// Past the router.
+    Axum,
+    /// Plain ones past hyper as well.
+    Hyper,
+}
+
 /// Bounds of requests and connections.
 #[derive(Debug, Clone)]
 pub struct HttpConfig {
@@ -150,10 +161,8 @@ pub struct HttpConfig {
     pub backup_chunk_text_bytes: usize,
     /// Whether requests are counted.
     pub counted: bool,
-    /// Whether `GET /get` and `POST /set` go past the router.
-    pub direct: bool,
-    /// Whether plain requests go past hyper.
-    pub plain: bool,
+    /// What `GET /get` and `POST /set` go past.
+    pub past: Past,
     /// How long running requests may take to finish once the node stops.
     pub drain_max: Duration,
 }
@@ -178,8 +187,7 @@ impl Default for HttpConfig {
             backup_wait_max: Duration::from_secs(2),
             backup_chunk_text_bytes: CHUNK_TEXT_BYTES,
             counted: true,
-            direct: true,
-            plain: true,
+            past: Past::Hyper,
             drain_max: Duration::from_secs(10),
         }
     }
@@ -242,10 +250,11 @@ impl Config {
             },
             http: HttpConfig {
                 counted: !args.measure_without.contains(&Part::Metrics),
-                direct: !args.measure_without.contains(&Part::Direct),
-                plain: ![Part::Direct, Part::Plain]
-                    .iter()
-                    .any(|part| args.measure_without.contains(part)),
+                past: match () {
+                    () if args.measure_without.contains(&Part::Direct) => Past::Nothing,
+                    () if args.measure_without.contains(&Part::Plain) => Past::Axum,
+                    () => Past::Hyper,
+                },
                 ..HttpConfig::default()
             },
             writer: default_writer_limits(),

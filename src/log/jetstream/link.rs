@@ -41,6 +41,17 @@ pub(super) enum Link {
     Lost(ReadError),
 }
 
+impl Link {
+    /// The connection; why there is none.
+    pub(super) fn session(&self) -> Result<&Session, Arc<str>> {
+        match self {
+            Self::Up(session) => Ok(session),
+            Self::Away(why) => Err(Arc::clone(why)),
+            Self::Lost(error) => Err(error.to_string().into()),
+        }
+    }
+}
+
 /// One connection, from its beginning to its end.
 #[derive(Clone)]
 pub(super) struct Session {

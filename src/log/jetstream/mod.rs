@@ -264,11 +264,7 @@ impl Shared {
 
     /// The connection, if there is one.
     fn session(&self) -> Result<Session, Arc<str>> {
-        match &*self.link.borrow() {
-            Link::Up(session) => Ok(session.clone()),
-            Link::Away(why) => Err(Arc::clone(why)),
-            Link::Lost(error) => Err(error.to_string().into()),
-        }
+        self.link.borrow().session().cloned()
     }
 
     /// The connection; waits for it.
@@ -391,7 +387,8 @@ impl Log for JetStreamLog {
     }
 
     fn away(&self) -> Option<Arc<str>> {
-        self.shared.session().err()
+        // Asked for each write: nothing is cloned.
+        self.shared.link.borrow().session().err()
     }
 
     fn subscribe(&self, after: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
