@@ -103,6 +103,30 @@ async fn writes_under_way_are_answered_before_the_node_ends() {
 }
 
 #[tokio::test]
+async fn writes_that_the_log_refuses_at_the_end_are_told_so() {
+    let (log, mut node) = start(Duration::from_secs(60)).await;
+    let mut running = Vec::new();
+    for _ in 0..4 {
+        running.push(waiting_set(&node, PATCH).await);
+    }
+    node.stop();
+    unready(&node).await;
+    // Two batches are under way, and the others' writes wait for the next.
+    log.refuse();
+    log.release();
+    for (before, connection) in running.iter_mut().enumerate() {
+        let answer = connection.answer().await;
+        match before {
+            0 | 1 => assert_eq!(answer.position(), before as u64 + 1),
+            _ => drop(answer.problem(503, "not-written")),
+        }
+        assert_eq!(answer.header("connection"), "close");
+        connection.closed().await;
+    }
+    node.stopped().await;
+}
+
+#[tokio::test]
 async fn a_request_that_does_not_end_keeps_the_node_until_the_deadline_only() {
     let (_log, mut node) = start_with(|config| {
         config.http.drain_max = Duration::from_millis(200);

@@ -7,8 +7,8 @@
 //! A connection begins here, and is [served](serve) as long as its requests are plain (`request.rs`): requests
 //! in which nothing could ask for another answer than the one that is made here, byte for byte hyper's
 //! (`answer.rs`). The first bytes that are anything else go to hyper, unread (`rewound.rs`), and with them the
-//! connection for good: a request that came in two parts, one whose id is percent-encoded, one for a user who is
-//! not there, a wrong password. So hyper alone decides what is an error, and says it.
+//! connection for good: one whose id is percent-encoded, one for a user who is not there, a wrong password, a body
+//! that is still to come. So hyper alone decides what is an error, and says it.
 
 mod answer;
 mod request;
@@ -30,6 +30,7 @@ use super::listener::Connection;
 use super::observe::{FailedPlain, HttpMetrics, InFlight};
 use crate::replication::HandedIn;
 use answer::Answers;
+use request::Other;
 pub(super) use rewound::Rewound;
 
 /// Appends the JSON of a user's grade; `false`, and nothing, if there is none to show.
@@ -84,6 +85,7 @@ pub(super) async fn serve(
         connection,
         reads: 0,
         held: Vec::new(),
+        incomplete: false,
         unsent: Vec::new(),
     };
     plainly.serve().await
@@ -96,16 +98,18 @@ struct Plainly<'a> {
     connection: &'a Connection,
     /// Since there was nothing to read.
     reads: usize,
-    /// Read and not answered: from the request that is waited for on; or hyper's. Its memory is kept for
-    /// the next write.
+    /// Read and not answered: from the write that is waited for on; or the beginning of a header; or
+    /// hyper's. Its memory is kept for the next write.
     held: Vec<u8>,
+    /// Whether what is held is too little.
+    incomplete: bool,
     /// Answered and not sent. Nothing more is read until it is.
     unsent: Vec<u8>,
 }
 
 /// What came of bytes.
 enum Taken {
-    /// What was plain is answered.
+    /// What was plain and whole is answered.
     Answered,
     /// A write is on its way.
     Waiting(Waiting),
@@ -127,11 +131,10 @@ struct Waiting {
 impl Plainly<'_> {
     async fn serve(mut self) -> io::Result<Option<Hypers>> {
         loop {
-            let taken = if self.held.is_empty() {
+            let taken = if self.held.is_empty() || self.incomplete {
                 poll_fn(|cx| self.poll_read(cx)).await?
             } else {
-                let held = mem::take(&mut self.held);
-                self.take(&held)?
+                self.take_held()?
             };
             let taken = match taken {
                 Taken::Waiting(write) => self.finish(write).await?,
@@ -172,34 +175,45 @@ impl Plainly<'_> {
             return Poll::Pending;
         };
         done?;
-        Poll::Ready(self.take(read.filled()))
+        let read = read.filled();
+        Poll::Ready(match (self.held.is_empty(), read.is_empty()) {
+            (true, true) => Ok(Taken::End),
+            (true, false) => self.take(read),
+            // That there is no more to come is hyper's to judge.
+            (false, true) => Ok(Taken::Hypers(None)),
+            (false, false) => {
+                self.held.extend_from_slice(read);
+                self.take_held()
+            }
+        })
+    }
+
+    fn take_held(&mut self) -> io::Result<Taken> {
+        let held = mem::take(&mut self.held);
+        self.take(&held)
     }
 
     /// Answers the plain requests that `bytes` begins with, up to one that is to be waited for, and holds
     /// the rest.
     fn take(&mut self, bytes: &[u8]) -> io::Result<Taken> {
-        if bytes.is_empty() {
-            return Ok(Taken::End);
-        }
-        let (rest, taken) = match &self.ours.plain {
+        let (rest, then) = match &self.ours.plain {
             Plain::Get(show) => {
                 let (ours, connection) = (self.ours, self.connection);
-                let rest = Answers::with(|answers| {
-                    let rest = ours.show(bytes, show, answers, connection);
-                    self.send(answers.bytes()).map(|()| rest)
-                })?;
-                match rest.is_empty() {
-                    true => (rest, Taken::Answered),
-                    false => (rest, Taken::Hypers(None)),
-                }
+                Answers::with(|answers| {
+                    let (rest, other) = ours.show(bytes, show, answers, connection);
+                    self.send(answers.bytes()).map(|()| (rest, Err(other)))
+                })?
             }
-            Plain::Set(hand_in) => {
-                let waiting = self.ours.hand_in(bytes, hand_in, self.connection);
-                (bytes, waiting.map_or(Taken::Hypers(None), Taken::Waiting))
-            }
+            Plain::Set(hand_in) => (bytes, self.ours.hand_in(bytes, hand_in, self.connection)),
         };
         self.held.extend_from_slice(rest);
-        Ok(taken)
+        // Whoever sends a long header sends hyper's.
+        self.incomplete = matches!(then, Err(Other::Begun)) && rest.len() < READ_BYTES;
+        Ok(match then {
+            Ok(waiting) => Taken::Waiting(waiting),
+            Err(_) if self.incomplete => Taken::Answered,
+            Err(_) => Taken::Hypers(None),
+        })
     }
 
     /// Waits for a write, and answers it, unless it failed.
@@ -240,35 +254,44 @@ impl Plainly<'_> {
 }
 
 impl Ours {
-    /// What follows the requests that were answered.
+    /// What follows the requests that were answered, and what it is.
     fn show<'a>(
         &self,
         mut bytes: &'a [u8],
         show: &ShowGrade,
         answers: &mut Answers,
         connection: &Connection,
-    ) -> &'a [u8] {
-        while !bytes.is_empty()
-            && let Some((user_id, len)) = request::get(bytes)
-        {
+    ) -> (&'a [u8], Other) {
+        while !bytes.is_empty() {
+            let (user_id, len) = match request::get(bytes) {
+                Ok(get) => get,
+                Err(other) => return (bytes, other),
+            };
             let begun = Instant::now();
             if !answers.grade(begun, |json| {
                 caught(|| show(user_id, json)).unwrap_or(false)
             }) {
-                break;
+                return (bytes, Other::Hypers);
             }
             self.metrics.plain_get(begun, connection);
             bytes = bytes.get(len..).unwrap_or_default();
         }
-        bytes
+        (bytes, Other::Begun)
     }
 
-    fn hand_in(&self, bytes: &[u8], hand_in: &HandIn, connection: &Connection) -> Option<Waiting> {
+    /// The write that `bytes` begin with, on its way.
+    fn hand_in(
+        &self,
+        bytes: &[u8],
+        hand_in: &HandIn,
+        connection: &Connection,
+    ) -> Result<Waiting, Other> {
         let set = request::set(bytes)?;
         let begun = Instant::now();
-        let handed_in = caught(|| hand_in(set.authorization, set.body))??;
+        let handed_in = caught(|| hand_in(set.authorization, set.body)).flatten();
+        let handed_in = handed_in.ok_or(Other::Hypers)?;
         connection.begin();
-        Some(Waiting {
+        Ok(Waiting {
             handed_in,
             begun,
             len: set.len,

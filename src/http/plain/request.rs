@@ -1,6 +1,8 @@
 //! Which requests are plain. Header lines are read by `httparse`, as hyper does.
 
-use httparse::{EMPTY_HEADER, Header, Request, Status};
+use std::mem::MaybeUninit;
+
+use httparse::{Header, Request, Status};
 
 /// Header lines of a plain request, at most: a browser sends fifteen.
 const LINES_MAX: usize = 24;
@@ -20,6 +22,15 @@ const HARMLESS: [&str; 8] = [
     "traceparent",
 ];
 
+/// What bytes are not, if no plain request.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Other {
+    /// The beginning of a header: what it comes to is not known yet.
+    Begun,
+    /// A request for hyper, or none at all.
+    Hypers,
+}
+
 /// A plain `POST /set`.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Set<'a> {
@@ -29,19 +40,25 @@ pub(super) struct Set<'a> {
     pub(super) len: usize,
 }
 
-/// Whom the request at the beginning of `bytes` asks for, and its length, if it is a plain read and whole.
-pub(super) fn get(bytes: &[u8]) -> Option<(&str, usize)> {
-    let mut lines = [const { EMPTY_HEADER }; LINES_MAX];
+/// Whom the request at the beginning of `bytes` asks for, and its length, if it is a plain read.
+pub(super) fn get(bytes: &[u8]) -> Result<(&str, usize), Other> {
+    let mut lines = [const { MaybeUninit::uninit() }; LINES_MAX];
     let (head, len) = head(bytes, &mut lines, "GET")?;
-    let user_id = head.path?.strip_prefix(GET_TARGET)?;
+    let user_id = head.path.and_then(|path| path.strip_prefix(GET_TARGET));
+    let user_id = user_id.ok_or(Other::Hypers)?;
     let plain = head.headers.iter().all(is_harmless) && user_id.bytes().all(stands_for_itself);
-    plain.then_some((user_id, len))
+    plain.then_some((user_id, len)).ok_or(Other::Hypers)
 }
 
-/// The request at the beginning of `bytes`, if it is a plain write and whole.
-pub(super) fn set(bytes: &[u8]) -> Option<Set<'_>> {
-    let mut lines = [const { EMPTY_HEADER }; LINES_MAX];
+/// The request at the beginning of `bytes`, if it is a plain write. One whose body is not whole is hyper's, who
+/// waits for it no longer than may be.
+pub(super) fn set(bytes: &[u8]) -> Result<Set<'_>, Other> {
+    let mut lines = [const { MaybeUninit::uninit() }; LINES_MAX];
     let (head, head_len) = head(bytes, &mut lines, "POST")?;
+    written(&head, head_len, bytes).ok_or(Other::Hypers)
+}
+
+fn written<'a>(head: &Request<'_, 'a>, head_len: usize, bytes: &'a [u8]) -> Option<Set<'a>> {
     if head.path != Some(SET_TARGET) {
         return None;
     }
@@ -70,17 +87,22 @@ pub(super) fn set(bytes: &[u8]) -> Option<Set<'_>> {
     })
 }
 
-/// The request line and header lines of a request that is whole so far, and their length.
+/// The request line and header lines of a request with `method`, and their length.
 fn head<'a, 'lines>(
     bytes: &'a [u8],
-    lines: &'lines mut [Header<'a>],
+    lines: &'lines mut [MaybeUninit<Header<'a>>],
     method: &str,
-) -> Option<(Request<'lines, 'a>, usize)> {
-    let mut request = Request::new(lines);
-    let Ok(Status::Complete(len)) = request.parse(bytes) else {
-        return None;
-    };
-    (request.method == Some(method) && request.version == Some(1)).then_some((request, len))
+) -> Result<(Request<'lines, 'a>, usize), Other> {
+    let mut request = Request::new(&mut []);
+    match request.parse_with_uninit_headers(bytes, lines) {
+        Ok(Status::Complete(len))
+            if request.method == Some(method) && request.version == Some(1) =>
+        {
+            Ok((request, len))
+        }
+        Ok(Status::Partial) => Err(Other::Begun),
+        Ok(Status::Complete(_)) | Err(_) => Err(Other::Hypers),
+    }
 }
 
 fn named(line: &Header<'_>, name: &str) -> bool {
@@ -114,13 +136,13 @@ mod tests {
     fn what_is_a_plain_read() {
         let whole =
             "GET /get?user_id=a-Z.0_~:@ HTTP/1.1\r\nHost: x\r\nconnection: Keep-Alive\r\n\r\n";
-        assert_eq!(get(whole.as_bytes()), Some(("a-Z.0_~:@", whole.len())));
+        assert_eq!(get(whole.as_bytes()), Ok(("a-Z.0_~:@", whole.len())));
         let next = format!("{whole}GET /");
-        assert_eq!(get(next.as_bytes()), Some(("a-Z.0_~:@", whole.len())));
+        assert_eq!(get(next.as_bytes()), Ok(("a-Z.0_~:@", whole.len())));
         for len in 0..whole.len() {
-            assert_eq!(get(&whole.as_bytes()[..len]), None, "{len}");
+            assert_eq!(get(&whole.as_bytes()[..len]), Err(Other::Begun), "{len}");
         }
-        assert_eq!(set(whole.as_bytes()), None);
+        assert_eq!(set(whole.as_bytes()), Err(Other::Hypers));
     }
 
     #[test]
@@ -132,16 +154,20 @@ mod tests {
             body: b"{}",
             len: whole.len(),
         };
-        assert_eq!(set(whole.as_bytes()), Some(wanted));
+        assert_eq!(set(whole.as_bytes()), Ok(wanted));
         let next = format!("{whole}POST /");
-        assert_eq!(set(next.as_bytes()).map(|set| set.len), Some(whole.len()));
+        assert_eq!(set(next.as_bytes()).map(|set| set.len), Ok(whole.len()));
         for len in 0..whole.len() {
-            assert_eq!(set(&whole.as_bytes()[..len]), None, "{len}");
+            let wanted = match len < whole.len() - "{}".len() {
+                true => Other::Begun,
+                false => Other::Hypers,
+            };
+            assert_eq!(set(&whole.as_bytes()[..len]), Err(wanted), "{len}");
         }
         let nobody = format!("{head}\r\n{{}}");
         let authorization = set(nobody.as_bytes()).map(|set| set.authorization);
-        assert_eq!(authorization, Some(None));
-        assert_eq!(get(whole.as_bytes()), None);
+        assert_eq!(authorization, Ok(None));
+        assert_eq!(get(whole.as_bytes()), Err(Other::Hypers));
     }
 
     #[test]
@@ -159,12 +185,12 @@ mod tests {
             "http://x/get?user_id=a",
         ] {
             let request = format!("GET {target} HTTP/1.1\r\nhost: x\r\n\r\n");
-            assert_eq!(get(request.as_bytes()), None, "{target}");
+            assert_eq!(get(request.as_bytes()), Err(Other::Hypers), "{target}");
         }
         for target in ["/set?", "/set/", "/get", "http://x/set"] {
             let lines = "content-type: application/json\r\ncontent-length: 2";
             let request = format!("POST {target} HTTP/1.1\r\n{lines}\r\n\r\n{{}}");
-            assert_eq!(set(request.as_bytes()), None, "{target}");
+            assert_eq!(set(request.as_bytes()), Err(Other::Hypers), "{target}");
         }
         for line in [
             "GET /get?user_id=a HTTP/1.0",
@@ -172,7 +198,7 @@ mod tests {
             "get /get?user_id=a HTTP/1.1",
         ] {
             let request = format!("{line}\r\nhost: x\r\n\r\n");
-            assert_eq!(get(request.as_bytes()), None, "{line}");
+            assert_eq!(get(request.as_bytes()), Err(Other::Hypers), "{line}");
         }
         for line in [
             "connection: close",
@@ -187,10 +213,10 @@ mod tests {
             "x: y",
         ] {
             let read = format!("GET /get?user_id=a HTTP/1.1\r\nhost: x\r\n{line}\r\n\r\n");
-            assert_eq!(get(read.as_bytes()), None, "{line}");
+            assert_eq!(get(read.as_bytes()), Err(Other::Hypers), "{line}");
             let lines = format!("content-type: application/json\r\ncontent-length: 2\r\n{line}");
             let write = format!("POST /set HTTP/1.1\r\n{lines}\r\n\r\n{{}}");
-            assert_eq!(set(write.as_bytes()), None, "{line}");
+            assert_eq!(set(write.as_bytes()), Err(Other::Hypers), "{line}");
         }
         for lines in [
             "content-type: application/json",
@@ -206,7 +232,7 @@ mod tests {
             "authorization: a\r\nauthorization: b\r\ncontent-type: application/json\r\ncontent-length: 2",
         ] {
             let request = format!("POST /set HTTP/1.1\r\n{lines}\r\n\r\n{{}}");
-            assert_eq!(set(request.as_bytes()), None, "{lines}");
+            assert_eq!(set(request.as_bytes()), Err(Other::Hypers), "{lines}");
         }
     }
 }
