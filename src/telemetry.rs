@@ -19,8 +19,8 @@ use crate::log::Counts;
 use crate::machine::Room;
 use crate::replication::CheckpointMetrics;
 
-/// How often samples are folded into the histograms. Between two folds a sample takes 8 bytes, so
-/// this and the request rate bound that memory, scraped or not.
+/// How often samples are folded into the recorder's histograms. Between two folds each is kept, so this and
+/// the rate of batches bound that memory, scraped or not.
 pub const UPKEEP_EVERY: Duration = Duration::from_secs(1);
 
 /// Writes a batch: 1 is a lone writer, 1,024 the largest batch.

@@ -250,10 +250,12 @@ impl Config {
             },
             http: HttpConfig {
                 counted: !args.measure_without.contains(&Part::Metrics),
-                past: match () {
-                    () if args.measure_without.contains(&Part::Direct) => Past::Nothing,
-                    () if args.measure_without.contains(&Part::Plain) => Past::Axum,
-                    () => Past::Hyper,
+                past: if args.measure_without.contains(&Part::Direct) {
+                    Past::Nothing
+                } else if args.measure_without.contains(&Part::Plain) {
+                    Past::Axum
+                } else {
+                    Past::Hyper
                 },
                 ..HttpConfig::default()
             },

@@ -99,7 +99,7 @@ impl<const BYTES: usize> RecordBytes<BYTES> {
     fn write(&mut self, user_id: &str, values: &Values) {
         // The length first, so that no id can look like an id and a field.
         self.put(&(user_id.len() as u64).to_le_bytes(), true);
-        self.put(user_id.as_bytes(), true);
+        self.put_id(user_id.as_bytes());
         for (index, value) in values.iter().enumerate() {
             let counts = *value != 0;
             self.put(&[index as u8], counts);
@@ -114,6 +114,21 @@ impl<const BYTES: usize> RecordBytes<BYTES> {
             room.copy_from_slice(part);
             self.len += part.len() * usize::from(counts);
         }
+    }
+
+    /// Puts an id; most are of 8 to 16 bytes, which are two numbers that may overlap: to copy as many bytes as
+    /// there happen to be is a call.
+    fn put_id(&mut self, id: &[u8]) {
+        let end = self.len + id.len();
+        let (8..=16, Some(first), Some(last)) =
+            (id.len(), id.first_chunk::<8>(), id.last_chunk::<8>())
+        else {
+            self.put(id, true);
+            return;
+        };
+        self.put(first, true);
+        self.len = end - last.len();
+        self.put(last, true);
     }
 
     fn filled(&self) -> &[u8] {

@@ -99,7 +99,12 @@ impl<'a> Patch<&'a str> {
 }
 
 /// Reads what [`write_field`] wrote, and what follows it.
+#[inline(always)]
 fn read_field<'a>(json: &'a str, name: &str) -> Option<(i64, &'a str)> {
+    // Nearly every other name is told from this one by a byte, without a call that compares all.
+    if json.as_bytes().get(2..4) != name.as_bytes().get(..2) {
+        return None;
+    }
     let number = json
         .strip_prefix(",\"")?
         .strip_prefix(name)?

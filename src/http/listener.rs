@@ -1,6 +1,6 @@
 //! Takes connections on one port and bounds what they may cost.
 //!
-//! hyper speaks HTTP/1.1; what is bounded here is how many connections there are, how long one may
+//! hyper speaks HTTP/1.1 ([`plain`](super::plain) some of it); what is bounded here is how many connections there are, how long one may
 //! take to send its first request's header, how long it may do nothing, and how long the end of
 //! its last answer may take to be read. One look over all connections a second does it: a timer
 //! for each request would cost more than the rest of this file.
@@ -224,9 +224,9 @@ async fn serve_connection(
         };
         match left {
             None => return,
-            Some(Ok(Some(hypers))) => {
-                read = hypers.bytes;
-                service.failed.set(hypers.failed);
+            Some(Ok(Some(handover))) => {
+                read = handover.bytes;
+                service.failed.set(handover.failed);
             }
             Some(Ok(None) | Err(_)) => {
                 linger(&mut stream, connection).await;
@@ -328,7 +328,7 @@ impl<'a> Orders<'a> {
         }
     }
 
-    /// What it was told, once and for all.
+    /// What it was told last.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Order> {
         // Registering writes to what others read, and is rarely needed: only an order takes the waker out.
         if !self.connection.has_order() && self.registered.will_wake(cx.waker()) {

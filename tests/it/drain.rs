@@ -11,7 +11,7 @@ use tempfile::tempdir;
 use tokio::net::TcpStream;
 
 use crate::disk::{names_in, open_pipe, rest_of, restored, store_of, write_file_of};
-use crate::harness::{Local, Node, Ports, half_sent_set};
+use crate::harness::{Local, Node, Ports, get_request, half_sent_set};
 use crate::stall::{start, start_with, waiting_set};
 use crate::wire::{PATIENCE, Raw, eventually};
 
@@ -55,6 +55,26 @@ async fn a_signal_lets_the_running_request_finish_and_takes_no_other() {
         running.closed().await;
         assert_eq!(node.exit().await.code(), Some(0));
     }
+}
+
+#[tokio::test]
+async fn a_header_of_which_a_part_has_come_is_heard_to_its_end() {
+    let mut node = Node::start().await;
+    node.set(PATCH).await.position();
+    let request = get_request("?user_id=a", "");
+    let (begin, end) = request.split_at(request.len() / 2);
+    let mut connection = Raw::connect(node.read).await;
+    connection.send(format!("{request}{begin}")).await;
+    // So what came behind that request has been read as well.
+    assert_eq!(connection.answer().await.status, 200);
+    node.signal(Signal::TERM);
+    unready(&node).await;
+    connection.send(end).await;
+    let answer = connection.answer().await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert_eq!(answer.header("connection"), "close");
+    connection.closed().await;
+    assert_eq!(node.exit().await.code(), Some(0));
 }
 
 #[tokio::test]

@@ -40,7 +40,7 @@ pub type ShowGrade = Arc<dyn Fn(&str, &mut Vec<u8>) -> bool + Send + Sync>;
 /// if that may not be.
 pub type HandIn = Arc<dyn Fn(Option<&[u8]>, &[u8]) -> Option<HandedIn> + Send + Sync>;
 
-/// Bytes that are read at a time. A request that is longer is hyper's.
+/// Bytes that are read at a time. A header that is longer is hyper's.
 const READ_BYTES: usize = 4096;
 
 /// Reads until others have their turn, however quick the client is; hyper does as many.
@@ -62,7 +62,7 @@ pub(super) struct Ours {
 }
 
 /// What is hyper's of a connection.
-pub(super) struct Hypers {
+pub(super) struct Handover {
     /// What has been read and not answered.
     pub(super) bytes: Vec<u8>,
     /// What became of the first request, if it was begun.
@@ -78,7 +78,7 @@ pub(super) async fn serve(
     stream: &mut TcpStream,
     ours: &Ours,
     connection: &Connection,
-) -> io::Result<Option<Hypers>> {
+) -> io::Result<Option<Handover>> {
     let plainly = Plainly {
         stream,
         ours,
@@ -99,9 +99,9 @@ struct Plainly<'a> {
     /// Since there was nothing to read.
     reads: usize,
     /// Read and not answered: from the write that is waited for on; or the beginning of a header; or
-    /// hyper's. Its memory is kept for the next write.
+    /// hyper's. Where writes come one by one its memory is kept for the next.
     held: Vec<u8>,
-    /// Whether what is held is too little.
+    /// Whether what is held is too little, or nothing.
     incomplete: bool,
     /// Answered and not sent. Nothing more is read until it is.
     unsent: Vec<u8>,
@@ -129,7 +129,7 @@ struct Waiting {
 }
 
 impl Plainly<'_> {
-    async fn serve(mut self) -> io::Result<Option<Hypers>> {
+    async fn serve(mut self) -> io::Result<Option<Handover>> {
         loop {
             let taken = if self.held.is_empty() || self.incomplete {
                 poll_fn(|cx| self.poll_read(cx)).await?
@@ -148,11 +148,11 @@ impl Plainly<'_> {
             match taken {
                 Taken::Hypers(failed) => {
                     let bytes = self.held;
-                    return Ok(Some(Hypers { bytes, failed }));
+                    return Ok(Some(Handover { bytes, failed }));
                 }
                 Taken::End => return Ok(None),
-                // Nothing more is begun.
-                _ if self.connection.drains() => return Ok(None),
+                // The answer said that nothing more is begun.
+                _ if self.connection.drains() && !self.incomplete => return Ok(None),
                 _ => {}
             }
         }
@@ -160,7 +160,11 @@ impl Plainly<'_> {
 
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Taken>> {
         if self.connection.drains() {
-            return Poll::Ready(Ok(Taken::End));
+            // A request that has begun is finished.
+            return Poll::Ready(Ok(match self.held.is_empty() {
+                true => Taken::End,
+                false => Taken::Hypers(None),
+            }));
         }
         self.reads += 1;
         if self.reads > READS_MAX {
@@ -183,7 +187,12 @@ impl Plainly<'_> {
             (false, true) => Ok(Taken::Hypers(None)),
             (false, false) => {
                 self.held.extend_from_slice(read);
-                self.take_held()
+                // Some clients send a byte at a time: a header ends with a line.
+                let ends = read.contains(&b'\n') || self.held.len() >= READ_BYTES;
+                match ends {
+                    true => self.take_held(),
+                    false => Ok(Taken::Answered),
+                }
             }
         })
     }
@@ -271,7 +280,7 @@ impl Ours {
             if !answers.grade(begun, |json| {
                 caught(|| show(user_id, json)).unwrap_or(false)
             }) {
-                return (bytes, Other::Hypers);
+                return (bytes, Other::NotPlain);
             }
             self.metrics.plain_get(begun, connection);
             bytes = bytes.get(len..).unwrap_or_default();
@@ -289,7 +298,7 @@ impl Ours {
         let set = request::set(bytes)?;
         let begun = Instant::now();
         let handed_in = caught(|| hand_in(set.authorization, set.body)).flatten();
-        let handed_in = handed_in.ok_or(Other::Hypers)?;
+        let handed_in = handed_in.ok_or(Other::NotPlain)?;
         connection.begin();
         Ok(Waiting {
             handed_in,

@@ -25,10 +25,10 @@ const HARMLESS: [&str; 8] = [
 /// What bytes are not, if no plain request.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Other {
-    /// The beginning of a header: what it comes to is not known yet.
+    /// The beginning of a header, or nothing: what it comes to is not known yet.
     Begun,
-    /// A request for hyper, or none at all.
-    Hypers,
+    /// Another request, or none at all.
+    NotPlain,
 }
 
 /// A plain `POST /set`.
@@ -45,9 +45,9 @@ pub(super) fn get(bytes: &[u8]) -> Result<(&str, usize), Other> {
     let mut lines = [const { MaybeUninit::uninit() }; LINES_MAX];
     let (head, len) = head(bytes, &mut lines, "GET")?;
     let user_id = head.path.and_then(|path| path.strip_prefix(GET_TARGET));
-    let user_id = user_id.ok_or(Other::Hypers)?;
+    let user_id = user_id.ok_or(Other::NotPlain)?;
     let plain = head.headers.iter().all(is_harmless) && user_id.bytes().all(stands_for_itself);
-    plain.then_some((user_id, len)).ok_or(Other::Hypers)
+    plain.then_some((user_id, len)).ok_or(Other::NotPlain)
 }
 
 /// The request at the beginning of `bytes`, if it is a plain write. One whose body is not whole is hyper's, who
@@ -55,7 +55,7 @@ pub(super) fn get(bytes: &[u8]) -> Result<(&str, usize), Other> {
 pub(super) fn set(bytes: &[u8]) -> Result<Set<'_>, Other> {
     let mut lines = [const { MaybeUninit::uninit() }; LINES_MAX];
     let (head, head_len) = head(bytes, &mut lines, "POST")?;
-    written(&head, head_len, bytes).ok_or(Other::Hypers)
+    written(&head, head_len, bytes).ok_or(Other::NotPlain)
 }
 
 fn written<'a>(head: &Request<'_, 'a>, head_len: usize, bytes: &'a [u8]) -> Option<Set<'a>> {
@@ -64,7 +64,7 @@ fn written<'a>(head: &Request<'_, 'a>, head_len: usize, bytes: &'a [u8]) -> Opti
     }
     let (mut authorization, mut body_len, mut is_json) = (None, None, false);
     for line in head.headers.iter() {
-        let hypers = if named(line, "content-length") {
+        let not_plain = if named(line, "content-length") {
             body_len.replace(number(line.value)?).is_some()
         } else if named(line, "authorization") {
             authorization.replace(line.value).is_some()
@@ -74,7 +74,7 @@ fn written<'a>(head: &Request<'_, 'a>, head_len: usize, bytes: &'a [u8]) -> Opti
         } else {
             !is_harmless(line)
         };
-        if hypers {
+        if not_plain {
             return None;
         }
     }
@@ -101,7 +101,7 @@ fn head<'a, 'lines>(
             Ok((request, len))
         }
         Ok(Status::Partial) => Err(Other::Begun),
-        Ok(Status::Complete(_)) | Err(_) => Err(Other::Hypers),
+        Ok(Status::Complete(_)) | Err(_) => Err(Other::NotPlain),
     }
 }
 
@@ -142,7 +142,7 @@ mod tests {
         for len in 0..whole.len() {
             assert_eq!(get(&whole.as_bytes()[..len]), Err(Other::Begun), "{len}");
         }
-        assert_eq!(set(whole.as_bytes()), Err(Other::Hypers));
+        assert_eq!(set(whole.as_bytes()), Err(Other::NotPlain));
     }
 
     #[test]
@@ -160,14 +160,14 @@ mod tests {
         for len in 0..whole.len() {
             let wanted = match len < whole.len() - "{}".len() {
                 true => Other::Begun,
-                false => Other::Hypers,
+                false => Other::NotPlain,
             };
             assert_eq!(set(&whole.as_bytes()[..len]), Err(wanted), "{len}");
         }
         let nobody = format!("{head}\r\n{{}}");
         let authorization = set(nobody.as_bytes()).map(|set| set.authorization);
         assert_eq!(authorization, Ok(None));
-        assert_eq!(get(whole.as_bytes()), Err(Other::Hypers));
+        assert_eq!(get(whole.as_bytes()), Err(Other::NotPlain));
     }
 
     #[test]
@@ -185,12 +185,12 @@ mod tests {
             "http://x/get?user_id=a",
         ] {
             let request = format!("GET {target} HTTP/1.1\r\nhost: x\r\n\r\n");
-            assert_eq!(get(request.as_bytes()), Err(Other::Hypers), "{target}");
+            assert_eq!(get(request.as_bytes()), Err(Other::NotPlain), "{target}");
         }
         for target in ["/set?", "/set/", "/get", "http://x/set"] {
             let lines = "content-type: application/json\r\ncontent-length: 2";
             let request = format!("POST {target} HTTP/1.1\r\n{lines}\r\n\r\n{{}}");
-            assert_eq!(set(request.as_bytes()), Err(Other::Hypers), "{target}");
+            assert_eq!(set(request.as_bytes()), Err(Other::NotPlain), "{target}");
         }
         for line in [
             "GET /get?user_id=a HTTP/1.0",
@@ -198,7 +198,7 @@ mod tests {
             "get /get?user_id=a HTTP/1.1",
         ] {
             let request = format!("{line}\r\nhost: x\r\n\r\n");
-            assert_eq!(get(request.as_bytes()), Err(Other::Hypers), "{line}");
+            assert_eq!(get(request.as_bytes()), Err(Other::NotPlain), "{line}");
         }
         for line in [
             "connection: close",
@@ -213,10 +213,10 @@ mod tests {
             "x: y",
         ] {
             let read = format!("GET /get?user_id=a HTTP/1.1\r\nhost: x\r\n{line}\r\n\r\n");
-            assert_eq!(get(read.as_bytes()), Err(Other::Hypers), "{line}");
+            assert_eq!(get(read.as_bytes()), Err(Other::NotPlain), "{line}");
             let lines = format!("content-type: application/json\r\ncontent-length: 2\r\n{line}");
             let write = format!("POST /set HTTP/1.1\r\n{lines}\r\n\r\n{{}}");
-            assert_eq!(set(write.as_bytes()), Err(Other::Hypers), "{line}");
+            assert_eq!(set(write.as_bytes()), Err(Other::NotPlain), "{line}");
         }
         for lines in [
             "content-type: application/json",
@@ -232,7 +232,7 @@ mod tests {
             "authorization: a\r\nauthorization: b\r\ncontent-type: application/json\r\ncontent-length: 2",
         ] {
             let request = format!("POST /set HTTP/1.1\r\n{lines}\r\n\r\n{{}}");
-            assert_eq!(set(request.as_bytes()), Err(Other::Hypers), "{lines}");
+            assert_eq!(set(request.as_bytes()), Err(Other::NotPlain), "{lines}");
         }
     }
 }
