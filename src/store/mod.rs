@@ -83,9 +83,12 @@ impl Store {
     /// none. A reader sees all of the patch or nothing of it.
     pub fn apply<S: AsRef<str>>(&self, patch: &Patch<S>) {
         let sought = self.sought(patch.user_id.as_ref());
-        self.shard(sought.shard)
-            .write()
-            .apply(&sought, None, &patch.changes, &self.0.hasher);
+        self.shard(sought.hashes.shard).write().apply(
+            &sought,
+            None,
+            &patch.changes,
+            &self.0.hasher,
+        );
     }
 
     /// Does all of `writes` in their order. Memory serves several of them at a time, which
@@ -97,17 +100,17 @@ impl Store {
     }
 
     fn apply_row<S: AsRef<str>>(&self, writes: &[Write<S>]) {
-        let sought = writes.iter().map(|write| {
-            let sought = self.sought(write.user_id());
-            prefetch_index(&self.0.shards, sought.shard);
-            sought
+        let all = writes.iter().map(|write| {
+            let hashes = self.hashes(Key::of(write.user_id()).bytes());
+            prefetch_index(&self.0.shards, hashes.shard);
+            hashes
         });
-        let sought: SmallVec<[_; SIDE_BY_SIDE]> = sought.collect();
-        let mut rest = sought.iter().zip(writes).peekable();
+        let all: SmallVec<[_; SIDE_BY_SIDE]> = all.collect();
+        let mut rest = all.iter().zip(writes).peekable();
         while rest.peek().is_some() {
             let mut together = SmallVec::<[_; SIDE_BY_SIDE]>::new();
-            while let Some((sought, write)) = rest.peek() {
-                let shard = self.shard(sought.shard);
+            while let Some((hashes, write)) = rest.peek() {
+                let shard = self.shard(hashes.shard);
                 // Waited for only while no other is held: so two who do this can't wait for each
                 // other. One that is held already, for another user's write, ends the row as well.
                 let locked = match together.is_empty() {
@@ -119,20 +122,27 @@ impl Store {
                 };
                 // Memory is asked for what all searches read first, and then for what they read second:
                 // it serves several at a time.
-                locked.prefetch_index(sought);
-                together.push((locked, *sought, None, *write));
+                locked.prefetch_index(hashes.hash);
+                together.push((locked, **hashes, None, *write));
                 rest.next();
             }
-            for (shard, sought, likely, _) in &mut together {
-                *likely = shard.prefetch_record(sought);
+            for (shard, hashes, likely, _) in &mut together {
+                *likely = shard.prefetch_record(hashes.hash);
             }
-            for (shard, sought, likely, write) in &mut together {
+            for (shard, hashes, likely, write) in &mut together {
+                // The key is made again: to keep it from above costs more.
+                let user_id = write.user_id();
+                let sought = Sought {
+                    user_id,
+                    key: Key::of(user_id),
+                    hashes: *hashes,
+                };
                 match write {
                     Write::Set(patch) => {
-                        shard.apply(sought, *likely, &patch.changes, &self.0.hasher);
+                        shard.apply(&sought, *likely, &patch.changes, &self.0.hasher);
                     }
                     Write::Delete(_) => {
-                        shard.remove(sought, &self.0.hasher);
+                        shard.remove(&sought, &self.0.hasher);
                     }
                 }
             }
@@ -142,7 +152,7 @@ impl Store {
     /// Removes the record under `user_id`; whether there was one.
     pub fn remove(&self, user_id: &str) -> bool {
         let sought = self.sought(user_id);
-        self.shard(sought.shard)
+        self.shard(sought.hashes.shard)
             .write()
             .remove(&sought, &self.0.hasher)
     }
@@ -151,7 +161,7 @@ impl Store {
     #[must_use]
     pub fn get(&self, user_id: &str) -> Option<Values> {
         let sought = self.sought(user_id);
-        self.shard(sought.shard).read().get(&sought)
+        self.shard(sought.hashes.shard).read().get(&sought)
     }
 
     /// Puts the records of `piece`, with all their values; the sum of their digests.
@@ -162,7 +172,7 @@ impl Store {
         let mut locked = None;
         for (user_id, values) in piece.iter() {
             let sought = self.sought(user_id);
-            let at = sought.shard;
+            let at = sought.hashes.shard;
             // Given back before another is taken: nobody holds two.
             drop(locked.take_if(|(held, _)| *held != at));
             let (_, shard) = locked.get_or_insert_with(|| (at, self.shard(at).write()));
@@ -232,11 +242,19 @@ impl Store {
 
     fn sought<'a>(&self, user_id: &'a str) -> Sought<'a> {
         let key = Key::of(user_id);
+        let hashes = self.hashes(key.bytes());
         Sought {
             user_id,
-            shard: SHARD_HASHER.hash_one(key.bytes()) as usize & (SHARD_COUNT - 1),
-            hash: self.0.hasher.hash_one(key.bytes()),
             key,
+            hashes,
+        }
+    }
+
+    #[inline(always)]
+    fn hashes(&self, key: &[u8]) -> Hashes {
+        Hashes {
+            shard: SHARD_HASHER.hash_one(key) as usize & (SHARD_COUNT - 1),
+            hash: self.0.hasher.hash_one(key),
         }
     }
 
@@ -246,14 +264,20 @@ impl Store {
     }
 }
 
-/// A user id, and where to look for it.
-struct Sought<'a> {
-    user_id: &'a str,
-    key: Key<'a>,
+/// What says where a user id is.
+#[derive(Clone, Copy)]
+struct Hashes {
     /// Which shard has it.
     shard: usize,
     /// What the shard's index knows it by.
     hash: u64,
+}
+
+/// A user id, and where to look for it.
+struct Sought<'a> {
+    user_id: &'a str,
+    key: Key<'a>,
+    hashes: Hashes,
 }
 
 /// A walk over all records in bounded pieces. No lock is held between two of them.

@@ -6,6 +6,7 @@
 use std::hash::BuildHasher;
 use std::mem;
 use std::ops::Range;
+use std::slice;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use prefetch_index::prefetch_index;
@@ -26,15 +27,16 @@ pub(super) struct Shard {
     rare: Box<Rare>,
 }
 
-/// What a plain read does not look at.
+/// What a plain read does not look at. A write looks at its first cache line.
 #[derive(Default)]
+#[repr(C, align(64))]
 struct Rare {
+    digest: Digest,
     free_records: Free,
     /// Values that a record has no room for.
     wide: Vec<Values>,
     free_wide: Free,
     long_ids: LongIds,
-    digest: Digest,
     /// Scans that are in this shard. While there is one no free place is taken again, and it ends
     /// where the places ended when it came: so it meets nobody who was removed and made again twice.
     scans: AtomicUsize,
@@ -122,7 +124,7 @@ impl Shard {
             false => self.rare.free_records.insert(&mut self.records, record),
             true => free::append(&mut self.records, record),
         };
-        self.index.insert(sought.hash, number);
+        self.index.insert(sought.hashes.hash, number);
         number
     }
 
@@ -177,14 +179,16 @@ impl Shard {
     }
 
     /// Asks memory for what a search reads first.
-    pub(super) fn prefetch_index(&self, sought: &Sought<'_>) {
-        self.index.prefetch(sought.hash);
+    pub(super) fn prefetch_index(&self, hash: u64) {
+        self.index.prefetch(hash);
     }
 
     /// Asks memory for what a search reads second: the number of the record that it finds, unless
     /// another has all the bits of the hash that the index has.
-    pub(super) fn prefetch_record(&self, sought: &Sought<'_>) -> Option<u32> {
-        let number = self.index.find(sought.hash, |_| true)?;
+    pub(super) fn prefetch_record(&self, hash: u64) -> Option<u32> {
+        // Its digest is wanted as well.
+        prefetch_index(slice::from_ref(&*self.rare), 0);
+        let number = self.index.find(hash, |_| true)?;
         prefetch_index(&self.records, number as usize);
         Some(number)
     }
@@ -198,7 +202,7 @@ impl Shard {
         } = self;
         let long_ids = &rare.long_ids;
         let removed = index.remove(
-            sought.hash,
+            sought.hashes.hash,
             |number| has(records, long_ids, number, &sought.key),
             |number| hash_of(records, long_ids, number, hasher).unwrap_or_default(),
         );
@@ -237,7 +241,7 @@ impl Shard {
     }
 
     fn find(&self, sought: &Sought<'_>) -> Option<u32> {
-        self.index.find(sought.hash, |number| {
+        self.index.find(sought.hashes.hash, |number| {
             has(&self.records, &self.rare.long_ids, number, &sought.key)
         })
     }
