@@ -225,7 +225,7 @@ fn ids_of_one_shard(count: usize) -> Vec<String> {
     let lengths = [8, 36, 15, 60, 14, 20];
     let store = Store::new();
     let ids = (0..).map(|n: usize| format!("{n:00$}", lengths[n % lengths.len()]));
-    let ids = ids.filter(|id| store.sought(id).shard == store.sought("a").shard);
+    let ids = ids.filter(|id| store.sought(id).hashes.shard == store.sought("a").hashes.shard);
     ids.take(count).collect()
 }
 
@@ -366,8 +366,13 @@ fn who_is_removed_and_made_again_during_a_scan_comes_up_once_at_most() {
 fn places_that_became_free_are_taken_again() {
     let ids = ids_of_one_shard(200);
     let store = Store::new();
-    let places = || store.shard(store.sought("a").shard).read().places();
-    let ids_bytes = || store.shard(store.sought("a").shard).read().id_bytes();
+    let places = || store.shard(store.sought("a").hashes.shard).read().places();
+    let ids_bytes = || {
+        store
+            .shard(store.sought("a").hashes.shard)
+            .read()
+            .id_bytes()
+    };
     for id in &ids {
         store.apply(&patch(id, &[(0, 1)]));
     }
@@ -472,7 +477,7 @@ fn a_likely_number_that_is_anothers_is_not_believed() {
     let first = store.sought("a");
     let other = (0..).map(|n| format!("{n}"));
     let other = other
-        .filter(|id| store.sought(id).shard == first.shard)
+        .filter(|id| store.sought(id).hashes.shard == first.hashes.shard)
         .take(2);
     let [second, absent] = other.collect::<Vec<_>>().try_into().unwrap();
     for id in ["a", &second] {
@@ -481,7 +486,7 @@ fn a_likely_number_that_is_anothers_is_not_believed() {
     for id in ["a", &second, &absent] {
         let sought = store.sought(id);
         for likely in [None, Some(0), Some(1), Some(7)] {
-            let mut shard = store.shard(sought.shard).write();
+            let mut shard = store.shard(sought.hashes.shard).write();
             let changes = patch(id, &[(1, 2)]).changes;
             shard.apply(&sought, likely, &changes, &store.0.hasher);
         }
@@ -496,8 +501,8 @@ fn a_likely_number_that_is_anothers_is_not_believed() {
 #[test]
 fn who_comes_and_goes_during_a_scan_is_found_however_many_there_are() {
     let store = Store::new();
-    let shard = store.sought("a").shard;
-    let of_shard = |id: &String| store.sought(id).shard == shard;
+    let shard = store.sought("a").hashes.shard;
+    let of_shard = |id: &String| store.sought(id).hashes.shard == shard;
     let ids: Vec<_> = (0..)
         .map(|n| n.to_string())
         .filter(of_shard)
