@@ -4,7 +4,7 @@
 //! hyper's: a header map and a URI of its own, a service's future, a body's channel, a header encoded from
 //! a map. What going past it is worth stands in `load/README.md`.
 //!
-//! A connection begins here, and is [served](serve) as long as its requests are plain (`request.rs`): requests
+//! A connection begins here, and stays here as long as its requests are plain (`request.rs`): requests
 //! in which nothing could ask for another answer than the one that is made here, byte for byte hyper's
 //! (`answer.rs`). The first bytes that are anything else go to hyper, unread (`rewound.rs`), and with them the
 //! connection for good: one whose id is percent-encoded, one for a user who is not there, a wrong password, a body
