@@ -84,15 +84,16 @@ impl Latency {
 }
 
 /// Appends the histograms of those `routes` that were asked for, in Prometheus' text format.
-pub(super) fn render<'a>(routes: impl Iterator<Item = (&'a str, &'a Latency)>, out: &mut String) {
-    let mut asked_for = routes.filter(|(_, latency)| latency.counts().all() > 0);
-    // Nothing fails to be written to memory.
-    let _ = write!(
-        out,
-        "# HELP {LATENCY_METRIC} {HELP}\n# TYPE {LATENCY_METRIC} histogram\n"
-    )
-    .and_then(|()| asked_for.try_for_each(|(route, latency)| latency.render(route, out)));
-    out.push('\n');
+pub(super) fn render<'a>(
+    routes: impl Iterator<Item = (&'a str, &'a Latency)>,
+    out: &mut String,
+) -> std::fmt::Result {
+    writeln!(out, "# HELP {LATENCY_METRIC} {HELP}")?;
+    writeln!(out, "# TYPE {LATENCY_METRIC} histogram")?;
+    for (route, latency) in routes.filter(|(_, latency)| latency.counts().all() > 0) {
+        latency.render(route, out)?;
+    }
+    writeln!(out)
 }
 
 fn seconds(ns: u64) -> f64 {
@@ -100,7 +101,7 @@ fn seconds(ns: u64) -> f64 {
 }
 
 /// How many requests took at most as long as each bound says; the last one is all.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Counts([u64; BUCKETS]);
 
 impl Counts {
@@ -110,11 +111,11 @@ impl Counts {
 
     /// Those that came after `before`.
     pub(super) fn since(&self, before: &Self) -> Self {
-        let mut both = self.0.into_iter().zip(before.0);
-        Self(std::array::from_fn(|_| {
-            let (now, before) = both.next().unwrap_or_default();
-            now.saturating_sub(before)
-        }))
+        let mut since = *self;
+        for (count, before) in since.0.iter_mut().zip(before.0) {
+            *count = count.saturating_sub(before);
+        }
+        since
     }
 
     /// As Prometheus' `histogram_quantile` has it, in seconds: within a bucket all values are taken to be
@@ -150,7 +151,7 @@ mod tests {
         latency.record(Duration::from_secs(60));
         let mut text = String::new();
         let (asked, never) = (latency, Latency::default());
-        render([("/get", &asked), ("/set", &never)].into_iter(), &mut text);
+        render([("/get", &asked), ("/set", &never)].into_iter(), &mut text).unwrap();
         let line = |end: &str| {
             let line = format!("{LATENCY_METRIC}_{end}\n");
             assert!(text.contains(&line), "{line}{text}");

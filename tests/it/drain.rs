@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gradestore::log::Origin;
@@ -12,6 +13,7 @@ use tokio::net::TcpStream;
 
 use crate::disk::{names_in, open_pipe, rest_of, restored, store_of, write_file_of};
 use crate::harness::{Local, Node, Ports, get_request, half_sent_set};
+use crate::held_log::HeldLog;
 use crate::stall::{start, start_with, waiting_set};
 use crate::wire::{PATIENCE, Raw, eventually};
 
@@ -101,8 +103,8 @@ async fn a_second_signal_ends_the_process_at_once() {
     assert_eq!(node.exit().await.code(), Some(130));
 }
 
-#[tokio::test]
-async fn writes_under_way_are_answered_before_the_node_ends() {
+/// A node that is stopping and its log, with four writes under way.
+async fn stopping_with_writes() -> (Arc<HeldLog>, Local, Vec<Raw>) {
     let (log, mut node) = start(Duration::from_secs(60)).await;
     let mut running = Vec::new();
     for _ in 0..4 {
@@ -110,6 +112,12 @@ async fn writes_under_way_are_answered_before_the_node_ends() {
     }
     node.stop();
     unready(&node).await;
+    (log, node, running)
+}
+
+#[tokio::test]
+async fn writes_under_way_are_answered_before_the_node_ends() {
+    let (log, node, mut running) = stopping_with_writes().await;
     refused(&node).await;
     log.release();
     for (before, connection) in running.iter_mut().enumerate() {
@@ -124,13 +132,7 @@ async fn writes_under_way_are_answered_before_the_node_ends() {
 
 #[tokio::test]
 async fn writes_that_the_log_refuses_at_the_end_are_told_so() {
-    let (log, mut node) = start(Duration::from_secs(60)).await;
-    let mut running = Vec::new();
-    for _ in 0..4 {
-        running.push(waiting_set(&node, PATCH).await);
-    }
-    node.stop();
-    unready(&node).await;
+    let (log, node, mut running) = stopping_with_writes().await;
     // Two batches are under way, and the others' writes wait for the next.
     log.refuse();
     log.release();
