@@ -10,8 +10,9 @@ pub(super) const UUID_BYTES: usize = 16;
 
 /// A user id. Two ids are equal if their keys are.
 pub(super) enum Key<'a> {
-    /// An id of up to 15 bytes as it is, or the 16 bytes of a UUID.
-    Packed { len: u8, bytes: [u8; UUID_BYTES] },
+    /// An id of up to 15 bytes as it is, or the 16 bytes of a UUID: as a number, whose least byte is
+    /// the first, since bytes that go through memory are waited for.
+    Packed { len: u8, id: u128 },
     /// Any other.
     Long(&'a [u8]),
 }
@@ -22,32 +23,33 @@ impl<'a> Key<'a> {
         if (1..=INLINE_BYTES_MAX).contains(&id.len()) {
             return Self::Packed {
                 len: id.len() as u8,
-                bytes: padded(id),
+                id: padded(id),
             };
         }
         match uuid(id) {
             Some(bytes) => Self::Packed {
                 len: UUID_BYTES as u8,
-                bytes,
+                id: u128::from_le_bytes(bytes),
             },
             None => Self::Long(id),
         }
     }
 
-    /// The bytes that stand for the id.
-    pub(super) fn bytes(&self) -> &[u8] {
+    /// Hands `hash` the bytes that stand for the id, which is `user_id`'s.
+    pub(super) fn hashed<T>(&self, user_id: &str, hash: impl FnOnce(&[u8]) -> T) -> T {
         match self {
-            Self::Packed { len, bytes } => bytes.get(..usize::from(*len)).unwrap_or_default(),
-            Self::Long(id) => id,
+            Self::Packed { len, id } if usize::from(*len) == UUID_BYTES => hash(&id.to_le_bytes()),
+            // As they stand there, and not out of the number, where they would go through memory.
+            _ => hash(user_id.as_bytes()),
         }
     }
 }
 
 /// Up to sixteen bytes, and zeros behind them: as two numbers that may overlap, since copying as
 /// many bytes as there happen to be takes longer than all the rest of a lookup's arithmetic.
-fn padded(id: &[u8]) -> [u8; UUID_BYTES] {
+fn padded(id: &[u8]) -> u128 {
     let bits = id.len() as u32 * 8;
-    let padded = match (id.first_chunk(), id.last_chunk()) {
+    match (id.first_chunk(), id.last_chunk()) {
         (Some(first), Some(last)) => {
             let last = u128::from(u64::from_le_bytes(*last));
             u128::from(u64::from_le_bytes(*first)) | last << (bits - u64::BITS)
@@ -56,8 +58,7 @@ fn padded(id: &[u8]) -> [u8; UUID_BYTES] {
             .iter()
             .rev()
             .fold(0, |bytes, byte| bytes << 8 | u128::from(*byte)),
-    };
-    padded.to_le_bytes()
+    }
 }
 
 /// The bytes of an id that is a UUID as most systems write one, lower case with hyphens: the one

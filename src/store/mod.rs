@@ -101,7 +101,8 @@ impl Store {
 
     fn apply_row<S: AsRef<str>>(&self, writes: &[Write<S>]) {
         let all = writes.iter().map(|write| {
-            let hashes = self.hashes(Key::of(write.user_id()).bytes());
+            let user_id = write.user_id();
+            let hashes = self.hashes(user_id, &Key::of(user_id));
             prefetch_index(&self.0.shards, hashes.shard);
             hashes
         });
@@ -242,7 +243,7 @@ impl Store {
 
     fn sought<'a>(&self, user_id: &'a str) -> Sought<'a> {
         let key = Key::of(user_id);
-        let hashes = self.hashes(key.bytes());
+        let hashes = self.hashes(user_id, &key);
         Sought {
             user_id,
             key,
@@ -251,11 +252,11 @@ impl Store {
     }
 
     #[inline(always)]
-    fn hashes(&self, key: &[u8]) -> Hashes {
-        Hashes {
-            shard: SHARD_HASHER.hash_one(key) as usize & (SHARD_COUNT - 1),
-            hash: self.0.hasher.hash_one(key),
-        }
+    fn hashes(&self, user_id: &str, key: &Key<'_>) -> Hashes {
+        key.hashed(user_id, |bytes| Hashes {
+            shard: SHARD_HASHER.hash_one(bytes) as usize & (SHARD_COUNT - 1),
+            hash: self.0.hasher.hash_one(bytes),
+        })
     }
 
     #[expect(clippy::indexing_slicing, reason = "masked by the number of shards")]

@@ -60,11 +60,12 @@ pub(super) enum Held {
 impl Record {
     pub(super) const FREE: Self = Self([FREE; BYTES]);
 
-    /// One that has an id of up to 16 packed bytes, and no values yet.
-    pub(super) fn packed(len: u8, bytes: [u8; UUID_BYTES]) -> Self {
+    /// One that has an id of `len` bytes, 16 at most, the first of which is the least of `id`, and no
+    /// values yet.
+    pub(super) fn packed(len: u8, id: u128) -> Self {
         let mut record = Self::FREE;
         record.write(0, [len]);
-        record.write(1, bytes);
+        record.write(1, id.to_le_bytes());
         record
     }
 
@@ -97,11 +98,11 @@ impl Record {
     }
 
     /// Whether its id is that of [`packed()`](Self::packed).
-    pub(super) fn is_packed(&self, len: u8, bytes: [u8; UUID_BYTES]) -> bool {
+    pub(super) fn is_packed(&self, len: u8, id: u128) -> bool {
         // One comparison of all sixteen, those that are no longer the id's shifted out.
         let unused = (UUID_BYTES as u32 * 8).saturating_sub(u32::from(len) * 8);
-        let id = u128::from_le_bytes(self.read(1)) ^ u128::from_le_bytes(bytes);
-        self.kind() == len && id << unused == 0
+        let other = u128::from_le_bytes(self.read(1)) ^ id;
+        self.kind() == len && other << unused == 0
     }
 
     // Inlined, like what calls it: values that go through memory are waited for.
@@ -195,6 +196,7 @@ impl Record {
 }
 
 /// How many bytes hold `value` and its sign; 0 is held by none.
+#[inline(always)]
 fn bytes_of(value: i64) -> usize {
     let significant = i64::BITS - (value ^ (value >> 63)).leading_zeros() + 1;
     significant.div_ceil(8) as usize * usize::from(value != 0)

@@ -117,7 +117,7 @@ impl Shard {
             self.reserve_index(self.index.next_room(), hasher);
         }
         let record = match sought.key {
-            Key::Packed { len, bytes } => Record::packed(len, bytes),
+            Key::Packed { len, id } => Record::packed(len, id),
             Key::Long(id) => Record::long(self.rare.long_ids.push(id)),
         };
         let number = match scanned {
@@ -323,7 +323,7 @@ fn record_mut(records: &mut [Record], number: u32) -> Option<&mut Record> {
 /// Whether the record under `number` has the id `key`.
 fn has(records: &[Record], long_ids: &LongIds, number: u32, key: &Key<'_>) -> bool {
     record(records, number).is_some_and(|record| match key {
-        Key::Packed { len, bytes } => record.is_packed(*len, *bytes),
+        Key::Packed { len, id } => record.is_packed(*len, *id),
         Key::Long(id) => match record.id() {
             Id::Long(place) => long_ids.get(place) == *id,
             _ => false,
