@@ -196,7 +196,6 @@ impl Record {
 }
 
 /// How many bytes hold `value` and its sign; 0 is held by none.
-#[inline(always)]
 fn bytes_of(value: i64) -> usize {
     let significant = i64::BITS - (value ^ (value >> 63)).leading_zeros() + 1;
     significant.div_ceil(8) as usize * usize::from(value != 0)

@@ -107,7 +107,12 @@ pub fn read(
 
 /// Reads what [`headers()`] wrote.
 fn label(headers: Option<&HeaderMap>) -> Result<Label, Unreadable> {
-    let text = |name: &str| headers?.get(name).map(async_nats::HeaderValue::as_str);
+    let text = |name: &str| {
+        // There are three or four: to look at all of them takes less than to hash a name.
+        let mut all = headers?.iter();
+        let (_, values) = all.find(|(other, _)| AsRef::<str>::as_ref(*other) == name)?;
+        values.first().map(async_nats::HeaderValue::as_str)
+    };
     let number = text(FORMAT_HEADER).map_or(Ok(1), str::parse);
     let number = number.ok().filter(|number| *number > 0);
     let Some(number) = number else {
