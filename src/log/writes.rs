@@ -164,6 +164,32 @@ mod tests {
         }
     }
 
+    fn parsed(json: &[u8]) -> Result<Arc<[Write]>, Box<str>> {
+        json::in_place(json, |bytes, buffers| {
+            parse(Format::Patches, bytes, buffers)
+        })
+    }
+
+    #[test]
+    fn an_id_that_is_read_without_the_parser_is_one() {
+        let json = |id: &[u8]| [br#"[{"user_id":""#, id, br#"","spp":-1}]"#].concat();
+        for at in 0..17 {
+            for byte in 0..=u8::MAX {
+                let mut id = [b'a'; 17];
+                id[at] = byte;
+                let (json, plain) = (json(&id), matches!(byte, b' '..=b'~'));
+                let read = read_written(&json);
+                assert_eq!(read.is_some(), plain && !b"\"\\".contains(&byte), "{byte}");
+                assert!(read.is_none_or(|read| Ok(read) == parsed(&json)), "{byte}");
+            }
+        }
+        for (len, valid) in [(0, false), (1, true), (256, true), (257, false)] {
+            let json = json("a".repeat(len).as_bytes());
+            assert_eq!(read_written(&json).is_some(), valid, "{len}");
+            assert_eq!(parsed(&json).is_ok(), valid, "{len}");
+        }
+    }
+
     proptest! {
         /// What is read without the parser is what the parser reads, and it is what was written.
         #[test]
@@ -171,9 +197,7 @@ mod tests {
             r#"\[(\{"user_id":"[a\\\\"é]{0,3}"(,"(postpaid_limit|spp|return_fee|x)": ?-?[0-9]{0,20}){0,3}\}[,\]]?){1,3}"#,
             r#"\[\{"user_id":"[ab]{1,3}"(,"spp":-?(0|[1-9][0-9]{0,19}))?(,"return_fee":-?[1-9])?\}\]"#,
         ]) {
-            let parsed = json::in_place(json.as_bytes(), |bytes, buffers| {
-                parse(Format::Patches, bytes, buffers)
-            });
+            let parsed = parsed(json.as_bytes());
             if let Some(writes) = read_written(json.as_bytes()) {
                 prop_assert_eq!(Ok(&writes), parsed.as_ref());
                 let mut written = Vec::new();

@@ -17,6 +17,8 @@ mod config;
 mod log_message;
 #[path = "../fuzz/checks/patch_body.rs"]
 mod patch_body;
+#[path = "../fuzz/checks/plain_request.rs"]
+mod plain_request;
 #[path = "../fuzz/checks/position_header.rs"]
 mod position_header;
 #[path = "../fuzz/checks/query.rs"]
@@ -48,6 +50,11 @@ fn messages() {
 #[test]
 fn bodies() {
     each("patch_body", patch_body::check);
+}
+
+#[test]
+fn plain_requests() {
+    each("plain_request", plain_request::check);
 }
 
 #[test]

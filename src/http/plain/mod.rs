@@ -11,7 +11,7 @@
 //! that is still to come. So hyper alone decides what is an error, and says it.
 
 mod answer;
-mod request;
+pub mod request;
 mod rewound;
 
 use std::future::poll_fn;

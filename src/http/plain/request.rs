@@ -1,4 +1,6 @@
 //! Which requests are plain. Header lines are read by `httparse`, as hyper does.
+//!
+//! `tests/fuzz` holds this against a plain reading of the same rules.
 
 use std::mem::MaybeUninit;
 
@@ -23,8 +25,8 @@ const HARMLESS: [&str; 8] = [
 ];
 
 /// What bytes are not, if no plain request.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Other {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Other {
     /// The beginning of a header, or nothing: what it comes to is not known yet.
     Begun,
     /// Another request, or none at all.
@@ -33,15 +35,20 @@ pub(super) enum Other {
 
 /// A plain `POST /set`.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Set<'a> {
-    pub(super) authorization: Option<&'a [u8]>,
-    pub(super) body: &'a [u8],
+pub struct Set<'a> {
+    /// The value of its `Authorization`, if it has one.
+    pub authorization: Option<&'a [u8]>,
+    /// Its body, whole.
+    pub body: &'a [u8],
     /// Bytes of the request.
-    pub(super) len: usize,
+    pub len: usize,
 }
 
-/// Whom the request at the beginning of `bytes` asks for, and its length, if it is a plain read.
-pub(super) fn get(bytes: &[u8]) -> Result<(&str, usize), Other> {
+/// Whom the request at the beginning of `bytes` asks for, and its length in bytes, if it is a plain read.
+///
+/// # Errors
+/// It is something else, or not whole.
+pub fn get(bytes: &[u8]) -> Result<(&str, usize), Other> {
     let mut lines = [const { MaybeUninit::uninit() }; LINES_MAX];
     let (head, len) = head(bytes, &mut lines, "GET")?;
     let user_id = head.path.and_then(|path| path.strip_prefix(GET_TARGET));
@@ -52,7 +59,10 @@ pub(super) fn get(bytes: &[u8]) -> Result<(&str, usize), Other> {
 
 /// The request at the beginning of `bytes`, if it is a plain write. One whose body is not whole is hyper's, who
 /// waits for it no longer than may be.
-pub(super) fn set(bytes: &[u8]) -> Result<Set<'_>, Other> {
+///
+/// # Errors
+/// It is something else, or its header is not whole.
+pub fn set(bytes: &[u8]) -> Result<Set<'_>, Other> {
     let mut lines = [const { MaybeUninit::uninit() }; LINES_MAX];
     let (head, head_len) = head(bytes, &mut lines, "POST")?;
     written(&head, head_len, bytes).ok_or(Other::NotPlain)
