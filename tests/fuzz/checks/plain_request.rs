@@ -75,7 +75,7 @@ impl<'a> Head<'a> {
         };
         let id = target.strip_prefix("/get?user_id=")?;
         let plain = |c: char| c.is_ascii_alphanumeric() || "-._~:@".contains(c);
-        let harmless = self.lines.iter().all(|line| is_harmless(line));
+        let harmless = self.lines.iter().all(is_harmless);
         let plain = harmless && self.lines.len() <= LINES_MAX && id.chars().all(plain);
         plain.then_some((id, self.len))
     }
@@ -99,7 +99,7 @@ impl<'a> Head<'a> {
             .filter(|(name, _)| !own.contains(&name.as_str()));
         let digits = str::from_utf8(length).ok()?;
         let sane = digits.len() <= 4 && digits.bytes().all(|digit| digit.is_ascii_digit());
-        let plain = kind.to_ascii_lowercase() == b"application/json"
+        let plain = kind.eq_ignore_ascii_case(b"application/json")
             && sane
             && authorization.len() <= 1
             && others.all(is_harmless);
@@ -113,7 +113,7 @@ impl<'a> Head<'a> {
 }
 
 fn is_harmless((name, value): &(String, &[u8])) -> bool {
-    let keeps_alive = name == "connection" && value.to_ascii_lowercase() == b"keep-alive";
+    let keeps_alive = name == "connection" && value.eq_ignore_ascii_case(b"keep-alive");
     HARMLESS.contains(&name.as_str()) || keeps_alive
 }
 
