@@ -25,8 +25,9 @@ use tokio::sync::oneshot;
 const BACKGROUND_NICE: i32 = 10;
 /// A short piece of work that took so long was kept from its core by others.
 const SHORT_WORK_MAX: Duration = Duration::from_millis(50);
-/// So many pieces after that are not left to idle cores.
-const HURRIED_PIECES: usize = 256;
+/// So many pieces after that are not left to idle cores. With eight times as many a moment in which others took
+/// all cores, as a client's start, was felt by requests for a second (`load/README.md`).
+const HURRIED_PIECES: usize = 32;
 
 /// A piece of such work.
 pub type Work = Box<dyn FnOnce() + Send>;

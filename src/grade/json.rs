@@ -74,17 +74,24 @@ fn write_field(index: usize, value: i64, out: &mut Vec<u8>) {
     out.extend_from_slice(itoa::Buffer::new().format(value).as_bytes());
 }
 
-impl<'a> Patch<&'a str> {
-    /// Reads a patch as [`write_json`](Self::write_json) writes it, and what follows it. `None` for
+impl Write {
+    /// Reads a patch as [`Patch::write_json`] writes it onto the end of `writes`; what follows it. `None` for
     /// any other text, be it another way to write a patch or none: that is for a parser to say.
-    pub(crate) fn read_written(json: &'a str) -> Option<(Self, &'a str)> {
+    pub(crate) fn read_set<'a>(json: &'a str, writes: &mut Vec<Self>) -> Option<&'a str> {
         let rest = json
             .strip_prefix("{\"")?
             .strip_prefix(USER_ID)?
             .strip_prefix("\":\"")?;
         let (user_id, rest) = read_id(rest)?;
+        // Filled in where it is to be: a patch that is moved there is waited for, each value having
+        // been written by itself.
+        let Write::Set(Patch { changes, .. }) = writes.push_mut(Write::Set(Patch {
+            user_id: user_id.into(),
+            changes: Changes::default(),
+        })) else {
+            return None;
+        };
         let mut rest = rest.strip_prefix('"')?;
-        let mut changes = Changes::default();
         let mut next = 0;
         while let Some(field) = rest.strip_prefix(",\"") {
             let (index, value) = read_name(field).filter(|(index, _)| *index >= next)?;
@@ -93,7 +100,7 @@ impl<'a> Patch<&'a str> {
             next = index + 1;
             rest = after;
         }
-        Some((Self { user_id, changes }, rest.strip_prefix('}')?))
+        rest.strip_prefix('}')
     }
 }
 
@@ -110,21 +117,23 @@ fn read_id(json: &str) -> Option<(&str, &str)> {
     Some((user_id, rest))
 }
 
-/// How many bytes `text` begins with that JSON may have in a string as they are, and an id as well: printable ASCII
-/// without quote and backslash. Looks at eight bytes at once: one by one they are most of what reading a patch takes.
+/// How many bytes `text` begins with that stand for themselves in JSON and that an id may have: printable ASCII
+/// without quote and backslash. Looks at eight at once (SWAR, as in "Bit Twiddling Hacks", "Determine if a
+/// word has a byte less than n"); what that is worth stands in `load/README.md`.
 fn plain_len(text: &[u8]) -> usize {
-    const EACH: u64 = u64::from_ne_bytes([1; 8]);
-    /// Has the high bit of each byte that is less than `least`, up to the first one; of others, maybe.
+    const ONES: u64 = u64::from_ne_bytes([1; 8]);
+    /// Has the high bit of each byte that is less than `least`, 0x80 at most; exact up to the first of
+    /// them, since a borrow reaches later ones alone.
     fn below(word: u64, least: u8) -> u64 {
-        word.wrapping_sub(EACH * u64::from(least)) & !word
+        word.wrapping_sub(ONES * u64::from(least)) & !word
     }
-    let is = |word: u64, byte: u8| below(word ^ (EACH * u64::from(byte)), 1);
+    let is = |word: u64, byte: u8| below(word ^ (ONES * u64::from(byte)), 1);
     let (words, rest) = text.as_chunks::<8>();
     for (index, word) in words.iter().enumerate() {
         let word = u64::from_le_bytes(*word);
-        let beyond = word | word.wrapping_add(EACH);
+        let beyond = word | word.wrapping_add(ONES);
         let others = below(word, b' ') | beyond | is(word, b'"') | is(word, b'\\');
-        let others = others & (EACH * 0x80);
+        let others = others & (ONES * 0x80);
         if others != 0 {
             return index * 8 + others.trailing_zeros() as usize / 8;
         }
@@ -133,7 +142,7 @@ fn plain_len(text: &[u8]) -> usize {
     text.len() - rest.len() + rest.iter().take_while(|byte| plain(byte)).count()
 }
 
-/// Which field's name `json` begins with, and what follows it.
+/// Which field's name `json` begins with, up to its quote, and what follows it.
 fn read_name(json: &str) -> Option<(usize, &str)> {
     // Nothing else is done in this loop, so that it is unrolled and each name compared as what it is.
     FIELDS.iter().enumerate().find_map(|(index, name)| {
@@ -142,10 +151,11 @@ fn read_name(json: &str) -> Option<(usize, &str)> {
     })
 }
 
-/// Reads an integer as it is written, and what follows it.
+/// Reads an integer as [`write_field`] writes it, and what follows it. In one pass, where finding its end and
+/// parsing it are two.
 fn read_integer(json: &str) -> Option<(i64, &str)> {
     let digits = json.strip_prefix('-').unwrap_or(json);
-    // The negative ones reach further.
+    // Summed below zero: `i64::MIN` has no positive counterpart.
     let mut negative = 0_i64;
     let mut len = 0;
     for byte in digits.bytes() {

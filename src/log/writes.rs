@@ -92,8 +92,7 @@ fn read_written(json: &[u8]) -> Option<Arc<[Write]>> {
     let mut rest = std::str::from_utf8(json).ok()?.strip_prefix('[')?;
     let mut writes = Vec::with_capacity(rest.len() / PATCH_BYTES);
     loop {
-        let (patch, after) = Patch::read_written(rest)?;
-        writes.push(Write::Set(patch.to_owned()));
+        let after = Write::read_set(rest, &mut writes)?;
         match after.strip_prefix(',') {
             Some(next) => rest = next,
             None => return (after == "]").then(|| writes.into()),
@@ -170,23 +169,86 @@ mod tests {
         })
     }
 
+    /// Whether `json` is read without the parser, which then reads the same.
+    fn is_read_written(json: &str) -> bool {
+        let read = read_written(json.as_bytes());
+        if let Some(read) = &read {
+            assert_eq!(parsed(json.as_bytes()).as_ref(), Ok(read), "{json}");
+        }
+        read.is_some()
+    }
+
     #[test]
     fn an_id_that_is_read_without_the_parser_is_one() {
-        let json = |id: &[u8]| [br#"[{"user_id":""#, id, br#"","spp":-1}]"#].concat();
-        for at in 0..17 {
-            for byte in 0..=u8::MAX {
-                let mut id = [b'a'; 17];
-                id[at] = byte;
-                let (json, plain) = (json(&id), matches!(byte, b' '..=b'~'));
-                let read = read_written(&json);
-                assert_eq!(read.is_some(), plain && !b"\"\\".contains(&byte), "{byte}");
-                assert!(read.is_none_or(|read| Ok(read) == parsed(&json)), "{byte}");
+        // It is looked at by eight bytes, but for what is within seven of the end.
+        for end in ["\",\"spp\":-1}]", "\"}]"] {
+            for (len, at) in (1..=17).flat_map(|len| (0..len).map(move |at| (len, at))) {
+                for byte in 0..0x80_u8 {
+                    let mut id = vec![b'a'; len];
+                    id[at] = byte;
+                    let id = String::from_utf8(id).unwrap();
+                    let plain = matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\');
+                    let read = is_read_written(&format!(r#"[{{"user_id":"{id}{end}"#));
+                    assert_eq!(read, plain, "{byte} at {at} of {len}");
+                }
             }
         }
-        for (len, valid) in [(0, false), (1, true), (256, true), (257, false)] {
-            let json = json("a".repeat(len).as_bytes());
-            assert_eq!(read_written(&json).is_some(), valid, "{len}");
-            assert_eq!(parsed(&json).is_ok(), valid, "{len}");
+        for (id, valid) in [
+            ("", false),
+            (&"a".repeat(256), true),
+            (&"a".repeat(257), false),
+            (&"é".repeat(128), true),
+            (&"é".repeat(129), false),
+            ("\u{80}", false),
+            ("\u{85}", false),
+            ("aaaaaaaa\u{9f}", false),
+            ("\u{a0}", true),
+            ("aaaaaaa\u{7ff}", true),
+        ] {
+            let json = format!(r#"[{{"user_id":"{id}","spp":1}}]"#);
+            assert_eq!(is_read_written(&json), valid, "{id:?}");
+            assert_eq!(parsed(json.as_bytes()).is_ok(), valid, "{id:?}");
+        }
+    }
+
+    #[test]
+    fn fields_that_are_read_without_the_parser_are_as_they_are_written() {
+        for (fields, written) in [
+            ("", true),
+            (r#","spp":0"#, true),
+            (r#","spp":7"#, true),
+            (r#","spp":-1"#, true),
+            (r#","spp":9223372036854775807"#, true),
+            (r#","spp":-9223372036854775808"#, true),
+            (
+                r#","postpaid_limit":1,"spp":2,"shipping_fee":3,"return_fee":4"#,
+                true,
+            ),
+            (r#","spp":-0"#, false),
+            (r#","spp":00"#, false),
+            (r#","spp":01"#, false),
+            (r#","spp":-01"#, false),
+            (r#","spp":-"#, false),
+            (r#","spp":"#, false),
+            (r#","spp":--1"#, false),
+            (r#","spp":+1"#, false),
+            (r#","spp":1.0"#, false),
+            (r#","spp":1e1"#, false),
+            (r#","spp": 1"#, false),
+            (r#","spp":9223372036854775808"#, false),
+            (r#","spp":-9223372036854775809"#, false),
+            (r#","spp":18446744073709551616"#, false),
+            (r#","spp":00000000000000000000"#, false),
+            (r#","spp":1,"spp":1"#, false),
+            (r#","return_fee":1,"spp":1"#, false),
+            (r#","spp2":1"#, false),
+            (r#","sp":1"#, false),
+            (r#",spp":1"#, false),
+            (r#",""#, false),
+            (",", false),
+        ] {
+            let json = format!(r#"[{{"user_id":"a"{fields}}}]"#);
+            assert_eq!(is_read_written(&json), written, "{json}");
         }
     }
 

@@ -10,8 +10,8 @@ pub(super) const UUID_BYTES: usize = 16;
 
 /// A user id. Two ids are equal if their keys are.
 pub(super) enum Key<'a> {
-    /// An id of up to 15 bytes as it is, or the 16 bytes of a UUID: as a number, whose least byte is
-    /// the first, since bytes that go through memory are waited for.
+    /// An id of up to 15 bytes as it is, or the 16 bytes of a UUID, little-endian: bytes that go through
+    /// memory are waited for.
     Packed { len: u8, id: u128 },
     /// Any other.
     Long(&'a [u8]),
@@ -35,12 +35,12 @@ impl<'a> Key<'a> {
         }
     }
 
-    /// Hands `hash` the bytes that stand for the id, which is `user_id`'s.
-    pub(super) fn hashed<T>(&self, user_id: &str, hash: impl FnOnce(&[u8]) -> T) -> T {
+    /// Hands `take` the bytes that stand for the id, whose key this is: what it is hashed by.
+    pub(super) fn with_bytes<T>(&self, user_id: &str, take: impl FnOnce(&[u8]) -> T) -> T {
         match self {
-            Self::Packed { len, id } if usize::from(*len) == UUID_BYTES => hash(&id.to_le_bytes()),
+            Self::Packed { len, id } if usize::from(*len) == UUID_BYTES => take(&id.to_le_bytes()),
             // As they stand there, and not out of the number, where they would go through memory.
-            _ => hash(user_id.as_bytes()),
+            _ => take(user_id.as_bytes()),
         }
     }
 }

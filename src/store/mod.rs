@@ -253,7 +253,7 @@ impl Store {
 
     #[inline(always)]
     fn hashes(&self, user_id: &str, key: &Key<'_>) -> Hashes {
-        key.hashed(user_id, |bytes| Hashes {
+        key.with_bytes(user_id, |bytes| Hashes {
             shard: SHARD_HASHER.hash_one(bytes) as usize & (SHARD_COUNT - 1),
             hash: self.0.hasher.hash_one(bytes),
         })

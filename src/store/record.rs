@@ -60,8 +60,7 @@ pub(super) enum Held {
 impl Record {
     pub(super) const FREE: Self = Self([FREE; BYTES]);
 
-    /// One that has an id of `len` bytes, 16 at most, the first of which is the least of `id`, and no
-    /// values yet.
+    /// One that has a packed id, as a key has it, and no values yet.
     pub(super) fn packed(len: u8, id: u128) -> Self {
         let mut record = Self::FREE;
         record.write(0, [len]);

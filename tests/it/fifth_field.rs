@@ -1,5 +1,5 @@
 //! Adding a field is a change in `src/grade.rs` alone: here one is added to a copy of the crate,
-//! which then passes its tests and serves the field.
+//! which then passes its tests, but for those of the log on disk, and serves the field.
 
 use std::fs;
 use std::path::Path;
@@ -98,7 +98,8 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
             "--target-dir",
         ])
         .arg(target)
-        // The log on disk is one of bytes, and takes as long as all others.
+        // The log on disk stores bytes that `log::writes` makes, which is tested; its own tests take as
+        // long as all others together.
         .args(["--", "--skip", "log::disk"])
         .current_dir(&crate_copy)
         .output()

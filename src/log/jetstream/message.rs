@@ -108,7 +108,7 @@ pub fn read(
 /// Reads what [`headers()`] wrote.
 fn label(headers: Option<&HeaderMap>) -> Result<Label, Unreadable> {
     let text = |name: &str| {
-        // There are three or four: to look at all of them takes less than to hash a name.
+        // Ours have three or four, which are looked at sooner than a name is hashed: `load/README.md`.
         let mut all = headers?.iter();
         let (_, values) = all.find(|(other, _)| AsRef::<str>::as_ref(*other) == name)?;
         values.first().map(async_nats::HeaderValue::as_str)

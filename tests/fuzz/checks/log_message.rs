@@ -11,7 +11,7 @@ use std::sync::Arc;
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write, check_user_id};
 use gradestore::log::message::{self, Unreadable};
-use gradestore::log::{Batch, Checkpoint};
+use gradestore::log::{Batch, Checkpoint, Origin};
 
 pub(crate) fn check(data: &[u8]) {
     match data.split_first() {
@@ -42,6 +42,7 @@ fn as_sent(text: &[u8]) {
         Err(Unreadable::Poisoned(why)) => assert!(!why.is_empty() && number.unwrap_or(0) < 3),
         Ok(batch) => {
             assert!(number == Ok(1) || number == Ok(2));
+            assert_eq!((batch.origin, batch.number), sender(&headers));
             again(&batch);
         }
     }
@@ -77,6 +78,18 @@ fn again(batch: &Batch) {
 fn parts(batch: &Batch) -> (String, u64, &[Write], Option<Checkpoint>) {
     let origin = batch.origin.to_string();
     (origin, batch.number, &batch.writes, batch.checkpoint)
+}
+
+/// Who sent it, and which of the sender's batches it is; nobody, unless both are there.
+fn sender(headers: &HeaderMap) -> (Origin, u64) {
+    let text = |name: &str| headers.get(name).map(HeaderValue::as_str);
+    let digits = text("Grade-Origin").filter(|id| id.len() == 32 && !id.starts_with('+'));
+    let origin = digits.and_then(|digits| u128::from_str_radix(digits, 16).ok());
+    let number = text("Nats-Msg-Id").and_then(|id| id.rsplit_once('-')?.1.parse().ok());
+    match (origin, number) {
+        (Some(origin), Some(number)) => (Origin::of(origin), number),
+        _ => (Origin::NOBODY, 0),
+    }
 }
 
 fn as_written(data: &[u8]) {
