@@ -95,7 +95,7 @@ impl Write {
         let mut next = 0;
         while let Some(field) = rest.strip_prefix(",\"") {
             let (index, value) = read_name(field).filter(|(index, _)| *index >= next)?;
-            let (value, after) = read_integer(value.strip_prefix("\":")?)?;
+            let (value, after) = read_integer(value)?;
             changes.set(index, value);
             next = index + 1;
             rest = after;
@@ -118,8 +118,9 @@ fn read_id(json: &str) -> Option<(&str, &str)> {
 }
 
 /// How many bytes `text` begins with that stand for themselves in JSON and that an id may have: printable ASCII
-/// without quote and backslash. Looks at eight at once (SWAR, as in "Bit Twiddling Hacks", "Determine if a
-/// word has a byte less than n"); what that is worth stands in `load/README.md`.
+/// without quote and backslash; of the last seven it may count none. Looks at eight at once (SWAR, as in "Bit
+/// Twiddling Hacks", "Determine if a word has a byte less than n"); what that is worth stands in
+/// `load/README.md`.
 fn plain_len(text: &[u8]) -> usize {
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
     /// Has the high bit of each byte that is less than `least`, 0x80 at most; exact up to the first of
@@ -128,7 +129,7 @@ fn plain_len(text: &[u8]) -> usize {
         word.wrapping_sub(ONES * u64::from(least)) & !word
     }
     let is = |word: u64, byte: u8| below(word ^ (ONES * u64::from(byte)), 1);
-    let (words, rest) = text.as_chunks::<8>();
+    let (words, _) = text.as_chunks::<8>();
     for (index, word) in words.iter().enumerate() {
         let word = u64::from_le_bytes(*word);
         let beyond = word | word.wrapping_add(ONES);
@@ -138,16 +139,15 @@ fn plain_len(text: &[u8]) -> usize {
             return index * 8 + others.trailing_zeros() as usize / 8;
         }
     }
-    let plain = |byte: &u8| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\');
-    text.len() - rest.len() + rest.iter().take_while(|byte| plain(byte)).count()
+    words.as_flattened().len()
 }
 
-/// Which field's name `json` begins with, up to its quote, and what follows it.
+/// Which field's name `json` begins with, and its value with what follows it.
 fn read_name(json: &str) -> Option<(usize, &str)> {
     // Nothing else is done in this loop, so that it is unrolled and each name compared as what it is.
     FIELDS.iter().enumerate().find_map(|(index, name)| {
-        let rest = json.strip_prefix(name)?;
-        rest.starts_with('"').then_some((index, rest))
+        let value = json.strip_prefix(name)?.strip_prefix("\":")?;
+        Some((index, value))
     })
 }
 

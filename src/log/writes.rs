@@ -180,7 +180,7 @@ mod tests {
 
     #[test]
     fn an_id_that_is_read_without_the_parser_is_one() {
-        // It is looked at by eight bytes, but for what is within seven of the end.
+        // It is looked at by eight bytes, but for the last seven of a batch.
         for end in ["\",\"spp\":-1}]", "\"}]"] {
             for (len, at) in (1..=17).flat_map(|len| (0..len).map(move |at| (len, at))) {
                 for byte in 0..0x80_u8 {
