@@ -15,12 +15,13 @@ use tokio_util::task::TaskTracker;
 
 use crate::blocking::Blocking;
 use crate::config::{ClusterConfig, Config, Past};
+use crate::critical::CriticalTasks;
 use crate::http::backup::BackupMetrics;
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
-use crate::http::ops;
+use crate::http::ops::{self, OpeningProgress};
 use crate::http::traffic::RecentTraffic;
 use crate::http::{self, HttpMetrics};
-use crate::log::{Origin, now_ns};
+use crate::log::{RandomId, now_ns};
 use crate::node::{Node, Parts, StartError};
 use crate::progress;
 use crate::remote::{Client, Compression};
@@ -56,7 +57,7 @@ pub enum AppError {
         /// What the system said.
         error: io::Error,
     },
-    /// The store can't be filled.
+    /// The store can't be filled, or a task has ended that a node can't go on without.
     #[error(transparent)]
     Start(#[from] StartError),
     /// The system refused something that a node can't do without.
@@ -142,6 +143,7 @@ pub fn runtime(threads: Option<usize>) -> io::Result<Runtime> {
 pub async fn alive_while<T>(
     config: &Config,
     sockets: &Sockets,
+    progress: OpeningProgress,
     opening: impl Future<Output = T>,
 ) -> io::Result<T> {
     // The same socket under another number: this listener goes, the next one stays.
@@ -149,7 +151,7 @@ pub async fn alive_while<T>(
     let listener = Listener {
         name: "ops",
         socket: TcpListener::from_std(socket.into())?,
-        router: ops::routes_while_opening(),
+        router: ops::routes_while_opening(progress),
         direct: None,
         plain: None,
         limits: config.http.ops,
@@ -171,10 +173,10 @@ pub async fn alive_while<T>(
 /// deadline.
 ///
 /// # Errors
-/// The node could not start. Once started it ends by `shutdown` alone.
+/// The node could not start, or a task has ended that it can't go on without.
 pub async fn run(
     config: Config,
-    origin: Origin,
+    node: RandomId,
     storage: Storage,
     sockets: Sockets,
     shutdown: impl Future<Output = ()>,
@@ -196,8 +198,9 @@ pub async fn run(
     let peers = Client::new(account, SILENCE_MAX, Compression::IfSlow)?;
     let background = Blocking::background()?;
     let parts = Parts {
-        origin,
+        node,
         began_ns: now_ns(),
+        critical: CriticalTasks::default(),
         store: Store::new(),
         storage,
         peers: Arc::new(peers),
@@ -259,7 +262,7 @@ pub async fn run(
     node.announce(url);
 
     tokio::select! {
-        failed = tasks.start(config.restore_from.as_deref()) => failed?,
+        failed = tasks.run(config.restore_from.as_deref()) => failed?,
         () = shutdown => {}
     }
 
@@ -292,7 +295,8 @@ pub async fn run(
 
 /// Where other nodes reach the write port that listens on `local`. One that listens on all of the
 /// machine's addresses is reached at that which leads to the broker.
-fn advertised(cluster: &ClusterConfig, local: SocketAddr) -> String {
+#[must_use]
+pub fn advertised(cluster: &ClusterConfig, local: SocketAddr) -> String {
     if let Some(url) = &cluster.advertise_url {
         return url.clone();
     }

@@ -38,6 +38,7 @@ pub mod app;
 pub mod backup;
 pub mod blocking;
 pub mod config;
+pub mod critical;
 pub mod fetch;
 pub mod grade;
 pub mod health;

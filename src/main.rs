@@ -13,8 +13,9 @@ use gradestore::app::{self, Sockets};
 use gradestore::config::{
     self, BackupArgs, Command, Config, HealthArgs, ImportArgs, MadePassword, ServeArgs, VerifyArgs,
 };
-use gradestore::log::Origin;
-use gradestore::storage::Storage;
+use gradestore::http::ops::OpeningProgress;
+use gradestore::log::RandomId;
+use gradestore::storage::{Opening, Storage};
 use gradestore::telemetry;
 use gradestore::{fetch, health, import};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -52,21 +53,26 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
     let (config, made_password) = Config::from_args(args)?;
     let runtime = app::runtime(args.threads)?;
     let ended = runtime.block_on(async {
-        let origin = Origin::random()?;
+        let node = RandomId::random()?;
         let mut shutdown = pin!(shutdown()?);
         let sockets = Sockets::bind(&config)?;
         let storage = args.storage();
-        let restore_from = config.restore_from.clone();
-        let opening = tokio::task::spawn_blocking(move || {
-            Storage::open(&storage, origin, restore_from.as_deref())
-        });
+        let progress = OpeningProgress::default();
+        let told = progress.clone();
+        let opening = Opening {
+            node,
+            url: app::advertised(&config.cluster, sockets.write.local_addr()?),
+            restore_from: config.restore_from.clone(),
+            progress: Arc::new(move |what| told.set(what)),
+        };
+        let opening = tokio::task::spawn_blocking(move || Storage::open(&storage, opening));
         let storage = tokio::select! {
-            opened = app::alive_while(&config, &sockets, opening) => opened???,
+            opened = app::alive_while(&config, &sockets, progress, opening) => opened???,
             // A slow disk, or a broker that is away, must not keep the process from being stopped.
             () = &mut shutdown => return Ok(()),
         };
         greet(&sockets, &args.credentials.username, made_password.as_ref())?;
-        app::run(config, origin, storage, sockets, shutdown).await?;
+        app::run(config, node, storage, sockets, shutdown).await?;
         Ok(())
     });
     // What did not end within its deadline is not waited for again: dropped here, it might wait for a

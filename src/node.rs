@@ -8,12 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use futures_util::FutureExt;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::blocking::Blocking;
 use crate::config::Config;
+use crate::critical::{CriticalTasks, TaskEnded};
 use crate::http::backup::{self, BackupMetrics, BackupState};
 use crate::http::listener::Direct;
 use crate::http::ops::OpsState;
@@ -22,19 +24,19 @@ use crate::http::read::{self, ReadState};
 use crate::http::traffic::RecentTraffic;
 use crate::http::write::{self, WriteState};
 use crate::http::{Answered, HttpMetrics};
-use crate::log::{Announcement, Log, Origin};
-use crate::readiness::{Latch, Readiness, Scope};
+use crate::log::{Announcement, InFlight, Log, Position, RandomId};
+use crate::readiness::{NodeState, Readiness};
 use crate::remote::Reach;
 use crate::replication::{
-    Applied, Bootstrap, BootstrapError, Checkpoints, Follower, LastSnapshot, OwnBatches, Peers,
-    Reader, RestoreTracker, Snapshotter, Writer, WriterTask, restore_seed,
+    Applied, Applier, Bootstrap, BootstrapError, Checkpoints, LastSnapshot, Peers, ReplicaDriver,
+    RestoreTracker, Snapshotter, Writer, WriterTask, restore_seed,
 };
 use crate::storage::Storage;
 use crate::store::Store;
 use crate::telemetry::{Replication, Telemetry};
 
-/// How often unanswered batches are looked at.
-const GIVE_UP_EVERY: Duration = Duration::from_millis(250);
+/// How often requests are checked for having waited too long.
+const EXPIRE_EVERY: Duration = Duration::from_millis(250);
 
 /// Why a node did not start.
 #[derive(Debug, thiserror::Error)]
@@ -51,17 +53,22 @@ pub enum StartError {
     /// The system gave no thread.
     #[error("cannot restore: {0}")]
     System(#[source] io::Error),
+    /// A task that a node can't go on without has ended.
+    #[error("{0}; restart this node, and report this")]
+    TaskEnded(#[from] TaskEnded),
 }
 
 /// What a node is built from.
 pub struct Parts {
-    /// This process start.
-    pub origin: Origin,
+    /// This process.
+    pub node: RandomId,
     /// When, in nanoseconds since 1970.
     pub began_ns: u64,
     /// An empty store.
     pub store: Store,
-    /// The log and what stands beside it.
+    /// Tasks that a node can't go on without.
+    pub critical: CriticalTasks,
+    /// The log and what is beside it.
     pub storage: Storage,
     /// How others are reached.
     pub peers: Arc<dyn Reach>,
@@ -92,6 +99,7 @@ pub struct Node {
     /// How a restore stands.
     pub restore: RestoreTracker,
     name: Arc<str>,
+    replica: RandomId,
     peers: Peers,
     snapshotter: Option<Snapshotter>,
     last_snapshot: LastSnapshot,
@@ -107,9 +115,10 @@ pub struct Node {
 pub struct Tasks {
     blocking: Blocking,
     snapshotter: Option<Snapshotter>,
+    critical: CriticalTasks,
     /// Taken when it is started.
-    follower: Option<(Follower, Latch)>,
-    /// What the log must still be told, and snapshots.
+    driver: Option<ReplicaDriver>,
+    /// Tasks that must finish before shutdown: writer and snapshotter.
     writing: JoinSet<()>,
     stop_writing: CancellationToken,
     rest: JoinSet<()>,
@@ -119,7 +128,6 @@ pub struct Tasks {
 pub struct Stopping {
     /// Where its last snapshot goes, and which state that is to be of.
     last: Option<(Snapshotter, u64)>,
-    _latch: Latch,
 }
 
 impl Node {
@@ -127,8 +135,9 @@ impl Node {
     #[must_use]
     pub fn new(config: &Config, parts: Parts, metrics: &Replication) -> (Self, Tasks) {
         let Parts {
-            origin,
+            node,
             began_ns,
+            critical,
             store,
             storage,
             peers,
@@ -139,24 +148,22 @@ impl Node {
             answered,
         } = parts;
         let (log, cluster) = (Arc::clone(&storage.log), &config.cluster);
-        let name: Arc<str> = origin.to_string().into();
-        let readiness = Readiness::default();
-        let starting = readiness.hold(Scope::All, "starting", "the store is being restored");
-        let applied = Applied::new(began_ns);
-        let own = OwnBatches::default();
+        let name: Arc<str> = node.to_string().into();
+        let (replica, in_flight) = (storage.replica, storage.in_flight.clone());
+        let readiness = Readiness::starting("looking for a state to start from");
+        let applied = Applied::new(Position::base(&log.id(), 0, began_ns));
         let restore = RestoreTracker::default();
         let last_snapshot = LastSnapshot::default();
         let checkpoints = Checkpoints::new(
-            origin,
-            log.shared().then_some(cluster.checkpoint_interval),
+            replica,
+            log.is_replicated().then_some(cluster.checkpoint_interval),
             metrics.checkpoints.clone(),
         );
-        let by_hand = cluster.peers.clone();
-        let peers = Peers::new(origin, Arc::clone(&log), by_hand, peers);
+        let static_peers = cluster.peers.clone();
+        let peers = Peers::new(node, Arc::clone(&log), static_peers, peers);
         let (writer, writer_task) = Writer::new(
             Arc::clone(&log),
-            origin,
-            own.clone(),
+            in_flight.clone(),
             checkpoints.clone(),
             config.writer,
             metrics.batch_patches.clone(),
@@ -171,7 +178,7 @@ impl Node {
             writing: Arc::default(),
             blocking: background.clone(),
         });
-        let follower = Follower {
+        let driver = ReplicaDriver {
             bootstrap: Bootstrap {
                 store: store.clone(),
                 applied: applied.clone(),
@@ -182,11 +189,10 @@ impl Node {
                 buffer_bytes_max: cluster.restore_buffer_bytes_max,
                 blocking: blocking.clone(),
             },
-            reader: Reader {
+            applier: Applier {
                 store: store.clone(),
                 applied: applied.clone(),
-                own: own.clone(),
-                origin,
+                in_flight: in_flight.clone(),
                 checkpoints,
                 patches: metrics.patches_applied.clone(),
                 deletions: metrics.deletions_applied.clone(),
@@ -231,16 +237,17 @@ impl Node {
         let mut tasks = Tasks {
             blocking: blocking.clone(),
             snapshotter: snapshotter.clone(),
-            follower: Some((follower, starting)),
+            critical,
+            driver: Some(driver),
             writing: JoinSet::new(),
             stop_writing: CancellationToken::new(),
             rest: JoinSet::new(),
         };
         tasks.spawn(writer_task, interval, &readiness);
         let wait_max = config.writer.wait_max;
-        tasks.rest.spawn(give_up_waiting(own, wait_max));
+        tasks.spawn_rest("expire", expire(in_flight, wait_max));
         let watched = peers.clone();
-        tasks.rest.spawn(async move { watched.watch().await });
+        tasks.spawn_rest("peers", async move { watched.watch().await });
         let node = Self {
             store,
             applied,
@@ -249,6 +256,7 @@ impl Node {
             writer,
             restore,
             name,
+            replica,
             peers,
             snapshotter,
             last_snapshot,
@@ -292,6 +300,7 @@ impl Node {
     ) -> OpsState {
         OpsState {
             node: Arc::clone(&self.name),
+            replica: self.replica,
             store: self.store.clone(),
             applied: self.applied.clone(),
             log: Arc::clone(&self.log),
@@ -311,17 +320,20 @@ impl Node {
     /// Tells the other replicas of this one, whose write port is reached at `url`.
     pub fn announce(&self, url: String) {
         let (node, log_id, url) = (Box::from(&*self.name), self.log.id().0, Box::from(url));
+        let replica: Box<str> = self.replica.to_string().into();
         let (readiness, applied) = (self.readiness.clone(), self.applied.clone());
-        self.log.announce(Arc::new(move || Announcement {
-            node: Box::clone(&node),
-            version: env!("CARGO_PKG_VERSION").into(),
-            log_id: log_id.clone(),
-            url: Box::clone(&url),
-            state: match readiness.reads() {
-                Ok(()) => "ready".into(),
-                Err(unready) => unready.state.into(),
-            },
-            position: applied.seq(),
+        self.log.announce(Arc::new(move || {
+            let position = applied.position();
+            Announcement {
+                node: Box::clone(&node),
+                replica: Box::clone(&replica),
+                version: env!("CARGO_PKG_VERSION").into(),
+                log_id: log_id.clone(),
+                url: Box::clone(&url),
+                state: readiness.state().name().into(),
+                position: position.seq,
+                chain: position.chain,
+            }
         }));
     }
 
@@ -330,13 +342,12 @@ impl Node {
     pub fn stopping(&self) -> Stopping {
         // In this order: a store that is cleared after it was ready has another epoch.
         let epoch = self.store.epoch();
-        let was_ready = self.readiness.reads().is_ok();
+        let was_ready = self.readiness.check().is_ok();
         let snapshotter = self.snapshotter.clone().filter(|_| was_ready);
+        self.readiness
+            .block(NodeState::Stopping, "the node is stopping");
         Stopping {
             last: snapshotter.map(|snapshotter| (snapshotter, epoch)),
-            _latch: self
-                .readiness
-                .hold(Scope::All, "stopping", "the node is stopping"),
         }
     }
 }
@@ -352,28 +363,40 @@ impl Stopping {
 
 impl Tasks {
     fn spawn(&mut self, writer: WriterTask, interval: Option<Duration>, readiness: &Readiness) {
-        self.writing
-            .spawn(writer.run(self.stop_writing.child_token()));
+        let writing = writer.run(self.stop_writing.child_token());
+        let writing = self.critical.guard("writer", writing).map(drop);
+        self.writing.spawn(writing);
         if let (Some(snapshotter), Some(interval)) = (self.snapshotter.clone(), interval) {
             let stop = self.stop_writing.child_token();
             let run = snapshotter.run(interval, readiness.clone(), stop);
+            let run = self.critical.guard("snapshotter", run).map(drop);
             self.writing.spawn(run);
         }
     }
 
-    /// From nothing, or from the backup at `seed`, to a position, then along the log to where it
-    /// ends now, then ready, then on; for ever.
+    /// Starts a task that runs as long as the node.
+    fn spawn_rest(&mut self, task: &'static str, run: impl Future<Output = ()> + Send + 'static) {
+        let critical = self.critical.clone();
+        let guarded = self.critical.guard(task, run);
+        self.rest.spawn(async move {
+            if guarded.await.is_some() {
+                critical.fail(task, "it returned");
+            }
+        });
+    }
+
+    /// Recovers a state, from the backup at `seed` if there is one, then follows the log for ever.
     ///
     /// # Errors
-    /// There is no beginning with `seed`.
-    pub async fn start(&mut self, seed: Option<&Path>) -> Result<(), StartError> {
-        if let Some((follower, starting)) = self.follower.take() {
+    /// `seed` can't be started from, or a task has ended that the node can't go on without.
+    pub async fn run(&mut self, seed: Option<&Path>) -> Result<(), StartError> {
+        if let Some(driver) = self.driver.take() {
             if let Some(seed) = seed {
-                self.restore_seed(&follower.bootstrap, seed).await?;
+                self.restore_seed(&driver.bootstrap, seed).await?;
             }
-            self.rest.spawn(follower.run(seed.is_some(), starting));
+            self.spawn_rest("driver", driver.run(seed.is_some()));
         }
-        std::future::pending().await
+        Err(self.critical.failed().await.into())
     }
 
     async fn restore_seed(&self, bootstrap: &Bootstrap, seed: &Path) -> Result<(), StartError> {
@@ -398,10 +421,10 @@ impl Tasks {
     }
 }
 
-async fn give_up_waiting(own: OwnBatches, wait_max: Duration) {
-    let mut every = tokio::time::interval(GIVE_UP_EVERY);
+async fn expire(in_flight: InFlight, wait_max: Duration) {
+    let mut every = tokio::time::interval(EXPIRE_EVERY);
     loop {
         every.tick().await;
-        own.give_up_waiting(wait_max);
+        in_flight.expire(wait_max);
     }
 }

@@ -1,153 +1,191 @@
 //! Whether this replica may answer, and if not, why.
 //!
-//! What forbids answering holds a [`Latch`] for as long as it does: starting, restoring, a gap in
-//! the log, stopping. Nothing sets "ready"; it is what is left when nobody holds one.
+//! One task drives a replica through its states and sets them here; requests read them.
 
+use std::fmt;
 use std::sync::Arc;
 
+use serde::{Serialize, Serializer};
+
 use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicBool, Ordering};
 
-/// The state of a replica whose peers hold something else.
-pub const DIVERGED: &str = "diverged";
-
-/// What a latch forbids.
+/// What a replica is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scope {
-    /// Reads, and with them writes: whoever can't be read from can't confirm a write.
-    All,
-    /// Writes alone.
-    Writes,
+pub enum NodeState {
+    /// It opens its log and looks for a snapshot.
+    Starting,
+    /// It fills its store from a snapshot or a peer's backup.
+    Restoring,
+    /// It applies the log up to its end.
+    CatchingUp,
+    /// It answers.
+    Ready,
+    /// No snapshot, peer or log leads to a complete state; it tries again.
+    NoSource,
+    /// The log does not lead on from what it has applied; it tries again.
+    Gap,
+    /// It holds data of another log than the stream's.
+    OtherLog,
+    /// Its state differs from that of most replicas, or of the only other one.
+    Diverged,
+    /// It answers reads, and the log acknowledges no writes.
+    ReadOnly,
+    /// It stops.
+    Stopping,
+}
+
+impl NodeState {
+    /// One word, for programs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Restoring => "restoring",
+            Self::CatchingUp => "catching-up",
+            Self::Ready => "ready",
+            Self::NoSource => "no-source",
+            Self::Gap => "gap",
+            Self::OtherLog => "other-log",
+            Self::Diverged => "diverged",
+            Self::ReadOnly => "read-only",
+            Self::Stopping => "stopping",
+        }
+    }
+}
+
+impl fmt::Display for NodeState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Serialize for NodeState {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
 }
 
 /// Why a replica is not ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unready {
-    /// One word for programs: `starting`, `stopping`, …
-    pub state: &'static str,
+    /// What it is doing instead.
+    pub state: NodeState,
     /// A sentence for people.
     pub reason: Arc<str>,
 }
 
-/// The latches of one replica. Clones are the same.
-#[derive(Clone, Default)]
+/// The state of one replica. Clones share it.
+#[derive(Clone)]
 pub struct Readiness(Arc<Inner>);
 
-#[derive(Default)]
 struct Inner {
-    /// How many latches there are for each scope, for the look on every request.
-    all: AtomicUsize,
-    writes: AtomicUsize,
-    held: Mutex<Vec<Held>>,
+    /// For the check on every request.
+    ready: AtomicBool,
+    status: Mutex<Status>,
 }
 
-struct Held {
-    id: usize,
-    scope: Scope,
-    unready: Unready,
-}
-
-/// Keeps a replica unready until it is dropped.
-#[must_use = "the replica is unready only as long as this is held"]
-pub struct Latch {
-    readiness: Readiness,
-    id: usize,
-    scope: Scope,
+struct Status {
+    /// `None` while the replica is ready.
+    unready: Option<Unready>,
+    /// Once it stops it is never ready again.
+    stopping: bool,
 }
 
 impl Readiness {
-    /// Makes the replica unready.
-    pub fn hold(&self, scope: Scope, state: &'static str, reason: impl Into<Arc<str>>) -> Latch {
-        let mut held = self.0.held.lock();
-        let id = held.iter().map(|held| held.id + 1).max().unwrap_or(0);
-        let reason = reason.into();
-        held.push(Held {
-            id,
-            scope,
-            unready: Unready { state, reason },
-        });
-        self.count(scope).fetch_add(1, Ordering::Release);
-        Latch {
-            readiness: self.clone(),
-            id,
-            scope,
+    /// A replica that starts.
+    #[must_use]
+    pub fn starting(reason: &str) -> Self {
+        let unready = Unready {
+            state: NodeState::Starting,
+            reason: reason.into(),
+        };
+        Self(Arc::new(Inner {
+            ready: AtomicBool::new(false),
+            status: Mutex::new(Status {
+                unready: Some(unready),
+                stopping: false,
+            }),
+        }))
+    }
+
+    /// The replica does not answer from now on.
+    pub fn block(&self, state: NodeState, reason: impl Into<Arc<str>>) {
+        let mut status = self.0.status.lock();
+        if !status.stopping {
+            let reason = reason.into();
+            status.unready = Some(Unready { state, reason });
+            status.stopping = state == NodeState::Stopping;
+        }
+        self.0.ready.store(false, Ordering::Release);
+    }
+
+    /// The replica answers from now on, unless it stops.
+    pub fn set_ready(&self) {
+        let mut status = self.0.status.lock();
+        if !status.stopping {
+            status.unready = None;
+            self.0.ready.store(true, Ordering::Release);
         }
     }
 
-    /// Whether reads may be answered.
-    ///
-    /// # Errors
-    /// Why not: the latch held longest.
-    pub fn reads(&self) -> Result<(), Unready> {
-        match self.0.all.load(Ordering::Acquire) {
-            0 => Ok(()),
-            _ => self.oldest(|scope| scope == Scope::All),
+    /// What the replica is doing.
+    #[must_use]
+    pub fn state(&self) -> NodeState {
+        match self.check() {
+            Ok(()) => NodeState::Ready,
+            Err(unready) => unready.state,
         }
     }
 
-    /// What `look` finds in a state that may be made anew meanwhile: never a part of it, nor one that
-    /// is not whole yet. Who makes it anew first [holds](Self::hold) a latch, then moves `epoch` on, and
-    /// only then begins to remove what is there.
+    /// Whether the replica may answer.
     ///
     /// # Errors
-    /// Why reads may not be answered.
+    /// Why not.
+    pub fn check(&self) -> Result<(), Unready> {
+        if self.0.ready.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        match &self.0.status.lock().unready {
+            Some(unready) => Err(unready.clone()),
+            None => Ok(()),
+        }
+    }
+
+    /// What `look` finds in a state that may be replaced meanwhile: never a part of one, nor one that
+    /// is not complete. Whoever replaces it first [blocks](Self::block), then increments `epoch`, and
+    /// only then removes what is there.
+    ///
+    /// # Errors
+    /// Why the replica may not answer.
     pub fn read<T>(&self, epoch: impl Fn() -> u64, look: impl Fn() -> T) -> Result<T, Unready> {
         loop {
             let before = epoch();
-            self.reads()?;
+            self.check()?;
             let found = look();
             if epoch() == before {
                 return Ok(found);
             }
         }
     }
-
-    /// Whether writes may be answered.
-    ///
-    /// # Errors
-    /// Why not: the latch held longest.
-    pub fn writes(&self) -> Result<(), Unready> {
-        self.reads()?;
-        match self.0.writes.load(Ordering::Acquire) {
-            0 => Ok(()),
-            _ => self.oldest(|_| true),
-        }
-    }
-
-    fn oldest(&self, wanted: impl Fn(Scope) -> bool) -> Result<(), Unready> {
-        let held = self.0.held.lock();
-        let oldest = held.iter().find(|held| wanted(held.scope));
-        oldest.map_or(Ok(()), |held| Err(held.unready.clone()))
-    }
-
-    fn count(&self, scope: Scope) -> &AtomicUsize {
-        match scope {
-            Scope::All => &self.0.all,
-            Scope::Writes => &self.0.writes,
-        }
-    }
 }
 
-impl Latch {
-    /// The replica is unready for another reason now, without having been ready between.
-    pub fn say(&self, state: &'static str, reason: impl Into<Arc<str>>) {
-        let mut held = self.readiness.0.held.lock();
-        if let Some(held) = held.iter_mut().find(|held| held.id == self.id) {
-            let reason = reason.into();
-            held.unready = Unready { state, reason };
-        }
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Drop for Latch {
-    fn drop(&mut self) {
-        self.readiness
-            .0
-            .held
-            .lock()
-            .retain(|held| held.id != self.id);
-        self.readiness
-            .count(self.scope)
-            .fetch_sub(1, Ordering::Release);
+    #[test]
+    fn a_replica_that_stops_is_never_ready_again() {
+        let readiness = Readiness::starting("just begun");
+        assert_eq!(readiness.state(), NodeState::Starting);
+        readiness.set_ready();
+        assert_eq!(readiness.check(), Ok(()));
+        readiness.block(NodeState::Gap, "batch 2 is missing");
+        let unready = readiness.check().unwrap_err();
+        assert_eq!(&*unready.reason, "batch 2 is missing");
+        readiness.block(NodeState::Stopping, "the node is stopping");
+        readiness.set_ready();
+        readiness.block(NodeState::Restoring, "from a peer");
+        assert_eq!(readiness.state(), NodeState::Stopping);
     }
 }

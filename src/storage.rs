@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use crate::backup::{BackupError, Snapshots, end_position};
+use crate::backup::{BackupError, Snapshots, end_position, head, quarantine};
 use crate::log::{
-    DiskLog, JetStreamConfig, JetStreamLog, Log, MemoryLog, OpenError, Origin, Seq, SetupError,
+    DiskLog, Identity, InFlight, JetStreamConfig, JetStreamLog, Log, LogId, MemoryLog, OpenError,
+    Progress, RandomId, Seq, SetupError,
 };
 
 /// Where the log is kept.
@@ -28,6 +29,8 @@ pub enum StorageConfig {
         stream: JetStreamConfig,
         /// Where snapshots are kept, if any are.
         data_dir: Option<DataDir>,
+        /// A log whose snapshots are discarded, where the stream holds another one.
+        abandon_log: Option<String>,
     },
 }
 
@@ -57,6 +60,15 @@ pub enum StorageError {
         /// What the system said.
         error: io::Error,
     },
+    /// The replica's id is no id.
+    #[error("{path} holds no replica id; remove it, and the replica gets a new one")]
+    ReplicaId {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The system has no random bytes for a replica id.
+    #[error("the system gave no random bytes: {0}")]
+    Random(#[from] getrandom::Error),
     /// The log can't be opened.
     #[error(transparent)]
     Log(#[from] OpenError),
@@ -77,69 +89,150 @@ pub enum StorageError {
 pub struct Storage {
     /// The log.
     pub log: Arc<dyn Log>,
+    /// What this process has appended to it.
+    pub in_flight: InFlight,
+    /// The replica: kept in the data directory, where there is one.
+    pub replica: RandomId,
     /// Snapshots and how often to write one; none for an ephemeral node.
     pub snapshots: Option<(Snapshots, Duration)>,
     /// Held for as long as the directory is used; the system lets go of it when the process ends.
     _lock: Option<File>,
 }
 
+/// What opening a log is told from outside.
+pub struct Opening {
+    /// This process.
+    pub node: RandomId,
+    /// Where its write port is reached.
+    pub url: String,
+    /// A backup to start from; the log then begins where that ends.
+    pub restore_from: Option<PathBuf>,
+    /// Is told what the log waits for.
+    pub progress: Progress,
+}
+
 impl Storage {
-    /// Opens what `config` names. With a backup to begin from, the log begins where that ends.
-    /// Blocks; the thread must be one of a runtime's that may.
+    /// Opens what `config` names. Blocks; the thread must be one of a runtime's that may.
     ///
     /// # Errors
     /// See [`StorageError`].
-    pub fn open(
-        config: &StorageConfig,
-        origin: Origin,
-        restore_from: Option<&Path>,
-    ) -> Result<Self, StorageError> {
-        let base = restore_from.map(base_of).transpose()?;
+    pub fn open(config: &StorageConfig, opening: Opening) -> Result<Self, StorageError> {
+        let base = opening.restore_from.as_deref().map(base_of).transpose()?;
+        let node = opening.node;
         match config {
             StorageConfig::Ephemeral => {
-                let log = MemoryLog::new(origin, base.unwrap_or(0));
-                Ok(Self::of(Arc::new(log)))
+                let log = MemoryLog::new(node, base.unwrap_or(0));
+                Ok(Self::of(Arc::new(log), node))
             }
-            StorageConfig::Disk(data_dir) => Self::in_dir(data_dir, || {
-                Ok(Arc::new(DiskLog::open(&data_dir.dir.join("log"), base)?))
-            }),
-            StorageConfig::JetStream { stream, data_dir } => {
-                let open = || {
-                    let log = JetStreamLog::open(stream.clone(), origin, base);
-                    Ok(Arc::new(Handle::current().block_on(log)?) as Arc<dyn Log>)
+            StorageConfig::Disk(data_dir) => {
+                let mut storage = Self::in_dir(data_dir)?;
+                let log = DiskLog::open(&data_dir.dir.join("log"), base)?;
+                storage.log = Arc::new(log);
+                Ok(storage)
+            }
+            StorageConfig::JetStream {
+                stream,
+                data_dir,
+                abandon_log,
+            } => {
+                let mut storage = match data_dir {
+                    Some(data_dir) => Self::in_dir(data_dir)?,
+                    None => Self::of(Arc::new(MemoryLog::new(node, 0)), node),
                 };
-                match data_dir {
-                    Some(data_dir) => Self::in_dir(data_dir, open),
-                    None => open().map(Self::of),
+                let held = storage.held_log();
+                let abandoned = |held: &LogId| abandon_log.as_deref() == Some(&*held.0);
+                let identity = Identity {
+                    node,
+                    replica: storage.replica,
+                    holds: held.clone().filter(|held| !abandoned(held)),
+                    keeps_data: data_dir.is_some(),
+                    url: opening.url,
+                };
+                let in_flight = storage.in_flight.clone();
+                let log =
+                    JetStreamLog::open(stream.clone(), identity, in_flight, base, opening.progress);
+                storage.log = Arc::new(Handle::current().block_on(log)?);
+                if let Some(held) = held.filter(abandoned) {
+                    storage.abandon(&held);
                 }
+                Ok(storage)
             }
         }
     }
 
-    /// Locks the directory, then opens the log.
-    fn in_dir(
-        data_dir: &DataDir,
-        log: impl FnOnce() -> Result<Arc<dyn Log>, StorageError>,
-    ) -> Result<Self, StorageError> {
+    /// Locks the directory and opens what is beside the log, which is to follow.
+    fn in_dir(data_dir: &DataDir) -> Result<Self, StorageError> {
         let dir = &data_dir.dir;
         let lock = lock(dir)?;
         let snapshots = Snapshots::open(&dir.join("snapshots"));
         let snapshots = snapshots.map_err(|error| io_error(dir, error))?;
+        let replica = replica_id(dir)?;
         Ok(Self {
-            log: log()?,
             snapshots: Some((snapshots, data_dir.snapshot_interval)),
             _lock: Some(lock),
+            ..Self::of(Arc::new(MemoryLog::new(replica, 0)), replica)
         })
     }
 
     /// A log and nothing beside it.
     #[must_use]
-    pub fn of(log: Arc<dyn Log>) -> Self {
+    pub fn of(log: Arc<dyn Log>, replica: RandomId) -> Self {
         Self {
             log,
+            in_flight: InFlight::default(),
+            replica,
             snapshots: None,
             _lock: None,
         }
+    }
+
+    /// The log that the snapshots are of, as the newest says that can be read.
+    fn held_log(&self) -> Option<LogId> {
+        let (snapshots, _) = self.snapshots.as_ref()?;
+        let found = snapshots.list().unwrap_or_default();
+        found.iter().find_map(|(_, path)| log_of(path))
+    }
+
+    /// Quarantines the snapshots of `log`, unless that is the log that is followed.
+    fn abandon(&self, log: &LogId) {
+        if self.log.id() == *log {
+            tracing::warn!(%log, "--abandon-log names the log that the stream holds: ignored");
+            return;
+        }
+        let snapshots = self.snapshots.as_ref().map(|(snapshots, _)| snapshots);
+        let found = snapshots.and_then(|snapshots| snapshots.list().ok());
+        for (_, path) in found.unwrap_or_default() {
+            if log_of(&path).as_ref() == Some(log) {
+                quarantine(&path, "abandoned");
+            }
+        }
+    }
+}
+
+/// The log that the snapshot at `path` is of.
+fn log_of(path: &Path) -> Option<LogId> {
+    let file = File::open(path).ok()?;
+    let head = head(file).ok()??;
+    Some(LogId(head.log_id))
+}
+
+/// This replica's id: what the directory says, or a new one.
+fn replica_id(dir: &Path) -> Result<RandomId, StorageError> {
+    let path = dir.join("replica-id");
+    match fs::read_to_string(&path) {
+        Ok(text) => RandomId::parse(text.trim()).ok_or(StorageError::ReplicaId { path }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let replica = RandomId::random()?;
+            // Beside it first, so that a crash leaves no half of one.
+            let new = dir.join("replica-id.new");
+            let written = fs::write(&new, format!("{replica}\n"))
+                .and_then(|()| File::open(&new)?.sync_all())
+                .and_then(|()| fs::rename(&new, &path))
+                .and_then(|()| File::open(dir)?.sync_all());
+            written.map_err(|error| io_error(dir, error))?;
+            Ok(replica)
+        }
+        Err(error) => Err(io_error(dir, error)),
     }
 }
 

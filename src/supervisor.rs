@@ -45,7 +45,7 @@ pub async fn report(readiness: Readiness, restore: RestoreTracker) {
     loop {
         every.tick().await;
         let mut news = Vec::new();
-        if !ready && readiness.reads().is_ok() {
+        if !ready && readiness.check().is_ok() {
             ready = true;
             news.push(NotifyState::Ready);
         }
@@ -78,7 +78,7 @@ pub fn stopping() {
 
 /// The state in a line.
 fn status(readiness: &Readiness, restore: &RestoreTracker) -> String {
-    let Err(unready) = readiness.reads() else {
+    let Err(unready) = readiness.check() else {
         return "ready".to_owned();
     };
     let mut status = format!("{}: {}", unready.state, unready.reason);

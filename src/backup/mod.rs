@@ -42,10 +42,10 @@ use serde::{Deserialize, Serialize};
 pub use error::BackupError;
 pub use reader::{Progress, Sink, Summary, end_position, head, read, read_in_order};
 pub use row::Row;
-pub use snapshots::{Snapshots, Written, restore, restore_file, set_aside};
+pub use snapshots::{Snapshots, Written, quarantine, restore, restore_file};
 pub use writer::{BackupWriter, CHUNK_TEXT_BYTES, Chunk, ChunkSource};
 
-use crate::log::Seq;
+use crate::log::{Chain, Position, Seq};
 
 /// The version of the format that this program writes, and the newest that it reads.
 pub const FORMAT: u32 = 1;
@@ -61,8 +61,26 @@ pub struct Head {
     pub position: Seq,
     /// When the log took the batch at `position`, by the log's clock, in nanoseconds since 1970.
     pub time_ns: u64,
+    /// The hash of the log's history up to `position`, 32 hexadecimal digits.
+    pub chain: Chain,
+    /// The same of the position before. With it the log can be checked to hold the batch at
+    /// `position`.
+    pub previous_chain: Chain,
     /// About how many rows follow: what the store held when the scan began.
     pub rows_expected: u64,
+}
+
+impl Head {
+    /// The place in the log where replay starts.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        Position {
+            seq: self.position,
+            time_ns: self.time_ns,
+            chain: self.chain,
+            previous: self.previous_chain,
+        }
+    }
 }
 
 /// What the last member says.

@@ -123,11 +123,11 @@ impl Snapshots {
         })
     }
 
-    /// Renames all of them such that they are none any more, for people to look at.
-    pub fn set_all_aside(&self, why: &str) {
+    /// Quarantines all of them.
+    pub fn quarantine_all(&self, why: &str) {
         match self.list() {
-            Ok(found) => found.iter().for_each(|(_, path)| set_aside(path, why)),
-            Err(error) => tracing::warn!(%error, "snapshots not set aside"),
+            Ok(found) => found.iter().for_each(|(_, path)| quarantine(path, why)),
+            Err(error) => tracing::warn!(%error, "snapshots not quarantined"),
         }
     }
 
@@ -145,12 +145,13 @@ impl Snapshots {
     }
 }
 
-/// Renames the snapshot at `path` such that it is one no more, for people to look at.
-pub fn set_aside(path: &Path, why: &str) {
-    let mut aside = path.as_os_str().to_owned();
-    aside.push(format!(".{why}"));
-    if let Err(error) = fs::rename(path, aside) {
-        tracing::warn!(path = %path.display(), %error, "snapshot not set aside");
+/// Renames the snapshot at `path` so that no start uses it; the file stays as it is.
+pub fn quarantine(path: &Path, why: &str) {
+    let mut quarantined = path.as_os_str().to_owned();
+    quarantined.push(format!(".{why}"));
+    match fs::rename(path, &quarantined) {
+        Ok(()) => tracing::warn!(path = %path.display(), why, "snapshot quarantined"),
+        Err(error) => tracing::warn!(path = %path.display(), %error, "snapshot not quarantined"),
     }
 }
 

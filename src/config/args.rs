@@ -7,7 +7,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::values::{
-    address, at_least, base_url, replicas, servers, stream_name, threads, username, yes_or_no,
+    address, at_least, base_url, expect_peers, replicas, servers, stream_name, threads, username,
+    yes_or_no,
 };
 use super::{ConfigError, password};
 use crate::log::{JetStreamConfig, Servers};
@@ -100,6 +101,11 @@ pub struct ServeArgs {
     #[arg(long, env = "GRADESTORE_RESTORE_FROM", value_name = "FILE")]
     pub restore_from: Option<PathBuf>,
 
+    /// How long a write waits for its acknowledgement. A client's own timeout should be longer
+    #[arg(long, env = "GRADESTORE_WRITE_TIMEOUT", value_name = "TIME", default_value = "10s",
+        value_parser = at_least("1s", "--write-timeout", "GRADESTORE_WRITE_TIMEOUT", "10s or 30s"))]
+    pub write_timeout: Duration,
+
     /// Threads that answer requests and follow the log; by default half as many as there are cores.
     /// Backups and restores have others
     #[arg(long, env = "GRADESTORE_THREADS", value_name = "N", value_parser = threads)]
@@ -160,7 +166,23 @@ pub struct ServeArgs {
         value_parser = base_url("--peer", "GRADESTORE_PEER"), requires = "nats_url")]
     pub peer: Vec<String>,
 
-    /// How often a node tells the others what it holds, so that one that differs is noticed
+    /// How many replicas, this one included, must have announced that they hold no data before one of
+    /// them creates the stream
+    #[arg(long, env = "GRADESTORE_EXPECT_PEERS", value_name = "N", default_value = "1",
+        value_parser = expect_peers, requires = "nats_url")]
+    pub expect_peers: usize,
+
+    /// Discard this replica's data of this log, and follow the log that the stream holds; for once,
+    /// after a stream was lost for good. The files are kept under another name
+    #[arg(
+        long,
+        env = "GRADESTORE_ABANDON_LOG",
+        value_name = "ID",
+        requires = "nats_url"
+    )]
+    pub abandon_log: Option<String>,
+
+    /// How often nodes exchange digests to detect divergence
     #[arg(long, env = "GRADESTORE_CHECKPOINT_INTERVAL", value_name = "TIME", default_value = "1m",
         value_parser = at_least("100ms", "--checkpoint-interval", "GRADESTORE_CHECKPOINT_INTERVAL", "1m or 10s"),
         requires = "nats_url")]
@@ -235,6 +257,10 @@ pub struct HealthArgs {
     pub ops_addr: SocketAddr,
 }
 
+/// How much longer than a write appends may wait before the log counts as unwritable: an election
+/// alone takes 4 to 9 s.
+const WRITE_SILENCE_BEYOND_TIMEOUT: Duration = Duration::from_secs(2);
+
 impl ServeArgs {
     /// Where the log is kept.
     #[must_use]
@@ -251,8 +277,12 @@ impl ServeArgs {
                     stream: self.stream.clone(),
                     replicas: self.replicas,
                     retention: self.log_retention,
+                    expect_peers: self.expect_peers,
+                    peers: self.peer.clone(),
+                    write_silence_max: self.write_timeout + WRITE_SILENCE_BEYOND_TIMEOUT,
                 },
                 data_dir,
+                abandon_log: self.abandon_log.clone(),
             },
             (None, Some(data_dir)) => StorageConfig::Disk(data_dir),
             (None, None) => StorageConfig::Ephemeral,

@@ -197,9 +197,10 @@ impl Default for HttpConfig {
 #[must_use]
 pub fn default_writer_limits() -> WriterLimits {
     WriterLimits {
-        queue_patches_max: 8192,
+        queue_requests_max: 8192,
+        queue_bytes_max: 64 << 20,
         batch_patches_max: 1024,
-        wait_max: Duration::from_secs(5),
+        wait_max: Duration::from_secs(10),
         bulks_max: 32,
     }
 }
@@ -259,7 +260,10 @@ impl Config {
                 },
                 ..HttpConfig::default()
             },
-            writer: default_writer_limits(),
+            writer: WriterLimits {
+                wait_max: args.write_timeout,
+                ..default_writer_limits()
+            },
             restore_from: args.restore_from.clone(),
             cluster: ClusterConfig {
                 advertise_url: args.advertise_url.clone(),

@@ -83,6 +83,17 @@ pub(super) fn replicas(text: &str) -> Result<usize, String> {
     }
 }
 
+pub(super) fn expect_peers(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(peers @ 1..=100) => Ok(peers),
+        _ => Err(
+            "it must be a number from 1 to 100; set --expect-peers or GRADESTORE_EXPECT_PEERS to the \
+             number of replicas, such as 3"
+                .to_owned(),
+        ),
+    }
+}
+
 pub(super) fn threads(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(threads @ 1..=1024) => Ok(threads),

@@ -37,7 +37,7 @@ use super::{Credentials, GRADE_NODE, GRADE_POSITION};
 use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
 use crate::blocking::Blocking;
 use crate::log::Log;
-use crate::readiness::{DIVERGED, Readiness};
+use crate::readiness::{NodeState, Readiness};
 use crate::remote::{GRADE_COMPRESSION, IF_SLOW};
 use crate::replication::{Applied, backup_head};
 use crate::store::Store;
@@ -149,7 +149,7 @@ async fn get_backup(
     request: Request,
 ) -> Result<Response, ApiError> {
     state.credentials.check(request.headers())?;
-    state.readiness.reads()?;
+    state.readiness.check()?;
     let asked_only = request.method() == Method::HEAD;
     let slot = match asked_only {
         true => None,
@@ -157,7 +157,7 @@ async fn get_backup(
     };
     // In this order: a store that is cleared after it was ready has another epoch.
     let epoch = state.store.epoch();
-    state.readiness.reads()?;
+    state.readiness.check()?;
     let head = backup_head(&state.store, &state.applied, &*state.log);
     let name = format!("attachment; filename=\"{}\"", file_name(head.time_ns));
     let headers = [
@@ -286,10 +286,10 @@ impl Running {
     /// Whether what was read so far is one state, and not one that is in doubt.
     fn sound(&self) -> Result<(), &'static str> {
         if self.store.epoch() != self.epoch {
-            return Err("the state was made anew meanwhile");
+            return Err("the state was replaced meanwhile");
         }
-        match self.readiness.reads() {
-            Err(unready) if unready.state == DIVERGED => Err("the state is in doubt"),
+        match self.readiness.check() {
+            Err(unready) if unready.state == NodeState::Diverged => Err("the state is in doubt"),
             _ => Ok(()),
         }
     }

@@ -22,7 +22,7 @@ use super::write::WriteState;
 use super::{GRADE_POSITION, parse_patch};
 use crate::grade::Write;
 use crate::log::Seq;
-use crate::replication::Bulk;
+use crate::replication::BulkWriter;
 
 /// The longest line, in bytes, without what ends it.
 pub const LINE_BYTES_MAX: usize = super::write::BODY_BYTES_MAX;
@@ -98,7 +98,7 @@ impl<E: Into<ApiError>> From<E> for Stopped {
 /// A body that is being taken.
 struct Lines<'a> {
     state: &'a WriteState,
-    bulk: Bulk,
+    bulk: BulkWriter,
     group_max: usize,
     /// Lines looked at.
     taken: u64,
@@ -177,7 +177,7 @@ impl Lines<'_> {
     /// Writes the group.
     async fn write(&mut self) -> Result<(), Stopped> {
         if !self.group.is_empty() {
-            self.state.readiness.writes()?;
+            self.state.readiness.check()?;
             let group = std::mem::take(&mut self.group);
             self.position = self.bulk.write(group).await?;
             self.group_bytes = 0;

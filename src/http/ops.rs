@@ -9,6 +9,7 @@ use axum::routing::{MethodRouter, get};
 use axum::{Json, Router};
 use http::HeaderValue;
 use http::header::CONTENT_TYPE;
+use parking_lot::Mutex;
 
 use super::HttpMetrics;
 use super::error::ApiError;
@@ -18,9 +19,9 @@ use super::status::Status;
 use super::traffic::RecentTraffic;
 use crate::backup::Snapshots;
 use crate::blocking::Blocking;
-use crate::log::{Log, Seq, now_ns};
+use crate::log::{Log, RandomId, Seq, now_ns};
 use crate::machine::{Room, memory_limit, room_in};
-use crate::readiness::{Readiness, Unready};
+use crate::readiness::{NodeState, Readiness, Unready};
 use crate::replication::{Applied, LastSnapshot, Peers, RestoreTracker, Writer};
 use crate::store::Store;
 use crate::telemetry::Telemetry;
@@ -33,6 +34,8 @@ const ROOM_WAIT_MAX: Duration = Duration::from_secs(1);
 pub struct OpsState {
     /// This process start's name.
     pub node: Arc<str>,
+    /// The replica.
+    pub replica: RandomId,
     /// The records.
     pub store: Store,
     /// How far they have come.
@@ -67,10 +70,10 @@ impl OpsState {
     /// # Errors
     /// Why not; the log may refuse them while reads go on.
     pub(super) fn not_ready_for_writes(&self) -> Result<(), Unready> {
-        self.readiness.writes()?;
-        match self.log.refusal() {
+        self.readiness.check()?;
+        match self.log.unwritable() {
             Some(reason) => Err(Unready {
-                state: "read-only",
+                state: NodeState::ReadOnly,
                 reason,
             }),
             None => Ok(()),
@@ -113,17 +116,35 @@ pub fn routes(state: OpsState) -> Router {
         .with_state(state)
 }
 
+/// What an opening log waits for. Clones share it.
+#[derive(Clone)]
+pub struct OpeningProgress(Arc<Mutex<Arc<str>>>);
+
+impl Default for OpeningProgress {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new("opening the log".into())))
+    }
+}
+
+impl OpeningProgress {
+    /// It waits for this now.
+    pub fn set(&self, what: &str) {
+        *self.0.lock() = what.into();
+    }
+}
+
 /// The port's routes while the log is being opened: the process is alive and no more.
-pub fn routes_while_opening() -> Router {
-    let opening = || Unready {
-        state: "starting",
-        reason: "the log is being opened; what keeps it is told in this node's log".into(),
+pub fn routes_while_opening(progress: OpeningProgress) -> Router {
+    let opening = move || Unready {
+        state: NodeState::Starting,
+        reason: Arc::clone(&progress.0.lock()),
     };
+    let opening_page = opening.clone();
     Router::new()
         .route("/livez", get(alive))
         .route(
             "/",
-            get(move || async move { View::opening(&opening()).answer() }),
+            get(move || async move { View::opening(&opening_page()).answer() }),
         )
         .fallback(move || async move { ApiError::NotReady(opening()) })
 }
@@ -133,7 +154,7 @@ async fn alive() -> &'static str {
 }
 
 async fn ready(State(state): State<OpsState>) -> Result<&'static str, ApiError> {
-    state.readiness.reads()?;
+    state.readiness.check()?;
     Ok("ready\n")
 }
 
@@ -161,15 +182,15 @@ async fn metrics(State(state): State<OpsState>) -> Response {
         .set(peers.iter().filter(|peer| peer.ready()).count() as f64);
     gauges
         .queue_patches
-        .set(state.writer.queue_patches() as f64);
+        .set(state.writer.queue_requests() as f64);
     gauges
         .ready
-        .set(f64::from(u8::from(state.readiness.reads().is_ok())));
+        .set(f64::from(u8::from(state.readiness.check().is_ok())));
     let recovery = &state.telemetry.recovery;
     recovery.log_first.set(state.log.first() as f64);
     recovery
         .writable
-        .set(f64::from(u8::from(state.log.refusal().is_none())));
+        .set(f64::from(u8::from(state.log.unwritable().is_none())));
     if let Some(restore) = state.restore.current() {
         recovery.restore_rows.set(restore.progress.rows() as f64);
         recovery.restore_bytes.set(restore.progress.bytes() as f64);

@@ -17,7 +17,7 @@ use super::status::{RestoreStatus, Status};
 use super::traffic::RouteTraffic;
 use crate::backup::rfc3339;
 use crate::log::now_ns;
-use crate::readiness::{DIVERGED, Unready};
+use crate::readiness::{NodeState, Unready};
 
 const STYLE: &str = include_str!("page/page.css");
 const SCRIPT: &str = include_str!("page/page.js");
@@ -49,10 +49,12 @@ enum Level {
 }
 
 impl Level {
-    fn of(state: &str) -> Self {
+    fn of(state: NodeState) -> Self {
         match state {
-            "ready" => Self::Ok,
-            "gap" | "no-source" | DIVERGED => Self::Bad,
+            NodeState::Ready => Self::Ok,
+            NodeState::Gap | NodeState::NoSource | NodeState::OtherLog | NodeState::Diverged => {
+                Self::Bad
+            }
             _ => Self::Wait,
         }
     }
@@ -96,8 +98,8 @@ impl<'a> View<'a> {
         }
     }
 
-    fn in_state(state: &str) -> Self {
-        let (first, rest) = state.split_at_checked(1).unwrap_or_default();
+    fn in_state(state: NodeState) -> Self {
+        let (first, rest) = state.name().split_at_checked(1).unwrap_or_default();
         Self {
             headline: format!("{}{}", first.to_uppercase(), rest.replace('-', " ")),
             level: Level::of(state),

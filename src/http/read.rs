@@ -80,7 +80,7 @@ pub fn plain(state: ReadState) -> Plain {
 
 async fn get_grade(State(state): State<ReadState>, request: Request) -> Result<Response, ApiError> {
     if let Some(wanted) = position_of(request.headers())? {
-        state.readiness.reads()?;
+        state.readiness.check()?;
         if !state
             .applied
             .wait_for(wanted, state.position_wait_max)

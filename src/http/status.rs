@@ -7,7 +7,8 @@ use serde::Serialize;
 use super::ops::OpsState;
 use super::traffic::Traffic;
 use crate::backup::rfc3339;
-use crate::log::Seq;
+use crate::log::{Chain, Seq};
+use crate::readiness::NodeState;
 use crate::replication::{LastSnapshot, Peer, Restore};
 
 /// The answer of `GET /status`.
@@ -18,7 +19,7 @@ pub struct Status {
     /// The program's version.
     pub version: &'static str,
     /// `ready`, or why not in one word.
-    pub state: &'static str,
+    pub state: NodeState,
     /// Why not in a sentence.
     pub reason: Option<Arc<str>>,
     /// Whether reads are answered.
@@ -29,8 +30,14 @@ pub struct Status {
     pub log_kind: &'static str,
     /// Which log `position` counts in.
     pub log_id: Box<str>,
+    /// The replica; it keeps this id in its data directory.
+    pub replica: String,
     /// The last batch applied.
     pub position: Seq,
+    /// The hash of the log's history up to there.
+    pub chain: Chain,
+    /// Whether the log, or another replica, was seen to have the same history.
+    pub verified: bool,
     /// The log's last batch.
     pub log_end: Seq,
     /// How many batches lie between.
@@ -114,19 +121,24 @@ impl Status {
         Self {
             node: Arc::clone(&state.node),
             version: env!("CARGO_PKG_VERSION"),
-            state: unready.as_ref().map_or("ready", |unready| unready.state),
-            reads: state.readiness.reads().is_ok(),
+            state: unready
+                .as_ref()
+                .map_or(NodeState::Ready, |unready| unready.state),
+            reads: state.readiness.check().is_ok(),
             writes: unready.is_none(),
             reason: unready.map(|unready| unready.reason),
             log_kind: state.log.kind(),
             log_id: state.log.id().0,
+            replica: state.replica.to_string(),
+            chain: at.chain,
+            verified: state.log.is_verified(),
             position: at.seq,
             log_end,
             lag: log_end.saturating_sub(at.seq),
             lag_s: state.lag_s(log_end),
             records: at.records as u64,
             digest: at.digest.to_string(),
-            queue: state.writer.queue_patches() as u64,
+            queue: state.writer.queue_requests() as u64,
             uptime_s: state.telemetry.uptime().as_secs(),
             memory_bytes: metrics_process::collector::collect().resident_memory_bytes,
             traffic: state.traffic.now(),

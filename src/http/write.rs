@@ -82,10 +82,10 @@ pub fn direct(state: WriteState) -> Direct {
 /// What takes a plain `POST /set` past hyper, where nothing stands against it.
 pub fn plain(state: WriteState) -> Plain {
     Plain::Set(Arc::new(move |authorization, body| {
-        let welcome = state.credentials.are(authorization) && state.readiness.writes().is_ok();
+        let welcome = state.credentials.are(authorization) && state.readiness.check().is_ok();
         let write = welcome.then(|| parse_patch(body).ok())??.into();
         // What is refused here is refused again, or taken, when hyper has read it.
-        state.writer.hand_in_one(write).ok()
+        state.writer.submit_one(write).ok()
     }))
 }
 
@@ -101,7 +101,7 @@ where
     B: HttpBody<Data = Bytes> + Unpin,
 {
     state.credentials.check(request.headers())?;
-    state.readiness.writes()?;
+    state.readiness.check()?;
     match content_of(request.headers())? {
         Content::Patch => {}
         // Boxed: it is many times as large as what a single patch needs.
@@ -124,7 +124,7 @@ async fn delete_grade(
     request: Request,
 ) -> Result<Response, ApiError> {
     state.credentials.check(request.headers())?;
-    state.readiness.writes()?;
+    state.readiness.check()?;
     let user_id = user_id_of(request.uri().query().unwrap_or_default())?;
     let delete = Write::Delete(user_id.into());
     let seq = state.writer.write(delete).await?;

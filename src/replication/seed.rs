@@ -3,11 +3,11 @@
 use std::fs;
 use std::path::Path;
 
+use super::Applied;
 use super::bootstrap::BootstrapError;
 use super::tracker::RestoreTracker;
-use super::{Applied, Position};
 use crate::backup::{self, Snapshots};
-use crate::log::Log;
+use crate::log::{Log, Position};
 use crate::store::Store;
 
 /// Fills `store` from the backup at `path`; `log` is new and begins where the backup ends, so that a
@@ -36,9 +36,7 @@ pub fn restore_seed(
         error,
     })?;
     let head = summary.records.map(|(head, _)| head);
-    applied.restored(Position {
-        seq: log.end(),
-        time_ns: head.map_or(applied.position().time_ns, |head| head.time_ns),
-    });
+    let time_ns = head.map_or(applied.base().time_ns, |head| head.time_ns);
+    applied.restored(Position::base(&log.id(), log.end(), time_ns));
     Ok(())
 }

@@ -53,6 +53,8 @@ pub fn backup_head(store: &Store, applied: &Applied, log: &dyn Log) -> Head {
         log_id: log.id().0,
         position: position.seq,
         time_ns: position.time_ns,
+        chain: position.chain,
+        previous_chain: position.previous,
         rows_expected: store.len() as u64,
     }
 }
@@ -88,7 +90,7 @@ impl Snapshotter {
         while stop.run_until_cancelled(every.tick()).await.is_some() {
             // In this order: a store that is cleared after it was ready has another epoch.
             let epoch = self.store.epoch();
-            if readiness.reads().is_ok() {
+            if readiness.check().is_ok() {
                 self.write_if_changed(epoch).await;
             }
         }
@@ -119,10 +121,10 @@ impl Snapshotter {
         self.write_alone(self.store.epoch()).await
     }
 
-    /// Sets all of them aside; none that is being written now is kept under its own name either.
-    pub(super) async fn set_all_aside(&self, why: &str) {
+    /// Quarantines all of them; one that is being written now is not kept either.
+    pub(super) async fn quarantine_all(&self, why: &str) {
         let _alone = self.writing.lock().await;
-        self.snapshots.set_all_aside(why);
+        self.snapshots.quarantine_all(why);
         self.last.0.lock().written = None;
     }
 
@@ -154,7 +156,7 @@ impl Snapshotter {
         let head = backup_head(&self.store, &self.applied, &*self.log);
         let end = || match self.store.epoch() == epoch {
             true => Ok(self.applied.position().seq),
-            false => Err(io::Error::other("the state was made anew meanwhile")),
+            false => Err(io::Error::other("the state was replaced meanwhile")),
         };
         let written = self.snapshots.write(&self.store, head, end)?;
         Ok((written, self.snapshots.prune()?))

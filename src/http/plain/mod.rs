@@ -28,7 +28,7 @@ use tokio::net::TcpStream;
 
 use super::listener::Connection;
 use super::observe::{FailedPlain, HttpMetrics, InFlight};
-use crate::replication::HandedIn;
+use crate::replication::PendingWrite;
 use answer::Answers;
 use request::Other;
 pub(super) use rewound::Rewound;
@@ -38,7 +38,7 @@ pub type ShowGrade = Arc<dyn Fn(&str, &mut Vec<u8>) -> bool + Send + Sync>;
 
 /// Hands in the write in a request's body, for what its `Authorization` says; `None`, and nothing is done,
 /// if that may not be.
-pub type HandIn = Arc<dyn Fn(Option<&[u8]>, &[u8]) -> Option<HandedIn> + Send + Sync>;
+pub type HandIn = Arc<dyn Fn(Option<&[u8]>, &[u8]) -> Option<PendingWrite> + Send + Sync>;
 
 /// Bytes that are read at a time. A header that is longer is hyper's.
 const READ_BYTES: usize = 4096;
@@ -121,7 +121,7 @@ enum Taken {
 
 /// A write on its way.
 struct Waiting {
-    handed_in: HandedIn,
+    handed_in: PendingWrite,
     begun: Instant,
     /// Bytes of its request.
     len: usize,

@@ -2,85 +2,84 @@
 //!
 //! | bytes | what |
 //! | --- | --- |
-//! | 1 | format: 1, or 2 where the batch has a deletion |
+//! | 1 | format: 1 |
 //! | 8 | the log's time, nanoseconds since 1970 |
-//! | 16 | the sender's origin |
-//! | 8 | the sender's number of the batch |
+//! | 16 | the writer |
+//! | 8 | the writer's number of the batch |
 //! | rest | the writes, a JSON array |
 //!
 //! The record around it has the checksum.
 
-use crate::log::writes::{self, Format};
-use crate::log::{Batch, Entry, Origin, ReadError, Seq};
+use crate::grade::Write;
+use crate::log::writes::{self, FORMAT};
+use crate::log::{Batch, BatchId, Effect, Entry, Position, RandomId, ReadError, Seq};
 
 /// Bytes before the writes.
 pub(super) const HEADER_BYTES: usize = 1 + 8 + 16 + 8;
 
-/// Replaces what is in `out` by `entry`'s value.
-pub fn write(entry: &Entry, out: &mut Vec<u8>) {
-    out.clear();
-    append(entry, out);
+/// Appends the value of the batch after `previous` to `out`; its position.
+pub fn write(
+    previous: &Position,
+    time_ns: u64,
+    id: BatchId,
+    writes: &[Write],
+    out: &mut Vec<u8>,
+) -> Position {
+    let payload_at = out.len() + HEADER_BYTES;
+    out.push(FORMAT);
+    out.extend_from_slice(&time_ns.to_le_bytes());
+    out.extend_from_slice(&id.writer.bytes());
+    out.extend_from_slice(&id.seq.to_le_bytes());
+    writes::write(writes, out);
+    let payload = out.get(payload_at..).unwrap_or_default();
+    previous.next(time_ns, Effect::Batch { id, payload })
 }
 
-/// Writes `entry`'s value after what is in `out`.
-pub(super) fn append(entry: &Entry, out: &mut Vec<u8>) {
-    out.push(Format::of(&entry.batch.writes).number());
-    out.extend_from_slice(&entry.time_ns.to_le_bytes());
-    out.extend_from_slice(&entry.batch.origin.0.to_le_bytes());
-    out.extend_from_slice(&entry.batch.number.to_le_bytes());
-    writes::write(&entry.batch.writes, out);
-}
-
-/// What stands before the writes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Header {
-    format: Format,
-    pub(super) time_ns: u64,
-    pub(super) origin: Origin,
-    pub(super) number: u64,
-}
-
-/// Takes the value of batch `seq` apart: its header, and the writes as JSON.
-pub(super) fn header(seq: Seq, value: &[u8]) -> Result<(Header, &[u8]), ReadError> {
+/// Takes the value of batch `seq` apart: its time, its identity, and the writes as JSON.
+fn split(seq: Seq, value: &[u8]) -> Result<(u64, BatchId, &[u8]), ReadError> {
     let damaged = |why: &str| ReadError::Damaged {
         seq,
         why: why.into(),
     };
-    let Some(number) = value.first() else {
+    let Some((format, mut rest)) = value.split_first() else {
         return Err(damaged("it is empty"));
     };
-    let format = Format::numbered(u64::from(*number)).ok_or_else(|| {
-        damaged(&format!(
-            "its format is {number}, this version reads 1 and 2 only"
-        ))
-    })?;
-    let mut rest = value.get(1..).unwrap_or_default();
+    if *format != FORMAT {
+        let why = format!("its format is {format}, this version reads {FORMAT} only");
+        return Err(damaged(&why));
+    }
     let parts = (|| {
-        let header = Header {
-            format,
-            time_ns: u64::from_le_bytes(take(&mut rest)?),
-            origin: Origin(u128::from_le_bytes(take(&mut rest)?)),
-            number: u64::from_le_bytes(take(&mut rest)?),
+        let time_ns = u64::from_le_bytes(take(&mut rest)?);
+        let id = BatchId {
+            writer: RandomId(u128::from_le_bytes(take(&mut rest)?)),
+            seq: u64::from_le_bytes(take(&mut rest)?),
         };
-        Some((header, rest))
+        Some((time_ns, id, rest))
     })();
     parts.ok_or_else(|| damaged("it ends within its header"))
 }
 
-/// The whole of batch `seq`.
+/// The position of the batch with this value, which comes after `previous`.
 ///
 /// # Errors
 /// `value` is not what [`write()`] wrote.
-pub fn read(seq: Seq, value: &[u8]) -> Result<Entry, ReadError> {
-    let (header, json) = header(seq, value)?;
-    let writes = writes::read(header.format, json);
-    let writes = writes.map_err(|why| ReadError::Damaged { seq, why })?;
+pub fn position(previous: &Position, value: &[u8]) -> Result<Position, ReadError> {
+    let (time_ns, id, payload) = split(previous.seq + 1, value)?;
+    Ok(previous.next(time_ns, Effect::Batch { id, payload }))
+}
+
+/// The whole batch with this value, which comes after `previous`.
+///
+/// # Errors
+/// `value` is not what [`write()`] wrote.
+pub fn read(previous: &Position, value: &[u8]) -> Result<Entry, ReadError> {
+    let seq = previous.seq + 1;
+    let (time_ns, id, payload) = split(seq, value)?;
+    let writes = writes::read(payload).map_err(|why| ReadError::Damaged { seq, why })?;
     Ok(Entry {
-        seq,
-        time_ns: header.time_ns,
+        position: previous.next(time_ns, Effect::Batch { id, payload }),
         batch: Batch {
-            origin: header.origin,
-            number: header.number,
+            ticket: None,
             writes,
             checkpoint: None,
         },

@@ -16,8 +16,8 @@ use tokio::sync::{oneshot, watch};
 
 use super::opening::Pen;
 use super::segment::{self, HEADER_BYTES, Header};
-use super::{Shared, Sizes, record};
-use crate::log::{AppendError, Batch, Entry, Seq, now_ns};
+use super::{Shared, Sizes, format, record};
+use crate::log::{AppendError, Batch, BatchId, Entry, Position, RandomId, Seq, now_ns};
 use crate::machine::room_in;
 
 /// How often a thread that refuses batches looks whether it still must.
@@ -31,7 +31,7 @@ pub(super) struct Append {
 
 /// A batch of which it is not known whether it is in the log.
 pub(super) struct Doubt {
-    entry: Entry,
+    batch: Batch,
     verdict: oneshot::Sender<Result<(), AppendError>>,
 }
 
@@ -48,8 +48,11 @@ pub(super) struct Keeper {
     pub(super) shared: Arc<Shared>,
     /// The last durable batch, for all to see. Dropped with the thread, which closes the log.
     pub(super) end: watch::Sender<Seq>,
-    /// The last batch's time.
-    pub(super) time_ns: u64,
+    /// The last durable batch's position.
+    pub(super) last: Position,
+    /// This process, as the writer of its batches, and how many it has written.
+    pub(super) writer: RandomId,
+    pub(super) written: u64,
     /// `None` after a failure: what is written next begins a segment.
     pub(super) pen: Option<Pen>,
     /// The batch that a failure left in doubt.
@@ -95,14 +98,8 @@ impl Keeper {
     /// Makes a batch durable and shows it, or refuses it.
     fn take(&mut self, Append { batch, verdict }: Append) {
         let entry = self.look_again().and_then(|()| {
-            let entry = Entry {
-                seq: self.next_seq(),
-                // A clock that was set back must not make the log's time go back.
-                time_ns: now_ns().max(self.time_ns),
-                batch,
-            };
-            let placed = self.place(&entry);
-            placed.map(|()| entry).inspect_err(|why| self.refuse(why))
+            let placed = self.place(batch);
+            placed.inspect_err(|why| self.refuse(why))
         });
         let entry = match entry {
             Ok(entry) => entry,
@@ -119,19 +116,27 @@ impl Keeper {
             }
             Err(why) => {
                 self.refuse(&why);
-                self.doubt = Some(Doubt { entry, verdict });
+                let batch = entry.batch;
+                self.doubt = Some(Doubt { batch, verdict });
             }
         }
     }
 
-    fn next_seq(&self) -> Seq {
-        *self.end.borrow() + 1
-    }
-
-    /// Encodes a batch and makes room for it.
-    fn place(&mut self, entry: &Entry) -> Result<(), Arc<str>> {
-        record::write(entry, &mut self.record).map_err(|error| self.shared.failure(&error))?;
-        self.make_room(entry.seq, self.record.len() as u64)
+    /// Encodes a batch as the next one and makes room for it.
+    fn place(&mut self, batch: Batch) -> Result<Entry, Arc<str>> {
+        let seq = self.last.seq + 1;
+        // A clock that was set back must not make the log's time go back.
+        let time_ns = now_ns().max(self.last.time_ns);
+        self.written += 1;
+        let id = BatchId {
+            writer: self.writer,
+            seq: self.written,
+        };
+        let value = |out: &mut Vec<u8>| format::write(&self.last, time_ns, id, &batch.writes, out);
+        let position = record::write(seq, value, &mut self.record)
+            .map_err(|error| self.shared.failure(&error))?;
+        self.make_room(seq, self.record.len() as u64)?;
+        Ok(Entry { position, batch })
     }
 
     /// Makes sure that the record of batch `seq` fits where the pen is. Nothing of it is written yet,
@@ -168,8 +173,7 @@ impl Keeper {
         let header = Header {
             log: self.shared.log,
             base: self.shared.base,
-            first: seq,
-            time_ns: self.time_ns,
+            start: self.last,
         };
         let file = segment::create(&self.shared.dir, &header, room_bytes)
             .map_err(|error| self.shared.failure(&error))?;
@@ -206,8 +210,8 @@ impl Keeper {
 
     /// Lets readers have a durable batch.
     fn show(&mut self, entry: Entry) {
-        self.time_ns = entry.time_ns;
-        let seq = entry.seq;
+        self.last = entry.position;
+        let seq = entry.position.seq;
         self.shared.recent.lock().push(entry);
         self.end.send_replace(seq);
     }
@@ -236,7 +240,7 @@ impl Keeper {
         let record_bytes = refusing.record_bytes;
         let able = match self.doubt.take() {
             Some(doubt) => self.settle(doubt),
-            None => self.make_room(self.next_seq(), record_bytes),
+            None => self.make_room(self.last.seq + 1, record_bytes),
         };
         match &able {
             Ok(()) => self.accept(),
@@ -255,17 +259,21 @@ impl Keeper {
 
     /// Writes the batch in doubt at the begin of a new segment.
     fn settle(&mut self, doubt: Doubt) -> Result<(), Arc<str>> {
-        let written = self.place(&doubt.entry).and_then(|()| self.write());
-        match &written {
-            Ok(()) => {
+        let placed = self.place(doubt.batch.clone());
+        let written = placed.and_then(|entry| self.write().map(|()| entry));
+        match written {
+            Ok(entry) => {
                 // Before its sender hears of it and sends the next.
                 self.accept();
-                self.show(doubt.entry);
+                self.show(entry);
                 let _ = doubt.verdict.send(Ok(()));
+                Ok(())
             }
-            Err(_) => self.doubt = Some(doubt),
+            Err(why) => {
+                self.doubt = Some(doubt);
+                Err(why)
+            }
         }
-        written
     }
 }
 

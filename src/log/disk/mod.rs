@@ -10,7 +10,7 @@
 //! # Why a format of our own
 //!
 //! Until it was measured the log was kept in *fjall*, a log-structured store, whose journal does what
-//! is done here (such a log is [converted](former) when it is opened). It grows as it is written, so each sync also commits the file's length and blocks: a
+//! is done here. It grows as it is written, so each sync also commits the file's length and blocks: a
 //! batch took 0.18 ms of CPU, and `POST /set` came to 0.46 of what it does with the log in memory.
 //! Writing 2,500 bytes and syncing them took 192 us, 68 of them CPU, at a file's end; 184 and 70 in
 //! room that was only reserved; 104 and 37 over zeros that were written and synced before, and the
@@ -33,7 +33,6 @@
 //! the snapshots take, are about the least for a disk.
 
 pub mod format;
-mod former;
 mod keeper;
 mod opening;
 mod record;
@@ -58,7 +57,9 @@ use tokio::sync::{oneshot, watch};
 use self::keeper::{Append, Keeper};
 use self::opening::Opened;
 use self::subscription::{DiskSubscription, Recent};
-use super::{AppendError, Batch, Log, LogId, Origin, ReadError, Seq, Subscription, TrimError};
+use super::{
+    AppendError, Batch, Log, LogId, Position, RandomId, ReadError, Seq, Subscription, TrimError,
+};
 
 /// What comes while one batch is written and synced makes the next one larger. With two, batches of 64
 /// connections held 21 writes in place of 30, and `POST /set` did 0.61 of what it does with
@@ -143,13 +144,15 @@ pub struct DiskLog {
 /// What the log, its thread and its readers share.
 struct Shared {
     dir: PathBuf,
-    log: Origin,
+    log: RandomId,
     /// What numbering began after.
     base: Seq,
     sizes: Sizes,
     /// The first batch of each segment, in order; never empty.
     segments: Mutex<Vec<Seq>>,
     first: AtomicU64,
+    /// The position before the first batch that was held when the log was opened.
+    start: Position,
     recent: Mutex<Recent>,
     refusal: Mutex<Option<Arc<str>>>,
     /// Held while segments are removed: they must go oldest first.
@@ -174,18 +177,16 @@ impl DiskLog {
     }
 
     fn open_with(dir: &Path, base: Option<Seq>, sizes: Sizes) -> Result<Self, OpenError> {
-        let exists = former::put_back(dir).and_then(|()| dir.try_exists());
+        let exists = dir.try_exists();
         if !exists.map_err(|error| OpenError::io(dir, error))? {
             Opened::create(dir, base.unwrap_or(0), sizes)?;
-        } else if former::is_at(dir) {
-            former::convert(dir, sizes)?;
         }
         let mut opened = Opened::open(dir)?;
         if let Some(base) = base
             && !(opened.unused() && opened.base == base)
         {
             if !opened.unused() {
-                let (dir, end) = (dir.into(), opened.end);
+                let (dir, end) = (dir.into(), opened.last.seq);
                 return Err(OpenError::NotEmpty { dir, end });
             }
             opened.discard(dir)?;
@@ -196,14 +197,15 @@ impl DiskLog {
     }
 
     fn start(dir: &Path, opened: Opened, sizes: Sizes) -> Result<Self, OpenError> {
-        let (sender, end) = watch::channel(opened.end);
+        let (sender, end) = watch::channel(opened.last.seq);
         let first = opened.segments.first().copied();
         let shared = Arc::new(Shared {
             dir: dir.into(),
             log: opened.log,
             base: opened.base,
             sizes,
-            first: AtomicU64::new(first.unwrap_or(opened.end + 1)),
+            first: AtomicU64::new(first.unwrap_or(opened.last.seq + 1)),
+            start: opened.start,
             segments: Mutex::new(opened.segments),
             recent: Mutex::default(),
             refusal: Mutex::default(),
@@ -214,7 +216,9 @@ impl DiskLog {
         let keeper = Keeper {
             shared: Arc::clone(&shared),
             end: sender,
-            time_ns: opened.time_ns,
+            last: opened.last,
+            writer: RandomId::random()?,
+            written: 0,
             pen: Some(opened.pen),
             doubt: None,
             refusing: None,
@@ -238,6 +242,12 @@ impl DiskLog {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.end() == 0
+    }
+
+    /// The position before the first batch that was held when the log was opened.
+    #[must_use]
+    pub fn start_position(&self) -> Position {
+        self.shared.start
     }
 }
 
@@ -280,7 +290,7 @@ impl Log for DiskLog {
     }
 
     fn id(&self) -> LogId {
-        LogId(format!("disk-{}", self.shared.log).into())
+        opening::log_id(self.shared.log)
     }
 
     fn first(&self) -> Seq {
@@ -308,13 +318,13 @@ impl Log for DiskLog {
                 }
             }
             // A thread that died with the batch at hand may have written it. That is not an error:
-            // as ever, what became of it is told by its coming back.
+            // a batch is committed once it is delivered.
             given.await.unwrap_or(Ok(()))
         }
         .boxed()
     }
 
-    fn refusal(&self) -> Option<Arc<str>> {
+    fn unwritable(&self) -> Option<Arc<str>> {
         self.shared.refusal.lock().clone()
     }
 
@@ -327,16 +337,19 @@ impl Log for DiskLog {
         .boxed()
     }
 
-    fn subscribe(&self, after: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
+    fn subscribe(
+        &self,
+        after: Position,
+    ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
         async move {
-            let wanted = after.saturating_add(1);
-            if wanted < self.first() || after > self.end() {
+            let wanted = after.seq.saturating_add(1);
+            if wanted < self.first() || after.seq > self.end() {
                 return Err(ReadError::NotHeld { wanted });
             }
             Ok(Box::new(DiskSubscription {
                 shared: Arc::clone(&self.shared),
                 end: self.end.clone(),
-                wanted,
+                last: after,
                 place: None,
             }) as Box<dyn Subscription>)
         }

@@ -11,21 +11,21 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::segment::{HEADER_BYTES, Header, Heads, create, list, path, read_at, sync_dir};
-use super::{OpenError, Sizes, format, former, record, segment};
-use crate::log::{Origin, Seq};
+use super::{OpenError, Sizes, format, record, segment};
+use crate::log::{LogId, Position, RandomId, Seq};
 
 /// The opened log.
 pub(super) struct Opened {
     /// Which log it is.
-    pub(super) log: Origin,
+    pub(super) log: RandomId,
     /// What numbering began after.
     pub(super) base: Seq,
     /// The first batch of each segment, in order; never empty.
     pub(super) segments: Vec<Seq>,
-    /// The last batch, or what numbering began after.
-    pub(super) end: Seq,
-    /// The last batch's time; 0 when there was none.
-    pub(super) time_ns: u64,
+    /// The position before the first batch that is held.
+    pub(super) start: Position,
+    /// The last batch's position, or where numbering began.
+    pub(super) last: Position,
     pub(super) pen: Pen,
 }
 
@@ -40,8 +40,8 @@ pub(super) struct Pen {
 
 /// What was found in the last segment.
 pub(super) struct Found {
-    pub(super) end: Seq,
-    time_ns: u64,
+    /// The last batch's position.
+    pub(super) position: Position,
     /// Where the last record begins, if there is one, and where it ends.
     last: Option<usize>,
     at: usize,
@@ -54,11 +54,11 @@ impl Opened {
     ///
     /// It is built beside and moved: a crash leaves either no log or a whole one.
     pub(super) fn create(dir: &Path, base: Seq, sizes: Sizes) -> Result<(), OpenError> {
+        let log = RandomId::random()?;
         let header = Header {
-            log: Origin::random()?,
+            log,
             base,
-            first: base + 1,
-            time_ns: 0,
+            start: Position::base(&log_id(log), base, 0),
         };
         let new = dir.with_extension("new");
         remove(&new)
@@ -71,7 +71,7 @@ impl Opened {
 
     /// Whether no batch was ever appended.
     pub(super) fn unused(&self) -> bool {
-        self.end == self.base
+        self.last.seq == self.base
     }
 
     /// Removes a log that holds nothing.
@@ -102,7 +102,7 @@ impl Opened {
         let file = options.read(true).write(true).open(path(dir, last));
         let file = file.map_err(io)?;
         let bytes = whole(&file).map_err(io)?;
-        let header = headers(dir, &listing.segments, &bytes)?;
+        let (header, start) = headers(dir, &listing.segments, &bytes)?;
         for (first, next) in earlier.iter().zip(listing.segments.iter().skip(1)) {
             let file = File::open(path(dir, *first)).map_err(io)?;
             follow(&file, *first, *next).map_err(io)?.map_err(damaged)?;
@@ -110,11 +110,7 @@ impl Opened {
         let found = Found::in_segment(&header, &bytes).map_err(damaged)?;
         // Now the log is known to be whole, and things may be changed.
         let pen = found.settle(file, &bytes).map_err(io)?;
-        for left in [
-            dir.with_extension("new"),
-            dir.with_extension("old"),
-            former::moved(dir),
-        ] {
+        for left in [dir.with_extension("new"), dir.with_extension("old")] {
             remove(&left).map_err(io)?;
         }
         for unfinished in &listing.unfinished {
@@ -126,16 +122,16 @@ impl Opened {
             log: header.log,
             base: header.base,
             segments: listing.segments,
-            end: found.end,
-            time_ns: found.time_ns,
+            start,
+            last: found.position,
             pen,
         })
     }
 }
 
-/// The header of the last segment, which `bytes` are, if all segments' headers are of the same log
-/// and each stands in the file that it should.
-fn headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<Header, OpenError> {
+/// The header of the last segment, which `bytes` are, and where the first segment starts; if all
+/// segments' headers are of the same log and each is in its own file.
+fn headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<(Header, Position), OpenError> {
     let check = |bytes: &[u8], first: Seq| {
         let file = path(dir, first);
         let damaged = |why: String| OpenError::Damaged {
@@ -143,13 +139,14 @@ fn headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<Header, OpenErr
             why: format!("{}: {why}", file.display()).into(),
         };
         let header = Header::read(bytes).map_err(damaged)?;
-        match header.first == first && header.base < first {
+        match header.first() == first && header.base < first {
             true => Ok(header),
-            false => Err(damaged(format!("it begins with batch {}", header.first))),
+            false => Err(damaged(format!("it begins with batch {}", header.first()))),
         }
     };
     let (last, earlier) = segments.split_last().unwrap_or((&0, &[]));
     let of_last = check(bytes, *last)?;
+    let mut start = None;
     let mut bytes = Vec::new();
     for first in earlier {
         let read = File::open(path(dir, *first))
@@ -161,8 +158,9 @@ fn headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<Header, OpenErr
             let why = format!("{} is of another log", file.display()).into();
             return Err(OpenError::Damaged { dir, why });
         }
+        start.get_or_insert(header.start);
     }
-    Ok(of_last)
+    Ok((of_last, start.unwrap_or(of_last.start)))
 }
 
 /// Goes from record to record of a segment, from `first` to the batch before `next`; says what is
@@ -190,27 +188,24 @@ impl Found {
     /// Looks through the last segment.
     pub(super) fn in_segment(header: &Header, bytes: &[u8]) -> Result<Self, String> {
         let mut found = Self {
-            end: header.first - 1,
-            time_ns: header.time_ns,
+            position: header.start,
             last: None,
             at: HEADER_BYTES as usize,
             clean: true,
         };
         let after = |at: usize| bytes.get(at..).unwrap_or_default();
         while let Some(record) = record::read(after(found.at)) {
-            if record.seq != found.end + 1 {
+            if record.seq != found.position.seq + 1 {
                 break;
             }
-            let value = format::header(record.seq, record.value);
-            let (value, _) = value.map_err(|error| error.to_string())?;
-            found.time_ns = value.time_ns;
-            found.end = record.seq;
+            let position = format::position(&found.position, record.value);
+            found.position = position.map_err(|error| error.to_string())?;
             found.last = Some(found.at);
             found.at += record.bytes;
         }
         let rest = after(found.at);
         found.clean = rest.iter().all(|byte| *byte == 0);
-        let seq = found.end + 1;
+        let seq = found.position.seq + 1;
         if !found.clean {
             let steps = (0..rest.len()).step_by(record::ALIGNMENT);
             let mut behind = steps.filter_map(|at| record::read(rest.get(at..)?));
@@ -231,8 +226,11 @@ impl Found {
     fn settle(&self, file: File, bytes: &[u8]) -> io::Result<Pen> {
         let (at, room_end) = (self.at as u64, bytes.len() as u64);
         if !self.clean {
-            let seq = self.end + 1;
-            tracing::warn!(seq, "log's torn last batch cut off; it was never answered");
+            let seq = self.position.seq + 1;
+            tracing::warn!(
+                seq,
+                "truncated a torn record at the tail (never acknowledged)"
+            );
             segment::write_zeros(&file, at, room_end)?;
         }
         // A process before may have written the last batch and gone when the sync failed. Then the
@@ -246,6 +244,11 @@ impl Found {
         file.sync_all()?;
         Ok(Pen { file, at, room_end })
     }
+}
+
+/// How a log on disk is known.
+pub(super) fn log_id(log: RandomId) -> LogId {
+    LogId(format!("disk-{log}").into())
 }
 
 fn whole(file: &File) -> io::Result<Vec<u8>> {

@@ -16,7 +16,7 @@ use std::io;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::format;
-use crate::log::{Entry, Seq};
+use crate::log::Seq;
 
 /// Where records may begin.
 pub(super) const ALIGNMENT: usize = 8;
@@ -42,25 +42,30 @@ pub(super) struct Record<'a> {
     pub(super) bytes: usize,
 }
 
-/// Replaces what is in `out` by `entry`'s record.
-pub(super) fn write(entry: &Entry, out: &mut Vec<u8>) -> io::Result<()> {
+/// Replaces what is in `out` by the record of batch `seq`, whose value `append_value` appends;
+/// returns what that returns.
+pub(super) fn write<T>(
+    seq: Seq,
+    append_value: impl FnOnce(&mut Vec<u8>) -> T,
+    out: &mut Vec<u8>,
+) -> io::Result<T> {
     out.clear();
     out.extend_from_slice(&[0; HEAD_BYTES]);
-    format::append(entry, out);
+    let appended = append_value(out);
     let value_bytes = u32::try_from(out.len() - HEAD_BYTES).map_err(io::Error::other)?;
     let mut fill = |from: usize, bytes: &[u8]| {
         if let Some(place) = out.get_mut(from..from + bytes.len()) {
             place.copy_from_slice(bytes);
         }
     };
-    fill(8, &entry.seq.to_le_bytes());
+    fill(8, &seq.to_le_bytes());
     fill(16, &value_bytes.to_le_bytes());
     let checksum = xxh3_64(out.get(CHECKSUM_BYTES..).unwrap_or_default());
     if let Some(place) = out.first_chunk_mut() {
         *place = checksum.to_le_bytes();
     }
     out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
-    Ok(())
+    Ok(appended)
 }
 
 impl Head {

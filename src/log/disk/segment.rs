@@ -27,12 +27,12 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::record::{HEAD_BYTES, Head};
-use crate::log::{Origin, Seq};
+use crate::log::{Chain, Position, RandomId, Seq};
 
 /// Where the first record is: a page of its own, so that no record's write touches the header.
 pub(super) const HEADER_BYTES: u64 = 4096;
 /// What of it the checksum is of.
-const SUMMED_BYTES: usize = 56;
+const SUMMED_BYTES: usize = 88;
 const MAGIC: &[u8; 8] = b"gradeseg";
 const VERSION: u64 = 1;
 const EXTENSION: &str = "seg";
@@ -46,22 +46,29 @@ static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 /// What a segment says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
-    pub(super) log: Origin,
+    pub(super) log: RandomId,
     /// What the log's numbering began after.
     pub(super) base: Seq,
-    pub(super) first: Seq,
-    /// The time of the batch before.
-    pub(super) time_ns: u64,
+    /// The position before its first batch.
+    pub(super) start: Position,
 }
 
 impl Header {
+    /// Its first batch.
+    pub(super) fn first(&self) -> Seq {
+        self.start.seq + 1
+    }
+
     fn write(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEADER_BYTES as usize);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&self.log.0.to_le_bytes());
-        for number in [self.base, self.first, self.time_ns] {
+        for number in [self.base, self.first(), self.start.time_ns] {
             bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        for chain in [self.start.chain, self.start.previous] {
+            bytes.extend_from_slice(&chain.0.to_le_bytes());
         }
         let checksum = xxh3_64(&bytes);
         bytes.extend_from_slice(&checksum.to_le_bytes());
@@ -87,12 +94,16 @@ impl Header {
         }
         let whole = (|| {
             let summed = bytes.get(..SUMMED_BYTES)?;
-            let log = u128::from_le_bytes(*bytes.get(16..)?.first_chunk()?);
+            let wide = |at: usize| Some(u128::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
             let header = Self {
-                log: Origin(log),
+                log: RandomId(wide(16)?),
                 base: number(32)?,
-                first: number(40)?,
-                time_ns: number(48)?,
+                start: Position {
+                    seq: number(40)?.checked_sub(1)?,
+                    time_ns: number(48)?,
+                    chain: Chain(wide(56)?),
+                    previous: Chain(wide(72)?),
+                },
             };
             (number(SUMMED_BYTES)? == xxh3_64(summed)).then_some(header)
         })();
@@ -142,7 +153,7 @@ pub(super) fn list(dir: &Path) -> io::Result<Listing> {
 ///
 /// After an error it may be there or not.
 pub(super) fn create(dir: &Path, header: &Header, room_bytes: u64) -> io::Result<File> {
-    let path = path(dir, header.first);
+    let path = path(dir, header.first());
     let new = path.with_extension(NEW_EXTENSION);
     let make = || -> io::Result<File> {
         let mut options = File::options();

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use super::segment::{HEADER_BYTES, Heads, path, read_at};
 use super::{Shared, format, record};
-use crate::log::{Entry, ReadError, Seq, Subscription};
+use crate::log::{Entry, Position, ReadError, Seq, Subscription};
 
 /// Entries kept in memory: enough that a reader that keeps up never goes to the disk.
 const RECENT_MAX: usize = 8;
@@ -36,14 +36,21 @@ impl Recent {
         self.0.push_back(entry);
     }
 
-    /// Copies the entries from `from` on; `false` if that one is not here.
-    fn copy(&self, from: Seq, out: &mut Vec<Entry>) -> bool {
-        let held = self.0.front().is_some_and(|first| first.seq <= from)
-            && self.0.back().is_some_and(|last| from <= last.seq);
-        if held {
-            out.extend(self.0.iter().filter(|entry| entry.seq >= from).cloned());
+    /// Copies the entries after `last`; `false` if the next one is not here.
+    fn copy(&self, last: &Position, out: &mut Vec<Entry>) -> Result<bool, ReadError> {
+        let mut newer = self
+            .0
+            .iter()
+            .skip_while(|e| e.position.seq <= last.seq)
+            .peekable();
+        let Some(next) = newer.peek().filter(|e| e.position.seq == last.seq + 1) else {
+            return Ok(false);
+        };
+        if next.position.previous != last.chain {
+            return Err(ReadError::Rewritten { seq: last.seq });
         }
-        held
+        out.extend(newer.cloned());
+        Ok(true)
     }
 }
 
@@ -52,8 +59,8 @@ pub(super) struct DiskSubscription {
     pub(super) shared: Arc<Shared>,
     /// The last durable batch.
     pub(super) end: watch::Receiver<Seq>,
-    /// The batch to give next.
-    pub(super) wanted: Seq,
+    /// The batch that was given last.
+    pub(super) last: Position,
     /// Where it last stopped reading the disk.
     pub(super) place: Option<Place>,
 }
@@ -71,21 +78,22 @@ pub(super) struct Place {
 
 impl DiskSubscription {
     async fn give(&mut self, entries: &mut Vec<Entry>) -> Result<(), ReadError> {
-        let wanted = self.wanted;
+        let wanted = self.last.seq + 1;
         let ended = self.end.wait_for(|end| *end >= wanted).await;
         let end = *ended.map_err(|_closed| ReadError::Closed)?;
-        let before = entries.len();
-        if !self.shared.recent.lock().copy(wanted, entries) {
+        if !self.shared.recent.lock().copy(&self.last, entries)? {
             entries.append(&mut self.read(end).await?);
         }
-        self.wanted += (entries.len() - before) as u64;
+        if let Some(last) = entries.last() {
+            self.last = last.position;
+        }
         Ok(())
     }
 
     /// Reads and decodes a piece off the disk, on a thread that may block.
     async fn read(&mut self, end: Seq) -> Result<Vec<Entry>, ReadError> {
-        let (shared, wanted, place) = (Arc::clone(&self.shared), self.wanted, self.place.take());
-        let read = tokio::task::spawn_blocking(move || shared.read(place, wanted, end));
+        let (shared, last, place) = (Arc::clone(&self.shared), self.last, self.place.take());
+        let read = tokio::task::spawn_blocking(move || shared.read(place, last, end));
         // A thread that panicked, or a runtime that is going away.
         let (entries, place) = read.await.map_err(|_| ReadError::Closed)??;
         self.place = Some(place);
@@ -94,14 +102,15 @@ impl DiskSubscription {
 }
 
 impl Shared {
-    /// Some entries from `wanted` on, `end` at most; at least one. `place` is where it was stopped.
+    /// Some entries after `last`, `end` at most; at least one. `place` is where it was stopped.
     fn read(
         &self,
         place: Option<Place>,
-        wanted: Seq,
+        last: Position,
         end: Seq,
     ) -> Result<(Vec<Entry>, Place), ReadError> {
-        let read = self.read_piece(place, wanted, end);
+        let wanted = last.seq + 1;
+        let read = self.read_piece(place, last, end);
         // What could not be read because it is forgotten by now was not damaged.
         match wanted < self.first.load(Ordering::Acquire) {
             true => Err(ReadError::NotHeld { wanted }),
@@ -112,9 +121,10 @@ impl Shared {
     fn read_piece(
         &self,
         place: Option<Place>,
-        wanted: Seq,
+        mut position: Position,
         end: Seq,
     ) -> Result<(Vec<Entry>, Place), ReadError> {
+        let wanted = position.seq + 1;
         let failed = |error: io::Error| ReadError::Failed(error.to_string().into());
         let segment = self.segment_of(wanted);
         let (first, last) = segment.ok_or(ReadError::NotHeld { wanted })?;
@@ -159,8 +169,11 @@ impl Shared {
             && let Some(record) = record::read(rest)
             && record.seq == place.seq
         {
-            match format::read(record.seq, record.value) {
-                Ok(entry) => entries.push(entry),
+            match format::read(&position, record.value) {
+                Ok(entry) => {
+                    position = entry.position;
+                    entries.push(entry);
+                }
                 Err(error) if entries.is_empty() => return Err(error),
                 Err(_) => break,
             }

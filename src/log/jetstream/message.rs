@@ -1,34 +1,34 @@
 //! A batch as a message, and back.
 //!
-//! The payload is a JSON array of writes: patches as `POST /set` takes them and `{"delete":"ID"}`;
-//! headers say the rest: `Grade-Format` (2 where there is a deletion, else 1, which has none; a
-//! message without it is of format 1), `Grade-Origin` (who sent it) and `Nats-Msg-Id`, which is origin and number and
-//! makes the broker store a batch once however often it is sent. `Grade-Checkpoint`, in a message now
-//! and then, is a position and the sender's digest there. A message without headers is read all the
-//! same: any client of the broker can write to the log.
-
-use std::sync::Arc;
+//! The payload is a JSON array of writes: patches as `POST /set` takes them and `{"delete":"ID"}`.
+//! Headers say the rest: `Grade-Format`, the format (1; a message without it is of format 1),
+//! `Grade-Batch`, the batch's identity, and `Nats-Msg-Id`, the same text, by which the broker stores a
+//! batch once however often it is sent. `Grade-Checkpoint`, in a message now and then, is what its
+//! sender held at a position. A message without headers is a batch too: any client of the broker can
+//! write to the log.
 
 use async_nats::HeaderMap;
 use bytes::Bytes;
 
 use crate::grade::{Digest, Write};
-use crate::log::writes::{self, Format};
-use crate::log::{Batch, Checkpoint, Origin};
+use crate::log::writes::{self, FORMAT};
+use crate::log::{Batch, BatchId, Chain, Checkpoint, InFlight, Mac, RandomId};
 
 const FORMAT_HEADER: &str = "Grade-Format";
-const ORIGIN_HEADER: &str = "Grade-Origin";
-/// The broker's own: the name that it knows a message again by.
+const BATCH_HEADER: &str = "Grade-Batch";
+/// When the batch was first stored, in nanoseconds since 1970: set where a batch that the broker lost
+/// is appended again.
+const TIME_HEADER: &str = "Grade-Time";
+/// The broker's own: it stores one message per id.
 const ID_HEADER: &str = "Nats-Msg-Id";
-/// A position, the digest there as 32 hexadecimal digits, and the time of that batch in nanoseconds
-/// since 1970, with a space between; the time may be left out.
+/// Replica, position, chain, digest and message authentication code, with a space between two.
 const CHECKPOINT_HEADER: &str = "Grade-Checkpoint";
 
-/// Why a message gives no batch.
+/// Why a message is no batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unreadable {
-    /// It has this format, which only a newer program reads: whoever skipped it would hold something
-    /// else than those who read it.
+    /// It has this format, which only a newer program reads: a replica that skipped it would hold
+    /// something else than those that read it.
     Newer(u64),
     /// It is no batch to any program; says why. All replicas skip it alike.
     Poisoned(Box<str>),
@@ -36,37 +36,46 @@ pub enum Unreadable {
 
 /// What the headers say of a batch.
 #[derive(Debug, PartialEq, Eq)]
-struct Label {
-    /// How its writes are spelled.
-    format: Format,
-    /// Who sent it; [`Origin::NOBODY`] where they don't say.
-    origin: Origin,
-    /// Which of the sender's batches it is.
-    number: u64,
+pub struct Label {
+    /// Its identity; [`BatchId::UNNAMED`] where they don't say.
+    pub id: BatchId,
+    /// When it was first stored, where they say so.
+    pub time_ns: Option<u64>,
     /// What the sender says of its state; one that can't be read is none.
-    checkpoint: Option<Checkpoint>,
+    pub checkpoint: Option<Checkpoint>,
 }
 
-/// The headers of `batch`.
-#[must_use]
-pub fn headers(batch: &Batch) -> HeaderMap {
-    let (origin, number) = (batch.origin, batch.number);
-    let mut headers = HeaderMap::new();
-    let format = Format::of(&batch.writes).number();
-    headers.insert(FORMAT_HEADER, format.to_string());
-    headers.insert(ORIGIN_HEADER, origin.to_string());
-    headers.insert(ID_HEADER, format!("{origin}-{number}"));
-    if let Some(checkpoint) = batch.checkpoint {
-        let Checkpoint {
-            position, digest, ..
-        } = checkpoint;
-        let mut text = format!("{position} {digest}");
-        if let Some(time_ns) = checkpoint.time_ns {
-            text += &format!(" {time_ns}");
-        }
-        headers.insert(CHECKPOINT_HEADER, text);
+impl Label {
+    /// The batch's time, where the broker stored it at `stored_ns` after a batch of `previous_ns`.
+    #[must_use]
+    pub fn time_at(&self, previous_ns: u64, stored_ns: u64) -> u64 {
+        let in_order = |time_ns: &u64| (previous_ns..=stored_ns).contains(time_ns);
+        self.time_ns.filter(in_order).unwrap_or(stored_ns)
     }
+}
+
+/// The headers of a batch without a checkpoint.
+#[must_use]
+pub fn headers(id: BatchId) -> HeaderMap {
+    let id = id.to_string();
+    let mut headers = HeaderMap::new();
+    headers.insert(FORMAT_HEADER, FORMAT.to_string());
+    headers.insert(BATCH_HEADER, id.as_str());
+    headers.insert(ID_HEADER, id);
     headers
+}
+
+/// Adds a checkpoint to a batch's headers.
+pub fn add_checkpoint(headers: &mut HeaderMap, checkpoint: &Checkpoint) {
+    let Checkpoint {
+        replica,
+        position,
+        chain,
+        digest,
+        mac,
+    } = checkpoint;
+    let text = format!("{replica} {position} {chain} {digest} {mac}");
+    headers.insert(CHECKPOINT_HEADER, text);
 }
 
 /// The payload of a batch of `writes`.
@@ -77,180 +86,169 @@ pub fn payload(writes: &[Write]) -> Bytes {
     json.into()
 }
 
-/// Reads a message. `at_hand` is asked for the writes of the batch that the headers name; what it has
-/// is not decoded.
+/// Reads a message. A batch that is `in_flight` with the same bytes is not decoded.
 ///
 /// # Errors
-/// The message gives no batch.
+/// The message is no batch.
 pub fn read(
     headers: Option<&HeaderMap>,
     payload: &[u8],
-    at_hand: impl FnOnce(Origin, u64) -> Option<Arc<[Write]>>,
-) -> Result<Batch, Unreadable> {
-    let Label {
-        format,
-        origin,
-        number,
-        checkpoint,
-    } = label(headers)?;
-    let writes = match at_hand(origin, number) {
-        Some(writes) => writes,
-        None => writes::read(format, payload).map_err(Unreadable::Poisoned)?,
+    in_flight: &InFlight,
+) -> Result<(Label, Batch), Unreadable> {
+    let label = label(headers)?;
+    let (ticket, writes) = match in_flight.find(label.id, payload) {
+        Some((ticket, writes)) => (Some(ticket), writes),
+        None => (None, writes::read(payload).map_err(Unreadable::Poisoned)?),
     };
-    Ok(Batch {
-        origin,
-        number,
+    let batch = Batch {
+        ticket,
         writes,
-        checkpoint,
-    })
+        checkpoint: label.checkpoint,
+    };
+    Ok((label, batch))
 }
 
-/// Reads what [`headers()`] wrote.
 fn label(headers: Option<&HeaderMap>) -> Result<Label, Unreadable> {
     let text = |name: &str| {
-        // Ours have three or four, which are looked at sooner than a name is hashed: `load/README.md`.
+        // Ours have three or four, which are compared sooner than a name is hashed: `load/README.md`.
         let mut all = headers?.iter();
         let (_, values) = all.find(|(other, _)| AsRef::<str>::as_ref(*other) == name)?;
         values.first().map(async_nats::HeaderValue::as_str)
     };
-    let number = text(FORMAT_HEADER).map_or(Ok(1), str::parse);
-    let number = number.ok().filter(|number| *number > 0);
-    let Some(number) = number else {
-        let why = "its Grade-Format is no number from 1 up";
-        return Err(Unreadable::Poisoned(why.into()));
-    };
-    let format = Format::numbered(number).ok_or(Unreadable::Newer(number))?;
-    let origin = text(ORIGIN_HEADER).and_then(Origin::parse);
-    let number = text(ID_HEADER).and_then(|id| id.rsplit_once('-')?.1.parse().ok());
-    let checkpoint = text(CHECKPOINT_HEADER).and_then(checkpoint);
-    Ok(match (origin, number) {
-        (Some(origin), Some(number)) => Label {
-            format,
-            origin,
-            number,
-            checkpoint,
-        },
-        _ => Label {
-            format,
-            origin: Origin::NOBODY,
-            number: 0,
-            checkpoint: None,
-        },
+    let format = text(FORMAT_HEADER).map_or(Some(u64::from(FORMAT)), |text| text.parse().ok());
+    match format.filter(|format| *format > 0) {
+        None => {
+            let why = "its Grade-Format is no number from 1 up";
+            return Err(Unreadable::Poisoned(why.into()));
+        }
+        Some(format) if format != u64::from(FORMAT) => return Err(Unreadable::Newer(format)),
+        Some(_) => {}
+    }
+    Ok(Label {
+        id: text(BATCH_HEADER)
+            .and_then(BatchId::parse)
+            .unwrap_or(BatchId::UNNAMED),
+        time_ns: text(TIME_HEADER).and_then(|text| text.parse().ok()),
+        checkpoint: text(CHECKPOINT_HEADER).and_then(checkpoint),
     })
 }
 
 fn checkpoint(text: &str) -> Option<Checkpoint> {
-    let (position, rest) = text.split_once(' ')?;
-    let (digest, time_ns) = match rest.split_once(' ') {
-        Some((digest, time_ns)) => (digest, Some(time_ns.parse().ok()?)),
-        None => (rest, None),
+    let mut words = text.split(' ');
+    let checkpoint = Checkpoint {
+        replica: RandomId::parse(words.next()?)?,
+        position: words.next()?.parse().ok()?,
+        chain: Chain::parse(words.next()?)?,
+        digest: Digest::parse(words.next()?)?,
+        mac: Mac::parse(words.next()?)?,
     };
-    Some(Checkpoint {
-        position: position.parse().ok()?,
-        time_ns,
-        digest: Digest::parse(digest)?,
-    })
+    words.next().is_none().then_some(checkpoint)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use tokio::sync::Semaphore;
+
     use super::*;
+    use crate::log::Ticket;
 
-    #[test]
-    fn headers_say_who_sent_which_batch() {
-        let (origin, number) = (Origin::random().unwrap(), 7);
-        let spoken = |time_ns| Checkpoint {
+    fn id() -> BatchId {
+        BatchId {
+            writer: RandomId::of(5),
+            seq: 7,
+        }
+    }
+
+    fn spoken() -> Checkpoint {
+        Checkpoint {
+            replica: RandomId::of(3),
             position: u64::MAX,
-            time_ns,
+            chain: Chain(1 << 90),
             digest: Digest(u128::MAX - 1),
-        };
-        for checkpoint in [None, Some(spoken(None)), Some(spoken(Some(1)))] {
-            let batch = Batch {
-                origin,
-                number,
-                writes: Arc::from([]),
-                checkpoint,
-            };
-            let wanted = Label {
-                format: Format::Patches,
-                origin,
-                number,
-                checkpoint,
-            };
-            assert_eq!(label(Some(&headers(&batch))), Ok(wanted));
+            mac: Mac([9; 16]),
         }
-        for no_checkpoint in [
+    }
+
+    #[test]
+    fn headers_carry_identity_and_checkpoint() {
+        let mut headers = headers(id());
+        let wanted = Label {
+            id: id(),
+            time_ns: None,
+            checkpoint: None,
+        };
+        assert_eq!(label(Some(&headers)), Ok(wanted));
+        add_checkpoint(&mut headers, &spoken());
+        assert_eq!(label(Some(&headers)).unwrap().checkpoint, Some(spoken()));
+        let text = headers.get(CHECKPOINT_HEADER).unwrap().as_str();
+        for cut in [
+            &text[..text.len() - 1],
+            &text[1..],
+            &format!("{text} 1"),
             "",
-            "1",
-            "1 x",
-            "-1 0",
-            "1 0123456789abcdef0123456789abcdef0",
-            "1 0123456789abcdef0123456789abcdef x",
-            "1 0123456789abcdef0123456789abcdef 1 2",
         ] {
-            assert_eq!(checkpoint(no_checkpoint), None, "{no_checkpoint}");
+            assert_eq!(checkpoint(cut), None, "{cut}");
         }
     }
 
     #[test]
-    fn strangers_need_no_headers_and_a_newer_format_is_told_from_a_broken_one() {
-        let nobody = |format| {
-            Ok(Label {
-                format,
-                origin: Origin::NOBODY,
-                number: 0,
-                checkpoint: None,
-            })
+    fn a_message_needs_no_headers_and_a_newer_format_differs_from_a_broken_one() {
+        let unnamed = Label {
+            id: BatchId::UNNAMED,
+            time_ns: None,
+            checkpoint: None,
         };
-        let broken = || {
-            let why = "its Grade-Format is no number from 1 up";
-            Err(Unreadable::Poisoned(why.into()))
-        };
-        assert_eq!(label(None), nobody(Format::Patches));
-        assert_eq!(label(Some(&HeaderMap::new())), nobody(Format::Patches));
-        for (format, wanted) in [
-            ("1", nobody(Format::Patches)),
-            ("2", nobody(Format::Writes)),
-            ("3", Err(Unreadable::Newer(3))),
-            ("0", broken()),
-            ("x", broken()),
-        ] {
+        assert_eq!(label(None).as_ref(), Ok(&unnamed));
+        assert_eq!(label(Some(&HeaderMap::new())).as_ref(), Ok(&unnamed));
+        let with_format = |format: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(FORMAT_HEADER, format);
-            headers.insert(ORIGIN_HEADER, "no hex");
-            assert_eq!(label(Some(&headers)), wanted, "{format}");
+            headers.insert(BATCH_HEADER, "no id");
+            label(Some(&headers))
+        };
+        assert_eq!(with_format("1"), Ok(unnamed));
+        assert_eq!(with_format("2"), Err(Unreadable::Newer(2)));
+        for broken in ["0", "x", "-1", ""] {
+            let read = with_format(broken);
+            assert!(matches!(read, Err(Unreadable::Poisoned(_))), "{broken}");
         }
     }
 
     #[test]
-    fn a_batch_with_a_deletion_is_of_another_format_and_no_other_has_one() {
-        let payload = br#"[{"user_id":"a","spp":1},{"delete":"a"}]"#;
-        let of_format = |format: &str| {
+    fn a_time_counts_only_between_the_batch_before_and_the_broker_s() {
+        for (header, time_ns) in [
+            ("10", 10),
+            ("15", 15),
+            ("20", 20),
+            ("9", 20),
+            ("21", 20),
+            ("x", 20),
+        ] {
             let mut headers = HeaderMap::new();
-            headers.insert(FORMAT_HEADER, format);
-            read(Some(&headers), payload, |_, _| None)
-        };
-        let batch = of_format("2").unwrap();
-        assert_eq!(batch.writes[1], Write::Delete("a".into()));
-        assert_eq!(headers(&batch).get(FORMAT_HEADER).unwrap().as_str(), "2");
-        assert_eq!(super::payload(&batch.writes), &payload[..]);
-        let sets_only = Batch {
-            writes: batch.writes[..1].into(),
-            ..batch
-        };
-        let headers = headers(&sets_only);
-        assert_eq!(headers.get(FORMAT_HEADER).unwrap().as_str(), "1");
-        for poisoned in [of_format("1"), read(None, payload, |_, _| None)] {
-            assert!(matches!(poisoned, Err(Unreadable::Poisoned(_))));
+            headers.insert(TIME_HEADER, header);
+            let label = label(Some(&headers)).unwrap();
+            assert_eq!(label.time_at(10, 20), time_ns, "{header}");
         }
     }
 
     #[test]
-    fn writes_at_hand_are_not_decoded() {
-        let writes: Arc<[Write]> = Arc::from([]);
-        let batch = read(None, b"no JSON", |_, _| Some(Arc::clone(&writes))).unwrap();
-        assert!(Arc::ptr_eq(&batch.writes, &writes));
-        let poisoned = read(None, b"no JSON", |_, _| None);
+    fn a_batch_in_flight_is_not_decoded_and_other_bytes_under_its_id_are() {
+        let in_flight = InFlight::default();
+        let slot = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let writes: Arc<[Write]> = Arc::from([Write::Delete("a".into())]);
+        let (ticket, sent) = (Ticket(1), payload(&writes));
+        in_flight.add(ticket, Arc::clone(&writes), Vec::new(), slot);
+        let _delivered = in_flight.sending(ticket, id(), sent.clone());
+        let headers = headers(id());
+        let (_, own) = read(Some(&headers), &sent, &in_flight).unwrap();
+        assert!(Arc::ptr_eq(&own.writes, &writes));
+        assert_eq!(own.ticket, Some(ticket));
+        let (_, other) = read(Some(&headers), br#"[{"delete":"b"}]"#, &in_flight).unwrap();
+        assert_eq!(other.ticket, None);
+        assert_eq!(other.writes[0], Write::Delete("b".into()));
+        let poisoned = read(Some(&headers), b"no JSON", &in_flight);
         assert!(matches!(poisoned, Err(Unreadable::Poisoned(_))));
     }
 }

@@ -1,61 +1,67 @@
 //! The log of a cluster: a JetStream stream, whose sequence numbers are the order that all replicas
 //! share.
 //!
-//! - `stream`: the stream's shape; made if it is not there, checked if it is.
-//! - `servers`: where the broker is.
-//! - `link`: one connection at a time. Whatever is doubtful ends it, and a new one is made.
-//! - `publish`: a batch goes out under a name that the broker knows again, so it is stored once
-//!   however often it is sent; it is sent again only for as long as that holds.
-//! - `subscription`: an own pull consumer, made anew at the batch after the last one read, after the
-//!   log has been seen to be the same one still and to hold that batch.
-//! - `message`: a batch as a message; `under_way`: own batches between the broker and the reader.
-//! - `discovery`: how the replicas on one stream find each other.
-//!
-//! What would make a replica follow another history than it began ends reading for good, with the
-//! reason: the stream gone, made anew, cut beyond where this replica is, or shorter than it was.
+//! - `broker`: what the log needs of NATS, as a trait; `nats`: the real client.
+//! - `servers`: the servers' URLs; `stream`: the stream's configuration.
+//! - `creation`: opening the stream, and who may create it.
+//! - `session`: one connection at a time; `write_health`: whether writes are acknowledged.
+//! - `append`: a batch is sent until its outcome is known, and stored at most once.
+//! - `subscription`: a consumer per replica, replaced at the batch after the last one; `history`:
+//!   whether the stream is still the one that was read.
+//! - `message`: a batch as a message; `header_block`, `raw_message`: a message that the client cannot
+//!   read.
 
-mod discovery;
-mod link;
+mod append;
+pub mod broker;
+mod creation;
+pub mod header_block;
+mod history;
 pub mod message;
-mod publish;
+mod nats;
+mod raw_message;
 mod servers;
+mod session;
 mod stream;
 mod subscription;
-mod under_way;
+mod write_health;
 
-use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
-use async_nats::ConnectErrorKind;
-use async_nats::jetstream::ErrorCode;
-use async_nats::jetstream::context::GetStreamErrorKind;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tokio::sync::watch;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use self::link::{Backoff, Link, Session};
+use self::broker::{Broker, BrokerError, Connection, InfoSource, Outgoing};
+pub use self::creation::{Identity, Progress};
+use self::history::Suspicion;
 pub use self::servers::Servers;
-use self::stream::Facts;
+use self::session::{Backoff, Link};
 use self::subscription::JetStreamSubscription;
-use self::under_way::UnderWay;
+use self::write_health::WriteHealth;
 use super::{
-    Announce, Announcement, AppendError, Batch, Counts, Extent, Log, LogId, Origin, ReadError, Seq,
-    Subscription,
+    Announce, Announcement, AppendError, Batch, BatchId, Bounds, Counts, InFlight, Log, LogId,
+    Position, RandomId, ReadError, Seq, Subscription,
 };
 
 /// Where batches are sent.
 const SUBJECT: &str = "grades.set";
-/// While one batch is under way the next one fills. A second one under way only makes both small:
+/// While one batch is in flight the next one fills. A second one in flight only makes both small:
 /// with `sync_interval: always` it costs 7 to 53 % of the writes a second (`load/README.md`).
 const IN_FLIGHT_MAX: usize = 1;
-/// How long the broker may be away at the start before the node gives up.
-const START_WAIT_MAX: Duration = Duration::from_secs(30);
+/// The largest message that a server must take: 1,024 writes of less than 800 bytes each, and headers.
+const MESSAGE_BYTES_NEEDED: usize = 1 << 20;
+/// How often the health of writes is checked.
+const HEALTH_CHECK_EVERY: Duration = Duration::from_millis(250);
+/// How often an unwritable stream is probed, and an idle one asked whether it is there.
+const PROBE_EVERY: Duration = Duration::from_secs(1);
 
-/// Where the broker is and what the stream is to be like.
+/// Where the broker is and how the stream is set up.
 #[derive(Debug, Clone)]
 pub struct JetStreamConfig {
     /// The broker's servers, any of which will do.
@@ -68,6 +74,12 @@ pub struct JetStreamConfig {
     pub replicas: usize,
     /// How long a batch is kept.
     pub retention: Duration,
+    /// How many replicas must have announced themselves before one creates the stream.
+    pub expect_peers: usize,
+    /// Write ports of other replicas: each must have answered before this one creates the stream.
+    pub peers: Vec<String>,
+    /// How long appends may wait before the log counts as unwritable.
+    pub write_silence_max: Duration,
 }
 
 /// Why the stream can't be used.
@@ -75,35 +87,43 @@ pub struct JetStreamConfig {
 pub enum SetupError {
     /// The broker does not answer.
     #[error(
-        "no answer from the broker at {servers}: {why}; is nats-server running there with \
-         JetStream (nats-server -js), and is this its --nats-url?"
+        "no answer from NATS at {servers}: {why}; is nats-server running there with JetStream \
+         (nats-server -js), and is this its --nats-url?"
     )]
     Away {
-        /// Where it should be.
-        servers: Servers,
+        /// The servers.
+        servers: String,
         /// What went wrong.
-        why: Box<str>,
+        why: Arc<str>,
     },
     /// The broker does not let this process in.
     #[error(
-        "the broker at {servers} refuses this process: {why}; give a name and password in \
-         --nats-url, or a file in --nats-creds"
+        "NATS at {servers} refuses this replica: {why}; check the name and password in --nats-url, \
+         or the file in --nats-creds"
     )]
     NotAllowed {
-        /// Where it is.
-        servers: Servers,
+        /// The servers.
+        servers: String,
         /// What it said.
-        why: Box<str>,
+        why: Arc<str>,
+    },
+    /// The servers can't carry the log.
+    #[error("NATS at {servers} cannot be used: {why}")]
+    Unusable {
+        /// The servers.
+        servers: String,
+        /// Why not.
+        why: Arc<str>,
     },
     /// The broker does not give the stream.
-    #[error("the broker refuses stream {stream}: {why}")]
+    #[error("NATS refuses stream {stream}: {why}")]
     Refused {
         /// The stream.
         stream: String,
         /// What it said.
-        why: Box<str>,
+        why: Arc<str>,
     },
-    /// A stream of this name has another shape.
+    /// A stream of this name has another configuration.
     #[error("stream {stream} has {setting} {found} where {wanted} is needed; {fix}")]
     Shape {
         /// The stream.
@@ -117,11 +137,22 @@ pub enum SetupError {
         /// What to do.
         fix: String,
     },
-    /// Numbering was to begin anew in a stream that is there.
+    /// A stream of this name was not created by gradestore.
     #[error(
-        "stream {stream} is there already and has come to batch {end}: --restore-from begins a new \
-         one; remove it if nothing in it is needed (nats stream rm {stream}), or leave \
-         --restore-from out"
+        "stream {stream} has no {key} in its metadata, so it is no log of gradestore; choose \
+         another --stream, or, if it is meant to become one, give it an id: nats stream edit \
+         {stream} --metadata {key}=$(openssl rand -hex 16)"
+    )]
+    NoLogId {
+        /// The stream.
+        stream: String,
+        /// Where the id should be.
+        key: &'static str,
+    },
+    /// Numbering was to start in a stream that exists.
+    #[error(
+        "stream {stream} exists and ends at batch {end}: --restore-from starts a new one; remove it \
+         if nothing in it is needed (nats stream rm {stream}), or leave --restore-from out"
     )]
     NotEmpty {
         /// The stream.
@@ -129,15 +160,20 @@ pub enum SetupError {
         /// Its last batch.
         end: Seq,
     },
-}
-
-impl SetupError {
-    fn away(config: &JetStreamConfig, why: &dyn Error) -> Self {
-        Self::Away {
-            servers: config.servers.clone(),
-            why: why.to_string().into(),
-        }
-    }
+    /// The data directory was copied.
+    #[error(
+        "another process is running as replica {replica} (node {node}): its data directory is a copy \
+         of this one, or the other way round; remove the file replica-id from one of them"
+    )]
+    SameReplica {
+        /// The replica's id.
+        replica: Box<str>,
+        /// The other process.
+        node: Box<str>,
+    },
+    /// The system has no random bytes to name the log with.
+    #[error("the system gave no random bytes: {0}")]
+    Random(#[from] getrandom::Error),
 }
 
 /// A log in a stream.
@@ -149,15 +185,29 @@ pub struct JetStreamLog {
     _guard: DropGuard,
 }
 
-/// What the log, its connection and its reader share.
+/// What the log, its connection and its readers share.
 struct Shared {
     config: JetStreamConfig,
-    origin: Origin,
+    broker: Arc<dyn Broker>,
+    /// This process.
+    node: RandomId,
     id: LogId,
     first: AtomicU64,
     end: AtomicU64,
     link: watch::Sender<Link>,
-    under_way: UnderWay,
+    in_flight: InFlight,
+    /// Who writes: the id that batches carry, and how many there were under it.
+    writer: Mutex<BatchId>,
+    /// Held while a batch is appended.
+    appending: tokio::sync::Mutex<()>,
+    health: WriteHealth,
+    /// The last batch that a subscription has handed out.
+    delivered: watch::Sender<Seq>,
+    /// A batch was stored and is not delivered: the consumer is to be replaced.
+    replace_consumer: Notify,
+    suspicion: Mutex<Suspicion>,
+    /// Whether the stream was seen to hold the batches that this replica has applied.
+    verified: AtomicBool,
     counts: SharedCounts,
 }
 
@@ -172,188 +222,182 @@ struct SharedCounts {
 }
 
 impl JetStreamLog {
-    /// Connects and makes or checks the stream; waits a while for a broker that is away. With a
-    /// `base` the stream must not be there, and its first batch will be `base` + 1.
+    /// The log on NATS servers; see [`open_on`](Self::open_on).
     ///
     /// # Errors
     /// See [`SetupError`].
     pub async fn open(
         config: JetStreamConfig,
-        origin: Origin,
+        identity: Identity,
+        in_flight: InFlight,
         base: Option<Seq>,
+        progress: Progress,
     ) -> Result<Self, SetupError> {
-        let begun = Instant::now();
-        let mut backoff = Backoff::new();
-        let mut told = false;
-        let (session, facts) = loop {
-            match Self::try_open(&config, base).await {
-                Ok(opened) => break opened,
-                Err(error @ SetupError::Away { .. }) if begun.elapsed() < START_WAIT_MAX => {
-                    if !told {
-                        tracing::warn!(%error, "waiting for the broker");
-                        told = true;
-                    }
-                }
-                Err(error) => return Err(error),
-            }
-            backoff.pause().await;
-        };
+        let broker = Arc::new(nats::Nats::new(config.clone(), identity.replica));
+        Self::open_on(broker, config, identity, in_flight, base, progress).await
+    }
+
+    /// Connects, and opens or creates the stream; waits a while for a broker that is away, and as
+    /// long as it takes for a stream that this replica may not create. With a `base` the stream must
+    /// be new, and its first batch will be `base` + 1.
+    ///
+    /// # Errors
+    /// See [`SetupError`].
+    pub async fn open_on(
+        broker: Arc<dyn Broker>,
+        config: JetStreamConfig,
+        identity: Identity,
+        in_flight: InFlight,
+        base: Option<Seq>,
+        progress: Progress,
+    ) -> Result<Self, SetupError> {
+        let opened = creation::open(&*broker, &config, &identity, base, &progress).await?;
         let shared = Arc::new(Shared {
+            health: WriteHealth::new(config.write_silence_max),
             config,
-            origin,
-            id: facts.id.clone(),
-            first: AtomicU64::new(facts.first),
-            end: AtomicU64::new(facts.last),
-            link: watch::Sender::new(Link::Up(session.clone())),
-            under_way: UnderWay::default(),
+            broker,
+            node: identity.node,
+            id: opened.id,
+            first: AtomicU64::new(opened.first),
+            end: AtomicU64::new(opened.last),
+            link: watch::Sender::new(Link::Up(Arc::clone(&opened.connection))),
+            in_flight,
+            writer: Mutex::new(BatchId {
+                writer: identity.node,
+                seq: 0,
+            }),
+            appending: tokio::sync::Mutex::default(),
+            delivered: watch::Sender::new(0),
+            replace_consumer: Notify::new(),
+            suspicion: Mutex::default(),
+            verified: AtomicBool::new(false),
             counts: SharedCounts::default(),
         });
         let stop = CancellationToken::new();
-        tokio::spawn(link::keep(Arc::clone(&shared), session, stop.clone()));
+        let connected =
+            session::keep_connected(Arc::clone(&shared), opened.connection, stop.clone());
+        tokio::spawn(connected);
+        let watched = Arc::clone(&shared);
+        tokio::spawn(async move { watched.check_right_to_publish().await });
+        tokio::spawn(Shared::watch_health(Arc::clone(&shared), stop.clone()));
         Ok(Self {
             shared,
             stop: stop.clone(),
             _guard: stop.drop_guard(),
         })
     }
-
-    async fn try_open(
-        config: &JetStreamConfig,
-        base: Option<Seq>,
-    ) -> Result<(Session, Facts), SetupError> {
-        let session = Session::begin(config).await.map_err(|error| {
-            use ConnectErrorKind::{Authentication, AuthorizationViolation};
-            match error.kind() {
-                Authentication | AuthorizationViolation => SetupError::NotAllowed {
-                    servers: config.servers.clone(),
-                    why: error.to_string().into(),
-                },
-                _ => SetupError::away(config, &error),
-            }
-        })?;
-        let facts = stream::set_up(&session.context, config, base).await?;
-        Ok((session, facts))
-    }
-}
-
-/// Why something did not work this time.
-enum Trouble {
-    /// It may work the next time.
-    Passing(Box<str>),
-    /// It never will.
-    Final(ReadError),
-}
-
-impl Trouble {
-    fn passing(error: &dyn Error) -> Self {
-        Self::Passing(error.to_string().into())
-    }
 }
 
 impl Shared {
-    /// A subscription that begins at `wanted`, after a batch that the log took at `before_time_ns`.
-    async fn read_from(
-        self: &Arc<Self>,
-        wanted: Seq,
-        before_time_ns: Option<u64>,
-    ) -> Result<Box<dyn Subscription>, ReadError> {
-        let shared = Arc::clone(self);
-        let subscription = JetStreamSubscription::begin(shared, wanted, before_time_ns).await?;
-        Ok(Box::new(subscription))
-    }
-
-    /// The connection, if there is one.
-    fn session(&self) -> Result<Session, Arc<str>> {
-        self.link.borrow().session().cloned()
-    }
-
     /// The connection; waits for it.
-    async fn next_session(&self) -> Result<Session, ReadError> {
+    async fn connection(&self) -> Arc<dyn Connection> {
         let mut link = self.link.subscribe();
         loop {
-            match &*link.borrow_and_update() {
-                Link::Up(session) if !session.ended.is_cancelled() => return Ok(session.clone()),
-                Link::Lost(error) => return Err(error.clone()),
-                Link::Up(_) | Link::Away(_) => {}
+            if let Link::Up(connection) = &*link.borrow_and_update()
+                && !connection.ended().is_cancelled()
+            {
+                return Arc::clone(connection);
             }
             // The sender is in `self`.
             let _ = link.changed().await;
         }
     }
 
-    /// There is a connection; `false` if that is of no use any more.
-    fn up(&self, session: Session) -> bool {
-        self.turn(Link::Up(session))
-    }
-
-    /// There is none; `false` if that does not matter any more.
-    fn away(&self, why: &str) -> bool {
-        self.turn(Link::Away(why.into()))
-    }
-
-    fn turn(&self, to: Link) -> bool {
-        self.link.send_if_modified(|link| {
-            let lost = matches!(link, Link::Lost(_));
-            if !lost {
-                *link = to;
-            }
-            !lost
-        })
-    }
-
-    /// The log can't be followed any more, for good; unless it is only that a reader has fallen
-    /// behind it, which may begin again with a newer backup.
-    fn lose(&self, error: &ReadError) {
-        if !matches!(error, ReadError::Trimmed { .. }) {
-            self.link.send_replace(Link::Lost(error.clone()));
+    /// The connection, if there is one.
+    fn current_connection(&self) -> Option<Arc<dyn Connection>> {
+        match &*self.link.borrow() {
+            Link::Up(connection) => Some(Arc::clone(connection)),
+            Link::Down(_) => None,
         }
     }
 
-    /// Looks at the stream until it has been seen.
-    async fn look_now(&self) -> Result<Extent, ReadError> {
-        let mut backoff = Backoff::new();
-        loop {
-            let session = self.next_session().await?;
-            match session.ask(self.look(&session)).await {
-                Ok(facts) => {
-                    return Ok(Extent {
-                        first: facts.first,
-                        end: facts.last,
-                    });
-                }
-                Err(Trouble::Final(error)) => {
-                    self.lose(&error);
-                    return Err(error);
-                }
-                Err(Trouble::Passing(_)) => backoff.pause().await,
-            }
+    fn set_down(&self, why: &str) {
+        self.link.send_replace(Link::Down(why.into()));
+    }
+
+    /// Why nothing could be sent.
+    fn down_reason(&self) -> Arc<str> {
+        match &*self.link.borrow() {
+            Link::Up(_) => "NATS does not answer".into(),
+            Link::Down(why) => Arc::clone(why),
         }
     }
 
-    /// Looks at the stream: whether it is the one that this log began with, and how far it goes.
-    async fn look(&self, session: &Session) -> Result<Facts, Trouble> {
-        let name = &self.config.stream;
-        let stream = session.context.get_stream(name).await;
-        let stream = stream.map_err(|error| match error.kind() {
-            GetStreamErrorKind::JetStream(error)
-                if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
-            {
-                Trouble::Final(ReadError::Gone {
-                    id: self.id.clone(),
-                })
+    /// The identity of this process' next batch.
+    fn next_batch_id(&self) -> BatchId {
+        let mut writer = self.writer.lock();
+        writer.seq += 1;
+        *writer
+    }
+
+    /// Makes this process another writer: somebody else uses its ids.
+    fn renew_writer(&self) -> RandomId {
+        let mut writer = self.writer.lock();
+        // Without random bytes the sequence goes on, from where nobody is likely to be.
+        match RandomId::random() {
+            Ok(id) => *writer = BatchId { writer: id, seq: 0 },
+            Err(error) => {
+                tracing::error!(%error, "no random bytes for a new writer id");
+                writer.seq += 1 << 32;
             }
-            _ => Trouble::passing(&error),
-        })?;
-        let facts = Facts::of(stream.cached_info());
-        if facts.id != self.id {
-            return Err(Trouble::Final(ReadError::Replaced {
-                was: self.id.clone(),
-                is: facts.id,
-            }));
         }
-        self.first.fetch_max(facts.first, Ordering::AcqRel);
-        self.end.fetch_max(facts.last, Ordering::AcqRel);
-        Ok(facts)
+        writer.writer
+    }
+
+    /// Keeps the health of writes up to date: where no client writes, by asking about the stream, and
+    /// by empty batches once it is unwritable.
+    async fn watch_health(self: Arc<Self>, stop: CancellationToken) {
+        let mut every = tokio::time::interval(HEALTH_CHECK_EVERY);
+        every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut probed_at = Instant::now();
+        while stop.run_until_cancelled(every.tick()).await.is_some() {
+            self.health.check();
+            if probed_at.elapsed() < PROBE_EVERY {
+                continue;
+            }
+            // A batch in flight shows more than a probe would.
+            let Ok(alone) = self.appending.try_lock() else {
+                continue;
+            };
+            if stop.run_until_cancelled(self.probe()).await.is_none() {
+                return;
+            }
+            drop(alone);
+            probed_at = Instant::now();
+        }
+    }
+
+    async fn probe(&self) {
+        let Some(connection) = self.current_connection() else {
+            return self.health.waiting(Some(self.down_reason()));
+        };
+        if self.health.reason().is_some() {
+            let fenced = tokio::time::timeout(PROBE_EVERY, self.fence());
+            if fenced.await.is_ok() {
+                self.health.delivered();
+            }
+            return;
+        }
+        match connection.stream_info().await {
+            Ok(info) if info.source != InfoSource::Follower => self.health.idle(),
+            Ok(_) => self.health.waiting(Some("the stream has no leader".into())),
+            Err(error) => self.health.waiting(Some(error.to_string().into())),
+        }
+    }
+
+    /// Whether this client may publish: an append that no stream takes shows it.
+    async fn check_right_to_publish(&self) {
+        let Some(connection) = self.current_connection() else {
+            return;
+        };
+        let message = Outgoing {
+            headers: message::headers(self.next_batch_id()),
+            payload: bytes::Bytes::from_static(b"[]"),
+            expected_last: Some(Seq::MAX >> 1),
+        };
+        if let Err(BrokerError::Refused(why)) = connection.publish(message).await {
+            self.health.refused(why);
+        }
     }
 }
 
@@ -379,56 +423,79 @@ impl Log for JetStreamLog {
     }
 
     fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>> {
-        self.shared.publish(batch).boxed()
+        self.shared.append(batch).boxed()
     }
 
-    fn refusal(&self) -> Option<Arc<str>> {
-        self.away()
+    fn unwritable(&self) -> Option<Arc<str>> {
+        self.shared.health.reason()
     }
 
-    fn away(&self) -> Option<Arc<str>> {
-        // Asked for each write: nothing is cloned.
-        self.shared.link.borrow().session().err()
+    fn reject(&self) -> Option<Arc<str>> {
+        self.shared.health.reject()
     }
 
-    fn subscribe(&self, after: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
-        self.shared.read_from(after + 1, None).boxed()
+    fn unavailable(&self) -> Option<Arc<str>> {
+        match &*self.shared.link.borrow() {
+            Link::Up(_) => None,
+            Link::Down(why) => Some(Arc::clone(why)),
+        }
     }
 
-    fn resume(
+    fn is_verified(&self) -> bool {
+        self.shared.verified.load(Ordering::Relaxed)
+    }
+
+    fn set_verified(&self) {
+        self.shared.verified.store(true, Ordering::Relaxed);
+    }
+
+    fn subscribe(
         &self,
-        after: Seq,
-        time_ns: u64,
+        after: Position,
     ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
-        self.shared.read_from(after + 1, Some(time_ns)).boxed()
+        async move {
+            let shared = Arc::clone(&self.shared);
+            let subscription = JetStreamSubscription::start(shared, after).await?;
+            Ok(Box::new(subscription) as Box<dyn Subscription>)
+        }
+        .boxed()
     }
 
-    fn look(&self) -> BoxFuture<'_, Result<Extent, ReadError>> {
-        self.shared.look_now().boxed()
+    fn fetch_bounds(&self) -> BoxFuture<'_, Result<Bounds, ReadError>> {
+        self.shared.bounds().boxed()
     }
 
     fn announce(&self, announce: Announce) {
-        let stop = self.stop.child_token();
-        tokio::spawn(discovery::announce(
-            Arc::clone(&self.shared),
-            announce,
-            stop,
-        ));
+        let (shared, stop) = (Arc::clone(&self.shared), self.stop.child_token());
+        tokio::spawn(async move {
+            let announced = async {
+                let mut backoff = Backoff::new();
+                loop {
+                    let connection = shared.connection().await;
+                    match connection.announce(Arc::clone(&announce)).await {
+                        Ok(()) => backoff.reset(),
+                        Err(error) => tracing::warn!(error, "cannot announce this replica"),
+                    }
+                    backoff.pause().await;
+                }
+            };
+            stop.run_until_cancelled(announced).await
+        });
     }
 
     fn peers(&self) -> BoxFuture<'_, Vec<Announcement>> {
         async {
-            let Ok(session) = self.shared.session() else {
+            let Some(connection) = self.shared.current_connection() else {
                 return Vec::new();
             };
-            match discovery::ask(&session).await {
+            match connection.ask_peers().await {
                 Ok(mut found) => {
-                    let me = self.shared.origin.to_string();
-                    found.retain(|said| *said.node != *me && said.log_id == self.shared.id.0);
+                    let me = self.shared.node.to_string();
+                    found.retain(|peer| *peer.node != *me && peer.log_id == self.shared.id.0);
                     found
                 }
                 Err(error) => {
-                    tracing::debug!(error, "replicas not asked");
+                    tracing::debug!(error, "cannot ask for other replicas");
                     Vec::new()
                 }
             }
@@ -436,7 +503,7 @@ impl Log for JetStreamLog {
         .boxed()
     }
 
-    fn shared(&self) -> bool {
+    fn is_replicated(&self) -> bool {
         true
     }
 

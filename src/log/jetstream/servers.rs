@@ -23,6 +23,14 @@ impl Servers {
         Some((address.host().to_owned(), address.port()))
     }
 
+    /// How the servers are spoken to.
+    pub(super) fn scheme(&self) -> &'static str {
+        match self.0.iter().any(|address| address.scheme() == "tls") {
+            true => "tls",
+            false => "nats",
+        }
+    }
+
     /// Name and password, from the first URL that has them.
     pub(super) fn user(&self) -> Option<(String, String)> {
         self.0.iter().find_map(|address| {

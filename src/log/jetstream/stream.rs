@@ -1,99 +1,65 @@
-//! The stream that holds the log: made if it is not there, checked if it is.
+//! The configuration of the stream that holds the log: what is created, and what is checked.
 
 use std::time::Duration;
 
-use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind};
 use async_nats::jetstream::stream::{
-    Config, DiscardPolicy, Info, PersistenceMode, RetentionPolicy, StorageType,
+    Config, DiscardPolicy, PersistenceMode, RetentionPolicy, StorageType,
 };
-use async_nats::jetstream::{Context, ErrorCode};
 
 use super::{JetStreamConfig, SUBJECT, SetupError};
-use crate::log::{LogId, Seq};
+use crate::log::{LogId, RandomId, Seq};
 
-/// How long the broker knows a batch's id again. Nothing is sent twice later than a quarter of it.
+/// How long the broker remembers message ids.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(120);
 
 /// The largest message that the stream takes, headers and all: twice the largest batch, and well
-/// below what a reader asks for at once, as one that is larger would never be sent to it.
+/// below what a consumer asks for at once, as one that is larger would never be delivered.
 const MESSAGE_BYTES_MAX: i32 = 2 << 20;
 
-/// What matters about a stream.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Facts {
-    /// Its name and when it was made: one made anew is another log.
-    pub(super) id: LogId,
-    /// Its oldest message; one past the last when there is none.
-    pub(super) first: Seq,
-    /// Its last message.
-    pub(super) last: Seq,
+/// Where the stream's metadata has the log's id.
+const LOG_ID_KEY: &str = "gradestore-log-id";
+
+/// Which log the stream holds, if its metadata says so.
+pub(super) fn log_id(config: &Config) -> Option<LogId> {
+    let id = config.metadata.get(LOG_ID_KEY)?;
+    RandomId::parse(id).map(|_| LogId(id.as_str().into()))
 }
 
-impl Facts {
-    pub(super) fn of(info: &Info) -> Self {
-        let created_ns = info.created.unix_timestamp_nanos();
-        let (state, name) = (&info.state, &info.config.name);
-        Self {
-            id: LogId(format!("jetstream-{name}-{created_ns}").into()),
-            first: match state.messages {
-                0 => state.last_sequence + 1,
-                _ => state.first_sequence,
-            },
-            last: state.last_sequence,
-        }
-    }
-}
-
-/// The stream's duplicate window: the broker refuses one longer than the retention.
-pub(super) fn duplicate_window(config: &JetStreamConfig) -> Duration {
-    DUPLICATE_WINDOW.min(config.retention)
-}
-
-/// Makes the stream, or checks the one that is there. With a `base` its first message is to be
-/// `base` + 1.
-pub(super) async fn set_up(
-    context: &Context,
-    config: &JetStreamConfig,
-    base: Option<Seq>,
-) -> Result<Facts, SetupError> {
-    let refused = |why: String| SetupError::Refused {
+/// Which log the stream holds, if it is set up as the log needs it.
+///
+/// # Errors
+/// A setting differs, or the log has no id.
+pub(super) fn check_start(config: &JetStreamConfig, found: &Config) -> Result<LogId, SetupError> {
+    check(&wanted(config, None, None), found, |_| true)?;
+    log_id(found).ok_or_else(|| SetupError::NoLogId {
         stream: config.stream.clone(),
-        why: why.into(),
-    };
-    let wanted = wanted(config, base);
-    let info = match context.get_stream(&config.stream).await {
-        Ok(stream) => stream.cached_info().clone(),
-        Err(error) => match error.kind() {
-            GetStreamErrorKind::JetStream(error)
-                if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
-            {
-                // Another replica may be first; asking for the same stream again is no error.
-                let made = context.create_stream(wanted.clone()).await;
-                let made = made.map_err(|error| match error.kind() {
-                    CreateStreamErrorKind::TimedOut => SetupError::away(config, &error),
-                    _ => refused(error.to_string()),
-                })?;
-                tracing::info!(stream = config.stream, "stream made");
-                made.cached_info().clone()
-            }
-            GetStreamErrorKind::Request => return Err(SetupError::away(config, &error)),
-            _ => return Err(refused(error.to_string())),
-        },
-    };
-    check(&wanted, &info.config)?;
-    let facts = Facts::of(&info);
-    match base {
-        Some(base) if facts.first <= facts.last || facts.last != base => {
-            Err(SetupError::NotEmpty {
-                stream: config.stream.clone(),
-                end: facts.last,
-            })
-        }
-        _ => Ok(facts),
-    }
+        key: LOG_ID_KEY,
+    })
 }
 
-fn wanted(config: &JetStreamConfig, base: Option<Seq>) -> Config {
+/// Whether the settings that the log's history depends on are still as they must be. Limits may be
+/// changed while replicas run.
+///
+/// # Errors
+/// One of them differs.
+pub(super) fn check_running(config: &JetStreamConfig, found: &Config) -> Result<(), SetupError> {
+    const LIMITS: [&str; 4] = [
+        "max_age",
+        "num_replicas",
+        "duplicate_window",
+        "max_msg_size",
+    ];
+    let matters = |setting: &str| !LIMITS.contains(&setting);
+    check(&wanted(config, None, None), found, matters)
+}
+
+/// The configuration of a stream that is to be created, of a new log. With a `base` its first
+/// message will be `base` + 1.
+pub(super) fn new_stream(config: &JetStreamConfig, log: RandomId, base: Option<Seq>) -> Config {
+    wanted(config, Some(log), base)
+}
+
+fn wanted(config: &JetStreamConfig, log: Option<RandomId>, base: Option<Seq>) -> Config {
     Config {
         name: config.stream.clone(),
         subjects: vec![SUBJECT.to_owned()],
@@ -106,7 +72,12 @@ fn wanted(config: &JetStreamConfig, base: Option<Seq>) -> Config {
         max_messages_per_subject: -1,
         max_message_size: MESSAGE_BYTES_MAX,
         num_replicas: config.replicas,
-        duplicate_window: duplicate_window(config),
+        // The broker refuses one that is longer than the retention.
+        duplicate_window: DUPLICATE_WINDOW.min(config.retention),
+        metadata: log
+            .map(|log| (LOG_ID_KEY.to_owned(), log.to_string()))
+            .into_iter()
+            .collect(),
         deny_delete: true,
         deny_purge: true,
         description: Some("gradestore: batches of grades, in order".to_owned()),
@@ -115,9 +86,13 @@ fn wanted(config: &JetStreamConfig, base: Option<Seq>) -> Config {
     }
 }
 
-/// Compares what the log depends on. What only limits how much is held (bytes, messages) may be an
-/// operator's choice: falling behind it is noticed when it happens.
-fn check(wanted: &Config, found: &Config) -> Result<(), SetupError> {
+/// Compares the settings that the log depends on and that `matters` selects. What only limits how
+/// much is held (bytes, messages) may be an operator's choice: a replica notices when it falls behind.
+fn check(
+    wanted: &Config,
+    found: &Config,
+    matters: impl Fn(&str) -> bool,
+) -> Result<(), SetupError> {
     let stream = &wanted.name;
     let edit = |flag: &str| format!("nats stream edit {stream} {flag}");
     let anew = || format!("choose another --stream, or remove this one: nats stream rm {stream}");
@@ -236,7 +211,7 @@ fn check(wanted: &Config, found: &Config) -> Result<(), SetupError> {
     ];
     let differing = rows
         .into_iter()
-        .find(|(_, wanted, found, _)| wanted != found);
+        .find(|(setting, wanted, found, _)| matters(setting) && wanted != found);
     match differing {
         None => Ok(()),
         Some((setting, wanted, found, fix)) => Err(SetupError::Shape {
@@ -264,9 +239,10 @@ mod tests {
             stream: "GRADES".to_owned(),
             replicas: 1,
             retention: Duration::from_secs(24 * 3600),
+            ..JetStreamConfig::default()
         };
-        let wanted = wanted(&config, None);
-        assert!(check(&wanted, &wanted).is_ok());
+        let wanted = wanted(&config, None, None);
+        assert!(check(&wanted, &wanted, |_| true).is_ok());
         let changes: [(&str, Change); 6] = [
             ("storage", |found| found.storage = StorageType::Memory),
             ("max_age", |found| found.max_age = Duration::from_secs(3600)),
@@ -280,11 +256,11 @@ mod tests {
         for (name, change) in changes {
             let mut found = wanted.clone();
             change(&mut found);
-            let error = check(&wanted, &found).unwrap_err().to_string();
+            let error = check(&wanted, &found, |_| true).unwrap_err().to_string();
             assert!(error.contains(name) && error.contains("GRADES"), "{error}");
         }
         let mut bounded = wanted.clone();
         (bounded.max_bytes, bounded.max_messages) = (1 << 30, 1 << 20);
-        assert!(check(&wanted, &bounded).is_ok());
+        assert!(check(&wanted, &bounded, |_| true).is_ok());
     }
 }

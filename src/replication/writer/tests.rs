@@ -3,7 +3,7 @@ use parking_lot::Mutex;
 
 use super::*;
 use crate::grade::{Changes, Patch};
-use crate::log::{LogId, ReadError, Subscription};
+use crate::log::{LogId, Position, RandomId, ReadError, Subscription};
 use crate::replication::checkpoint::CheckpointMetrics;
 
 /// Takes batches in order and says what became of them when told to.
@@ -36,22 +36,23 @@ impl Log for SlowLog {
         }
         .boxed()
     }
-    fn subscribe(&self, _: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
+    fn subscribe(&self, _: Position) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
         async { Err(ReadError::Closed) }.boxed()
     }
 }
 
-fn writer_of(log: &Arc<SlowLog>, batch_patches_max: usize) -> (Writer, WriterTask, OwnBatches) {
+fn writer_of(log: &Arc<SlowLog>, batch_patches_max: usize) -> (Writer, WriterTask, InFlight) {
     let limits = WriterLimits {
-        queue_patches_max: 8,
+        queue_requests_max: 8,
+        queue_bytes_max: 4096,
         batch_patches_max,
         wait_max: Duration::from_secs(60),
         bulks_max: 2,
     };
-    let (origin, own) = (Origin::random().unwrap(), OwnBatches::default());
+    let own = InFlight::default();
     let log = Arc::clone(log) as Arc<dyn Log>;
-    let silent = Checkpoints::new(origin, None, CheckpointMetrics::noop());
-    let (writer, task) = Writer::new(log, origin, own.clone(), silent, limits, Histogram::noop());
+    let silent = Checkpoints::new(RandomId::of(1), None, CheckpointMetrics::noop());
+    let (writer, task) = Writer::new(log, own.clone(), silent, limits, Histogram::noop());
     (writer, task, own)
 }
 
@@ -79,7 +80,7 @@ async fn a_group_is_never_in_two_batches_and_nothing_overtakes() {
     for write in &mut waiting {
         assert!(write.now_or_never().is_none());
     }
-    assert_eq!(writer.queue_patches(), 5);
+    assert_eq!(writer.queue_requests(), 5);
     let stop = CancellationToken::new();
     stop.cancel();
     let task = tokio::spawn(task.run(stop));
@@ -89,7 +90,8 @@ async fn a_group_is_never_in_two_batches_and_nothing_overtakes() {
         for (batch, verdict) in std::mem::take(&mut *log.0.lock()) {
             verdict.send(Ok(())).unwrap();
             batches.push(batch.writes);
-            own.take(batch.number).unwrap().answer(&Ok(batch.number));
+            let ticket = batch.ticket.unwrap();
+            own.take(ticket).unwrap().answer(&Ok(ticket.0));
         }
     }
     let lengths: Vec<_> = batches.iter().map(|writes| writes.len()).collect();
@@ -143,7 +145,12 @@ async fn batches_go_side_by_side_and_a_refused_one_says_why() {
             tokio::task::yield_now().await;
         }
         tokio::task::yield_now().await;
-        let numbers: Vec<_> = log.0.lock().iter().map(|(batch, _)| batch.number).collect();
+        let numbers: Vec<_> = log
+            .0
+            .lock()
+            .iter()
+            .map(|(batch, _)| batch.ticket.unwrap().0)
+            .collect();
         numbers
     };
     // Two at once, the third waits for a slot.
@@ -156,7 +163,7 @@ async fn batches_go_side_by_side_and_a_refused_one_says_why() {
     assert_eq!(appended(2).await, [1, 3]);
     let (_, verdict) = log.0.lock().remove(0);
     verdict.send(Ok(())).unwrap();
-    own.take(1).unwrap().answer(&Ok(1));
+    own.take(Ticket(1)).unwrap().answer(&Ok(1));
     assert_eq!(appended(2).await, [3, 4]);
     let (_, verdict) = log.0.lock().remove(0);
     verdict.send(Err(AppendError::Unknown)).unwrap();

@@ -2,7 +2,6 @@
 
 mod damage;
 mod failure;
-mod former;
 mod order;
 mod trim;
 

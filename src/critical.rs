@@ -1,0 +1,116 @@
+//! Tasks that a process can't go on without.
+//!
+//! A task that panics would otherwise leave a process that looks well and does half of its work. Here
+//! the end of any of them is the end of the process, with the reason; a service manager starts it
+//! again.
+
+use std::any::Any;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use futures_util::FutureExt;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+/// Why a process can't go on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("task {task} ended: {why}")]
+pub struct TaskEnded {
+    /// Which one.
+    pub task: &'static str,
+    /// Why.
+    pub why: Arc<str>,
+}
+
+/// Starts critical tasks and knows the first that ended. Clones share it.
+#[derive(Clone)]
+pub struct CriticalTasks(Arc<watch::Sender<Option<TaskEnded>>>);
+
+impl Default for CriticalTasks {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::new(None)))
+    }
+}
+
+impl CriticalTasks {
+    /// Starts a task that may end by itself, but not by a panic.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        task: &'static str,
+        run: impl Future<Output = T> + Send + 'static,
+    ) -> JoinHandle<Option<T>> {
+        tokio::spawn(self.guard(task, run))
+    }
+
+    /// `run`, which may end by itself, but not by a panic.
+    pub fn guard<T, F: Future<Output = T>>(
+        &self,
+        task: &'static str,
+        run: F,
+    ) -> impl Future<Output = Option<T>> + use<T, F> {
+        let this = self.clone();
+        async move {
+            let ended = AssertUnwindSafe(run).catch_unwind().await;
+            ended
+                .map_err(|panic| this.fail(task, &message(&*panic)))
+                .ok()
+        }
+    }
+
+    /// The process can't go on.
+    pub fn fail(&self, task: &'static str, why: &str) {
+        let ended = TaskEnded {
+            task,
+            why: why.into(),
+        };
+        tracing::error!(task, why, "critical task ended");
+        self.0.send_if_modified(|first| {
+            let is_first = first.is_none();
+            if is_first {
+                *first = Some(ended);
+            }
+            is_first
+        });
+    }
+
+    /// Resolves when a task has ended that must not.
+    pub async fn failed(&self) -> TaskEnded {
+        let mut failed = self.0.subscribe();
+        match failed.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(ended)) => ended.clone(),
+            // The sender is in `self`.
+            _ => std::future::pending().await,
+        }
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied());
+    match text {
+        Some(text) => format!("it panicked: {text}"),
+        None => "it panicked".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_is_the_end_and_a_return_is_not() {
+        let tasks = CriticalTasks::default();
+        assert_eq!(tasks.spawn("quick", async { 1 }).await.unwrap(), Some(1));
+        assert_eq!(tasks.failed().now_or_never(), None);
+        tasks.spawn("applier", async { panic!("batch {} is wrong", 7) });
+        let ended = tasks.failed().await;
+        assert_eq!(
+            ended.to_string(),
+            "task applier ended: it panicked: batch 7 is wrong"
+        );
+        tasks.fail("another", "later");
+        assert_eq!(tasks.failed().await, ended);
+    }
+}

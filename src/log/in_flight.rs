@@ -1,0 +1,146 @@
+//! Batches that this process appended and that were not applied yet.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::time::Instant;
+
+use super::{AppendError, BatchId, Seq};
+use crate::grade::Write;
+
+/// When a batch that was never delivered is forgotten, so that another may take its slot. A later
+/// delivery is treated as another writer's batch. No log retries for so long.
+const FORGET_AFTER: Duration = Duration::from_secs(60);
+
+/// This process' own name for a batch between append and apply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Ticket(pub u64);
+
+/// Where a request waits for the outcome of its write.
+pub type Answer = oneshot::Sender<Result<Seq, AppendError>>;
+
+/// Batches in flight, oldest first; the writer bounds their number. Clones share the same batches.
+#[derive(Clone, Default)]
+pub struct InFlight(Arc<Mutex<VecDeque<InFlightBatch>>>);
+
+/// One batch and the requests that wait for it.
+pub struct InFlightBatch {
+    ticket: Ticket,
+    writes: Arc<[Write]>,
+    answers: Vec<Answer>,
+    appended: Instant,
+    /// How the batch was sent, if it was: its identity and its bytes.
+    sent: Option<(BatchId, Bytes)>,
+    /// Tells the task that sends the batch that it was delivered.
+    delivered: Option<oneshot::Sender<()>>,
+    /// Released with the batch: lets the next one be appended.
+    _slot: OwnedSemaphorePermit,
+}
+
+impl InFlightBatch {
+    /// How long ago it was appended.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.appended.elapsed()
+    }
+
+    /// Answers every request that waits for it.
+    pub fn answer(self, result: &Result<Seq, AppendError>) {
+        for answer in self.answers {
+            // A client that went away needs no answer.
+            let _ = answer.send(result.clone());
+        }
+    }
+}
+
+impl InFlight {
+    /// Registers a batch before it is appended.
+    pub fn add(
+        &self,
+        ticket: Ticket,
+        writes: Arc<[Write]>,
+        answers: Vec<Answer>,
+        slot: OwnedSemaphorePermit,
+    ) {
+        self.0.lock().push_back(InFlightBatch {
+            ticket,
+            writes,
+            answers,
+            appended: Instant::now(),
+            sent: None,
+            delivered: None,
+            _slot: slot,
+        });
+    }
+
+    /// Remembers how a batch is sent. The receiver resolves once it is applied or forgotten.
+    pub fn sending(&self, ticket: Ticket, id: BatchId, payload: Bytes) -> oneshot::Receiver<()> {
+        let (delivered, was_delivered) = oneshot::channel();
+        let mut batches = self.0.lock();
+        if let Some(batch) = batches.iter_mut().find(|batch| batch.ticket == ticket) {
+            batch.sent = Some((id, payload));
+            batch.delivered = Some(delivered);
+        }
+        was_delivered
+    }
+
+    /// The own batch that was sent as `id` with exactly these bytes: it needs no decoding.
+    #[must_use]
+    pub fn find(&self, id: BatchId, payload: &[u8]) -> Option<(Ticket, Arc<[Write]>)> {
+        let batches = self.0.lock();
+        let batch = batches.iter().find(|batch| {
+            let sent = batch.sent.as_ref();
+            sent.is_some_and(|(sent, bytes)| *sent == id && **bytes == *payload)
+        })?;
+        Some((batch.ticket, Arc::clone(&batch.writes)))
+    }
+
+    /// Removes a batch whose outcome is known.
+    #[must_use]
+    pub fn take(&self, ticket: Ticket) -> Option<InFlightBatch> {
+        let mut batches = self.0.lock();
+        let at = batches.iter().position(|batch| batch.ticket == ticket)?;
+        let mut batch = batches.remove(at)?;
+        if let Some(delivered) = batch.delivered.take() {
+            // The sender may have heard of the acknowledgement first.
+            let _ = delivered.send(());
+        }
+        Some(batch)
+    }
+
+    /// The state is being replaced: batches in flight are in the new one, or are delivered later as
+    /// another writer's. Their requests get "outcome unknown".
+    pub fn forget_all(&self) {
+        let forgotten = std::mem::take(&mut *self.0.lock());
+        for batch in forgotten {
+            batch.answer(&Err(AppendError::Unknown));
+        }
+    }
+
+    /// Answers "outcome unknown" to requests whose batch was appended more than `wait_max` ago. The
+    /// batch stays for `FORGET_AFTER`, as it may still be delivered.
+    pub fn expire(&self, wait_max: Duration) {
+        let mut expired = Vec::new();
+        let mut batches = self.0.lock();
+        for batch in batches.iter_mut() {
+            if batch.appended.elapsed() > wait_max {
+                expired.append(&mut batch.answers);
+            }
+        }
+        batches.retain(|batch| batch.appended.elapsed() <= FORGET_AFTER.max(wait_max));
+        drop(batches);
+        for answer in expired {
+            let _ = answer.send(Err(AppendError::Unknown));
+        }
+    }
+
+    /// When the oldest batch in flight was appended.
+    #[must_use]
+    pub fn oldest(&self) -> Option<Instant> {
+        self.0.lock().front().map(|batch| batch.appended)
+    }
+}

@@ -1,0 +1,204 @@
+//! Appending a batch: sent once, and again only where the first attempt cannot be in the stream.
+//!
+//! An attempt that no server took ("no responders") was not stored and is repeated. After an attempt
+//! without an answer the outcome is unknown. A *fence* decides it: an empty batch under a new id,
+//! which the broker takes only at the known end of the stream. Once the fence is delivered, a batch
+//! that was not delivered before it is not in the stream, and is sent again under its old id. No
+//! clock decides: a process that was suspended for longer than the broker remembers message ids does
+//! the same.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::broker::{BrokerError, Connection, Outgoing};
+use super::{Shared, message};
+use crate::log::{AppendError, Batch, BatchId, Seq};
+
+/// How often a batch is sent again while the stream has no leader.
+const RETRY_EVERY: Duration = Duration::from_millis(200);
+/// How long after it was first sent a batch is given up.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(30);
+/// A batch that the broker has stored and the consumer does not deliver in this time: the consumer
+/// is replaced.
+const DELIVERY_WAIT_MAX: Duration = Duration::from_millis(400);
+
+/// What became of one attempt.
+enum Attempt {
+    /// It is in the stream.
+    Stored,
+    /// It is not; says why.
+    NotStored(Arc<str>),
+    /// It is not, and sending it again would not help.
+    Refused(Arc<str>),
+    /// Another message has taken its id.
+    IdTaken,
+    /// Nobody knows.
+    Unknown,
+}
+
+impl Shared {
+    /// Appends `batch` and waits until it is delivered.
+    pub(super) async fn append(&self, batch: Batch) -> Result<(), AppendError> {
+        let _one_at_a_time = self.appending.lock().await;
+        let id = self.next_batch_id();
+        let payload = message::payload(&batch.writes);
+        let mut headers = message::headers(id);
+        if let Some(checkpoint) = &batch.checkpoint {
+            message::add_checkpoint(&mut headers, checkpoint);
+        }
+        let delivered = match batch.ticket {
+            Some(ticket) => self.in_flight.sending(ticket, id, payload.clone()),
+            None => oneshot::channel().1,
+        };
+        let message = Outgoing {
+            headers,
+            payload,
+            expected_last: None,
+        };
+        self.health.waiting(None);
+        tokio::select! {
+            biased;
+            // An error: the state was replaced, and nobody waits for the batch any more.
+            _ = delivered => Ok(()),
+            result = self.send_until_known(id, message) => result,
+        }
+    }
+
+    /// Sends `message` until its outcome is known. Once it is stored this does not resolve before it
+    /// is given up: the delivery decides.
+    async fn send_until_known(&self, id: BatchId, message: Outgoing) -> Result<(), AppendError> {
+        let give_up_at = Instant::now() + GIVE_UP_AFTER;
+        let (mut in_doubt, mut attempts) = (false, 0);
+        loop {
+            let resending = in_doubt;
+            attempts += 1;
+            if attempts > 1 {
+                self.counts.resends.fetch_add(1, Ordering::Relaxed);
+            }
+            let sent = self.send_once(&message, &mut in_doubt);
+            let attempt = match tokio::time::timeout_at(give_up_at, sent).await {
+                Ok(attempt) => attempt,
+                Err(_elapsed) if in_doubt => return Err(AppendError::Unknown),
+                Err(_elapsed) => return Err(AppendError::Refused(self.down_reason())),
+            };
+            match attempt {
+                // Taken by an attempt before, whose outcome was unknown.
+                Attempt::IdTaken if resending => self.await_delivery(give_up_at).await?,
+                Attempt::Stored => self.await_delivery(give_up_at).await?,
+                Attempt::IdTaken => {
+                    let writer = self.renew_writer();
+                    tracing::error!(%id, %writer, "message id taken by another publisher");
+                    let why = format!(
+                        "another publisher has used message id {id}; this replica continues under \
+                         a new writer id, send the write again"
+                    );
+                    return Err(AppendError::Refused(why.into()));
+                }
+                Attempt::Refused(why) => {
+                    self.health.refused(Arc::clone(&why));
+                    return Err(AppendError::Refused(why));
+                }
+                Attempt::NotStored(why) => {
+                    self.health.waiting(Some(Arc::clone(&why)));
+                    if Instant::now() + RETRY_EVERY >= give_up_at {
+                        return Err(AppendError::Refused(why));
+                    }
+                    tokio::time::sleep(RETRY_EVERY).await;
+                }
+                Attempt::Unknown => {
+                    let why = "NATS does not acknowledge the batch";
+                    self.health.waiting(Some(why.into()));
+                }
+            }
+        }
+    }
+
+    /// One attempt, over whichever connection there is. `in_doubt` says whether an attempt may be in
+    /// the stream, also when this is dropped; then a fence comes first.
+    async fn send_once(&self, message: &Outgoing, in_doubt: &mut bool) -> Attempt {
+        if *in_doubt {
+            self.fence().await;
+            *in_doubt = false;
+        }
+        let connection = self.connection().await;
+        *in_doubt = true;
+        let attempt = attempt(&*connection, message.clone()).await;
+        *in_doubt = matches!(attempt, Attempt::Unknown | Attempt::Stored);
+        attempt
+    }
+
+    /// Waits for the delivery of a stored batch, which drops this, until `give_up_at`. Has the
+    /// consumer replaced if it does not come soon.
+    async fn await_delivery(&self, give_up_at: Instant) -> Result<(), AppendError> {
+        tokio::time::sleep(DELIVERY_WAIT_MAX).await;
+        self.replace_consumer.notify_one();
+        tokio::time::sleep_until(give_up_at).await;
+        Err(AppendError::Unknown)
+    }
+
+    /// Appends an empty batch at the known end of the stream and waits until it is delivered. What
+    /// this process sent before it is in the stream by then, or will never be.
+    pub(super) async fn fence(&self) {
+        loop {
+            let connection = self.connection().await;
+            let end = self.end.load(Ordering::Acquire);
+            let id = self.next_batch_id();
+            let empty = Outgoing {
+                headers: message::headers(id),
+                payload: Bytes::from_static(b"[]"),
+                expected_last: Some(end),
+            };
+            match connection.publish(empty).await {
+                Ok(stored) if !stored.duplicate => {
+                    self.await_delivered(stored.seq).await;
+                    return;
+                }
+                Ok(_duplicate) => {
+                    self.renew_writer();
+                }
+                Err(BrokerError::WrongLastSequence { end: Some(is), .. }) if is > end => {
+                    self.end.fetch_max(is, Ordering::AcqRel);
+                    continue;
+                }
+                Err(error) => {
+                    let why: Arc<str> = error.to_string().into();
+                    match error {
+                        BrokerError::Refused(_) => self.health.refused(why),
+                        _ => self.health.waiting(Some(why)),
+                    }
+                }
+            }
+            tokio::time::sleep(RETRY_EVERY).await;
+        }
+    }
+
+    /// Waits until the batch at `seq` was delivered.
+    async fn await_delivered(&self, seq: Seq) {
+        let mut delivered = self.delivered.subscribe();
+        let there = delivered.wait_for(|last| *last >= seq);
+        if tokio::time::timeout(DELIVERY_WAIT_MAX, there).await.is_ok() {
+            return;
+        }
+        self.replace_consumer.notify_one();
+        // The sender is in `self`.
+        let _ = delivered.wait_for(|last| *last >= seq).await;
+    }
+}
+
+async fn attempt(connection: &dyn Connection, message: Outgoing) -> Attempt {
+    match connection.publish(message).await {
+        Ok(stored) if stored.duplicate => Attempt::IdTaken,
+        Ok(_) => Attempt::Stored,
+        Err(BrokerError::NoResponders(why)) => Attempt::NotStored(why),
+        Err(BrokerError::Refused(why)) => Attempt::Refused(why),
+        Err(error @ (BrokerError::NoStream | BrokerError::WrongLastSequence { .. })) => {
+            Attempt::Refused(error.to_string().into())
+        }
+        Err(BrokerError::NoAnswer(_)) => Attempt::Unknown,
+    }
+}

@@ -1,0 +1,292 @@
+//! Opening the stream at the start, and who may create it.
+//!
+//! A stream that is missing may have been lost, with data that other replicas still hold. So only a
+//! replica that holds no data of any log creates one, and only after as many replicas as expected
+//! have announced that they hold none either. Every other replica waits for the stream.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::broker::{Broker, BrokerError, ConnectError, Connection, StreamInfo};
+use super::session::Backoff;
+use super::{JetStreamConfig, MESSAGE_BYTES_NEEDED, SetupError, stream};
+use crate::log::{Announcement, Chain, LogId, RandomId, Seq};
+
+/// How long the broker may be away at the start before the node gives up.
+const START_WAIT_MAX: Duration = Duration::from_secs(30);
+/// How long a replica that expects no others looks for them before it creates the stream.
+const DISCOVERY: Duration = Duration::from_secs(3);
+/// How often others are asked meanwhile.
+const ASK_EVERY: Duration = Duration::from_millis(500);
+/// What an announcement has as its log when its replica holds no data.
+const NO_LOG: &str = "none";
+
+/// Who opens the log.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// This process.
+    pub node: RandomId,
+    /// This replica; the process again, where nothing is kept.
+    pub replica: RandomId,
+    /// The log whose data this replica holds.
+    pub holds: Option<LogId>,
+    /// Whether it keeps what it holds.
+    pub keeps_data: bool,
+    /// Where its write port is reached.
+    pub url: String,
+}
+
+/// Is told what an opening log waits for.
+pub type Progress = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// An opened stream.
+pub(super) struct Opened {
+    pub(super) connection: Arc<dyn Connection>,
+    pub(super) id: LogId,
+    pub(super) first: Seq,
+    pub(super) last: Seq,
+}
+
+/// Connects, and opens or creates the stream.
+pub(super) async fn open(
+    broker: &dyn Broker,
+    config: &JetStreamConfig,
+    identity: &Identity,
+    base: Option<Seq>,
+    progress: &Progress,
+) -> Result<Opened, SetupError> {
+    let mut opening = Opening {
+        config,
+        identity,
+        base,
+        progress,
+        servers: broker.servers(),
+        started: Instant::now(),
+        told: String::new(),
+    };
+    let mut backoff = Backoff::new();
+    loop {
+        let why = match broker.connect().await {
+            Ok(connection) => match opening.on(&connection).await? {
+                Ok(info) => return opening.opened(connection, &info),
+                Err(why) => {
+                    connection.close().await;
+                    why
+                }
+            },
+            Err(ConnectError::Unreachable(why)) => why,
+            Err(ConnectError::NotAllowed(why)) => {
+                let servers = opening.servers;
+                return Err(SetupError::NotAllowed { servers, why });
+            }
+        };
+        if opening.started.elapsed() >= START_WAIT_MAX {
+            let servers = opening.servers;
+            return Err(SetupError::Away { servers, why });
+        }
+        opening.tell(format!("waiting for NATS at {}: {why}", opening.servers));
+        backoff.pause().await;
+    }
+}
+
+struct Opening<'a> {
+    config: &'a JetStreamConfig,
+    identity: &'a Identity,
+    base: Option<Seq>,
+    progress: &'a Progress,
+    servers: String,
+    started: Instant,
+    told: String,
+}
+
+impl Opening<'_> {
+    fn tell(&mut self, what: String) {
+        if what != self.told {
+            tracing::warn!("{what}");
+            (self.progress)(&what);
+            self.told = what;
+        }
+    }
+
+    /// Opens or creates the stream through `connection`. The inner error may pass.
+    async fn on(
+        &mut self,
+        connection: &Arc<dyn Connection>,
+    ) -> Result<Result<StreamInfo, Arc<str>>, SetupError> {
+        let bytes_max = connection.message_bytes_max();
+        if bytes_max < MESSAGE_BYTES_NEEDED {
+            let why = format!(
+                "it takes messages of up to {bytes_max} bytes and a batch may need \
+                 {MESSAGE_BYTES_NEEDED}; set max_payload: 1MB or more in nats-server's configuration"
+            );
+            let servers = self.servers.clone();
+            return Err(SetupError::Unusable {
+                servers,
+                why: why.into(),
+            });
+        }
+        let _announcing = {
+            let (connection, me) = (Arc::clone(connection), self.announcement());
+            let announced = async move { connection.announce(Arc::new(move || me.clone())).await };
+            AbortOnDropHandle::new(tokio::spawn(announced))
+        };
+        let discovering_since = Instant::now();
+        loop {
+            match connection.stream_info().await {
+                Ok(info) => return Ok(Ok(info)),
+                Err(BrokerError::NoStream) => {}
+                Err(BrokerError::Refused(why)) => return Err(self.refused(why)),
+                Err(error) => return Ok(Err(error.to_string().into())),
+            }
+            match self.may_create(&**connection, discovering_since).await? {
+                Ok(()) => {
+                    let log = RandomId::random()?;
+                    let wanted = stream::new_stream(self.config, log, self.base);
+                    match connection.create_stream(wanted).await {
+                        Ok(info) => {
+                            let stream = &self.config.stream;
+                            tracing::info!(stream, %log, "created the stream");
+                            return Ok(Ok(info));
+                        }
+                        // Another replica may have been first.
+                        Err(BrokerError::Refused(why)) => match connection.stream_info().await {
+                            Ok(info) => return Ok(Ok(info)),
+                            Err(_) => return Err(self.refused(why)),
+                        },
+                        Err(error) => return Ok(Err(error.to_string().into())),
+                    }
+                }
+                Err(why) => {
+                    let stream = &self.config.stream;
+                    self.tell(format!("stream {stream} does not exist: {why}"));
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(ASK_EVERY) => {}
+                () = connection.ended().cancelled() => {
+                    return Ok(Err("the connection to NATS ended".into()));
+                }
+            }
+        }
+    }
+
+    /// Whether this replica may create the stream now; if not, what it waits for.
+    async fn may_create(
+        &self,
+        connection: &dyn Connection,
+        since: Instant,
+    ) -> Result<Result<(), String>, SetupError> {
+        let Identity {
+            node,
+            replica,
+            holds,
+            keeps_data,
+            ..
+        } = self.identity;
+        let expected = self.config.expect_peers;
+        if let Some(log) = holds {
+            return Ok(Err(format!(
+                "this replica holds data of log {log} and waits until the stream is restored"
+            )));
+        }
+        if !keeps_data && expected <= 1 {
+            return Ok(Err(
+                "an ephemeral replica creates it only with --expect-peers 2 or more; waiting for \
+                 another replica to create it"
+                    .to_owned(),
+            ));
+        }
+        let announced = match connection.ask_peers().await {
+            Ok(announced) => announced,
+            Err(error) => return Ok(Err(format!("cannot ask for other replicas: {error}"))),
+        };
+        let (me, my_replica) = (node.to_string(), replica.to_string());
+        let mut others = BTreeMap::new();
+        for peer in announced {
+            if *peer.node == *me {
+                continue;
+            }
+            if *peer.replica == *my_replica {
+                let (replica, node) = (peer.replica, peer.node);
+                return Err(SetupError::SameReplica { replica, node });
+            }
+            if *peer.log_id != *NO_LOG {
+                return Ok(Err(format!(
+                    "replica {} at {} holds data of log {}; waiting until the stream is restored",
+                    peer.replica, peer.url, peer.log_id
+                )));
+            }
+            others.insert(peer.replica, peer.url);
+        }
+        let silent = self.config.peers.iter().find(|url| {
+            let own = **url == self.identity.url;
+            !own && !others.values().any(|other| **other == ***url)
+        });
+        if let Some(url) = silent {
+            return Ok(Err(format!(
+                "--peer {url} has not announced whether it holds data; waiting for it"
+            )));
+        }
+        let found = others.len() + 1;
+        if found < expected {
+            return Ok(Err(format!(
+                "{found} of {expected} replicas (--expect-peers) have announced themselves"
+            )));
+        }
+        if expected <= 1 && since.elapsed() < DISCOVERY {
+            return Ok(Err(
+                "looking for other replicas before it is created".to_owned()
+            ));
+        }
+        Ok(Ok(()))
+    }
+
+    fn opened(
+        &self,
+        connection: Arc<dyn Connection>,
+        info: &StreamInfo,
+    ) -> Result<Opened, SetupError> {
+        let id = stream::check_start(self.config, &info.config)?;
+        if let Some(base) = self.base
+            && (info.first <= info.last || info.last != base)
+        {
+            return Err(SetupError::NotEmpty {
+                stream: self.config.stream.clone(),
+                end: info.last,
+            });
+        }
+        let (first, last) = (info.first, info.last);
+        Ok(Opened {
+            connection,
+            id,
+            first,
+            last,
+        })
+    }
+
+    fn refused(&self, why: Arc<str>) -> SetupError {
+        let stream = self.config.stream.clone();
+        SetupError::Refused { stream, why }
+    }
+
+    fn announcement(&self) -> Announcement {
+        let log_id = match &self.identity.holds {
+            Some(log) => log.0.clone(),
+            None => NO_LOG.into(),
+        };
+        Announcement {
+            node: self.identity.node.to_string().into(),
+            replica: self.identity.replica.to_string().into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            log_id,
+            url: self.identity.url.as_str().into(),
+            state: "starting".into(),
+            position: 0,
+            chain: Chain::default(),
+        }
+    }
+}

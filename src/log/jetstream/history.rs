@@ -1,0 +1,219 @@
+//! Whether the stream's history is the one that this replica has read.
+//!
+//! A server's answer about the stream is no quorum read: one that lost its routes repeats old
+//! numbers, and one that starts may truncate the stream and restore it. So "shorter", "gone",
+//! "another log" and "another batch" are only suspicions, until the stream's leader has said the same
+//! for [`CONFIRM_AFTER`] (an isolated leader steps down within 21 s), or the only server has refused
+//! an append that was conditional on the known end. Until then the replica goes on with what it has.
+
+use std::mem::{Discriminant, discriminant};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use super::broker::{BrokerError, Connection, InfoSource, Outgoing, RawMessage, StreamInfo};
+use super::message::{self, Unreadable};
+use super::{Shared, header_block, stream};
+use crate::log::{Bounds, Effect, InFlight, Position, ReadError};
+
+/// How long a suspicion must last.
+const CONFIRM_AFTER: Duration = Duration::from_secs(30);
+
+/// What the stream was last suspected of, and since when.
+#[derive(Default)]
+pub(super) struct Suspicion(Option<(Discriminant<ReadError>, Instant)>);
+
+impl Suspicion {
+    /// The stream is as it should be.
+    fn clear(&mut self) {
+        self.0 = None;
+    }
+
+    /// The leader says `error`. Returns whether it has done so for long enough.
+    fn confirm(&mut self, error: &ReadError) -> bool {
+        let kind = discriminant(error);
+        match self.0 {
+            Some((same, since)) if same == kind => since.elapsed() >= CONFIRM_AFTER,
+            _ => {
+                tracing::warn!(%error, "the stream may have lost its history; asking again");
+                self.0 = Some((kind, Instant::now()));
+                false
+            }
+        }
+    }
+}
+
+/// How the stream compares with a position.
+pub(super) enum Verdict {
+    /// Its history leads to the position.
+    Same,
+    /// That can't be said now.
+    Unknown(BrokerError),
+}
+
+impl Shared {
+    /// Compares the stream with `last`, the last batch that was read.
+    ///
+    /// # Errors
+    /// It has trimmed the next batch, or a suspicion is confirmed.
+    pub(super) async fn compare(
+        &self,
+        connection: &dyn Connection,
+        last: &Position,
+    ) -> Result<Verdict, ReadError> {
+        let info = match self.look(connection).await? {
+            Ok(info) => info,
+            Err(error) => return Ok(Verdict::Unknown(error)),
+        };
+        if last.seq > info.last {
+            let (end, applied) = (info.last, last.seq);
+            let error = ReadError::Shorter { end, applied };
+            return self.suspect(connection, &info.source, error).await;
+        }
+        let wanted = last.seq + 1;
+        if wanted < info.first {
+            let first = info.first;
+            return Err(ReadError::Trimmed { first, wanted });
+        }
+        if last.seq >= info.first {
+            match connection.message(last.seq).await {
+                Ok(Some(stored)) if !is_batch_at(&stored, last) => {
+                    let error = ReadError::Rewritten { seq: last.seq };
+                    return self.suspect(connection, &info.source, error).await;
+                }
+                Ok(Some(_)) => self.verified.store(true, Ordering::Relaxed),
+                // Trimmed meanwhile, or missing: the next batch tells.
+                Ok(None) => {}
+                Err(error) => return Ok(Verdict::Unknown(error)),
+            }
+        }
+        self.suspicion.lock().clear();
+        Ok(Verdict::Same)
+    }
+
+    /// The stream's bounds; waits for the broker. An end below the known one is returned only when it
+    /// is confirmed.
+    pub(super) async fn bounds(&self) -> Result<Bounds, ReadError> {
+        let mut backoff = super::session::Backoff::new();
+        loop {
+            let connection = self.connection().await;
+            if let Ok(info) = self.look(&*connection).await? {
+                let known = self.end.load(Ordering::Acquire);
+                let (first, end) = (info.first, info.last);
+                let error = ReadError::Shorter {
+                    end,
+                    applied: known,
+                };
+                if end >= known {
+                    return Ok(Bounds { first, end });
+                }
+                match self.suspect(&*connection, &info.source, error).await {
+                    Ok(_) => {}
+                    Err(_confirmed) => {
+                        self.end.store(end, Ordering::Release);
+                        return Ok(Bounds { first, end });
+                    }
+                }
+            }
+            backoff.pause().await;
+        }
+    }
+
+    /// Asks about the stream; it must be of this log.
+    async fn look(
+        &self,
+        connection: &dyn Connection,
+    ) -> Result<Result<StreamInfo, BrokerError>, ReadError> {
+        let info = match connection.stream_info().await {
+            Ok(info) => info,
+            Err(BrokerError::NoStream) => {
+                let error = ReadError::Gone {
+                    stream: self.config.stream.as_str().into(),
+                    id: self.id.clone(),
+                };
+                let source = match connection.is_clustered() {
+                    true => InfoSource::Leader,
+                    false => InfoSource::Unclustered,
+                };
+                self.suspect(connection, &source, error).await?;
+                return Ok(Err(BrokerError::NoStream));
+            }
+            Err(error) => return Ok(Err(error)),
+        };
+        if let Some(is) = stream::log_id(&info.config).filter(|is| *is != self.id) {
+            let was = self.id.clone();
+            let error = ReadError::Replaced { was, is };
+            let why = error.to_string();
+            self.suspect(connection, &info.source, error).await?;
+            return Ok(Err(BrokerError::Refused(why.into())));
+        }
+        if let Err(error) = stream::check_running(&self.config, &info.config) {
+            return Ok(Err(BrokerError::Refused(error.to_string().into())));
+        }
+        self.first.fetch_max(info.first, Ordering::AcqRel);
+        self.end.fetch_max(info.last, Ordering::AcqRel);
+        Ok(Ok(info))
+    }
+
+    /// The broker, asked through `connection`, says `error`.
+    ///
+    /// # Errors
+    /// `error`, once it is confirmed.
+    async fn suspect(
+        &self,
+        connection: &dyn Connection,
+        source: &InfoSource,
+        error: ReadError,
+    ) -> Result<Verdict, ReadError> {
+        let why: Arc<str> = error.to_string().into();
+        let confirmed = match source {
+            InfoSource::Follower => false,
+            InfoSource::Leader => self.suspicion.lock().confirm(&error),
+            InfoSource::Unclustered => {
+                self.suspicion.lock().confirm(&error) || self.end_is_refused(connection).await
+            }
+        };
+        match confirmed {
+            true => Err(error),
+            false => {
+                self.health.waiting(Some(Arc::clone(&why)));
+                Ok(Verdict::Unknown(BrokerError::Refused(why)))
+            }
+        }
+    }
+
+    /// Whether the broker refuses an append that is conditional on the known end. Where it does not,
+    /// the stream is as long as it was, and one empty batch longer.
+    async fn end_is_refused(&self, connection: &dyn Connection) -> bool {
+        let end = self.end.load(Ordering::Acquire);
+        let empty = Outgoing {
+            headers: message::headers(self.next_batch_id()),
+            payload: Bytes::from_static(b"[]"),
+            expected_last: Some(end),
+        };
+        matches!(
+            connection.publish(empty).await,
+            Err(BrokerError::WrongLastSequence { end: Some(is), .. }) if is < end
+        )
+    }
+}
+
+/// Whether `stored` is the batch at `position`.
+fn is_batch_at(stored: &RawMessage, position: &Position) -> bool {
+    let payload = stored.payload.as_slice();
+    let read = header_block::parse_optional(stored.header_block.as_deref())
+        .map_err(|why| Unreadable::Poisoned(why.into()))
+        .and_then(|headers| message::read(headers.as_ref(), payload, &InFlight::default()));
+    match read {
+        Ok((label, _)) => {
+            let times = [Some(stored.time_ns), label.time_ns];
+            let id = label.id;
+            times.contains(&Some(position.time_ns)) && position.holds(Effect::Batch { id, payload })
+        }
+        Err(Unreadable::Poisoned(_)) => position.holds(Effect::Skipped),
+        Err(Unreadable::Newer(_)) => false,
+    }
+}

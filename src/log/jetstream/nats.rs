@@ -1,0 +1,572 @@
+//! The broker as it is: NATS servers, by way of async-nats.
+//!
+//! The client library would reconnect by itself, but it keeps what was not sent yet and sends it
+//! later. A batch could then arrive after others have overwritten its fields. Here a connection that
+//! ends takes everything along, and whoever used it knows at once.
+
+use std::collections::{BTreeMap, HashMap};
+use std::error::Error as _;
+use std::panic;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::pull::{self, Stream as PullStream};
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy};
+use async_nats::jetstream::context::{
+    ContextBuilder, PublishError, PublishErrorKind, RequestErrorKind,
+};
+use async_nats::jetstream::message::PublishMessage;
+use async_nats::jetstream::response::Response;
+use async_nats::jetstream::stream::{Config, Info};
+use async_nats::jetstream::{self, Context, ErrorCode};
+use async_nats::service::{Service, ServiceExt, Stats};
+use async_nats::{ConnectErrorKind, ConnectOptions, Event, HeaderMap, ServerAddr, Subscriber};
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt};
+use parking_lot::Mutex;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+
+use super::broker::{
+    Broker, BrokerError, ConnectError, Connection, Consumer, Delivered, InfoSource, Outgoing,
+    RawMessage, Stored, StreamInfo,
+};
+use super::raw_message::{self, RawMessageError};
+use super::{JetStreamConfig, SUBJECT};
+use crate::log::{Announce, Announcement, RandomId, Seq};
+
+/// How long a connection may take to be made.
+const CONNECT_WAIT_MAX: Duration = Duration::from_secs(3);
+/// How long the broker may take to answer.
+const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
+/// How long a connection may be silent before it is probed; the third probe without an answer ends
+/// it.
+const PING_EVERY: Duration = Duration::from_secs(2);
+/// How long ending a connection may take.
+const CLOSE_WAIT_MAX: Duration = Duration::from_secs(1);
+
+/// Messages and bytes that the broker sends ahead. They bound what waits in memory: twice this, as
+/// the next request is made when half has come. The largest message that the stream takes is far
+/// smaller.
+const PULL_MESSAGES_MAX: usize = 512;
+const PULL_BYTES_MAX: usize = 8 << 20;
+/// How often a broker that has nothing to send says so. After twice this much silence the consumer
+/// has ended.
+const HEARTBEAT_EVERY: Duration = Duration::from_millis(500);
+/// How long a request for messages stands. One that reaches nobody is noticed after it.
+const PULL_EXPIRES: Duration = Duration::from_secs(10);
+/// When the broker removes a consumer that nobody pulls from.
+const INACTIVE_MAX: Duration = Duration::from_secs(60);
+
+/// The service by which replicas find each other, so that `nats micro ls` and
+/// `nats micro stats gradestore` show them too.
+const SERVICE: &str = "gradestore";
+/// Asks all of its instances.
+const ASK_ALL: &str = "$SRV.STATS.gradestore";
+/// How long to wait for the first announcement, and for another one after each.
+const FIRST_WAIT_MAX: Duration = Duration::from_millis(300);
+const NEXT_WAIT_MAX: Duration = Duration::from_millis(100);
+/// How long announcements are collected at most.
+const COLLECT_MAX: Duration = Duration::from_secs(2);
+
+/// NATS servers.
+pub(super) struct Nats {
+    config: JetStreamConfig,
+    /// Names the consumer: there is one per replica.
+    replica: RandomId,
+    /// Servers of the cluster that the servers themselves have named.
+    discovered: Arc<Mutex<Vec<ServerAddr>>>,
+}
+
+impl Nats {
+    pub(super) fn new(config: JetStreamConfig, replica: RandomId) -> Self {
+        Self {
+            config,
+            replica,
+            discovered: Arc::default(),
+        }
+    }
+
+    async fn connect(&self) -> Result<Arc<dyn Connection>, async_nats::ConnectError> {
+        let ended = CancellationToken::new();
+        let of_this_one = ended.clone();
+        let attempts = AtomicUsize::new(0);
+        let (denials, _) = broadcast::channel(16);
+        let denied = denials.clone();
+        let mut options = ConnectOptions::new()
+            .name(SERVICE)
+            .connection_timeout(CONNECT_WAIT_MAX)
+            .ping_interval(PING_EVERY)
+            .ignore_discovered_servers()
+            .event_callback(move |event| {
+                if let Event::ServerError(error) = event {
+                    // Nobody may be waiting.
+                    let _ = denied.send(Arc::from(error.to_string()));
+                }
+                std::future::ready(())
+            })
+            .reconnect_delay_callback(move |attempt| {
+                // Attempts count up while the first connection is made, and from 1 again after it
+                // has broken. There is no option for "never again", but ending the library's task
+                // is one: this unwinding prints nothing and drops all that the task holds.
+                if attempt <= attempts.swap(attempt, Ordering::Relaxed) {
+                    of_this_one.cancel();
+                    panic::resume_unwind(Box::new("the connection has ended"));
+                }
+                Duration::ZERO
+            });
+        // The library does not look for them in the URL.
+        if let Some((user, password)) = self.config.servers.user() {
+            options = options.user_and_password(user, password);
+        }
+        if let Some(creds) = &self.config.creds {
+            let with_creds = options.credentials_file(creds).await;
+            options = with_creds.map_err(|error| {
+                async_nats::ConnectError::with_source(ConnectErrorKind::Authentication, error)
+            })?;
+        }
+        let mut addresses = self.config.servers.addresses().to_vec();
+        addresses.extend(self.discovered.lock().iter().cloned());
+        let client = options.connect(addresses.as_slice()).await?;
+        let connection = NatsConnection {
+            context: ContextBuilder::new().timeout(ANSWER_WAIT_MAX).build(client),
+            stream: self.config.stream.clone(),
+            consumer: format!("gradestore-{}", self.replica),
+            scheme: self.config.servers.scheme(),
+            discovered: Arc::clone(&self.discovered),
+            denials,
+            ended,
+        };
+        connection.remember_servers();
+        Ok(Arc::new(connection))
+    }
+}
+
+impl Broker for Nats {
+    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, ConnectError>> {
+        async {
+            self.connect().await.map_err(|error| {
+                use ConnectErrorKind::{Authentication, AuthorizationViolation};
+                let why = Arc::from(error.to_string());
+                match error.kind() {
+                    Authentication | AuthorizationViolation => ConnectError::NotAllowed(why),
+                    _ => ConnectError::Unreachable(why),
+                }
+            })
+        }
+        .boxed()
+    }
+
+    fn servers(&self) -> String {
+        self.config.servers.to_string()
+    }
+}
+
+struct NatsConnection {
+    context: Context,
+    stream: String,
+    consumer: String,
+    scheme: &'static str,
+    discovered: Arc<Mutex<Vec<ServerAddr>>>,
+    /// What the server says outside of answers, as when a permission is missing.
+    denials: broadcast::Sender<Arc<str>>,
+    ended: CancellationToken,
+}
+
+impl NatsConnection {
+    /// Learns the cluster's other servers, so that the next connection can go there.
+    fn remember_servers(&self) {
+        let info = self.context.client().server_info();
+        let mut known = self.discovered.lock();
+        for url in info.connect_urls {
+            if let Ok(address) = format!("{}://{url}", self.scheme).parse::<ServerAddr>()
+                && !known.contains(&address)
+            {
+                known.push(address);
+            }
+        }
+    }
+
+    /// Waits for the answer to something that was sent to `subject`: until the connection ends, or the
+    /// server says that this client may not send there.
+    async fn answer<T>(
+        &self,
+        subject: &str,
+        answer: impl Future<Output = Result<T, BrokerError>>,
+    ) -> Result<T, BrokerError> {
+        let mut denials = self.denials.subscribe();
+        let denied = async {
+            loop {
+                match denials.recv().await {
+                    Ok(text) if text.contains(&format!("\"{subject}\"")) => return text,
+                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            answer = answer => answer,
+            text = denied => Err(BrokerError::Refused(text)),
+            () = self.ended.cancelled() => Err(no_answer("the connection to NATS ended")),
+        }
+    }
+
+    /// Asks the JetStream API.
+    async fn request<T: DeserializeOwned>(
+        &self,
+        subject: &str,
+        request: &(impl Serialize + ?Sized + Sync),
+    ) -> Result<T, BrokerError> {
+        let answer = async {
+            let answer = self.context.request(subject.to_owned(), request).await;
+            match answer {
+                Ok(Response::Ok(answer)) => Ok(answer),
+                Ok(Response::Err { error }) => Err(refusal(&error)),
+                Err(error) => Err(match error.kind() {
+                    RequestErrorKind::NoResponders => {
+                        BrokerError::NoResponders("JetStream does not answer".into())
+                    }
+                    _ => no_answer(&error.to_string()),
+                }),
+            }
+        };
+        self.answer(&format!("$JS.API.{subject}"), answer).await
+    }
+
+    fn info(info: Info) -> StreamInfo {
+        let source = match &info.cluster {
+            None => InfoSource::Unclustered,
+            // The answering server leaves itself out of the list of replicas.
+            Some(cluster) => match &cluster.leader {
+                Some(leader) if cluster.replicas.iter().all(|peer| peer.name != *leader) => {
+                    match cluster.name {
+                        Some(_) => InfoSource::Leader,
+                        None => InfoSource::Unclustered,
+                    }
+                }
+                _ => InfoSource::Follower,
+            },
+        };
+        StreamInfo {
+            first: match info.state.messages {
+                0 => info.state.last_sequence + 1,
+                _ => info.state.first_sequence,
+            },
+            last: info.state.last_sequence,
+            config: info.config,
+            source,
+        }
+    }
+
+    async fn create_consumer(&self, from: Seq) -> Result<Box<dyn Consumer>, BrokerError> {
+        // The one before may be there still; its start cannot be changed.
+        let delete = format!("CONSUMER.DELETE.{}.{}", self.stream, self.consumer);
+        match self.request::<serde_json::Value>(&delete, &()).await {
+            Ok(_) | Err(BrokerError::Refused(_)) => {}
+            Err(error) => return Err(error),
+        }
+        let config = pull::Config {
+            name: Some(self.consumer.clone()),
+            deliver_policy: DeliverPolicy::ByStartSequence {
+                start_sequence: from,
+            },
+            ack_policy: AckPolicy::None,
+            inactive_threshold: INACTIVE_MAX,
+            // It is created again when it is lost; keeping it on disk would cost the broker writes.
+            memory_storage: true,
+            num_replicas: 1,
+            ..pull::Config::default()
+        };
+        let created = async {
+            let consumer = self
+                .context
+                .create_consumer_on_stream(config, &self.stream)
+                .await
+                .map_err(|error| no_answer(&error.to_string()))?;
+            consumer
+                .stream()
+                .max_messages_per_batch(PULL_MESSAGES_MAX)
+                .max_bytes_per_batch(PULL_BYTES_MAX)
+                .heartbeat(HEARTBEAT_EVERY)
+                .expires(PULL_EXPIRES)
+                .messages()
+                .await
+                .map_err(|error| no_answer(&error.to_string()))
+        };
+        let subject = format!("$JS.API.CONSUMER.CREATE.{}.{}", self.stream, self.consumer);
+        let messages = self.answer(&subject, created).await?;
+        Ok(Box::new(NatsConsumer {
+            messages,
+            ended: self.ended.clone(),
+        }))
+    }
+
+    async fn announce(&self, announce: Announce) -> Result<(), async_nats::Error> {
+        let me = announce();
+        let metadata = [
+            ("node", &me.node),
+            ("replica", &me.replica),
+            ("url", &me.url),
+            ("log", &me.log_id),
+        ];
+        let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_string()));
+        let current = Arc::clone(&announce);
+        let service = self
+            .context
+            .client()
+            .service_builder()
+            .description("a replicated in-memory store of user grades")
+            .metadata(HashMap::from(metadata))
+            .stats_handler(move |_, _| serde_json::to_value(current()).unwrap_or_default())
+            .start(SERVICE, &me.version)
+            .await?;
+        let subject = format!("{SERVICE}.status.{}", me.node);
+        let mut requests = service
+            .endpoint_builder()
+            .name("status")
+            .add(subject)
+            .await?;
+        loop {
+            tokio::select! {
+                Some(request) = requests.next() => {
+                    let answer = serde_json::to_vec(&announce())?;
+                    request.respond(Ok(answer.into())).await?;
+                }
+                () = self.ended.cancelled() => break,
+            }
+        }
+        Service::stop(service).await
+    }
+
+    async fn ask_peers(&self) -> Result<Vec<Announcement>, async_nats::Error> {
+        let client = self.context.client();
+        let inbox = client.new_inbox();
+        let mut answers: Subscriber = client.subscribe(inbox.clone()).await?;
+        client
+            .publish_with_reply_and_headers(ASK_ALL, inbox, HeaderMap::new(), Bytes::new())
+            .await?;
+        let mut found = BTreeMap::new();
+        let collect = async {
+            let mut wait_max = FIRST_WAIT_MAX;
+            while let Ok(Some(answer)) = tokio::time::timeout(wait_max, answers.next()).await {
+                wait_max = NEXT_WAIT_MAX;
+                // Another program may have a service of this name; its answers are not ours.
+                let Ok(stats) = serde_json::from_slice::<Stats>(&answer.payload) else {
+                    continue;
+                };
+                let endpoints = stats.endpoints.into_iter();
+                for data in endpoints.filter_map(|endpoint| endpoint.data) {
+                    if let Ok(peer) = serde_json::from_value::<Announcement>(data) {
+                        found.insert(peer.node.clone(), peer);
+                    }
+                }
+            }
+        };
+        let _ = tokio::time::timeout(COLLECT_MAX, collect).await;
+        Ok(found.into_values().collect())
+    }
+}
+
+impl Connection for NatsConnection {
+    fn ended(&self) -> &CancellationToken {
+        &self.ended
+    }
+
+    fn message_bytes_max(&self) -> usize {
+        self.context.client().server_info().max_payload
+    }
+
+    fn is_clustered(&self) -> bool {
+        self.context.client().server_info().cluster.is_some()
+    }
+
+    fn stream_info(&self) -> BoxFuture<'_, Result<StreamInfo, BrokerError>> {
+        async {
+            let subject = format!("STREAM.INFO.{}", self.stream);
+            self.request(&subject, &()).await.map(Self::info)
+        }
+        .boxed()
+    }
+
+    fn create_stream(&self, config: Config) -> BoxFuture<'_, Result<StreamInfo, BrokerError>> {
+        async move {
+            let subject = format!("STREAM.CREATE.{}", self.stream);
+            self.request(&subject, &config).await.map(Self::info)
+        }
+        .boxed()
+    }
+
+    fn publish(&self, message: Outgoing) -> BoxFuture<'_, Result<Stored, BrokerError>> {
+        async move {
+            let expected = message.expected_last;
+            let mut publish = PublishMessage::build()
+                .payload(message.payload)
+                .headers(message.headers);
+            if let Some(expected) = expected {
+                publish = publish.expected_last_sequence(expected);
+            }
+            let answer = async {
+                let answer = self.context.send_publish(SUBJECT, publish).await;
+                let stored = match answer {
+                    Ok(answer) => answer.await,
+                    Err(error) => Err(error),
+                };
+                stored.map_err(|error| publish_error(&error, expected))
+            };
+            let stored = self.answer(SUBJECT, answer).await?;
+            Ok(Stored {
+                seq: stored.sequence,
+                duplicate: stored.duplicate,
+            })
+        }
+        .boxed()
+    }
+
+    fn consume(&self, from: Seq) -> BoxFuture<'_, Result<Box<dyn Consumer>, BrokerError>> {
+        self.create_consumer(from).boxed()
+    }
+
+    fn message(&self, seq: Seq) -> BoxFuture<'_, Result<Option<RawMessage>, BrokerError>> {
+        async move {
+            let subject = format!("$JS.API.STREAM.MSG.GET.{}", self.stream);
+            let client = self.context.client();
+            let answer = async {
+                let got = raw_message::get(&client, &self.stream, seq, ANSWER_WAIT_MAX).await;
+                got.map_err(|error| {
+                    let why = error.to_string().into();
+                    match error {
+                        RawMessageError::NoResponders => BrokerError::NoResponders(why),
+                        RawMessageError::Api { .. } => BrokerError::Refused(why),
+                        _ => BrokerError::NoAnswer(why),
+                    }
+                })
+            };
+            self.answer(&subject, answer).await
+        }
+        .boxed()
+    }
+
+    fn announce(&self, announce: Announce) -> BoxFuture<'_, Result<(), String>> {
+        async {
+            let announced = self.announce(announce).await;
+            announced.map_err(|error| error.to_string())
+        }
+        .boxed()
+    }
+
+    fn ask_peers(&self) -> BoxFuture<'_, Result<Vec<Announcement>, String>> {
+        async { self.ask_peers().await.map_err(|error| error.to_string()) }.boxed()
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        async {
+            self.remember_servers();
+            let client = self.context.client();
+            // Breaks the connection now; dropping it would send what waits first.
+            let _ = tokio::time::timeout(CLOSE_WAIT_MAX, client.force_reconnect()).await;
+        }
+        .boxed()
+    }
+}
+
+struct NatsConsumer {
+    messages: PullStream,
+    ended: CancellationToken,
+}
+
+impl NatsConsumer {
+    /// `None` for a message that no stream sends.
+    fn read(
+        next: Option<Result<jetstream::Message, pull::MessagesError>>,
+    ) -> Option<Result<Delivered, BrokerError>> {
+        match next {
+            Some(Ok(message)) => {
+                let info = message.info().ok()?;
+                let time_ns = u64::try_from(info.published.unix_timestamp_nanos()).unwrap_or(0);
+                let (seq, pending) = (info.stream_sequence, info.pending);
+                let (message, _) = message.split();
+                Some(Ok(Delivered {
+                    seq,
+                    time_ns,
+                    pending,
+                    headers: message.headers,
+                    payload: message.payload,
+                }))
+            }
+            Some(Err(error)) => Some(Err(no_answer(&error.to_string()))),
+            None => Some(Err(no_answer("the consumer has ended"))),
+        }
+    }
+}
+
+impl Consumer for NatsConsumer {
+    fn next(&mut self) -> BoxFuture<'_, Result<Delivered, BrokerError>> {
+        async {
+            loop {
+                let next = tokio::select! {
+                    biased;
+                    next = self.messages.next() => next,
+                    () = self.ended.cancelled() => {
+                        return Err(no_answer("the connection to NATS ended"));
+                    }
+                };
+                if let Some(delivered) = Self::read(next) {
+                    return delivered;
+                }
+            }
+        }
+        .boxed()
+    }
+
+    fn try_next(&mut self) -> Option<Result<Delivered, BrokerError>> {
+        loop {
+            let next = self.messages.next().now_or_never()?;
+            if let Some(delivered) = Self::read(next) {
+                return Some(delivered);
+            }
+        }
+    }
+}
+
+fn no_answer(why: &str) -> BrokerError {
+    BrokerError::NoAnswer(why.into())
+}
+
+/// What an error in an answer of JetStream means.
+fn refusal(error: &jetstream::Error) -> BrokerError {
+    match error.error_code() {
+        ErrorCode::STREAM_NOT_FOUND => BrokerError::NoStream,
+        ErrorCode::CLUSTER_NOT_AVAILABLE | ErrorCode::CLUSTER_NOT_LEADER => {
+            BrokerError::NoResponders(error.to_string().into())
+        }
+        _ => BrokerError::Refused(error.to_string().into()),
+    }
+}
+
+fn publish_error(error: &PublishError, expected: Option<Seq>) -> BrokerError {
+    let by_the_broker = || error.source()?.downcast_ref::<jetstream::Error>();
+    match (error.kind(), by_the_broker()) {
+        (PublishErrorKind::StreamNotFound, _) => BrokerError::NoResponders(
+            "the stream has no leader (failover in progress?), or does not exist".into(),
+        ),
+        (PublishErrorKind::WrongLastSequence, refused) => BrokerError::WrongLastSequence {
+            expected: expected.unwrap_or(0),
+            // Only its text says where: "wrong last sequence: 7 (code 400, ...)".
+            end: refused.and_then(|error| {
+                let text = error.to_string();
+                let (_, end) = text.split_once("sequence: ")?;
+                end.split(' ').next()?.parse().ok()
+            }),
+        },
+        (PublishErrorKind::MaxPayloadExceeded, _) => BrokerError::Refused(
+            format!("{error}; raise max_payload of nats-server to 2 MiB or more").into(),
+        ),
+        (_, Some(refused)) => refusal(refused),
+        (_, None) => no_answer(&error.to_string()),
+    }
+}

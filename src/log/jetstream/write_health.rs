@@ -1,0 +1,181 @@
+//! Whether writes are acknowledged, judged by what becomes of appends.
+//!
+//! A refusal with a reason (storage full, no permission) makes the log unwritable at once. Silence
+//! does so after [`WriteHealth::silence_max`]: an election alone must not empty a load balancer. The
+//! next batch that is delivered makes it writable again; where no client writes, that is an empty one.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+/// Writes that found no acknowledgement and what is known about why.
+pub(super) struct WriteHealth {
+    /// How long an append may wait before the log counts as unwritable.
+    silence_max: Duration,
+    /// Whether there is a reason, for the check on every write.
+    unwritable: AtomicBool,
+    /// Writes refused since the log became unwritable.
+    rejected: AtomicU64,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Since when appends wait without one being delivered.
+    waiting_since: Option<Instant>,
+    /// The last thing that went wrong.
+    problem: Option<Arc<str>>,
+    /// Why the log is unwritable, and since when.
+    unwritable: Option<(Arc<str>, Instant)>,
+}
+
+impl WriteHealth {
+    pub(super) fn new(silence_max: Duration) -> Self {
+        Self {
+            silence_max,
+            unwritable: AtomicBool::new(false),
+            rejected: AtomicU64::new(0),
+            state: Mutex::default(),
+        }
+    }
+
+    /// Why writes are not acknowledged; counts the caller's write as refused.
+    pub(super) fn reject(&self) -> Option<Arc<str>> {
+        let reason = self.reason()?;
+        self.rejected.fetch_add(1, Ordering::Relaxed);
+        Some(reason)
+    }
+
+    /// Why writes are not acknowledged.
+    pub(super) fn reason(&self) -> Option<Arc<str>> {
+        if !self.unwritable.load(Ordering::Acquire) {
+            return None;
+        }
+        let state = self.state.lock();
+        state.unwritable.as_ref().map(|(why, _)| Arc::clone(why))
+    }
+
+    /// An append waits, or the stream could not be reached.
+    pub(super) fn waiting(&self, problem: Option<Arc<str>>) {
+        let mut state = self.state.lock();
+        state.waiting_since.get_or_insert_with(Instant::now);
+        if problem.is_some() {
+            state.problem = problem;
+        }
+    }
+
+    /// Nothing was appended, and the stream can be reached.
+    pub(super) fn idle(&self) {
+        let mut state = self.state.lock();
+        if state.unwritable.is_none() {
+            state.waiting_since = None;
+            state.problem = None;
+        }
+    }
+
+    /// The broker refused an append.
+    pub(super) fn refused(&self, why: Arc<str>) {
+        let mut state = self.state.lock();
+        state.waiting_since.get_or_insert_with(Instant::now);
+        self.set_unwritable(&mut state, why);
+    }
+
+    /// An own batch was delivered.
+    pub(super) fn delivered(&self) {
+        let mut state = self.state.lock();
+        state.waiting_since = None;
+        state.problem = None;
+        if let Some((_, since)) = state.unwritable.take() {
+            self.unwritable.store(false, Ordering::Release);
+            let rejected = self.rejected.swap(0, Ordering::Relaxed);
+            let down_s = since.elapsed().as_secs_f64();
+            tracing::info!(down_s, rejected, "stream accepts writes again");
+        }
+    }
+
+    /// Looks whether appends wait for too long.
+    pub(super) fn check(&self) {
+        let mut state = self.state.lock();
+        let Some(since) = state.waiting_since else {
+            return;
+        };
+        if state.unwritable.is_none() && since.elapsed() > self.silence_max {
+            let silence_s = self.silence_max.as_secs();
+            let why = match &state.problem {
+                Some(problem) => Arc::clone(problem),
+                None => format!("the stream has acknowledged no batch for {silence_s} s").into(),
+            };
+            self.set_unwritable(&mut state, why);
+        }
+    }
+
+    fn set_unwritable(&self, state: &mut State, why: Arc<str>) {
+        let since = match state.unwritable.take() {
+            Some((before, since)) => {
+                if before != why {
+                    tracing::warn!(%why, "stream still accepts no writes");
+                }
+                since
+            }
+            None => {
+                tracing::error!(%why, "stream accepts no writes; rejecting them, reads continue");
+                Instant::now()
+            }
+        };
+        state.unwritable = Some((why, since));
+        self.unwritable.store(true, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SILENCE: Duration = Duration::from_secs(12);
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_counts_from_the_first_append_that_waits() {
+        let health = WriteHealth::new(SILENCE);
+        health.waiting(None);
+        tokio::time::advance(SILENCE / 2).await;
+        health.waiting(Some("no leader".into()));
+        health.check();
+        assert_eq!(health.reason(), None);
+        tokio::time::advance(SILENCE).await;
+        health.check();
+        assert_eq!(health.reason().as_deref(), Some("no leader"));
+        // Only a delivery shows that writes are acknowledged.
+        health.idle();
+        assert!(health.reject().is_some());
+        health.delivered();
+        assert_eq!(health.reason(), None);
+        tokio::time::advance(SILENCE * 2).await;
+        health.check();
+        assert_eq!(health.reason(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_counts_at_once() {
+        let health = WriteHealth::new(SILENCE);
+        health.refused("full".into());
+        assert_eq!(health.reason().as_deref(), Some("full"));
+        health.refused("no right".into());
+        assert_eq!(health.reason().as_deref(), Some("no right"));
+        health.delivered();
+        assert_eq!(health.reason(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_log_that_is_reached_again_waits_no_more() {
+        let health = WriteHealth::new(SILENCE);
+        health.waiting(Some("no connection".into()));
+        tokio::time::advance(SILENCE / 2).await;
+        health.idle();
+        tokio::time::advance(SILENCE).await;
+        health.check();
+        assert_eq!(health.reason(), None);
+    }
+}

@@ -1,0 +1,157 @@
+//! Ordered apply: from the log's entries to records.
+
+use metrics::{Counter, Histogram};
+
+use super::applied::Applied;
+use super::checkpoint::{Checkpoints, Heard, Verdict};
+use crate::grade::Digest;
+use crate::log::{Checkpoint, Entry, InFlight, ReadError, Seq, Subscription};
+use crate::readiness::{NodeState, Readiness};
+use crate::store::Store;
+
+/// After so many writes other tasks have their turn, however much there is to apply: requests share
+/// the thread, and a log that was read ahead never waits.
+const TURN_WRITES: usize = 1024;
+
+/// Why the applier stopped.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ApplyError {
+    /// The log can't be read on.
+    #[error(transparent)]
+    Log(#[from] ReadError),
+    /// Batches are missing between two deliveries.
+    #[error("batch {got} was delivered after batch {applied}: the ones between are missing")]
+    Gap {
+        /// The last batch applied.
+        applied: Seq,
+        /// The one that was delivered.
+        got: Seq,
+    },
+    /// Most replicas held something else at one position.
+    #[error(
+        "at batch {position} this replica's digest was {own} and that of most replicas {agreed}: \
+         its state is wrong"
+    )]
+    Diverged {
+        /// Where.
+        position: Seq,
+        /// What this replica held.
+        own: Digest,
+        /// What the others did.
+        agreed: Digest,
+    },
+}
+
+/// Applies a log to a store.
+pub struct Applier {
+    /// The records.
+    pub store: Store,
+    /// The position that the store is at.
+    pub applied: Applied,
+    /// This process' batches that were not applied yet.
+    pub in_flight: InFlight,
+    /// The votes of all replicas on their states.
+    pub checkpoints: Checkpoints,
+    /// Counts patches applied.
+    pub patches: Counter,
+    /// Counts deletions applied.
+    pub deletions: Counter,
+    /// Times own batches from append to apply.
+    pub round_trip: Histogram,
+}
+
+impl Applier {
+    /// Applies what `subscription` delivers until it ends. Returns why it ended.
+    pub async fn run(
+        &self,
+        subscription: &mut dyn Subscription,
+        readiness: &Readiness,
+    ) -> ApplyError {
+        let mut entries = Vec::new();
+        let mut since_turn = 0;
+        loop {
+            if let Err(error) = subscription.next(&mut entries).await {
+                return error.into();
+            }
+            for entry in entries.drain(..) {
+                since_turn += entry.batch.writes.len().max(1);
+                if let Err(error) = self.apply(entry, readiness) {
+                    return error;
+                }
+                if since_turn >= TURN_WRITES {
+                    since_turn = 0;
+                    self.applied.notify();
+                    tokio::task::yield_now().await;
+                }
+            }
+            self.applied.notify();
+        }
+    }
+
+    /// Applies one entry and answers the requests that wait for it.
+    fn apply(&self, entry: Entry, readiness: &Readiness) -> Result<(), ApplyError> {
+        let (applied, position) = (self.applied.seq(), entry.position);
+        if position.seq <= applied {
+            return Ok(());
+        }
+        if position.seq != applied + 1 {
+            let got = position.seq;
+            return Err(ApplyError::Gap { applied, got });
+        }
+        let own = entry.batch.ticket.and_then(|own| self.in_flight.take(own));
+        let writes = &entry.batch.writes;
+        self.applied
+            .advance(position, || self.store.apply_all(writes));
+        let deletions = writes.iter().filter(|write| write.deletes()).count() as u64;
+        self.patches.increment(writes.len() as u64 - deletions);
+        self.deletions.increment(deletions);
+        if !writes.is_empty() {
+            self.checkpoints.changed();
+        }
+        if let Some(own) = own {
+            self.round_trip.record(own.age().as_secs_f64());
+            own.answer(&Ok(position.seq));
+        }
+        let Some(checkpoint) = entry.batch.checkpoint else {
+            return Ok(());
+        };
+        let heard = Heard {
+            seq: position.seq,
+            chain: position.chain,
+            checkpoint,
+        };
+        self.hear(heard, readiness)
+    }
+
+    fn hear(&self, heard: Heard, readiness: &Readiness) -> Result<(), ApplyError> {
+        let Checkpoint { position, .. } = heard.checkpoint;
+        match self.checkpoints.hear(heard, || self.store.digest()) {
+            Verdict::Nothing => {}
+            Verdict::Disputed { own, other } => {
+                let peer = heard.checkpoint.replica;
+                tracing::error!(position, %own, %other, %peer, "digest mismatch with a peer");
+                let reason = format!(
+                    "at batch {position} this replica's digest was {own} and that of replica {peer} \
+                     {other}: one of them is wrong"
+                );
+                readiness.block(NodeState::Diverged, reason);
+            }
+            Verdict::Upheld => {
+                tracing::warn!(position, "majority agrees with this replica");
+                readiness.set_ready();
+            }
+            Verdict::Overruled {
+                position,
+                own,
+                agreed,
+            } => {
+                return Err(ApplyError::Diverged {
+                    position,
+                    own,
+                    agreed,
+                });
+            }
+        }
+        Ok(())
+    }
+}

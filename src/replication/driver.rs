@@ -1,0 +1,304 @@
+//! The recovery loop: brings a replica's state to a position, applies the log from there, and does
+//! the next step whenever that ends. A replicated log has no final error: what a broker or a peer
+//! says now may be otherwise later, so each step is tried again, with one backoff.
+
+use std::time::Duration;
+
+use metrics::Counter;
+use tokio::time::Instant;
+
+use super::applier::{Applier, ApplyError};
+use super::bootstrap::{Bootstrap, BootstrapError, Recovered};
+use super::peers::Peer;
+use super::snapshotter::Snapshotter;
+use crate::log::{ReadError, Seq};
+use crate::readiness::{NodeState, Readiness};
+
+const BACKOFF_MIN: Duration = Duration::from_millis(250);
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// How often the log's end is asked for again while a replica catches up with it.
+const FETCH_END_EVERY: Duration = Duration::from_secs(1);
+
+/// Keeps a store at its place in a log.
+pub struct ReplicaDriver {
+    /// How to get to a position.
+    pub bootstrap: Bootstrap,
+    /// How to go on from there.
+    pub applier: Applier,
+    /// Whether the replica may answer.
+    pub readiness: Readiness,
+    /// Writes snapshots, where any are kept.
+    pub snapshotter: Option<Snapshotter>,
+    /// Counts gaps.
+    pub gaps: Counter,
+    /// Counts states that were replaced.
+    pub resyncs: Counter,
+}
+
+/// How to get to a complete state.
+#[derive(Debug, Clone, Copy)]
+enum NextStep {
+    /// From a snapshot, a peer or the whole log, at least to this position. The store is empty.
+    Bootstrap { at_least: Seq },
+    /// The state is complete from this position on, and the log may lead on from it.
+    Resume { complete_from: Seq },
+    /// The log goes on without what this replica has: as `Bootstrap`, after its state was discarded.
+    Resync {
+        /// Whether its state and its snapshots may be wrong.
+        doubtful: bool,
+        at_least: Seq,
+    },
+    /// Nothing helps but a restart: a log of this node alone is damaged.
+    Stay,
+}
+
+impl ReplicaDriver {
+    /// Follows the log for ever. The store holds what belongs at the position if it is `seeded`, and
+    /// is empty if not.
+    pub async fn run(self, seeded: bool) {
+        let mut step = match seeded {
+            true => NextStep::Resume { complete_from: 0 },
+            false => NextStep::Bootstrap { at_least: 0 },
+        };
+        let mut backoff = Backoff::default();
+        let mut last_gap = None;
+        let mut logged = String::new();
+        loop {
+            let started = Instant::now();
+            let recovered = match step {
+                NextStep::Stay => return std::future::pending().await,
+                NextStep::Bootstrap { at_least } => self.bootstrap(at_least).await,
+                NextStep::Resume { complete_from } => self.bootstrap.resume(complete_from).await,
+                NextStep::Resync { doubtful, at_least } => {
+                    self.discard_state(doubtful).await;
+                    self.bootstrap(at_least).await
+                }
+            };
+            step = match recovered {
+                Ok(recovered) => {
+                    let complete_from = recovered.complete_from;
+                    let error = self.follow(recovered, &mut logged).await;
+                    self.after_apply_error(&error, complete_from, &mut last_gap, &mut logged)
+                        .await
+                }
+                Err(error) => self.after_bootstrap_error(&error, step, &mut logged),
+            };
+            if started.elapsed() > BACKOFF_MAX {
+                backoff = Backoff::default();
+            }
+            backoff.pause().await;
+        }
+    }
+
+    async fn bootstrap(&self, at_least: Seq) -> Result<Recovered, BootstrapError> {
+        let recovered = self.bootstrap.run(&self.readiness, at_least).await;
+        if recovered.is_ok() {
+            // What was sent meanwhile is in the state, or is delivered as another writer's.
+            self.applier.in_flight.forget_all();
+        }
+        recovered
+    }
+
+    /// Applies the log; the replica is ready once its state is complete. Returns why that ended.
+    async fn follow(&self, recovered: Recovered, logged: &mut String) -> ApplyError {
+        let Recovered {
+            mut subscription,
+            complete_from,
+            snapshot,
+        } = recovered;
+        if let (Some(snapshot), Some(snapshotter)) = (snapshot, &self.snapshotter) {
+            snapshotter.last.set(snapshot);
+        }
+        self.applier.checkpoints.begin(complete_from);
+        self.readiness
+            .block(NodeState::CatchingUp, "applying the log up to its end");
+        let applying = self.applier.run(&mut subscription, &self.readiness);
+        tokio::pin!(applying);
+        let caught_up = tokio::select! {
+            biased;
+            error = &mut applying => return error,
+            caught_up = self.catch_up(complete_from) => caught_up,
+        };
+        if let Err(error) = caught_up {
+            return error.into();
+        }
+        self.bootstrap.tracker.done();
+        let (log, position) = (self.bootstrap.log.kind(), self.bootstrap.applied.seq());
+        let records = self.bootstrap.store.len();
+        self.readiness.set_ready();
+        tracing::info!(log, position, records, "ready: serving reads and writes");
+        logged.clear();
+        applying.await
+    }
+
+    /// Waits until the log's end is applied, as it was when this was called: whatever was acknowledged
+    /// before is in the state then. A log that loses that end lowers the target.
+    async fn catch_up(&self, complete_from: Seq) -> Result<(), ReadError> {
+        let (log, applied) = (&self.bootstrap.log, &self.bootstrap.applied);
+        let mut target = log.fetch_bounds().await?.end.max(complete_from);
+        loop {
+            let reached = tokio::time::timeout(FETCH_END_EVERY, applied.reach(target));
+            if reached.await.is_ok() {
+                return Ok(());
+            }
+            let end = log.fetch_bounds().await?.end;
+            if end < complete_from {
+                let applied = complete_from;
+                return Err(ReadError::Shorter { end, applied });
+            }
+            target = target.min(end);
+        }
+    }
+
+    /// What follows from the end of reading; `last_gap` is where the last gap was.
+    async fn after_apply_error(
+        &self,
+        error: &ApplyError,
+        complete_from: Seq,
+        last_gap: &mut Option<Seq>,
+        logged: &mut String,
+    ) -> NextStep {
+        let was_complete = self.bootstrap.applied.seq() >= complete_from;
+        let state = match error {
+            ApplyError::Diverged { .. } => NodeState::Diverged,
+            ApplyError::Log(ReadError::Replaced { .. }) => NodeState::OtherLog,
+            _ => NodeState::Gap,
+        };
+        self.readiness.block(state, error.to_string());
+        log_once(&error.to_string(), "reading the log ended", logged);
+        if !self.bootstrap.log.is_replicated() {
+            return NextStep::Stay;
+        }
+        let resync = |doubtful, at_least| NextStep::Resync { doubtful, at_least };
+        let resume = NextStep::Resume { complete_from };
+        match error {
+            ApplyError::Diverged { .. } => resync(true, 0),
+            // Of a log that lacks these batches only a backup helps that includes them.
+            ApplyError::Gap { applied, .. }
+            | ApplyError::Log(ReadError::NotHeld { wanted: applied }) => {
+                self.gaps.increment(1);
+                match last_gap.replace(*applied) == Some(*applied) {
+                    true => resync(false, self.after_gap(error)),
+                    false => resume,
+                }
+            }
+            ApplyError::Log(ReadError::Trimmed { first, .. }) => {
+                resync(false, first.saturating_sub(1))
+            }
+            // A restored state that counts on batches that the log has lost is worth nothing.
+            ApplyError::Log(ReadError::Shorter { .. }) if !was_complete => resync(false, 0),
+            ApplyError::Log(_) => {
+                if was_complete {
+                    self.keep_state().await;
+                }
+                resume
+            }
+        }
+    }
+
+    /// Where a backup must reach to have the batches that are missing in the log.
+    fn after_gap(&self, error: &ApplyError) -> Seq {
+        match error {
+            ApplyError::Gap { got, .. } => got.saturating_sub(1),
+            _ => self.bootstrap.applied.seq() + 1,
+        }
+    }
+
+    fn after_bootstrap_error(
+        &self,
+        error: &BootstrapError,
+        step: NextStep,
+        logged: &mut String,
+    ) -> NextStep {
+        let state = match error {
+            BootstrapError::OtherLog { .. } | BootstrapError::Log(ReadError::Replaced { .. }) => {
+                NodeState::OtherLog
+            }
+            BootstrapError::Log(_) | BootstrapError::LogBehind { .. } => NodeState::Gap,
+            _ => NodeState::NoSource,
+        };
+        let text = error.to_string();
+        self.readiness.block(state, text.as_str());
+        log_once(
+            &text,
+            "cannot recover a complete state; staying unready",
+            logged,
+        );
+        if !self.bootstrap.log.is_replicated() {
+            return NextStep::Stay;
+        }
+        match (step, error) {
+            (NextStep::Resume { .. }, BootstrapError::Log(ReadError::Trimmed { first, .. })) => {
+                let at_least = first.saturating_sub(1);
+                NextStep::Resync {
+                    doubtful: false,
+                    at_least,
+                }
+            }
+            (NextStep::Resume { complete_from }, _) => NextStep::Resume { complete_from },
+            // Nobody has what the log left out: the log may deliver it by now, or stop there again.
+            _ => NextStep::Bootstrap { at_least: 0 },
+        }
+    }
+
+    /// Writes a snapshot of a state that nothing is added to: of a log that is lost, this is all there
+    /// is since the last one.
+    async fn keep_state(&self) {
+        if let Some(snapshotter) = &self.snapshotter {
+            let epoch = self.bootstrap.store.epoch();
+            snapshotter.write_if_changed(epoch).await;
+        }
+    }
+
+    /// Empties the store. A state that may be wrong is kept until there is another source: it is more
+    /// than none.
+    async fn discard_state(&self, doubtful: bool) {
+        self.applier.checkpoints.end();
+        if doubtful {
+            self.wait_for_source().await;
+        }
+        self.resyncs.increment(1);
+        self.applier.in_flight.forget_all();
+        // In this order: a snapshot that is being written is not kept once the store is another one.
+        self.bootstrap.store.clear();
+        self.bootstrap.applied.cleared();
+        if doubtful && let Some(snapshotter) = &self.snapshotter {
+            snapshotter.quarantine_all("diverged").await;
+        }
+    }
+
+    async fn wait_for_source(&self) {
+        let mut backoff = Backoff::default();
+        loop {
+            let bounds = self.bootstrap.log.fetch_bounds().await;
+            let whole = bounds.is_ok_and(|bounds| bounds.first == 1);
+            if whole || self.bootstrap.peers.ask().await.iter().any(Peer::ready) {
+                return;
+            }
+            backoff.pause().await;
+        }
+    }
+}
+
+fn log_once(error: &str, what: &'static str, logged: &mut String) {
+    if error != logged {
+        tracing::error!(error, "{what}");
+        error.clone_into(logged);
+    }
+}
+
+/// Pauses between steps: short at first, as a peer is often about to be ready.
+struct Backoff(Duration);
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self(BACKOFF_MIN)
+    }
+}
+
+impl Backoff {
+    async fn pause(&mut self) {
+        tokio::time::sleep(self.0).await;
+        self.0 = (self.0 * 2).min(BACKOFF_MAX);
+    }
+}
