@@ -19,6 +19,7 @@ use gradestore::backup::{BackupError, BackupWriter, ChunkSource, FORMAT, Head, P
 use gradestore::grade::{
     self, Changes, FIELD_COUNT, FIELDS, Patch, USER_ID, Values, check_user_id,
 };
+use gradestore::log::Chain;
 use gradestore::store::{Piece, Store};
 
 // The rows themselves, which the library keeps to itself.
@@ -222,6 +223,8 @@ fn own_file(store: &Store) -> Vec<u8> {
         log_id: "bench".into(),
         position: 0,
         time_ns: 0,
+        chain: Chain::default(),
+        previous_chain: Chain::default(),
         rows_expected: STORE_USERS,
     };
     let (mut writer, mut file) = BackupWriter::begin(&head);

@@ -3,7 +3,7 @@
 //! The messages are as JetStream has them, in memory: no broker, no network, no HTTP. `parse` reads
 //! each payload with simd-json, its buffers kept, into patches whose ids are borrowed, and throws
 //! them away; `read` is the replica's own reading of headers and payload; `apply` puts the replica's
-//! reader behind that. All are run in turns, each round with another store of the same users.
+//! applier behind that. All are run in turns, each round with another store of the same users.
 //!
 //! `cargo run --release --example apply -- --users 1000000 --patches 4000000 --rounds 5`
 
@@ -16,11 +16,12 @@ use clap::Parser;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write};
-use gradestore::log::{Batch, Entry, Origin, ReadError, Seq, Subscription, message};
-use gradestore::readiness::Readiness;
-use gradestore::replication::{
-    Applied, CheckpointMetrics, Checkpoints, OwnBatches, Reader, ReaderError,
+use gradestore::log::{
+    Batch, BatchId, Effect, Entry, InFlight, LogId, Position, RandomId, ReadError, Subscription,
+    message,
 };
+use gradestore::readiness::Readiness;
+use gradestore::replication::{Applied, Applier, ApplyError, CheckpointMetrics, Checkpoints};
 use gradestore::store::Store;
 use metrics::{Counter, Histogram};
 
@@ -52,17 +53,19 @@ type Message = (async_nats::HeaderMap, Bytes);
 
 struct Messages<'a> {
     rest: std::slice::Iter<'a, Message>,
-    seq: Seq,
+    last: Position,
+    in_flight: InFlight,
 }
 
 impl Subscription for Messages<'_> {
     fn next<'a>(&'a mut self, entries: &'a mut Vec<Entry>) -> BoxFuture<'a, Result<(), ReadError>> {
         for (headers, payload) in self.rest.by_ref().take(MESSAGES_AT_ONCE) {
-            self.seq += 1;
+            let (label, batch) = read(headers, payload, &self.in_flight);
+            let (id, time_ns) = (label.id, self.last.time_ns + 1);
+            self.last = self.last.next(time_ns, Effect::Batch { id, payload });
             entries.push(Entry {
-                seq: self.seq,
-                time_ns: self.seq,
-                batch: read(headers, payload),
+                position: self.last,
+                batch,
             });
         }
         let ended = match entries.is_empty() {
@@ -73,8 +76,12 @@ impl Subscription for Messages<'_> {
     }
 }
 
-fn read(headers: &async_nats::HeaderMap, payload: &Bytes) -> Batch {
-    let batch = message::read(Some(headers), payload, |_, _| None);
+fn read(
+    headers: &async_nats::HeaderMap,
+    payload: &Bytes,
+    in_flight: &InFlight,
+) -> (message::Label, Batch) {
+    let batch = message::read(Some(headers), payload, in_flight);
     batch.unwrap_or_else(|_| panic!("a message can't be read"))
 }
 
@@ -93,7 +100,7 @@ fn parse(messages: &[Message]) -> Result<usize, Error> {
     Ok(parsed)
 }
 
-fn messages(args: &Args, origin: Origin) -> Vec<Message> {
+fn messages(args: &Args, writer: RandomId) -> Vec<Message> {
     let mut state = 1_u64;
     let mut random = move || {
         // SplitMix64.
@@ -101,7 +108,7 @@ fn messages(args: &Args, origin: Origin) -> Vec<Message> {
         let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb) >> 16
     };
-    let mut batch = |number| {
+    let mut batch = |seq| {
         let writes: Arc<[Write]> = (0..args.batch)
             .map(|_| {
                 let user_id = (1_000_000_000_000 + random() % args.users).to_string();
@@ -114,18 +121,13 @@ fn messages(args: &Args, origin: Origin) -> Vec<Message> {
                 })
             })
             .collect();
-        let batch = Batch {
-            origin,
-            number,
-            writes,
-            checkpoint: None,
-        };
-        (message::headers(&batch), message::payload(&batch.writes))
+        let id = BatchId { writer, seq };
+        (message::headers(id), message::payload(&writes))
     };
     (1..=args.patches / args.batch).map(&mut batch).collect()
 }
 
-fn reader(args: &Args) -> Result<Reader, Error> {
+fn applier(args: &Args) -> Applier {
     let store = Store::new();
     for user in 0..args.users {
         store.apply(&Patch {
@@ -133,26 +135,28 @@ fn reader(args: &Args) -> Result<Reader, Error> {
             changes: Changes::all(Values::default()),
         });
     }
-    let origin = Origin::random()?;
-    Ok(Reader {
+    Applier {
         store,
-        applied: Applied::new(0),
-        own: OwnBatches::default(),
-        origin,
-        checkpoints: Checkpoints::new(origin, None, CheckpointMetrics::noop()),
+        applied: Applied::new(base()),
+        in_flight: InFlight::default(),
+        checkpoints: Checkpoints::new(RandomId::of(1), None, CheckpointMetrics::noop()),
         patches: Counter::noop(),
         deletions: Counter::noop(),
         round_trip: Histogram::noop(),
-    })
+    }
+}
+
+fn base() -> Position {
+    Position::base(&LogId("apply".into()), 0, 0)
 }
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
     let args = Args::parse();
-    let messages = messages(&args, Origin::random()?);
+    let messages = messages(&args, RandomId::random()?);
     let patches = messages.len() as u64 * args.batch;
     for round in 1..=args.rounds {
-        let reader = reader(&args)?;
+        let (applier, in_flight) = (applier(&args), InFlight::default());
         let begun = Instant::now();
         let parsed = parse(&messages)?;
         assert_eq!(parsed as u64, patches);
@@ -160,18 +164,19 @@ async fn main() -> Result<(), Error> {
         let begun = Instant::now();
         let read: usize = messages
             .iter()
-            .map(|(headers, payload)| black_box(read(headers, payload)).writes.len())
+            .map(|(headers, payload)| black_box(read(headers, payload, &in_flight)).1.writes.len())
             .sum();
         assert_eq!(read as u64, patches);
         let read_us = begun.elapsed().as_micros();
         let begun = Instant::now();
         let mut all = Messages {
             rest: messages.iter(),
-            seq: 0,
+            last: base(),
+            in_flight,
         };
-        let ended = reader.run(&mut all, &Readiness::default(), &mut None).await;
-        assert!(matches!(ended, ReaderError::Log(ReadError::Closed)));
-        assert_eq!(reader.applied.seq(), messages.len() as u64);
+        let ended = applier.run(&mut all, &Readiness::starting("")).await;
+        assert!(matches!(ended, ApplyError::Log(ReadError::Closed)));
+        assert_eq!(applier.applied.seq(), messages.len() as u64);
         let apply_us = begun.elapsed().as_micros();
         println!(
             "round {round} patches {patches} parse_us {parse_us} read_us {read_us} apply_us {apply_us}"

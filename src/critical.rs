@@ -76,10 +76,12 @@ impl CriticalTasks {
     /// Resolves when a task has ended that must not.
     pub async fn failed(&self) -> TaskEnded {
         let mut failed = self.0.subscribe();
-        match failed.wait_for(Option::is_some).await.as_deref() {
-            Ok(Some(ended)) => ended.clone(),
+        loop {
+            if let Some(ended) = &*failed.borrow_and_update() {
+                return ended.clone();
+            }
             // The sender is in `self`.
-            _ => std::future::pending().await,
+            let _ = failed.changed().await;
         }
     }
 }

@@ -99,13 +99,14 @@ fn tell(news: &[NotifyState<'_>]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::readiness::Scope;
+    use crate::readiness::NodeState;
 
     #[test]
     fn a_state_is_one_line_whatever_others_said() {
-        let (readiness, restore) = (Readiness::default(), RestoreTracker::default());
+        let (readiness, restore) = (Readiness::starting(""), RestoreTracker::default());
+        readiness.set_ready();
         assert_eq!(status(&readiness, &restore), "ready");
-        let _latch = readiness.hold(Scope::All, "no-source", "answered 500: a\nREADY=1\r\n");
+        readiness.block(NodeState::NoSource, "answered 500: a\nREADY=1\r\n");
         let line = "no-source: answered 500: a READY=1  ";
         assert_eq!(status(&readiness, &restore), line);
     }

@@ -390,6 +390,7 @@ mod tests {
 
     use super::*;
     use crate::backup::{FORMAT, Head};
+    use crate::log::Chain;
 
     fn value(telemetry: &Telemetry, name: &str) -> f64 {
         let text = telemetry.render();
@@ -406,6 +407,8 @@ mod tests {
             log_id: "x".into(),
             position: 7,
             time_ns: 0,
+            chain: Chain::default(),
+            previous_chain: Chain::default(),
             rows_expected: 5,
         };
         let written = Written {

@@ -12,6 +12,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::grade::{Changes, FIELD_COUNT, FIELDS, Patch, USER_ID, Values};
+use crate::log::Chain;
 use crate::store::{Piece, Store};
 
 type Rows = BTreeMap<String, Values>;
@@ -40,6 +41,8 @@ fn head() -> Head {
         log_id: "memory-1".into(),
         position: 7,
         time_ns: 1_700_000_000_123_456_789,
+        chain: Chain(1),
+        previous_chain: Chain(2),
         rows_expected: 2_900,
     }
 }

@@ -62,7 +62,7 @@ mod tests {
     use super::super::observe::{LINES, ROUTES};
     use super::*;
     use crate::grade::UserIdError;
-    use crate::readiness::Unready;
+    use crate::readiness::{NodeState, Unready};
     use crate::replication::WriteError;
 
     /// The error after `error`. Who adds one is made to give it a place here.
@@ -98,7 +98,7 @@ mod tests {
                 cause: Box::new(E::BodyBroken),
             },
             E::InPart { .. } => E::NotReady(Unready {
-                state: "",
+                state: NodeState::Starting,
                 reason: "".into(),
             }),
             E::NotReady(_) => E::PositionNotReached {

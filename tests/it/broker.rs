@@ -10,9 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, pull};
+use async_nats::jetstream::stream::Config;
 use async_nats::jetstream::{self, Context};
 use futures_util::StreamExt;
 use futures_util::future::join_all;
+use gradestore::log::RandomId;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -37,11 +39,20 @@ pub(crate) struct Broker {
 }
 
 impl Broker {
+    /// One with the stream, as an operator may create it: an ephemeral replica alone does not.
     pub(crate) async fn start() -> Self {
-        Self::start_with(&[]).await
+        let broker = Self::start_with(&[]).await;
+        broker.create_stream().await;
+        broker
     }
 
-    /// One with more arguments.
+    /// Creates the stream of a new log.
+    pub(crate) async fn create_stream(&self) {
+        let client = self.client().await;
+        client.create_stream(stream_config()).await.unwrap();
+    }
+
+    /// One with more arguments, and no stream.
     pub(crate) async fn start_with(args: &'static [&'static str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (process, address) = spawn(dir.path(), -1, args).await;
@@ -104,6 +115,23 @@ impl Broker {
     }
 }
 
+/// The stream as replicas need it, of a new log.
+pub(crate) fn stream_config() -> Config {
+    let log = RandomId::random().unwrap();
+    Config {
+        name: STREAM.to_owned(),
+        subjects: vec![SUBJECT.to_owned()],
+        max_age: Duration::from_secs(24 * 3600),
+        max_messages_per_subject: -1,
+        max_message_size: 2 << 20,
+        duplicate_window: Duration::from_secs(120),
+        deny_delete: true,
+        deny_purge: true,
+        metadata: [("gradestore-log-id".to_owned(), log.to_string())].into(),
+        ..Config::default()
+    }
+}
+
 pub(crate) fn copy_tree(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap().path();
@@ -151,6 +179,8 @@ pub(crate) fn replica_with(nats_url: &str) -> Command {
         .env("GRADESTORE_PASSWORD", PASSWORD)
         // Its messages would be in the way of who counts them.
         .env("GRADESTORE_CHECKPOINT_INTERVAL", "1h")
+        // So that a test that waits for the end of waiting does not wait long.
+        .env("GRADESTORE_WRITE_TIMEOUT", "5s")
         .args(["--nats-url", nats_url])
         .args(ANY_PORTS);
     command

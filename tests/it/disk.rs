@@ -10,7 +10,7 @@ use gradestore::backup::{
     BackupWriter, ChunkSource, FORMAT, Head, Progress, Summary, restore, rfc3339,
 };
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write};
-use gradestore::log::{DiskLog, Log};
+use gradestore::log::{Chain, DiskLog, Log};
 use gradestore::store::Store;
 use rustix::fs::OFlags;
 
@@ -94,15 +94,21 @@ pub(crate) fn restored(file: &[u8]) -> (Store, Summary) {
 
 /// Applies the batches after `after` up to `through`, each in its place.
 pub(crate) async fn replay(log: &DiskLog, store: &Store, after: u64, through: u64) {
-    let mut subscription = log.subscribe(after).await.unwrap();
+    let mut subscription = log
+        .subscribe(log.position(after).unwrap().unwrap())
+        .await
+        .unwrap();
     let mut applied = after;
     while applied < through {
         let mut entries = Vec::new();
         let next = subscription.next(&mut entries);
         in_time("the next batches", next).await.unwrap();
-        for entry in entries.iter().take_while(|entry| entry.seq <= through) {
-            assert_eq!(entry.seq, applied + 1);
-            applied = entry.seq;
+        for entry in entries
+            .iter()
+            .take_while(|entry| entry.position.seq <= through)
+        {
+            assert_eq!(entry.position.seq, applied + 1);
+            applied = entry.position.seq;
             for write in entry.batch.writes.iter() {
                 match write {
                     Write::Set(patch) => store.apply(patch),
@@ -153,6 +159,8 @@ pub(crate) fn file_of(store: &Store, position: u64) -> Vec<u8> {
             log_id: "another".into(),
             position,
             time_ns: 1_700_000_000_000_000_000,
+            chain: Chain::default(),
+            previous_chain: Chain::default(),
             rows_expected: store.len() as u64,
         },
     )

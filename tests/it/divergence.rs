@@ -6,6 +6,7 @@ use std::process::Command;
 use async_nats::HeaderMap;
 use gradestore::backup::{FORMAT, Head, Snapshots};
 use gradestore::grade::{Changes, Patch};
+use gradestore::log::Chain;
 use gradestore::store::Store;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -79,6 +80,8 @@ async fn wrong_snapshot(broker: &Broker, node: &Ports, position: u64) -> TempDir
         log_id: status["log_id"].as_str().unwrap().into(),
         position,
         time_ns: time.unix_timestamp_nanos() as u64,
+        chain: Chain::default(),
+        previous_chain: Chain::default(),
         rows_expected: 1,
     };
     let store = Store::new();
@@ -150,7 +153,7 @@ async fn speak(broker: &Broker, origin: u128, position: u64, digest: u128) -> u6
     let client = broker.client().await;
     let mut headers = HeaderMap::new();
     headers.insert("Grade-Format", "1");
-    headers.insert("Grade-Origin", format!("{origin:032x}"));
+    headers.insert("Grade-RandomId", format!("{origin:032x}"));
     headers.insert("Nats-Msg-Id", format!("{origin:032x}-{position}"));
     headers.insert("Grade-Checkpoint", format!("{position} {digest:032x}"));
     let sent = client.publish_with_headers(SUBJECT, headers, "[]".into());

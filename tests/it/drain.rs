@@ -5,14 +5,14 @@ use std::io::Read;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gradestore::log::Origin;
+use gradestore::log::RandomId;
 use gradestore::storage::{DataDir, Storage, StorageConfig};
 use rustix::process::Signal;
 use tempfile::tempdir;
 use tokio::net::TcpStream;
 
 use crate::disk::{names_in, open_pipe, rest_of, restored, store_of, write_file_of};
-use crate::harness::{Local, Node, Ports, get_request, half_sent_set};
+use crate::harness::{Local, Node, Ports, get_request, half_sent_set, opening};
 use crate::held_log::HeldLog;
 use crate::stall::{start, start_with, waiting_set};
 use crate::wire::{PATIENCE, Raw, eventually};
@@ -170,12 +170,12 @@ async fn a_stop_that_comes_into_a_snapshot_writes_none_beside_it() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
     let seed = write_file_of(directory.path(), &store_of(60_000, u64::MAX), 6);
-    let origin = Origin::random().unwrap();
+    let origin = RandomId::random().unwrap();
     let config = StorageConfig::Disk(DataDir {
         dir: dir.clone(),
         snapshot_interval: Duration::from_millis(20),
     });
-    let storage = Storage::open(&config, origin, Some(&seed)).unwrap();
+    let storage = Storage::open(&config, opening(origin, Some(seed.clone()))).unwrap();
     let mut node = Local::run_on(storage, origin, |config| {
         config.restore_from = Some(seed);
         // The stop waits for nothing that it need not wait for.

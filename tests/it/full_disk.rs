@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use gradestore::grade::{Changes, Patch, Write};
-use gradestore::log::{Batch, DiskLog, Log, Origin};
+use gradestore::log::{Batch, DiskLog, Log};
 use tempfile::tempdir;
 
 use crate::disk::{Held, backup_of, names_in, program_on, restored, store_of, write_file_of};
@@ -144,7 +144,7 @@ async fn a_seed_that_does_not_fit_on_the_disk_is_no_start() {
 }
 
 /// A quarter of a MiB in the log.
-fn large_batch(origin: Origin, number: u64) -> Batch {
+fn large_batch() -> Batch {
     let mut changes = Changes::default();
     changes.set(0, 1);
     let patches = (0..1000).map(|user| Patch {
@@ -152,8 +152,7 @@ fn large_batch(origin: Origin, number: u64) -> Batch {
         changes,
     });
     Batch {
-        origin,
-        number,
+        ticket: None,
         writes: patches.map(Write::Set).collect(),
         checkpoint: None,
     }
@@ -161,13 +160,12 @@ fn large_batch(origin: Origin, number: u64) -> Batch {
 
 /// Appends until the disk is full; the batches there are then.
 async fn append_until_full(log: &DiskLog) -> u64 {
-    let origin = Origin::random().unwrap();
     loop {
         let before = log.end();
-        let append = log.append(large_batch(origin, before + 1));
+        let append = log.append(large_batch());
         if let Err(error) = in_time("a verdict", append).await {
             assert!(error.to_string().contains("is full"), "{error}");
-            assert!(log.refusal().is_some());
+            assert!(log.unwritable().is_some());
             assert_eq!(log.end(), before);
             return before;
         }
@@ -176,15 +174,18 @@ async fn append_until_full(log: &DiskLog) -> u64 {
 
 /// Reads from after `after` to the end, each batch in its place and as it was written.
 async fn assert_held(log: &DiskLog, after: u64) {
-    let mut subscription = log.subscribe(after).await.unwrap();
+    let mut subscription = log
+        .subscribe(log.position(after).unwrap().unwrap())
+        .await
+        .unwrap();
     let (mut read, mut entries) = (after, Vec::new());
-    let wanted = large_batch(Origin::random().unwrap(), 0).writes;
+    let wanted = large_batch().writes;
     while read < log.end() {
         let next = subscription.next(&mut entries);
         in_time("the next batches", next).await.unwrap();
         for entry in entries.drain(..) {
             read += 1;
-            assert_eq!((entry.seq, entry.batch.number), (read, read));
+            assert_eq!(entry.position.seq, read);
             assert_eq!(entry.batch.writes, wanted);
         }
     }
@@ -205,7 +206,7 @@ async fn a_log_that_fills_its_disk_goes_on_after_a_trim() {
         assert_held(&log, (log.first() - 1).max(end.saturating_sub(20))).await;
         log.trim(end).await.unwrap();
         drop(ballast);
-        eventually("room", async || log.refusal().is_none().then_some(())).await;
+        eventually("room", async || log.unwritable().is_none().then_some(())).await;
     }
     let end = log.end();
     drop(log);

@@ -4,15 +4,15 @@
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::ops::Deref;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, mpsc};
 
 use gradestore::app::{self, Sockets};
 use gradestore::config::{ClusterConfig, Config, HttpConfig, default_writer_limits};
 use gradestore::http::Credentials;
-use gradestore::log::{Log, MemoryLog, Origin};
-use gradestore::storage::Storage;
+use gradestore::log::{Log, MemoryLog, RandomId};
+use gradestore::storage::{Opening, Storage};
 use parking_lot::Mutex;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use rustix::process::{Pid, Signal, kill_process};
@@ -300,26 +300,36 @@ impl Deref for Local {
     }
 }
 
+/// What opening a log is told, for node `node`.
+pub(crate) fn opening(node: RandomId, restore_from: Option<PathBuf>) -> Opening {
+    Opening {
+        node,
+        url: String::new(),
+        restore_from,
+        progress: Arc::new(|_| {}),
+    }
+}
+
 impl Local {
     /// One with a memory log and the limits that `adjust` makes.
     pub(crate) async fn start(adjust: impl FnOnce(&mut Config)) -> Self {
-        let origin = Origin::random().unwrap();
+        let origin = RandomId::random().unwrap();
         Self::run(Arc::new(MemoryLog::new(origin, 0)), origin, adjust).await
     }
 
     /// One on `log`.
     pub(crate) async fn run(
         log: Arc<dyn Log>,
-        origin: Origin,
+        origin: RandomId,
         adjust: impl FnOnce(&mut Config),
     ) -> Self {
-        Self::run_on(Storage::of(log), origin, adjust).await
+        Self::run_on(Storage::of(log, origin), origin, adjust).await
     }
 
     /// One on `storage`, ready.
     pub(crate) async fn run_on(
         storage: Storage,
-        origin: Origin,
+        origin: RandomId,
         adjust: impl FnOnce(&mut Config),
     ) -> Self {
         let node = Self::launch(storage, origin, adjust);
@@ -333,7 +343,7 @@ impl Local {
     /// One on `storage`, listening. All that knows how a node is put together is here.
     pub(crate) fn launch(
         storage: Storage,
-        origin: Origin,
+        origin: RandomId,
         adjust: impl FnOnce(&mut Config),
     ) -> Self {
         let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use gradestore::log::{
-    AppendError, Batch, Entry, Log, LogId, MemoryLog, Origin, ReadError, Seq, Subscription,
+    AppendError, Batch, Entry, Log, LogId, MemoryLog, Position, RandomId, ReadError, Seq,
+    Subscription,
 };
 use tokio::sync::watch;
 
@@ -20,7 +21,7 @@ pub(crate) struct HeldLog {
 }
 
 impl HeldLog {
-    pub(crate) fn new(origin: Origin) -> Arc<Self> {
+    pub(crate) fn new(origin: RandomId) -> Arc<Self> {
         Arc::new(Self {
             inner: MemoryLog::new(origin, 0),
             open: watch::Sender::new(false),
@@ -73,7 +74,10 @@ impl Log for HeldLog {
         }
     }
 
-    fn subscribe(&self, after: Seq) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
+    fn subscribe(
+        &self,
+        after: Position,
+    ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
         async move {
             Ok(Box::new(HeldSubscription {
                 inner: self.inner.subscribe(after).await?,
@@ -99,7 +103,7 @@ impl Subscription for HeldSubscription {
             self.inner.next(entries).await?;
             if self.losing.load(Ordering::Relaxed) {
                 for entry in entries {
-                    entry.seq += 1;
+                    entry.position.seq += 1;
                 }
             }
             Ok(())

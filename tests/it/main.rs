@@ -32,7 +32,6 @@ mod divergence;
 mod drain;
 mod durable;
 mod fifth_field;
-mod fixtures;
 mod full_disk;
 mod get;
 mod hostile;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream::Config;
 use futures_util::future::join_all;
-use gradestore::log::{JetStreamConfig, JetStreamLog, Origin};
+use gradestore::log::{Identity, JetStreamConfig, JetStreamLog, MemoryLog, RandomId};
 use gradestore::storage::Storage;
 use serde_json::Value;
 
@@ -20,16 +20,29 @@ const GIVEN_AT_ONCE: u64 = 64;
 
 /// A replica in this process whose buffer is small.
 async fn late(broker: &Broker, buffer_bytes_max: u64) -> Local {
-    let origin = Origin::random().unwrap();
+    let origin = RandomId::random().unwrap();
     let config = JetStreamConfig {
         servers: broker.address.to_string().parse().unwrap(),
         creds: None,
         stream: STREAM.to_owned(),
         replicas: 1,
         retention: Duration::from_secs(24 * 3600),
+        expect_peers: 1,
+        peers: Vec::new(),
+        write_silence_max: Duration::from_secs(12),
     };
-    let log = JetStreamLog::open(config, origin, None).await.unwrap();
-    Local::launch(Storage::of(Arc::new(log)), origin, |config| {
+    let identity = Identity {
+        node: origin,
+        replica: origin,
+        holds: None,
+        keeps_data: false,
+        url: String::new(),
+    };
+    let mut storage = Storage::of(Arc::new(MemoryLog::new(origin, 0)), origin);
+    let in_flight = storage.in_flight.clone();
+    let log = JetStreamLog::open(config, identity, in_flight, None, Arc::new(|_| {}));
+    storage.log = Arc::new(log.await.unwrap());
+    Local::launch(storage, origin, |config| {
         config.cluster.restore_buffer_bytes_max = buffer_bytes_max;
     })
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use gradestore::grade::{Changes, Patch, Write};
-use gradestore::log::{Batch, DiskLog, Log, Origin};
+use gradestore::log::{Batch, DiskLog, Log};
 use serde_json::Value;
 use tempfile::tempdir;
 
@@ -224,8 +224,7 @@ async fn long_log(dir: &Path) -> PathBuf {
             changes,
         });
         log.append(Batch {
-            origin: Origin::of(1),
-            number,
+            ticket: None,
             writes: patches.map(Write::Set).collect(),
             checkpoint: None,
         })

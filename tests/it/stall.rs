@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gradestore::config::Config;
-use gradestore::log::Origin;
+use gradestore::log::RandomId;
 
 use crate::harness::{Local, Ports, set_request_of};
 use crate::held_log::HeldLog;
@@ -20,10 +20,10 @@ pub(crate) async fn start(wait_max: Duration) -> (Arc<HeldLog>, Local) {
 
 /// The same with limits of the test's own.
 pub(crate) async fn start_with(adjust: impl FnOnce(&mut Config)) -> (Arc<HeldLog>, Local) {
-    let origin = Origin::random().unwrap();
+    let origin = RandomId::random().unwrap();
     let log = HeldLog::new(origin);
     let node = Local::run(log.clone(), origin, |config| {
-        config.writer.queue_patches_max = QUEUE_PATCHES_MAX;
+        config.writer.queue_requests_max = QUEUE_PATCHES_MAX;
         config.writer.batch_patches_max = 1;
         adjust(config);
     });

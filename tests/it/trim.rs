@@ -5,7 +5,7 @@ use std::path::Path;
 
 use gradestore::backup::{FORMAT, Head, Snapshots};
 use gradestore::grade::{Changes, Patch, Write};
-use gradestore::log::{Batch, DiskLog, Log, Origin};
+use gradestore::log::{Batch, DiskLog, Log};
 use gradestore::store::Store;
 use tempfile::tempdir;
 
@@ -19,7 +19,6 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
     let (store, log) = (Store::new(), DiskLog::open(&dir.join("log"), None).unwrap());
     // The node's own first one will be the second: then the log is trimmed behind this one.
     let snapshots = Snapshots::open(&dir.join("snapshots")).unwrap();
-    let origin = Origin::random().unwrap();
     for number in 1..=batches {
         let patches = (0..15_000).map(|user| {
             let mut changes = Changes::default();
@@ -33,19 +32,21 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
             patches.iter().for_each(|patch| store.apply(patch));
         }
         log.append(Batch {
-            origin,
-            number,
+            ticket: None,
             writes: patches.into_iter().map(Write::Set).collect(),
             checkpoint: None,
         })
         .await
         .unwrap();
         if number == snapshot_at {
+            let position = log.position(number).unwrap().unwrap();
             let head = Head {
                 format: FORMAT,
                 log_id: log.id().0,
                 position: number,
                 time_ns: 1,
+                chain: position.chain,
+                previous_chain: position.previous,
                 rows_expected: 0,
             };
             snapshots.write(&store, head, || Ok(number)).unwrap();

@@ -151,8 +151,6 @@ struct Shared {
     /// The first batch of each segment, in order; never empty.
     segments: Mutex<Vec<Seq>>,
     first: AtomicU64,
-    /// The position before the first batch that was held when the log was opened.
-    start: Position,
     recent: Mutex<Recent>,
     refusal: Mutex<Option<Arc<str>>>,
     /// Held while segments are removed: they must go oldest first.
@@ -205,7 +203,6 @@ impl DiskLog {
             base: opened.base,
             sizes,
             first: AtomicU64::new(first.unwrap_or(opened.last.seq + 1)),
-            start: opened.start,
             segments: Mutex::new(opened.segments),
             recent: Mutex::default(),
             refusal: Mutex::default(),
@@ -244,10 +241,31 @@ impl DiskLog {
         self.end() == 0
     }
 
-    /// The position before the first batch that was held when the log was opened.
-    #[must_use]
-    pub fn start_position(&self) -> Position {
-        self.shared.start
+    /// The position of batch `seq`, or of the one before the first that is held; read from the log's
+    /// files, so not for a hot path. `None` where they don't have it. Blocks.
+    ///
+    /// # Errors
+    /// A file can't be read.
+    pub fn position(&self, seq: Seq) -> io::Result<Option<Position>> {
+        let segments = self.shared.segments.lock().clone();
+        for first in segments {
+            let bytes = fs::read(segment::path(&self.shared.dir, first))?;
+            let header = segment::Header::read(&bytes).map_err(io::Error::other)?;
+            let mut position = header.start;
+            let mut rest = bytes.get(segment::HEADER_BYTES as usize..);
+            while position.seq != seq
+                && let Some(record) = rest.and_then(record::read)
+                && record.seq == position.seq + 1
+            {
+                let next = format::position(&position, record.value);
+                position = next.map_err(io::Error::other)?;
+                rest = rest.and_then(|rest| rest.get(record.bytes..));
+            }
+            if position.seq == seq {
+                return Ok(Some(position));
+            }
+        }
+        Ok(None)
     }
 }
 

@@ -22,8 +22,6 @@ pub(super) struct Opened {
     pub(super) base: Seq,
     /// The first batch of each segment, in order; never empty.
     pub(super) segments: Vec<Seq>,
-    /// The position before the first batch that is held.
-    pub(super) start: Position,
     /// The last batch's position, or where numbering began.
     pub(super) last: Position,
     pub(super) pen: Pen,
@@ -102,7 +100,7 @@ impl Opened {
         let file = options.read(true).write(true).open(path(dir, last));
         let file = file.map_err(io)?;
         let bytes = whole(&file).map_err(io)?;
-        let (header, start) = headers(dir, &listing.segments, &bytes)?;
+        let header = headers(dir, &listing.segments, &bytes)?;
         for (first, next) in earlier.iter().zip(listing.segments.iter().skip(1)) {
             let file = File::open(path(dir, *first)).map_err(io)?;
             follow(&file, *first, *next).map_err(io)?.map_err(damaged)?;
@@ -122,16 +120,15 @@ impl Opened {
             log: header.log,
             base: header.base,
             segments: listing.segments,
-            start,
             last: found.position,
             pen,
         })
     }
 }
 
-/// The header of the last segment, which `bytes` are, and where the first segment starts; if all
-/// segments' headers are of the same log and each is in its own file.
-fn headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<(Header, Position), OpenError> {
+/// The header of the last segment, which `bytes` are, if all segments' headers are of the same log
+/// and each is in its own file.
+fn headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<Header, OpenError> {
     let check = |bytes: &[u8], first: Seq| {
         let file = path(dir, first);
         let damaged = |why: String| OpenError::Damaged {
@@ -146,7 +143,6 @@ fn headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<(Header, Positi
     };
     let (last, earlier) = segments.split_last().unwrap_or((&0, &[]));
     let of_last = check(bytes, *last)?;
-    let mut start = None;
     let mut bytes = Vec::new();
     for first in earlier {
         let read = File::open(path(dir, *first))
@@ -158,9 +154,8 @@ fn headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<(Header, Positi
             let why = format!("{} is of another log", file.display()).into();
             return Err(OpenError::Damaged { dir, why });
         }
-        start.get_or_insert(header.start);
     }
-    Ok((of_last, start.unwrap_or(of_last.start)))
+    Ok(of_last)
 }
 
 /// Goes from record to record of a segment, from `first` to the batch before `next`; says what is

@@ -239,7 +239,9 @@ mod tests {
             stream: "GRADES".to_owned(),
             replicas: 1,
             retention: Duration::from_secs(24 * 3600),
-            ..JetStreamConfig::default()
+            expect_peers: 1,
+            peers: Vec::new(),
+            write_silence_max: Duration::from_secs(12),
         };
         let wanted = wanted(&config, None, None);
         assert!(check(&wanted, &wanted, |_| true).is_ok());

@@ -13,6 +13,7 @@ use gradestore::backup::{
     read,
 };
 use gradestore::grade::{Changes, Digest, FIELDS, Patch, USER_ID, Values};
+use gradestore::log::Chain;
 use gradestore::store::{Piece, Store};
 use parking_lot::Mutex;
 use xxhash_rust::xxh3::xxh3_128;
@@ -126,6 +127,8 @@ fn head() -> Head {
         log_id: "fuzz".into(),
         position: 3,
         time_ns: 1_700_000_000_000_000_000,
+        chain: Chain::default(),
+        previous_chain: Chain::default(),
         rows_expected: 4,
     }
 }

@@ -1,8 +1,7 @@
 //! Messages of the JetStream log, which anyone who may publish can write. The first byte is the kind:
 //!
 //! - a message as text, headers a line each, an empty line, the payload. Nothing panics; the writes are
-//!   those that serde_json reads, without deletions in format 1; and what was read is written and read
-//!   again as the same.
+//!   those that serde_json reads; and what was read is written and read again as the same.
 //! - a batch, made from the input. It is read as it was written, and with one byte changed nothing
 //!   panics.
 
@@ -10,8 +9,8 @@ use std::sync::Arc;
 
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write, check_user_id};
-use gradestore::log::message::{self, Unreadable};
-use gradestore::log::{Batch, Checkpoint, Origin};
+use gradestore::log::message::{self, Label, Unreadable};
+use gradestore::log::{Batch, BatchId, InFlight, RandomId};
 
 pub(crate) fn check(data: &[u8]) {
     match data.split_first() {
@@ -34,62 +33,53 @@ fn as_sent(text: &[u8]) {
             headers.append(name, value);
         }
     }
-    let read = message::read(Some(&headers), payload, |_, _| None);
+    let read = message::read(Some(&headers), payload, &InFlight::default());
     let format = headers.get("Grade-Format").map(|format| format.as_str());
-    let number = format.map_or(Ok(1), |format| format.parse::<u64>().map_err(drop));
+    let format = format.map_or(Ok(1), |format| format.parse::<u64>().map_err(drop));
     match read {
-        Err(Unreadable::Newer(newer)) => assert!(newer > 2 && number == Ok(newer)),
-        Err(Unreadable::Poisoned(why)) => assert!(!why.is_empty() && number.unwrap_or(0) < 3),
-        Ok(batch) => {
-            assert!(number == Ok(1) || number == Ok(2));
-            assert_eq!((batch.origin, batch.number), sender(&headers));
-            again(&batch);
+        Err(Unreadable::Newer(newer)) => assert!(newer > 1 && format == Ok(newer)),
+        Err(Unreadable::Poisoned(why)) => assert!(!why.is_empty() && format.unwrap_or(0) < 2),
+        Ok((label, batch)) => {
+            assert_eq!(format, Ok(1));
+            assert_eq!(label.id, sender(&headers));
+            again(&label, &batch);
         }
     }
     // serde_json reads -0 as a float, so as no integer.
     if !payload.windows(2).any(|two| two == b"-0") {
-        let patches = serde_json::from_slice::<Vec<Patch<String>>>(payload).ok();
-        let patches: Option<Arc<[Write]>> =
-            patches.map(|plain| plain.iter().map(|patch| patch.to_owned().into()).collect());
         let writes = serde_json::from_slice::<Vec<Write<String>>>(payload).ok();
-        let writes = writes.map(|plain| plain.iter().map(Write::to_owned).collect());
-        for (format, plain) in [("1", patches), ("2", writes)] {
-            let mut headers = HeaderMap::new();
-            headers.insert("Grade-Format", format);
-            let read = message::read(Some(&headers), payload, |_, _| None).ok();
-            assert_eq!(read.map(|batch| batch.writes), plain, "{format}");
-        }
+        let writes: Option<Arc<[Write]>> =
+            writes.map(|plain| plain.iter().map(Write::to_owned).collect());
+        let read = message::read(None, payload, &InFlight::default()).ok();
+        assert_eq!(read.map(|(_, batch)| batch.writes), writes);
     }
 }
 
 /// What is read is what was written, headers and all.
-fn again(batch: &Batch) {
-    let (headers, payload) = (message::headers(batch), message::payload(&batch.writes));
-    let read = message::read(Some(&headers), &payload, |_, _| None).expect("what we write we read");
-    assert_eq!(parts(&read), parts(batch));
-    let at_hand = |origin, number| {
-        assert_eq!((origin, number), (batch.origin, batch.number));
-        Some(Arc::clone(&batch.writes))
-    };
-    let own = message::read(Some(&headers), b"not looked at", at_hand).unwrap();
-    assert!(Arc::ptr_eq(&own.writes, &batch.writes));
-}
-
-fn parts(batch: &Batch) -> (String, u64, &[Write], Option<Checkpoint>) {
-    let origin = batch.origin.to_string();
-    (origin, batch.number, &batch.writes, batch.checkpoint)
-}
-
-/// Who sent it, and which of the sender's batches it is; nobody, unless both are there.
-fn sender(headers: &HeaderMap) -> (Origin, u64) {
-    let text = |name: &str| headers.get(name).map(HeaderValue::as_str);
-    let digits = text("Grade-Origin").filter(|id| id.len() == 32 && !id.starts_with('+'));
-    let origin = digits.and_then(|digits| u128::from_str_radix(digits, 16).ok());
-    let number = text("Nats-Msg-Id").and_then(|id| id.rsplit_once('-')?.1.parse().ok());
-    match (origin, number) {
-        (Some(origin), Some(number)) => (Origin::of(origin), number),
-        _ => (Origin::NOBODY, 0),
+fn again(label: &Label, batch: &Batch) {
+    let mut headers = message::headers(label.id);
+    if let Some(checkpoint) = &batch.checkpoint {
+        message::add_checkpoint(&mut headers, checkpoint);
     }
+    let payload = message::payload(&batch.writes);
+    let read = message::read(Some(&headers), &payload, &InFlight::default());
+    let (read_label, read) = read.expect("what we write we read");
+    assert_eq!((read_label.id, &read.writes), (label.id, &batch.writes));
+    assert_eq!(read.checkpoint, batch.checkpoint);
+}
+
+/// The batch's identity, where the headers have one.
+fn sender(headers: &HeaderMap) -> BatchId {
+    let id = headers.get("Grade-Batch").map(HeaderValue::as_str);
+    let named = id.and_then(|id| {
+        let (writer, seq) = id.split_once('-')?;
+        let hex = writer.len() == 32 && !writer.starts_with('+');
+        Some(BatchId {
+            writer: RandomId::of(u128::from_str_radix(writer, 16).ok().filter(|_| hex)?),
+            seq: seq.parse().ok()?,
+        })
+    });
+    named.unwrap_or(BatchId::UNNAMED)
 }
 
 fn as_written(data: &[u8]) {
@@ -98,13 +88,18 @@ fn as_written(data: &[u8]) {
     };
     let batch = Batch {
         writes: writes(rest),
-        ..Batch::nothing()
+        ..Batch::default()
     };
-    again(&batch);
+    let label = Label {
+        id: BatchId::UNNAMED,
+        time_ns: None,
+        checkpoint: None,
+    };
+    again(&label, &batch);
     let mut payload = message::payload(&batch.writes).to_vec();
     let at = usize::from(at) * payload.len() / 256;
     payload[at] = put;
-    let _ = message::read(None, &payload, |_, _| None);
+    let _ = message::read(None, &payload, &InFlight::default());
 }
 
 /// A write a line: a byte that says which fields, or that it deletes, their value, the id.

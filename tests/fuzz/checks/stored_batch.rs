@@ -1,28 +1,34 @@
-//! The value of a batch in the log on disk. Nothing panics; what is read is written as the same bytes, but
-//! for the way in which its JSON is spelled, and read as the same.
+//! The value of a batch in the log on disk. Nothing panics; what is read is written as the same bytes,
+//! except for how its JSON is spelled, and read as the same.
 
-use gradestore::log::{ReadError, stored};
+use gradestore::log::{BatchId, LogId, Position, RandomId, ReadError, stored};
 
-/// Format, time, origin and number.
+/// Format, time, writer and the writer's number.
 const HEADER_BYTES: usize = 1 + 8 + 16 + 8;
 
 pub(crate) fn check(value: &[u8]) {
-    let entry = match stored::read(7, value) {
+    let previous = Position::base(&LogId("fuzz".into()), 6, 0);
+    let entry = match stored::read(&previous, value) {
         Ok(entry) => entry,
         Err(error) => {
             assert!(matches!(error, ReadError::Damaged { seq: 7, .. }));
             return;
         }
     };
+    let number = |at: usize| u64::from_le_bytes(value[at..at + 8].try_into().unwrap());
+    let writer = u128::from(number(9)) | u128::from(number(17)) << 64;
+    let id = BatchId {
+        writer: RandomId::of(writer),
+        seq: number(25),
+    };
+    let time_ns = entry.position.time_ns;
     let mut written = Vec::new();
-    stored::write(&entry, &mut written);
+    let position = stored::write(&previous, time_ns, id, &entry.batch.writes, &mut written);
     assert_eq!(written[..HEADER_BYTES], value[..HEADER_BYTES]);
-    let again = stored::read(7, &written).expect("what we write we read");
-    assert_eq!((again.seq, again.time_ns), (7, entry.time_ns));
-    assert_eq!(again.batch.origin, entry.batch.origin);
-    assert_eq!(again.batch.number, entry.batch.number);
+    let again = stored::read(&previous, &written).expect("what we write we read");
+    assert_eq!(again.position, position);
     assert_eq!(again.batch.writes, entry.batch.writes);
     let mut twice = Vec::new();
-    stored::write(&again, &mut twice);
+    stored::write(&previous, time_ns, id, &again.batch.writes, &mut twice);
     assert_eq!(twice, written);
 }

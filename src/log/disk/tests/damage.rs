@@ -191,7 +191,11 @@ async fn a_torn_tail_is_cut_off_and_nothing_else() {
     for cut in (begin..last).step_by(8).chain([last - 1]) {
         for (shape, torn) in torn(&bytes[..end + 8], begin, end, cut).iter().enumerate() {
             let found = Found::in_segment(&header, torn);
-            assert_eq!(found.map(|found| found.end), Ok(9), "{shape} at {cut}");
+            assert_eq!(
+                found.map(|found| found.position.seq),
+                Ok(9),
+                "{shape} at {cut}"
+            );
         }
     }
     let some = (begin..last).step_by(1832);
@@ -283,7 +287,7 @@ async fn a_bit_that_changed_in_an_earlier_segment_is_named() {
         match DiskLog::open(&dir, None) {
             Ok(log) => {
                 opened += 1;
-                let mut subscription = log.subscribe(0).await.unwrap();
+                let mut subscription = log.subscribe(position(&log, 0)).await.unwrap();
                 let mut entries = Vec::new();
                 let error = loop {
                     if let Err(error) = subscription.next(&mut entries).await {
@@ -323,7 +327,7 @@ async fn a_damaged_batch_is_named() {
         fs::write(&file, bytes).unwrap();
         let log = tiny(&dir);
         let seq = index as Seq + 1;
-        let mut subscription = log.subscribe(seq - 1).await.unwrap();
+        let mut subscription = log.subscribe(position(&log, seq - 1)).await.unwrap();
         let error = subscription.next(&mut Vec::new()).await.unwrap_err();
         assert!(
             matches!(error, ReadError::Damaged { seq: at, .. } if at == seq),

@@ -50,7 +50,7 @@ async fn pending(append: &mut BoxFuture<'_, Result<(), AppendError>>) -> bool {
 
 /// Waits until a batch's write has failed, and not until it is tried again.
 async fn refused(log: &DiskLog, doubtful: &mut BoxFuture<'_, Result<(), AppendError>>) {
-    while log.refusal().is_none() {
+    while log.unwritable().is_none() {
         assert!(doubtful.now_or_never().is_none());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
@@ -64,12 +64,12 @@ async fn a_failed_write_is_settled_in_a_new_segment() {
             let (root, dir) = dir();
             let log = tiny(&dir);
             append(&log, 1..=before).await;
-            let mut subscription = log.subscribe(before).await.unwrap();
+            let mut subscription = log.subscribe(position(&log, before)).await.unwrap();
             fail(&log, fails);
             let mut doubtful = log.append(batch(before + 1, 2));
             assert!(pending(&mut doubtful).await);
             assert_refused(log.append(batch(99, 2)).await);
-            assert!(log.refusal().is_some());
+            assert!(log.unwritable().is_some());
             assert_eq!(log.end(), before);
             // A crash now leaves it in the log or not, and nothing else.
             let crashed = root.path().join("crashed");
@@ -81,7 +81,7 @@ async fn a_failed_write_is_settled_in_a_new_segment() {
 
             *log.shared.fault.lock() = None;
             doubtful.await.unwrap();
-            assert_eq!(log.refusal(), None);
+            assert_eq!(log.unwritable(), None);
             append(&log, before + 2..=before + 9).await;
             let mut entries = Vec::new();
             while entries.len() < 9 {
@@ -96,7 +96,7 @@ async fn a_failed_write_is_settled_in_a_new_segment() {
             let again = read(&log, 0).await;
             check(&again, 0);
             let numbers = |entries: &[Entry]| -> Vec<u64> {
-                entries.iter().map(|entry| entry.batch.number).collect()
+                entries.iter().map(|entry| number(&entry.batch)).collect()
             };
             assert_eq!(numbers(&again), (1..=before + 9).collect::<Vec<_>>());
             assert_eq!(numbers(&all), numbers(&again));
@@ -117,7 +117,7 @@ async fn a_batch_in_doubt_is_not_read() {
     let mut doubtful = log.append(batch(21, 2));
     // Before there is a new segment: all of it is in the old one.
     refused(&log, &mut doubtful).await;
-    let mut subscription = log.subscribe(0).await.unwrap();
+    let mut subscription = log.subscribe(position(&log, 0)).await.unwrap();
     let mut entries = Vec::new();
     subscription.next(&mut entries).await.unwrap();
     assert_eq!(entries.len(), 20);
@@ -151,7 +151,7 @@ async fn what_a_new_segment_took_over_counts_for_nothing_in_the_old_one() {
     let numbers = async |log: &DiskLog| -> Vec<u64> {
         let entries = read(log, 0).await;
         check(&entries, 0);
-        entries.iter().map(|entry| entry.batch.number).collect()
+        entries.iter().map(|entry| number(&entry.batch)).collect()
     };
     let wanted = [1, 2, 3, 4, 50, 51, 52, 53];
     append(&log, 54..=63).await;
@@ -194,7 +194,7 @@ async fn a_closed_log_lets_go_of_a_doubtful_batch() {
         verdict,
     };
     log.queue.as_ref().unwrap().send(sent).unwrap();
-    while log.refusal().is_none() {
+    while log.unwritable().is_none() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     drop(log);
@@ -213,13 +213,17 @@ async fn a_segment_that_cannot_be_begun_refuses_and_its_batch_is_not_written() {
     // Nor does a smaller one go there: the file may have been made all the same.
     assert_refused(log.append(batch(6, 0)).await);
     fs::remove_dir(way).unwrap();
-    while log.refusal().is_some() {
+    while log.unwritable().is_some() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     append(&log, 7..=12).await;
     drop(log);
     let log = tiny(&dir);
-    let numbers: Vec<u64> = read(&log, 0).await.iter().map(|e| e.batch.number).collect();
+    let numbers: Vec<u64> = read(&log, 0)
+        .await
+        .iter()
+        .map(|e| number(&e.batch))
+        .collect();
     assert_eq!(numbers, [1, 2, 3, 4, 7, 8, 9, 10, 11, 12]);
 }
 
@@ -235,13 +239,13 @@ fn less_free_space_than_the_reserve_refuses_and_reading_goes_on() {
             ..TINY
         };
         let log = DiskLog::open_with(&dir, None, sizes).unwrap();
-        assert_eq!(log.refusal(), None);
+        assert_eq!(log.unwritable(), None);
         let refused = log.append(batch(4, 1)).await.unwrap_err().to_string();
         assert!(
             refused.contains("is full") && refused.contains("free some"),
             "{refused}"
         );
-        assert_eq!(log.refusal().as_deref(), Some(refused.as_str()));
+        assert_eq!(log.unwritable().as_deref(), Some(refused.as_str()));
         check(&read(&log, 0).await, 0);
     });
 }

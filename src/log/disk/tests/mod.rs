@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::grade::{Changes, Patch, Write};
-use crate::log::{Entry, Origin};
+use crate::log::Entry;
 
 /// Comes before a record is written: the file, where, and the record.
 pub(super) type Fault = Box<dyn FnMut(&File, u64, &[u8]) -> io::Result<()> + Send>;
@@ -35,11 +35,22 @@ fn batch(number: u64, writes: usize) -> Batch {
         Write::Set(Patch { user_id, changes })
     });
     Batch {
-        origin: Origin(7),
-        number,
+        ticket: None,
         writes: writes.collect(),
         checkpoint: None,
     }
+}
+
+/// The number that [`batch`] was given.
+fn number(batch: &Batch) -> u64 {
+    let user_id = batch.writes[0].user_id();
+    user_id.split('-').nth(1).unwrap().parse().unwrap()
+}
+
+/// The log's position at `seq`; any where it has none.
+fn position(log: &DiskLog, seq: Seq) -> Position {
+    let position = log.position(seq).unwrap();
+    position.unwrap_or(Position::base(&log.id(), seq, 0))
 }
 
 fn dir() -> (TempDir, PathBuf) {
@@ -65,7 +76,7 @@ async fn append(log: &DiskLog, numbers: std::ops::RangeInclusive<u64>) {
 
 /// Reads from `after` to the end.
 async fn read(log: &DiskLog, after: Seq) -> Vec<Entry> {
-    let mut subscription = log.subscribe(after).await.unwrap();
+    let mut subscription = log.subscribe(position(log, after)).await.unwrap();
     let mut entries = Vec::new();
     while after + (entries.len() as u64) < log.end() {
         subscription.next(&mut entries).await.unwrap();
@@ -77,12 +88,11 @@ async fn read(log: &DiskLog, after: Seq) -> Vec<Entry> {
 fn check(entries: &[Entry], after: Seq) {
     let mut time_ns = 0;
     for (seq, entry) in (after + 1..).zip(entries) {
-        assert_eq!(entry.seq, seq);
-        assert!(entry.time_ns >= time_ns);
-        time_ns = entry.time_ns;
-        let wanted = batch(entry.batch.number, entry.batch.writes.len());
+        assert_eq!(entry.position.seq, seq);
+        assert!(entry.position.time_ns >= time_ns);
+        time_ns = entry.position.time_ns;
+        let wanted = batch(number(&entry.batch), entry.batch.writes.len());
         assert_eq!(entry.batch.writes, wanted.writes);
-        assert_eq!(entry.batch.origin, wanted.origin);
     }
 }
 

@@ -26,13 +26,19 @@ async fn what_was_appended_is_there_after_reopening() {
     let again = read(&log, 0).await;
     check(&again, 0);
     let places = |entries: &[Entry]| -> Vec<_> {
-        let place = |entry: &Entry| (entry.seq, entry.time_ns, entry.batch.number);
+        let place = |entry: &Entry| {
+            (
+                entry.position.seq,
+                entry.position.time_ns,
+                number(&entry.batch),
+            )
+        };
         entries.iter().map(place).collect()
     };
     assert_eq!(places(&again), places(&entries));
     append(&log, 6..=6).await;
     assert_eq!(log.end(), 6);
-    assert_eq!(read(&log, 5).await[0].batch.number, 6);
+    assert_eq!(number(&read(&log, 5).await[0].batch), 6);
 }
 
 #[tokio::test]
@@ -55,7 +61,7 @@ async fn numbering_begins_where_it_is_told_to_and_only_in_an_unused_log() {
     assert_ne!(log.id(), first_id);
     assert_eq!((log.first(), log.end(), log.is_empty()), (501, 500, false));
     assert!(matches!(
-        log.subscribe(499).await.err(),
+        log.subscribe(position(&log, 499)).await.err(),
         Some(ReadError::NotHeld { wanted: 500 })
     ));
     let id = log.id();
@@ -63,7 +69,7 @@ async fn numbering_begins_where_it_is_told_to_and_only_in_an_unused_log() {
     let log = DiskLog::open(&dir, Some(500)).unwrap();
     assert_eq!((log.id(), log.end()), (id, 500));
     append(&log, 1..=1).await;
-    assert_eq!(read(&log, 500).await[0].seq, 501);
+    assert_eq!(read(&log, 500).await[0].position.seq, 501);
     drop(log);
     for base in [500, 9] {
         let opened = DiskLog::open(&dir, Some(base));
@@ -86,7 +92,7 @@ async fn readers_see_each_batch_once_and_in_order_while_batches_come() {
         .map(|after| {
             let log = Arc::clone(&log);
             tokio::spawn(async move {
-                let mut subscription = log.subscribe(after).await.unwrap();
+                let mut subscription = log.subscribe(position(&log, after)).await.unwrap();
                 let mut entries = Vec::new();
                 while (entries.len() as u64) < BATCHES - after {
                     // A call that is given up loses nothing.
@@ -111,11 +117,11 @@ async fn readers_see_each_batch_once_and_in_order_while_batches_come() {
         reader.await.unwrap();
     }
     // A closed log ends its readers, after all that it has.
-    let mut subscription = log.subscribe(BATCHES - 1).await.unwrap();
+    let mut subscription = log.subscribe(position(&log, BATCHES - 1)).await.unwrap();
     drop(Arc::into_inner(log).unwrap());
     let mut entries = Vec::new();
     subscription.next(&mut entries).await.unwrap();
-    assert_eq!(entries[0].seq, BATCHES);
+    assert_eq!(entries[0].position.seq, BATCHES);
     let closed = subscription.next(&mut entries).await;
     assert!(matches!(closed, Err(ReadError::Closed)));
 }
@@ -229,8 +235,8 @@ proptest! {
             let entries = read(&log, first - 1).await;
             assert_eq!(entries.len() as u64, log.end() + 1 - first);
             for entry in entries {
-                let wanted = &model[&entry.seq];
-                assert_eq!(entry.batch.number, wanted.number);
+                let wanted = &model[&entry.position.seq];
+                assert_eq!(number(&entry.batch), number(wanted));
                 assert_eq!(entry.batch.writes, wanted.writes);
             }
         });

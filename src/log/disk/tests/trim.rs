@@ -8,15 +8,15 @@ async fn what_is_not_held_is_not_read() {
     let log = tiny(&dir);
     append(&log, 1..=60).await;
     assert!(matches!(
-        log.subscribe(61).await.err(),
+        log.subscribe(position(&log, 61)).await.err(),
         Some(ReadError::NotHeld { wanted: 62 })
     ));
-    let mut early = log.subscribe(0).await.unwrap();
+    let mut early = log.subscribe(position(&log, 0)).await.unwrap();
     log.trim(40).await.unwrap();
     let first = log.first();
     assert!((30..=41).contains(&first), "{first}");
     for after in [0, first - 2] {
-        let refused = log.subscribe(after).await.err();
+        let refused = log.subscribe(position(&log, after)).await.err();
         assert!(matches!(refused, Some(ReadError::NotHeld { .. })));
     }
     let late = early.next(&mut Vec::new()).await;
