@@ -19,7 +19,9 @@ use serde::{Deserialize, Serialize};
 use crate::grade::{Digest, Write};
 use crate::hex;
 pub use disk::{DiskLog, OpenError, format as stored};
-pub use jetstream::{JetStreamConfig, JetStreamLog, Servers, SetupError, message};
+pub use jetstream::{
+    JetStreamConfig, JetStreamLog, Servers, SetupError, header_block, message, raw_message,
+};
 pub use memory::MemoryLog;
 
 /// A batch's place in its log: 1 for the first. 0 is the place before it.

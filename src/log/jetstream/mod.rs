@@ -9,15 +9,18 @@
 //! - `subscription`: an own pull consumer, made anew at the batch after the last one read, after the
 //!   log has been seen to be the same one still and to hold that batch.
 //! - `message`: a batch as a message; `under_way`: own batches between the broker and the reader.
+//! - `header_block`: which header blocks can be read; `raw_message`: a message as it is stored.
 //! - `discovery`: how the replicas on one stream find each other.
 //!
 //! What would make a replica follow another history than it began ends reading for good, with the
 //! reason: the stream gone, made anew, cut beyond where this replica is, or shorter than it was.
 
 mod discovery;
+pub mod header_block;
 mod link;
 pub mod message;
 mod publish;
+pub mod raw_message;
 mod servers;
 mod stream;
 mod subscription;
