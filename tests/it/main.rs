@@ -59,3 +59,4 @@ mod supervisor;
 mod three_servers;
 mod trim;
 mod under_writes;
+mod unreadable_header;
