@@ -19,7 +19,8 @@ const POISONED: &str = "gradestore_log_poisoned_total";
 /// heartbeats for it takes longer.
 const SKIP_WAIT_MAX: Duration = Duration::from_secs(3);
 
-/// Status lines end in a bare LF here: the server takes a status out of one that ends in CRLF.
+/// Blocks with a status have no CR here: the server removes all bytes between the version and the
+/// first CR.
 const UNREADABLE: [&[u8]; 23] = [
     // The client ends its connection.
     b"NATS/1.0\r\nTrace Id: 1\r\n\r\n",
@@ -64,7 +65,7 @@ const READABLE: [&[u8]; 11] = [
     b"NATS/1.0\r\nGrade-Format:\xc2\xa01\t\r\n\r\n",
 ];
 
-/// What the server stores of blocks with a status line that ends in CRLF.
+/// Blocks with a status and a CR, and what the server stores of them.
 const STATUS_REMOVED: [(&[u8], Option<&[u8]>); 3] = [
     (b"NATS/1.0 503\r\n\r\n", None),
     (b"NATS/1.0 100 Idle Heartbeat\r\n\r\n", None),
