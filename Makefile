@@ -60,13 +60,14 @@ deny: ## licences, sources and known vulnerabilities of what is built in
 	tests/deny.sh
 
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= backup_reader basic_header config log_message patch_body plain_request position_header query stored_batch
+FUZZ_TARGETS ?= backup_reader basic_header config header_block log_message patch_body plain_request position_header query stored_batch
 FUZZ = .tools/bin/cargo-fuzz
 fuzz fuzz-keep: export RUSTC_BOOTSTRAP = 1
 fuzz: $(FUZZ) ## each of FUZZ_TARGETS for FUZZ_SECONDS, from what was kept
 	for target in $(FUZZ_TARGETS); do \
 	    corpus=tests/fuzz/corpus/$$target dict=tests/fuzz/dicts/$$target.dict && \
-	    mkdir -p $$corpus && tar -xzf tests/fuzz/kept/$$target.tar.gz -C $$corpus && \
+	    kept=tests/fuzz/kept/$$target.tar.gz && \
+	    mkdir -p $$corpus && (test ! -e $$kept || tar -xzf $$kept -C $$corpus) && \
 	    $(FUZZ) run --fuzz-dir tests/fuzz $$target $$corpus tests/fuzz/seeds/$$target -- \
 	        $$(test ! -e $$dict || echo -dict=$$dict) \
 	        -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \

@@ -6,9 +6,11 @@ on real ones.
     reader/bin/python docs/read.py grades.csv.gz
 """
 
+import base64
 import csv
 import io
 import json
+import re
 import struct
 import sys
 import unicodedata
@@ -22,6 +24,9 @@ BATCH_FORMATS = (1, 2)
 HEADER_BYTES = 17
 LAST_BEGINS, LAST_ENDS = bytes.fromhex("1f8b08040000000000ff"), bytes.fromhex("03000000000000000000")
 PIECE_BYTES = 64 * 1024
+VERSION = "NATS/1.0"
+# Unicode's White_Space; what str.strip removes by itself is more.
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200b))) + "\u2028\u2029\u202f\u205f\u3000"
 
 
 class Unreadable(Exception):
@@ -148,12 +153,63 @@ def is_value(value):
     return type(value) is int and -2**63 <= value < 2**63
 
 
+def parse_headers(block):
+    """The headers in a header block, the first value of each name."""
+    try:
+        text = block.decode()
+    except ValueError as error:
+        raise Unreadable("the header block is not UTF-8") from error
+    *lines, last = text.split("\n")
+    lines = [line.removesuffix("\r") for line in lines] + [last] * (last != "")
+    if not lines or not lines[0].startswith(VERSION):
+        raise Unreadable(f"the header block does not begin with {VERSION}")
+    if lines[0].removeprefix(VERSION).strip(WHITE_SPACE).split(" ")[0].strip(WHITE_SPACE) not in ("", "200"):
+        raise Unreadable("the header block begins with a status other than 200")
+    headers, at = {}, 1
+    while at < len(lines):
+        line, at = lines[at], at + 1
+        if not line:
+            continue
+        name, colon, value = line.partition(":")
+        if not colon:
+            raise Unreadable("a header line has no colon")
+        if not all("!" <= char <= "~" for char in name):
+            raise Unreadable("a header name has a byte other than visible ASCII")
+        value = value.lstrip(WHITE_SPACE)
+        while at < len(lines) and lines[at][:1] in WHITE_SPACE and lines[at]:
+            value, at = value + lines[at], at + 1
+        value = value.rstrip(WHITE_SPACE)
+        if "\r" in value:
+            raise Unreadable("a header value has a carriage return")
+        headers.setdefault(name, value)
+    return headers
+
+
+def parse_message(message):
+    """The headers and the payload in `message` of an answer to $JS.API.STREAM.MSG.GET; None for the headers if they are
+    unreadable."""
+    block, payload = (base64.b64decode(message.get(name, "")) for name in ("hdrs", "data"))
+    try:
+        return parse_headers(block) if block else {}, payload
+    except Unreadable:
+        return None, payload
+
+
+def batch_format(text):
+    """The number from 1 up that a Grade-Format is; None if it is not one."""
+    digits = re.fullmatch(r"\+?0*([1-9][0-9]{0,19})", text)
+    number = int(digits[1]) if digits else 0
+    return number if 1 <= number < 2**64 else None
+
+
 def parse_batch(headers, payload):
     """The entries of a message's batch; none where all replicas skip it."""
-    wanted = headers.get("Grade-Format", "1")
-    if not wanted.isdecimal() or int(wanted) < 1:
+    if headers is None:
         return []
-    if int(wanted) > BATCH_FORMATS[-1]:
+    wanted = batch_format(headers.get("Grade-Format", "1"))
+    if not wanted:
+        return []
+    if wanted > BATCH_FORMATS[-1]:
         raise Newer(f"format {wanted}")
     try:
         entries = json.loads(payload.decode(), object_pairs_hook=once)
@@ -164,7 +220,7 @@ def parse_batch(headers, payload):
     for entry in entries:
         if not isinstance(entry, dict):
             return []
-        if set(entry) == {"delete"} and int(wanted) >= 2 and is_id(entry["delete"]):
+        if set(entry) == {"delete"} and wanted >= 2 and is_id(entry["delete"]):
             continue
         changes = {name: value for name, value in entry.items() if name != "user_id"}
         if not is_id(entry.get("user_id")) or set(changes) - set(FIELDS) or not all(map(is_value, changes.values())):

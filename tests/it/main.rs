@@ -58,3 +58,4 @@ mod supervisor;
 mod three_servers;
 mod trim;
 mod under_writes;
+mod unreadable_header;

@@ -7,12 +7,14 @@ import gzip
 import io
 import json
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import unittest
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -49,6 +51,28 @@ STRANGERS = [
     ({"Grade-Format": "0"}, b'[{"user_id":"x","spp":1}]', False),
     ({"Grade-Format": "x"}, b'[{"user_id":"x","spp":1}]', False),
 ]
+# Header blocks, and whether the message is applied.
+HEADER_BLOCKS = [
+    (b"NATS/1.0\r\n\r\n", True),
+    (b"NATS/1.0", True),
+    (b"NATS/1.0 200 OK\n\n", True),
+    (b"NATS/1.0\r\nTrace-Id: abc\r\n\r\n", True),
+    (b"NATS/1.0\r\n\r\nGrade-Format:\xc2\xa01\t\r\n\r\n", True),
+    (b"NATS/1.0\r\nGrade-Format: 1\r\nGrade-Format: 99\r\ngrade-format: x\r\n\r\n", True),
+    (b"NATS/1.0\r\nA: b\r\n Grade-Format: 99\r\n: \0\x1c", True),
+    (b"NATS/1.0\r\nGrade-Format:\r\n 1\r\n\r\n", False),
+    (b"NATS/1.0\r\nGrade-Format: \x1c1\r\n\r\n", False),
+    (b"NATS/1.0\r\nTrace Id: 1\r\n\r\n", False),
+    (b"NATS/1.0\r\nA : b\r\n\r\n", False),
+    (b"NATS/1.0\r\nbad header line\r\n\r\n", False),
+    (b"NATS/1.0\r\nA: \xe9\r\n\r\n", False),
+    (b"NATS/1.0\r\nA: b\rc\r\n\r\n", False),
+    (b"nats/1.0\r\n\r\n", False),
+    (b"NATS/2.0\r\n\r\n", False),
+    (b"A: b\r\n\r\n", False),
+    (b"NATS/1.0 503\n\n", False),
+    (b"NATS/1.0 100 Idle Heartbeat\n\n", False),
+]
 
 
 def ask(node, port, path, body=None):
@@ -80,6 +104,29 @@ def refused(data):
     return False
 
 
+async def stored(broker, position):
+    """The message there, its header block unparsed."""
+    request = json.dumps({"seq": position}).encode()
+    answer = await broker.request(f"$JS.API.STREAM.MSG.GET.{STREAM}", request)
+    return json.loads(answer.data)["message"]
+
+
+def publish_raw(url, messages):
+    """Publishes header blocks as bytes; where the last one is."""
+    address = urllib.parse.urlsplit(url)
+    with socket.create_connection((address.hostname, address.port), 30) as connection:
+        broker = connection.makefile("rwb")
+        broker.write(b'CONNECT {"headers":true,"verbose":false}\r\nSUB ack 1\r\n')
+        for block, payload in messages:
+            size = len(block), len(block) + len(payload)
+            broker.write(b"HPUB %s ack %d %d\r\n" % (SUBJECT.encode(), *size) + block + payload + b"\r\n")
+            broker.flush()
+            while not (line := broker.readline()).startswith(b"MSG ack"):
+                assert line.startswith((b"INFO", b"PING")), line
+            ack = json.loads(broker.readline())
+        return ack["seq"]
+
+
 class Follower:
     """Has read the stream up to `position`."""
 
@@ -92,13 +139,12 @@ class Follower:
     async def read(self, through, digests):
         broker = await nats.connect(self.url)
         for position in range(self.position + 1, through + 1):
-            message = await broker.jetstream().get_msg(STREAM, position)
-            headers = message.headers or {}
-            read.apply(self.state, read.parse_batch(headers, message.data or b""))
+            headers, payload = read.parse_message(await stored(broker, position))
+            read.apply(self.state, read.parse_batch(headers, payload))
             self.position = position
             if digests:
                 self.digests[position] = read.digest(self.state)
-            if {"Grade-Checkpoint", "Grade-Origin", "Nats-Msg-Id"} <= set(headers):
+            if {"Grade-Checkpoint", "Grade-Origin", "Nats-Msg-Id"} <= set(headers or {}):
                 self.checkpoints.append((position, *read.parse_checkpoint(headers)))
         await broker.close()
 
@@ -172,6 +218,21 @@ class Protocol(unittest.TestCase):
             follower.follow(newer)
         self.assertEqual(self.nodes[0].status()["position"], newer - 1)
         self.assertEqual(follower.position, newer - 1)
+
+    def test_header_blocks(self):
+        follower = Follower(self.broker.url)
+        self.held(write(self.nodes[0], user_id="first", spp=1))
+        before = self.nodes[0].metric("gradestore_log_poisoned_total")
+        blocks = [(block, f'[{{"user_id":"{n}","spp":{n}}}]'.encode()) for n, (block, _) in enumerate(HEADER_BLOCKS)]
+        self.held(publish_raw(self.broker.url, blocks))
+        end = write(self.nodes[0], user_id="last", spp=1)
+        status = self.held(end)
+        follower.follow(status["position"])
+        applied = {str(n) for n, (_, applies) in enumerate(HEADER_BLOCKS) if applies}
+        self.assertEqual(set(follower.state), applied | {"first", "last"})
+        self.assertEqual(follower.digests[status["position"]], status["digest"])
+        skipped = len(HEADER_BLOCKS) - len(applied)
+        self.assertEqual(self.nodes[0].metric("gradestore_log_poisoned_total") - before, skipped)
 
     def test_a_batch_that_is_sent_again_is_stored_once(self):
         follower = Follower(self.broker.url)

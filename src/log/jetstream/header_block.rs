@@ -92,8 +92,10 @@ mod tests {
 
     use super::*;
 
+    type Headers = &'static [(&'static str, &'static str)];
+
     /// Readable blocks, and the headers in them, in order.
-    const READABLE: [(&[u8], &[(&str, &str)]); 30] = [
+    const READABLE: [(&[u8], Headers); 30] = [
         (b"NATS/1.0\r\n\r\n", &[]),
         (b"NATS/1.0", &[]),
         (b"NATS/1.0\r", &[]),
@@ -306,14 +308,18 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig {
+            cases: 24,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
 
         #[test]
         fn the_client_reads_any_block_alike(
             blocks in proptest::collection::vec(any_block(), 1..64)
         ) {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(compare(&blocks));
+            let mut runtime = tokio::runtime::Builder::new_current_thread();
+            runtime.enable_all().build().unwrap().block_on(compare(&blocks));
         }
     }
 

@@ -191,6 +191,13 @@ impl NatsConnection {
         }
     }
 
+    /// Ends the connection if the client library's task is gone, as after a panic in it.
+    fn check_alive(&self) {
+        if self.context.client().connection_state() != State::Connected {
+            self.ended.cancel();
+        }
+    }
+
     /// Waits for the answer to something that was sent to `subject`: until the connection ends, or the
     /// server says that this client may not send there.
     async fn answer<T>(
@@ -210,7 +217,12 @@ impl NatsConnection {
         };
         tokio::select! {
             biased;
-            answer = answer => answer,
+            answer = answer => {
+                if matches!(answer, Err(BrokerError::NoAnswer(_))) {
+                    self.check_alive();
+                }
+                answer
+            }
             text = denied => Err(BrokerError::Refused(text)),
             () = self.ended.cancelled() => Err(no_answer("the connection to NATS ended")),
         }
@@ -482,6 +494,7 @@ struct NatsConsumer {
 impl NatsConsumer {
     /// `None` for a message that no stream sends.
     fn read(
+        ended: &CancellationToken,
         next: Option<Result<jetstream::Message, pull::MessagesError>>,
     ) -> Option<Result<Delivered, BrokerError>> {
         match next {
@@ -499,7 +512,11 @@ impl NatsConsumer {
                 }))
             }
             Some(Err(error)) => Some(Err(no_answer(&error.to_string()))),
-            None => Some(Err(no_answer("the consumer has ended"))),
+            // The client library's task is gone, as after a panic in it.
+            None => {
+                ended.cancel();
+                Some(Err(no_answer("the connection to NATS broke")))
+            }
         }
     }
 }
@@ -515,7 +532,7 @@ impl Consumer for NatsConsumer {
                         return Err(no_answer("the connection to NATS ended"));
                     }
                 };
-                if let Some(delivered) = Self::read(next) {
+                if let Some(delivered) = Self::read(&self.ended, next) {
                     return delivered;
                 }
             }
@@ -526,7 +543,7 @@ impl Consumer for NatsConsumer {
     fn try_next(&mut self) -> Option<Result<Delivered, BrokerError>> {
         loop {
             let next = self.messages.next().now_or_never()?;
-            if let Some(delivered) = Self::read(next) {
+            if let Some(delivered) = Self::read(&self.ended, next) {
                 return Some(delivered);
             }
         }
