@@ -379,7 +379,10 @@ impl Shared {
             return;
         }
         match connection.stream_info().await {
-            Ok(info) if info.source != InfoSource::Follower => self.health.idle(),
+            Ok(info) if info.source != InfoSource::Follower => {
+                self.end.fetch_max(info.last, Ordering::AcqRel);
+                self.health.idle();
+            }
             Ok(_) => self.health.waiting(Some("the stream has no leader".into())),
             Err(error) => self.health.waiting(Some(error.to_string().into())),
         }

@@ -191,13 +191,6 @@ impl NatsConnection {
         }
     }
 
-    /// Ends the connection if the client library's task is gone, as after a panic in it.
-    fn check_alive(&self) {
-        if self.context.client().connection_state() != State::Connected {
-            self.ended.cancel();
-        }
-    }
-
     /// Waits for the answer to something that was sent to `subject`: until the connection ends, or the
     /// server says that this client may not send there.
     async fn answer<T>(
@@ -217,12 +210,7 @@ impl NatsConnection {
         };
         tokio::select! {
             biased;
-            answer = answer => {
-                if matches!(answer, Err(BrokerError::NoAnswer(_))) {
-                    self.check_alive();
-                }
-                answer
-            }
+            answer = answer => answer,
             text = denied => Err(BrokerError::Refused(text)),
             () = self.ended.cancelled() => Err(no_answer("the connection to NATS ended")),
         }
@@ -428,7 +416,17 @@ impl Connection for NatsConnection {
                     Ok(answer) => answer.await,
                     Err(error) => Err(error),
                 };
-                stored.map_err(|error| publish_error(&error, expected))
+                stored.map_err(|error| {
+                    let kind = error.kind();
+                    let error = publish_error(&error, expected);
+                    if kind != PublishErrorKind::TimedOut
+                        && matches!(error, BrokerError::NoAnswer(_))
+                    {
+                        // The client library's task is gone.
+                        self.ended.cancel();
+                    }
+                    error
+                })
             };
             let stored = self.answer(SUBJECT, answer).await?;
             Ok(Stored {

@@ -10,6 +10,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use async_nats::HeaderMap;
 use futures_util::FutureExt;
@@ -26,6 +27,8 @@ use crate::log::{Batch, Effect, Entry, Position, ReadError, Seq, Subscription};
 /// turn.
 const ENTRIES_MAX: usize = 16;
 const WRITES_MAX: usize = 1024;
+/// A consumer that delivers nothing for so long although the stream goes on is replaced.
+const SILENCE_MAX: Duration = Duration::from_secs(1);
 /// So often a delivery may fail at one position before the message is fetched instead.
 const FAILURES_MAX: u32 = 2;
 
@@ -82,6 +85,15 @@ impl JetStreamSubscription {
                 () = self.shared.replace_consumer.notified() => {
                     tracing::debug!("consumer delivers nothing, replacing it");
                     self.source = None;
+                    continue;
+                }
+                () = tokio::time::sleep(SILENCE_MAX) => {
+                    // The client passes over some messages silently. At the stream's end no later
+                    // one would show it.
+                    if self.shared.end.load(Ordering::Acquire) > self.last.seq {
+                        self.failures += 1;
+                        self.source = None;
+                    }
                     continue;
                 }
             };
