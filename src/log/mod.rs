@@ -25,7 +25,7 @@ pub use disk::{DiskLog, OpenError, format as stored};
 pub use in_flight::{Answer, InFlight, InFlightBatch, Ticket};
 pub use jetstream::{
     Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError, broker, header_block,
-    message,
+    message, raw_message,
 };
 pub use memory::MemoryLog;
 

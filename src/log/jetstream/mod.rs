@@ -18,7 +18,7 @@ pub mod header_block;
 mod history;
 pub mod message;
 mod nats;
-mod raw_message;
+pub mod raw_message;
 mod servers;
 mod session;
 mod stream;

@@ -32,7 +32,7 @@ pub struct RawMessage {
 
 /// Why a message could not be fetched.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum RawMessageError {
+pub enum RawMessageError {
     /// No answer in time.
     #[error("no answer from JetStream within {0:?}")]
     TimedOut(Duration),
@@ -59,7 +59,7 @@ pub(super) enum RawMessageError {
 ///
 /// # Errors
 /// See [`RawMessageError`].
-pub(super) async fn get(
+pub async fn get(
     client: &Client,
     stream: &str,
     seq: Seq,
@@ -89,7 +89,7 @@ pub(super) async fn get(
 ///
 /// # Errors
 /// It is an error, or not as the API has it.
-fn parse(answer: &[u8]) -> Result<Option<RawMessage>, RawMessageError> {
+pub fn parse(answer: &[u8]) -> Result<Option<RawMessage>, RawMessageError> {
     #[derive(Deserialize)]
     struct Answer {
         message: Option<Message>,
