@@ -33,9 +33,10 @@ mod reader;
 mod seed;
 mod snapshotter;
 mod tracker;
+mod waiters;
 mod writer;
 
-pub use applied::{Applied, AtPosition, Position};
+pub use applied::{Applied, AtPosition, Position, WaitError};
 pub use bootstrap::{Bootstrap, BootstrapError, Tried};
 pub use buffered::{BufferCounts, Buffered};
 pub use checkpoint::{CheckpointMetrics, Checkpoints};
