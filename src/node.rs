@@ -230,8 +230,10 @@ impl Node {
         let read = ReadState {
             store: store.clone(),
             applied: applied.clone(),
+            log: Arc::clone(&log),
             readiness: readiness.clone(),
             position_wait_max: http.position_wait_max,
+            position_waits_max: http.position_waits_max,
         };
         let interval = kept.map(|(_, interval)| *interval);
         let mut tasks = Tasks {

@@ -1,4 +1,5 @@
-//! What threads share [`readiness`](crate::readiness) by. `tests/loom` puts its own in place of this one.
+//! The atomics and the lock of [`readiness`](crate::readiness) and `replication::waiters`.
+//! `tests/loom` replaces them with its own.
 
 pub(crate) use std::sync::atomic;
 

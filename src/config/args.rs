@@ -126,7 +126,9 @@ pub struct ServeArgs {
 
     /// NATS servers with JetStream, with a comma between two; all nodes that share them and
     /// --stream are one store. Without it a node is alone
-    #[arg(long, env = "GRADESTORE_NATS_URL", value_name = "URL", value_parser = servers)]
+    // Without `hide_env_values` the help shows the variable's value, and a password in it.
+    #[arg(long, env = "GRADESTORE_NATS_URL", hide_env_values = true, value_name = "URL",
+        value_parser = servers)]
     pub nats_url: Option<Servers>,
 
     /// A file with credentials for the NATS servers

@@ -151,6 +151,9 @@ pub struct HttpConfig {
     pub body_wait_max: Duration,
     /// How long a read with `Grade-Position` may wait.
     pub position_wait_max: Duration,
+    /// The maximum number of reads that wait for a `Grade-Position` at once. Less than
+    /// `connections_max`: each holds a connection of the read port, and other reads need some too.
+    pub position_waits_max: usize,
     /// Backups that may be sent at once.
     pub backups_max: usize,
     /// Requests for one that may wait for their turn.
@@ -182,6 +185,7 @@ impl Default for HttpConfig {
             },
             body_wait_max: Duration::from_secs(10),
             position_wait_max: Duration::from_secs(5),
+            position_waits_max: 8000,
             backups_max: 2,
             backups_waiting_max: 16,
             backup_wait_max: Duration::from_secs(2),

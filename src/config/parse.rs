@@ -1,15 +1,17 @@
 //! From a command line and an environment to flags.
 
 use std::any::TypeId;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser};
 
 use super::args::Cli;
 use super::{ConfigError, password};
 
+/// Replaces a value that may contain a password.
+const HIDDEN: &str = "***";
 /// What every environment twin begins with.
 const ENV_PREFIX: &str = "GRADESTORE_";
 
@@ -52,7 +54,33 @@ pub fn parse(mut args: Vec<OsString>) -> Result<Cli, clap::Error> {
                 format!("only a path may be other than UTF-8; change {wrong}"),
             )
         }
-        _ => error,
+        _ => without_password(error),
+    })
+}
+
+/// Hides the value of a refused URL that may contain a password.
+fn without_password(mut error: clap::Error) -> clap::Error {
+    let argument = error.get(ContextKind::InvalidArg);
+    let of_url =
+        matches!(argument, Some(ContextValue::String(argument)) if argument.contains("<URL>"));
+    if of_url
+        && let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
+        && may_contain_password(value)
+    {
+        let hidden = ContextValue::String(HIDDEN.to_owned());
+        error.insert(ContextKind::InvalidValue, hidden);
+    }
+    error
+}
+
+/// Whether a list of URLs has more than hosts and ports. Without an `@`, a password may be where a
+/// port belongs.
+fn may_contain_password(urls: &str) -> bool {
+    urls.split(',').any(|url| {
+        let (_, rest) = url.split_once("://").unwrap_or(("", url));
+        let port = rest.split_once(':').map_or("", |(_, port)| port);
+        let is_port = port.len() <= 5 && port.bytes().all(|byte| byte.is_ascii_digit());
+        rest.contains('@') || !is_port
     })
 }
 
@@ -64,9 +92,9 @@ fn not_utf8(args: &[OsString]) -> Vec<String> {
         match arg.to_str() {
             Some(arg) => before = arg,
             None if before.starts_with('-') => {
-                wrong.push(format!("{before} {}", arg.to_string_lossy()));
+                wrong.push(format!("{before} {}", shown(arg)));
             }
-            None => wrong.push(arg.to_string_lossy().into_owned()),
+            None => wrong.push(shown(arg)),
         }
     }
     let command = Cli::command();
@@ -78,12 +106,22 @@ fn not_utf8(args: &[OsString]) -> Vec<String> {
             continue;
         };
         if let Some(value) = std::env::var_os(name).filter(|value| value.to_str().is_none()) {
-            wrong.push(format!("{}={}", name.display(), value.display()));
+            wrong.push(format!("{}={}", name.display(), shown(&value)));
         }
     }
     wrong.sort();
     wrong.dedup();
     wrong
+}
+
+/// A value that is not UTF-8, with U+FFFD for each invalid byte; hidden if it may be a URL with a
+/// password.
+fn shown(value: &OsStr) -> String {
+    let value = value.to_string_lossy();
+    match value.contains('@') {
+        true => format!("{HIDDEN}\u{fffd}{HIDDEN}"),
+        false => value.into_owned(),
+    }
 }
 
 /// Refuses variables that begin like ours and are none: a misspelt one would be ignored in silence.
@@ -153,9 +191,36 @@ mod tests {
             ),
             (&[b"--username=\xff"], "change --username=\u{fffd}"),
             (&[b"verify\xff"], "verify\u{fffd}"),
+            (
+                &[b"--nats-url", b"u:SECRET\xff@a"],
+                "change --nats-url ***\u{fffd}***",
+            ),
         ] {
             let said = refused(args);
             assert!(said.contains(wanted), "{said}");
+            assert!(!said.contains("SECRET"), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_refused_url_is_shown_unless_it_may_contain_a_password() {
+        for (flag, url, shown) in [
+            ("--nats-url", "a:65536", true),
+            ("--nats-url", "nats://a,", true),
+            ("--nats-url", "nats://a:4222,http://b:80", true),
+            ("--nats-url", "u:SECRET/SECRET@a", false),
+            ("--nats-url", "u:SECRET,SECRET@a", false),
+            ("--nats-url", "u:SECRET", false),
+            ("--nats-url", "u:123456", false),
+            ("--peer", "https://a", true),
+            ("--peer", "http://u:SECRET@a", false),
+            ("--advertise-url", "http://u:SECRET@a", false),
+        ] {
+            let said = refused(&[flag.as_bytes(), url.as_bytes()]);
+            let wanted = format!("'{}' for '{flag} <URL>'", if shown { url } else { "***" });
+            assert!(said.contains(&wanted), "{said}");
+            assert!(shown || !said.contains(url), "{said}");
+            assert!(!said.contains("SECRET"), "{said}");
         }
     }
 }

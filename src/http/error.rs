@@ -134,6 +134,27 @@ pub enum ApiError {
         /// How far this replica is.
         applied: u64,
     },
+    /// The position asked for is too far past the log's end to wait for.
+    #[error(
+        "Grade-Position {wanted} is more than {} past the end of the log, {end}; send the \
+         Grade-Position of an acknowledged write, or ask another replica",
+        super::read::POSITION_AHEAD_MAX
+    )]
+    PositionTooFar {
+        /// What was asked for.
+        wanted: u64,
+        /// The last batch of the log that this replica knows of.
+        end: u64,
+    },
+    /// The maximum number of reads wait for a position.
+    #[error(
+        "too many reads wait for a Grade-Position (limit {waits_max}); try again later, or ask \
+         another replica"
+    )]
+    PositionWaitsFull {
+        /// The limit.
+        waits_max: usize,
+    },
     /// The write queue is full.
     #[error("the write queue is full and nothing was written; try again later, or slower")]
     QueueFull,
@@ -209,7 +230,9 @@ impl ApiError {
             Self::BadLine { .. } => (S::UNPROCESSABLE_ENTITY, "bad-line"),
             Self::InPart { cause, .. } => cause.kind(),
             Self::NotReady(_) => (S::SERVICE_UNAVAILABLE, "not-ready"),
-            Self::PositionNotReached { .. } => (S::SERVICE_UNAVAILABLE, "position-not-reached"),
+            Self::PositionNotReached { .. }
+            | Self::PositionTooFar { .. }
+            | Self::PositionWaitsFull { .. } => (S::SERVICE_UNAVAILABLE, "position-not-reached"),
             Self::QueueFull => (S::SERVICE_UNAVAILABLE, "queue-full"),
             Self::BackupsRunning => (S::SERVICE_UNAVAILABLE, "backups-running"),
             Self::NotWritten(_) => (S::SERVICE_UNAVAILABLE, "not-written"),

@@ -18,15 +18,23 @@ use super::error::ApiError;
 use super::listener::{Direct, Directly};
 use super::plain::Plain;
 use crate::grade::{USER_ID, UserGrade, check_user_id};
-use crate::log::Seq;
+use crate::log::{Log, Seq};
 use crate::readiness::Readiness;
-use crate::replication::Applied;
+use crate::replication::{Applied, WaitError};
 use crate::store::Store;
 
 /// The name of a query's parameter for one of many users.
 const USER_IDS: &str = "user_ids";
 /// The most users that may be asked for at once.
 pub const USER_IDS_MAX: usize = 1000;
+/// The maximum distance of `Grade-Position` past the end of the log.
+///
+/// A process learns the end from the batches that it receives, so a position that another replica
+/// has acknowledged may be past it by the batches in flight. Beyond this distance waiting is
+/// useless: a stream stores at most 130,000 batches/s (`load/results/jetstream.txt`), so a replica
+/// that is 1,000,000 batches behind needs more than 7 s to catch up, and a read waits for 5 s. The
+/// status is 503, not 400, because another replica may have applied the position.
+pub const POSITION_AHEAD_MAX: Seq = 1_000_000;
 
 /// What the read port answers from.
 #[derive(Clone)]
@@ -35,10 +43,14 @@ pub struct ReadState {
     pub store: Store,
     /// How far they have come.
     pub applied: Applied,
+    /// The log that is applied.
+    pub log: Arc<dyn Log>,
     /// Whether they may be shown.
     pub readiness: Readiness,
     /// How long a read with `Grade-Position` may wait.
     pub position_wait_max: Duration,
+    /// The maximum number of reads that wait at once.
+    pub position_waits_max: usize,
 }
 
 /// The port's routes.
@@ -81,16 +93,29 @@ pub fn plain(state: ReadState) -> Plain {
 async fn get_grade(State(state): State<ReadState>, request: Request) -> Result<Response, ApiError> {
     if let Some(wanted) = position_of(request.headers())? {
         state.readiness.check()?;
-        if !state
-            .applied
-            .wait_for(wanted, state.position_wait_max)
-            .await
-        {
-            let applied = state.applied.seq();
-            return Err(ApiError::PositionNotReached { wanted, applied });
-        }
+        reach(&state, wanted).await?;
     }
     answer(&state, request.uri()).map(boxed)
+}
+
+/// Waits until this replica has applied `wanted`.
+async fn reach(state: &ReadState, wanted: Seq) -> Result<(), ApiError> {
+    if state.applied.seq() >= wanted {
+        return Ok(());
+    }
+    let end = state.log.end();
+    if wanted.saturating_sub(end) > POSITION_AHEAD_MAX {
+        return Err(ApiError::PositionTooFar { wanted, end });
+    }
+    let (wait_max, waits_max) = (state.position_wait_max, state.position_waits_max);
+    let waited = state.applied.wait_for(wanted, wait_max, waits_max).await;
+    waited.map_err(|error| match error {
+        WaitError::TimedOut => ApiError::PositionNotReached {
+            wanted,
+            applied: state.applied.seq(),
+        },
+        WaitError::TooManyWaiters => ApiError::PositionWaitsFull { waits_max },
+    })
 }
 
 /// The grade, or the grades, that `uri` asks for, as they are now.

@@ -1,13 +1,12 @@
 //! How far this replica has come in its log.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
 
+use super::waiters::{TooManyWaiters, Waiters};
 use crate::grade::Digest;
 use crate::log::{Chain, Position, Seq};
 use crate::store::Store;
@@ -23,8 +22,7 @@ struct Inner {
     seq: AtomicU64,
     /// Before the first batch.
     base: Position,
-    /// Wakes those that wait, in the order in which they came.
-    reached: Notify,
+    waiters: Waiters,
 }
 
 /// Facts that belong together: what the store held at one position.
@@ -40,6 +38,15 @@ pub struct AtPosition {
     pub digest: Digest,
 }
 
+/// Why [`Applied::wait_for`] returned before the position was applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WaitError {
+    /// The position was not applied in time.
+    TimedOut,
+    /// The maximum number of waiters is reached.
+    TooManyWaiters,
+}
+
 impl Applied {
     /// At `base`, before the first batch.
     #[must_use]
@@ -48,7 +55,7 @@ impl Applied {
             position: Mutex::new(base),
             seq: AtomicU64::new(base.seq),
             base,
-            reached: Notify::new(),
+            waiters: Waiters::new(),
         }))
     }
 
@@ -94,27 +101,35 @@ impl Applied {
         }
     }
 
-    /// Waits until `seq` is applied, `wait_max` at most; says whether it is.
-    pub async fn wait_for(&self, seq: Seq, wait_max: Duration) -> bool {
+    /// Waits until `seq` is applied, `wait_max` at most.
+    ///
+    /// # Errors
+    /// `seq` was not applied in time, or there are `waiters_max` waiters already.
+    pub async fn wait_for(
+        &self,
+        seq: Seq,
+        wait_max: Duration,
+        waiters_max: usize,
+    ) -> Result<(), WaitError> {
         if self.seq() >= seq {
-            return true;
+            return Ok(());
         }
-        tokio::time::timeout(wait_max, self.reach(seq))
-            .await
-            .is_ok()
+        let wait = self.0.waiters.wait(seq, waiters_max, || self.seq() >= seq);
+        match tokio::time::timeout(wait_max, wait).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(TooManyWaiters)) => Err(WaitError::TooManyWaiters),
+            Err(_elapsed) => Err(WaitError::TimedOut),
+        }
     }
 
-    /// Waits until `seq` is applied.
+    /// Waits until `seq` is applied. The number of other waiters does not matter.
     pub async fn reach(&self, seq: Seq) {
-        loop {
-            let mut reached = pin!(self.0.reached.notified());
-            // Before the look, so that nothing is missed between that and the wait.
-            reached.as_mut().enable();
-            if self.seq() >= seq {
-                return;
-            }
-            reached.await;
-        }
+        let wait = self.0.waiters.wait(seq, usize::MAX, || self.seq() >= seq);
+        assert_eq!(
+            wait.await,
+            Ok(()),
+            "a wait without a bound is never refused"
+        );
     }
 
     /// Runs `apply`, which puts the batch at `to` into the store, as one step to who takes a
@@ -126,8 +141,11 @@ impl Applied {
         self.0.seq.store(to.seq, Ordering::Release);
     }
 
-    /// Wakes who waits for what was advanced to.
+    /// Wakes the waiters for what was advanced to.
     pub(super) fn notify(&self) {
-        self.0.reached.notify_waiters();
+        self.0.waiters.wake(self.seq());
     }
 }
+
+#[cfg(test)]
+mod tests;

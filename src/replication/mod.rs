@@ -31,9 +31,10 @@ mod peers;
 mod seed;
 mod snapshotter;
 mod tracker;
+mod waiters;
 mod writer;
 
-pub use applied::{Applied, AtPosition};
+pub use applied::{Applied, AtPosition, WaitError};
 pub use applier::{Applier, ApplyError};
 pub use bootstrap::{Bootstrap, BootstrapError, Tried};
 pub use buffered::{BufferCounts, Buffered};

@@ -134,6 +134,39 @@ fn a_password_that_cannot_be_one_is_refused_and_not_shown() {
 }
 
 #[test]
+fn the_error_for_a_wrong_nats_url_names_the_fix_and_shows_no_password() {
+    for (urls, fix) in [
+        (
+            "nats://127.0.0.1:4222,",
+            "2 of 2 is empty: remove the extra comma",
+        ),
+        ("nats://u:SECRET/x@127.0.0.1", "write it as %2F"),
+        ("nats://u:SECRET+x@127.0.0.1", "write it as %2B"),
+        ("nats://u:SECRET%@127.0.0.1", "write % as %25"),
+        ("nats://u:SECRET,x@127.0.0.1", "write a comma in it as %2C"),
+        (
+            "nats://127.0.0.1:4222/GRADES",
+            "has a path after its host: remove it",
+        ),
+    ] {
+        for command in [
+            program().args(["--nats-url", urls]),
+            program().env("GRADESTORE_NATS_URL", urls),
+        ] {
+            let said = refused(command);
+            assert_names(&said, &["--nats-url", "GRADESTORE_NATS_URL", fix]);
+            assert!(!said.contains("SECRET"), "{said}");
+        }
+    }
+    let mut help = program();
+    let help = help.args(["serve", "--help"]);
+    let output = run(help.env("GRADESTORE_NATS_URL", "nats://u:SECRET@127.0.0.1"));
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_names(&said, &["--nats-url", "GRADESTORE_NATS_URL"]);
+    assert!(!said.contains("SECRET"), "{said}");
+}
+
+#[test]
 fn an_address_must_be_free_and_each_its_own() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();

@@ -182,16 +182,88 @@ async fn a_read_waits_for_the_position_it_asks_for() {
 
 #[tokio::test]
 async fn a_position_that_is_not_reached_in_time_is_a_503() {
-    let node =
-        Local::start(|config| config.http.position_wait_max = Duration::from_millis(50)).await;
-    let farthest = u64::MAX.to_string();
-    for position in ["1", &farthest] {
+    let node = Local::start(|config| {
+        config.http.position_wait_max = Duration::from_millis(50);
+        // A read that timed out makes room for the next.
+        config.http.position_waits_max = 1;
+    })
+    .await;
+    node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    // The last one is at the maximum distance past the end of the log.
+    for position in ["2", "3", "1000001"] {
         let headers = format!("grade-position: {position}\r\n");
         let detail = ask(&node, "?user_id=a", &headers)
             .await
             .problem(503, "position-not-reached");
-        assert!(detail.contains(position), "{detail}");
+        let wanted = format!("this replica has applied 1 and not yet {position};");
+        assert!(detail.starts_with(&wanted), "{detail}");
     }
+}
+
+#[tokio::test]
+async fn a_position_far_past_the_end_of_the_log_is_refused_at_once() {
+    // Longer than the test waits for a response.
+    let node =
+        Local::start(|config| config.http.position_wait_max = Duration::from_secs(3600)).await;
+    for end in 0..2 {
+        for position in [1_000_001 + end, u64::MAX] {
+            let headers = format!("grade-position: {position}\r\n");
+            let detail = ask(&node, "?user_id=a", &headers)
+                .await
+                .problem(503, "position-not-reached");
+            let wanted = format!(
+                "Grade-Position {position} is more than 1000000 past the end of the log, {end};"
+            );
+            assert!(detail.starts_with(&wanted), "{detail}");
+        }
+        node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    }
+}
+
+#[tokio::test]
+async fn a_waiting_read_beyond_the_limit_is_refused_at_once() {
+    let node = Local::start(|config| {
+        config.http.position_wait_max = Duration::from_secs(3600);
+        config.http.position_waits_max = 2;
+    })
+    .await;
+    let wait = async |position: u64| {
+        let mut reader = Raw::connect(node.read).await;
+        let headers = format!("grade-position: {position}\r\n");
+        reader.send(get_request("?user_id=a", &headers)).await;
+        reader
+    };
+    // The request for the metrics counts too.
+    let in_flight = async |count: f64| {
+        node.metric_reaches("gradestore_http_requests_in_flight", count)
+            .await;
+    };
+    let mut first = wait(1).await;
+    let mut second = wait(3).await;
+    in_flight(3.0).await;
+    let detail = wait(1)
+        .await
+        .answer()
+        .await
+        .problem(503, "position-not-reached");
+    assert!(
+        detail.starts_with("too many reads wait for a Grade-Position (limit 2);"),
+        "{detail}"
+    );
+    let set = async |spp: u64| {
+        let patch = format!(r#"{{"user_id":"a","spp":{spp}}}"#);
+        assert_eq!(node.set(patch).await.position(), spp);
+    };
+    set(1).await;
+    assert_eq!(first.answer().await.json()["spp"], 1);
+    in_flight(2.0).await;
+    // A read that was answered makes room for another.
+    let mut third = wait(2).await;
+    in_flight(3.0).await;
+    set(2).await;
+    assert_eq!(third.answer().await.json()["spp"], 2);
+    set(3).await;
+    assert_eq!(second.answer().await.json()["spp"], 3);
 }
 
 #[tokio::test]

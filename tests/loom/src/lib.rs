@@ -1,23 +1,35 @@
 //! What threads may see of each other's steps, tried in every order and with every value that the memory
 //! model allows, by [loom](https://docs.rs/loom).
 //!
-//! The code is `src/readiness.rs` itself, over loom's atomics and locks in place of the machine's. The
-//! store and the steps of who makes it anew are models: see `Store` below for what they stand for.
+//! The code is `src/readiness.rs` and `src/replication/waiters.rs` themselves, over loom's atomics and
+//! locks in place of the machine's. The store, the steps of who makes it anew, and what applies batches
+//! are models: see `Store` and `Applied` below for what they stand for.
 #![cfg(test)]
 #![allow(dead_code, reason = "what is checked has more than is called")]
 
 #[path = "../../../src/readiness.rs"]
 mod readiness;
 mod sync;
+#[path = "../../../src/replication/waiters.rs"]
+mod waiters;
 
+/// In place of `src/log/mod.rs`.
+mod log {
+    pub(crate) type Seq = u64;
+}
+
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Wake, Waker};
 
 use loom::model;
+use loom::model::Builder;
 use loom::thread;
 
 use readiness::{Latch, Readiness, Scope};
 use sync::Mutex;
-use sync::atomic::{AtomicU64, Ordering};
+use sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use waiters::Waiters;
 
 /// As `src/store/mod.rs`: an epoch, and shards that are locked one after the other. Each of its two shards
 /// has one record, and a state is whole if both have the same in it.
@@ -181,5 +193,89 @@ fn nothing_is_left_of_latches_that_were_let_go() {
             thread.join().unwrap();
         }
         assert_eq!(readiness.writes(), Ok(()));
+    });
+}
+
+/// As `src/replication/applied.rs`: a position and its waiters.
+struct Applied {
+    seq: AtomicU64,
+    waiters: Waiters,
+}
+
+impl Applied {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            seq: AtomicU64::new(0),
+            waiters: Waiters::new(),
+        })
+    }
+
+    fn seq(&self) -> u64 {
+        self.seq.load(Ordering::Acquire)
+    }
+
+    fn apply(&self, seq: u64) {
+        self.seq.store(seq, Ordering::Release);
+        self.waiters.wake(seq);
+    }
+}
+
+/// Whether a task was woken.
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Waits for `seq`, which `applying` applies: its task must have been woken once that is done.
+fn wait(applied: &Applied, seq: u64, applying: thread::JoinHandle<()>) {
+    let woken = Arc::new(Woken(AtomicBool::new(false)));
+    let waker = Waker::from(Arc::clone(&woken));
+    let mut wait = pin!(applied.waiters.wait(seq, 2, || applied.seq() >= seq));
+    let pending = wait
+        .as_mut()
+        .poll(&mut Context::from_waker(&waker))
+        .is_pending();
+    applying.join().unwrap();
+    assert!(!pending || woken.0.load(Ordering::Acquire), "not woken");
+}
+
+/// A read waits for a position while that batch is applied.
+#[test]
+fn no_wakeup_is_lost_while_a_batch_is_applied() {
+    model(|| {
+        let applied = Applied::new();
+        let applying = {
+            let applied = Arc::clone(&applied);
+            thread::spawn(move || applied.apply(1))
+        };
+        wait(&applied, 1, applying);
+    });
+}
+
+/// The same while another read begins to wait for a later position and is dropped.
+#[test]
+fn no_wakeup_is_lost_while_another_waiter_is_added_and_removed() {
+    let mut bounded = Builder::new();
+    // Every order of three threads takes two minutes, this seconds.
+    bounded.preemption_bound = Some(3);
+    bounded.check(|| {
+        let applied = Applied::new();
+        let applying = {
+            let applied = Arc::clone(&applied);
+            thread::spawn(move || applied.apply(1))
+        };
+        let other = {
+            let applied = Arc::clone(&applied);
+            thread::spawn(move || {
+                let mut wait = pin!(applied.waiters.wait(2, 2, || applied.seq() >= 2));
+                let mut cx = Context::from_waker(Waker::noop());
+                assert!(wait.as_mut().poll(&mut cx).is_pending());
+            })
+        };
+        wait(&applied, 1, applying);
+        other.join().unwrap();
     });
 }
