@@ -37,7 +37,7 @@ CONF
 setsid .tools/bin/nats-server -c "$dir/nats.conf" -l "$dir/nats.log" &
 nats=$!
 for n in 1 2 3; do
-    setsid target/release/gradestore --nats-url nats://127.0.0.1:4222 --data-dir "$dir/$n" \
+    setsid target/release/gradestore --nats-url nats://127.0.0.1:4222 --expect-peers 3 --data-dir "$dir/$n" \
         --write-addr "127.0.0.1:${n}8080" --read-addr "127.0.0.1:${n}8081" \
         --ops-addr "127.0.0.1:${n}8082" 2>"$dir/$n.log" &
     pids="$pids $!"

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::ops::OpsState;
 use super::traffic::Traffic;
@@ -62,6 +62,12 @@ pub struct Status {
     pub snapshot: Option<SnapshotStatus>,
     /// The other replicas, as they were some seconds ago; the one that is furthest comes first.
     pub peers: Vec<Peer>,
+}
+
+impl Serialize for NodeState {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
 }
 
 /// How a restore stands.

@@ -119,7 +119,7 @@ impl Peers {
     /// Asks them now and then, for ever.
     pub async fn watch(&self) {
         if !self.0.log.is_replicated() && self.0.by_hand.is_empty() {
-            return;
+            return std::future::pending().await;
         }
         let mut every = tokio::time::interval(ASK_EVERY);
         loop {

@@ -26,7 +26,7 @@ use loom::model;
 use loom::model::Builder;
 use loom::thread;
 
-use readiness::{Latch, Readiness, Scope};
+use readiness::{NodeState, Readiness};
 use sync::Mutex;
 use sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use waiters::Waiters;
@@ -65,26 +65,28 @@ impl Store {
     }
 }
 
-fn hold(readiness: &Readiness, scope: Scope) -> Latch {
-    readiness.hold(scope, "held", "")
+fn ready() -> Readiness {
+    let readiness = Readiness::starting("");
+    readiness.set_ready();
+    readiness
 }
 
-/// As the life of a replica goes on after a gap: unready, cleared, restored, ready.
-fn make_anew(readiness: &Readiness, store: &Store, record: u64) {
-    let latch = hold(readiness, Scope::All);
+/// As a replica recovers from a gap: unready, cleared, restored, ready.
+fn replace_state(readiness: &Readiness, store: &Store, record: u64) {
+    readiness.block(NodeState::Restoring, "");
     store.replace(record);
-    drop(latch);
+    readiness.set_ready();
 }
 
 /// `GET /get`: what is answered was there, and never goes back.
 #[test]
-fn a_read_sees_no_state_that_is_being_made() {
+fn a_read_sees_no_state_that_is_being_replaced() {
     model(|| {
-        let readiness = Readiness::default();
+        let readiness = ready();
         let store = Arc::new(Store::new(1));
         let maker = {
             let (readiness, store) = (readiness.clone(), Arc::clone(&store));
-            thread::spawn(move || make_anew(&readiness, &store, 2))
+            thread::spawn(move || replace_state(&readiness, &store, 2))
         };
         let mut last = 1;
         for _ in 0..2 {
@@ -107,14 +109,14 @@ fn a_read_sees_no_state_that_is_being_made() {
 #[test]
 fn a_scan_that_ends_in_its_epoch_saw_one_state() {
     model(|| {
-        let readiness = Readiness::default();
+        let readiness = ready();
         let store = Arc::new(Store::new(1));
         let maker = {
             let (readiness, store) = (readiness.clone(), Arc::clone(&store));
-            thread::spawn(move || make_anew(&readiness, &store, 2))
+            thread::spawn(move || replace_state(&readiness, &store, 2))
         };
         let epoch = store.epoch();
-        if readiness.reads().is_ok() {
+        if readiness.check().is_ok() {
             let pieces = [0, 1].map(|shard| {
                 let piece = store.get(shard);
                 (store.epoch() == epoch).then_some(piece)
@@ -127,72 +129,61 @@ fn a_scan_that_ends_in_its_epoch_saw_one_state() {
     });
 }
 
-/// A latch that is taken before another is let go of leaves no moment between.
+/// A replica that changes its reason is not ready in between.
 #[test]
-fn latches_that_overlap_leave_no_gap() {
+fn one_reason_after_another_leaves_no_gap() {
     model(|| {
-        let readiness = Readiness::default();
-        let first = hold(&readiness, Scope::All);
+        let readiness = Readiness::starting("");
         let changes = {
             let readiness = readiness.clone();
-            thread::spawn(move || {
-                let second = hold(&readiness, Scope::All);
-                drop(first);
-                second.say("said", "");
-                second
-            })
+            thread::spawn(move || readiness.block(NodeState::Gap, ""))
         };
         for _ in 0..2 {
-            let unready = readiness.reads().expect_err("one of the two is held");
-            assert!(["held", "said"].contains(&unready.state));
-            assert!(readiness.writes().is_err());
+            let unready = readiness.check().expect_err("it is never ready");
+            assert!([NodeState::Starting, NodeState::Gap].contains(&unready.state));
         }
-        let second = changes.join().unwrap();
-        assert_eq!(readiness.reads().unwrap_err().state, "said");
-        drop(second);
-        assert_eq!(readiness.writes(), Ok(()));
+        changes.join().unwrap();
+        assert_eq!(readiness.state(), NodeState::Gap);
     });
 }
 
-/// Who finds a replica ready sees what was done before it was.
+/// Whoever finds a replica ready sees what was done before it was.
 #[test]
-fn what_was_done_under_a_latch_is_seen_after_it() {
+fn what_was_done_before_it_was_ready_is_seen() {
     model(|| {
-        let readiness = Readiness::default();
-        let latch = hold(&readiness, Scope::All);
+        let readiness = Readiness::starting("");
         let restored = Arc::new(AtomicU64::new(0));
         let restore = {
-            let restored = Arc::clone(&restored);
+            let (restored, readiness) = (Arc::clone(&restored), readiness.clone());
             thread::spawn(move || {
                 restored.store(1, Ordering::Relaxed);
-                drop(latch);
+                readiness.set_ready();
             })
         };
-        if readiness.reads().is_ok() {
+        if readiness.check().is_ok() {
             assert_eq!(restored.load(Ordering::Relaxed), 1);
         }
         restore.join().unwrap();
     });
 }
 
-/// Latches of several threads: each is unready while it holds one, and all that is left is ready.
+/// A replica that stops is not made ready by the task that drives it.
 #[test]
-fn nothing_is_left_of_latches_that_were_let_go() {
+fn a_stop_is_final() {
     model(|| {
-        let readiness = Readiness::default();
-        let threads = [Scope::All, Scope::Writes].map(|scope| {
+        let readiness = Readiness::starting("");
+        let driver = {
             let readiness = readiness.clone();
             thread::spawn(move || {
-                let latch = hold(&readiness, scope);
-                assert!(readiness.writes().is_err());
-                assert!(scope == Scope::Writes || readiness.reads().is_err());
-                drop(latch);
+                readiness.set_ready();
+                readiness.block(NodeState::Gap, "");
+                readiness.set_ready();
             })
-        });
-        for thread in threads {
-            thread.join().unwrap();
-        }
-        assert_eq!(readiness.writes(), Ok(()));
+        };
+        readiness.block(NodeState::Stopping, "");
+        assert_eq!(readiness.state(), NodeState::Stopping);
+        driver.join().unwrap();
+        assert_eq!(readiness.state(), NodeState::Stopping);
     });
 }
 
