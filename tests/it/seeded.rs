@@ -37,7 +37,7 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// With `rows` of 35 bytes in the seed.
     pub(crate) async fn of(rows: u64) -> Self {
-        let (broker, dir) = (Broker::start().await, tempfile::tempdir().unwrap());
+        let (broker, dir) = (Broker::start_with(&[]).await, tempfile::tempdir().unwrap());
         let store = store_of(rows, u64::MAX);
         let seed = write_file_of(dir.path(), &store, SEED);
         let truth = Truth {
