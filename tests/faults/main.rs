@@ -21,6 +21,7 @@ shared! {
     broker: "../it/broker.rs";
     disk: "../it/disk.rs";
     harness: "../it/harness.rs";
+    nats: "../it/nats.rs";
     seeded: "../it/seeded.rs";
     small_disk: "../it/small_disk.rs";
     throttle: "../it/throttle.rs";
