@@ -15,22 +15,29 @@ LAME_DUCK = 'lame_duck_duration: "30s"\nlame_duck_grace_period: "1s"\n'
 
 
 class Servers:
-    """Three servers. With `proxied`, each route goes through a proxy, so that a server can be isolated from the others
-    while its clients still reach it."""
+    """Three servers. With `proxied`, each route goes through a proxy, so that a server can be
+    isolated from the others while its clients still reach it."""
 
     def __init__(self, directory, sync, stack, proxied=False):
         ports = [free_port() for _ in range(SERVERS)]
-        # Gossip would lead around the proxies, so each server advertises an address where nobody listens.
+        # Gossip would lead around the proxies, so each server advertises an address where nobody
+        # listens.
         nowhere = free_port()
-        self.links = {(source, target): Way(("127.0.0.1", ports[target]))
-                      for source in range(SERVERS) for target in range(SERVERS) if proxied and source != target}
+        self.links = {
+            (source, target): Way(("127.0.0.1", ports[target]))
+            for source in range(SERVERS)
+            for target in range(SERVERS)
+            if proxied and source != target
+        }
         self.all = []
         for n in range(SERVERS):
             routes = [f"nats://127.0.0.1:{ports[other]}" for other in range(SERVERS)]
             if proxied:
                 routes = [link.url for (source, _), link in self.links.items() if source == n]
-            more = (f'server_name: "server-{n}"\n{LAME_DUCK}cluster {{\n  name: three\n  listen: 127.0.0.1:{ports[n]}\n'
-                    f'{f"  advertise: 127.0.0.1:{nowhere}" if proxied else ""}\n  routes: {json.dumps(routes)}\n}}\n')
+            more = (
+                f'server_name: "server-{n}"\n{LAME_DUCK}cluster {{\n  name: three\n  listen: 127.0.0.1:{ports[n]}\n'
+                f"{f'  advertise: 127.0.0.1:{nowhere}' if proxied else ''}\n  routes: {json.dumps(routes)}\n}}\n"
+            )
             self.all.append(stack.enter_context(Broker(directory / f"server-{n}", sync, more)))
         self.url = ",".join(server.url for server in self.all)
 
@@ -58,8 +65,10 @@ class Client:
         reader, writer = await asyncio.open_connection(*self.server.address)
         self.streams = reader, writer
         await reader.readline()
-        writer.write(b'CONNECT {"verbose":false,"pedantic":false,"lang":"python3","version":"0","protocol":1}\r\n'
-                     b"SUB _INBOX.failover 1\r\n")
+        writer.write(
+            b'CONNECT {"verbose":false,"pedantic":false,"lang":"python3","version":"0","protocol":1}\r\n'
+            b"SUB _INBOX.failover 1\r\n"
+        )
 
     async def ask(self, subject, wait_s):
         """The answer as JSON; `None` without one in time."""
@@ -107,7 +116,9 @@ async def settled(servers, wait_s=120):
                 info = await client.ask(stream_info(), 1)
                 cluster = (info or {}).get("cluster") or {}
                 followers = cluster.get("replicas") or []
-                current = [each for each in followers if each.get("current") and not each.get("offline")]
+                current = [
+                    each for each in followers if each.get("current") and not each.get("offline")
+                ]
                 if cluster.get("leader") and len(current) == SERVERS - 1:
                     return servers.named(cluster["leader"])
             await asyncio.sleep(0.1)
