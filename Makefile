@@ -1,7 +1,7 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
 .PHONY: help run cluster test picture sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip \
-	compare jetstream backups drill soak mutants rates load-test dashboards dashboards-test compose-test docs-test
+	compare jetstream backups drill failover soak mutants rates load-test dashboards dashboards-test compose-test docs-test
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -146,6 +146,12 @@ drill: ## one of three replicas loses its disk under load and comes back; DRILL 
 	tests/install-nats.sh
 	cargo build --locked --release --bins --examples
 	python3 load/drill.py $(DRILL)
+
+FAILOVER ?= --runs 20
+failover: ## a server of three that leads the stream is killed under load; FAILOVER has the flags and other faults
+	tests/install-nats.sh
+	cargo build --locked --release
+	python3 load/failover.py $(FAILOVER)
 
 SOAK ?= --seconds 3600
 soak: ## an hour under load with a fault every 30 s; SOAK has the flags

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import chart
 import generate
-from measure import (PASSWORD, RELEASE, ROOT, SERVER, SYNCS, Broker, Node, cpu_s, end_with_parent, machine_cpu_s,
+from measure import (PASSWORD, PROGRAM, RELEASE, ROOT, SERVER, SYNCS, Broker, Node, cpu_s, end_with_parent, machine_cpu_s,
                      own_cpu_s, says)
 
 # The first is demanded from so much on: of a small store the start is most.
@@ -68,10 +68,11 @@ class Report:
         self(f"demand: {what} {sign} {bound}: {found:.{digits}f}, {'met' if met else 'MISSED'}")
         return not met
 
-    def keep(self, results, name, picture):
+    def keep(self, results, name, picture=None):
         results.mkdir(parents=True, exist_ok=True)
         (results / f"{name}.txt").write_text("\n".join([*self.lines, ""]))
-        (results / f"{name}.svg").write_text(picture)
+        if picture:
+            (results / f"{name}.svg").write_text(picture)
 
 
 class Load:
@@ -204,7 +205,7 @@ def machine(report, args, script="load/drill.py"):
     memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     report(f"$ python3 {script} " + " ".join(sys.argv[1:]))
-    report(f"{says(RELEASE / 'gradestore', '--version')} at {commit}, {says(SERVER, '--version')}, "
+    report(f"{says(PROGRAM, '--version')} at {commit}, {says(SERVER, '--version')}, "
            f"{platform.system()} {platform.release().split('-')[0]}")
     report(f"{os.cpu_count()} cores of {cpu}, {int(memory) / MIB:.0f} GiB of memory; broker, replicas and load share them")
     load = os.getloadavg()[0]

@@ -23,11 +23,13 @@ CHUNK = 256 * 1024
 
 
 class Way:
-    """Stands between a replica and its broker. Either direction can fall silent, and connections can be cut."""
+    """Stands between a replica and its broker. Either direction can fall silent, connections can be cut, and new ones
+    refused."""
 
     def __init__(self, broker_address):
         self.broker_address = broker_address
         self.open = set()
+        self.refusing = False
         self.lock = threading.Lock()
         self.flows = {"to the broker": threading.Event(), "from the broker": threading.Event()}
         self.let_through()
@@ -38,6 +40,9 @@ class Way:
     def accept(self):
         while True:
             client, _ = self.listener.accept()
+            if self.refusing:
+                client.close()
+                continue
             try:
                 server = socket.create_connection(self.broker_address)
             except OSError:
@@ -71,6 +76,14 @@ class Way:
         with self.lock:
             sockets = set(self.open)
         self.end(sockets)
+
+    def refuse(self):
+        """Breaks every connection, and those that come until `accept_again`."""
+        self.refusing = True
+        self.cut()
+
+    def accept_again(self):
+        self.refusing = False
 
     def silence(self, *directions):
         for direction in directions:

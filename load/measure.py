@@ -4,6 +4,7 @@ import base64
 import ctypes
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -76,10 +77,28 @@ def end_with_parent():
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+# Below the ports that Linux assigns by itself, so that no outgoing connection and no bind to port 0 takes one that a
+# process will bind later, or binds again after a restart.
+PORTS = range(20_000, 32_768)
+RESERVED_PORTS = []
+
+
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A TCP port that stays reserved until this process ends. The reservation is the UDP port of the same number:
+    everybody who reserves this way sees it, and whoever is given the TCP port can bind it as often as it likes."""
+    while True:
+        port = random.choice(PORTS)
+        reserved = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            reserved.bind(("127.0.0.1", port))
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            reserved.close()
+            continue
+        RESERVED_PORTS.append(reserved)
+        return port
 
 
 def says(*command):
@@ -88,16 +107,16 @@ def says(*command):
 
 
 class Broker:
-    """nats-server on a free port."""
+    """nats-server on a port of its own. `more` is added to its configuration."""
 
-    def __init__(self, directory, sync):
+    def __init__(self, directory, sync, more=""):
         directory.mkdir()
         port = free_port()
         self.address = ("127.0.0.1", port)
         self.url = f"nats://127.0.0.1:{port}"
         config, self.log = directory / "nats.conf", directory / "nats.log"
         config.write_text(f'listen: 127.0.0.1:{port}\n'
-                          f'jetstream {{ store_dir: "{directory}/store", sync_interval: "{SYNCS[sync]}" }}\n')
+                          f'jetstream {{ store_dir: "{directory}/store", sync_interval: "{SYNCS[sync]}" }}\n{more}')
         self.store = directory / "store"
         self.command = [SERVER, "-c", config, "-l", self.log]
         self.start()
@@ -120,6 +139,8 @@ class Broker:
         return self
 
     def __exit__(self, *_):
+        # One that was stopped by a signal would not hear another.
+        self.child.send_signal(signal.SIGCONT)
         self.child.terminate()
         self.child.wait()
 

@@ -15,12 +15,8 @@ const LEFT: u64 = 5;
 /// The broker comes back with an empty disk: nobody serves what nobody can go on from. Then the
 /// operator does what the replicas say.
 pub(crate) async fn wiped(scene: &mut Scene) {
-    let kept = scene.cluster.broker.kill_and_copy();
-    scene
-        .cluster
-        .broker
-        .roll_back(tempfile::tempdir().unwrap())
-        .await;
+    let kept = scene.broker().kill_and_copy();
+    scene.broker().roll_back(tempfile::tempdir().unwrap()).await;
     for index in [B, C] {
         let node = scene.node(index);
         let before = scene.position(index).await;
@@ -48,7 +44,7 @@ pub(crate) async fn wiped(scene: &mut Scene) {
     for index in [A, B, C] {
         scene.kill(index);
     }
-    scene.cluster.broker.roll_back(kept).await;
+    scene.broker().roll_back(kept).await;
     for index in [B, C, A] {
         scene.start(index).await;
     }
@@ -60,7 +56,7 @@ pub(crate) async fn wiped(scene: &mut Scene) {
 /// The stream forgets what the replica under test has already.
 pub(crate) async fn trimmed_behind(scene: &mut Scene) {
     let quiet = scene.load.pause().await;
-    scene.cluster.truth.read(&scene.cluster.broker).await;
+    scene.read().await;
     let has = match scene.stage {
         Stage::Restoring => scene.held_at,
         _ => scene.position(A).await,
@@ -76,12 +72,12 @@ pub(crate) async fn trimmed_behind(scene: &mut Scene) {
 /// The stream forgets what the replica under test has not read, because it was cut off.
 pub(crate) async fn trimmed_beyond(scene: &mut Scene) {
     scene.connection(Rules::DEAD);
-    scene.proxy.cut();
+    scene.proxy().cut();
     not_writable(scene, A).await;
     scene.load.progress(&[B, C], 10).await;
     let quiet = scene.load.pause().await;
-    scene.cluster.truth.read(&scene.cluster.broker).await;
-    let end = scene.cluster.truth.position;
+    scene.read().await;
+    let end = scene.truth.position;
     assert!(scene.position(A).await + 1 < end - LEFT);
     trim(scene, end - LEFT).await;
     drop(quiet);
@@ -96,8 +92,8 @@ pub(crate) async fn trimmed_beyond(scene: &mut Scene) {
 
 /// Makes the stream forget all up to `through`; nobody may write meanwhile.
 async fn trim(scene: &Scene, through: u64) {
-    let end = scene.cluster.truth.position;
-    let context = scene.cluster.broker.client().await;
+    let end = scene.truth.position;
+    let context = scene.client().await;
     let stream = context.get_stream(STREAM).await.unwrap();
     let config = stream.cached_info().config.clone();
     for max_messages in [i64::try_from(end - through).unwrap().max(1), -1] {

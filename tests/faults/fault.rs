@@ -1,5 +1,7 @@
 //! What goes wrong, and how it is mended.
 
+use std::time::Duration;
+
 use rustix::process::Signal;
 
 use crate::broken_log;
@@ -9,6 +11,7 @@ use crate::disk::backup_of;
 use crate::proxy::Rules;
 use crate::scene::{A, B, C, Scene};
 use crate::seeded::serves_nothing;
+use crate::server_fault::ServerFault;
 use crate::small_disk::SmallDisk;
 use crate::stage::Stage;
 use crate::wire::eventually;
@@ -49,10 +52,13 @@ pub(crate) enum Fault {
     ClockAhead,
     /// The clock is set an hour back.
     ClockBehind,
+    /// One of three servers: what happens to them.
+    Servers(ServerFault),
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 14] = [
+    /// With one server.
+    const OF_ONE: [Self; 14] = [
         Self::Kill,
         Self::Freeze,
         Self::CutTo,
@@ -69,8 +75,31 @@ impl Fault {
         Self::ClockBehind,
     ];
 
+    /// All of them, those with one server first.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        let of_three = ServerFault::ALL.into_iter().map(Self::Servers);
+        Self::OF_ONE.into_iter().chain(of_three)
+    }
+
+    /// What the replica under test may be doing meanwhile.
+    pub(crate) fn stages(self) -> &'static [Stage] {
+        match self {
+            Self::Servers(_) => &[Stage::Steady, Stage::Restoring],
+            _ => &Stage::ALL,
+        }
+    }
+
+    /// How long a cell may take.
+    pub(crate) fn time_max(self) -> Duration {
+        match self {
+            Self::Servers(fault) => fault.time_max(),
+            _ => Duration::from_secs(120),
+        }
+    }
+
     pub(crate) fn name(self) -> &'static str {
         match self {
+            Self::Servers(fault) => fault.name(),
             Self::Kill => "kill",
             Self::Freeze => "freeze",
             Self::CutTo => "cut-to-broker",
@@ -94,13 +123,14 @@ impl Fault {
     }
 
     /// What must be there before the replica under test is.
-    pub(crate) fn prepare(self, scene: &mut Scene) {
+    pub(crate) async fn prepare(self, scene: &mut Scene) {
         match self {
             Self::FullDisk => {
                 scene.disk = Some(SmallDisk::new(DISK_MIB));
                 scene.snapshots_often = true;
             }
             Self::ClockAhead | Self::ClockBehind => scene.clock = Some(Clock::new()),
+            Self::Servers(fault) => fault.prepare(scene).await,
             _ => {}
         }
     }
@@ -134,11 +164,11 @@ impl Fault {
             }
             Self::FullDisk => full_disk(scene).await,
             Self::Broker => {
-                scene.cluster.broker.kill();
+                scene.broker().kill();
                 for index in [A, B, C] {
                     not_writable(scene, index).await;
                 }
-                scene.cluster.broker.restart().await;
+                scene.broker().restart().await;
                 scene.go_on().await;
             }
             Self::Wiped => broken_log::wiped(scene).await,
@@ -147,6 +177,7 @@ impl Fault {
             Self::AckLost => ack_lost(scene).await,
             Self::ClockAhead => clock(scene, HOUR_S).await,
             Self::ClockBehind => clock(scene, -HOUR_S).await,
+            Self::Servers(fault) => fault.strike(scene).await,
         }
     }
 }

@@ -31,7 +31,7 @@ const VALUES: i64 = 1_000_000_000;
 pub(crate) struct Record {
     /// 204.
     pub(crate) answered: Vec<Answered>,
-    /// 503, or nobody took the connection: not written.
+    /// 503, 507, or nobody took the connection: not written.
     pub(crate) refused: Vec<Write>,
     /// 504, or the connection broke: perhaps written.
     pub(crate) unknown: Vec<Write>,
@@ -165,7 +165,7 @@ async fn send(ports: &Ports, write: &Write) -> Outcome {
     match request.send().await {
         Ok(answer) => match answer.status().as_u16() {
             204 => Outcome::Answered(Answer::of(answer).await.position()),
-            503 => Outcome::Refused,
+            503 | 507 => Outcome::Refused,
             504 => Outcome::Unknown,
             other => panic!("a write was answered with {other}"),
         },

@@ -1,5 +1,6 @@
 //! The fault matrix: what goes wrong, times what the replica it happens to is doing. Each cell is a
-//! broker, three replicas and clients of them, all real processes; see README.md.
+//! broker or a cluster of three, three replicas and clients of them, all real processes; see
+//! README.md.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -21,6 +22,7 @@ shared! {
     broker: "../it/broker.rs";
     disk: "../it/disk.rs";
     harness: "../it/harness.rs";
+    nats: "../it/nats.rs";
     seeded: "../it/seeded.rs";
     small_disk: "../it/small_disk.rs";
     throttle: "../it/throttle.rs";
@@ -34,6 +36,7 @@ mod clock;
 mod fault;
 mod load;
 mod scene;
+mod server_fault;
 mod stage;
 mod table;
 mod verdict;
@@ -50,8 +53,6 @@ use crate::scene::{Logs, Scene};
 use crate::stage::Stage;
 use crate::table::{Outcome, Table};
 
-/// How long a cell may take.
-const CELL_MAX: Duration = Duration::from_secs(120);
 /// How long what a cell has started may take to end.
 const TIDY_MAX: Duration = Duration::from_secs(5);
 
@@ -96,8 +97,8 @@ fn main() -> ExitCode {
 }
 
 fn cells() -> impl Iterator<Item = (Fault, Stage)> {
-    let with_stages = |fault| Stage::ALL.into_iter().map(move |stage| (fault, stage));
-    Fault::ALL.into_iter().flat_map(with_stages)
+    let with_stages = |fault: Fault| fault.stages().iter().map(move |stage| (fault, *stage));
+    Fault::all().flat_map(with_stages)
 }
 
 fn matches(filter: &str, (fault, stage): &(Fault, Stage)) -> bool {
@@ -117,8 +118,8 @@ fn run(fault: Fault, stage: Stage) -> Option<Outcome> {
         .build()
         .unwrap();
     let cell = async {
-        let mut scene = Scene::new(stage, logs.clone()).await;
-        fault.prepare(&mut scene);
+        let mut scene = Scene::new(fault, stage, logs.clone()).await;
+        fault.prepare(&mut scene).await;
         stage.enter(&mut scene).await;
         fault.strike(&mut scene).await;
         verdict::judge(scene, fault).await;
@@ -127,7 +128,7 @@ fn run(fault: Fault, stage: Stage) -> Option<Outcome> {
         let mut interrupted = signal(SignalKind::interrupt()).unwrap();
         let mut terminated = signal(SignalKind::terminate()).unwrap();
         tokio::select! {
-            ended = tokio::time::timeout(CELL_MAX, cell) => Some(ended),
+            ended = tokio::time::timeout(fault.time_max(), cell) => Some(ended),
             _ = interrupted.recv() => None,
             _ = terminated.recv() => None,
         }
@@ -137,7 +138,7 @@ fn run(fault: Fault, stage: Stage) -> Option<Outcome> {
     let why = match ended {
         Ok(None) => return None,
         Ok(Some(Ok(()))) => return Some(Outcome::Ok(begun.elapsed())),
-        Ok(Some(Err(_elapsed))) => format!("not done within {} s", CELL_MAX.as_secs()),
+        Ok(Some(Err(_elapsed))) => format!("not done within {} s", fault.time_max().as_secs()),
         Err(_) => {
             let panics = PANICS.lock();
             panics.first().cloned().unwrap_or_default()

@@ -1,17 +1,22 @@
-//! Three replicas on one broker, of which one is under test, and clients of all three.
+//! Three replicas on one broker or on a cluster of three, of which one is under test, and clients of
+//! all three.
 
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 
+use async_nats::jetstream::Context;
 use parking_lot::Mutex;
+use tempfile::TempDir;
 
-use crate::broker::{replica_at, status_where};
+use crate::broker::{Broker, replica_at, replica_with, status_where};
 use crate::clock::Clock;
+use crate::fault::Fault;
 use crate::harness::{Node, Ports};
 use crate::load::Load;
+use crate::nats::NatsCluster;
 use crate::proxy::{Proxy, Rules};
-use crate::seeded::Cluster;
+use crate::seeded::{Truth, seed};
 use crate::small_disk::SmallDisk;
 use crate::stage::{Hold, Stage};
 use crate::throttle::Throttle;
@@ -25,12 +30,26 @@ pub(crate) const C: usize = 2;
 /// What each process of a cell has said, by name.
 pub(crate) type Logs = Arc<Mutex<Vec<(String, Arc<Mutex<String>>)>>>;
 
+/// What keeps the log.
+pub(crate) enum Brokers {
+    One(Broker),
+    Three(Box<NatsCluster>),
+}
+
 /// Three replicas and what is around them. All of it ends when it is dropped.
 pub(crate) struct Scene {
-    pub(crate) cluster: Cluster,
-    /// Between the replica under test and the broker.
-    pub(crate) proxy: Proxy,
+    pub(crate) brokers: Brokers,
+    pub(crate) truth: Truth,
+    seed: PathBuf,
+    /// Where replicas keep their data.
+    data: TempDir,
+    /// Between the replica under test and the broker; with three servers only if a fault needs it.
+    pub(crate) proxy: Option<Proxy>,
     rules: Rules,
+    /// More flags for a replica.
+    pub(crate) flags: [Vec<String>; 3],
+    /// How the replica under test finds its servers where there are three and no proxy.
+    pub(crate) nats_url: Option<String>,
     /// To the backups of the other two.
     pub(crate) ways: [Throttle; 2],
     pub(crate) load: Load,
@@ -54,17 +73,36 @@ pub(crate) struct Scene {
 
 impl Scene {
     /// With two replicas that are ready.
-    pub(crate) async fn new(stage: Stage, logs: Logs) -> Self {
-        let cluster = Cluster::of(stage.rows()).await;
-        let proxy = Proxy::to(cluster.broker.address).await;
+    pub(crate) async fn new(fault: Fault, stage: Stage, logs: Logs) -> Self {
+        let (truth, seed, data) = seed(stage.rows());
+        let (brokers, proxy) = match fault {
+            Fault::Servers(fault) => {
+                let cluster = NatsCluster::start_with(fault.gossip(), fault.config()).await;
+                for (index, server) in cluster.servers.iter().enumerate() {
+                    let log = Arc::clone(&server.log);
+                    logs.lock().push((format!("server-{index}"), log));
+                }
+                (Brokers::Three(Box::new(cluster)), None)
+            }
+            _ => {
+                let broker = Broker::start().await;
+                let proxy = Proxy::to(broker.address).await;
+                (Brokers::One(broker), Some(proxy))
+            }
+        };
         let ways = [
             Throttle::to_nobody(u64::MAX).await,
             Throttle::to_nobody(u64::MAX).await,
         ];
         let mut scene = Self {
-            cluster,
+            brokers,
+            truth,
+            seed,
+            data,
             proxy,
             rules: Rules::default(),
+            flags: Default::default(),
+            nats_url: None,
             ways,
             load: Load::start(),
             loaded: false,
@@ -78,8 +116,11 @@ impl Scene {
             clock: None,
             logs,
         };
+        if let Fault::Servers(fault) = fault {
+            scene.flags = fault.flags();
+        }
         let mut first = scene.command(B);
-        first.arg("--restore-from").arg(&scene.cluster.seed);
+        first.arg("--restore-from").arg(&scene.seed);
         scene.launch(B, &mut first).await;
         scene.ready(B).await;
         scene.start(C).await;
@@ -88,14 +129,22 @@ impl Scene {
     }
 
     fn command(&self, index: usize) -> Command {
+        let mut command = match (&self.brokers, &self.proxy, &self.nats_url) {
+            (_, Some(proxy), _) if index == A => replica_at(proxy.address),
+            (_, None, Some(nats_url)) if index == A => replica_with(nats_url),
+            (Brokers::One(broker), ..) => replica_at(broker.address),
+            (Brokers::Three(cluster), ..) => replica_with(&cluster.url()),
+        };
+        if matches!(self.brokers, Brokers::Three(_)) {
+            command.args(["--replicas", "3"]);
+        }
+        command.env("GRADESTORE_EPHEMERAL", "false");
+        command.arg("--data-dir").arg(self.dir(index));
+        command.args(&self.flags[index]);
         if index != A {
-            let mut command = self.cluster.with_dir(["", "b", "c"][index]);
             command.args(["--advertise-url", &self.ways[index - 1].url()]);
             return command;
         }
-        let mut command = replica_at(self.proxy.address);
-        command.env("GRADESTORE_EPHEMERAL", "false");
-        command.arg("--data-dir").arg(self.dir(A));
         if self.snapshots_often {
             command.arg("--snapshot-interval=1s");
         }
@@ -109,7 +158,7 @@ impl Scene {
     pub(crate) fn dir(&self, index: usize) -> PathBuf {
         match &self.disk {
             Some(disk) if index == A => disk.data(),
-            _ => self.cluster.dir.path().join(["a", "b", "c"][index]),
+            _ => self.data.path().join(["a", "b", "c"][index]),
         }
     }
 
@@ -206,7 +255,7 @@ impl Scene {
     /// Keeps the log's batches from the replica under test.
     pub(crate) fn hold_batches(&mut self, hold: bool) {
         self.rules.hold_batches = hold;
-        self.proxy.set(self.rules);
+        self.proxy().set(self.rules);
     }
 
     /// What the fault does to the connection between the replica under test and the broker, beside
@@ -217,6 +266,40 @@ impl Scene {
             hold_batches,
             ..fault
         };
-        self.proxy.set(self.rules);
+        self.proxy().set(self.rules);
+    }
+
+    pub(crate) fn proxy(&self) -> &Proxy {
+        self.proxy.as_ref().expect("a proxy")
+    }
+
+    /// The one server.
+    pub(crate) fn broker(&mut self) -> &mut Broker {
+        match &mut self.brokers {
+            Brokers::One(broker) => broker,
+            Brokers::Three(_) => panic!("there are three servers"),
+        }
+    }
+
+    /// The three servers.
+    pub(crate) fn servers(&mut self) -> &mut NatsCluster {
+        match &mut self.brokers {
+            Brokers::One(_) => panic!("there is one server"),
+            Brokers::Three(cluster) => cluster,
+        }
+    }
+
+    /// A client of the test's own.
+    pub(crate) async fn client(&self) -> Context {
+        match &self.brokers {
+            Brokers::One(broker) => broker.client().await,
+            Brokers::Three(cluster) => cluster.client().await,
+        }
+    }
+
+    /// Reads the log to its end.
+    pub(crate) async fn read(&mut self) {
+        let client = self.client().await;
+        self.truth.read(&client).await;
     }
 }

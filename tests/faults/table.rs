@@ -58,19 +58,32 @@ impl Table {
         self.0.iter().any(failed)
     }
 
-    /// A row a fault, a column a stage; what did not hold was said already.
+    /// A table for one server and one for three: a row a fault, a column a stage. What did not hold
+    /// was said already.
     pub(crate) fn print(&self, took: Duration) {
-        let stages = Stage::ALL.map(Stage::name);
-        println!("\n| | {} |\n|{}", stages.join(" | "), " --- |".repeat(7));
-        for fault in Fault::ALL {
-            let cells = Stage::ALL.map(|stage| self.short(fault, stage));
-            if cells.iter().any(|cell| !cell.is_empty()) {
-                println!("| {} | {} |", fault.name(), cells.join(" | "));
-            }
-        }
+        let (of_three, of_one): (Vec<_>, _) =
+            Fault::all().partition(|fault| matches!(fault, Fault::Servers(_)));
+        self.print_board(&of_one);
+        self.print_board(&of_three);
         let failed = |(_, _, outcome): &&(_, _, Outcome)| matches!(outcome, Outcome::Failed(_));
         let (cells, failed) = (self.0.len(), self.0.iter().filter(failed).count());
         println!("\n{cells} cells in {} s, {failed} failed", took.as_secs());
+    }
+
+    fn print_board(&self, faults: &[Fault]) {
+        let ran = |fault: &&Fault| self.0.iter().any(|(ran, ..)| ran == *fault);
+        let ran: Vec<Fault> = faults.iter().filter(ran).copied().collect();
+        let Some(stages) = ran.first().map(|fault| fault.stages()) else {
+            return;
+        };
+        let names: Vec<_> = stages.iter().map(|stage| stage.name()).collect();
+        let line = " --- |".repeat(stages.len() + 1);
+        println!("\n| | {} |\n|{line}", names.join(" | "));
+        for fault in ran {
+            let cells = stages.iter().map(|stage| self.short(fault, *stage));
+            let cells: Vec<String> = cells.collect();
+            println!("| {} | {} |", fault.name(), cells.join(" | "));
+        }
     }
 
     fn short(&self, fault: Fault, stage: Stage) -> String {

@@ -20,9 +20,10 @@ pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
     // three are equal to the log's sum.
     let nodes = scene.nodes().map(Clone::clone);
     let nodes = [&nodes[0], &nodes[1], &nodes[2]];
-    scene.cluster.check(&nodes, &record.answered).await;
+    let client = scene.client().await;
+    scene.truth.check(&client, &nodes, &record.answered).await;
 
-    let truth = &scene.cluster.truth;
+    let truth = &scene.truth;
     let stored = truth.log.values().flatten().filter_map(Logged::set);
     let stored: BTreeSet<&Write> = stored.collect();
     for refused in &record.refused {
@@ -65,7 +66,7 @@ fn judge_backup(scene: &Scene, fault: Fault, backup: Option<Vec<u8>>) {
     };
     let (store, summary) = restored(&file);
     let (head, end) = summary.records.unwrap();
-    let truth = &scene.cluster.truth;
+    let truth = &scene.truth;
     assert!(head.position <= end.position && end.position <= truth.position);
     let after = truth.log.range(head.position + 1..);
     for write in after.flat_map(|(_, writes)| writes) {

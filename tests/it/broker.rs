@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -19,9 +19,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
-use crate::harness::{
-    ANY_PORTS, AUTHORIZATION, Node, PASSWORD, Ports, Process, collected, program,
-};
+use crate::harness::{ANY_PORTS, AUTHORIZATION, Node, PASSWORD, Ports, program};
+use crate::nats::NatsServer;
 use crate::wire::{Answer, eventually, in_time};
 
 /// As tests/install-nats.sh puts it there.
@@ -30,12 +29,10 @@ pub(crate) const STREAM: &str = "GRADES";
 pub(crate) const SUBJECT: &str = "grades.set";
 pub(crate) const FIELDS: [&str; 4] = ["postpaid_limit", "spp", "shipping_fee", "return_fee"];
 
-/// nats-server as a child process, with a directory and a port that outlive it.
+/// One nats-server, which may lose its store.
 pub(crate) struct Broker {
-    dir: TempDir,
     pub(crate) address: SocketAddr,
-    process: Process,
-    args: &'static [&'static str],
+    server: NatsServer,
 }
 
 impl Broker {
@@ -53,41 +50,39 @@ impl Broker {
     }
 
     /// One with more arguments, and no stream.
-    pub(crate) async fn start_with(args: &'static [&'static str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let (process, address) = spawn(dir.path(), -1, args).await;
+    pub(crate) async fn start_with(args: &[&str]) -> Self {
+        let server = NatsServer::start_with("", args).await;
         Self {
-            dir,
-            address,
-            process,
-            args,
+            address: server.address,
+            server,
         }
     }
 
     /// Ends it as a power switch would, but for the system's caches.
     pub(crate) fn kill(&mut self) {
-        self.process.0.kill().unwrap();
-        self.process.0.wait().unwrap();
+        self.server.kill();
     }
 
     /// Starts it again where it was.
     pub(crate) async fn restart(&mut self) {
-        let port = self.address.port().into();
-        (self.process, self.address) = spawn(self.dir.path(), port, self.args).await;
+        self.server.restart().await;
     }
 
     /// Kills it and copies what it has on its disk.
     pub(crate) fn kill_and_copy(&mut self) -> TempDir {
         self.kill();
         let copy = tempfile::tempdir().unwrap();
-        copy_tree(self.dir.path(), copy.path());
+        copy_tree(&self.server.store(), copy.path());
         copy
     }
 
     /// Starts it again with what it had when `copy` was made: a broker that lost its last batches.
     pub(crate) async fn roll_back(&mut self, copy: TempDir) {
         self.kill();
-        self.dir = copy;
+        let store = self.server.store();
+        fs::remove_dir_all(&store).unwrap();
+        fs::create_dir(&store).unwrap();
+        copy_tree(copy.path(), &store);
         self.restart().await;
     }
 
@@ -144,27 +139,6 @@ pub(crate) fn copy_tree(from: &Path, to: &Path) {
             false => drop(fs::copy(&entry, &to).unwrap()),
         }
     }
-}
-
-async fn spawn(dir: &Path, port: i32, args: &[&str]) -> (Process, SocketAddr) {
-    let spawned = Command::new(NATS_SERVER)
-        .args(["-js", "-a", "127.0.0.1", "-p", &port.to_string(), "-sd"])
-        .arg(dir)
-        .args(args)
-        .stdin(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn();
-    let missing = |error| panic!("{NATS_SERVER}: {error}; tests/install-nats.sh gets it");
-    let mut process = Process(spawned.unwrap_or_else(missing));
-    let said = collected(process.0.stderr.take().unwrap());
-    let address = eventually("nats-server", async || {
-        let said = said.lock();
-        let (_, rest) = said.split_once("Listening for client connections on ")?;
-        let (address, rest) = rest.split_once('\n')?;
-        rest.contains("Server is ready")
-            .then(|| address.parse().unwrap())
-    });
-    (process, address.await)
 }
 
 /// The command that starts a replica whose broker is at `address`.

@@ -225,11 +225,12 @@ impl Node {
         let stdout = collected(process.0.stdout.take().unwrap());
         let stderr = collected(process.0.stderr.take().unwrap());
         let listening = eventually("the log line that names the ports", async || {
+            let ended = process.0.try_wait().unwrap();
             let stderr = stderr.lock();
             let mut lines = stderr.lines();
-            lines
-                .find(|line| line.contains("listening"))
-                .map(str::to_owned)
+            let listening = lines.find(|line| line.contains("listening"));
+            assert!(listening.is_some() || ended.is_none(), "it ended: {stderr}");
+            listening.map(str::to_owned)
         })
         .await;
         let address = |field: &str| {

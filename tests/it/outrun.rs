@@ -89,7 +89,7 @@ async fn a_log_trimmed_beyond_a_restore_is_noticed_and_it_begins_anew() {
     let (mut cluster, first, throttle, late) = halfway(1).await;
     // More than the buffer, and what the broker has sent ahead of it, hold.
     publish(&cluster.broker, 3000).await;
-    cluster.truth.read(&cluster.broker).await;
+    cluster.truth.read(&cluster.broker.client().await).await;
     let context = cluster.broker.client().await;
     let stream = context.get_stream(STREAM).await.unwrap();
     let config = Config {

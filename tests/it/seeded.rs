@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
+use async_nats::jetstream::Context;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD as BASE64;
 use futures_util::StreamExt;
 use gradestore::grade::{Changes, Patch};
 use gradestore::store::Store;
@@ -20,10 +22,12 @@ use crate::broker::{
 use crate::disk::{store_of, write_file_of};
 use crate::harness::{Node, Ports};
 use crate::throttle::Throttle;
-use crate::wire::{eventually, in_time};
+use crate::wire::eventually;
 
 /// What the first replica is seeded with ends here.
 pub(crate) const SEED: u64 = 100;
+/// Messages of the stream that are asked for at once.
+const READ_AT_ONCE: usize = 64;
 
 /// A broker, what its first replica is seeded with, and directories for all.
 pub(crate) struct Cluster {
@@ -37,16 +41,9 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// With `rows` of 35 bytes in the seed.
     pub(crate) async fn of(rows: u64) -> Self {
-        let (broker, dir) = (Broker::start_with(&[]).await, tempfile::tempdir().unwrap());
-        let store = store_of(rows, u64::MAX);
-        let seed = write_file_of(dir.path(), &store, SEED);
-        let truth = Truth {
-            store,
-            position: SEED,
-            log: BTreeMap::new(),
-        };
+        let (truth, seed, dir) = seed(rows);
         Self {
-            broker,
+            broker: Broker::start_with(&[]).await,
             truth,
             seed,
             dir,
@@ -113,8 +110,22 @@ impl Cluster {
 
     /// What must hold of replicas, whatever has happened.
     pub(crate) async fn check(&mut self, nodes: &[&Ports], answered: &[Answered]) {
-        self.truth.check(&self.broker, nodes, answered).await;
+        let client = self.broker.client().await;
+        self.truth.check(&client, nodes, answered).await;
     }
+}
+
+/// A backup of `rows` rows that a first replica begins from, in a directory for all replicas; what
+/// they then hold.
+pub(crate) fn seed(rows: u64) -> (Truth, PathBuf, TempDir) {
+    let (dir, store) = (tempfile::tempdir().unwrap(), store_of(rows, u64::MAX));
+    let seed = write_file_of(dir.path(), &store, SEED);
+    let truth = Truth {
+        store,
+        position: SEED,
+        log: BTreeMap::new(),
+    };
+    (truth, seed, dir)
 }
 
 /// What a plain fold of the log gives, so far.
@@ -136,32 +147,32 @@ impl Truth {
     }
 
     /// Reads the log to its end, which must not have been trimmed since it was last read.
-    pub(crate) async fn read(&mut self, broker: &Broker) {
-        let mut stream = broker.client().await.get_stream(STREAM).await.unwrap();
-        let last = stream.info().await.unwrap().state.last_sequence;
-        let config = pull::Config {
-            ack_policy: AckPolicy::None,
-            deliver_policy: DeliverPolicy::ByStartSequence {
-                start_sequence: self.position + 1,
-            },
-            ..pull::Config::default()
-        };
-        let consumer = stream.create_consumer(config).await.unwrap();
-        let mut messages = consumer.messages().await.unwrap();
-        while self.position < last {
-            let message = in_time("the stream", messages.next()).await;
-            let message = message.unwrap().unwrap();
+    pub(crate) async fn read(&mut self, client: &Context) {
+        let end = eventually("the stream's end", async || {
+            let stream = client.get_stream(STREAM).await.ok()?;
+            Some(stream.cached_info().state.last_sequence)
+        })
+        .await;
+        let positions = futures_util::stream::iter(self.position + 1..=end);
+        let mut payloads = positions
+            .map(|position| payload_at(client, position))
+            .buffered(READ_AT_ONCE);
+        while let Some(payload) = payloads.next().await {
             self.position += 1;
-            assert_eq!(message.info().unwrap().stream_sequence, self.position);
-            let writes = writes_in(&message.payload);
+            let writes = writes_in(&payload);
             writes.iter().for_each(|write| apply(&self.store, write));
             self.log.insert(self.position, writes);
         }
     }
 
     /// What must hold of replicas, whatever has happened.
-    pub(crate) async fn check(&mut self, broker: &Broker, nodes: &[&Ports], answered: &[Answered]) {
-        self.read(broker).await;
+    pub(crate) async fn check(
+        &mut self,
+        client: &Context,
+        nodes: &[&Ports],
+        answered: &[Answered],
+    ) {
+        self.read(client).await;
         all_there(answered, |position| self.log.get(&position));
         none_twice(self.log.values().flatten());
         for node in nodes {
@@ -170,6 +181,33 @@ impl Truth {
             assert_eq!(status["digest"], self.store.digest().to_string());
         }
     }
+}
+
+/// A message of the stream as JSON, its headers and its payload in base64: a client library reads
+/// no message whose headers it cannot parse.
+pub(crate) async fn message_at(client: &Context, position: u64) -> Value {
+    eventually("a message of the stream", async || {
+        let subject = format!("$JS.API.STREAM.MSG.GET.{STREAM}");
+        let request = format!(r#"{{"seq":{position}}}"#);
+        let answer = client
+            .client()
+            .request(subject, request.into())
+            .await
+            .ok()?;
+        let mut answer: Value = serde_json::from_slice(&answer.payload).unwrap();
+        answer["message"]
+            .is_object()
+            .then(|| answer["message"].take())
+    })
+    .await
+}
+
+async fn payload_at(client: &Context, position: u64) -> Vec<u8> {
+    let message = message_at(client, position).await;
+    // A message without a payload has no such member.
+    BASE64
+        .decode(message["data"].as_str().unwrap_or_default())
+        .unwrap()
 }
 
 /// Does what the log says.

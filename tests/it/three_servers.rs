@@ -1,92 +1,346 @@
-//! A stream that is kept on three servers: one of them may die.
+//! A stream with three replicas on three servers, and what becomes of writes, reads and readiness
+//! when servers die, freeze or are isolated.
 
-use std::net::TcpListener;
-use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use tempfile::TempDir;
+use async_nats::jetstream::Context;
+use futures_util::TryStreamExt;
+use tokio::task::{JoinHandle, JoinSet};
 
-use crate::broker::{Load, NATS_SERVER, STREAM, check, replica_with, status_where};
-use crate::harness::{Node, Process};
-use crate::wire::eventually;
+use crate::broker::{Answered, Load, STREAM, Write, check, status_where};
+use crate::harness::{Node, Ports};
+use crate::nats::{Gossip, NatsCluster};
+use crate::throttle::Throttle;
+use crate::wire::{Answer, eventually, in_time};
+use crate::write_health::{not_writable, writable_again};
 
-struct Server {
-    name: String,
-    url: String,
-    process: Process,
-    _dir: TempDir,
+const RECONNECTS: &str = "gradestore_log_reconnects_total";
+/// Of one replica, because of one leader change.
+const RECONNECTS_MAX: f64 = 10.0;
+const LOG_LINES_MAX: usize = 30;
+/// Once the stream has a leader again.
+const PROGRESS_MAX: Duration = Duration::from_secs(20);
+/// From when an isolated server is back until every replica is ready.
+const RECOVERED_MAX: Duration = Duration::from_secs(60);
+
+/// One write every 5 ms, in turn to each replica, whether or not those before it were answered.
+struct SteadyLoad {
+    stop: Arc<AtomicBool>,
+    /// Ends when dropped.
+    writing: JoinSet<Vec<Sent>>,
 }
 
-/// Three servers that know each other.
-fn three() -> [Server; 3] {
-    // All ports at once, so that they differ.
-    let free: Vec<_> = (0..6)
-        .map(|_| TcpListener::bind("127.0.0.1:0").unwrap())
-        .collect();
-    let ports: Vec<u16> = free
-        .iter()
-        .map(|listener| listener.local_addr().unwrap().port())
-        .collect();
-    drop(free);
-    let (clients, routes) = ports.split_at(3);
-    let all = routes.iter().map(|port| format!("nats://127.0.0.1:{port}"));
-    let all = all.collect::<Vec<_>>().join(",");
-    [0, 1, 2].map(|index| {
-        let dir = tempfile::tempdir().unwrap();
-        let name = format!("server-{index}");
-        let process = Command::new(NATS_SERVER)
-            .args(["-js", "-a", "127.0.0.1", "-p", &clients[index].to_string()])
-            .args(["--name", &name, "--cluster_name", "three", "--routes", &all])
-            .args(["--cluster", &format!("nats://127.0.0.1:{}", routes[index])])
-            .arg("-sd")
-            .arg(dir.path())
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        Server {
-            name,
-            url: format!("nats://127.0.0.1:{}", clients[index]),
-            process: Process(process),
-            _dir: dir,
+/// A write and its answer.
+struct Sent {
+    at: Instant,
+    took: Duration,
+    write: Write,
+    answer: Answer,
+}
+
+const WRITE_EVERY: Duration = Duration::from_millis(5);
+
+impl SteadyLoad {
+    fn start(nodes: &[&Node]) -> Self {
+        let ports: Vec<Ports> = nodes.iter().map(|node| (**node).clone()).collect();
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut writing = JoinSet::new();
+        writing.spawn(write_steadily(ports, Arc::clone(&stop)));
+        Self { stop, writing }
+    }
+
+    async fn stop(mut self) -> Vec<Sent> {
+        self.stop.store(true, Ordering::Relaxed);
+        let ended = in_time("the writers' end", self.writing.join_next()).await;
+        ended.unwrap().unwrap()
+    }
+}
+
+async fn write_steadily(ports: Vec<Ports>, stop: Arc<AtomicBool>) -> Vec<Sent> {
+    let mut writes = JoinSet::new();
+    let mut interval = tokio::time::interval(WRITE_EVERY);
+    for count in 0.. {
+        if stop.load(Ordering::Relaxed) {
+            break;
         }
-    })
+        interval.tick().await;
+        let node = ports[count % ports.len()].clone();
+        let write = Write {
+            user: format!("user-{}", count % 50),
+            field: count % 4,
+            value: count as i64,
+        };
+        writes.spawn(async move {
+            let at = Instant::now();
+            let answer = node.set(write.json()).await;
+            Sent {
+                at,
+                took: at.elapsed(),
+                write,
+                answer,
+            }
+        });
+    }
+    writes.join_all().await
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_server_that_leads_the_stream_may_die() {
-    let servers = three();
-    let urls = servers.each_ref().map(|server| server.url.clone());
-    let nats_url = urls.join(",");
-    let replica = async || {
-        let mut command = replica_with(&nats_url);
-        Node::start_with(command.args(["--replicas", "3"])).await
-    };
-    let (a, b) = (replica().await, replica().await);
-    let load = Load::start(&[&a, &b], 20, usize::MAX);
-    let client = async_nats::connect(&urls[..]).await.unwrap();
-    let client = async_nats::jetstream::new(client);
-    let leader = eventually("a leader and two that keep up", async || {
-        let mut stream = client.get_stream(STREAM).await.ok()?;
-        let cluster = stream.info().await.ok()?.cluster.clone()?;
-        let current = cluster.replicas.iter().filter(|peer| peer.current).count();
-        cluster.leader.filter(|_| current == 2)
-    })
-    .await;
-    let mut servers = servers;
-    let dead = servers.iter_mut().find(|server| server.name == leader);
-    dead.unwrap().process.0.kill().unwrap();
-    // Another leads, and writes go on at both.
-    for node in [&a, &b] {
-        let before = node.metric("gradestore_log_position").await.unwrap();
-        eventually("writes go on", async || {
-            let now = node.metric("gradestore_log_position").await?;
-            (now > before + 100.0).then_some(())
+/// The most consumers that the stream has at one time, asked again and again until it is dropped.
+struct ConsumersWatch(JoinHandle<usize>, Arc<AtomicBool>);
+
+impl ConsumersWatch {
+    fn start(client: Context) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let watch = async move {
+            let mut most = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                if let Ok(stream) = client.get_stream_no_info(STREAM).await
+                    && let Ok(names) = stream.consumer_names().try_collect::<Vec<_>>().await
+                {
+                    most = most.max(names.len());
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            most
+        };
+        Self(tokio::spawn(watch), stop)
+    }
+
+    async fn most(self) -> usize {
+        self.1.store(true, Ordering::Relaxed);
+        in_time("the consumers' names", self.0).await.unwrap()
+    }
+}
+
+/// Waits until each of these has applied so many batches more.
+async fn progress(nodes: &[&Node], more: f64) {
+    for node in nodes {
+        let position = "gradestore_log_position";
+        let before = node.metric(position).await.unwrap_or(0.0);
+        eventually("batches applied", async || {
+            (node.metric(position).await? >= before + more).then_some(())
         })
         .await;
     }
-    let answered = load.stop().await;
-    for node in [&a, &b] {
+}
+
+async fn all_ready(nodes: &[&Node]) {
+    for node in nodes {
         status_where(node, "ready", |status| status["state"] == "ready").await;
     }
-    check(&client, &[&a, &b], &answered).await;
+}
+
+/// How a server that leads the stream goes away.
+#[derive(Debug, Clone, Copy)]
+enum Gone {
+    Killed,
+    Terminated,
+    LameDuck,
+}
+
+/// A failover costs time and no error: every write that is sent meanwhile waits and is stored. Two
+/// of the replicas were told of one server only, which is the first that dies.
+#[tokio::test(flavor = "multi_thread")]
+async fn writes_wait_while_the_stream_has_no_leader_and_are_stored_once_it_has() {
+    let mut cluster = NatsCluster::start().await;
+    let replica = async |cluster: &NatsCluster, name, url: &str| {
+        let mut command = cluster.replica_at(name, url);
+        // Longer than any election on a busy machine.
+        Node::start_with(command.args(["--write-timeout", "60s"])).await
+    };
+    let a = replica(&cluster, "a", &cluster.url()).await;
+    let leader = cluster.settled().await;
+    let only_leader = cluster.servers[leader].url();
+    let b = replica(&cluster, "b", &only_leader).await;
+    let c = replica(&cluster, "c", &only_leader).await;
+    let nodes = [&a, &b, &c];
+    let load = SteadyLoad::start(&nodes);
+    progress(&nodes, 20.0).await;
+
+    // All that goes wrong, so that a failure shows the whole of it.
+    let mut wrong = Vec::new();
+    let mut changes = Vec::new();
+    for gone in [Gone::Killed, Gone::Terminated, Gone::LameDuck] {
+        let leader = cluster.settled().await;
+        let before = so_far(&nodes).await;
+        let survivor = cluster.other_than(&[leader]);
+        let consumers = ConsumersWatch::start(cluster.client_of(survivor).clone());
+        changes.push((gone, Instant::now()));
+        match gone {
+            Gone::Killed => cluster.kill(leader),
+            Gone::Terminated => cluster.end(leader).await,
+            Gone::LameDuck => cluster.lame_duck(leader),
+        }
+        cluster.leader().await;
+        if tokio::time::timeout(PROGRESS_MAX, progress(&nodes, 20.0))
+            .await
+            .is_err()
+        {
+            wrong.push(format!("{gone:?}: writes do not go on at every replica"));
+        }
+        let after = so_far(&nodes).await;
+        for (index, (before, after)) in before.into_iter().zip(after).enumerate() {
+            let (reconnects, lines) = (after.0 - before.0, after.1 - before.1);
+            if reconnects > RECONNECTS_MAX || lines > LOG_LINES_MAX {
+                wrong.push(format!(
+                    "{gone:?}: replica {index}: {reconnects} reconnects, {lines} log lines"
+                ));
+            }
+        }
+        let consumers = consumers.most().await;
+        if consumers > nodes.len() {
+            wrong.push(format!("{gone:?}: {consumers} consumers at one time"));
+        }
+        if matches!(gone, Gone::LameDuck) {
+            cluster.kill(leader);
+        }
+        cluster.restart(leader).await;
+    }
+    let sent = load.stop().await;
+
+    let refused = sent.iter().filter(|sent| sent.answer.status != 204);
+    for (index, (gone, since)) in changes.iter().enumerate() {
+        let until = changes.get(index + 1).map(|(_, until)| *until);
+        let during = |sent: &&&Sent| sent.at >= *since && until.is_none_or(|until| sent.at < until);
+        let refused: Vec<&Sent> = refused.clone().filter(|sent| during(&sent)).collect();
+        let sent = sent.iter().filter(|sent| during(&sent));
+        let longest = sent.clone().map(|sent| sent.took).max();
+        if let Some(first) = refused.first() {
+            let (count, all, body) = (refused.len(), sent.count(), &first.answer.body);
+            wrong.push(format!(
+                "{gone:?}: {count} of {all} writes failed, longest {longest:?}, first: {body}"
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+
+    let answered = sent.into_iter().map(|sent| Answered {
+        position: sent.answer.position(),
+        write: sent.write.into(),
+    });
+    let answered: Vec<Answered> = answered.collect();
+    cluster.settled().await;
+    all_ready(&nodes).await;
+    check(&cluster.client().await, &nodes, &answered).await;
+}
+
+/// Reconnects and log lines of each replica.
+async fn so_far(nodes: &[&Node]) -> Vec<(f64, usize)> {
+    let mut all = Vec::new();
+    for node in nodes {
+        let reconnects = node.metric(RECONNECTS).await.unwrap();
+        all.push((reconnects, node.stderr.lock().lines().count()));
+    }
+    all
+}
+
+/// An isolated server answers with what it had when it was cut off. No replica takes that for the
+/// end of the log, neither one that runs nor one that starts.
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_that_read_from_an_isolated_server_recover_once_it_is_back() {
+    let mut cluster = NatsCluster::start_with(Gossip::Nothing, "").await;
+    let ways = [
+        Throttle::to_nobody(u64::MAX).await,
+        Throttle::to_nobody(u64::MAX).await,
+    ];
+    let lead_to = |index: usize, cluster: &NatsCluster| {
+        for way in &ways {
+            way.cut();
+            way.lead_to(cluster.servers[index].address);
+        }
+    };
+    lead_to(0, &cluster);
+    let through = |way: &Throttle| format!("nats://{}", way.address);
+    let a = Node::start_with(&mut cluster.replica_at("a", &cluster.servers[0].url())).await;
+    let b = Node::start_with(&mut cluster.replica_at("b", &through(&ways[0]))).await;
+    let mut third = cluster.replica_at("c", &through(&ways[1]));
+    let c = Node::start_with(&mut third).await;
+    let load = Load::start(&[&a], 20, usize::MAX);
+    progress(&[&a, &b, &c], 20.0).await;
+
+    let leader = cluster.settled().await;
+    let isolated = cluster.other_than(&[0, leader]);
+    cluster.isolate(isolated);
+    progress(&[&a, &b, &c], 100.0).await;
+    c.end().await;
+    let connections = ways.each_ref().map(Throttle::connections);
+    lead_to(isolated, &cluster);
+    let mut said = serde_json::Value::Null;
+    let seen_and_healed = async {
+        status_where(&b, "not ready for writes", |status| {
+            status["state"] != "ready"
+        })
+        .await;
+        for (way, before) in ways.iter().zip(connections) {
+            eventually("a connection to the isolated server", async || {
+                (way.connections() > before).then_some(())
+            })
+            .await;
+        }
+        progress(&[&a], 200.0).await;
+        said = b.ops("/status").await.json();
+        cluster.heal(isolated);
+    };
+    let (c, ()) = tokio::join!(Node::launch(&mut third), seen_and_healed);
+    let mut states = Vec::new();
+    let all_ready = async {
+        loop {
+            states.clear();
+            for node in [&a, &b, &c] {
+                states.push(node.ops("/status").await.json());
+            }
+            if states.iter().all(|status| status["state"] == "ready") {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    if tokio::time::timeout(RECOVERED_MAX, all_ready)
+        .await
+        .is_err()
+    {
+        panic!("not all ready again: {states:#?}; while the server was isolated: {said}");
+    }
+    let answered = load.stop().await;
+    check(&cluster.client().await, &[&a, &b, &c], &answered).await;
+}
+
+/// Two of three servers gone, or there and silent: no batch is stored, and the replica says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_is_not_writable_while_the_stream_has_no_quorum() {
+    const WRITE_TIMEOUT: Duration = Duration::from_secs(3);
+    let mut cluster = NatsCluster::start().await;
+    let mut command = cluster.replica("a");
+    let a = Node::start_with(command.args(["--write-timeout", "3s"])).await;
+    a.set(r#"{"user_id":"x","spp":1}"#).await.position();
+    let leader = cluster.settled().await;
+    let lost = [0, 1, 2].map(|index| (leader + index) % 3);
+
+    // The leader and a follower die.
+    for index in &lost[..2] {
+        cluster.kill(*index);
+    }
+    not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    assert_eq!(a.get("x").await.status, 200);
+    for index in &lost[..2] {
+        cluster.restart(*index).await;
+    }
+    cluster.leader().await;
+    writable_again(&a).await;
+
+    // Both followers freeze.
+    let leader = cluster.settled().await;
+    let lost = [1, 2].map(|index| (leader + index) % 3);
+    for index in lost {
+        cluster.freeze(index);
+    }
+    not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    for index in lost {
+        cluster.thaw(index);
+    }
+    cluster.leader().await;
+    writable_again(&a).await;
+    a.set(r#"{"user_id":"x","spp":2}"#).await.position();
 }

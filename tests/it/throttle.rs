@@ -70,6 +70,11 @@ impl Throttle {
         self.shared.cut.send_replace(());
     }
 
+    /// How many connections have led somewhere so far.
+    pub(crate) fn connections(&self) -> usize {
+        self.shared.passed.borrow().len()
+    }
+
     /// Waits until `connections` of them have got all that they may.
     pub(crate) async fn reached(&self, connections: usize) {
         let limit = *self.shared.limit.borrow();
@@ -88,6 +93,8 @@ async fn accept(listener: TcpListener, shared: Shared) {
     let mut connections = JoinSet::new();
     loop {
         let (client, _) = listener.accept().await.unwrap();
+        // Before the look at the target: a cut between the two must end this connection.
+        let mut cut = shared.cut.subscribe();
         let Some(peer) = *shared.target.borrow() else {
             continue;
         };
@@ -96,7 +103,7 @@ async fn accept(listener: TcpListener, shared: Shared) {
             index = passed.len();
             passed.push(0);
         });
-        let (shared, mut cut) = (shared.clone(), shared.cut.subscribe());
+        let shared = shared.clone();
         connections.spawn(async move {
             tokio::select! {
                 () = pass(client, peer, &shared, index) => {}

@@ -78,7 +78,7 @@ impl Cluster {
     pub(super) async fn trim_beyond(&mut self, index: usize) {
         let status = self.node(index).ops("/status").await.json();
         let position = status["position"].as_u64().unwrap();
-        self.truth.read(&self.broker).await;
+        self.truth.read(&self.broker.client().await).await;
         let context = self.broker.client().await;
         let mut stream = context.get_stream(STREAM).await.unwrap();
         let last = stream.info().await.unwrap().state.last_sequence;
@@ -105,7 +105,8 @@ impl Cluster {
         }
         let records = self.clients.stop().await;
         let nodes: Vec<_> = self.nodes.iter().flatten().map(|node| &**node).collect();
-        self.truth.check(&self.broker, &nodes, &[]).await;
+        let client = self.broker.client().await;
+        self.truth.check(&client, &nodes, &[]).await;
         tell(&records);
         for replica in 0..REPLICAS {
             for user in 0..USERS {

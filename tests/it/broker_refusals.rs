@@ -1,0 +1,88 @@
+//! What the broker refuses a replica, and what others send to the stream: the replica names the
+//! broker's reason, and goes on with the next write.
+
+use async_nats::HeaderMap;
+
+use crate::broker::{Broker, STREAM, SUBJECT, check, replica_with};
+use crate::harness::run;
+use crate::nats::NatsServer;
+
+/// Runs a replica that must refuse to start; what it says.
+fn refused_start(nats_url: &str) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = replica_with(nats_url);
+    command.env("GRADESTORE_EPHEMERAL", "false");
+    let output = run(command.arg("--data-dir").arg(dir.path()));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success(), "{said}");
+    said
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_without_the_right_to_create_the_stream_names_it() {
+    let config = r#"authorization { users: [
+        { user: u, password: p, permissions: { publish: { deny: ["$JS.API.STREAM.CREATE.>"] } } }
+    ] }"#;
+    let server = NatsServer::start(config).await;
+    let url = server.url().replace("://", "://u:p@");
+    let said = tokio::task::spawn_blocking(move || refused_start(&url))
+        .await
+        .unwrap();
+    let error = said.lines().last().unwrap();
+    for part in ["Permissions Violation", "$JS.API.STREAM.CREATE.GRADES"] {
+        assert!(error.contains(part), "{said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_on_a_server_that_takes_no_full_batch_says_what_to_set() {
+    let server = NatsServer::start("max_payload: 65536").await;
+    let url = server.url();
+    let said = tokio::task::spawn_blocking(move || refused_start(&url))
+        .await
+        .unwrap();
+    let error = said.lines().last().unwrap();
+    for part in ["max_payload", "65536", "set"] {
+        assert!(error.contains(part), "{said}");
+    }
+}
+
+/// A message that takes the id of the next batch makes the broker drop that batch as a duplicate.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guessed_message_id_costs_one_write() {
+    let broker = Broker::start().await;
+    let a = broker.replica().await;
+    let client = broker.client().await;
+    let mut before = 0;
+    for round in 1..=3 {
+        before = a
+            .set(format!(r#"{{"user_id":"x","spp":{round}}}"#))
+            .await
+            .position();
+        let stream = client.get_stream(STREAM).await.unwrap();
+        let last = stream.get_raw_message(before).await.unwrap();
+        let id = last.headers.get("Nats-Msg-Id").unwrap().as_str().to_owned();
+        let (writer, sequence) = id.rsplit_once('-').unwrap();
+        let next = sequence.parse::<u64>().unwrap() + 1;
+        let mut headers = HeaderMap::new();
+        headers.insert("Nats-Msg-Id", format!("{writer}-{next}"));
+        let sent = client
+            .publish_with_headers(SUBJECT, headers, "[]".into())
+            .await;
+        assert!(!sent.unwrap().await.unwrap().duplicate);
+        let refused = a.set(r#"{"user_id":"x","return_fee":1}"#).await;
+        refused.problem(503, "not-written");
+    }
+    let last = a
+        .set(r#"{"user_id":"x","shipping_fee":5}"#)
+        .await
+        .position();
+    assert!(last > before);
+    let grade = a.get("x").await.json();
+    assert_eq!(
+        (&grade["spp"], &grade["return_fee"]),
+        (&3.into(), &0.into())
+    );
+    let b = broker.replica().await;
+    check(&client, &[&a, &b], &[]).await;
+}

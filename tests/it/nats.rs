@@ -1,0 +1,426 @@
+//! nats-server as a child process, and three of them as a cluster whose routes can be cut.
+
+use std::ffi::OsString;
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::ConnectOptions;
+use async_nats::jetstream::context::ContextBuilder;
+use async_nats::jetstream::stream::Info;
+use async_nats::jetstream::{self, Context};
+use parking_lot::Mutex;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::broker::{NATS_SERVER, STREAM, replica_with};
+use crate::harness::{Process, collected};
+use crate::throttle::Throttle;
+use crate::wire::{eventually, in_time};
+
+/// Below the ports that Linux assigns by itself, so that no outgoing connection and no bind to port
+/// 0 takes the port of a server that is about to be started again.
+const PORTS: std::ops::Range<u16> = 20_000..32_768;
+/// How long a server may take to answer a question of a test.
+const ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
+
+/// A TCP port that stays reserved while this exists. The reservation is the UDP port of the same
+/// number: every test that reserves ports sees it, and a server can bind the TCP port again and
+/// again.
+struct ReservedPort {
+    number: u16,
+    _reservation: UdpSocket,
+}
+
+impl ReservedPort {
+    fn new() -> Self {
+        loop {
+            let random = getrandom::u32().unwrap() as usize;
+            let number = PORTS.start + (random % PORTS.len()) as u16;
+            let address = (Ipv4Addr::LOCALHOST, number);
+            let Ok(reservation) = UdpSocket::bind(address) else {
+                continue;
+            };
+            if TcpListener::bind(address).is_ok() {
+                return Self {
+                    number,
+                    _reservation: reservation,
+                };
+            }
+        }
+    }
+
+    fn address(&self) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, self.number))
+    }
+}
+
+/// nats-server with JetStream. Its port, its store and its configuration outlive the process.
+pub(crate) struct NatsServer {
+    pub(crate) address: SocketAddr,
+    /// What it has logged since it was last started.
+    pub(crate) log: Arc<Mutex<String>>,
+    process: Process,
+    args: Vec<OsString>,
+    /// What the configuration always begins with.
+    base: String,
+    config: PathBuf,
+    dir: TempDir,
+    port: ReservedPort,
+}
+
+impl NatsServer {
+    /// One with `config` as its configuration file, which it may read again.
+    pub(crate) async fn start(config: &str) -> Self {
+        Self::start_with(config, &[]).await
+    }
+
+    /// The same with more arguments.
+    pub(crate) async fn start_with(config: &str, args: &[&str]) -> Self {
+        let server = Self::launch(String::new(), config, args);
+        server.ready().await;
+        server
+    }
+
+    /// The same without waiting until it is ready: a server of a cluster needs the others for that.
+    fn launch(base: String, config: &str, args: &[&str]) -> Self {
+        let (dir, port) = (tempfile::tempdir().unwrap(), ReservedPort::new());
+        let path = dir.path().join("nats.conf");
+        fs::write(&path, base.clone() + config).unwrap();
+        let mut all: Vec<OsString> = args.iter().map(OsString::from).collect();
+        if !args.contains(&"-sd") {
+            all.extend(["-sd".into(), dir.path().join("store").into()]);
+        }
+        let (process, log) = spawn(&path, &port, &all);
+        Self {
+            address: port.address(),
+            log,
+            process,
+            args: all,
+            base,
+            config: path,
+            dir,
+            port,
+        }
+    }
+
+    async fn ready(&self) {
+        eventually("nats-server is ready", async || {
+            self.log.lock().contains("Server is ready").then_some(())
+        })
+        .await;
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("nats://{}", self.address)
+    }
+
+    /// The directory of its store.
+    pub(crate) fn store(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.process.0), signal).unwrap();
+    }
+
+    /// Ends it as a power switch would, but for the system's caches.
+    pub(crate) fn kill(&mut self) {
+        self.process.0.kill().unwrap();
+        self.process.0.wait().unwrap();
+    }
+
+    /// Waits until it has ended by itself.
+    pub(crate) async fn ended(&mut self) {
+        eventually("nats-server's end", async || {
+            self.process.0.try_wait().unwrap()
+        })
+        .await;
+    }
+
+    /// Starts it on the same ports and the same store.
+    pub(crate) async fn restart(&mut self) {
+        (self.process, self.log) = spawn(&self.config, &self.port, &self.args);
+        self.ready().await;
+    }
+
+    /// Makes it read another configuration while it runs.
+    pub(crate) async fn reload(&self, config: &str) {
+        let reloads = || {
+            self.log
+                .lock()
+                .matches("Reloaded server configuration")
+                .count()
+        };
+        let before = reloads();
+        self.configure(config);
+        self.signal(Signal::HUP);
+        eventually("a reloaded configuration", async || {
+            (reloads() > before).then_some(())
+        })
+        .await;
+    }
+
+    /// Replaces the configuration for the next start; a server of a cluster stays one.
+    pub(crate) fn configure(&self, config: &str) {
+        fs::write(&self.config, self.base.clone() + config).unwrap();
+    }
+
+    /// A client that knows this server only, and connects again when it has to.
+    pub(crate) async fn client(&self, options: ConnectOptions) -> Context {
+        let options = options.ignore_discovered_servers();
+        let options = options.request_timeout(Some(ANSWER_WAIT_MAX));
+        let client = in_time("a client", options.connect(self.url())).await;
+        let builder = ContextBuilder::new().timeout(ANSWER_WAIT_MAX);
+        builder.build(client.unwrap())
+    }
+}
+
+fn spawn(config: &Path, port: &ReservedPort, args: &[OsString]) -> (Process, Arc<Mutex<String>>) {
+    let spawned = Command::new(NATS_SERVER)
+        .args(["-js", "-a", "127.0.0.1", "-p", &port.number.to_string()])
+        .arg("-c")
+        .arg(config)
+        .args(args)
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn();
+    let missing = |error| panic!("{NATS_SERVER}: {error}; tests/install-nats.sh gets it");
+    let mut process = Process(spawned.unwrap_or_else(missing));
+    let log = collected(process.0.stderr.take().unwrap());
+    (process, log)
+}
+
+/// What servers tell their clients of each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gossip {
+    /// Where clients reach the others.
+    Clients,
+    /// Nothing: a client that was told of one server stays there.
+    Nothing,
+}
+
+/// How many servers a [`NatsCluster`] has.
+pub(crate) const SERVERS: usize = 3;
+
+/// Three servers. Each route between two of them goes through a proxy of its own, so that a server
+/// can be isolated from the others while its clients still reach it.
+pub(crate) struct NatsCluster {
+    pub(crate) servers: [NatsServer; SERVERS],
+    routes: Vec<Route>,
+    clients: [Context; SERVERS],
+    down: [bool; SERVERS],
+    isolated: [bool; SERVERS],
+    _ports: ([ReservedPort; SERVERS], ReservedPort),
+    /// Where replicas keep their data.
+    pub(crate) dir: TempDir,
+}
+
+struct Route {
+    from: usize,
+    to: usize,
+    proxy: Throttle,
+    target: SocketAddr,
+}
+
+impl NatsCluster {
+    pub(crate) async fn start() -> Self {
+        Self::start_with(Gossip::Clients, "").await
+    }
+
+    /// With more configuration for each server.
+    pub(crate) async fn start_with(gossip: Gossip, config: &str) -> Self {
+        let ports = [(); SERVERS].map(|()| ReservedPort::new());
+        // Gossip would lead around the proxies, so each server advertises an address where nobody
+        // listens.
+        let nowhere = ReservedPort::new();
+        let mut routes = Vec::new();
+        for (from, to) in (0..SERVERS).flat_map(|from| (0..SERVERS).map(move |to| (from, to))) {
+            if from != to {
+                let (proxy, target) = (Throttle::to_nobody(u64::MAX).await, ports[to].address());
+                proxy.lead_to(target);
+                routes.push(Route {
+                    from,
+                    to,
+                    proxy,
+                    target,
+                });
+            }
+        }
+        let servers = [0, 1, 2].map(|index| {
+            let others = routes.iter().filter(|route| route.from == index);
+            let others = others.map(|route| format!("nats://{}", route.proxy.address));
+            let base = format!(
+                "server_name: server-{index}\n\
+                 cluster {{\n  name: three\n  listen: \"{}\"\n  advertise: \"{}\"\n  \
+                 no_advertise: {}\n  routes: {:?}\n}}\n\
+                 lame_duck_duration: \"30s\"\nlame_duck_grace_period: \"1s\"\n",
+                ports[index].address(),
+                nowhere.address(),
+                gossip == Gossip::Nothing,
+                others.collect::<Vec<_>>(),
+            );
+            NatsServer::launch(base, config, &[])
+        });
+        for server in &servers {
+            server.ready().await;
+        }
+        let client = async |index: usize| servers[index].client(ConnectOptions::new()).await;
+        let clients = [client(0).await, client(1).await, client(2).await];
+        Self {
+            servers,
+            routes,
+            _ports: (ports, nowhere),
+            clients,
+            down: [false; SERVERS],
+            isolated: [false; SERVERS],
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    /// A client of the server at `index`.
+    pub(crate) fn client_of(&self, index: usize) -> &Context {
+        &self.clients[index]
+    }
+
+    /// The URLs of all servers.
+    pub(crate) fn url(&self) -> String {
+        let urls = self.servers.each_ref().map(NatsServer::url);
+        urls.join(",")
+    }
+
+    /// A replica that keeps its data in a directory of this name and finds its servers at `nats_url`.
+    pub(crate) fn replica_at(&self, name: &str, nats_url: &str) -> Command {
+        let mut command = replica_with(nats_url);
+        command.env("GRADESTORE_EPHEMERAL", "false");
+        command.args(["--replicas", "3", "--data-dir"]);
+        command.arg(self.dir.path().join(name));
+        command
+    }
+
+    /// The same that knows all servers.
+    pub(crate) fn replica(&self, name: &str) -> Command {
+        self.replica_at(name, &self.url())
+    }
+
+    /// A client that knows all servers.
+    pub(crate) async fn client(&self) -> Context {
+        let urls = self.servers.each_ref().map(NatsServer::url);
+        jetstream::new(
+            in_time("a client", async_nats::connect(&urls[..]))
+                .await
+                .unwrap(),
+        )
+    }
+
+    /// What the server at `index` answers about the stream.
+    async fn info_from(&self, index: usize) -> Option<Info> {
+        let stream = self.clients[index].get_stream(STREAM).await.ok()?;
+        Some(stream.cached_info().clone())
+    }
+
+    /// What the servers that are neither down nor isolated answer about the stream, in turn until one
+    /// does.
+    async fn info(&self) -> Option<Info> {
+        for index in 0..SERVERS {
+            if !self.down[index] && !self.isolated[index] {
+                let info = self.info_from(index).await;
+                if info.is_some() {
+                    return info;
+                }
+            }
+        }
+        None
+    }
+
+    /// The server that leads the stream, once it has a leader that is not down.
+    pub(crate) async fn leader(&self) -> usize {
+        eventually("a stream leader", async || {
+            let leader = self.info().await?.cluster?.leader?;
+            let leader = leader.strip_prefix("server-")?.parse::<usize>().unwrap();
+            (!self.down[leader] && !self.isolated[leader]).then_some(leader)
+        })
+        .await
+    }
+
+    /// The same once both others follow without lag.
+    pub(crate) async fn settled(&self) -> usize {
+        eventually("a stream leader and two current followers", async || {
+            let cluster = self.info().await?.cluster?;
+            let current = cluster
+                .replicas
+                .iter()
+                .filter(|peer| peer.current && !peer.offline);
+            let leader = cluster.leader.filter(|_| current.count() == SERVERS - 1)?;
+            Some(leader.strip_prefix("server-")?.parse().unwrap())
+        })
+        .await
+    }
+
+    /// A server other than those.
+    pub(crate) fn other_than(&self, servers: &[usize]) -> usize {
+        (0..SERVERS).find(|index| !servers.contains(index)).unwrap()
+    }
+
+    /// Cuts all routes of a server. Its clients still reach it.
+    pub(crate) fn isolate(&mut self, index: usize) {
+        self.isolated[index] = true;
+        for route in self.routes_of(index) {
+            route.proxy.cut();
+        }
+    }
+
+    /// Ends that.
+    pub(crate) fn heal(&mut self, index: usize) {
+        self.isolated[index] = false;
+        for route in self.routes_of(index) {
+            route.proxy.lead_to(route.target);
+        }
+    }
+
+    fn routes_of(&self, index: usize) -> impl Iterator<Item = &Route> {
+        self.routes
+            .iter()
+            .filter(move |route| route.from == index || route.to == index)
+    }
+
+    /// kill -9.
+    pub(crate) fn kill(&mut self, index: usize) {
+        self.down[index] = true;
+        self.servers[index].kill();
+    }
+
+    /// Starts a server that has ended.
+    pub(crate) async fn restart(&mut self, index: usize) {
+        self.servers[index].restart().await;
+        self.down[index] = false;
+    }
+
+    /// SIGTERM.
+    pub(crate) async fn end(&mut self, index: usize) {
+        self.down[index] = true;
+        self.servers[index].signal(Signal::TERM);
+        self.servers[index].ended().await;
+    }
+
+    /// SIGUSR2: it hands over and then hangs up on its clients.
+    pub(crate) fn lame_duck(&mut self, index: usize) {
+        self.down[index] = true;
+        self.servers[index].signal(Signal::USR2);
+    }
+
+    /// SIGSTOP.
+    pub(crate) fn freeze(&mut self, index: usize) {
+        self.down[index] = true;
+        self.servers[index].signal(Signal::STOP);
+    }
+
+    /// SIGCONT.
+    pub(crate) fn thaw(&mut self, index: usize) {
+        self.servers[index].signal(Signal::CONT);
+        self.down[index] = false;
+    }
+}

@@ -1,0 +1,208 @@
+//! Readiness for writes follows what becomes of writes: a replica whose log stores nothing says so
+//! soon, with the reason, and stops saying so without a client's write once it stores batches again.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use async_nats::ConnectOptions;
+use async_nats::jetstream::Context;
+use async_nats::jetstream::stream::Config;
+use bytes::Bytes;
+
+use crate::broker::{Broker, STREAM, SUBJECT, replica_with, status_where};
+use crate::harness::Node;
+use crate::nats::NatsServer;
+use crate::proxy::{Proxy, Rules};
+use crate::small_disk::SmallDisk;
+use crate::wire::eventually;
+
+/// Since a write was refused for a reason that the broker named.
+const REASON_MAX: Duration = Duration::from_secs(5);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
+/// A pause between two probes and one probe.
+const PROBED_MAX: Duration = Duration::from_secs(4);
+const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
+/// A batch of no writes, so large that few of them fill a store.
+const BALLAST_BYTES: usize = 500_000;
+
+/// Writes until the replica is not ready for writes, which must come in time; the reason that it
+/// gives.
+pub(crate) async fn not_writable(node: &Node, within: Duration) -> String {
+    let begun = Instant::now();
+    let (mut last, mut ready) = (String::new(), None);
+    let writing = async {
+        loop {
+            let answer = node.set(PATCH).await;
+            last = format!("{} {}", answer.status, answer.body);
+        }
+    };
+    let asking = eventually("not ready for writes", async || {
+        let answer = node.ops("/readyz/write").await;
+        ready = Some(answer.status);
+        if begun.elapsed() > within + Duration::from_secs(10) {
+            return Some(Err(()));
+        }
+        (answer.status != 200).then(|| Ok(answer.problem(503, "not-ready")))
+    });
+    let reason = tokio::select! {
+        () = writing => unreachable!(),
+        reason = asking => reason,
+    };
+    let took = begun.elapsed();
+    let reason = reason.unwrap_or_else(|()| {
+        panic!("/readyz/write still {ready:?} after {took:?}; the last write: {last}")
+    });
+    assert!(took <= within, "after {took:?}: {reason}");
+    assert_eq!(node.metric("gradestore_log_writable").await, Some(0.0));
+    // And it stays so.
+    for _ in 0..10 {
+        let answer = node.set(PATCH).await;
+        assert!(matches!(answer.status, 503 | 504), "{answer:?}");
+        node.ops("/readyz/write").await.problem(503, "not-ready");
+    }
+    reason
+}
+
+/// Waits until the replica is ready for writes, which nobody sends meanwhile, in time; then one is
+/// stored.
+pub(crate) async fn writable_again(node: &Node) {
+    let begun = Instant::now();
+    eventually("ready for writes", async || {
+        (node.ops("/readyz/write").await.status == 200).then_some(())
+    })
+    .await;
+    let took = begun.elapsed();
+    assert!(took <= PROBED_MAX, "ready for writes after {took:?}");
+    assert_eq!(node.metric("gradestore_log_writable").await, Some(1.0));
+    node.set(PATCH).await.position();
+}
+
+/// Publishes batches of no writes until one is not stored; what the broker says.
+async fn fill(client: &Context) -> String {
+    let mut ballast = vec![b' '; BALLAST_BYTES];
+    (ballast[0], ballast[1]) = (b'[', b']');
+    let ballast = Bytes::from(ballast);
+    for _ in 0..500 {
+        let sent = client.publish(SUBJECT, ballast.clone()).await.unwrap();
+        if let Err(error) = sent.await {
+            return error.to_string();
+        }
+    }
+    panic!("nothing is full");
+}
+
+/// Makes the stream forget all but its last message.
+async fn trim(client: &Context) {
+    let stream = client.get_stream(STREAM).await.unwrap();
+    let config = stream.cached_info().config.clone();
+    for max_messages in [1, -1] {
+        let config = Config {
+            max_messages,
+            ..config.clone()
+        };
+        client.update_stream(config).await.unwrap();
+    }
+}
+
+/// A replica that keeps its data: it may have to create the stream.
+fn replica(nats_url: &str, dir: &Path) -> Command {
+    let mut command = replica_with(nats_url);
+    command.env("GRADESTORE_EPHEMERAL", "false");
+    command.arg("--data-dir").arg(dir);
+    command
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_has_no_storage_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = NatsServer::start("jetstream { max_file_store: 5MB }").await;
+    let a = Node::start_with(&mut replica(&server.url(), dir.path())).await;
+    a.set(PATCH).await.position();
+    let client = server.client(ConnectOptions::new()).await;
+    let said = fill(&client).await;
+    let detail = a.set(PATCH).await.problem(503, "not-written");
+    let reason = not_writable(&a, REASON_MAX).await;
+    for said_so in [&detail, &reason] {
+        assert!(
+            said_so.contains("resources"),
+            "{said_so}; the broker said {said}"
+        );
+    }
+    assert_eq!(a.get("x").await.status, 200);
+    trim(&client).await;
+    writable_again(&a).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_of_the_broker() {
+    let (dir, disk) = (tempfile::tempdir().unwrap(), SmallDisk::new(32));
+    let store = disk.data();
+    let mut server = NatsServer::start_with("", &["-sd", store.to_str().unwrap()]).await;
+    let mut command = replica(&server.url(), dir.path());
+    let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
+    a.set(PATCH).await.position();
+    let ballast = disk.fill(2_000_000);
+    fill(&server.client(ConnectOptions::new()).await).await;
+    not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    assert_eq!(a.get("x").await.status, 200);
+    // nats-server does not use a disk again that was full.
+    drop(ballast);
+    server.kill();
+    server.restart().await;
+    writable_again(&a).await;
+}
+
+const ALL_RIGHTS: &str = r#"authorization { users: [{ user: u, password: p }] }"#;
+const NO_PUBLISH: &str = r#"authorization { users: [
+    { user: u, password: p, permissions: { publish: { deny: ["grades.set"] } } }
+] }"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_right_to_publish() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = NatsServer::start(ALL_RIGHTS).await;
+    let url = server.url().replace("://", "://u:p@");
+    let a = Node::start_with(&mut replica(&url, dir.path())).await;
+    a.set(PATCH).await.position();
+    server.reload(NO_PUBLISH).await;
+    // The server may have ended the connection.
+    let refused = eventually("a connection", async || {
+        let begun = Instant::now();
+        let answer = a.set(PATCH).await;
+        let away = answer.body.contains("connection to the broker") || answer.status == 204;
+        (!away).then(|| (answer, begun.elapsed()))
+    });
+    let (answer, took) = refused.await;
+    let detail = answer.problem(503, "not-written");
+    let reason = not_writable(&a, REASON_MAX).await;
+    for said in [&detail, &reason] {
+        assert!(
+            said.contains("Permissions Violation") && said.contains(SUBJECT),
+            "{said}"
+        );
+    }
+    assert!(took < Duration::from_secs(1), "refused after {took:?}");
+    assert_eq!(a.get("x").await.status, 200);
+    server.reload(ALL_RIGHTS).await;
+    writable_again(&a).await;
+}
+
+/// Batches are stored and never delivered: no write can be acknowledged.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscription_that_delivers_nothing() {
+    let broker = Broker::start().await;
+    let proxy = Proxy::to(broker.address).await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = replica(&proxy.address.to_string(), dir.path());
+    let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
+    a.set(PATCH).await.position();
+    proxy.set(Rules {
+        lose_batches: true,
+        ..Rules::default()
+    });
+    not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    proxy.set(Rules::default());
+    writable_again(&a).await;
+    status_where(&a, "ready", |status| status["state"] == "ready").await;
+}
