@@ -137,6 +137,8 @@ impl Shared {
     async fn await_delivery(&self, give_up_at: Instant) -> Result<(), AppendError> {
         tokio::time::sleep(DELIVERY_WAIT_MAX).await;
         self.replace_consumer.notify_one();
+        let why = "NATS has stored a batch and does not deliver it";
+        self.health.waiting(Some(why.into()));
         tokio::time::sleep_until(give_up_at).await;
         Err(AppendError::Unknown)
     }

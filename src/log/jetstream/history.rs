@@ -90,6 +90,10 @@ impl Shared {
                 Err(error) => return Ok(Verdict::Unknown(error)),
             }
         }
+        if last.seq == 0 {
+            // There is nothing to compare.
+            self.verified.store(true, Ordering::Relaxed);
+        }
         self.suspicion.lock().clear();
         Ok(Verdict::Same)
     }
@@ -179,7 +183,7 @@ impl Shared {
         match confirmed {
             true => Err(error),
             false => {
-                self.health.waiting(Some(Arc::clone(&why)));
+                self.health.unreachable(Arc::clone(&why));
                 Ok(Verdict::Unknown(BrokerError::Refused(why)))
             }
         }

@@ -369,22 +369,20 @@ impl Shared {
 
     async fn probe(&self) {
         let Some(connection) = self.current_connection() else {
-            return self.health.waiting(Some(self.down_reason()));
+            return self.health.unreachable(self.down_reason());
         };
-        if self.health.reason().is_some() {
-            let fenced = tokio::time::timeout(PROBE_EVERY, self.fence());
-            if fenced.await.is_ok() {
-                self.health.delivered();
-            }
-            return;
-        }
         match connection.stream_info().await {
             Ok(info) if info.source != InfoSource::Follower => {
                 self.end.fetch_max(info.last, Ordering::AcqRel);
-                self.health.idle();
+                if self.health.reachable() {
+                    let fenced = tokio::time::timeout(PROBE_EVERY, self.fence());
+                    if fenced.await.is_ok() {
+                        self.health.delivered();
+                    }
+                }
             }
-            Ok(_) => self.health.waiting(Some("the stream has no leader".into())),
-            Err(error) => self.health.waiting(Some(error.to_string().into())),
+            Ok(_) => self.health.unreachable("the stream has no leader".into()),
+            Err(error) => self.health.unreachable(error.to_string().into()),
         }
     }
 

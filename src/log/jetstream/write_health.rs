@@ -24,8 +24,11 @@ pub(super) struct WriteHealth {
 
 #[derive(Default)]
 struct State {
-    /// Since when appends wait without one being delivered.
+    /// Since when appends wait without one being delivered, or the stream can't be reached.
     waiting_since: Option<Instant>,
+    /// Whether an append waits or was refused since the last delivery: then only a delivery shows
+    /// that writes are acknowledged.
+    append_failed: bool,
     /// The last thing that went wrong.
     problem: Option<Arc<str>>,
     /// Why the log is unwritable, and since when.
@@ -58,35 +61,49 @@ impl WriteHealth {
         state.unwritable.as_ref().map(|(why, _)| Arc::clone(why))
     }
 
-    /// An append waits, or the stream could not be reached.
+    /// An append waits; with what has gone wrong, if anything has.
     pub(super) fn waiting(&self, problem: Option<Arc<str>>) {
         let mut state = self.state.lock();
         state.waiting_since.get_or_insert_with(Instant::now);
+        state.append_failed |= problem.is_some();
         if problem.is_some() {
             state.problem = problem;
         }
     }
 
-    /// Nothing was appended, and the stream can be reached.
-    pub(super) fn idle(&self) {
+    /// Nothing is appended, and the stream can't be reached.
+    pub(super) fn unreachable(&self, problem: Arc<str>) {
         let mut state = self.state.lock();
-        if state.unwritable.is_none() {
-            state.waiting_since = None;
-            state.problem = None;
+        state.waiting_since.get_or_insert_with(Instant::now);
+        state.problem = Some(problem);
+    }
+
+    /// Nothing is appended, and the stream can be reached. Returns whether only an append can show
+    /// that writes are acknowledged.
+    pub(super) fn reachable(&self) -> bool {
+        let mut state = self.state.lock();
+        if !state.append_failed {
+            self.clear(&mut state);
         }
+        state.append_failed
     }
 
     /// The broker refused an append.
     pub(super) fn refused(&self, why: Arc<str>) {
         let mut state = self.state.lock();
         state.waiting_since.get_or_insert_with(Instant::now);
+        state.append_failed = true;
         self.set_unwritable(&mut state, why);
     }
 
     /// An own batch was delivered.
     pub(super) fn delivered(&self) {
-        let mut state = self.state.lock();
+        self.clear(&mut self.state.lock());
+    }
+
+    fn clear(&self, state: &mut State) {
         state.waiting_since = None;
+        state.append_failed = false;
         state.problem = None;
         if let Some((_, since)) = state.unwritable.take() {
             self.unwritable.store(false, Ordering::Release);
@@ -148,7 +165,7 @@ mod tests {
         health.check();
         assert_eq!(health.reason().as_deref(), Some("no leader"));
         // Only a delivery shows that writes are acknowledged.
-        health.idle();
+        assert!(health.reachable());
         assert!(health.reject().is_some());
         health.delivered();
         assert_eq!(health.reason(), None);
@@ -171,11 +188,17 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_idle_log_that_is_reached_again_waits_no_more() {
         let health = WriteHealth::new(SILENCE);
-        health.waiting(Some("no connection".into()));
+        health.unreachable("no connection".into());
         tokio::time::advance(SILENCE / 2).await;
-        health.idle();
+        assert!(!health.reachable());
         tokio::time::advance(SILENCE).await;
         health.check();
+        assert_eq!(health.reason(), None);
+        health.unreachable("no connection".into());
+        tokio::time::advance(SILENCE * 2).await;
+        health.check();
+        assert_eq!(health.reason().as_deref(), Some("no connection"));
+        assert!(!health.reachable());
         assert_eq!(health.reason(), None);
     }
 }
