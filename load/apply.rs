@@ -17,8 +17,8 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write};
 use gradestore::log::{
-    Batch, BatchId, Effect, Entry, InFlight, LogId, Position, RandomId, ReadError, Subscription,
-    message,
+    Batch, BatchId, ClusterKey, Effect, Entry, InFlight, Log, LogId, MemoryLog, Position, RandomId,
+    ReadError, Subscription, message,
 };
 use gradestore::readiness::Readiness;
 use gradestore::replication::{Applied, Applier, ApplyError, CheckpointMetrics, Checkpoints};
@@ -135,11 +135,15 @@ fn applier(args: &Args) -> Applier {
             changes: Changes::all(Values::default()),
         });
     }
+    let (replica, metrics) = (RandomId::of(1), CheckpointMetrics::noop());
+    let log = MemoryLog::new(replica, 0);
+    let key = ClusterKey::derive("");
     Applier {
+        checkpoints: Checkpoints::new(replica, log.id(), key, None, metrics),
+        log: Arc::new(log),
         store,
         applied: Applied::new(base()),
         in_flight: InFlight::default(),
-        checkpoints: Checkpoints::new(RandomId::of(1), None, CheckpointMetrics::noop()),
         patches: Counter::noop(),
         deletions: Counter::noop(),
         round_trip: Histogram::noop(),

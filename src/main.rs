@@ -14,7 +14,7 @@ use gradestore::config::{
     self, BackupArgs, Command, Config, HealthArgs, ImportArgs, MadePassword, ServeArgs, VerifyArgs,
 };
 use gradestore::http::ops::OpeningProgress;
-use gradestore::log::RandomId;
+use gradestore::log::{ClusterKey, RandomId};
 use gradestore::storage::{Opening, Storage};
 use gradestore::telemetry;
 use gradestore::{fetch, health, import};
@@ -62,6 +62,7 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
         let opening = Opening {
             node,
             url: app::advertised(&config.cluster, sockets.write.local_addr()?),
+            key: ClusterKey::derive(&config.credentials.account().password),
             restore_from: config.restore_from.clone(),
             progress: Arc::new(move |what| told.set(what)),
         };

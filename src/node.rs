@@ -24,7 +24,7 @@ use crate::http::read::{self, ReadState};
 use crate::http::traffic::RecentTraffic;
 use crate::http::write::{self, WriteState};
 use crate::http::{Answered, HttpMetrics};
-use crate::log::{Announcement, InFlight, Log, Position, RandomId};
+use crate::log::{Announcement, ClusterKey, InFlight, Log, Position, RandomId};
 use crate::readiness::{NodeState, Readiness};
 use crate::remote::Reach;
 use crate::replication::{
@@ -100,6 +100,7 @@ pub struct Node {
     pub restore: RestoreTracker,
     name: Arc<str>,
     replica: RandomId,
+    key: ClusterKey,
     peers: Peers,
     snapshotter: Option<Snapshotter>,
     last_snapshot: LastSnapshot,
@@ -154,8 +155,11 @@ impl Node {
         let applied = Applied::new(Position::base(&log.id(), 0, began_ns));
         let restore = RestoreTracker::default();
         let last_snapshot = LastSnapshot::default();
+        let key = ClusterKey::derive(&config.credentials.account().password);
         let checkpoints = Checkpoints::new(
             replica,
+            log.id(),
+            key.clone(),
             log.is_replicated().then_some(cluster.checkpoint_interval),
             metrics.checkpoints.clone(),
         );
@@ -190,6 +194,7 @@ impl Node {
                 blocking: blocking.clone(),
             },
             applier: Applier {
+                log: Arc::clone(&log),
                 store: store.clone(),
                 applied: applied.clone(),
                 in_flight: in_flight.clone(),
@@ -259,6 +264,7 @@ impl Node {
             restore,
             name,
             replica,
+            key,
             peers,
             snapshotter,
             last_snapshot,
@@ -324,9 +330,10 @@ impl Node {
         let (node, log_id, url) = (Box::from(&*self.name), self.log.id().0, Box::from(url));
         let replica: Box<str> = self.replica.to_string().into();
         let (readiness, applied) = (self.readiness.clone(), self.applied.clone());
+        let key = self.key.clone();
         self.log.announce(Arc::new(move || {
             let position = applied.position();
-            Announcement {
+            let mut announcement = Announcement {
                 node: Box::clone(&node),
                 replica: Box::clone(&replica),
                 version: env!("CARGO_PKG_VERSION").into(),
@@ -335,7 +342,10 @@ impl Node {
                 state: readiness.state().name().into(),
                 position: position.seq,
                 chain: position.chain,
-            }
+                mac: None,
+            };
+            announcement.mac = Some(key.sign_announcement(&announcement));
+            announcement
         }));
     }
 

@@ -12,8 +12,8 @@ use tokio::runtime::Handle;
 
 use crate::backup::{BackupError, Snapshots, end_position, head, quarantine};
 use crate::log::{
-    DiskLog, Identity, InFlight, JetStreamConfig, JetStreamLog, Log, LogId, MemoryLog, OpenError,
-    Progress, RandomId, Seq, SetupError,
+    ClusterKey, DiskLog, Identity, InFlight, JetStreamConfig, JetStreamLog, Log, LogId, MemoryLog,
+    OpenError, Progress, RandomId, Seq, SetupError,
 };
 
 /// Where the log is kept.
@@ -105,6 +105,8 @@ pub struct Opening {
     pub node: RandomId,
     /// Where its write port is reached.
     pub url: String,
+    /// What the cluster's replicas sign with.
+    pub key: ClusterKey,
     /// A backup to start from; the log then begins where that ends.
     pub restore_from: Option<PathBuf>,
     /// Is told what the log waits for.
@@ -147,6 +149,7 @@ impl Storage {
                     holds: held.clone().filter(|held| !abandoned(held)),
                     keeps_data: data_dir.is_some(),
                     url: opening.url,
+                    key: opening.key,
                 };
                 let in_flight = storage.in_flight.clone();
                 let log =

@@ -91,6 +91,7 @@ impl Replication {
             checkpoints: CheckpointMetrics {
                 compared: counter!("gradestore_checkpoints_compared_total"),
                 divergences: counter!("gradestore_divergences_total"),
+                rejected: counter!("gradestore_votes_rejected_total"),
             },
         }
     }
@@ -132,6 +133,8 @@ pub struct LogMetrics {
     pub gaps: Counter,
     /// Messages that are no batch.
     pub poisoned: Counter,
+    /// Announcements that were not signed with the cluster's key.
+    pub forged_announcements: Counter,
 }
 
 impl LogMetrics {
@@ -145,6 +148,7 @@ impl LogMetrics {
             redeliveries: counter!("gradestore_log_redeliveries_total"),
             gaps: counter!("gradestore_log_gaps_total"),
             poisoned: counter!("gradestore_log_poisoned_total"),
+            forged_announcements: counter!("gradestore_announcements_rejected_total"),
         }
     }
 
@@ -156,6 +160,8 @@ impl LogMetrics {
         self.redeliveries.absolute(counts.redeliveries);
         self.gaps.absolute(counts.gaps);
         self.poisoned.absolute(counts.poisoned);
+        self.forged_announcements
+            .absolute(counts.forged_announcements);
     }
 }
 

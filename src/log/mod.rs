@@ -5,6 +5,7 @@
 //! took it.
 
 mod chain;
+mod cluster_key;
 mod disk;
 mod in_flight;
 mod jetstream;
@@ -16,11 +17,12 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::future::BoxFuture;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::grade::{Digest, Write};
 use crate::hex;
 pub use chain::{BatchId, Chain, Effect, Position};
+pub use cluster_key::ClusterKey;
 pub use disk::{DiskLog, OpenError, format as stored};
 pub use in_flight::{Answer, InFlight, InFlightBatch, Ticket};
 pub use jetstream::{
@@ -85,17 +87,20 @@ pub struct Batch {
     pub checkpoint: Option<Checkpoint>,
 }
 
-/// A replica's statement of what it held right after a batch.
+/// A replica's vote on what the state is right after a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Checkpoint {
     /// The replica.
     pub replica: RandomId,
-    /// The batch; 0 for the empty state before the first one.
+    /// The batch. A checkpoint at 0 is no vote: it only lets others vote on the batch that carries it.
     pub position: Seq,
     /// The replica's chain at that batch.
     pub chain: Chain,
     /// The digest of all its records then.
     pub digest: Digest,
+    /// How often the replica has voted on that batch, with this vote. A copy of an older vote counts
+    /// nothing.
+    pub round: u32,
     /// Proves that the sender knows the cluster's password.
     pub mac: Mac,
 }
@@ -115,6 +120,19 @@ impl Mac {
 impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
+impl Serialize for Mac {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Mac {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
+        Self::parse(&text).ok_or_else(|| serde::de::Error::custom("not 32 hexadecimal digits"))
     }
 }
 
@@ -270,6 +288,8 @@ pub struct Counts {
     pub gaps: u64,
     /// Messages that are no batch.
     pub poisoned: u64,
+    /// Announcements that were not signed with the cluster's key.
+    pub forged_announcements: u64,
 }
 
 /// What a replica tells the others on its log of itself.
@@ -292,6 +312,10 @@ pub struct Announcement {
     pub position: Seq,
     /// The chain there.
     pub chain: Chain,
+    /// Proves that the replica knows the cluster's password. Without it, the password must not be
+    /// sent to `url`.
+    #[serde(default)]
+    pub mac: Option<Mac>,
 }
 
 /// What this replica says of itself when it is asked.
@@ -381,7 +405,7 @@ pub trait Log: Send + Sync + 'static {
     }
 
     /// Asks the other replicas on this log for their announcements. A replica that does not answer
-    /// soon is left out.
+    /// soon is left out, and so is an announcement that is not signed with the cluster's key.
     fn peers(&self) -> BoxFuture<'_, Vec<Announcement>> {
         Box::pin(std::future::ready(Vec::new()))
     }

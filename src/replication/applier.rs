@@ -1,11 +1,14 @@
 //! Ordered apply: from the log's entries to records.
 
+use std::sync::Arc;
+
 use metrics::{Counter, Histogram};
 
 use super::applied::Applied;
-use super::checkpoint::{Checkpoints, Heard, Verdict};
+use super::checkpoint::Checkpoints;
+use super::votes::{Comparison, Doubt, Verdict};
 use crate::grade::Digest;
-use crate::log::{Checkpoint, Entry, InFlight, ReadError, Seq, Subscription};
+use crate::log::{Checkpoint, Entry, InFlight, Log, Position, ReadError, Seq, Subscription};
 use crate::readiness::{NodeState, Readiness};
 use crate::store::Store;
 
@@ -27,10 +30,10 @@ pub enum ApplyError {
         /// The one that was delivered.
         got: Seq,
     },
-    /// Most replicas held something else at one position.
+    /// A majority of the replicas held something else at one position.
     #[error(
-        "at batch {position} this replica's digest was {own} and that of most replicas {agreed}: \
-         its state is wrong"
+        "at batch {position} this replica's digest was {own} and that of a majority {agreed}: its \
+         state is wrong, and it bootstraps again from another source"
     )]
     Diverged {
         /// Where.
@@ -44,6 +47,8 @@ pub enum ApplyError {
 
 /// Applies a log to a store.
 pub struct Applier {
+    /// The log.
+    pub log: Arc<dyn Log>,
     /// The records.
     pub store: Store,
     /// The position that the store is at.
@@ -112,39 +117,64 @@ impl Applier {
             self.round_trip.record(own.age().as_secs_f64());
             own.answer(&Ok(position.seq));
         }
-        let Some(checkpoint) = entry.batch.checkpoint else {
-            return Ok(());
-        };
-        let heard = Heard {
-            seq: position.seq,
-            chain: position.chain,
-            checkpoint,
-        };
-        self.hear(heard, readiness)
+        match &entry.batch.checkpoint {
+            Some(checkpoint) => self.observe(&position, checkpoint, readiness),
+            None => Ok(()),
+        }
     }
 
-    fn hear(&self, heard: Heard, readiness: &Readiness) -> Result<(), ApplyError> {
-        let Checkpoint { position, .. } = heard.checkpoint;
-        match self.checkpoints.hear(heard, || self.store.digest()) {
-            Verdict::Nothing => {}
-            Verdict::Disputed { own, other } => {
-                let peer = heard.checkpoint.replica;
-                tracing::error!(position, %own, %other, %peer, "digest mismatch with a peer");
-                let reason = format!(
-                    "at batch {position} this replica's digest was {own} and that of replica {peer} \
-                     {other}: one of them is wrong"
-                );
-                readiness.block(NodeState::Diverged, reason);
+    /// Counts the vote in the batch at `at`, which was applied last.
+    fn observe(
+        &self,
+        at: &Position,
+        checkpoint: &Checkpoint,
+        readiness: &Readiness,
+    ) -> Result<(), ApplyError> {
+        let observed = self
+            .checkpoints
+            .observe(at, checkpoint, || self.store.digest());
+        if observed.same_history && !self.log.is_verified() {
+            self.log.set_verified();
+        }
+        let Checkpoint {
+            replica,
+            position,
+            digest: other,
+            ..
+        } = checkpoint;
+        match observed.comparison {
+            Comparison::None | Comparison::Same => {}
+            Comparison::Different { own } => {
+                tracing::error!(position, %own, %other, %replica, "digest mismatch with a replica");
             }
-            Verdict::Upheld => {
-                tracing::warn!(position, "majority agrees with this replica");
-                readiness.set_ready();
+            Comparison::Fork { own } => {
+                let other = checkpoint.chain;
+                tracing::error!(position, %own, %other, %replica, "a replica read another history");
             }
-            Verdict::Overruled {
+            Comparison::Equivocation { first } => {
+                tracing::error!(position, %first, %other, %replica, "a replica voted for two digests");
+            }
+        }
+        match observed.verdict {
+            Verdict::Unchanged => {}
+            Verdict::Contradicted(doubt) | Verdict::Undecided(doubt) => {
+                // Before the log's end is reached the replica is not ready anyway, and the driver asks.
+                if matches!(readiness.state(), NodeState::Ready | NodeState::Diverged) {
+                    readiness.block(NodeState::Diverged, doubt.to_string());
+                }
+            }
+            Verdict::Upheld(position) => {
+                if readiness.state() == NodeState::Diverged {
+                    tracing::warn!(position, "a majority agrees with this replica: ready again");
+                    readiness.set_ready();
+                }
+            }
+            Verdict::Overruled(Doubt {
                 position,
                 own,
-                agreed,
-            } => {
+                other: agreed,
+                ..
+            }) => {
                 return Err(ApplyError::Diverged {
                     position,
                     own,

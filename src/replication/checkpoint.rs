@@ -1,19 +1,10 @@
-//! Whether replicas that must be equal are.
+//! When this replica votes, and which checkpoints of others count.
 //!
-//! A batch may carry a [`Checkpoint`]: a position and what its sender's digest was there. Such a
-//! batch is a *mark*: every replica notes its own digest right after it. The next checkpoint, whoever
-//! sends it, speaks of the last mark, so all replicas compare at exactly one position, and none needs
-//! to remember a digest for every batch. After writes have ended, each replica speaks of the last
-//! mark once more and then all are silent.
-//!
-//! When a checkpoint says otherwise than a replica's own digest, at least one of them is wrong and
-//! nobody knows which. Whoever notices is not ready from then on and speaks of that mark, again and
-//! again, so that others notice too. When one of them has spoken of it [`TIMES_MAX`] times, it is
-//! settled, at the same place of the log for all: what most replicas said holds, and of two with as
-//! many voices that which was said first. Who holds otherwise begins anew from a peer. Three replicas
-//! therefore outvote one; of two, nobody could say which is right.
+//! While writes go on, each replica votes on every mark once, an interval after the last time it
+//! sent a checkpoint. After writes have ended, all vote on the last mark once more and are then
+//! silent. While replicas disagree, they vote on that mark every half second, until it is
+//! [settled](super::votes).
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -24,28 +15,32 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+use super::votes::{Ballot, Comparison, Doubt, Marked, Observed, Turn, Verdict, Votes};
 use crate::grade::Digest;
-use crate::log::{Chain, Checkpoint, Mac, RandomId, Seq};
+use crate::log::{Chain, Checkpoint, ClusterKey, LogId, Mac, Position, RandomId, Seq};
 
-/// How often a replica speaks of one mark before that is settled. At the pace of a dispute it is two
-/// seconds: some round trips, and a broker that was away for a moment.
-const TIMES_MAX: u32 = 5;
-/// How many marks are remembered. With a checkpoint a replica and interval, those of some rounds.
-const MARKS_MAX: usize = 64;
-/// How often a replica speaks during a dispute.
+/// How often a replica votes while replicas disagree.
 const DISPUTE_INTERVAL: Duration = Duration::from_millis(500);
+/// How often a replica whose state is in doubt votes, where there is no dispute that others take part
+/// in; more often if the interval is shorter.
+const DOUBT_INTERVAL_MAX: Duration = Duration::from_secs(2);
+/// How often checkpoints that do not count are logged at most.
+const LOG_EVERY: Duration = Duration::from_secs(10);
 
-/// What a replica has heard of its peers' states and is to say of its own. Clones are the same.
+/// What a replica knows of the votes of all, and when it votes itself. Clones share it.
 #[derive(Clone)]
 pub struct Checkpoints(Arc<Inner>);
 
 struct Inner {
-    /// How often this replica speaks; `None` where nobody would listen.
+    me: RandomId,
+    log: LogId,
+    key: ClusterKey,
+    /// How often this replica votes; `None` where there are no others.
     interval: Option<Duration>,
     /// Whether writes have been applied since the last mark.
     changed: AtomicBool,
     state: Mutex<State>,
-    /// What is to be said, or when, has changed.
+    /// There is something to send, or it is to be sent sooner.
     sooner: Notify,
     metrics: CheckpointMetrics,
 }
@@ -53,10 +48,12 @@ struct Inner {
 /// Handles of what is measured about checkpoints.
 #[derive(Clone)]
 pub struct CheckpointMetrics {
-    /// Checkpoints of others compared with the own digest.
+    /// Votes of other replicas compared with the own digest.
     pub compared: Counter,
-    /// Those that said otherwise.
+    /// Those that differed.
     pub divergences: Counter,
+    /// Checkpoints that are no vote: not signed with the cluster's key.
+    pub rejected: Counter,
 }
 
 impl CheckpointMetrics {
@@ -66,121 +63,84 @@ impl CheckpointMetrics {
         Self {
             compared: Counter::noop(),
             divergences: Counter::noop(),
+            rejected: Counter::noop(),
         }
     }
 }
 
 struct State {
-    /// Whether there is a state to speak of.
-    begun: bool,
-    /// From here on it is whole: before, a restored store may hold effects of later batches.
-    whole_from: Seq,
-    /// The last marks, the oldest first.
-    marks: VecDeque<Mark>,
-    /// The newest mark that has writes before it and that this replica has not spoken of.
-    unspoken: Option<Seq>,
-    /// The mark that replicas differ at.
-    disputed: Option<Mark>,
-    /// When this replica is to speak next.
+    votes: Votes,
+    /// From here on the state is complete: before, a restored store may hold effects of later
+    /// batches. `None` while there is no state.
+    complete_from: Option<Seq>,
+    /// Whether the log's end was reached: a replica that reads old batches does not vote on them.
+    caught_up: bool,
+    /// When this replica votes next.
     next: Instant,
-    me: RandomId,
+    /// The mark at which it waits for the votes of others.
+    waited_at: Option<Seq>,
     /// How many pauses there have been.
     pauses: u64,
-}
-
-struct Mark {
-    position: Seq,
-    /// The chain there.
-    chain: Chain,
-    /// This replica's own.
-    digest: Digest,
-    /// What was said, the first first; one voice a replica.
-    voices: Vec<Voice>,
-}
-
-struct Voice {
-    origin: RandomId,
-    digest: Digest,
-    /// How often it was heard.
-    times: u32,
-}
-
-/// A batch with a checkpoint, at its place in the log.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Heard {
-    /// The place.
-    pub seq: Seq,
-    /// The chain there.
-    pub chain: Chain,
-    /// What it says.
-    pub checkpoint: Checkpoint,
-}
-
-/// What follows from a checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
-    /// Nothing new.
-    Nothing,
-    /// Another replica holds something else.
-    Disputed {
-        /// What this replica held there.
-        own: Digest,
-        /// What the other did.
-        other: Digest,
-    },
-    /// The dispute is over and this replica's state holds.
-    Upheld,
-    /// The dispute is over and this replica's state does not hold.
-    Overruled {
-        /// Where it differed.
-        position: Seq,
-        /// What it held there.
-        own: Digest,
-        /// What holds.
-        agreed: Digest,
-    },
+    rejected_logged_at: Option<Instant>,
 }
 
 impl Checkpoints {
-    /// For the replica `me`, which speaks every `interval`, if at all.
+    /// For the replica `me` on `log`, which votes every `interval`, if at all.
     #[must_use]
-    pub fn new(me: RandomId, interval: Option<Duration>, metrics: CheckpointMetrics) -> Self {
+    pub fn new(
+        me: RandomId,
+        log: LogId,
+        key: ClusterKey,
+        interval: Option<Duration>,
+        metrics: CheckpointMetrics,
+    ) -> Self {
         Self(Arc::new(Inner {
+            me,
+            log,
+            key,
             interval,
             changed: AtomicBool::new(false),
             state: Mutex::new(State {
-                begun: false,
-                whole_from: 0,
-                marks: VecDeque::new(),
-                unspoken: None,
-                disputed: None,
+                votes: Votes::new(me),
+                complete_from: None,
+                caught_up: false,
                 next: Instant::now(),
-                me,
+                waited_at: None,
                 pauses: 0,
+                rejected_logged_at: None,
             }),
             sooner: Notify::new(),
             metrics,
         }))
     }
 
-    /// The state was made anew and is whole from batch `whole_from` on.
-    pub fn begin(&self, whole_from: Seq) {
+    /// The log is applied from here on; the state is complete from batch `complete_from` on.
+    pub fn begin(&self, complete_from: Seq) {
         let mut state = self.0.state.lock();
-        state.begun = true;
-        state.whole_from = whole_from;
-        state.pause(self.0.interval);
-        // What came out of a file is to be compared even if nobody writes any more.
-        self.0.changed.store(whole_from > 0, Ordering::Relaxed);
-        self.0.sooner.notify_one();
+        state.complete_from = Some(complete_from);
+        state.caught_up = false;
+        // What came out of a file is compared even if nobody writes any more.
+        self.0.changed.store(complete_from > 0, Ordering::Relaxed);
     }
 
-    /// The state is given up: there is nothing to say of it until the next one has begun.
+    /// The log's end was reached. Returns why the state may be wrong, if the votes so far say so.
+    pub(super) fn caught_up(&self) -> Option<Doubt> {
+        let mut state = self.0.state.lock();
+        state.caught_up = true;
+        match state.votes.is_disputed() || state.votes.doubt().is_some() {
+            true => state.next = Instant::now(),
+            false => state.pause(self.0.me, self.0.interval),
+        }
+        self.0.sooner.notify_one();
+        state.votes.doubt()
+    }
+
+    /// The state is discarded: there is nothing to vote for until the next one has begun.
     pub(super) fn end(&self) {
         let mut state = self.0.state.lock();
-        state.begun = false;
-        state.marks.clear();
-        state.unspoken = None;
-        state.disputed = None;
+        state.votes = Votes::new(self.0.me);
+        state.complete_from = None;
+        state.caught_up = false;
         self.0.changed.store(false, Ordering::Relaxed);
     }
 
@@ -189,88 +149,52 @@ impl Checkpoints {
         self.0.changed.store(true, Ordering::Relaxed);
     }
 
-    /// A batch with a checkpoint was applied; `digest` is this replica's right after it. Only the
-    /// log's reader calls this.
-    pub(super) fn hear(&self, heard: Heard, digest: impl FnOnce() -> Digest) -> Verdict {
+    /// Counts the vote in the batch at `position`, which was applied last; `digest` is this
+    /// replica's right after it.
+    pub(super) fn observe(
+        &self,
+        position: &Position,
+        checkpoint: &Checkpoint,
+        digest: impl FnOnce() -> Digest,
+    ) -> Observed {
+        let authentic = self.0.key.verify_checkpoint(&self.0.log, checkpoint);
         let mut state = self.0.state.lock();
-        if !state.begun || state.whole_from > heard.seq {
-            return Verdict::Nothing;
+        if !authentic {
+            self.0.metrics.rejected.increment(1);
+            state.log_rejected(position.seq, checkpoint.replica);
+            return Observed::NOTHING;
         }
-        let verdict = match self.compare(&mut state, &heard) {
-            Verdict::Nothing => state.settle(),
-            disputed => disputed,
+        let complete = state.complete_from.is_some_and(|from| from <= position.seq);
+        let marked = Marked {
+            seq: position.seq,
+            chain: position.chain,
+            own: complete.then(digest),
+            changed: complete && self.0.changed.swap(false, Ordering::Relaxed),
+            checkpoint: *checkpoint,
         };
-        if matches!(verdict, Verdict::Overruled { .. }) {
-            return verdict;
+        let observed = state.votes.observe(&marked);
+        match observed.comparison {
+            Comparison::Same => self.0.metrics.compared.increment(1),
+            Comparison::Different { .. } => {
+                self.0.metrics.compared.increment(1);
+                self.0.metrics.divergences.increment(1);
+                // The others are to see it at once.
+                state.next = Instant::now();
+                self.0.sooner.notify_one();
+            }
+            Comparison::None | Comparison::Fork { .. } | Comparison::Equivocation { .. } => {}
         }
-        if state.marks.len() == MARKS_MAX {
-            state.marks.pop_front();
-        }
-        state.marks.push_back(Mark {
-            position: heard.seq,
-            chain: heard.chain,
-            digest: digest(),
-            voices: Vec::new(),
-        });
-        if self.0.changed.swap(false, Ordering::Relaxed) {
-            state.unspoken = Some(heard.seq);
-        }
-        if matches!(verdict, Verdict::Disputed { .. }) {
-            state.next = Instant::now();
+        if matches!(
+            observed.verdict,
+            Verdict::Contradicted(_) | Verdict::Undecided(_)
+        ) {
+            state.next = state.next.min(Instant::now() + DISPUTE_INTERVAL);
             self.0.sooner.notify_one();
         }
-        verdict
+        observed
     }
 
-    fn compare(&self, state: &mut State, heard: &Heard) -> Verdict {
-        let Checkpoint {
-            replica,
-            position,
-            chain,
-            digest,
-            ..
-        } = heard.checkpoint;
-        let mine = replica == state.me;
-        if mine && state.unspoken.is_some_and(|unspoken| unspoken <= position) {
-            state.unspoken = None;
-        }
-        let mut marks = state.disputed.iter_mut().chain(&mut state.marks);
-        // Of a batch that the broker lost nobody here can say anything.
-        let here = |mark: &&mut Mark| mark.position == position && chain == mark.chain;
-        let Some(mark) = marks.find(here) else {
-            return Verdict::Nothing;
-        };
-        let mut voices = mark.voices.iter_mut();
-        if let Some(voice) = voices.find(|voice| voice.origin == replica) {
-            voice.times += 1;
-            return Verdict::Nothing;
-        }
-        mark.voices.push(Voice {
-            origin: replica,
-            digest,
-            times: 1,
-        });
-        if mine {
-            return Verdict::Nothing;
-        }
-        self.0.metrics.compared.increment(1);
-        let own = mark.digest;
-        if digest == own {
-            return Verdict::Nothing;
-        }
-        self.0.metrics.divergences.increment(1);
-        if state.disputed.is_some() {
-            return Verdict::Nothing;
-        }
-        let at = state
-            .marks
-            .iter()
-            .position(|mark| mark.position == position);
-        state.disputed = at.and_then(|at| state.marks.remove(at));
-        Verdict::Disputed { own, other: digest }
-    }
-
-    /// Resolves when this replica is to send a checkpoint. Cancel-safe.
+    /// Resolves when it is this replica's turn. Cancel-safe.
     pub(super) async fn due(&self) {
         let Some(interval) = self.0.interval else {
             return std::future::pending().await;
@@ -278,15 +202,11 @@ impl Checkpoints {
         loop {
             let next = {
                 let mut state = self.0.state.lock();
-                let now = Instant::now();
-                let anything = state.disputed.is_some()
-                    || state.unspoken.is_some()
-                    || self.0.changed.load(Ordering::Relaxed);
-                if state.next <= now && anything {
-                    return;
-                }
-                if state.next <= now {
-                    state.pause(Some(interval));
+                if state.next <= Instant::now() {
+                    if state.turn(self.has_changed()) != Turn::Silent {
+                        return;
+                    }
+                    state.pause(self.0.me, Some(interval));
                 }
                 state.next
             };
@@ -298,82 +218,92 @@ impl Checkpoints {
         }
     }
 
-    /// What the batch that is made now is to say, if it is time to say something.
+    /// The checkpoint for the batch that is made now, if it is this replica's turn.
     pub(super) fn next(&self) -> Option<Checkpoint> {
         let interval = self.0.interval?;
         let mut state = self.0.state.lock();
         let now = Instant::now();
-        if !state.begun || state.next > now {
+        if state.next > now {
             return None;
         }
-        let about = state.disputed.as_ref().or(state.marks.back());
-        let checkpoint = match about {
-            Some(mark) => Checkpoint {
-                replica: state.me,
-                position: mark.position,
-                chain: mark.chain,
-                digest: mark.digest,
-                mac: Mac::default(),
-            },
-            // Before the first mark, what everyone knows: nothing is there before the first batch.
-            None => Checkpoint {
-                replica: state.me,
+        let turn = state.turn(self.has_changed());
+        if state.votes.is_disputed() {
+            state.next = now + DISPUTE_INTERVAL;
+        } else if state.votes.doubt().is_some() {
+            state.next = now + interval.min(DOUBT_INTERVAL_MAX);
+        } else {
+            state.pause(self.0.me, Some(interval));
+        }
+        let ballot = match turn {
+            Turn::Silent => return None,
+            Turn::Wait(position) => {
+                state.waited_at = Some(position);
+                return None;
+            }
+            Turn::Vote(ballot) => ballot,
+            Turn::Mark => Ballot {
                 position: 0,
                 chain: Chain::default(),
                 digest: Digest::default(),
-                mac: Mac::default(),
+                round: 0,
             },
         };
-        match state.disputed {
-            Some(_) => state.next = now + DISPUTE_INTERVAL,
-            None => state.pause(Some(interval)),
-        }
-        Some(checkpoint)
+        drop(state);
+        Some(self.signed(ballot))
+    }
+
+    fn signed(&self, ballot: Ballot) -> Checkpoint {
+        let mut checkpoint = Checkpoint {
+            replica: self.0.me,
+            position: ballot.position,
+            chain: ballot.chain,
+            digest: ballot.digest,
+            round: ballot.round,
+            mac: Mac::default(),
+        };
+        checkpoint.mac = self.0.key.sign_checkpoint(&self.0.log, &checkpoint);
+        checkpoint
+    }
+
+    fn has_changed(&self) -> bool {
+        self.0.changed.load(Ordering::Relaxed)
     }
 }
 
 impl State {
-    /// Three quarters of `interval` to five, another part each time: replicas that began together
-    /// don't speak together. Their origins are random already.
-    fn jittered(&mut self, interval: Duration) -> Duration {
+    fn turn(&self, changed: bool) -> Turn {
+        match self.caught_up {
+            true => self.votes.turn(changed, self.waited_at),
+            false => Turn::Silent,
+        }
+    }
+
+    /// Three quarters of `interval` to five, another part each time: replicas that started together
+    /// do not vote together. Their ids are random already.
+    fn jittered(&mut self, me: RandomId, interval: Duration) -> Duration {
         self.pauses += 1;
-        let part = xxh3_64_with_seed(self.me.to_string().as_bytes(), self.pauses) as f64;
+        let part = xxh3_64_with_seed(&me.bytes(), self.pauses) as f64;
         interval.mul_f64(0.75 + part / u64::MAX as f64 / 2.0)
     }
 
-    fn pause(&mut self, interval: Option<Duration>) {
-        let pause = interval.map(|interval| self.jittered(interval));
+    fn pause(&mut self, me: RandomId, interval: Option<Duration>) {
+        let pause = interval.map(|interval| self.jittered(me, interval));
         self.next = Instant::now() + pause.unwrap_or_default();
     }
 
-    /// Ends the dispute, if enough has been said.
-    fn settle(&mut self) -> Verdict {
-        let settled = |mark: &mut Mark| mark.voices.iter().any(|voice| voice.times >= TIMES_MAX);
-        let Some(mark) = self.disputed.take_if(settled) else {
-            return Verdict::Nothing;
-        };
-        // What is said of marks before this place is part of the dispute and over with it.
-        self.marks.clear();
-        let said = |digest: Digest| {
-            mark.voices
-                .iter()
-                .filter(|voice| voice.digest == digest)
-                .count()
-        };
-        let mut agreed = mark.digest;
-        let mut most = 0;
-        for voice in &mark.voices {
-            if said(voice.digest) > most {
-                (agreed, most) = (voice.digest, said(voice.digest));
-            }
-        }
-        match agreed == mark.digest {
-            true => Verdict::Upheld,
-            false => Verdict::Overruled {
-                position: mark.position,
-                own: mark.digest,
-                agreed,
-            },
+    fn log_rejected(&mut self, position: Seq, replica: RandomId) {
+        let now = Instant::now();
+        let due = |at: Instant| now.saturating_duration_since(at) >= LOG_EVERY;
+        if self.rejected_logged_at.is_none_or(due) {
+            self.rejected_logged_at = Some(now);
+            tracing::warn!(
+                position,
+                %replica,
+                "ignored a checkpoint that is not signed with this cluster's password"
+            );
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -125,9 +125,18 @@ impl ReplicaDriver {
         self.bootstrap.tracker.done();
         let (log, position) = (self.bootstrap.log.kind(), self.bootstrap.applied.seq());
         let records = self.bootstrap.store.len();
-        self.readiness.set_ready();
-        tracing::info!(log, position, records, "ready: serving reads and writes");
-        logged.clear();
+        match self.applier.checkpoints.caught_up() {
+            None => {
+                self.readiness.set_ready();
+                tracing::info!(log, position, records, "ready: serving reads and writes");
+                logged.clear();
+            }
+            Some(doubt) => {
+                let reason = doubt.to_string();
+                log_once(&reason, "caught up and not ready", logged);
+                self.readiness.block(NodeState::Diverged, reason);
+            }
+        }
         applying.await
     }
 

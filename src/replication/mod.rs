@@ -16,7 +16,7 @@
 //!
 //! [`ReplicaDriver`] gets the state to a position ([`Bootstrap`]: a snapshot, a peer's backup or the
 //! whole log) and keeps it there. When the log goes on without this replica, because it was away for
-//! too long, or when most replicas hold something else ([`Checkpoints`]), it is not ready, discards
+//! too long, or when a majority of the replicas holds something else ([`Checkpoints`]), it is not ready, discards
 //! its state and recovers from a peer.
 //!
 //! A request whose client went away is still written once: only its answer is dropped.
@@ -31,6 +31,7 @@ mod peers;
 mod seed;
 mod snapshotter;
 mod tracker;
+mod votes;
 mod waiters;
 mod writer;
 

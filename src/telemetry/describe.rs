@@ -81,6 +81,14 @@ pub(super) fn describe() {
         "Times that this replica began anew because the log went on without it or it had diverged."
     );
     describe_counter!(
+        "gradestore_votes_rejected_total",
+        "Checkpoints that were ignored because they are not signed with the cluster's password."
+    );
+    describe_counter!(
+        "gradestore_announcements_rejected_total",
+        "Announcements that were ignored because they are not signed with the cluster's password."
+    );
+    describe_counter!(
         "gradestore_checkpoints_compared_total",
         "Digests of other replicas compared with the own one at the same position."
     );

@@ -11,7 +11,7 @@ use std::sync::{Arc, mpsc};
 use gradestore::app::{self, Sockets};
 use gradestore::config::{ClusterConfig, Config, HttpConfig, default_writer_limits};
 use gradestore::http::Credentials;
-use gradestore::log::{Log, MemoryLog, RandomId};
+use gradestore::log::{ClusterKey, Log, MemoryLog, RandomId};
 use gradestore::storage::{Opening, Storage};
 use parking_lot::Mutex;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
@@ -306,6 +306,7 @@ pub(crate) fn opening(node: RandomId, restore_from: Option<PathBuf>) -> Opening 
     Opening {
         node,
         url: String::new(),
+        key: ClusterKey::derive(PASSWORD),
         restore_from,
         progress: Arc::new(|_| {}),
     }

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream::Config;
 use futures_util::future::join_all;
-use gradestore::log::{Identity, JetStreamConfig, JetStreamLog, MemoryLog, RandomId};
+use gradestore::log::{ClusterKey, Identity, JetStreamConfig, JetStreamLog, MemoryLog, RandomId};
 use gradestore::storage::Storage;
 use serde_json::Value;
 
 use crate::broker::{Broker, Load, STREAM, SUBJECT, Write, status_where};
 use crate::disk::backup_of;
-use crate::harness::{Local, Node, Ports};
+use crate::harness::{Local, Node, PASSWORD, Ports};
 use crate::seeded::{Cluster, serves_nothing};
 use crate::throttle::Throttle;
 
@@ -37,6 +37,7 @@ async fn late(broker: &Broker, buffer_bytes_max: u64) -> Local {
         holds: None,
         keeps_data: false,
         url: String::new(),
+        key: ClusterKey::derive(PASSWORD),
     };
     let mut storage = Storage::of(Arc::new(MemoryLog::new(origin, 0)), origin);
     let in_flight = storage.in_flight.clone();

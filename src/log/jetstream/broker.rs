@@ -150,7 +150,7 @@ pub trait Connection: Send + Sync + 'static {
     /// a log line.
     fn announce(&self, announce: Announce) -> BoxFuture<'_, Result<(), String>>;
 
-    /// Asks all replicas for their announcements, this one included.
+    /// Asks all replicas for their announcements, this one included. Anybody may have sent them.
     fn ask_peers(&self) -> BoxFuture<'_, Result<Vec<Announcement>, String>>;
 
     /// Ends the connection without sending what waits.

@@ -11,10 +11,11 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::announcements::Announcements;
 use super::broker::{Broker, BrokerError, ConnectError, Connection, StreamInfo};
 use super::session::Backoff;
 use super::{JetStreamConfig, MESSAGE_BYTES_NEEDED, SetupError, stream};
-use crate::log::{Announcement, Chain, LogId, RandomId, Seq};
+use crate::log::{Announcement, Chain, ClusterKey, LogId, RandomId, Seq};
 
 /// How long the broker may be away at the start before the node gives up.
 const START_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -26,7 +27,7 @@ const ASK_EVERY: Duration = Duration::from_millis(500);
 const NO_LOG: &str = "none";
 
 /// Who opens the log.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Identity {
     /// This process.
     pub node: RandomId,
@@ -38,6 +39,8 @@ pub struct Identity {
     pub keeps_data: bool,
     /// Where its write port is reached.
     pub url: String,
+    /// What its announcements are signed with, and those of others are verified with.
+    pub key: ClusterKey,
 }
 
 /// Is told what an opening log waits for.
@@ -56,12 +59,14 @@ pub(super) async fn open(
     broker: &dyn Broker,
     config: &JetStreamConfig,
     identity: &Identity,
+    announcements: &Announcements,
     base: Option<Seq>,
     progress: &Progress,
 ) -> Result<Opened, SetupError> {
     let mut opening = Opening {
         config,
         identity,
+        announcements,
         base,
         progress,
         servers: broker.servers(),
@@ -96,6 +101,7 @@ pub(super) async fn open(
 struct Opening<'a> {
     config: &'a JetStreamConfig,
     identity: &'a Identity,
+    announcements: &'a Announcements,
     base: Option<Seq>,
     progress: &'a Progress,
     servers: String,
@@ -201,7 +207,7 @@ impl Opening<'_> {
             ));
         }
         let announced = match connection.ask_peers().await {
-            Ok(announced) => announced,
+            Ok(announced) => self.announcements.authentic(announced),
             Err(error) => return Ok(Err(format!("cannot ask for other replicas: {error}"))),
         };
         let (me, my_replica) = (node.to_string(), replica.to_string());
@@ -278,7 +284,7 @@ impl Opening<'_> {
             Some(log) => log.0.clone(),
             None => NO_LOG.into(),
         };
-        Announcement {
+        self.announcements.sign(Announcement {
             node: self.identity.node.to_string().into(),
             replica: self.identity.replica.to_string().into(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -287,6 +293,7 @@ impl Opening<'_> {
             state: "starting".into(),
             position: 0,
             chain: Chain::default(),
-        }
+            mac: None,
+        })
     }
 }

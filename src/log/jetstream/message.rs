@@ -21,7 +21,7 @@ const BATCH_HEADER: &str = "Grade-Batch";
 const TIME_HEADER: &str = "Grade-Time";
 /// The broker's own: it stores one message per id.
 const ID_HEADER: &str = "Nats-Msg-Id";
-/// Replica, position, chain, digest and message authentication code, with a space between two.
+/// Replica, position, chain, digest, round and message authentication code, with a space between two.
 const CHECKPOINT_HEADER: &str = "Grade-Checkpoint";
 
 /// Why a message is no batch.
@@ -72,9 +72,10 @@ pub fn add_checkpoint(headers: &mut HeaderMap, checkpoint: &Checkpoint) {
         position,
         chain,
         digest,
+        round,
         mac,
     } = checkpoint;
-    let text = format!("{replica} {position} {chain} {digest} {mac}");
+    let text = format!("{replica} {position} {chain} {digest} {round} {mac}");
     headers.insert(CHECKPOINT_HEADER, text);
 }
 
@@ -140,6 +141,7 @@ fn checkpoint(text: &str) -> Option<Checkpoint> {
         position: words.next()?.parse().ok()?,
         chain: Chain::parse(words.next()?)?,
         digest: Digest::parse(words.next()?)?,
+        round: words.next()?.parse().ok()?,
         mac: Mac::parse(words.next()?)?,
     };
     words.next().is_none().then_some(checkpoint)
@@ -167,6 +169,7 @@ mod tests {
             position: u64::MAX,
             chain: Chain(1 << 90),
             digest: Digest(u128::MAX - 1),
+            round: 5,
             mac: Mac([9; 16]),
         }
     }

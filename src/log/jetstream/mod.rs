@@ -8,9 +8,11 @@
 //! - `append`: a batch is sent until its outcome is known, and stored at most once.
 //! - `subscription`: a consumer per replica, replaced at the batch after the last one; `history`:
 //!   whether the stream is still the one that was read.
+//! - `announcements`: which announcements of other replicas count.
 //! - `message`: a batch as a message; `header_block`, `raw_message`: a message that the client cannot
 //!   read.
 
+mod announcements;
 mod append;
 pub mod broker;
 mod creation;
@@ -37,6 +39,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use self::announcements::Announcements;
 use self::broker::{Broker, BrokerError, Connection, InfoSource, Outgoing};
 pub use self::creation::{Identity, Progress};
 use self::history::Suspicion;
@@ -189,6 +192,7 @@ pub struct JetStreamLog {
 struct Shared {
     config: JetStreamConfig,
     broker: Arc<dyn Broker>,
+    announcements: Announcements,
     /// This process.
     node: RandomId,
     id: LogId,
@@ -251,9 +255,19 @@ impl JetStreamLog {
         base: Option<Seq>,
         progress: Progress,
     ) -> Result<Self, SetupError> {
-        let opened = creation::open(&*broker, &config, &identity, base, &progress).await?;
+        let announcements = Announcements::new(identity.key.clone());
+        let opened = creation::open(
+            &*broker,
+            &config,
+            &identity,
+            &announcements,
+            base,
+            &progress,
+        )
+        .await?;
         let shared = Arc::new(Shared {
             health: WriteHealth::new(config.write_silence_max),
+            announcements,
             config,
             broker,
             node: identity.node,
@@ -490,7 +504,8 @@ impl Log for JetStreamLog {
                 return Vec::new();
             };
             match connection.ask_peers().await {
-                Ok(mut found) => {
+                Ok(announced) => {
+                    let mut found = self.shared.announcements.authentic(announced);
                     let me = self.shared.node.to_string();
                     found.retain(|peer| *peer.node != *me && peer.log_id == self.shared.id.0);
                     found
@@ -518,6 +533,7 @@ impl Log for JetStreamLog {
             redeliveries: load(&counts.redeliveries),
             gaps: load(&counts.gaps),
             poisoned: load(&counts.poisoned),
+            forged_announcements: self.shared.announcements.forged(),
         }
     }
 }

@@ -4,7 +4,7 @@
 //! later. A batch could then arrive after others have overwritten its fields. Here a connection that
 //! ends takes everything along, and whoever used it knows at once.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::error::Error as _;
 use std::panic;
 use std::sync::Arc;
@@ -72,6 +72,8 @@ const FIRST_WAIT_MAX: Duration = Duration::from_millis(300);
 const NEXT_WAIT_MAX: Duration = Duration::from_millis(100);
 /// How long announcements are collected at most.
 const COLLECT_MAX: Duration = Duration::from_secs(2);
+/// How many are taken in at most: anybody on the broker may send any number.
+const ANNOUNCEMENTS_MAX: usize = 4096;
 
 /// NATS servers.
 pub(super) struct Nats {
@@ -350,7 +352,8 @@ impl NatsConnection {
         client
             .publish_with_reply_and_headers(ASK_ALL, inbox, HeaderMap::new(), Bytes::new())
             .await?;
-        let mut found = BTreeMap::new();
+        // Not one a process: a forged announcement must not hide the process' own.
+        let mut found = Vec::new();
         let collect = async {
             let mut wait_max = FIRST_WAIT_MAX;
             while let Ok(Some(answer)) = tokio::time::timeout(wait_max, answers.next()).await {
@@ -361,14 +364,16 @@ impl NatsConnection {
                 };
                 let endpoints = stats.endpoints.into_iter();
                 for data in endpoints.filter_map(|endpoint| endpoint.data) {
-                    if let Ok(peer) = serde_json::from_value::<Announcement>(data) {
-                        found.insert(peer.node.clone(), peer);
+                    if let Ok(peer) = serde_json::from_value::<Announcement>(data)
+                        && found.len() < ANNOUNCEMENTS_MAX
+                    {
+                        found.push(peer);
                     }
                 }
             }
         };
         let _ = tokio::time::timeout(COLLECT_MAX, collect).await;
-        Ok(found.into_values().collect())
+        Ok(found)
     }
 }
 

@@ -3,7 +3,7 @@ use parking_lot::Mutex;
 
 use super::*;
 use crate::grade::{Changes, Patch};
-use crate::log::{LogId, Position, RandomId, ReadError, Subscription};
+use crate::log::{ClusterKey, LogId, Position, RandomId, ReadError, Subscription};
 use crate::replication::checkpoint::CheckpointMetrics;
 
 /// Takes batches in order and says what became of them when told to.
@@ -51,7 +51,9 @@ fn writer_of(log: &Arc<SlowLog>, batch_patches_max: usize) -> (Writer, WriterTas
     };
     let own = InFlight::default();
     let log = Arc::clone(log) as Arc<dyn Log>;
-    let silent = Checkpoints::new(RandomId::of(1), None, CheckpointMetrics::noop());
+    let key = ClusterKey::derive("");
+    let metrics = CheckpointMetrics::noop();
+    let silent = Checkpoints::new(RandomId::of(1), log.id(), key, None, metrics);
     let (writer, task) = Writer::new(log, own.clone(), silent, limits, Histogram::noop());
     (writer, task, own)
 }

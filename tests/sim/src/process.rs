@@ -287,6 +287,7 @@ fn metrics(
         checkpoints: CheckpointMetrics {
             compared: Counter::noop(),
             divergences: Counter::from_arc(Arc::clone(divergences)),
+            rejected: Counter::noop(),
         },
     }
 }

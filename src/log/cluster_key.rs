@@ -1,0 +1,222 @@
+//! The key that the replicas of a cluster share, and what they sign with it.
+//!
+//! Anybody who may publish to the broker can write a checkpoint or an announcement. Only a replica
+//! that knows the cluster's password can sign one. `docs/protocol.md` has the signed bytes.
+
+use hmac::{Hmac, Mac as _};
+use sha2::Sha256;
+
+use super::{Announcement, Checkpoint, LogId, Mac};
+
+/// What the key is derived with. Another version of the format has another context.
+const KEY_CONTEXT: &[u8] = b"gradestore cluster key 1";
+const CHECKPOINT_CONTEXT: &[u8] = b"gradestore checkpoint 1\n";
+const ANNOUNCEMENT_CONTEXT: &[u8] = b"gradestore announcement 1\n";
+
+/// Signs and verifies checkpoints and announcements. Never printed.
+#[derive(Clone)]
+pub struct ClusterKey(Hmac<Sha256>);
+
+impl ClusterKey {
+    /// The key of the cluster with this password.
+    #[must_use]
+    pub fn derive(password: &str) -> Self {
+        let mut derived = keyed(password.as_bytes());
+        derived.update(KEY_CONTEXT);
+        Self(keyed(&derived.finalize().into_bytes()))
+    }
+
+    /// The code of `checkpoint`, made on `log`. Its own `mac` does not matter.
+    #[must_use]
+    pub fn sign_checkpoint(&self, log: &LogId, checkpoint: &Checkpoint) -> Mac {
+        truncated(self.of_checkpoint(log, checkpoint))
+    }
+
+    /// Whether a holder of the key signed `checkpoint` for `log`. Takes the same time wherever the
+    /// codes differ.
+    #[must_use]
+    pub fn verify_checkpoint(&self, log: &LogId, checkpoint: &Checkpoint) -> bool {
+        let expected = self.of_checkpoint(log, checkpoint);
+        expected.verify_truncated_left(&checkpoint.mac.0).is_ok()
+    }
+
+    /// The code of `announcement`. Its own `mac` does not matter.
+    #[must_use]
+    pub fn sign_announcement(&self, announcement: &Announcement) -> Mac {
+        truncated(self.of_announcement(announcement))
+    }
+
+    /// Whether a holder of the key signed `announcement`. Takes the same time wherever the codes
+    /// differ.
+    #[must_use]
+    pub fn verify_announcement(&self, announcement: &Announcement) -> bool {
+        let expected = self.of_announcement(announcement);
+        let mac = announcement.mac.as_ref();
+        mac.is_some_and(|mac| expected.verify_truncated_left(&mac.0).is_ok())
+    }
+
+    fn of_checkpoint(&self, log: &LogId, checkpoint: &Checkpoint) -> Hmac<Sha256> {
+        let Checkpoint {
+            replica,
+            position,
+            chain,
+            digest,
+            round,
+            mac: _,
+        } = checkpoint;
+        let mut hmac = self.0.clone();
+        hmac.update(CHECKPOINT_CONTEXT);
+        update_text(&mut hmac, &log.0);
+        hmac.update(&replica.bytes());
+        hmac.update(&position.to_le_bytes());
+        hmac.update(&chain.0.to_le_bytes());
+        hmac.update(&digest.0.to_le_bytes());
+        hmac.update(&round.to_le_bytes());
+        hmac
+    }
+
+    /// Covers every field: an announcement is made for each answer, so that costs a microsecond, and
+    /// nobody can make a ready replica look unready, or one that is behind look ahead.
+    fn of_announcement(&self, announcement: &Announcement) -> Hmac<Sha256> {
+        let Announcement {
+            node,
+            replica,
+            version,
+            log_id,
+            url,
+            state,
+            position,
+            chain,
+            mac: _,
+        } = announcement;
+        let mut hmac = self.0.clone();
+        hmac.update(ANNOUNCEMENT_CONTEXT);
+        for text in [node, replica, version, log_id, url, state] {
+            update_text(&mut hmac, text);
+        }
+        hmac.update(&position.to_le_bytes());
+        hmac.update(&chain.0.to_le_bytes());
+        hmac
+    }
+}
+
+#[expect(clippy::expect_used, reason = "HMAC takes keys of any length")]
+fn keyed(key: &[u8]) -> Hmac<Sha256> {
+    Hmac::new_from_slice(key).expect("HMAC takes keys of any length")
+}
+
+/// Length first: where one text ends and the next one starts is part of what is signed.
+fn update_text(hmac: &mut Hmac<Sha256>, text: &str) {
+    hmac.update(&(text.len() as u64).to_le_bytes());
+    hmac.update(text.as_bytes());
+}
+
+fn truncated(hmac: Hmac<Sha256>) -> Mac {
+    let mut mac = Mac::default();
+    let code = hmac.finalize().into_bytes();
+    for (byte, code) in mac.0.iter_mut().zip(code) {
+        *byte = code;
+    }
+    mac
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::grade::Digest;
+    use crate::log::{Chain, RandomId};
+
+    fn log() -> LogId {
+        LogId("1c5f".into())
+    }
+
+    fn signed(key: &ClusterKey) -> Checkpoint {
+        let mut checkpoint = Checkpoint {
+            replica: RandomId::of(3),
+            position: 7,
+            chain: Chain(1 << 90),
+            digest: Digest(9),
+            round: 1,
+            mac: Mac::default(),
+        };
+        checkpoint.mac = key.sign_checkpoint(&log(), &checkpoint);
+        checkpoint
+    }
+
+    fn announced(key: &ClusterKey) -> Announcement {
+        let mut announcement = Announcement {
+            node: "n".into(),
+            replica: "r".into(),
+            version: "0.1.0".into(),
+            log_id: "none".into(),
+            url: "http://10.0.0.5:8080".into(),
+            state: "ready".into(),
+            position: 7,
+            chain: Chain(5),
+            mac: None,
+        };
+        announcement.mac = Some(key.sign_announcement(&announcement));
+        announcement
+    }
+
+    #[test]
+    fn every_field_of_a_checkpoint_is_signed() {
+        let key = ClusterKey::derive("secret");
+        let checkpoint = signed(&key);
+        assert!(key.verify_checkpoint(&log(), &checkpoint));
+        assert!(!key.verify_checkpoint(&LogId("1c5".into()), &checkpoint));
+        assert!(!ClusterKey::derive("secrets").verify_checkpoint(&log(), &checkpoint));
+        let changed: [fn(&mut Checkpoint); 6] = [
+            |checkpoint| checkpoint.replica = RandomId::of(4),
+            |checkpoint| checkpoint.position += 1,
+            |checkpoint| checkpoint.chain.0 += 1,
+            |checkpoint| checkpoint.digest.0 += 1,
+            |checkpoint| checkpoint.round += 1,
+            |checkpoint| checkpoint.mac.0[15] ^= 1,
+        ];
+        for (field, change) in changed.into_iter().enumerate() {
+            let mut forged = checkpoint;
+            change(&mut forged);
+            assert!(!key.verify_checkpoint(&log(), &forged), "{field}");
+        }
+    }
+
+    #[test]
+    fn every_field_of_an_announcement_is_signed_and_where_it_ends() {
+        let key = ClusterKey::derive("secret");
+        let announcement = announced(&key);
+        assert!(key.verify_announcement(&announcement));
+        let changed: [fn(&mut Announcement); 10] = [
+            |said| said.node = "x".into(),
+            |said| said.replica = "x".into(),
+            |said| said.version = "x".into(),
+            |said| said.log_id = "x".into(),
+            |said| said.url = "http://10.0.0.6:8080".into(),
+            |said| said.state = "diverged".into(),
+            |said| said.position += 1,
+            |said| said.chain.0 += 1,
+            |said| (said.node, said.replica) = ("nr".into(), "".into()),
+            |said| said.mac = None,
+        ];
+        for (field, change) in changed.into_iter().enumerate() {
+            let mut forged = announcement.clone();
+            change(&mut forged);
+            assert!(!key.verify_announcement(&forged), "{field}");
+        }
+    }
+
+    /// Programs that follow the stream can verify the same: see `docs/protocol.md`. The values were
+    /// computed with Python's `hmac` and `hashlib`.
+    #[test]
+    fn known_codes() {
+        let key = ClusterKey::derive("secret");
+        assert_eq!(
+            signed(&key).mac.to_string(),
+            "bf24c74e7ddb57bd61e7ff7099b2c16c"
+        );
+        assert_eq!(
+            announced(&key).mac.unwrap().to_string(),
+            "051aa0d1fcf1ab32c431a53a83d43582"
+        );
+    }
+}
