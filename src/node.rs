@@ -3,7 +3,7 @@
 //! [`app`](crate::app) gives it sockets, signals and metrics.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ use crate::http::traffic::RecentTraffic;
 use crate::http::write::{self, WriteState};
 use crate::http::{Answered, HttpMetrics};
 use crate::log::{Announcement, Log, Origin};
+use crate::memory::{self, DoesNotFit, MemoryGuard};
 use crate::readiness::{Latch, Readiness, Scope};
 use crate::remote::Reach;
 use crate::replication::{
@@ -48,6 +49,14 @@ pub enum StartError {
          with --restore-from"
     )]
     SeedNotKept(#[source] io::Error),
+    /// The system gives too little memory.
+    #[error("cannot restore {path}: {error}")]
+    DoesNotFit {
+        /// What was to be restored.
+        path: PathBuf,
+        /// What it needs.
+        error: DoesNotFit,
+    },
     /// The system gave no thread.
     #[error("cannot restore: {0}")]
     System(#[source] io::Error),
@@ -91,6 +100,8 @@ pub struct Node {
     pub writer: Writer,
     /// How a restore stands.
     pub restore: RestoreTracker,
+    /// Whether writes may create records.
+    pub memory: MemoryGuard,
     name: Arc<str>,
     peers: Peers,
     snapshotter: Option<Snapshotter>,
@@ -198,7 +209,10 @@ impl Node {
             resyncs: metrics.resyncs.clone(),
         };
         let http = &config.http;
+        let memory = MemoryGuard::new(config.memory_max);
         let write = WriteState {
+            store: store.clone(),
+            memory: memory.clone(),
             writer: writer.clone(),
             readiness: readiness.clone(),
             applied: applied.clone(),
@@ -248,6 +262,7 @@ impl Node {
             readiness,
             writer,
             restore,
+            memory,
             name,
             peers,
             snapshotter,
@@ -301,6 +316,7 @@ impl Node {
             http_metrics,
             traffic,
             restore: self.restore.clone(),
+            memory: self.memory.clone(),
             snapshots: self.snapshotter.as_ref().map(|s| s.snapshots.clone()),
             last_snapshot: self.last_snapshot.clone(),
             peers: self.peers.clone(),
@@ -308,10 +324,17 @@ impl Node {
         }
     }
 
+    /// Refuses writes for new users while this replica or a ready peer is full; never ends.
+    pub fn watch_memory(&self) -> impl Future<Output = ()> + Send + use<> {
+        let (memory, peers) = (self.memory.clone(), self.peers.clone());
+        memory.watch(self.store.clone(), move || peers.full())
+    }
+
     /// Tells the other replicas of this one, whose write port is reached at `url`.
     pub fn announce(&self, url: String) {
         let (node, log_id, url) = (Box::from(&*self.name), self.log.id().0, Box::from(url));
         let (readiness, applied) = (self.readiness.clone(), self.applied.clone());
+        let memory = self.memory.clone();
         self.log.announce(Arc::new(move || Announcement {
             node: Box::clone(&node),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -322,6 +345,7 @@ impl Node {
                 Err(unready) => unready.state.into(),
             },
             position: applied.seq(),
+            full: memory.is_full(),
         }));
     }
 
@@ -368,12 +392,31 @@ impl Tasks {
     /// There is no beginning with `seed`.
     pub async fn start(&mut self, seed: Option<&Path>) -> Result<(), StartError> {
         if let Some((follower, starting)) = self.follower.take() {
+            self.check_memory(&follower.bootstrap, seed).await?;
             if let Some(seed) = seed {
                 self.restore_seed(&follower.bootstrap, seed).await?;
             }
             self.rest.spawn(follower.run(seed.is_some(), starting));
         }
         std::future::pending().await
+    }
+
+    /// An allocation that fails aborts the process, and so would every start after it.
+    async fn check_memory(
+        &self,
+        bootstrap: &Bootstrap,
+        seed: Option<&Path>,
+    ) -> Result<(), StartError> {
+        let (seed, snapshots) = (seed.map(Path::to_owned), bootstrap.snapshots.clone());
+        let checked = self.blocking.run(move || {
+            let file = match seed {
+                Some(seed) => Some(seed),
+                None => snapshots.and_then(|snapshots| snapshots.newest()),
+            };
+            let Some(path) = file else { return Ok(()) };
+            memory::check_file_fits(&path).map_err(|error| StartError::DoesNotFit { path, error })
+        });
+        checked.await.map_err(StartError::System)?
     }
 
     async fn restore_seed(&self, bootstrap: &Bootstrap, seed: &Path) -> Result<(), StartError> {

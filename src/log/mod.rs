@@ -276,6 +276,9 @@ pub struct Announcement {
     pub state: Box<str>,
     /// The last batch that it has applied.
     pub position: Seq,
+    /// Whether it has reached its memory limit: whoever hears it refuses writes for new users.
+    #[serde(default)]
+    pub full: bool,
 }
 
 /// What this replica says of itself when it is asked.
