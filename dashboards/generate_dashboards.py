@@ -154,6 +154,9 @@ DASHBOARDS = {
         "Memory": [
             ("Resident", "bytes", {REPLICA: "process_resident_memory_bytes", "limit, " + REPLICA: "gradestore_memory_limit_bytes"},
              "Grows with the records. At the limit, of its control group or of the machine, the kernel ends the process."),
+            ("In use", "bytes", {REPLICA: "gradestore_memory_used_bytes", "limit, " + REPLICA: "gradestore_memory_max_bytes"},
+             "Without what deleted records left to new ones. Above the limit, --memory-max, all replicas refuse new users."),
+            ("Full", "short", {REPLICA: "gradestore_store_full"}, "1 while the replica is above its limit: 507 for new users."),
             ("Resident a record", "bytes", {REPLICA: "process_resident_memory_bytes / (gradestore_records > 0)"},
              "What does not belong to records weighs in a small store."),
             ("Virtual", "bytes", {REPLICA: "process_virtual_memory_bytes"}, ""),

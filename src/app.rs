@@ -259,6 +259,7 @@ pub async fn run(
     rest.spawn(until(&stop_rest, progress::report(node.restore.clone())));
     let told = supervisor::report(node.readiness.clone(), node.restore.clone());
     rest.spawn(until(&stop_rest, told));
+    rest.spawn(until(&stop_rest, node.watch_memory()));
     node.announce(url);
 
     tokio::select! {

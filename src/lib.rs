@@ -8,6 +8,7 @@
 //! - [`store`]: the records in memory, sharded; get, apply, scan, digest.
 //! - [`log`]: the one total order of batches, as a trait and its kinds.
 //! - [`backup`]: the store as a file: format, reading, writing, snapshots.
+//! - [`memory`]: the memory limit: whether a write may create a record.
 //! - [`remote`]: another node, asked over HTTP.
 //! - [`readiness`]: whether this replica may answer, and if not, why.
 //! - [`replication`]: the invariant, *a replica's state is exactly its log's batches, in order, up
@@ -48,6 +49,7 @@ pub mod import;
 mod json;
 pub mod log;
 pub mod machine;
+pub mod memory;
 pub mod node;
 pub mod progress;
 pub mod readiness;

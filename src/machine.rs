@@ -1,10 +1,13 @@
 //! What the machine gives this process: memory, and room on a disk.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::Path;
 
 use rustix::fs::statvfs;
+use rustix::param::page_size;
+use rustix::process::{Resource, getrlimit};
 use rustix::system::sysinfo;
 
 /// Room on the file system of a directory, in bytes.
@@ -28,14 +31,100 @@ pub fn room_in(dir: &Path) -> io::Result<Room> {
     })
 }
 
-/// How many bytes of memory this process may have before the kernel ends it: the lowest limit of its
-/// control groups, or the whole memory of the machine where that is less or they have none.
+/// What ends a process that takes more memory than that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryLimit {
+    /// The limit.
+    pub bytes: u64,
+    /// Whose it is.
+    pub by: LimitedBy,
+}
+
+/// Whose a limit of memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LimitedBy {
+    /// There is no more.
+    Machine,
+    /// A control group's: the kernel kills the process.
+    ControlGroup,
+    /// `ulimit -v`: the process aborts when an allocation fails.
+    AddressSpace,
+}
+
+impl fmt::Display for MemoryLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.by {
+            LimitedBy::Machine => "the memory of the machine",
+            LimitedBy::ControlGroup => "the memory limit of the control group",
+            LimitedBy::AddressSpace => "the limit of the address space (ulimit -v)",
+        })
+    }
+}
+
+/// How much memory this process may take: the lowest limit of its control groups, the memory of the
+/// machine or the limit of its address space, whichever is the least.
 #[must_use]
-pub fn memory_limit() -> u64 {
+pub fn memory_limit() -> MemoryLimit {
     let info = sysinfo();
-    let machine = info.totalram.saturating_mul(info.mem_unit.into());
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    group_limit(&groups, Path::new("/sys/fs/cgroup")).map_or(machine, |limit| limit.min(machine))
+    lowest(
+        info.totalram.saturating_mul(info.mem_unit.into()),
+        group_limit(&groups, Path::new("/sys/fs/cgroup")),
+        getrlimit(Resource::As).current,
+    )
+}
+
+fn lowest(machine: u64, group: Option<u64>, address_space: Option<u64>) -> MemoryLimit {
+    let limits = [
+        (Some(machine), LimitedBy::Machine),
+        (group, LimitedBy::ControlGroup),
+        (address_space, LimitedBy::AddressSpace),
+    ];
+    let mut lowest = MemoryLimit {
+        bytes: u64::MAX,
+        by: LimitedBy::Machine,
+    };
+    for (bytes, by) in limits {
+        if let Some(bytes) = bytes.filter(|bytes| *bytes < lowest.bytes) {
+            lowest = MemoryLimit { bytes, by };
+        }
+    }
+    lowest
+}
+
+/// What a process takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProcessMemory {
+    /// In memory, in bytes.
+    pub resident: u64,
+    /// Addresses that are mapped, in memory or not, in bytes.
+    pub address_space: u64,
+}
+
+impl ProcessMemory {
+    /// What a limit of that kind counts.
+    #[must_use]
+    pub fn counted_by(self, limit: LimitedBy) -> u64 {
+        match limit {
+            LimitedBy::Machine | LimitedBy::ControlGroup => self.resident,
+            LimitedBy::AddressSpace => self.address_space,
+        }
+    }
+}
+
+/// What this process takes now; `None` where `/proc` is not mounted.
+#[must_use]
+pub fn process_memory() -> Option<ProcessMemory> {
+    let statm = fs::read_to_string("/proc/self/statm").ok()?;
+    let mut pages = statm
+        .split(' ')
+        .map_while(|pages| pages.parse::<u64>().ok());
+    let page = page_size() as u64;
+    let (address_space, resident) = (pages.next()?, pages.next()?);
+    Some(ProcessMemory {
+        resident: resident * page,
+        address_space: address_space * page,
+    })
 }
 
 /// The lowest limit of the control groups that `groups`, a `/proc/PID/cgroup`, names, and of those
@@ -117,8 +206,36 @@ mod tests {
     }
 
     #[test]
+    fn the_lowest_limit_counts_and_decides_what_is_counted() {
+        let limit = |machine, group, address_space| {
+            let limit = lowest(machine, group, address_space);
+            let memory = ProcessMemory {
+                resident: 1,
+                address_space: 2,
+            };
+            (limit.bytes, memory.counted_by(limit.by))
+        };
+        assert_eq!(limit(900, None, None), (900, 1));
+        assert_eq!(limit(900, Some(300), Some(400)), (300, 1));
+        assert_eq!(limit(900, Some(i64::MAX as u64 & !4095), None), (900, 1));
+        assert_eq!(limit(900, Some(300), Some(200)), (200, 2));
+    }
+
+    #[test]
+    fn what_this_process_takes_grows_with_what_it_holds() {
+        const BYTES: usize = 64 << 20;
+        let before = process_memory().unwrap();
+        let held = std::hint::black_box(vec![1_u8; BYTES]);
+        let after = process_memory().unwrap();
+        // Other tests run beside this one.
+        assert!(after.resident > before.resident + (BYTES / 2) as u64);
+        assert!(after.address_space >= after.resident);
+        drop(held);
+    }
+
+    #[test]
     fn there_is_some_memory_and_room_only_where_a_directory_is() {
-        assert!(memory_limit() > 1 << 20);
+        assert!(memory_limit().bytes > 1 << 20);
         let here = tempfile::tempdir().unwrap();
         let room = room_in(here.path()).unwrap();
         assert!(0 < room.free && room.free <= room.size, "{room:?}");

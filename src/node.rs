@@ -3,7 +3,7 @@
 //! [`app`](crate::app) gives it sockets, signals and metrics.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +25,7 @@ use crate::http::traffic::RecentTraffic;
 use crate::http::write::{self, WriteState};
 use crate::http::{Answered, HttpMetrics};
 use crate::log::{Announcement, ClusterKey, InFlight, Log, Position, RandomId};
+use crate::memory::{self, DoesNotFit, MemoryGuard};
 use crate::readiness::{NodeState, Readiness};
 use crate::remote::Reach;
 use crate::replication::{
@@ -50,6 +51,14 @@ pub enum StartError {
          with --restore-from"
     )]
     SeedNotKept(#[source] io::Error),
+    /// The system gives too little memory.
+    #[error("cannot restore {path}: {error}")]
+    DoesNotFit {
+        /// What was to be restored.
+        path: PathBuf,
+        /// What it needs.
+        error: DoesNotFit,
+    },
     /// The system gave no thread.
     #[error("cannot restore: {0}")]
     System(#[source] io::Error),
@@ -98,6 +107,8 @@ pub struct Node {
     pub writer: Writer,
     /// How a restore stands.
     pub restore: RestoreTracker,
+    /// Whether writes may create records.
+    pub memory: MemoryGuard,
     name: Arc<str>,
     replica: RandomId,
     key: ClusterKey,
@@ -209,7 +220,10 @@ impl Node {
             resyncs: metrics.resyncs.clone(),
         };
         let http = &config.http;
+        let memory = MemoryGuard::new(config.memory_max);
         let write = WriteState {
+            store: store.clone(),
+            memory: memory.clone(),
             writer: writer.clone(),
             readiness: readiness.clone(),
             applied: applied.clone(),
@@ -262,6 +276,7 @@ impl Node {
             readiness,
             writer,
             restore,
+            memory,
             name,
             replica,
             key,
@@ -318,6 +333,7 @@ impl Node {
             http_metrics,
             traffic,
             restore: self.restore.clone(),
+            memory: self.memory.clone(),
             snapshots: self.snapshotter.as_ref().map(|s| s.snapshots.clone()),
             last_snapshot: self.last_snapshot.clone(),
             peers: self.peers.clone(),
@@ -325,12 +341,18 @@ impl Node {
         }
     }
 
+    /// Refuses writes for new users while this replica or a ready peer is full; never ends.
+    pub fn watch_memory(&self) -> impl Future<Output = ()> + Send + use<> {
+        let (memory, peers) = (self.memory.clone(), self.peers.clone());
+        memory.watch(self.store.clone(), move || peers.full())
+    }
+
     /// Tells the other replicas of this one, whose write port is reached at `url`.
     pub fn announce(&self, url: String) {
         let (node, log_id, url) = (Box::from(&*self.name), self.log.id().0, Box::from(url));
         let replica: Box<str> = self.replica.to_string().into();
         let (readiness, applied) = (self.readiness.clone(), self.applied.clone());
-        let key = self.key.clone();
+        let (key, memory) = (self.key.clone(), self.memory.clone());
         self.log.announce(Arc::new(move || {
             let position = applied.position();
             let mut announcement = Announcement {
@@ -342,6 +364,7 @@ impl Node {
                 state: readiness.state().name().into(),
                 position: position.seq,
                 chain: position.chain,
+                full: memory.is_full(),
                 mac: None,
             };
             announcement.mac = Some(key.sign_announcement(&announcement));
@@ -403,12 +426,31 @@ impl Tasks {
     /// `seed` can't be started from, or a task has ended that the node can't go on without.
     pub async fn run(&mut self, seed: Option<&Path>) -> Result<(), StartError> {
         if let Some(driver) = self.driver.take() {
+            self.check_memory(&driver.bootstrap, seed).await?;
             if let Some(seed) = seed {
                 self.restore_seed(&driver.bootstrap, seed).await?;
             }
             self.spawn_rest("driver", driver.run(seed.is_some()));
         }
         Err(self.critical.failed().await.into())
+    }
+
+    /// An allocation that fails aborts the process, and so would every start after it.
+    async fn check_memory(
+        &self,
+        bootstrap: &Bootstrap,
+        seed: Option<&Path>,
+    ) -> Result<(), StartError> {
+        let (seed, snapshots) = (seed.map(Path::to_owned), bootstrap.snapshots.clone());
+        let checked = self.blocking.run(move || {
+            let file = match seed {
+                Some(seed) => Some(seed),
+                None => snapshots.and_then(|snapshots| snapshots.newest()),
+            };
+            let Some(path) = file else { return Ok(()) };
+            memory::check_file_fits(&path).map_err(|error| StartError::DoesNotFit { path, error })
+        });
+        checked.await.map_err(StartError::System)?
     }
 
     async fn restore_seed(&self, bootstrap: &Bootstrap, seed: &Path) -> Result<(), StartError> {

@@ -17,6 +17,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::backup::Written;
 use crate::log::Counts;
 use crate::machine::Room;
+use crate::memory::MemoryUse;
 use crate::replication::CheckpointMetrics;
 
 /// How often samples are folded into the recorder's histograms. Between two folds each is kept, so this and
@@ -251,6 +252,9 @@ impl Recovery {
 /// What the machine gives the process.
 pub struct Machine {
     memory_limit: Gauge,
+    memory_max: Gauge,
+    memory_used: Gauge,
+    full: Gauge,
     free: Gauge,
     size: Gauge,
 }
@@ -259,9 +263,19 @@ impl Machine {
     fn new() -> Self {
         Self {
             memory_limit: gauge!("gradestore_memory_limit_bytes"),
+            memory_max: gauge!("gradestore_memory_max_bytes"),
+            memory_used: gauge!("gradestore_memory_used_bytes"),
+            full: gauge!("gradestore_store_full"),
             free: gauge!("gradestore_data_dir_free_bytes"),
             size: gauge!("gradestore_data_dir_size_bytes"),
         }
+    }
+
+    /// Takes over what is in use.
+    pub fn set_use(&self, memory: MemoryUse) {
+        self.memory_max.set(memory.max_bytes as f64);
+        self.memory_used.set(memory.used_bytes as f64);
+        self.full.set(f64::from(u8::from(memory.full)));
     }
 
     /// Takes over what was found; no room where there is no data directory, or none that answers.

@@ -92,6 +92,13 @@ impl Snapshots {
         Ok(found)
     }
 
+    /// The newest one, if there is one and the directory can be read.
+    #[must_use]
+    pub fn newest(&self) -> Option<PathBuf> {
+        let mut found = self.list().ok()?.into_iter();
+        found.next().map(|(_, path)| path)
+    }
+
     /// Writes a snapshot of `store`; `end` tells the position once the last record has been read,
     /// or that what was read is not to be kept.
     /// Blocks for as long as that takes, on all cores.

@@ -7,11 +7,12 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::values::{
-    address, at_least, base_url, expect_peers, replicas, servers, stream_name, threads, username,
-    yes_or_no,
+    address, at_least, base_url, expect_peers, memory_max, replicas, servers, stream_name, threads,
+    username, yes_or_no,
 };
 use super::{ConfigError, password};
 use crate::log::{JetStreamConfig, Servers};
+use crate::memory::MemoryMax;
 use crate::storage::{DataDir, StorageConfig};
 use crate::telemetry::LogFormat;
 
@@ -110,6 +111,12 @@ pub struct ServeArgs {
     /// Backups and restores have others
     #[arg(long, env = "GRADESTORE_THREADS", value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
+
+    /// Above so much memory in use the node refuses writes for new users, with 507: bytes with a
+    /// unit, such as 900MB or 8GiB, or a share of what the control group or the machine has
+    #[arg(long, env = "GRADESTORE_MEMORY_MAX", value_name = "SIZE", default_value = "80%",
+        value_parser = memory_max)]
+    pub memory_max: MemoryMax,
 
     /// How log lines are written, on standard error; RUST_LOG says which
     #[arg(

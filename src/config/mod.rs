@@ -16,6 +16,7 @@ use crate::backup::CHUNK_TEXT_BYTES;
 use crate::http::Credentials;
 use crate::http::listener::ListenerLimits;
 use crate::log::Servers;
+use crate::memory::MemoryMax;
 use crate::replication::WriterLimits;
 
 pub use args::{
@@ -94,6 +95,8 @@ pub struct Config {
     pub http: HttpConfig,
     /// Bounds of the write path.
     pub writer: WriterLimits,
+    /// Above so much memory in use writes for new users are refused.
+    pub memory_max: MemoryMax,
     /// A backup to begin from.
     pub restore_from: Option<PathBuf>,
     /// How nodes of one store find and compare each other.
@@ -268,6 +271,7 @@ impl Config {
                 wait_max: args.write_timeout,
                 ..default_writer_limits()
             },
+            memory_max: args.memory_max,
             restore_from: args.restore_from.clone(),
             cluster: ClusterConfig {
                 advertise_url: args.advertise_url.clone(),

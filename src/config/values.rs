@@ -6,6 +6,7 @@ use std::time::Duration;
 use reqwest::Url;
 
 use crate::log::Servers;
+use crate::memory::MemoryMax;
 
 /// The longest time that a flag may say: the broker counts nanoseconds in 64 bits, and a deadline
 /// that no clock reaches would be a panic.
@@ -92,6 +93,14 @@ pub(super) fn expect_peers(text: &str) -> Result<usize, String> {
                 .to_owned(),
         ),
     }
+}
+
+pub(super) fn memory_max(text: &str) -> Result<MemoryMax, String> {
+    text.parse().map_err(|error| {
+        format!(
+            "{error}; set --memory-max or GRADESTORE_MEMORY_MAX to one such as 900MB, 8GiB or 80%"
+        )
+    })
 }
 
 pub(super) fn threads(text: &str) -> Result<usize, String> {

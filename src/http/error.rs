@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::failures::Failure;
 use crate::grade::{USER_ID, UserIdError};
+use crate::memory::StoreFull;
 use crate::readiness::Unready;
 use crate::replication::WriteError;
 
@@ -112,6 +113,23 @@ pub enum ApiError {
         accepted: u64,
         /// What is wrong with it.
         what: String,
+    },
+    /// There is no memory for a new user.
+    #[error(transparent)]
+    StoreFull(#[from] StoreFull),
+    /// There is none for that of one of many lines.
+    #[error(
+        "line {line} is for a new user, and {full}; {accepted} lines were accepted and stay, \
+         nothing after them was written; go on from line {} when the store is no longer full",
+        .accepted + 1
+    )]
+    LineStoreFull {
+        /// Which one, from 1.
+        line: u64,
+        /// Lines up to the last group that was written.
+        accepted: u64,
+        /// Why it is refused.
+        full: StoreFull,
     },
     /// Something ended a body of many lines before it was written to its end.
     #[error("{cause}; {accepted} lines were accepted and stay, go on from line {}", .accepted + 1)]
@@ -229,6 +247,9 @@ impl ApiError {
             Self::NotAPatch(_) => (S::UNPROCESSABLE_ENTITY, "not-a-patch"),
             Self::BadLine { .. } => (S::UNPROCESSABLE_ENTITY, "bad-line"),
             Self::InPart { cause, .. } => cause.kind(),
+            Self::StoreFull(_) | Self::LineStoreFull { .. } => {
+                (S::INSUFFICIENT_STORAGE, "store-full")
+            }
             Self::NotReady(_) => (S::SERVICE_UNAVAILABLE, "not-ready"),
             Self::PositionNotReached { .. }
             | Self::PositionTooFar { .. }
@@ -244,7 +265,9 @@ impl ApiError {
     /// The line that is wrong, and how many are accepted, where a body has many.
     fn lines(&self) -> (Option<u64>, Option<u64>) {
         match self {
-            Self::BadLine { line, accepted, .. } => (Some(*line), Some(*accepted)),
+            Self::BadLine { line, accepted, .. } | Self::LineStoreFull { line, accepted, .. } => {
+                (Some(*line), Some(*accepted))
+            }
             Self::InPart { accepted, .. } => (None, Some(*accepted)),
             _ => (None, None),
         }

@@ -27,7 +27,9 @@ impl Failure {
 }
 
 fn is_grave(status: StatusCode) -> bool {
-    status.is_server_error() || status == StatusCode::UNAUTHORIZED
+    // When the store is full that is logged once, by who measures its memory.
+    let full = status == StatusCode::INSUFFICIENT_STORAGE;
+    status.is_server_error() && !full || status == StatusCode::UNAUTHORIZED
 }
 
 /// Logs failures, as many as anybody can read.

@@ -22,6 +22,7 @@ use super::write::WriteState;
 use super::{GRADE_POSITION, parse_patch};
 use crate::grade::Write;
 use crate::log::Seq;
+use crate::memory::StoreFull;
 use crate::replication::BulkWriter;
 
 /// The longest line, in bytes, without what ends it.
@@ -66,6 +67,11 @@ where
                 accepted: lines.accepted,
                 what,
             },
+            Stopped::Full(full) => ApiError::LineStoreFull {
+                line: lines.taken,
+                accepted: lines.accepted,
+                full,
+            },
             Stopped::By(cause) => in_part(lines.accepted, cause),
         });
     }
@@ -85,6 +91,8 @@ where
 enum Stopped {
     /// Its last line is wrong; what is wrong with it.
     Line(String),
+    /// Its last line would create a record, for which there is no memory.
+    Full(StoreFull),
     /// Something else.
     By(ApiError),
 }
@@ -166,6 +174,7 @@ impl Lines<'_> {
             return Ok(());
         }
         let patch = parse_patch(line).map_err(|error| Stopped::Line(error.of_line()))?;
+        self.state.admit(&patch).map_err(Stopped::Full)?;
         self.group.push(patch.into());
         self.group_bytes += line.len();
         if self.group.len() == self.group_max {

@@ -62,6 +62,7 @@ mod tests {
     use super::super::observe::{LINES, ROUTES};
     use super::*;
     use crate::grade::UserIdError;
+    use crate::memory::StoreFull;
     use crate::readiness::{NodeState, Unready};
     use crate::replication::WriteError;
 
@@ -111,7 +112,13 @@ mod tests {
             E::QueueFull => E::BackupsRunning,
             E::BackupsRunning => E::NotWritten("".into()),
             E::NotWritten(_) => E::OutcomeUnknown(WriteError::OutcomeUnknown),
-            E::OutcomeUnknown(_) => E::Internal,
+            E::OutcomeUnknown(_) => E::StoreFull(StoreFull::Peer { url: "".into() }),
+            E::StoreFull(_) => E::LineStoreFull {
+                line: 0,
+                accepted: 0,
+                full: StoreFull::Peer { url: "".into() },
+            },
+            E::LineStoreFull { .. } => E::Internal,
             E::Internal => return None,
         })
     }

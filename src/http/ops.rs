@@ -21,6 +21,7 @@ use crate::backup::Snapshots;
 use crate::blocking::Blocking;
 use crate::log::{Log, RandomId, Seq, now_ns};
 use crate::machine::{Room, memory_limit, room_in};
+use crate::memory::MemoryGuard;
 use crate::readiness::{NodeState, Readiness, Unready};
 use crate::replication::{Applied, LastSnapshot, Peers, RestoreTracker, Writer};
 use crate::store::Store;
@@ -54,6 +55,8 @@ pub struct OpsState {
     pub traffic: RecentTraffic,
     /// What is being restored, or was.
     pub restore: RestoreTracker,
+    /// Whether writes may create records.
+    pub memory: MemoryGuard,
     /// Where snapshots go, if any do.
     pub snapshots: Option<Snapshots>,
     /// What was written last.
@@ -210,7 +213,8 @@ async fn metrics(State(state): State<OpsState>) -> Response {
         .absolute(state.last_snapshot.failures());
     recovery.set_snapshot(state.last_snapshot.written().as_ref());
     let machine = &state.telemetry.machine;
-    machine.set(memory_limit(), room(&state).await);
+    machine.set_use(state.memory.measure(&state.store));
+    machine.set(memory_limit().bytes, room(&state).await);
     let text_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     let mut text = state.telemetry.render();
     state.http_metrics.render(&mut text);

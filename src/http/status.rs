@@ -54,6 +54,15 @@ pub struct Status {
     pub uptime_s: u64,
     /// How much memory the process takes; `null` where the system does not tell.
     pub memory_bytes: Option<u64>,
+    /// How much of it counts against `memory_max_bytes`: without what deleted records left to new
+    /// ones.
+    pub memory_used_bytes: u64,
+    /// Above so much in use this replica is full.
+    pub memory_max_bytes: u64,
+    /// Whether it is.
+    pub full: bool,
+    /// Whether writes for new users are accepted: neither this replica nor a ready peer is full.
+    pub creates: bool,
     /// What was answered lately; `null` in the first second, and where nothing is counted.
     pub traffic: Option<Traffic>,
     /// The restore that runs or ran at the start; `null` if there was none.
@@ -123,6 +132,7 @@ impl Status {
     pub fn of(state: &OpsState) -> Self {
         let at = state.applied.snapshot(&state.store);
         let log_end = state.log.end();
+        let memory = state.memory.measure(&state.store);
         let unready = state.not_ready_for_writes().err();
         Self {
             node: Arc::clone(&state.node),
@@ -147,6 +157,10 @@ impl Status {
             queue: state.writer.queue_requests() as u64,
             uptime_s: state.telemetry.uptime().as_secs(),
             memory_bytes: metrics_process::collector::collect().resident_memory_bytes,
+            memory_used_bytes: memory.used_bytes,
+            memory_max_bytes: memory.max_bytes,
+            full: memory.full,
+            creates: memory.creates,
             traffic: state.traffic.now(),
             restore: state.restore.current().as_ref().map(RestoreStatus::of),
             snapshot: SnapshotStatus::of(&state.last_snapshot),

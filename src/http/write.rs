@@ -24,10 +24,12 @@ use super::observe::ManyLines;
 use super::plain::Plain;
 use super::read::user_id_of;
 use super::{Credentials, GRADE_POSITION, parse_patch};
-use crate::grade::Write;
+use crate::grade::{Patch, Write};
 use crate::log::Seq;
+use crate::memory::{MemoryGuard, StoreFull};
 use crate::readiness::Readiness;
 use crate::replication::{Applied, Writer};
+use crate::store::Store;
 
 /// The largest body of `POST /set` with one patch, in bytes.
 pub const BODY_BYTES_MAX: usize = 64 * 1024;
@@ -39,6 +41,10 @@ const TOO_LARGE: ApiError = ApiError::BodyTooLarge {
 /// What the write port works with.
 #[derive(Clone)]
 pub struct WriteState {
+    /// The records: a write for one of them is an update.
+    pub store: Store,
+    /// Whether other writes may be taken.
+    pub memory: MemoryGuard,
     /// Where writes go.
     pub writer: Writer,
     /// Whether they may.
@@ -49,6 +55,13 @@ pub struct WriteState {
     pub credentials: Credentials,
     /// How long a body may take to arrive; of one with many lines, its next part.
     pub body_wait_max: Duration,
+}
+
+impl WriteState {
+    /// Whether there is memory for what `patch` sets.
+    pub(super) fn admit(&self, patch: &Patch) -> Result<(), StoreFull> {
+        self.memory.admit(&self.store, &patch.user_id)
+    }
 }
 
 /// The port's routes.
@@ -83,7 +96,9 @@ pub fn direct(state: WriteState) -> Direct {
 pub fn plain(state: WriteState) -> Plain {
     Plain::Set(Arc::new(move |authorization, body| {
         let welcome = state.credentials.are(authorization) && state.readiness.check().is_ok();
-        let write = welcome.then(|| parse_patch(body).ok())??.into();
+        let patch = welcome.then(|| parse_patch(body).ok())??;
+        state.admit(&patch).ok()?;
+        let write = patch.into();
         // What is refused here is refused again, or taken, when hyper has read it.
         state.writer.submit_one(write).ok()
     }))
@@ -113,7 +128,9 @@ where
         }
     }
     let body = read_body(request, state.body_wait_max).await?;
-    let seq = state.writer.write(parse_patch(&body)?.into()).await?;
+    let patch = parse_patch(&body)?;
+    state.admit(&patch)?;
+    let seq = state.writer.write(patch.into()).await?;
     Ok(written(seq))
 }
 

@@ -87,6 +87,7 @@ impl ClusterKey {
             state,
             position,
             chain,
+            full,
             mac: _,
         } = announcement;
         let mut hmac = self.0.clone();
@@ -96,6 +97,7 @@ impl ClusterKey {
         }
         hmac.update(&position.to_le_bytes());
         hmac.update(&chain.0.to_le_bytes());
+        hmac.update(&[u8::from(*full)]);
         hmac
     }
 }
@@ -153,6 +155,7 @@ mod tests {
             state: "ready".into(),
             position: 7,
             chain: Chain(5),
+            full: false,
             mac: None,
         };
         announcement.mac = Some(key.sign_announcement(&announcement));

@@ -312,6 +312,9 @@ pub struct Announcement {
     pub position: Seq,
     /// The chain there.
     pub chain: Chain,
+    /// Whether it has reached its memory limit: replicas that hear it refuse writes for new users.
+    #[serde(default)]
+    pub full: bool,
     /// Proves that the replica knows the cluster's password. Without it, the password must not be
     /// sent to `url`.
     #[serde(default)]

@@ -27,6 +27,7 @@ use super::tracker::{Restore, RestoreTracker};
 use crate::backup::{self, BackupError, End, Head, Snapshots, Summary, Written, restore};
 use crate::blocking::Blocking;
 use crate::log::{Bounds, Log, ReadError, Seq};
+use crate::memory::{self, DoesNotFit};
 use crate::readiness::{NodeState, Readiness};
 use crate::remote::RemoteError;
 use crate::store::Store;
@@ -157,6 +158,8 @@ enum Refused {
     Remote(#[from] RemoteError),
     #[error(transparent)]
     Log(#[from] ReadError),
+    #[error(transparent)]
+    DoesNotFit(#[from] DoesNotFit),
     #[error("it is of log {0}, another one")]
     OtherLog(Box<str>),
     #[error("it was not made by a gradestore that is on a log")]
@@ -422,6 +425,7 @@ impl Bootstrap {
         if head.log_id != self.log.id().0 {
             return Err(Refused::OtherLog(head.log_id));
         }
+        memory::check_fits(head.rows_expected)?;
         let (bounds, position) = (self.log.fetch_bounds().await?, head.position);
         // Asked first: a log that is asked for what it never had takes that for its own loss.
         if position > bounds.end || position + 1 < bounds.first {

@@ -33,6 +33,8 @@ pub struct Peer {
     pub state: Box<str>,
     /// The last batch that it had applied.
     pub position: Option<Seq>,
+    /// Whether it had reached its memory limit.
+    pub full: bool,
 }
 
 impl Peer {
@@ -84,6 +86,14 @@ impl Peers {
         self.0.known.lock().clone()
     }
 
+    /// Where a ready one is reached that had reached its memory limit, if there is one.
+    #[must_use]
+    pub fn full(&self) -> Option<Box<str>> {
+        let known = self.0.known.lock();
+        let full = known.iter().find(|peer| peer.ready() && peer.full);
+        full.map(|peer| peer.url.clone())
+    }
+
     /// Asks all of them; the one that is furthest comes first.
     pub async fn ask(&self) -> Vec<Peer> {
         let offers = join_all(self.0.by_hand.iter().map(|url| self.ask_by_hand(url)));
@@ -96,6 +106,7 @@ impl Peers {
                 version: Some(said.version),
                 state: said.state,
                 position: Some(said.position),
+                full: said.full,
             })
             .collect();
         for offer in offers {
@@ -152,6 +163,7 @@ impl Peers {
             version: None,
             state,
             position,
+            full: false,
         }
     }
 }

@@ -4,6 +4,9 @@
 /// a time.
 const GROWTH: usize = 4;
 
+/// A list with fewer numbers is never shrunk.
+const SHRUNK_FROM: usize = 64;
+
 /// The numbers that nobody has in a slab of items.
 #[derive(Default)]
 pub(super) struct Free(Vec<u32>);
@@ -13,14 +16,20 @@ impl Free {
         self.0.len()
     }
 
+    #[cfg(test)]
+    pub(super) fn capacity(&self) -> usize {
+        self.0.capacity()
+    }
+
     /// Gives `number` free; what is there stays until it is given again.
     pub(super) fn push(&mut self, number: u32) {
-        self.0.push(number);
+        push(&mut self.0, number);
     }
 
     /// Puts `item` where it is free, or at the end; its number.
     pub(super) fn insert<T>(&mut self, items: &mut Vec<T>, item: T) -> u32 {
         while let Some(number) = self.0.pop() {
+            self.shrink();
             if let Some(room) = items.get_mut(number as usize) {
                 *room = item;
                 return number;
@@ -28,15 +37,28 @@ impl Free {
         }
         append(items, item)
     }
+
+    /// Returns memory once most of the numbers are taken again. Otherwise a store that was emptied
+    /// and filled again would hold fewer records in the same memory.
+    fn shrink(&mut self) {
+        let (len, capacity) = (self.0.len(), self.0.capacity());
+        if capacity > SHRUNK_FROM && len < capacity / 4 {
+            self.0.shrink_to(capacity / 2);
+        }
+    }
 }
 
 /// Puts `item` at the end; its number.
 pub(super) fn append<T>(items: &mut Vec<T>, item: T) -> u32 {
+    // 2^32 items in a shard would be a store of 4 * 10^12: memory ends long before.
+    let number = items.len() as u32;
+    push(items, item);
+    number
+}
+
+fn push<T>(items: &mut Vec<T>, item: T) {
     if items.len() == items.capacity() {
         items.reserve_exact(items.len() / GROWTH + GROWTH);
     }
-    // 2^32 items in a shard would be a store of 4 * 10^12: memory ends long before.
-    let number = items.len() as u32;
     items.push(item);
-    number
 }

@@ -165,6 +165,13 @@ impl Store {
         self.shard(sought.hashes.shard).read().get(&sought)
     }
 
+    /// Whether there is a record under `user_id`.
+    #[must_use]
+    pub fn contains(&self, user_id: &str) -> bool {
+        let sought = self.sought(user_id);
+        self.shard(sought.hashes.shard).read().contains(&sought)
+    }
+
     /// Puts the records of `piece`, with all their values; the sum of their digests.
     ///
     /// Quickest in the order of a scan: a shard is locked once for records that follow each other.
@@ -196,6 +203,16 @@ impl Store {
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.shards.iter().map(|shard| shard.0.read().len()).sum()
+    }
+
+    /// Bytes that removed records left to new ones, which then need no new memory. Takes the lock of
+    /// each shard for a moment.
+    #[must_use]
+    pub fn reusable_bytes(&self) -> u64 {
+        let shards = self.0.shards.iter();
+        shards
+            .map(|shard| shard.0.read().reusable_bytes() as u64)
+            .sum()
     }
 
     /// Whether there is no record.

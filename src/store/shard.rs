@@ -55,6 +55,10 @@ impl Shard {
         self.held(self.find(sought)?)
     }
 
+    pub(super) fn contains(&self, sought: &Sought<'_>) -> bool {
+        self.find(sought).is_some()
+    }
+
     /// Sets what `changes` carry. The record is looked for under the number `likely` first.
     pub(super) fn apply(
         &mut self,
@@ -283,6 +287,15 @@ impl Shard {
                 }
             }
         }
+    }
+
+    /// Bytes that removed records left to new ones, which then need no new memory.
+    pub(super) fn reusable_bytes(&self) -> usize {
+        let places = self.rare.free_records.len();
+        // Free wide values count for as many records as can still take them, so that nothing counts
+        // as reusable once no place is free.
+        let wide = self.rare.free_wide.len().min(places);
+        places * size_of::<Record>() + wide * size_of::<Values>()
     }
 
     /// Records and free places.

@@ -363,6 +363,51 @@ fn who_is_removed_and_made_again_during_a_scan_comes_up_once_at_most() {
 }
 
 #[test]
+fn what_removed_records_leave_is_reusable_until_new_ones_take_it() {
+    const WIDE: i64 = i64::MIN;
+    let store = Store::new();
+    let fill = |users: std::ops::Range<u64>, value| {
+        for user in users {
+            let fields: Vec<_> = (0..FIELD_COUNT).map(|field| (field, value)).collect();
+            store.apply(&patch(&format!("user-{user}"), &fields));
+        }
+    };
+    fill(0..1000, WIDE);
+    fill(1000..2000, 1);
+    assert_eq!(store.reusable_bytes(), 0);
+    for user in 0..1000 {
+        assert!(store.contains(&format!("user-{user}")));
+        assert!(store.remove(&format!("user-{user}")));
+        assert!(!store.contains(&format!("user-{user}")));
+    }
+    // The record, and its four values of eight bytes each.
+    assert_eq!(store.reusable_bytes(), 1000 * (32 + 32));
+    for user in 1000..2000 {
+        assert!(store.remove(&format!("user-{user}")));
+    }
+    let reusable = store.reusable_bytes();
+    assert!(reusable >= 2000 * 32 + 1000 * 32, "{reusable}");
+    // The places are taken again, the wide values are not: nothing is left for a new record.
+    fill(0..2000, 1);
+    assert_eq!(store.reusable_bytes(), 0);
+    store.clear();
+    assert_eq!(store.reusable_bytes(), 0);
+}
+
+#[test]
+fn the_list_of_free_places_shrinks_as_they_are_taken() {
+    let mut free = free::Free::default();
+    let mut items = vec![0; 10_000];
+    (0..10_000).for_each(|number| free.push(number));
+    assert!(free.capacity() < 10_000 + 10_000 / 3);
+    for _ in 0..10_000 {
+        free.insert(&mut items, 1);
+    }
+    assert_eq!((free.len(), items.len()), (0, 10_000));
+    assert!(free.capacity() <= 64, "{}", free.capacity());
+}
+
+#[test]
 fn places_that_became_free_are_taken_again() {
     let ids = ids_of_one_shard(200);
     let store = Store::new();

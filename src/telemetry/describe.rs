@@ -156,7 +156,19 @@ pub(super) fn describe() {
     );
     describe_gauge!(
         "gradestore_memory_limit_bytes",
-        "Memory that this process may have: the least of its control groups' limits and the machine's."
+        "Memory that this process may have: the least of its control groups' limits, that of its address space and the machine's."
+    );
+    describe_gauge!(
+        "gradestore_memory_max_bytes",
+        "Memory in use above which writes for new users are refused."
+    );
+    describe_gauge!(
+        "gradestore_memory_used_bytes",
+        "Memory in use: resident memory without what deleted records left to new ones."
+    );
+    describe_gauge!(
+        "gradestore_store_full",
+        "1 while memory in use is above its limit and writes for new users are refused."
     );
     describe_gauge!(
         "gradestore_data_dir_free_bytes",

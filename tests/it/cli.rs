@@ -54,6 +54,17 @@ fn a_wrong_flag_or_variable_is_named_with_its_value_and_the_fix() {
         let said = refused(program().arg(format!("--threads={value}")));
         assert_names(&said, &["--threads", value, "from 1 to 1024"]);
     }
+    for (value, why) in [
+        ("8G", "unit"),
+        ("1MiB", "at least 16MiB"),
+        ("0%", "1% to 100%"),
+    ] {
+        let said = refused(program().arg(format!("--memory-max={value}")));
+        assert_names(
+            &said,
+            &["--memory-max", value, why, "GRADESTORE_MEMORY_MAX"],
+        );
+    }
     assert_names(
         &refused(program().arg("--wirte-addr=x")),
         &["--wirte-addr", "--write-addr"],

@@ -12,6 +12,7 @@ use gradestore::app::{self, Sockets};
 use gradestore::config::{ClusterConfig, Config, HttpConfig, default_writer_limits};
 use gradestore::http::Credentials;
 use gradestore::log::{ClusterKey, Log, MemoryLog, RandomId};
+use gradestore::memory::MemoryMax;
 use gradestore::storage::{Opening, Storage};
 use parking_lot::Mutex;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
@@ -356,6 +357,7 @@ impl Local {
             credentials: Credentials::new("admin", PASSWORD),
             http: HttpConfig::default(),
             writer: default_writer_limits(),
+            memory_max: MemoryMax::Percent(80),
             restore_from: None,
             cluster: ClusterConfig::alone(),
         };

@@ -44,6 +44,7 @@ mod linearizable;
 mod lines;
 mod log_faults;
 mod logs;
+mod memory_max;
 mod openapi;
 mod ops;
 mod outrun;

@@ -82,6 +82,7 @@ async fn the_brokers_own_tools_see_the_replicas() {
         "url": url(&a),
         "state": "ready",
         "position": position,
+        "full": false,
     });
     let stats = ask("$SRV.STATS.gradestore".to_owned()).await;
     assert_eq!(stats["endpoints"][0]["data"], said);

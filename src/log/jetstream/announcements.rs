@@ -91,6 +91,7 @@ mod tests {
             state: "ready".into(),
             position: 0,
             chain: Chain::default(),
+            full: false,
             mac: None,
         }
     }

@@ -293,6 +293,7 @@ impl Opening<'_> {
             state: "starting".into(),
             position: 0,
             chain: Chain::default(),
+            full: false,
             mac: None,
         })
     }

@@ -13,6 +13,7 @@ use gradestore::http::Answered;
 use gradestore::http::Credentials;
 use gradestore::http::backup::BackupMetrics;
 use gradestore::log::Origin;
+use gradestore::memory::MemoryMax;
 use gradestore::node::{Node, Parts};
 use gradestore::replication::{CheckpointMetrics, WriterLimits};
 use gradestore::storage::Storage;
@@ -78,6 +79,7 @@ impl Knobs {
                 wait_max: Self::WRITE_WAIT_MAX,
                 bulks_max: 1,
             },
+            memory_max: MemoryMax::Percent(100),
             restore_from: None,
             cluster: ClusterConfig {
                 peers,
