@@ -428,6 +428,8 @@ impl Tasks {
         if let Some(driver) = self.driver.take() {
             self.check_memory(&driver.bootstrap, seed).await?;
             if let Some(seed) = seed {
+                let reason = format!("loading backup {}", seed.display());
+                driver.readiness.block(NodeState::Restoring, reason);
                 self.restore_seed(&driver.bootstrap, seed).await?;
             }
             self.spawn_rest("driver", driver.run(seed.is_some()));

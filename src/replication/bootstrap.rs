@@ -58,24 +58,22 @@ pub enum BootstrapError {
         peers: Tried,
     },
     /// The snapshots were made from another log.
-    #[error(
-        "this replica holds data of log {found} (snapshot {path}) and the stream holds log {here}: \
-         restore the stream of log {found}, or, to discard this replica's data and follow {here}, \
-         start it once with --abandon-log {found}"
-    )]
+    #[error("snapshot {path} belongs to log {found} and the log here is {here}: {fix}")]
     OtherLog {
         /// The newest.
         path: PathBuf,
         /// The log that they are of.
         found: Box<str>,
-        /// The log that the stream holds.
+        /// The log that is there.
         here: Box<str>,
+        /// What to do.
+        fix: String,
     },
     /// A snapshot holds batches that the log does not have, though every batch is in the log before
     /// it is applied. Starting without them would lose acknowledged writes silently.
     #[error(
-        "snapshot {path} is at batch {position} and the log ends at batch {end}: the broker lost \
-         batches, or repeats an old answer; waiting for a log that holds them"
+        "snapshot {path} is at batch {position} and the log ends at batch {end}: it has lost \
+         batches; {fix}"
     )]
     LogBehind {
         /// The snapshot.
@@ -84,6 +82,8 @@ pub enum BootstrapError {
         position: Seq,
         /// The log's last batch.
         end: Seq,
+        /// What to do.
+        fix: String,
     },
     /// A backup was to seed a log that is not empty.
     #[error(
@@ -260,6 +260,10 @@ impl Bootstrap {
             }
             if position > bounds.end {
                 return Err(BootstrapError::LogBehind {
+                    fix: match self.log.is_replicated() {
+                        true => "waiting for a log that holds them".to_owned(),
+                        false => restore_advice(&path),
+                    },
                     path,
                     position,
                     end: bounds.end,
@@ -286,11 +290,22 @@ impl Bootstrap {
         }
         match other_log {
             None => Ok(None),
-            Some((path, found)) => Err(BootstrapError::OtherLog {
-                path,
-                found,
-                here: self.log.id().0,
-            }),
+            Some((path, found)) => {
+                let here = self.log.id().0;
+                let fix = match self.log.is_replicated() {
+                    true => format!(
+                        "restore the stream of log {found}, or, to discard this replica's data and \
+                         follow {here}, start it once with --abandon-log {found}"
+                    ),
+                    false => restore_advice(&path),
+                };
+                Err(BootstrapError::OtherLog {
+                    path,
+                    found,
+                    here,
+                    fix,
+                })
+            }
         }
     }
 
@@ -464,6 +479,14 @@ fn refuse(path: &Path, error: &BackupError) {
     if !matches!(error, BackupError::Io { .. } | BackupError::Newer { .. }) {
         backup::quarantine(path, "damaged");
     }
+}
+
+/// What to do where a node alone has lost its log.
+fn restore_advice(snapshot: &Path) -> String {
+    format!(
+        "put the right log back, or start on an empty data directory with --restore-from {}",
+        snapshot.display()
+    )
 }
 
 fn modified(path: &Path) -> SystemTime {

@@ -127,7 +127,7 @@ async fn a_replica_goes_on_from_its_snapshot() {
 
 #[tokio::test]
 async fn a_backup_seeds_a_new_stream_at_its_position() {
-    let (first, second) = (Broker::start().await, Broker::start().await);
+    let (first, second) = (Broker::start().await, Broker::start_with(&[]).await);
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("grades.csv.gz");
     let a = first.replica().await;
@@ -142,6 +142,8 @@ async fn a_backup_seeds_a_new_stream_at_its_position() {
         .env("GRADESTORE_PASSWORD", harness::PASSWORD);
     assert!(run(backup).status.success());
     let mut seeded = replica_at(second.address);
+    seeded.env("GRADESTORE_EPHEMERAL", "false");
+    seeded.arg("--data-dir").arg(dir.path().join("seeded"));
     let b = Node::start_with(seeded.arg("--restore-from").arg(&file)).await;
     assert_eq!(b.get("x").await.json()["spp"], 3);
     assert_eq!(b.set(r#"{"user_id":"y"}"#).await.position(), 4);
@@ -150,7 +152,7 @@ async fn a_backup_seeds_a_new_stream_at_its_position() {
     let output = run(again.arg("--restore-from").arg(&file));
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success());
-    assert!(said.contains("--restore-from begins a new one"), "{said}");
+    assert!(said.contains("--restore-from starts a new one"), "{said}");
 }
 
 #[tokio::test]
@@ -161,9 +163,12 @@ async fn the_broker_may_want_a_name_and_a_password() {
     let output = run(&mut output);
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success());
-    assert!(said.contains("refuses this process"), "{said}");
+    assert!(said.contains("refuses this replica"), "{said}");
     assert!(!said.contains("wrong"), "{said}");
-    let a = Node::start_with(&mut replica_with(&url("u:p%20w"))).await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = replica_with(&url("u:p%20w"));
+    command.env("GRADESTORE_EPHEMERAL", "false");
+    let a = Node::start_with(command.arg("--data-dir").arg(dir.path())).await;
     assert_eq!(a.set(r#"{"user_id":"x"}"#).await.position(), 1);
 }
 
@@ -182,7 +187,7 @@ async fn a_replica_that_waits_for_its_broker_is_alive_and_can_be_stopped() {
     let mut process = Process(command.stderr(Stdio::piped()).spawn().unwrap());
     let said = collected(process.0.stderr.take().unwrap());
     eventually("waiting", async || {
-        said.lock().contains("waiting for the broker").then_some(())
+        said.lock().contains("waiting for NATS").then_some(())
     })
     .await;
     let node = Ports::new(ops_addr, ops_addr, ops_addr);

@@ -300,7 +300,9 @@ async fn a_broker_that_goes_away_ends_it_and_the_rest_can_follow() {
     broker.restart().await;
     status_where(&node, "ready", |status| status["state"] == "ready").await;
     let answer = set_lines(&node, lines(2000..3500)).await;
-    accepted(&answer, 1500, 4);
+    // Empty batches that probe the broker may come before.
+    assert_eq!(answer.json()["accepted"], 1500);
+    assert!(answer.json()["position"].as_u64().unwrap() >= 4);
     assert_eq!(records(&node).await, 3500);
 }
 

@@ -276,7 +276,7 @@ async fn nothing_is_answered_while_a_restore_runs() {
     assert!(restore["rows"].as_u64().unwrap() < 20_000);
     assert_eq!(node.ops("/livez").await.status, 200);
     let detail = node.ops("/readyz").await.problem(503, "not-ready");
-    assert!(detail.contains("being restored"), "{detail}");
+    assert!(detail.contains("loading backup"), "{detail}");
     node.get("user 1").await.problem(503, "not-ready");
     node.set(r#"{"user_id":"a","spp":1}"#)
         .await

@@ -115,7 +115,10 @@ async fn a_node_that_misses_a_batch_answers_no_more() {
         (answer.status != 200).then(|| answer.problem(503, "not-ready"))
     })
     .await;
-    assert!(reason.contains("batch 3 came after batch 1"), "{reason}");
+    assert!(
+        reason.contains("batch 3 was delivered after batch 1"),
+        "{reason}"
+    );
     node.ops("/readyz/write").await.problem(503, "not-ready");
     node.get("a").await.problem(503, "not-ready");
     node.set(PATCH).await.problem(503, "not-ready");

@@ -146,9 +146,13 @@ pub trait Connection: Send + Sync + 'static {
     /// The message at `seq`, as it is stored; `None` if the stream does not hold it.
     fn message(&self, seq: Seq) -> BoxFuture<'_, Result<Option<RawMessage>, BrokerError>>;
 
-    /// Answers other replicas by `announce` for as long as the connection lasts. The error is for
+    /// Answers other replicas by `announce` until `stop`, or until the connection ends. The error is for
     /// a log line.
-    fn announce(&self, announce: Announce) -> BoxFuture<'_, Result<(), String>>;
+    fn announce(
+        &self,
+        announce: Announce,
+        stop: CancellationToken,
+    ) -> BoxFuture<'_, Result<(), String>>;
 
     /// Asks all replicas for their announcements, this one included. Anybody may have sent them.
     fn ask_peers(&self) -> BoxFuture<'_, Result<Vec<Announcement>, String>>;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::sync::CancellationToken;
 
 use super::announcements::Announcements;
 use super::broker::{Broker, BrokerError, ConnectError, Connection, StreamInfo};
@@ -135,11 +135,33 @@ impl Opening<'_> {
                 why: why.into(),
             });
         }
-        let _announcing = {
-            let (connection, me) = (Arc::clone(connection), self.announcement());
-            let announced = async move { connection.announce(Arc::new(move || me.clone())).await };
-            AbortOnDropHandle::new(tokio::spawn(announced))
+        let stop = CancellationToken::new();
+        let announcing = {
+            let (connection, stop) = (Arc::clone(connection), stop.clone());
+            let me = self.announcement();
+            tokio::spawn(async move {
+                let announced = connection.announce(Arc::new(move || me.clone()), stop);
+                announced.await
+            })
         };
+        let found = self.find_or_create(connection).await;
+        stop.cancel();
+        // The node announces itself from here on: others must not hear both.
+        match announcing.await {
+            Ok(Ok(())) => found,
+            Ok(Err(why)) => {
+                tracing::debug!(why, "cannot announce this replica");
+                found
+            }
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        }
+    }
+
+    /// Looks for the stream, and creates it once this replica may. The inner error may pass.
+    async fn find_or_create(
+        &mut self,
+        connection: &Arc<dyn Connection>,
+    ) -> Result<Result<StreamInfo, Arc<str>>, SetupError> {
         let discovering_since = Instant::now();
         loop {
             match connection.stream_info().await {

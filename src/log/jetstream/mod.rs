@@ -484,10 +484,14 @@ impl Log for JetStreamLog {
         let (shared, stop) = (Arc::clone(&self.shared), self.stop.child_token());
         tokio::spawn(async move {
             let announced = async {
+                let stop = stop.clone();
                 let mut backoff = Backoff::new();
                 loop {
                     let connection = shared.connection().await;
-                    match connection.announce(Arc::clone(&announce)).await {
+                    match connection
+                        .announce(Arc::clone(&announce), stop.clone())
+                        .await
+                    {
                         Ok(()) => backoff.reset(),
                         Err(error) => tracing::warn!(error, "cannot announce this replica"),
                     }

@@ -308,7 +308,11 @@ impl NatsConnection {
         }))
     }
 
-    async fn announce(&self, announce: Announce) -> Result<(), async_nats::Error> {
+    async fn announce(
+        &self,
+        announce: Announce,
+        stop: CancellationToken,
+    ) -> Result<(), async_nats::Error> {
         let me = announce();
         let metadata = [
             ("node", &me.node),
@@ -340,6 +344,7 @@ impl NatsConnection {
                     request.respond(Ok(answer.into())).await?;
                 }
                 () = self.ended.cancelled() => break,
+                () = stop.cancelled() => break,
             }
         }
         Service::stop(service).await
@@ -466,9 +471,13 @@ impl Connection for NatsConnection {
         .boxed()
     }
 
-    fn announce(&self, announce: Announce) -> BoxFuture<'_, Result<(), String>> {
+    fn announce(
+        &self,
+        announce: Announce,
+        stop: CancellationToken,
+    ) -> BoxFuture<'_, Result<(), String>> {
         async {
-            let announced = self.announce(announce).await;
+            let announced = self.announce(announce, stop).await;
             announced.map_err(|error| error.to_string())
         }
         .boxed()
