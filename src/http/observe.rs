@@ -197,7 +197,10 @@ impl HttpMetrics {
         if let Some(route) = self.routes.get(route).filter(|_| self.counted)
             && let Some(counter) = route.requests.get(index)
         {
-            route.latency.record(took);
+            // Refusals are quick: they would make the latency look better than it is.
+            if !status.is_server_error() {
+                route.latency.record(took);
+            }
             counter
                 .get_or_init(|| (route.make)(status.as_u16()))
                 .increment(1);

@@ -3,7 +3,7 @@
 use serde_json::json;
 use tempfile::tempdir;
 
-use crate::broker::{Broker, Load, STREAM, at, check, delete, get_at};
+use crate::broker::{Broker, Load, at, check, delete, get_at};
 use crate::disk::{Held, backup_of, program_from, program_on, restored};
 use crate::harness::{AUTHORIZATION, Node, Ports, delete_request};
 use crate::wire::{Answer, Raw, eventually};
