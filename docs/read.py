@@ -8,6 +8,7 @@ on real ones.
 
 import base64
 import csv
+import datetime
 import io
 import json
 import re
@@ -20,7 +21,7 @@ import xxhash
 
 FIELDS = ("postpaid_limit", "spp", "shipping_fee", "return_fee")
 BACKUP_FORMAT = 1
-BATCH_FORMATS = (1, 2)
+BATCH_FORMAT = 1
 HEADER_BYTES = 17
 LAST_BEGINS, LAST_ENDS = bytes.fromhex("1f8b08040000000000ff"), bytes.fromhex("03000000000000000000")
 PIECE_BYTES = 64 * 1024
@@ -203,28 +204,28 @@ def batch_format(text):
 
 
 def parse_batch(headers, payload):
-    """The entries of a message's batch; none where all replicas skip it."""
+    """The entries of a message's batch; None where all replicas skip it."""
     if headers is None:
-        return []
+        return None
     wanted = batch_format(headers.get("Grade-Format", "1"))
     if not wanted:
-        return []
-    if wanted > BATCH_FORMATS[-1]:
+        return None
+    if wanted > BATCH_FORMAT:
         raise Newer(f"format {wanted}")
     try:
         entries = json.loads(payload.decode(), object_pairs_hook=once)
     except ValueError:
-        return []
+        return None
     if not isinstance(entries, list):
-        return []
+        return None
     for entry in entries:
         if not isinstance(entry, dict):
-            return []
-        if set(entry) == {"delete"} and wanted >= 2 and is_id(entry["delete"]):
+            return None
+        if set(entry) == {"delete"} and is_id(entry["delete"]):
             continue
         changes = {name: value for name, value in entry.items() if name != "user_id"}
         if not is_id(entry.get("user_id")) or set(changes) - set(FIELDS) or not all(map(is_value, changes.values())):
-            return []
+            return None
     return entries
 
 
@@ -240,9 +241,38 @@ def apply(state, entries):
 
 
 def parse_checkpoint(headers):
-    """A position, the sender's digest there, and that batch's time, if it is said."""
-    position, said, *time_ns = headers["Grade-Checkpoint"].split(" ")
-    return int(position), said, int(*time_ns) if time_ns else None
+    """A position, and the sender's chain and digest there."""
+    _replica, position, chain, digest, _round, _mac = headers["Grade-Checkpoint"].split(" ")
+    return int(position), chain, digest
+
+
+# The chain.
+
+def first_chain(log_id, base=0):
+    return xxhash.xxh3_128_intdigest(log_id.encode() + struct.pack("<Q", base))
+
+
+def batch_id(headers):
+    """The writer and its number of the batch; zeros where the message does not say."""
+    said = re.fullmatch(r"([0-9a-fA-F]{32})-\+?([0-9]+)", headers.get("Grade-Batch", ""))
+    named = said and int(said[2]) < 2**64
+    return (int(said[1], 16), int(said[2])) if named else (0, 0)
+
+
+def next_chain(chain, position, time_ns, headers=None, payload=None):
+    """The chain at `position`; without headers for a message that all replicas skip."""
+    text = chain.to_bytes(16, "little") + struct.pack("<QQ", position, time_ns)
+    if headers is not None:
+        writer, number = batch_id(headers)
+        text += bytes([BATCH_FORMAT]) + writer.to_bytes(16, "little") + struct.pack("<Q", number) + payload
+    return xxhash.xxh3_128_intdigest(text)
+
+
+def stored_ns(message):
+    """When the stream stored `message` of an answer to $JS.API.STREAM.MSG.GET, in nanoseconds since 1970."""
+    seconds, _, fraction = message["time"].removesuffix("Z").partition(".")
+    whole = datetime.datetime.fromisoformat(seconds + "+00:00")
+    return int(whole.timestamp()) * 10**9 + int(fraction.ljust(9, "0") or 0)
 
 
 def main():

@@ -108,11 +108,11 @@ async fn publish(context: Context, subject: String, args: Args) -> Result<(u64, 
 
 /// The headers of a batch, one for each write.
 fn headers(write: u64) -> HeaderMap {
-    const ORIGIN: &str = "00000000000000000000000000000001";
+    let id = format!("00000000000000000000000000000001-{write}");
     let mut headers = HeaderMap::new();
     headers.insert("Grade-Format", "1");
-    headers.insert("Grade-Origin", ORIGIN);
-    headers.insert("Nats-Msg-Id", format!("{ORIGIN}-{write}"));
+    headers.insert("Grade-Batch", id.as_str());
+    headers.insert("Nats-Msg-Id", id);
     headers
 }
 

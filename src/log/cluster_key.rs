@@ -219,7 +219,7 @@ mod tests {
         );
         assert_eq!(
             announced(&key).mac.unwrap().to_string(),
-            "051aa0d1fcf1ab32c431a53a83d43582"
+            "a87b23694efd48d63d0c48ad47d81fb0"
         );
     }
 }
