@@ -116,7 +116,8 @@ async fn a_consumer_that_is_deleted_is_made_anew() {
 async fn a_broker_whose_word_got_lost_is_not_told_twice() {
     let mut broker = Broker::start().await;
     let proxy = Proxy::to(broker.address).await;
-    let a = Node::start_with(&mut replica_at(proxy.address)).await;
+    let mut command = replica_at(proxy.address);
+    let a = Node::start_with(command.env("GRADESTORE_WRITE_TIMEOUT", "30s")).await;
     // The batch itself is word enough.
     proxy.set(Rules {
         lose_acks: true,

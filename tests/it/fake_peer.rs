@@ -63,7 +63,7 @@ pub(crate) const FAULTS: [Fault; 20] = [
     ("nothing", |_| whole(b""), "cut off at byte 0"),
     ("foreign", |_| whole(&gzip(b"user_id,spp\na,1\n")), "not made by a gradestore that is on a log"),
     ("another log", |good| good.but(|head| head.log_id = "x".into()), "it is of log x, another one"),
-    ("another history", |good| good.but(|head| head.time_ns += 1), "is not the one it was"),
+    ("another history", |good| good.but(|head| head.time_ns += 1), "the log holds another batch"),
     ("ahead", |good| good.but(|head| head.position += 9), "it is at batch 112 and the log holds"),
     ("too old", |good| good.but(|head| head.position = 99), "batch 99 and the log holds 101 to 103"),
     ("a newer format", |good| good.but(|head| head.format += 1), "use a newer gradestore"),

@@ -176,8 +176,12 @@ impl Shared {
         let confirmed = match source {
             InfoSource::Follower => false,
             InfoSource::Leader => self.suspicion.lock().confirm(&error),
+            // The only server has the only copy of a batch.
+            InfoSource::Unclustered if matches!(error, ReadError::Rewritten { .. }) => true,
             InfoSource::Unclustered => {
-                self.suspicion.lock().confirm(&error) || self.end_is_refused(connection).await
+                self.suspicion.lock().confirm(&error)
+                    || !matches!(error, ReadError::Gone { .. })
+                        && self.end_is_refused(connection).await
             }
         };
         match confirmed {
