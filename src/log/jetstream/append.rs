@@ -198,9 +198,11 @@ async fn attempt(connection: &dyn Connection, message: Outgoing) -> Attempt {
         Ok(_) => Attempt::Stored,
         Err(BrokerError::NoResponders(why)) => Attempt::NotStored(why),
         Err(BrokerError::Refused(why)) => Attempt::Refused(why),
-        Err(error @ (BrokerError::NoStream | BrokerError::WrongLastSequence { .. })) => {
-            Attempt::Refused(error.to_string().into())
-        }
+        Err(
+            error @ (BrokerError::NoStream
+            | BrokerError::NoConsumer
+            | BrokerError::WrongLastSequence { .. }),
+        ) => Attempt::Refused(error.to_string().into()),
         Err(BrokerError::NoAnswer(_)) => Attempt::Unknown,
     }
 }

@@ -27,6 +27,9 @@ pub enum BrokerError {
     /// There is no stream of this name.
     #[error("there is no stream of this name")]
     NoStream,
+    /// There is no consumer of this name.
+    #[error("there is no consumer of this name")]
+    NoConsumer,
     /// The stream's end is not the expected one. It was not done.
     #[error("the stream ends at {end:?}, not at {expected}")]
     WrongLastSequence {

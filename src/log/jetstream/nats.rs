@@ -28,6 +28,7 @@ use futures_util::{FutureExt, StreamExt};
 use parking_lot::Mutex;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::json;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
@@ -268,8 +269,8 @@ impl NatsConnection {
     async fn create_consumer(&self, from: Seq) -> Result<Box<dyn Consumer>, BrokerError> {
         // The one before may be there still; its start cannot be changed.
         let delete = format!("CONSUMER.DELETE.{}.{}", self.stream, self.consumer);
-        match self.request::<serde_json::Value>(&delete, &()).await {
-            Ok(_) | Err(BrokerError::Refused(_)) => {}
+        match self.request::<serde_json::Value>(&delete, &json!({})).await {
+            Ok(_) | Err(BrokerError::NoConsumer) => {}
             Err(error) => return Err(error),
         }
         let config = pull::Config {
@@ -398,7 +399,7 @@ impl Connection for NatsConnection {
     fn stream_info(&self) -> BoxFuture<'_, Result<StreamInfo, BrokerError>> {
         async {
             let subject = format!("STREAM.INFO.{}", self.stream);
-            self.request(&subject, &()).await.map(Self::info)
+            self.request(&subject, &json!({})).await.map(Self::info)
         }
         .boxed()
     }
@@ -570,6 +571,7 @@ fn no_answer(why: &str) -> BrokerError {
 fn refusal(error: &jetstream::Error) -> BrokerError {
     match error.error_code() {
         ErrorCode::STREAM_NOT_FOUND => BrokerError::NoStream,
+        ErrorCode::CONSUMER_NOT_FOUND => BrokerError::NoConsumer,
         ErrorCode::CLUSTER_NOT_AVAILABLE | ErrorCode::CLUSTER_NOT_LEADER => {
             BrokerError::NoResponders(error.to_string().into())
         }
