@@ -162,7 +162,10 @@ async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_dat
     for node in [&a, &wrong] {
         let status = in_state(node, "diverged").await;
         let reason = status["reason"].as_str().unwrap();
-        assert!(reason.contains("there is no majority for either"), "{reason}");
+        assert!(
+            reason.contains("there is no majority for either"),
+            "{reason}"
+        );
         node.get("x").await.problem(503, "not-ready");
         node.set(set(2)).await.problem(503, "not-ready");
     }
