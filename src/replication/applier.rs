@@ -160,7 +160,9 @@ impl Applier {
             Verdict::Contradicted(doubt) | Verdict::Undecided(doubt) => {
                 // Before the log's end is reached the replica is not ready anyway, and the driver asks.
                 if matches!(readiness.state(), NodeState::Ready | NodeState::Diverged) {
-                    readiness.block(NodeState::Diverged, doubt.to_string());
+                    let reason = doubt.to_string();
+                    tracing::error!(reason, "not ready: the state may be wrong");
+                    readiness.block(NodeState::Diverged, reason);
                 }
             }
             Verdict::Upheld(position) => {

@@ -115,8 +115,8 @@ impl fmt::Display for Doubt {
             false => write!(
                 f,
                 "at batch {position} this replica's digest was {own} and that of replica {replica} \
-                 {other}, and neither has a majority: find out which replica is wrong, stop it and \
-                 delete its data directory; the others become ready within 30 s"
+                 {other}, and there is no majority for either; if this lasts, find out which one is \
+                 wrong, stop it and delete its data directory; the other becomes ready within 30 s"
             ),
         }
     }

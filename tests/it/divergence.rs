@@ -1,32 +1,34 @@
-//! Replicas compare what they hold at one position; who is outvoted is not ready and begins anew.
+//! Replicas vote on what their state is: the one that a majority contradicts is not ready and
+//! bootstraps again. Without a majority an operator chooses.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::process::Command;
 
-use async_nats::HeaderMap;
-use gradestore::backup::{FORMAT, Head, Snapshots};
+use gradestore::backup::Snapshots;
 use gradestore::grade::{Changes, Patch};
-use gradestore::log::Chain;
-use gradestore::store::Store;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::broker::{Broker, Load, STREAM, SUBJECT, at, get_at, replica_at, status_where};
-use crate::disk::names_in;
+use crate::broker::{Broker, Load, get_at, replica_at, status_where};
+use crate::disk::{backup_of, names_in, restored};
 use crate::harness::{Node, Ports};
 use crate::wire::eventually;
 
 const COMPARED: &str = "gradestore_checkpoints_compared_total";
 const DIVERGENCES: &str = "gradestore_divergences_total";
+const RESYNCS: &str = "gradestore_resyncs_total";
+/// What a replica logs when it stops being ready because of votes.
+pub(crate) const IN_DOUBT: &str = "the state may be wrong";
 
-/// A replica that speaks often.
-fn talkative(broker: &Broker) -> Command {
+/// A replica that votes often.
+pub(crate) fn talkative(broker: &Broker) -> Command {
     let mut command = replica_at(broker.address);
     command.env("GRADESTORE_CHECKPOINT_INTERVAL", "200ms");
     command
 }
 
-async fn talkative_replicas<const N: usize>(broker: &Broker) -> [Node; N] {
+pub(crate) async fn talkative_replicas<const N: usize>(broker: &Broker) -> [Node; N] {
     let mut commands: Vec<_> = (0..N).map(|_| talkative(broker)).collect();
     let nodes = futures_util::future::join_all(commands.iter_mut().map(Node::start_with)).await;
     nodes.try_into().ok().unwrap()
@@ -69,60 +71,53 @@ async fn equal_replicas_agree_under_load() {
     }
 }
 
-/// A data directory whose snapshot says something else than the log up to its position.
-async fn wrong_snapshot(broker: &Broker, node: &Ports, position: u64) -> TempDir {
-    let client = broker.client().await;
-    let stream = client.get_stream(STREAM).await.unwrap();
-    let time = stream.get_raw_message(position).await.unwrap().time;
-    let status = node.ops("/status").await.json();
-    let head = Head {
-        format: FORMAT,
-        log_id: status["log_id"].as_str().unwrap().into(),
-        position,
-        time_ns: time.unix_timestamp_nanos() as u64,
-        chain: Chain::default(),
-        previous_chain: Chain::default(),
-        rows_expected: 1,
-    };
-    let store = Store::new();
+/// A data directory with a snapshot of what `node` holds, but for one grade.
+async fn wrong_snapshot(node: &Ports) -> TempDir {
+    let (store, summary) = restored(&backup_of(node).await);
+    let (head, end) = summary.records.unwrap();
     let mut changes = Changes::default();
     changes.set(1, 666);
     store.apply(&Patch {
-        user_id: "x",
+        user_id: "y",
         changes,
     });
     let dir = tempfile::tempdir().unwrap();
     let snapshots = Snapshots::open(&dir.path().join("snapshots")).unwrap();
-    snapshots.write(&store, head, || Ok(position)).unwrap();
+    let written = snapshots.write(&store, head, || Ok(end.position));
+    written.unwrap();
     dir
 }
 
-/// A replica that begins from such a snapshot.
-async fn wrong_one(broker: &Broker, node: &Ports, position: u64) -> (Node, TempDir) {
-    let dir = wrong_snapshot(broker, node, position).await;
+/// A replica with this data directory.
+async fn in_dir(broker: &Broker, dir: &TempDir) -> Node {
     let mut command = talkative(broker);
     command.env("GRADESTORE_EPHEMERAL", "false");
     command.arg("--data-dir").arg(dir.path());
-    (Node::start_with(&mut command).await, dir)
+    Node::start_with(&mut command).await
 }
 
 fn set(spp: u64) -> String {
     format!(r#"{{"user_id":"x","spp":{spp}}}"#)
 }
 
+async fn in_state(node: &Ports, state: &'static str) -> Value {
+    status_where(node, state, |status| status["state"] == state).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn one_of_three_that_is_wrong_is_outvoted_and_begins_anew() {
+async fn one_of_three_that_is_wrong_is_overruled_and_bootstraps_again() {
     let broker = Broker::start().await;
     let [a, b] = talkative_replicas(&broker).await;
     for spp in 1..=3 {
         a.set(set(spp)).await.position();
     }
-    let (wrong, dir) = wrong_one(&broker, &a, 3).await;
+    let dir = wrong_snapshot(&a).await;
+    let wrong = in_dir(&broker, &dir).await;
     // Writers go on all the while, at the wrong one too.
     let load = Load::start(&[&a, &b, &wrong], 5, usize::MAX);
-    wrong.metric_reaches("gradestore_resyncs_total", 1.0).await;
+    wrong.metric_reaches(RESYNCS, 1.0).await;
     for node in [&a, &b, &wrong] {
-        status_where(node, "ready", |status| status["state"] == "ready").await;
+        in_state(node, "ready").await;
     }
     load.stop().await;
     let written = wrong.set(set(9)).await.position();
@@ -130,101 +125,91 @@ async fn one_of_three_that_is_wrong_is_outvoted_and_begins_anew() {
         assert_eq!(get_at(node, "x", written).await["spp"], 9);
         assert!(node.metric(DIVERGENCES).await.unwrap() >= 1.0);
     }
+    // The majority has not been unready for a moment.
     for node in [&a, &b] {
-        assert_eq!(node.metric("gradestore_resyncs_total").await, Some(0.0));
+        assert_eq!(node.metric(RESYNCS).await, Some(0.0));
+        let logged = node.stderr.lock().clone();
+        assert!(
+            logged.contains("digest mismatch with a replica"),
+            "{logged}"
+        );
+        assert!(!logged.contains(IN_DOUBT), "{logged}");
     }
     equal(&[&a, &b, &wrong]).await;
-    // What it had kept is not to be begun from again.
+    // It does not start from its old snapshots again.
     let names = names_in(&dir.path().join("snapshots"));
     assert!(
         names.iter().any(|name| name.ends_with(".diverged")),
         "{names:?}"
     );
-    // And not to be told of as if it were.
+    // And does not report them.
     let snapshot = async |what| wrong.metric(&format!("gradestore_snapshot_{what}")).await;
     assert_eq!(snapshot("position").await, Some(0.0));
     assert!(snapshot("age_seconds").await.unwrap().is_nan());
-    let said = wrong.stderr.lock().clone();
-    assert!(said.contains("a peer holds something else"), "{said}");
 }
 
-/// A message from a process that nobody knows, with a checkpoint.
-async fn speak(broker: &Broker, origin: u128, position: u64, digest: u128) -> u64 {
-    let client = broker.client().await;
-    let mut headers = HeaderMap::new();
-    headers.insert("Grade-Format", "1");
-    headers.insert("Grade-RandomId", format!("{origin:032x}"));
-    headers.insert("Nats-Msg-Id", format!("{origin:032x}-{position}"));
-    headers.insert("Grade-Checkpoint", format!("{position} {digest:032x}"));
-    let sent = client.publish_with_headers(SUBJECT, headers, "[]".into());
-    sent.await.unwrap().await.unwrap().sequence
-}
-
+/// The runbook: docs/operations.md, GradestoreDivergence.
 #[tokio::test(flavor = "multi_thread")]
-async fn of_two_one_stays_and_the_other_begins_anew() {
+async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_data() {
     let broker = Broker::start().await;
     let [a] = talkative_replicas(&broker).await;
     for spp in 1..=3 {
         a.set(set(spp)).await.position();
     }
-    let (wrong, _dir) = wrong_one(&broker, &a, 3).await;
+    let dir = wrong_snapshot(&a).await;
+    let wrong = in_dir(&broker, &dir).await;
     // Nobody writes: what came out of a file is compared all the same.
-    eventually("one resync", async || {
-        let (one, other) = tokio::join!(
-            a.metric("gradestore_resyncs_total"),
-            wrong.metric("gradestore_resyncs_total")
-        );
-        (one? + other? == 1.0).then_some(())
-    })
-    .await;
     for node in [&a, &wrong] {
-        status_where(node, "ready", |status| status["state"] == "ready").await;
-        node.set(set(5)).await.position();
-    }
-    equal(&[&a, &wrong]).await;
-}
-
-#[tokio::test]
-async fn while_it_is_not_known_who_is_wrong_nobody_is_ready() {
-    let broker = Broker::start().await;
-    let [a, b] = broker.replicas().await;
-    a.set(set(1)).await.position();
-    let mark = speak(&broker, 1, 0, 0).await;
-    speak(&broker, 1, mark, 7).await;
-    for node in [&a, &b] {
-        let diverged = |status: &Value| status["state"] == "diverged";
-        let status = status_where(node, "diverged", diverged).await;
-        let said = status["reason"].as_str().unwrap();
-        assert!(said.contains("one of them is wrong"), "{said}");
+        let status = in_state(node, "diverged").await;
+        let reason = status["reason"].as_str().unwrap();
+        assert!(
+            reason.contains("there is no majority for either"),
+            "{reason}"
+        );
         node.get("x").await.problem(503, "not-ready");
         node.set(set(2)).await.problem(503, "not-ready");
     }
-    // Two voices against one.
-    for node in [&a, &b] {
-        status_where(node, "ready", |status| status["state"] == "ready").await;
-        assert_eq!(node.get("x").await.json()["spp"], 1);
-        assert_eq!(node.metric("gradestore_resyncs_total").await, Some(0.0));
-        assert_eq!(node.metric(DIVERGENCES).await, Some(1.0));
+    // They stay so, whatever they vote.
+    let votes = a.metric(DIVERGENCES).await.unwrap();
+    a.metric_reaches(DIVERGENCES, votes + 2.0).await;
+    for node in [&a, &wrong] {
+        in_state(node, "diverged").await;
+        assert_eq!(node.metric(RESYNCS).await, Some(0.0));
     }
+    wrong.end().await;
+    fs::remove_dir_all(dir.path().join("snapshots")).unwrap();
+    fs::remove_file(dir.path().join("replica-id")).unwrap();
+    in_state(&a, "ready").await;
+    let again = in_dir(&broker, &dir).await;
+    for node in [&a, &again] {
+        in_state(node, "ready").await;
+        node.set(set(5)).await.position();
+    }
+    equal(&[&a, &again]).await;
+    assert_eq!(again.get("y").await.status, 404);
+    // A restart replays all those votes.
+    let replayed = talkative_replicas::<1>(&broker).await;
+    let logged = replayed[0].stderr.lock().clone();
+    assert!(!logged.contains(IN_DOUBT), "{logged}");
 }
 
-#[tokio::test]
-async fn a_checkpoint_that_says_nothing_is_passed_over() {
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_that_differ_a_third_one_decides_that_reads_the_whole_log() {
     let broker = Broker::start().await;
-    let [a] = broker.replicas().await;
-    a.set(set(1)).await.position();
-    // Of a place that nobody marked, of one that is to come, and none at all.
-    speak(&broker, 1, 1, 7).await;
-    speak(&broker, 2, 1000, 7).await;
-    let client = broker.client().await;
-    for text in ["", "x", "1", "-1 0", "99999999999999999999 0"] {
-        let mut headers = HeaderMap::new();
-        headers.insert("Grade-Checkpoint", text);
-        let sent = client.publish_with_headers(SUBJECT, headers, "[]".into());
-        sent.await.unwrap().await.unwrap();
+    let [a] = talkative_replicas(&broker).await;
+    for spp in 1..=3 {
+        a.set(set(spp)).await.position();
     }
-    let position = a.set(set(2)).await.position();
-    at(&a, position).await;
-    assert_eq!(a.metric(DIVERGENCES).await, Some(0.0));
-    assert_eq!(a.metric("gradestore_log_poisoned_total").await, Some(0.0));
+    let dir = wrong_snapshot(&a).await;
+    let wrong = in_dir(&broker, &dir).await;
+    for node in [&a, &wrong] {
+        in_state(node, "diverged").await;
+    }
+    let [third] = talkative_replicas(&broker).await;
+    wrong.metric_reaches(RESYNCS, 1.0).await;
+    for node in [&a, &wrong, &third] {
+        in_state(node, "ready").await;
+    }
+    equal(&[&a, &wrong, &third]).await;
+    assert_eq!(a.metric(RESYNCS).await, Some(0.0));
 }

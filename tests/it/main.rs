@@ -62,4 +62,5 @@ mod three_servers;
 mod trim;
 mod under_writes;
 mod unreadable_header;
+mod votes;
 mod write_health;

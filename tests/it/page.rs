@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::process::Stdio;
 
 use async_nats::service::ServiceExt;
+use gradestore::log::{Announcement, ClusterKey};
 use serde_json::{Value, json};
 
 use crate::broker::{Broker, Load, STREAM, at, replica_at, status_where};
@@ -315,14 +316,20 @@ async fn what_others_say_of_themselves_is_text() {
     let status = a.ops("/status").await.json();
     let attack =
         "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>";
-    let hostile = json!({
+    // Another replica of the cluster, which has the password.
+    let mut hostile: Announcement = serde_json::from_value(json!({
         "node": format!("{attack}\"'><h1>"),
+        "replica": "r",
         "version": "</code><style>*{display:none}</style>",
         "log_id": status["log_id"],
         "url": "javascript:alert(1)//</th></table>&lt;b&gt;",
         "state": "ready</td><iframe src=/status></iframe>",
         "position": 7,
-    });
+        "chain": status["chain"],
+    }))
+    .unwrap();
+    hostile.mac = Some(ClusterKey::derive(PASSWORD).sign_announcement(&hostile));
+    let hostile = serde_json::to_value(hostile).unwrap();
     let said = hostile.clone();
     let client = broker.client().await.client();
     let service = client

@@ -1,6 +1,7 @@
 //! Replicas know of each other, through the broker and by hand.
 
 use futures_util::StreamExt;
+use gradestore::log::{Announcement, ClusterKey};
 use serde_json::{Value, json};
 
 use crate::broker::{Broker, replica_at, status_where};
@@ -82,12 +83,21 @@ async fn the_brokers_own_tools_see_the_replicas() {
         "url": url(&a),
         "state": "ready",
         "position": position,
+        "replica": status["replica"],
+        "chain": status["chain"],
         "full": false,
     });
-    let stats = ask("$SRV.STATS.gradestore".to_owned()).await;
-    assert_eq!(stats["endpoints"][0]["data"], said);
+    let key = ClusterKey::derive(PASSWORD);
+    let same = |mut announced: Value| {
+        let signed: Announcement = serde_json::from_value(announced.clone()).unwrap();
+        assert!(key.verify_announcement(&signed), "{announced}");
+        announced.as_object_mut().unwrap().remove("mac");
+        assert_eq!(announced, said);
+    };
+    let mut stats = ask("$SRV.STATS.gradestore".to_owned()).await;
+    same(stats["endpoints"][0]["data"].take());
     let node = status["node"].as_str().unwrap();
-    assert_eq!(ask(format!("gradestore.status.{node}")).await, said);
+    same(ask(format!("gradestore.status.{node}")).await);
 }
 
 #[tokio::test]

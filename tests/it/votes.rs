@@ -1,0 +1,233 @@
+//! What strangers on the broker can do to the votes and to the announcements: nothing.
+
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use async_nats::HeaderMap;
+use async_nats::service::ServiceExt;
+use gradestore::log::{Announcement, Chain, ClusterKey, Mac, RandomId, message};
+use serde_json::json;
+use tokio::net::TcpListener;
+
+use crate::broker::{Broker, STREAM, SUBJECT, get_at, status_where};
+use crate::disk::program_on;
+use crate::divergence::{IN_DOUBT, talkative, talkative_replicas};
+use crate::harness::{Node, Process, collected};
+use crate::wire::eventually;
+
+const REJECTED: &str = "gradestore_votes_rejected_total";
+const DIVERGENCES: &str = "gradestore_divergences_total";
+
+/// Publishes an empty batch with a checkpoint, as any client of the broker may.
+async fn publish(broker: &Broker, checkpoint: &str) {
+    let client = broker.client().await;
+    let mut headers = HeaderMap::new();
+    headers.insert("Grade-Checkpoint", checkpoint);
+    let sent = client.publish_with_headers(SUBJECT, headers, "[]".into());
+    sent.await.unwrap().await.unwrap();
+}
+
+/// A vote of a replica, as it is in the stream: its words.
+async fn vote(broker: &Broker) -> Vec<String> {
+    let client = broker.client().await;
+    let mut stream = client.get_stream(STREAM).await.unwrap();
+    eventually("a vote", async || {
+        let end = stream.info().await.unwrap().state.last_sequence;
+        for seq in (1..=end).rev() {
+            let message = stream.get_raw_message(seq).await.unwrap();
+            let Some(text) = message.headers.get("Grade-Checkpoint") else {
+                continue;
+            };
+            let words: Vec<String> = text.as_str().split(' ').map(str::to_owned).collect();
+            if words[1] != "0" {
+                return Some(words);
+            }
+        }
+        None
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
+    let broker = Broker::start().await;
+    let [a, b] = talkative_replicas(&broker).await;
+    a.set(r#"{"user_id":"x","spp":1}"#).await.position();
+    let vote = vote(&broker).await;
+    let forge = |replica: &str, round: u32, mac: &str| {
+        let [position, chain] = [&vote[1], &vote[2]];
+        let digest = "0123456789abcdef0123456789abcdef";
+        format!("{replica} {position} {chain} {digest} {round} {mac}")
+    };
+    // Ids that nobody knows, with no code, with that of another vote and with that of another
+    // password; and an altered vote.
+    let mut forged = Vec::new();
+    for stranger in 1..=4_u128 {
+        let replica = RandomId::of(stranger).to_string();
+        for round in 1..=5 {
+            forged.push(forge(&replica, round, &Mac::default().to_string()));
+            forged.push(forge(&replica, round, &vote[5]));
+        }
+        let status = a.ops("/status").await.json();
+        let log = gradestore::log::LogId(status["log_id"].as_str().unwrap().into());
+        let mut headers = HeaderMap::new();
+        headers.insert("Grade-Checkpoint", forged[0].as_str());
+        let (label, _) = message::read(Some(&headers), b"[]", &Default::default()).unwrap();
+        let guessed = ClusterKey::derive("guessed");
+        let mac = guessed.sign_checkpoint(&log, &label.checkpoint.unwrap());
+        forged.push(forge(&replica, 1, &mac.to_string()));
+    }
+    forged.push(forge(&vote[0], 5, &vote[5]));
+    for text in &forged {
+        publish(&broker, text).await;
+    }
+    for text in [
+        "",
+        "x",
+        "0 0",
+        &vote[..5].join(" "),
+        &forged[0].replace(' ', "  "),
+    ] {
+        publish(&broker, text).await;
+    }
+    let written = b.set(r#"{"user_id":"x","spp":2}"#).await.position();
+    // All are in the log before this write, and one that starts replays them.
+    let [c] = talkative_replicas(&broker).await;
+    for node in [&a, &b, &c] {
+        assert_eq!(get_at(node, "x", written).await["spp"], 2);
+        assert_eq!(node.metric(REJECTED).await, Some(forged.len() as f64));
+        assert_eq!(node.metric(DIVERGENCES).await, Some(0.0));
+        assert_eq!(
+            node.metric("gradestore_log_poisoned_total").await,
+            Some(0.0)
+        );
+        assert_eq!(node.ops("/readyz").await.status, 200);
+        let logged = node.stderr.lock().clone();
+        assert!(!logged.contains(IN_DOUBT), "{logged}");
+        let said = "ignored a checkpoint that is not signed";
+        assert_eq!(logged.matches(said).count(), 1, "{logged}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_with_another_password_has_no_vote() {
+    let broker = Broker::start().await;
+    let [a] = talkative_replicas(&broker).await;
+    let mut command = talkative(&broker);
+    let other = Node::start_with(command.env("GRADESTORE_PASSWORD", "other")).await;
+    a.set(r#"{"user_id":"x","spp":1}"#).await.position();
+    for node in [&a, &other] {
+        node.metric_reaches(REJECTED, 1.0).await;
+        node.metric_reaches("gradestore_announcements_rejected_total", 1.0)
+            .await;
+        let status = node.ops("/status").await.json();
+        assert_eq!(status["peers"], json!([]));
+    }
+}
+
+/// Answers for the service, and counts who connects to its URL.
+async fn stranger(
+    broker: &Broker,
+    announcements: Vec<Announcement>,
+) -> (impl Send, Arc<AtomicUsize>) {
+    let client = broker.client().await.client();
+    let mut services = Vec::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url: Box<str> = format!("http://{}", listener.local_addr().unwrap()).into();
+    for mut announcement in announcements {
+        announcement.url.clone_from(&url);
+        let announced = serde_json::to_value(announcement).unwrap();
+        let service = client
+            .service_builder()
+            .stats_handler(move |_, _| announced.clone());
+        let service = service.start("gradestore", "0.0.1").await.unwrap();
+        let endpoint = service.endpoint("stranger").await.unwrap();
+        services.push((service, endpoint));
+    }
+    let connections = Arc::<AtomicUsize>::default();
+    let counted = Arc::clone(&connections);
+    tokio::spawn(async move {
+        while listener.accept().await.is_ok() {
+            counted.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    (services, connections)
+}
+
+fn announced(node: &str, log_id: &str, state: &str) -> Announcement {
+    Announcement {
+        node: node.into(),
+        replica: node.into(),
+        version: "0.1.0".into(),
+        log_id: log_id.into(),
+        url: "".into(),
+        state: state.into(),
+        position: 1 << 40,
+        chain: Chain::default(),
+        mac: Some(Mac::default()),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forged_announcement_gets_no_password_and_hides_nobody() {
+    let broker = Broker::start().await;
+    let [a] = broker.replicas().await;
+    let written = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
+    let status = a.ops("/status").await.json();
+    let [node, log_id] = ["node", "log_id"].map(|name| status[name].as_str().unwrap());
+    // An unknown process, and the known one with another URL.
+    let announcements = vec![
+        announced("stranger", log_id, "ready"),
+        announced(node, log_id, "ready"),
+    ];
+    let (_services, connections) = stranger(&broker, announcements).await;
+    // It bootstraps from a peer, the furthest one first.
+    let [b] = broker.replicas().await;
+    assert_eq!(get_at(&b, "x", written).await["spp"], 1);
+    b.metric_reaches("gradestore_announcements_rejected_total", 2.0)
+        .await;
+    let url = format!("http://{}", a.write);
+    let status = status_where(&b, "its peer", |status| status["peers"][0]["url"] == url).await;
+    assert_eq!(status["peers"].as_array().unwrap().len(), 1);
+    assert_eq!(connections.load(Ordering::Relaxed), 0);
+    let logged = b.stderr.lock().clone();
+    let said = "ignored an announcement that is not signed";
+    assert_eq!(logged.matches(said).count(), 1, "{logged}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn forged_announcements_neither_prevent_nor_allow_the_creation_of_a_stream() {
+    let broker = Broker::start_with(&[]).await;
+    let holds_data = vec![announced("stranger", "some log", "ready")];
+    let (prevents, _) = stranger(&broker, holds_data).await;
+    let dir = tempfile::tempdir().unwrap();
+    let expecting = |broker: &Broker, peers: &str| {
+        let mut command = program_on(dir.path());
+        command.args(["--nats-url", &broker.address.to_string()]);
+        command.args(["--expect-peers", peers]);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        command
+    };
+    let alone = Node::start_with(&mut expecting(&broker, "1")).await;
+    alone.kill();
+    drop(prevents);
+
+    let broker = Broker::start_with(&[]).await;
+    let holds_none = vec![announced("stranger", "none", "starting")];
+    let (_allows, _) = stranger(&broker, holds_none).await;
+    let mut waiting = Process(expecting(&broker, "2").spawn().unwrap());
+    let logged = collected(waiting.0.stderr.take().unwrap());
+    eventually("what it waits for", async || {
+        let logged = logged.lock();
+        let rejected = logged.contains("ignored an announcement that is not signed");
+        let waits = logged.contains("1 of 2 replicas (--expect-peers)");
+        (rejected && waits).then_some(())
+    })
+    .await;
+    let client = broker.client().await;
+    assert!(client.get_stream(STREAM).await.is_err());
+}
