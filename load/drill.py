@@ -68,10 +68,11 @@ class Report:
         self(f"demand: {what} {sign} {bound}: {found:.{digits}f}, {'met' if met else 'MISSED'}")
         return not met
 
-    def keep(self, results, name, picture):
+    def keep(self, results, name, picture=None):
         results.mkdir(parents=True, exist_ok=True)
         (results / f"{name}.txt").write_text("\n".join([*self.lines, ""]))
-        (results / f"{name}.svg").write_text(picture)
+        if picture is not None:
+            (results / f"{name}.svg").write_text(picture)
 
 
 class Load:
