@@ -1,7 +1,7 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
 .PHONY: help run cluster test picture sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip \
-	compare jetstream backups drill failover soak mutants rates load-test dashboards dashboards-test compose-test docs-test
+	compare jetstream backups drill failover soak full mutants rates load-test dashboards dashboards-test compose-test docs-test
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -152,6 +152,12 @@ failover: ## a server of three that leads the stream is killed under load; FAILO
 	tests/install-nats.sh
 	cargo build --locked --release
 	python3 load/failover.py $(FAILOVER)
+
+FULL ?= --seconds 600
+full: ## ten minutes of new users until three replicas are full, and how they go on; FULL has the flags
+	tests/install-nats.sh
+	cargo build --locked --release --bins
+	python3 load/full.py $(FULL)
 
 SOAK ?= --seconds 3600
 soak: ## an hour under load with a fault every 30 s; SOAK has the flags

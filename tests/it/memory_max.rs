@@ -20,6 +20,8 @@ use crate::wire::{Answer, eventually, in_time};
 
 /// What a node may take beyond what it takes with no records.
 const ROOM_BYTES: u64 = 12 << 20;
+/// More than have room in [`ROOM_BYTES`].
+const USERS_MAX: usize = 250_000;
 /// Users in a body.
 const USERS: usize = 5000;
 /// Larger than the memory of any machine.
@@ -61,7 +63,7 @@ async fn fill(node: &Ports, mut users: usize) -> (usize, Answer) {
             return (users + accepted, answer);
         }
         users += USERS;
-        assert!(users < 1_000_000, "never full");
+        assert!(users < USERS_MAX, "never full");
     }
 }
 

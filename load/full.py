@@ -1,0 +1,295 @@
+"""Fills a cluster: three replicas with different memory limits and writers of new ids that never stop.
+
+The smallest replica reaches its limit at about three fifths of the time, and all three must refuse new users from then
+on while updates pass. What is sampled all the while: the memory of each, whether the alert `GradestoreMemory` of
+dashboards/rules.yml would have fired before the first refusal, and by how much memory passed the limit. Then the
+three are killed at once and must come back with what they held; deletes must make room; and all must be equal.
+Exit code 1 when any of this is not so.
+
+    tests/install-nats.sh
+    cargo build --release
+    python3 load/full.py --seconds 600
+
+With --rate 0 the writers are as quick as they can be, which shows the largest overshoot; the alert is not judged then,
+since it waits for a minute. The report goes to load/results/full.txt.
+"""
+
+import argparse
+import http.client
+import itertools
+import json
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from drill import MIB, NAMES, Report, machine
+from measure import AUTH, ROOT, SYNCS, Broker, Node, memory_mib
+
+GROUP = 1000
+WIDE = -(1 << 63)
+# A record whose four values have no room in it, with its place in the index: what filling is paced by.
+RECORD_BYTES = 70
+FULL_AT = 0.6
+ALERT_SHARE, ALERT_FOR_S = 0.85, 60
+SAMPLE_EVERY_S = 0.1
+RECOVER_S_MAX = 120
+DELETED_SHARE = 0.25
+HEADERS = {"Authorization": f"Basic {AUTH}", "Content-Type": "application/x-ndjson"}
+
+
+class Post:
+    """One connection to a write port."""
+
+    def __init__(self, node):
+        self.connection = http.client.HTTPConnection(node.urls["write"].removeprefix("http://"), timeout=60)
+
+    def __call__(self, body):
+        """The status, and what the answer says."""
+        self.connection.request("POST", "/set", body, HEADERS)
+        answer = self.connection.getresponse()
+        said = answer.read()
+        return answer.status, json.loads(said) if said else {}
+
+
+def lines(users):
+    value = f'"postpaid_limit":{WIDE},"spp":{WIDE},"shipping_fee":{WIDE},"return_fee":{WIDE}}}\n'
+    return "".join(f'{{"user_id":"user-{user}",{value}' for user in users)
+
+
+class Writer(threading.Thread):
+    """Writes new users through one replica, at a rate or as quickly as it can, and goes on when it is refused."""
+
+    def __init__(self, node, number, writers, rate):
+        super().__init__(daemon=True)
+        self.node, self.users, self.rate = node, itertools.count(number, writers), rate
+        self.created, self.refused, self.other, self.first_refusal = [], 0, 0, None
+        self.stopped = threading.Event()
+
+    def run(self):
+        post, began = Post(self.node), time.monotonic()
+        for sent in itertools.count(1):
+            users = list(itertools.islice(self.users, GROUP))
+            try:
+                status, said = post(lines(users))
+            except OSError:
+                status, said, post = 0, {}, Post(self.node)
+            if status == 200:
+                self.created.append(users)
+            elif status == 507:
+                self.first_refusal = self.first_refusal or (time.monotonic(), said["detail"])
+                self.refused += 1
+            else:
+                self.other += 1
+            wait = began + sent * GROUP / self.rate - time.monotonic() if self.rate else 0
+            if self.stopped.wait(max(wait, 0)):
+                return
+
+
+class Watch(threading.Thread):
+    """Samples what the replicas say of their memory."""
+
+    def __init__(self, nodes):
+        super().__init__(daemon=True)
+        self.nodes, self.samples, self.stopped = nodes, {name: [] for name in nodes}, threading.Event()
+
+    def run(self):
+        while not self.stopped.wait(SAMPLE_EVERY_S):
+            for name, node in self.nodes.items():
+                try:
+                    said = node.status()
+                except OSError:
+                    continue
+                self.samples[name].append((time.monotonic(), said["memory_used_bytes"], memory_mib(node.pid, "VmRSS"),
+                                           said["full"], said["records"]))
+
+    def stop(self):
+        self.stopped.set()
+        self.join()
+
+
+def until(what, look):
+    """Waits until `look` gives something; that, and how long it took."""
+    began = time.monotonic()
+    while not (found := look()):
+        if time.monotonic() - began > RECOVER_S_MAX:
+            sys.exit(f"not in {RECOVER_S_MAX} s: {what}")
+        time.sleep(0.05)
+    return found, time.monotonic() - began
+
+
+def equal(nodes):
+    """What the replicas say once they stand at one position."""
+    def same():
+        said = [node.status() for node in nodes]
+        return said if len({(each["position"], each["log_end"]) for each in said}) == 1 else None
+    return until("one position", same)[0]
+
+
+def publish_deletes(broker, batches):
+    """Deletes users as any program on the broker may: a batch a message, acknowledged one after the other."""
+    with socket.create_connection(broker.address, timeout=60) as connection:
+        incoming = connection.makefile("rb")
+        connection.sendall(b'CONNECT {"verbose":false,"headers":true}\r\nSUB inbox 1\r\n')
+        header = b"NATS/1.0\r\nGrade-Format: 2\r\n\r\n"
+        for batch in batches:
+            payload = json.dumps([{"delete": f"user-{user}"} for user in batch]).encode()
+            head = f"HPUB grades.set inbox {len(header)} {len(header) + len(payload)}\r\n".encode()
+            connection.sendall(head + header + payload + b"\r\n")
+            while not (line := incoming.readline()).startswith(b"MSG"):
+                if line == b"PING\r\n":
+                    connection.sendall(b"PONG\r\n")
+                if not line or line.startswith(b"-ERR"):
+                    sys.exit(f"the broker said {line}")
+            said = json.loads(incoming.readline())
+            if "error" in said:
+                sys.exit(f"the broker said {said}")
+
+
+def alert_lead_s(samples, max_bytes, refused_at):
+    """For how long before `refused_at` the alert had fired; negative if it had not."""
+    since = None
+    for at, used, *_ in samples:
+        since = (since or at) if used > ALERT_SHARE * max_bytes else None
+        if since and at - since >= ALERT_FOR_S:
+            return refused_at - at
+    return -1
+
+
+def run(report, args, directory, stack):
+    machine(report, args, "load/full.py")
+    broker = stack.enter_context(Broker(directory / "nats", args.sync))
+    limits = dict(zip(NAMES, (args.memory_mib, args.memory_mib * 5 // 4, args.memory_mib * 3 // 2)))
+    nodes = {}
+    for name, mib in limits.items():
+        (directory / name).mkdir()
+        flags = ("--nats-url", broker.url, "--data-dir", directory / name / "data", "--memory-max", f"{mib}MiB",
+                 "--snapshot-interval", "30s")
+        nodes[name] = stack.enter_context(Node(directory / name, *flags))
+    smallest, largest = NAMES[0], NAMES[-1]
+    max_bytes = limits[smallest] * MIB
+    idle = nodes[smallest].status()["memory_used_bytes"]
+    rate = args.rate
+    if rate is None:
+        rate = (max_bytes - idle) / RECORD_BYTES / (FULL_AT * args.seconds)
+    report(f"memory limits, MiB: {', '.join(f'{name} {mib}' for name, mib in limits.items())}; idle {idle / MIB:.0f}; "
+           f"{args.writers} writers, {f'{rate:,.0f} new users a second' if rate else 'as quick as they can be'}")
+
+    watch = Watch(nodes)
+    watch.start()
+    through = itertools.cycle(list(nodes.values())[1:] if args.through_others else nodes.values())
+    writers = [Writer(next(through), number, args.writers, rate / args.writers) for number in range(args.writers)]
+    began = time.monotonic()
+    for writer in writers:
+        writer.start()
+    time.sleep(args.seconds)
+    # Whoever is known is updated all the while.
+    update = [Post(node)(lines(writers[0].created[0])) for node in nodes.values()]
+    creates = [Post(node)(lines([-1]))[0] for node in nodes.values()]
+    for writer in writers:
+        writer.stopped.set()
+    for writer in writers:
+        writer.join()
+    watch.stop()
+
+    created = [batch for writer in writers for batch in writer.created]
+    users = sum(map(len, created))
+    first = min((writer.first_refusal for writer in writers if writer.first_refusal), default=None)
+    alive = sum(node.child.poll() is None for node in nodes.values())
+    said = equal(nodes.values())
+    report(f"\n{users:,} users were created; the first refusal came after "
+           f"{first[0] - began:.1f} s: {first[1]}" if first else "\nnothing was refused")
+    report(f"requests refused with 507: {sum(writer.refused for writer in writers):,}, failed otherwise: "
+           f"{sum(writer.other for writer in writers):,}")
+    report(f"{'replica':9} {'limit':>7} {'most in use':>12} {'most resident':>14}  MiB; records")
+    most = {}
+    for (name, node), status in zip(nodes.items(), said, strict=True):
+        used, rss = (max(sample[n] for sample in watch.samples[name]) for n in (1, 2))
+        most[name] = used
+        report(f"{name:9} {limits[name]:7} {used / MIB:12.1f} {rss:14.1f}  {status['records']:,}, digest {status['digest']}")
+    full_at = next((at for at, *_, full, _ in watch.samples[smallest] if full), None)
+    if full_at and first:
+        report(f"the {smallest} replica said that it is full {full_at - began:.1f} s after the start, and nobody created a "
+               f"user {max((at for name in nodes for at, *_ in changes(watch.samples[name])), default=began) - full_at:.1f} s later")
+    overshoot = (most[smallest] - max_bytes) / MIB
+    report(f"overshoot of the {smallest} replica: {overshoot:.1f} MiB, {overshoot * MIB / max_bytes:.1%} of its limit")
+    lead = alert_lead_s(watch.samples[smallest], max_bytes, first[0]) if first else -1
+    report(f"the alert (above {ALERT_SHARE} for {ALERT_FOR_S} s) had fired {lead:.1f} s before the first refusal")
+
+    if not first:
+        return True
+
+    # All at once, and no goodbye.
+    held = [(each["records"], each["digest"]) for each in said]
+    for node in nodes.values():
+        node.kill()
+    for node in nodes.values():
+        node.start()
+    _, ready_s = until("ready", lambda: all(node.ready() for node in nodes.values()))
+    back = [(each["records"], each["digest"]) for each in equal(nodes.values())]
+    report(f"\nkilled all three; ready again after {ready_s:.1f} s with {back[0][0]:,} records; in use "
+           + ", ".join(f"{node.status()['memory_used_bytes'] / MIB:.1f}" for node in nodes.values()) + " MiB")
+
+    # Full again, then deletes make room.
+    numbers = itertools.count(args.writers * 10**9)
+    post, refilled = Post(nodes[largest]), 0
+    while (answer := post(lines(itertools.islice(numbers, GROUP))))[0] == 200:
+        refilled += GROUP
+    full = nodes[smallest].status()
+    report(f"{refilled:,} more users until {answer[0]}; in use on the {smallest} replica {full['memory_used_bytes'] / MIB:.1f} MiB")
+    deleted = created[:max(1, int(len(created) * DELETED_SHARE))]
+    publish_deletes(broker, deleted)
+    _, room_s = until("room", lambda: post(lines([next(numbers)]))[0] == 200)
+    status = nodes[smallest].status()
+    report(f"{sum(map(len, deleted)):,} users deleted; new users accepted {room_s:.1f} s later, in use "
+           f"{status['memory_used_bytes'] / MIB:.1f} MiB, resident {status['memory_bytes'] / MIB:.1f} MiB")
+    end = equal(nodes.values())
+    report()
+    missed = [
+        report.demand("replicas that ended by themselves", len(nodes) - alive, "==", 0, 0),
+        report.demand("writers that were refused", sum(bool(writer.first_refusal) for writer in writers), "==", args.writers, 0),
+        report.demand("replicas that refuse a new user", creates.count(507), "==", 3, 0),
+        report.demand("replicas that accept updates", [status for status, _ in update].count(200), "==", 3, 0),
+        report.demand("overshoot, share of the limit", overshoot * MIB / max_bytes, "<=", args.overshoot_max),
+        report.demand("replicas with other records after kill -9", sum(each != held[0] for each in held + back), "==", 0, 0),
+        report.demand("replicas that differ in the end", len({each["digest"] for each in end}) - 1, "==", 0, 0),
+    ]
+    if rate and args.seconds >= 10 * ALERT_FOR_S:
+        missed.append(report.demand("seconds from the alert to the first refusal", lead, ">=", 0, 1))
+    return any(missed)
+
+
+def changes(samples):
+    """The samples in which there are more records than in the one before."""
+    return [after for before, after in itertools.pairwise(samples) if after[4] > before[4]]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--memory-mib", type=int, default=400, help="the smallest limit; the others are 5/4 and 3/2 of it")
+    parser.add_argument("--writers", type=int, default=8)
+    parser.add_argument("--rate", type=float, help="new users a second; by default full at 0.6 of the time, 0 for no limit")
+    parser.add_argument("--through-others", action="store_true", help="no writer writes through the smallest replica")
+    parser.add_argument("--overshoot-max", type=float, default=0.25, help="share of the limit: 0.8 of memory and this are all")
+    parser.add_argument("--sync", choices=SYNCS, default="default", help="when the broker syncs its disk")
+    parser.add_argument("--dir", type=Path, default=ROOT / "target", help="where a directory is made for what they keep")
+    parser.add_argument("--results", type=Path, default=ROOT / "load" / "results")
+    parser.add_argument("--name", default="full", help="of the report")
+    args = parser.parse_args()
+
+    # Ends all, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    report = Report()
+    with tempfile.TemporaryDirectory(prefix="full-", dir=args.dir) as directory, ExitStack() as stack:
+        missed = run(report, args, Path(directory), stack)
+    report.keep(args.results, args.name)
+    sys.exit(missed)
+
+
+if __name__ == "__main__":
+    main()
