@@ -165,6 +165,7 @@ fn announced(node: &str, log_id: &str, state: &str) -> Announcement {
         state: state.into(),
         position: 1 << 40,
         chain: Chain::default(),
+        full: false,
         mac: Some(Mac::default()),
     }
 }
