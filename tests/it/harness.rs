@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, mpsc};
 
-use gradestore::app::{self, Sockets};
+use gradestore::app::{self, AppError, Sockets};
 use gradestore::config::{ClusterConfig, Config, HttpConfig, default_writer_limits};
 use gradestore::http::Credentials;
 use gradestore::log::{ClusterKey, Log, MemoryLog, RandomId};
@@ -291,7 +291,7 @@ pub(crate) fn collected(pipe: impl Read + Send + 'static) -> Arc<Mutex<String>> 
 pub(crate) struct Local {
     ports: Ports,
     stop: Option<oneshot::Sender<()>>,
-    running: JoinHandle<()>,
+    running: JoinHandle<Result<(), AppError>>,
 }
 
 impl Deref for Local {
@@ -373,9 +373,7 @@ impl Local {
             let shutdown = async {
                 let _ = stopped.await;
             };
-            app::run(config, origin, storage, sockets, shutdown)
-                .await
-                .unwrap();
+            app::run(config, origin, storage, sockets, shutdown).await
         });
         Self {
             ports,
@@ -391,7 +389,13 @@ impl Local {
 
     /// Waits until it has stopped.
     pub(crate) async fn stopped(self) {
-        in_time("the node's end", self.running).await.unwrap();
+        in_time("the node's end", self.running).await.unwrap().unwrap();
+    }
+
+    /// Waits until it has ended by itself; why.
+    pub(crate) async fn failed(self) -> String {
+        let ended = in_time("the node's end", self.running).await.unwrap();
+        ended.unwrap_err().to_string()
     }
 }
 

@@ -18,6 +18,7 @@ pub(crate) struct HeldLog {
     open: watch::Sender<bool>,
     refusing: AtomicBool,
     losing: Arc<AtomicBool>,
+    crashing: Arc<AtomicBool>,
 }
 
 impl HeldLog {
@@ -27,6 +28,7 @@ impl HeldLog {
             open: watch::Sender::new(false),
             refusing: AtomicBool::new(false),
             losing: Arc::default(),
+            crashing: Arc::default(),
         })
     }
 
@@ -38,6 +40,11 @@ impl HeldLog {
     /// Takes no more batches.
     pub(crate) fn refuse(&self) {
         self.refusing.store(true, Ordering::Relaxed);
+    }
+
+    /// Panics in the task that reads it, at the next batch.
+    pub(crate) fn crash(&self) {
+        self.crashing.store(true, Ordering::Relaxed);
     }
 
     /// Loses the batches that are given next.
@@ -83,6 +90,7 @@ impl Log for HeldLog {
                 inner: self.inner.subscribe(after).await?,
                 open: self.open.subscribe(),
                 losing: Arc::clone(&self.losing),
+                crashing: Arc::clone(&self.crashing),
             }) as Box<dyn Subscription>)
         }
         .boxed()
@@ -93,6 +101,7 @@ struct HeldSubscription {
     inner: Box<dyn Subscription>,
     open: watch::Receiver<bool>,
     losing: Arc<AtomicBool>,
+    crashing: Arc<AtomicBool>,
 }
 
 impl Subscription for HeldSubscription {
@@ -101,6 +110,7 @@ impl Subscription for HeldSubscription {
             let opened = self.open.wait_for(|open| *open).await;
             opened.map_err(|_| ReadError::Closed)?;
             self.inner.next(entries).await?;
+            assert!(!self.crashing.load(Ordering::Relaxed), "a broken invariant");
             if self.losing.load(Ordering::Relaxed) {
                 for entry in entries {
                     entry.position.seq += 1;

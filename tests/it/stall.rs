@@ -127,6 +127,18 @@ async fn a_node_that_misses_a_batch_answers_no_more() {
 }
 
 #[tokio::test]
+async fn a_panic_in_the_task_that_applies_ends_the_process() {
+    let (log, node) = start(Duration::from_secs(60)).await;
+    log.release();
+    node.set(PATCH).await.position();
+    log.crash();
+    let _waiting = waiting_set(&node, PATCH).await;
+    let why = node.failed().await;
+    assert!(why.contains("task driver ended"), "{why}");
+    assert!(why.contains("a broken invariant"), "{why}");
+}
+
+#[tokio::test]
 async fn a_write_whose_client_went_away_is_applied_once_in_its_place() {
     let (log, node) = start(Duration::from_secs(60)).await;
     for spp in 1..=2 + QUEUE_PATCHES_MAX {
