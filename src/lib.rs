@@ -1,39 +1,35 @@
 //! gradestore: a replicated in-memory store of user grades.
 //!
-//! A map of the rooms, from the bottom up. An arrow goes one way, from a room to those above it in
-//! this list; none knows what comes after it.
+//! Modules in dependency order, lowest first; a module uses only those above it in this list.
 //!
-//! - [`grade`]: what a grade, a patch and a deletion are. The only room that knows the fields.
-//! - [`blocking`]: where work goes that blocks a thread.
+//! - [`grade`]: grades, patches and deletions. The only module that knows the fields.
+//! - [`blocking`]: where blocking work runs. [`critical`]: tasks whose end is the end of the process.
 //! - [`store`]: the records in memory, sharded; get, apply, scan, digest.
-//! - [`log`]: the one total order of batches, as a trait and its kinds.
+//! - [`log`]: the one total order of batches, as a trait and its kinds, and the hash of its history.
 //! - [`backup`]: the store as a file: format, reading, writing, snapshots.
-//! - [`memory`]: the memory limit: whether a write may create a record.
-//! - [`remote`]: another node, asked over HTTP.
-//! - [`readiness`]: whether this replica may answer, and if not, why.
+//! - [`remote`]: requests to other nodes over HTTP.
+//! - [`readiness`]: whether this replica may answer, and if not, why. [`memory`]: its memory limit.
 //! - [`replication`]: the invariant, *a replica's state is exactly its log's batches, in order, up
-//!   to its position*; group commit on the way in, ordered apply on the way out; getting to a
-//!   position at the start, and snapshots.
-//! - [`http`]: three ports; [`telemetry`]: logs and metrics; [`machine`]: what it gives the process;
-//!   [`progress`]: bars; [`supervisor`]: what systemd is told.
-//! - [`storage`]: the data directory; [`config`]: from flags to what a node is built from; [`node`]:
-//!   its parts and tasks; [`app`]: its ports and its life.
-//! - [`fetch`], [`import`] and [`health`]: what the program does from outside a node.
+//!   to its applied index*; group commit, ordered apply, recovery, snapshots, votes.
+//! - [`http`]: three ports; [`telemetry`]: logs and metrics; [`machine`]: what the machine gives the
+//!   process; [`progress`]: bars; [`supervisor`]: notifications to systemd.
+//! - [`storage`]: the data directory; [`config`]: flags; [`node`]: a node's parts and tasks;
+//!   [`app`]: its ports and its life.
+//! - [`fetch`], [`import`] and [`health`]: client commands.
 //!
 //! # One write, from socket to reply
 //!
-//! 1. [`http::listener`] has accepted the connection and sees what comes first: a plain request, as
-//!    nearly all are, goes to [`http::write`] at once. Any other is read by hyper, and the router hands
-//!    it to the same room. There the password and readiness are checked and the body is parsed into a
-//!    [`Patch`](grade::Patch).
+//! 1. [`http::listener`] accepts the connection. Most requests take the fast path to [`http::write`];
+//!    hyper and the router bring any other there. The password and readiness are checked, and the body
+//!    is parsed into a [`Patch`](grade::Patch).
 //! 2. [`Writer::write`](replication::Writer::write) puts the write into a bounded queue and waits.
-//! 3. [`WriterTask`](replication::WriterTask) takes all that waits as one
-//!    [`Batch`](log::Batch), notes who waits for it and appends it to the log. While batches
-//!    are under way the next one fills: there is no timer.
-//! 4. The log gives the batch its place. [`Reader`](replication::Reader) gets it back, sees that
-//!    it is the next one and its own, applies the writes to the [`Store`](store::Store), moves
-//!    the position on and answers the requests.
-//! 5. 204 goes out with the position. The store has held the patch since before that.
+//! 3. [`WriterTask`](replication::WriterTask) takes all that waits as one [`Batch`](log::Batch),
+//!    registers it as [in flight](log::InFlight) and appends it to the log. While a batch is in flight
+//!    the next one fills: there is no timer.
+//! 4. The log gives the batch its position and delivers it. [`Applier`](replication::Applier) checks
+//!    that it is the next one, applies its writes to the [`Store`](store::Store), advances the applied
+//!    index and answers the requests.
+//! 5. 204 goes out with the position. The store holds the patch since before that.
 
 pub mod app;
 pub mod backup;

@@ -227,7 +227,7 @@ impl MemoryGuard {
         }
     }
 
-    /// Measures memory and asks for a full peer, every [`SAMPLE_EVERY`]; never ends.
+    /// Measures memory and asks for a full peer, again and again; never ends.
     pub async fn watch(self, store: Store, full_peer: impl Fn() -> Option<Box<str>>) {
         let mut every = tokio::time::interval(SAMPLE_EVERY);
         every.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -143,7 +143,7 @@ pub struct Stopping {
 }
 
 impl Node {
-    /// A node that has begun to take writes and waits to be [started](Tasks::start).
+    /// A node whose tasks wait to be [run](Tasks::run).
     #[must_use]
     pub fn new(config: &Config, parts: Parts, metrics: &Replication) -> (Self, Tasks) {
         let Parts {

@@ -389,7 +389,10 @@ impl Local {
 
     /// Waits until it has stopped.
     pub(crate) async fn stopped(self) {
-        in_time("the node's end", self.running).await.unwrap().unwrap();
+        in_time("the node's end", self.running)
+            .await
+            .unwrap()
+            .unwrap();
     }
 
     /// Waits until it has ended by itself; why.

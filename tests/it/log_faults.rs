@@ -339,7 +339,12 @@ async fn a_stream_of_another_shape_stops_the_start_and_is_named() {
         "{said}"
     );
     // Another name gets a stream of its own, but not the same subject.
-    let output = run(replica_at(broker.address).args(["--stream", "OTHER"]));
+    let dir = tempfile::tempdir().unwrap();
+    let mut other = replica_at(broker.address);
+    other.env("GRADESTORE_EPHEMERAL", "false");
+    let output = run(other
+        .args(["--stream", "OTHER", "--data-dir"])
+        .arg(dir.path()));
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("refuses stream OTHER"), "{said}");
 }

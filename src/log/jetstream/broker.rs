@@ -1,7 +1,5 @@
-//! What the JetStream log needs of NATS, as a trait: the real client implements it ([`nats`]), and so
-//! does the simulator's broker.
-//!
-//! [`nats`]: super::nats
+//! What the JetStream log needs of NATS, as a trait: the real client implements it, and so does the
+//! simulator's broker.
 
 use std::fmt;
 use std::sync::Arc;
