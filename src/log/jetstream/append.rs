@@ -181,14 +181,13 @@ impl Shared {
 
     /// Waits until the batch at `seq` was delivered.
     async fn await_delivered(&self, seq: Seq) {
-        let mut delivered = self.delivered.subscribe();
-        let there = delivered.wait_for(|last| *last >= seq);
+        let is_there = |last| (last >= seq).then_some(());
+        let there = self.delivered.wait_for(is_there);
         if tokio::time::timeout(DELIVERY_WAIT_MAX, there).await.is_ok() {
             return;
         }
         self.replace_consumer.notify_one();
-        // The sender is in `self`.
-        let _ = delivered.wait_for(|last| *last >= seq).await;
+        self.delivered.wait_for(is_there).await;
     }
 }
 

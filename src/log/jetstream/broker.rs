@@ -11,7 +11,7 @@ use futures_util::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
 pub use super::raw_message::RawMessage;
-use crate::log::{Announce, Announcement, Seq};
+use crate::log::{Announce, Announcement, RandomId, Seq};
 
 /// Why the broker did not do what it was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -59,6 +59,14 @@ pub trait Broker: Send + Sync + 'static {
 
     /// The servers, for messages.
     fn servers(&self) -> String;
+
+    /// A new identity of a log or a writer.
+    ///
+    /// # Errors
+    /// The system has no random bytes to give.
+    fn random_id(&self) -> Result<RandomId, getrandom::Error> {
+        RandomId::random()
+    }
 }
 
 /// A message on its way to the stream.

@@ -64,6 +64,7 @@ pub(super) async fn open(
     progress: &Progress,
 ) -> Result<Opened, SetupError> {
     let mut opening = Opening {
+        broker,
         config,
         identity,
         announcements,
@@ -99,6 +100,7 @@ pub(super) async fn open(
 }
 
 struct Opening<'a> {
+    broker: &'a dyn Broker,
     config: &'a JetStreamConfig,
     identity: &'a Identity,
     announcements: &'a Announcements,
@@ -172,7 +174,7 @@ impl Opening<'_> {
             }
             match self.may_create(&**connection, discovering_since).await? {
                 Ok(()) => {
-                    let log = RandomId::random()?;
+                    let log = self.broker.random_id()?;
                     let wanted = stream::new_stream(self.config, log, self.base);
                     match connection.create_stream(wanted).await {
                         Ok(info) => {
@@ -194,6 +196,7 @@ impl Opening<'_> {
                 }
             }
             tokio::select! {
+                biased;
                 () = tokio::time::sleep(ASK_EVERY) => {}
                 () = connection.ended().cancelled() => {
                     return Ok(Err("the connection to NATS ended".into()));

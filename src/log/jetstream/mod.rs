@@ -11,6 +11,7 @@
 //! - `announcements`: which announcements of other replicas count.
 //! - `message`: a batch as a message; `header_block`, `raw_message`: a message that the client cannot
 //!   read.
+//! - `watched`: values that tasks wait for.
 
 mod announcements;
 mod append;
@@ -25,6 +26,7 @@ mod servers;
 mod session;
 mod stream;
 mod subscription;
+mod watched;
 mod write_health;
 
 use std::path::PathBuf;
@@ -35,7 +37,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -46,6 +48,7 @@ use self::history::Suspicion;
 pub use self::servers::Servers;
 use self::session::{Backoff, Link};
 use self::subscription::JetStreamSubscription;
+use self::watched::Watched;
 use self::write_health::WriteHealth;
 use super::{
     Announce, Announcement, AppendError, Batch, BatchId, Bounds, Counts, InFlight, Log, LogId,
@@ -198,7 +201,7 @@ struct Shared {
     id: LogId,
     first: AtomicU64,
     end: AtomicU64,
-    link: watch::Sender<Link>,
+    link: Watched<Link>,
     in_flight: InFlight,
     /// Who writes: the id that batches carry, and how many there were under it.
     writer: Mutex<BatchId>,
@@ -206,7 +209,7 @@ struct Shared {
     appending: tokio::sync::Mutex<()>,
     health: WriteHealth,
     /// The last batch that a subscription has handed out.
-    delivered: watch::Sender<Seq>,
+    delivered: Watched<Seq>,
     /// A batch was stored and is not delivered: the consumer is to be replaced.
     replace_consumer: Notify,
     suspicion: Mutex<Suspicion>,
@@ -274,14 +277,14 @@ impl JetStreamLog {
             id: opened.id,
             first: AtomicU64::new(opened.first),
             end: AtomicU64::new(opened.last),
-            link: watch::Sender::new(Link::Up(Arc::clone(&opened.connection))),
+            link: Watched::new(Link::Up(Arc::clone(&opened.connection))),
             in_flight,
             writer: Mutex::new(BatchId {
                 writer: identity.node,
                 seq: 0,
             }),
             appending: tokio::sync::Mutex::default(),
-            delivered: watch::Sender::new(0),
+            delivered: Watched::new(0),
             replace_consumer: Notify::new(),
             suspicion: Mutex::default(),
             verified: AtomicBool::new(false),
@@ -305,35 +308,30 @@ impl JetStreamLog {
 impl Shared {
     /// The connection; waits for it.
     async fn connection(&self) -> Arc<dyn Connection> {
-        let mut link = self.link.subscribe();
-        loop {
-            if let Link::Up(connection) = &*link.borrow_and_update()
-                && !connection.ended().is_cancelled()
-            {
-                return Arc::clone(connection);
-            }
-            // The sender is in `self`.
-            let _ = link.changed().await;
-        }
+        let alive = |link| match link {
+            Link::Up(connection) if !connection.ended().is_cancelled() => Some(connection),
+            _ => None,
+        };
+        self.link.wait_for(alive).await
     }
 
     /// The connection, if there is one.
     fn current_connection(&self) -> Option<Arc<dyn Connection>> {
-        match &*self.link.borrow() {
-            Link::Up(connection) => Some(Arc::clone(connection)),
+        match self.link.get() {
+            Link::Up(connection) => Some(connection),
             Link::Down(_) => None,
         }
     }
 
     fn set_down(&self, why: &str) {
-        self.link.send_replace(Link::Down(why.into()));
+        self.link.set(Link::Down(why.into()));
     }
 
     /// Why nothing could be sent.
     fn down_reason(&self) -> Arc<str> {
-        match &*self.link.borrow() {
+        match self.link.get() {
             Link::Up(_) => "NATS does not answer".into(),
-            Link::Down(why) => Arc::clone(why),
+            Link::Down(why) => why,
         }
     }
 
@@ -348,7 +346,7 @@ impl Shared {
     fn renew_writer(&self) -> RandomId {
         let mut writer = self.writer.lock();
         // Without random bytes the sequence goes on, from where nobody is likely to be.
-        match RandomId::random() {
+        match self.broker.random_id() {
             Ok(id) => *writer = BatchId { writer: id, seq: 0 },
             Err(error) => {
                 tracing::error!(%error, "no random bytes for a new writer id");
@@ -450,9 +448,9 @@ impl Log for JetStreamLog {
     }
 
     fn unavailable(&self) -> Option<Arc<str>> {
-        match &*self.shared.link.borrow() {
+        match self.shared.link.get() {
             Link::Up(_) => None,
-            Link::Down(why) => Some(Arc::clone(why)),
+            Link::Down(why) => Some(why),
         }
     }
 

@@ -70,6 +70,7 @@ pub(super) async fn keep_connected(
     loop {
         let connected_at = Instant::now();
         tokio::select! {
+            biased;
             () = connection.ended().cancelled() => {}
             () = stop.cancelled() => return connection.close().await,
         }
@@ -85,7 +86,7 @@ pub(super) async fn keep_connected(
             None => return,
         }
         shared.counts.reconnects.fetch_add(1, Ordering::Relaxed);
-        shared.link.send_replace(Link::Up(Arc::clone(&connection)));
+        shared.link.set(Link::Up(Arc::clone(&connection)));
     }
 }
 

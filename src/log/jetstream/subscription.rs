@@ -74,7 +74,7 @@ impl JetStreamSubscription {
             let Some(source) = &mut self.source else {
                 self.reopen(entries).await?;
                 if entries.len() > before {
-                    self.shared.delivered.send_replace(self.last.seq);
+                    self.shared.delivered.set(self.last.seq);
                     return Ok(());
                 }
                 continue;
@@ -119,7 +119,7 @@ impl JetStreamSubscription {
                 }
             }
             if entries.len() > before {
-                self.shared.delivered.send_replace(self.last.seq);
+                self.shared.delivered.set(self.last.seq);
                 return Ok(());
             }
         }

@@ -1,66 +1,183 @@
-//! The broker: one stream, and what can happen to it.
+//! The broker: one stream of raw messages, and what can happen to it.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-use gradestore::log::{Batch, Entry, Extent, LogId, Origin, Seq};
+use async_nats::jetstream::stream::Config;
+use async_nats::{HeaderMap, HeaderName, HeaderValue};
+use bytes::Bytes;
+use gradestore::log::broker::{BrokerError, InfoSource, RawMessage, Stored, StreamInfo};
+use gradestore::log::{LogId, Position, Seq};
 use tokio::time::Instant;
 
 use crate::ledger::Ledger;
+use crate::message::{self, Delivery};
 
-/// For how long a batch that is sent again is known.
-pub const DEDUP_WINDOW: Duration = Duration::from_secs(12);
 /// Where its clock begins, in nanoseconds since 1970.
 const BEGIN_NS: u64 = 1_700_000_000_000_000_000;
+/// Where the stream's metadata has the log's id.
+const LOG_ID_KEY: &str = "gradestore-log-id";
+/// The header by which the broker stores a message once.
+const ID_HEADER: &str = "Nats-Msg-Id";
+
+/// A message on its way into the stream.
+#[derive(Debug, Clone)]
+pub struct Message {
+    pub header_block: Option<Bytes>,
+    pub payload: Bytes,
+    /// What `Nats-Msg-Id` says.
+    pub id: Option<Box<str>>,
+    pub expected_last: Option<Seq>,
+    /// Whether a replica sent it.
+    pub by_replica: bool,
+}
+
+impl Message {
+    /// As a replica sends it.
+    pub fn of_replica(headers: &HeaderMap, payload: Bytes, expected_last: Option<Seq>) -> Self {
+        let line = |name: &HeaderName, value: &HeaderValue| format!("{name}: {value}\r\n");
+        let lines = headers.iter().map(|(name, values)| {
+            let lines = values.iter().map(|value| line(name, value));
+            lines.collect::<String>()
+        });
+        // Their order is the hash map's.
+        let mut lines: Vec<_> = lines.collect();
+        lines.sort_unstable();
+        let block = format!("NATS/1.0\r\n{}\r\n", lines.concat());
+        Self {
+            header_block: Some(block.into()),
+            payload,
+            id: headers.get(ID_HEADER).map(|id| id.as_str().into()),
+            expected_last,
+            by_replica: true,
+        }
+    }
+}
+
+/// A message in the stream.
+pub struct Entry {
+    pub time_ns: u64,
+    /// The history up to it.
+    pub position: Position,
+    message: Message,
+    /// What the client library makes of it.
+    pub delivery: Delivery,
+}
+
+impl Entry {
+    pub fn payload(&self) -> Bytes {
+        self.message.payload.clone()
+    }
+}
+
+/// The stream, as it was set up.
+struct Stream {
+    config: Config,
+    log: LogId,
+    /// Before its first batch.
+    base: Position,
+}
+
+/// What is wrong with the broker now. Faults may overlap.
+#[derive(Default)]
+pub struct Troubles {
+    /// The stream has no leader.
+    pub leaderless: u32,
+    /// Its leader reaches no majority.
+    pub quorumless: u32,
+    /// Its storage is full.
+    pub full: u32,
+    /// It is not there; it will be again.
+    pub gone: u32,
+    /// The leader has not read the rest of its Raft log yet: the stream seems to end here.
+    pub short: Option<Seq>,
+}
 
 pub struct Broker {
     pub up: bool,
-    pub id: LogId,
+    /// Three servers, or one.
+    pub clustered: bool,
+    pub troubles: Troubles,
+    /// Sent to a leader without a majority: some of it is stored once there is one.
+    proposed: Vec<Message>,
+    stream: Option<Stream>,
     begun: Instant,
-    streams: u32,
+    /// By so much its clock has jumped ahead.
+    jumped: Duration,
+    /// How often.
+    pub jumps: u32,
     first: Seq,
     entries: VecDeque<Entry>,
-    /// The time of the last batch; 0 before the first.
-    last_ns: u64,
+    /// The last batch of the stream; of its base before the first one.
+    last: Option<Position>,
     /// The last time given to any batch of any stream.
     clock_ns: u64,
-    known: HashMap<(Origin, u64), Instant>,
+    /// Ids of messages, when they were stored by the broker's clock, and where.
+    known: HashMap<Box<str>, (u64, Seq)>,
+    /// Ids of batches in the stream that replicas have sent.
+    by_replicas: HashMap<Box<str>, Seq>,
+    /// The last id under which a replica has sent a batch.
+    pub last_id: Option<Box<str>>,
+    /// Messages in the stream that end the connection, or are not delivered.
+    pub unreadable: usize,
 }
 
 impl Broker {
-    pub fn new() -> Self {
+    pub fn new(clustered: bool) -> Self {
         Self {
             up: true,
-            id: LogId("sim-1".into()),
+            clustered,
+            troubles: Troubles::default(),
+            proposed: Vec::new(),
+            stream: None,
             begun: Instant::now(),
-            streams: 1,
+            jumped: Duration::ZERO,
+            jumps: 0,
             first: 1,
             entries: VecDeque::new(),
-            last_ns: 0,
+            last: None,
             clock_ns: 0,
             known: HashMap::new(),
+            by_replicas: HashMap::new(),
+            last_id: None,
+            unreadable: 0,
         }
     }
 
-    pub fn extent(&self) -> Extent {
-        Extent {
-            first: self.first,
-            end: self.end(),
-        }
+    /// The log in the stream, if there is one.
+    pub fn log(&self) -> Option<&LogId> {
+        self.stream.as_ref().map(|stream| &stream.log)
+    }
+
+    pub fn first(&self) -> Seq {
+        self.first
     }
 
     pub fn end(&self) -> Seq {
         self.first + self.entries.len() as Seq - 1
     }
 
-    /// What every clock shows.
-    pub fn now_ns(&self) -> u64 {
-        BEGIN_NS + u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    /// Where deliveries end now.
+    pub fn shown_end(&self) -> Seq {
+        let short = self.troubles.short.unwrap_or(Seq::MAX);
+        self.end().min(short)
     }
 
-    /// The time of the last batch; 0 before the first.
-    pub fn end_ns(&self) -> u64 {
-        self.last_ns
+    /// What its clock shows.
+    pub fn now_ns(&self) -> u64 {
+        let elapsed = self.begun.elapsed() + self.jumped;
+        BEGIN_NS + u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Its clock goes ahead, and with it all that is not in the simulation.
+    pub fn jump(&mut self, by: Duration) {
+        self.jumped += by;
+        self.jumps += 1;
+    }
+
+    /// The last batch.
+    pub fn last(&self) -> Option<Position> {
+        self.last
     }
 
     pub fn get(&self, seq: Seq) -> Option<&Entry> {
@@ -68,24 +185,145 @@ impl Broker {
         self.entries.get(usize::try_from(index).ok()?)
     }
 
-    /// Takes `batch`, unless it is known by its name; `again` overlooks that.
-    pub fn store(&mut self, batch: Batch, again: bool, ledger: &mut Ledger) {
-        let now = Instant::now();
-        let name = (batch.origin, batch.number);
-        let known = self.known.get(&name);
-        if !again && known.is_some_and(|at| now - *at < DEDUP_WINDOW) {
-            return;
-        }
-        self.known.insert(name, now);
-        self.clock_ns = self.now_ns().max(self.clock_ns + 1);
-        let (seq, time_ns) = (self.end() + 1, self.clock_ns);
-        ledger.take(time_ns, self.last_ns, seq, batch.writes.clone());
-        self.last_ns = time_ns;
-        self.entries.push_back(Entry {
+    /// What the last message with a vote on a state says.
+    pub fn last_vote(&self) -> Option<String> {
+        self.entries.iter().rev().find_map(|entry| {
+            let Delivery::Ordinary(Some(headers)) = &entry.delivery else {
+                return None;
+            };
+            Some(headers.get("Grade-Checkpoint")?.as_str().to_owned())
+        })
+    }
+
+    pub fn raw(&self, seq: Seq) -> Option<RawMessage> {
+        let entry = self.get(seq)?;
+        Some(RawMessage {
             seq,
-            time_ns,
-            batch,
+            time_ns: entry.time_ns,
+            header_block: entry
+                .message
+                .header_block
+                .as_ref()
+                .map(|block| block.to_vec()),
+            payload: entry.message.payload.to_vec(),
+        })
+    }
+
+    /// What a server with the newest numbers says of the stream.
+    pub fn info(&self) -> Result<StreamInfo, BrokerError> {
+        let stream = self.stream.as_ref().ok_or(BrokerError::NoStream)?;
+        Ok(StreamInfo {
+            config: stream.config.clone(),
+            first: self.first,
+            last: self.shown_end(),
+            source: match self.clustered {
+                true => InfoSource::Leader,
+                false => InfoSource::Unclustered,
+            },
+        })
+    }
+
+    pub fn create(&mut self, config: Config) -> Result<StreamInfo, BrokerError> {
+        match &self.stream {
+            Some(stream) if stream.config.metadata != config.metadata => {
+                let why = "stream name already in use with a different configuration";
+                return Err(BrokerError::Refused(why.into()));
+            }
+            Some(_) => {}
+            None => {
+                let id = config.metadata.get(LOG_ID_KEY);
+                let log = LogId(id.map(String::as_str).unwrap_or_default().into());
+                self.set_up(config, log);
+            }
+        }
+        self.info()
+    }
+
+    fn set_up(&mut self, config: Config, log: LogId) {
+        let base = Position::base(&log, 0, 0);
+        self.stream = Some(Stream { config, log, base });
+        self.last = Some(base);
+        self.first = 1;
+    }
+
+    /// Stores `message`, or not. `late` says that it was sent before the clock jumped: ids that were
+    /// known then are. The error of the outer result is a violation.
+    pub fn publish(
+        &mut self,
+        message: Message,
+        late: bool,
+        ledger: &mut Ledger,
+    ) -> Result<Result<Stored, BrokerError>, String> {
+        let (Some(stream), Some(last)) = (&self.stream, self.last) else {
+            return Ok(Err(BrokerError::NoResponders("there is no stream".into())));
+        };
+        let wrong_end = message.expected_last.is_some_and(|seq| seq != self.end());
+        let wrong_end = wrong_end.then(|| BrokerError::WrongLastSequence {
+            expected: message.expected_last.unwrap_or_default(),
+            end: Some(self.end()),
         });
+        let window_ns = stream.config.duplicate_window.as_nanos() as u64;
+        let now_ns = self.now_ns();
+        let known = message.id.as_ref().and_then(|id| self.known.get(id));
+        let known = known.filter(|(at_ns, _)| late || now_ns - at_ns < window_ns);
+        let duplicate = known.map(|(_, seq)| Stored {
+            seq: *seq,
+            duplicate: true,
+        });
+        // One server compares the end first, a cluster the id.
+        let refused = match (self.clustered, wrong_end, duplicate) {
+            (true, _, Some(duplicate)) | (false, None, Some(duplicate)) => Some(Ok(duplicate)),
+            (_, Some(wrong_end), _) => Some(Err(wrong_end)),
+            (_, None, None) => None,
+        };
+        if let Some(refused) = refused {
+            return Ok(refused);
+        }
+        let seq = self.end() + 1;
+        let mut twice = None;
+        if let Some(id) = &message.id {
+            self.known.insert(id.clone(), (now_ns, seq));
+            if message.by_replica {
+                twice = self.by_replicas.insert(id.clone(), seq);
+                self.last_id = Some(id.clone());
+            }
+        }
+        self.clock_ns = now_ns.max(self.clock_ns + 1);
+        let time_ns = self.clock_ns;
+        let read = message::read(message.header_block.as_deref(), &message.payload);
+        let position = read.position(&last, time_ns, &message.payload);
+        let writes = read.writes();
+        ledger.take(position, writes);
+        let delivery = read.delivery;
+        self.unreadable += usize::from(!matches!(delivery, Delivery::Ordinary(_)));
+        self.last = Some(position);
+        let id = message.id.clone();
+        self.entries.push_back(Entry {
+            time_ns,
+            position,
+            message,
+            delivery,
+        });
+        match twice {
+            Some(before) => Err(format!(
+                "batch {} is in the log at {before} and at {seq}",
+                id.unwrap_or_default()
+            )),
+            None => Ok(Ok(Stored {
+                seq,
+                duplicate: false,
+            })),
+        }
+    }
+
+    /// Keeps `message` for when there is a majority again.
+    pub fn propose(&mut self, message: Message) {
+        self.proposed.push(message);
+    }
+
+    /// What was proposed to a leader without a majority.
+    pub fn take_proposed(&mut self) -> Vec<Message> {
+        std::mem::take(&mut self.proposed)
     }
 
     /// Forgets all but the last `keep` batches.
@@ -102,24 +340,31 @@ impl Broker {
             let Some(lost) = self.entries.pop_back() else {
                 return;
             };
-            ledger.lose(lost.time_ns);
-            self.known.remove(&(lost.batch.origin, lost.batch.number));
-            self.last_ns = ledger.at(lost.time_ns).map_or(0, |place| place.before_ns);
+            ledger.lose(lost.position.chain);
+            if let Some(id) = &lost.message.id {
+                self.known.remove(id);
+                self.by_replicas.remove(id);
+            }
+            let before = self.entries.back().map(|entry| entry.position);
+            let base = self.stream.as_ref().map(|stream| stream.base);
+            self.last = before.or_else(|| match lost.position.seq {
+                1 => base,
+                _ => ledger.before(&lost.position),
+            });
         }
     }
 
-    /// The stream is removed and made anew.
-    pub fn recreate(&mut self, ledger: &mut Ledger) {
-        let mut time_ns = self.last_ns;
-        while let Some(before_ns) = ledger.at(time_ns).map(|place| place.before_ns) {
-            ledger.lose(time_ns);
-            time_ns = before_ns;
-        }
-        self.streams += 1;
-        self.id = LogId(format!("sim-{}", self.streams).into());
-        self.first = 1;
+    /// The stream is removed and another log takes its place.
+    pub fn recreate(&mut self, id: &str, ledger: &mut Ledger) {
+        let Some(stream) = self.stream.take() else {
+            return;
+        };
+        ledger.lose_all();
+        let mut config = stream.config;
+        config.metadata.insert(LOG_ID_KEY.to_owned(), id.to_owned());
         self.entries.clear();
-        self.last_ns = 0;
         self.known.clear();
+        self.by_replicas.clear();
+        self.set_up(config, LogId(id.into()));
     }
 }

@@ -1,16 +1,25 @@
 //! What must hold, looked at from outside a node.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use gradestore::log::Seq;
+use gradestore::readiness::NodeState;
 use gradestore::store::Piece;
+use tokio::time::Instant;
 
-use crate::process::{Knobs, Process};
-use crate::twin::GIVE_MAX;
+use crate::process::{Knobs, Process, WRITE_SILENCE};
+use crate::wire::ARRIVE_MAX;
 use crate::world::World;
 
 /// No batch of these runs takes more memory than this.
 const ENTRY_BYTES_MAX: u64 = 16 * 1024;
+
+/// By then a node must have noticed that the broker refuses its batches.
+const REFUSED_MAX: Duration = Duration::from_secs(5);
+/// And by then that it stores none.
+const SILENCE_MAX: Duration = Knobs::WRITE_WAIT_MAX
+    .saturating_add(WRITE_SILENCE)
+    .saturating_add(Duration::from_secs(2));
 
 /// Looks at what `process` at `node` shows now; with `fields` at every field of every record.
 pub fn look(world: &World, node: usize, process: &Process, knobs: &Knobs, fields: bool) {
@@ -24,22 +33,39 @@ pub fn look(world: &World, node: usize, process: &Process, knobs: &Knobs, fields
             "node {node} heard that a peer holds something else"
         ));
     }
-    if shown.writer.queue_patches() > knobs.queue_patches_max {
-        world.violate(format!("node {node} lets too many patches wait"));
+    if shown.writer.queue_requests() > knobs.queue_requests_max {
+        world.violate(format!("node {node} lets too many requests wait"));
     }
     if let Some(restore) = shown.restore.current() {
         let bytes = restore.buffer.bytes();
-        if bytes > knobs.buffer_bytes_max + GIVE_MAX as u64 * ENTRY_BYTES_MAX {
+        if bytes > knobs.buffer_bytes_max + ARRIVE_MAX as u64 * ENTRY_BYTES_MAX {
             world.violate(format!("node {node} holds {bytes} bytes of the log"));
         }
     }
-    let Err(unready) = shown.readiness.reads() else {
+    write_health(world, node, process);
+    let Err(unready) = shown.readiness.check() else {
         return whole(world, node, process, fields);
     };
     let (records, position) = (shown.store.len(), shown.applied.seq());
-    if unready.state == "no-source" && (records, position) != (0, 0) {
+    if unready.state == NodeState::NoSource && (records, position) != (0, 0) {
         let held = format!("{records} records of batch {position}");
         world.violate(format!("node {node} has no source, yet {held}"));
+    }
+}
+
+/// A node knows that its writes are not stored.
+fn write_health(world: &World, node: usize, process: &Process) {
+    let slot = world.slot(node);
+    let longer = |since: Option<Instant>, max| since.is_some_and(|since| since.elapsed() > max);
+    let refused = longer(slot.refused_since, REFUSED_MAX);
+    let silent = longer(slot.unstored_since, SILENCE_MAX);
+    drop(slot);
+    if (refused || silent) && process.node.log.unwritable().is_none() {
+        let what = match refused {
+            true => "the broker refuses its batches",
+            false => "the broker stores none of its batches",
+        };
+        world.violate(format!("node {node} accepts writes, and {what}"));
     }
 }
 
@@ -49,8 +75,7 @@ fn whole(world: &World, node: usize, process: &Process, fields: bool) {
     let position = shown.applied.position();
     let (digest, records) = (shown.store.digest(), shown.store.len());
     let state = world.lock();
-    let Some((expected, expected_digest)) = state.ledger.state(position.seq, position.time_ns)
-    else {
+    let Some((expected, expected_digest)) = state.ledger.state(&position) else {
         drop(state);
         let what = format!("node {node} is at {position:?}, where no log ever was");
         return world.violate(what);
@@ -86,12 +111,12 @@ fn whole(world: &World, node: usize, process: &Process, fields: bool) {
             ));
         }
     }
-    let (fence, fence_ns) = state.nodes[node].fence;
-    let held = state.ledger.at(fence_ns).is_some_and(|place| !place.lost);
-    if held && position.seq < fence {
+    let fence = state.nodes[node].fence;
+    let held = fence.filter(|fence| state.ledger.holds(fence.chain));
+    if let Some(fence) = held.filter(|fence| position.seq < fence.seq) {
         wrong = Some(format!(
-            "node {node} is ready at batch {}, before batch {fence}, where the log ended when it started",
-            position.seq,
+            "node {node} is ready at batch {}, before batch {}, where the log ended when it started",
+            position.seq, fence.seq,
         ));
     }
     drop(state);
@@ -100,11 +125,13 @@ fn whole(world: &World, node: usize, process: &Process, fields: bool) {
     }
 }
 
-/// Whether `node` is ready and at the end of the log.
+/// Whether `node` is ready for reads and writes and at the end of the log.
 pub fn caught_up(world: &World, node: usize) -> bool {
     let process = world.slot(node).process.clone();
-    let end: Seq = world.lock().broker.end();
+    let last = world.lock().broker.last();
     process.is_some_and(|process| {
-        process.node.readiness.writes().is_ok() && process.node.applied.seq() == end
+        let (node, position) = (&process.node, process.node.applied.position());
+        let at_end = last.is_some_and(|last| last.chain == position.chain);
+        node.readiness.check().is_ok() && node.log.unwritable().is_none() && at_end
     })
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::response::Response;
 use gradestore::grade::{Changes, FIELDS, Patch, Values, Write};
-use gradestore::log::Seq;
+use gradestore::log::{Chain, Seq};
 use gradestore::remote::GRADE_POSITION;
 use http::header::{AUTHORIZATION, CONTENT_TYPE};
 use http::{Request, StatusCode};
@@ -57,8 +57,8 @@ pub struct Client {
     pub world: World,
     pub knobs: Knobs,
     pub number: usize,
-    /// The last position it was told, and the time of that batch.
-    last: Option<(Seq, u64)>,
+    /// The last position it was told, and the chain there.
+    last: Option<(Seq, Chain)>,
     sets: i64,
     writes_answered: u64,
     /// Its writes that were refused: they must be nowhere.
@@ -160,6 +160,7 @@ impl Client {
         request: Request<Body>,
         hang_up_ms: Option<u64>,
     ) {
+        let quiet = self.world.lock().is_quiet();
         let asked = self.ask(op.node, request, true);
         let hang_up = Duration::from_millis(hang_up_ms.unwrap_or(u64::MAX / 4));
         let asked = tokio::time::timeout(hang_up, asked).await;
@@ -192,6 +193,9 @@ impl Client {
             }
             (StatusCode::GATEWAY_TIMEOUT, _) => {
                 self.note(op, || format!("writes {write:?}: outcome unknown"));
+                if quiet && self.world.lock().is_quiet() {
+                    self.violate("a write's outcome is unknown, and nothing is wrong".to_owned());
+                }
             }
             _ => self.violate(format!("a good write was answered with {status}")),
         }
@@ -202,12 +206,12 @@ impl Client {
     fn check_answered(&mut self, node: usize, process: &Process, write: &Write, seq: Seq) {
         let position = process.node.applied.position();
         let state = self.world.lock();
-        let time_ns = state.ledger.before(position.time_ns, seq);
-        let place = time_ns.and_then(|time_ns| state.ledger.at(time_ns));
+        let place = state.ledger.find(position.chain, seq);
         let there = place.is_some_and(|place| place.writes.contains(write));
-        let back = self.last.filter(|(last, last_ns)| {
-            *last >= seq && state.ledger.at(*last_ns).is_some_and(|place| !place.lost)
-        });
+        let chain = place.map(|place| place.position.chain);
+        let back = self
+            .last
+            .filter(|(last, chain)| *last >= seq && state.ledger.holds(*chain));
         drop(state);
         if !there {
             self.violate(format!(
@@ -218,13 +222,13 @@ impl Client {
         if let Some((last, _)) = back {
             self.violate(format!("positions went back from {last} to {seq}"));
         }
-        self.last = time_ns.map(|time_ns| (seq, time_ns));
+        self.last = chain.map(|chain| (seq, chain));
         self.world.lock().answered += 1;
         self.writes_answered += 1;
         check::look(&self.world, node, process, &self.knobs, true);
     }
 
-    async fn get(&mut self, op: &Op, own: Option<(Seq, u64)>) {
+    async fn get(&mut self, op: &Op, own: Option<(Seq, Chain)>) {
         let user_id = format!("user-{}", op.user);
         let mut request = Request::get(format!("/get?user_id={user_id}"));
         if let Some((seq, _)) = own {
@@ -248,7 +252,7 @@ impl Client {
         let seq = position.seq;
         self.note(op, || format!("gets {user_id}: {shown:?} at batch {seq}"));
         let state = self.world.lock();
-        let expected = state.ledger.state(seq, position.time_ns);
+        let expected = state.ledger.state(&position);
         let expected = expected.map(|(state, _)| state.get(&user_id).copied());
         drop(state);
         if expected != Some(shown) {
@@ -277,6 +281,7 @@ impl Client {
             true => process.write.clone(),
             false => process.read.clone(),
         };
+        self.world.thawed(node).await;
         let begun = Instant::now();
         let _running = Running::new(&self.world, node);
         let answer = tokio::select! {
@@ -288,6 +293,7 @@ impl Client {
                 Answer::Broken
             }
         };
+        self.world.thawed(node).await;
         (Some(process), answer)
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use gradestore::grade::{Digest, FIELD_COUNT, UserGrade, Values, Write};
-use gradestore::log::Seq;
+use gradestore::log::{Chain, Position, Seq};
 
 /// The records after some batch, by a fold that knows nothing of the program's.
 #[derive(Debug, Clone, Default)]
@@ -52,9 +52,7 @@ impl State {
 
 /// A batch at its place.
 pub struct Place {
-    pub seq: Seq,
-    /// The time of the batch before it; what makes a place one of its log's.
-    pub before_ns: u64,
+    pub position: Position,
     pub writes: Arc<[Write]>,
     pub state: Arc<State>,
     pub digest: Digest,
@@ -62,9 +60,9 @@ pub struct Place {
     pub lost: bool,
 }
 
-/// All places, by their time, which no two share.
+/// All places, by their chain.
 pub struct Ledger {
-    places: BTreeMap<u64, Place>,
+    places: BTreeMap<u128, Place>,
     nothing: Arc<State>,
 }
 
@@ -76,53 +74,68 @@ impl Ledger {
         }
     }
 
-    /// A batch was taken at `time_ns`, after the one of `before_ns` (0: it is a log's first).
-    pub fn take(&mut self, time_ns: u64, before_ns: u64, seq: Seq, writes: Arc<[Write]>) {
-        let mut state = match self.places.get(&before_ns) {
+    /// A log took a batch of `writes`, at `position`.
+    pub fn take(&mut self, position: Position, writes: Arc<[Write]>) {
+        let mut state = match self.places.get(&position.previous.0) {
             Some(before) => State::clone(&before.state),
             None => State::default(),
         };
         writes.iter().for_each(|write| state.apply(write));
         let place = Place {
-            seq,
-            before_ns,
+            position,
             writes,
             digest: state.digest(),
             state: Arc::new(state),
             lost: false,
         };
-        self.places.insert(time_ns, place);
+        self.places.insert(position.chain.0, place);
     }
 
-    pub fn lose(&mut self, time_ns: u64) {
-        if let Some(place) = self.places.get_mut(&time_ns) {
+    pub fn lose(&mut self, chain: Chain) {
+        if let Some(place) = self.places.get_mut(&chain.0) {
             place.lost = true;
         }
     }
 
-    pub fn at(&self, time_ns: u64) -> Option<&Place> {
-        self.places.get(&time_ns)
+    pub fn lose_all(&mut self) {
+        self.places.values_mut().for_each(|place| place.lost = true);
     }
 
-    /// What a store at batch `seq`, taken at `time_ns`, must hold; `None` if no log has that place.
-    pub fn state(&self, seq: Seq, time_ns: u64) -> Option<(&State, Digest)> {
-        if seq == 0 {
+    /// The batch that the history of `chain` ends with.
+    pub fn at(&self, chain: Chain) -> Option<&Place> {
+        self.places.get(&chain.0)
+    }
+
+    /// Whether the log still has all of the history of `chain`.
+    pub fn holds(&self, chain: Chain) -> bool {
+        self.at(chain).is_none_or(|place| !place.lost)
+    }
+
+    /// What a store at `position` must hold; `None` if no log has that place.
+    pub fn state(&self, position: &Position) -> Option<(&State, Digest)> {
+        if position.seq == 0 {
             return Some((&self.nothing, Digest::default()));
         }
-        let place = self.places.get(&time_ns).filter(|place| place.seq == seq)?;
-        Some((&place.state, place.digest))
+        let place = self.at(position.chain)?;
+        let same = place.position == *position;
+        same.then_some((&*place.state, place.digest))
     }
 
-    /// The time of batch `seq` in the log that goes to `time_ns`.
-    pub fn before(&self, mut time_ns: u64, seq: Seq) -> Option<u64> {
-        while let Some(place) = self.places.get(&time_ns) {
-            match place.seq {
-                found if found == seq => return Some(time_ns),
+    /// The position before `position`.
+    pub fn before(&self, position: &Position) -> Option<Position> {
+        self.at(position.previous).map(|place| place.position)
+    }
+
+    /// Batch `seq` of the history of `chain`.
+    pub fn find(&self, mut chain: Chain, seq: Seq) -> Option<&Place> {
+        loop {
+            let place = self.at(chain)?;
+            match place.position.seq {
+                found if found == seq => return Some(place),
                 found if found < seq => return None,
-                _ => time_ns = place.before_ns,
+                _ => chain = place.position.previous,
             }
         }
-        None
     }
 
     /// A batch that holds such a write, lost or not.
@@ -130,6 +143,6 @@ impl Ledger {
         let mut places = self.places.values();
         places
             .find(|place| place.writes.iter().any(&is))
-            .map(|place| place.seq)
+            .map(|place| place.position.seq)
     }
 }

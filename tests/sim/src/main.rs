@@ -1,17 +1,20 @@
-//! The simulator: real nodes on a simulated log, in one thread and on a clock of its own, from a
+//! The simulator: real nodes on a simulated broker, in one thread and on a clock of its own, from a
 //! seed. See README.md.
 
 mod broker;
 mod check;
 mod client;
 mod coroutine;
+mod hostile;
 mod ledger;
+mod message;
+mod paused;
 mod phone;
 mod plan;
 mod process;
 mod run;
 mod shrink;
-mod twin;
+mod wire;
 mod world;
 
 use std::process::ExitCode;
@@ -102,8 +105,10 @@ fn many(args: &Args) -> ExitCode {
     let mut totals = totals.into_inner();
     let took_s = begun.elapsed().as_secs_f64();
     println!(
-        "{} runs in {took_s:.1} s, {:.0} a second: {} writes answered, {} runs in which nobody had the data in the end",
+        "{} runs from seed {} in {took_s:.1} s, {:.0} a second: {} writes answered, {} runs in which \
+         nobody had the data in the end",
         totals.runs,
+        args.from,
         totals.runs as f64 / took_s,
         totals.answered,
         totals.nobody,

@@ -149,6 +149,9 @@ impl Call {
     /// The time that something takes from end to end; an error if it does not arrive.
     async fn wait(&self, time: Duration) -> Result<(), RemoteError> {
         sleep(time).await;
+        for end in self.ends {
+            self.world.thawed(end).await;
+        }
         let apart = self.ends.iter().any(|end| self.world.slot(*end).apart);
         if self.gone.is_cancelled() {
             return Err(self.broken("connection reset"));

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::client::{Op, OpKind};
+use crate::hostile::Hostile;
 use crate::process::Knobs;
 
 /// One run's course. What is left of it after parts were taken out is a course too.
@@ -10,6 +11,8 @@ use crate::process::Knobs;
 pub struct Plan {
     pub seed: u64,
     pub nodes: usize,
+    /// Whether the broker is three servers, or one.
+    pub clustered: bool,
     pub knobs: Knobs,
     pub latency_ms: std::ops::Range<u64>,
     pub clients: Vec<Vec<Op>>,
@@ -69,9 +72,53 @@ pub enum Fault {
     LoseAck {
         node: usize,
     },
-    /// A batch is stored a second time, late.
-    StoreTwice {
+    /// What the node publishes next is under way for a long time.
+    Hold {
         node: usize,
+        ms: u64,
+    },
+    /// The server that the node is connected to loses its routes and repeats numbers from then,
+    /// or from `lag` batches before.
+    Isolate {
+        node: usize,
+        lag: u64,
+        leader: bool,
+        heartbeats: bool,
+        ms: u64,
+    },
+    /// The stream has no leader.
+    NoLeader {
+        ms: u64,
+    },
+    /// Its leader reaches no majority: what is sent is stored later, or never.
+    NoQuorum {
+        ms: u64,
+    },
+    /// Its storage is full.
+    Full {
+        ms: u64,
+    },
+    /// It is not there, and then it is again.
+    Gone {
+        ms: u64,
+    },
+    /// A server that starts has not read the last batches of its Raft log yet.
+    Short {
+        batches: u64,
+        ms: u64,
+    },
+    /// Another publisher sends something.
+    Publish {
+        what: Hostile,
+    },
+    /// The node's process stands still, and with it its clock: for the broker minutes pass. Its
+    /// connection is still there afterwards, or not. With `stored` this happens right after the
+    /// broker has stored something of it.
+    Suspend {
+        node: usize,
+        alive: bool,
+        stored: bool,
+        ms: u64,
     },
     /// The next backup that the node gives breaks off; or has a bit changed.
     BreakBackup {
@@ -90,15 +137,17 @@ impl Plan {
         let nodes = [1, 2, 3, 3, 3, 4][rng.usize(..6)];
         let users = rng.u8(1..10);
         let knobs = Knobs {
-            snapshots: rng.bool(),
+            // One that is alone and keeps nothing may not create the stream.
+            snapshots: rng.bool() || nodes == 1,
             snapshot_interval: Duration::from_millis(rng.u64(1000..9000)),
             checkpoint_interval: Duration::from_millis(rng.u64(300..6000)),
             buffer_bytes_max: [1, 500, 1 << 20][rng.usize(..3)],
             batch_patches_max: [1, 3, 64][rng.usize(..3)],
-            queue_patches_max: [2, 16, 256][rng.usize(..3)],
+            queue_requests_max: [2, 16, 256][rng.usize(..3)],
             chunk_text_bytes: [1, 1, 60, 1 << 20][rng.usize(..4)],
             backups_max: rng.usize(1..3),
             by_hand: rng.u8(..4) == 0,
+            expect_peers: nodes,
             work_wait_ms: [1, 30, 300][rng.usize(..3)],
         };
         let clients = (0..rng.usize(1..5)).map(|_| client(&mut rng, nodes, users));
@@ -107,11 +156,19 @@ impl Plan {
             .iter()
             .map(|ops: &Vec<Op>| ops.iter().map(|op| op.think_ms).sum());
         let end_ms = spans.max().unwrap_or(0u64) + 3000;
-        let history = rng.u8(..5) == 0;
+        let (clustered, history) = (rng.bool(), rng.u8(..5) == 0);
         let count = rng.usize(0..12);
-        let mut faults: Vec<_> = (0..count)
-            .map(|_| (rng.u64(500..end_ms), fault(&mut rng, nodes, history)))
-            .collect();
+        let only_publishes = rng.u8(..8) == 0;
+        let faults = (0..count).map(|_| {
+            let fault = match only_publishes {
+                true => Fault::Publish {
+                    what: Hostile::draw(&mut rng),
+                },
+                false => fault(&mut rng, nodes, clustered, history),
+            };
+            (rng.u64(500..end_ms), fault)
+        });
+        let mut faults: Vec<_> = faults.collect();
         faults.sort_by_key(|(at, _)| *at);
         // A log that lost its last batches and then its first ones may be one that nobody can tell
         // from the one before.
@@ -124,6 +181,7 @@ impl Plan {
         Self {
             seed,
             nodes,
+            clustered,
             knobs,
             latency_ms: [0..2, 1..12, 1..80][rng.usize(..3)].clone(),
             clients,
@@ -136,19 +194,19 @@ impl Plan {
         self.faults.len() + self.clients.iter().map(Vec::len).sum::<usize>()
     }
 
-    /// Whether deliveries may be missing or come too late to be read.
-    pub fn loses_place(&self) -> bool {
+    /// Whether a node may have to begin with another state.
+    pub fn loses_log(&self) -> bool {
         let loses =
             |(_, fault): &(u64, Fault)| matches!(fault, Fault::Lose { .. } | Fault::Trim { .. });
-        self.faults.iter().any(loses)
+        self.loses_history() || self.faults.iter().any(loses)
     }
 
-    /// Whether the log may lose what it had: then a node may need help.
-    pub fn loses_log(&self) -> bool {
+    /// Whether the log may lose what nodes have applied: then a node may need help.
+    pub fn loses_history(&self) -> bool {
         let loses = |(_, fault): &(u64, Fault)| {
             matches!(fault, Fault::BrokerLoses { .. } | Fault::Recreate)
         };
-        self.loses_place() || self.faults.iter().any(loses)
+        self.faults.iter().any(loses)
     }
 }
 
@@ -176,11 +234,11 @@ fn client(rng: &mut fastrand::Rng, nodes: usize, users: u8) -> Vec<Op> {
 }
 
 /// With `history` also what takes answered writes away.
-fn fault(rng: &mut fastrand::Rng, nodes: usize, history: bool) -> Fault {
+fn fault(rng: &mut fastrand::Rng, nodes: usize, clustered: bool, history: bool) -> Fault {
     let node = rng.usize(..nodes);
     let ms = [300, 2500, 9000][rng.usize(..3)];
     let ms = rng.u64(ms / 3..ms);
-    match rng.u8(..if history { 24 } else { 22 }) {
+    match rng.u8(..if history { 36 } else { 34 }) {
         0..=2 => {
             let ways = rng.u8(1..4);
             Fault::Cut {
@@ -204,7 +262,7 @@ fn fault(rng: &mut fastrand::Rng, nodes: usize, history: bool) -> Fault {
         },
         15 => Fault::Repeat { node },
         16 => Fault::LoseAck { node },
-        17 => Fault::StoreTwice { node },
+        17 => Fault::Hold { node, ms },
         18 => Fault::BreakBackup {
             node,
             after: rng.usize(..1500),
@@ -214,7 +272,33 @@ fn fault(rng: &mut fastrand::Rng, nodes: usize, history: bool) -> Fault {
             at: rng.usize(..1500),
         },
         20 | 21 => Fault::Lose { node },
-        22 => Fault::BrokerLoses {
+        22 | 23 if clustered => Fault::Isolate {
+            node,
+            lag: rng.u64(..4),
+            leader: rng.bool(),
+            heartbeats: rng.bool(),
+            ms: rng.u64(1000..25_000),
+        },
+        22..=25 => Fault::NoLeader { ms },
+        26 if clustered => Fault::NoQuorum { ms },
+        26 | 27 => Fault::Full { ms },
+        28 if clustered => Fault::Gone {
+            ms: rng.u64(1000..40_000),
+        },
+        29 if clustered => Fault::Short {
+            batches: rng.u64(1..4),
+            ms: rng.u64(1000..20_000),
+        },
+        28..=31 => Fault::Publish {
+            what: Hostile::draw(rng),
+        },
+        32 | 33 => Fault::Suspend {
+            node,
+            alive: rng.bool(),
+            stored: rng.bool(),
+            ms: rng.u64(100..2000),
+        },
+        34 => Fault::BrokerLoses {
             batches: rng.usize(1..6),
         },
         _ => Fault::Recreate,

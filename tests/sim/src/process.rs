@@ -1,18 +1,23 @@
-//! A process: a real node on the log's twin, from its start to its end, kind or not.
+//! A process: a real node on the simulated broker, from its start to its end.
 
+use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use axum::Router;
-use gradestore::backup::Snapshots;
+use gradestore::backup::{Head, Snapshots, head};
 use gradestore::blocking::Blocking;
 use gradestore::config::{ClusterConfig, Config, HttpConfig};
+use gradestore::critical::CriticalTasks;
 use gradestore::http::Answered;
 use gradestore::http::Credentials;
 use gradestore::http::backup::BackupMetrics;
-use gradestore::log::Origin;
+use gradestore::log::{
+    ClusterKey, Identity, JetStreamConfig, JetStreamLog, LogId, MemoryLog, RandomId, SetupError,
+};
 use gradestore::memory::MemoryMax;
 use gradestore::node::{Node, Parts};
 use gradestore::replication::{CheckpointMetrics, WriterLimits};
@@ -26,14 +31,19 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::coroutine::Coroutine;
+use crate::paused::PausedLog;
 use crate::phone::{Phone, url};
-use crate::twin::Twin;
-use crate::world::World;
+use crate::wire::SimBroker;
+use crate::world::{Slot, State, World};
 
 pub const USERNAME: &str = "sim";
 pub const PASSWORD: &str = "secret";
 /// How long requests may take to finish once a node stops.
 const DRAIN_MAX: Duration = Duration::from_secs(4);
+/// When a process that could not open its log is started again.
+const START_AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// How long appends may wait before the log counts as unwritable, on top of a write's wait.
+pub const WRITE_SILENCE: Duration = Duration::from_secs(2);
 
 /// What differs between the nodes of different runs.
 #[derive(Debug, Clone)]
@@ -43,10 +53,12 @@ pub struct Knobs {
     pub checkpoint_interval: Duration,
     pub buffer_bytes_max: u64,
     pub batch_patches_max: usize,
-    pub queue_patches_max: usize,
+    pub queue_requests_max: usize,
     pub chunk_text_bytes: usize,
     pub backups_max: usize,
     pub by_hand: bool,
+    /// How many replicas must be there before one creates the stream.
+    pub expect_peers: usize,
     /// How long blocking work waits for its turn, and how often.
     pub work_wait_ms: u64,
 }
@@ -55,12 +67,29 @@ impl Knobs {
     pub const WRITE_WAIT_MAX: Duration = Duration::from_secs(2);
     pub const POSITION_WAIT_MAX: Duration = Duration::from_secs(1);
 
-    fn config(&self, nodes: usize) -> Config {
-        let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let peers = match self.by_hand {
+    fn peers(&self, nodes: usize) -> Vec<String> {
+        match self.by_hand {
             true => (0..nodes).map(url).collect(),
             false => Vec::new(),
-        };
+        }
+    }
+
+    /// The stream, as all nodes are to find or create it.
+    fn stream(&self, nodes: usize, clustered: bool) -> JetStreamConfig {
+        JetStreamConfig {
+            servers: "nats://sim".parse().expect("a URL"),
+            creds: None,
+            stream: "grades".to_owned(),
+            replicas: if clustered { 3 } else { 1 },
+            retention: Duration::from_secs(7 * 24 * 3600),
+            expect_peers: self.expect_peers.min(nodes),
+            peers: self.peers(nodes),
+            write_silence_max: Self::WRITE_WAIT_MAX + WRITE_SILENCE,
+        }
+    }
+
+    fn config(&self, nodes: usize) -> Config {
+        let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         Config {
             write_addr: nowhere,
             read_addr: nowhere,
@@ -74,7 +103,8 @@ impl Knobs {
                 ..HttpConfig::default()
             },
             writer: WriterLimits {
-                queue_patches_max: self.queue_patches_max,
+                queue_requests_max: self.queue_requests_max,
+                queue_bytes_max: 1 << 20,
                 batch_patches_max: self.batch_patches_max,
                 wait_max: Self::WRITE_WAIT_MAX,
                 bulks_max: 1,
@@ -82,7 +112,7 @@ impl Knobs {
             memory_max: MemoryMax::Percent(100),
             restore_from: None,
             cluster: ClusterConfig {
-                peers,
+                peers: self.peers(nodes),
                 checkpoint_interval: self.checkpoint_interval,
                 restore_buffer_bytes_max: self.buffer_bytes_max,
                 ..ClusterConfig::alone()
@@ -119,15 +149,17 @@ pub struct Process {
 /// Starts a process at `node`, if there is none.
 pub fn start(world: &World, node: usize, knobs: &Knobs) {
     let mut state = world.lock();
-    let fence = (state.broker.end(), state.broker.end_ns());
+    let (fence, end) = (state.broker.last(), state.broker.end());
     let nodes = state.nodes.len();
     let slot = &mut state.nodes[node];
     if slot.life.is_some() {
         return;
     }
-    slot.starts += 1;
     slot.fence = fence;
     slot.helpless_since = None;
+    slot.refused_since = None;
+    slot.unstored_since = None;
+    slot.excuse();
     let (stop, gone) = (CancellationToken::new(), CancellationToken::new());
     let live = live(
         world.clone(),
@@ -135,6 +167,7 @@ pub fn start(world: &World, node: usize, knobs: &Knobs) {
         knobs.config(nodes),
         knobs.clone(),
         stop.clone(),
+        gone.clone(),
     );
     slot.life = Some(Life {
         stop,
@@ -142,7 +175,7 @@ pub fn start(world: &World, node: usize, knobs: &Knobs) {
         task: tokio::spawn(live).abort_handle(),
     });
     drop(state);
-    world.note(|| format!("node {node} starts; the log ends at {}", fence.0));
+    world.note(|| format!("node {node} starts; the log ends at {end}"));
 }
 
 /// Ends the process at `node` in the middle of whatever it does. With `wipe` its disk goes too.
@@ -160,6 +193,7 @@ pub fn kill(world: &World, node: usize, wipe: bool) {
     let mut slot = world.slot(node);
     if wipe && slot.dir.is_some() {
         slot.dir = Some(disk());
+        slot.disks += 1;
     }
 }
 
@@ -184,38 +218,131 @@ pub async fn stop(world: &World, node: usize) {
 }
 
 fn forget(world: &World, node: usize) -> Option<Life> {
-    let mut slot = world.slot(node);
-    slot.process = None;
-    slot.announce = None;
-    let life = slot.life.take()?;
+    let mut state = world.lock();
+    let State { nodes, rng, .. } = &mut *state;
+    let slot = &mut nodes[node];
+    slot.end_links(rng);
+    let process = slot.process.take();
+    let life = slot.life.take();
+    drop(state);
+    // Its parts look at the world when they go.
+    drop(process);
+    let life = life?;
     life.gone.cancel();
-    drop(slot);
     world.change();
     Some(life)
 }
 
-async fn live(world: World, node: usize, config: Config, knobs: Knobs, stop: CancellationToken) {
-    let start = world.slot(node).starts;
-    let origin = Origin::of(((node as u128 + 1) << 64) | u128::from(start));
-    let opened = stop.run_until_cancelled(Twin::open(world.clone(), node, origin));
-    let Some(twin) = opened.await else {
+impl State {
+    /// Whether a node other than `node` has data, or its disk has.
+    pub fn is_held_elsewhere(&self, node: usize) -> bool {
+        let mut others = self.nodes.iter().enumerate();
+        others.any(|(other, slot)| {
+            let applied = slot.process.as_ref().map(|process| &process.node.applied);
+            let applied = applied.is_some_and(|applied| applied.seq() > 0);
+            other != node && (applied || !heads(slot).is_empty())
+        })
+    }
+}
+
+/// The heads of the snapshots on a disk.
+pub fn heads(slot: &Slot) -> Vec<Head> {
+    let snapshots = slot.dir.as_ref().map(|dir| Snapshots::open(dir.path()));
+    let found = snapshots.and_then(|snapshots| snapshots.ok()?.list().ok());
+    let head = |(_, path): (_, PathBuf)| head(File::open(path).ok()?).ok()?;
+    found
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(head)
+        .collect()
+}
+
+/// The replica at `node`: its disk's, or its process' where nothing is kept.
+fn identity(world: &World, node: usize, knobs: &Knobs) -> Identity {
+    let mut slot = world.slot(node);
+    slot.starts += 1;
+    let of = |count: u64, kind: u128| {
+        RandomId::of(kind << 96 | (node as u128 + 1) << 64 | u128::from(count))
+    };
+    let process = of(slot.starts, 1);
+    let disk = of(slot.disks, 2);
+    let newest = heads(&slot).into_iter().next();
+    Identity {
+        node: process,
+        replica: if knobs.snapshots { disk } else { process },
+        holds: newest.map(|head| LogId(head.log_id)),
+        keeps_data: knobs.snapshots,
+        url: url(node),
+        key: ClusterKey::derive(PASSWORD),
+    }
+}
+
+/// Opens the log; a process that can't is started again.
+async fn open(
+    world: &World,
+    node: usize,
+    knobs: &Knobs,
+    gone: &CancellationToken,
+) -> (RandomId, Storage) {
+    loop {
+        let dir = world
+            .slot(node)
+            .dir
+            .as_ref()
+            .map(|dir| dir.path().to_owned());
+        let snapshots = dir.map(|dir| Snapshots::open(&dir).expect("a directory for snapshots"));
+        let identity = identity(world, node, knobs);
+        let process = identity.node;
+        let nothing = Arc::new(MemoryLog::new(process, 0));
+        let mut storage = Storage::of(nothing, identity.replica);
+        storage.snapshots = snapshots.map(|snapshots| (snapshots, knobs.snapshot_interval));
+        let (nodes, clustered) = {
+            let state = world.lock();
+            (state.nodes.len(), state.broker.clustered)
+        };
+        let opened = JetStreamLog::open_on(
+            Arc::new(SimBroker::new(world.clone(), node, gone.clone())),
+            knobs.stream(nodes, clustered),
+            identity,
+            storage.in_flight.clone(),
+            None,
+            Arc::new(|_| {}),
+        );
+        match opened.await {
+            Ok(log) => {
+                storage.log = Arc::new(PausedLog {
+                    log,
+                    world: world.clone(),
+                });
+                return (process, storage);
+            }
+            Err(error @ (SetupError::Away { .. } | SetupError::Refused { .. })) => {
+                world.note(|| format!("node {node} is started again: {error}"));
+            }
+            Err(error) => world.violate(format!("node {node} can't open its log: {error}")),
+        }
+        sleep(START_AGAIN_AFTER).await;
+    }
+}
+
+async fn live(
+    world: World,
+    node: usize,
+    config: Config,
+    knobs: Knobs,
+    stop: CancellationToken,
+    gone: CancellationToken,
+) {
+    let opened = stop.run_until_cancelled(open(&world, node, &knobs, &gone));
+    let Some((process, storage)) = opened.await else {
         drop(forget(&world, node));
         return;
     };
-    let mut storage = Storage::of(Arc::new(twin));
-    let dir = world
-        .slot(node)
-        .dir
-        .as_ref()
-        .map(|dir| dir.path().to_owned());
-    storage.snapshots = dir.map(|dir| {
-        let snapshots = Snapshots::open(&dir).expect("a directory for snapshots");
-        (snapshots, knobs.snapshot_interval)
-    });
     let (gaps, resyncs, divergences) = (Arc::default(), Arc::default(), Arc::default());
     let parts = Parts {
-        origin,
+        node: process,
         began_ns: world.lock().broker.now_ns(),
+        critical: CriticalTasks::default(),
         store: Store::new(),
         storage,
         peers: Arc::new(Phone::new(world.clone(), node)),
@@ -228,26 +355,20 @@ async fn live(world: World, node: usize, config: Config, knobs: Knobs, stop: Can
     let (built, mut tasks) = Node::new(&config, parts, &metrics(&gaps, &resyncs, &divergences));
     let built = Arc::new(built);
     built.announce(url(node));
-    {
-        let mut slot = world.slot(node);
-        let Some(gone) = slot.life.as_ref().map(|life| life.gone.clone()) else {
-            return;
-        };
-        slot.process = Some(Process {
-            node: Arc::clone(&built),
-            write: built.write().0,
-            read: built.read().0,
-            gaps,
-            resyncs,
-            divergences,
-            gone,
-        });
-    }
+    world.slot(node).process = Some(Process {
+        node: Arc::clone(&built),
+        write: built.write().0,
+        read: built.read().0,
+        gaps,
+        resyncs,
+        divergences,
+        gone,
+    });
     world.change();
     tokio::select! {
         biased;
         () = stop.cancelled() => {}
-        failed = tasks.start(None) => world.violate(format!("node {node} did not start: {failed:?}")),
+        failed = tasks.run(None) => world.violate(format!("node {node} has ended: {failed:?}")),
     }
     let stopping = built.stopping();
     let finished = async {

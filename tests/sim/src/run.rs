@@ -3,22 +3,35 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use gradestore::backup::Head;
+use gradestore::log::Chain;
+use gradestore::readiness::NodeState;
 use tokio::runtime::Builder;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use crate::broker::Troubles;
 use crate::check;
 use crate::client::Client;
 use crate::plan::{Fault, Plan};
-use crate::process::{self, Knobs};
-use crate::world::World;
+use crate::process::{self, Knobs, heads};
+use crate::world::{Isolated, Slot, State, World};
 
 /// How often nodes are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(700);
-/// When an operator would restart a node that says it can't go on; and when take away its disk.
-const RESTART_AFTER: Duration = Duration::from_secs(4);
-/// By then all must be well again once nothing goes wrong any more.
+/// When an operator would give a node an empty disk, whose log has lost what the node has.
+const HELP_AFTER: Duration = Duration::from_secs(45);
+/// By then all must be well again once nothing goes wrong any more; and where an operator is needed.
 const WELL_AFTER: Duration = Duration::from_secs(180);
+const HELPED_AFTER: Duration = Duration::from_secs(400);
+/// How far the broker's clock goes ahead of a process that stands still: it forgets message ids.
+const JUMP: Duration = Duration::from_secs(130);
+
+/// How long a server that lost its routes goes on leading the stream.
+const LEADS_MAX: Duration = Duration::from_secs(21);
+
+/// A node that is suspended right after the broker has stored something of it is so within this.
+const STORES_WITHIN_MS: u64 = 1000;
 
 /// How a run ended.
 pub struct Outcome {
@@ -40,7 +53,13 @@ pub fn run(plan: &Plan, record: bool) -> Outcome {
         .build()
         .expect("a runtime");
     runtime.block_on(async {
-        let world = World::new(plan.seed, plan.latency_ms.clone(), plan.nodes, record);
+        let world = World::new(
+            plan.seed,
+            plan.latency_ms.clone(),
+            plan.nodes,
+            plan.clustered,
+            record,
+        );
         let nobody = course(&world, plan).await;
         for node in 0..plan.nodes {
             process::kill(&world, node, false);
@@ -65,7 +84,11 @@ async fn course(world: &World, plan: &Plan) -> bool {
         process::start(world, node, &plan.knobs);
     }
     let mut beside = JoinSet::new();
-    beside.spawn(watch(world.clone(), plan.knobs.clone(), plan.loses_log()));
+    beside.spawn(watch(
+        world.clone(),
+        plan.knobs.clone(),
+        plan.loses_history(),
+    ));
     let mut clients = JoinSet::new();
     for (number, ops) in plan.clients.iter().enumerate() {
         let client = Client::new(world.clone(), plan.knobs.clone(), number + 1);
@@ -107,7 +130,11 @@ async fn course(world: &World, plan: &Plan) -> bool {
 
 /// Until every node is ready at the end of the log; whether that can't be.
 async fn become_well(world: &World, plan: &Plan) -> bool {
-    let deadline = Instant::now() + WELL_AFTER;
+    let patience = match plan.loses_history() {
+        true => HELPED_AFTER,
+        false => WELL_AFTER,
+    };
+    let deadline = Instant::now() + patience;
     loop {
         let behind = (0..plan.nodes).find(|node| !check::caught_up(world, *node));
         let Some(behind) = behind else {
@@ -121,10 +148,13 @@ async fn become_well(world: &World, plan: &Plan) -> bool {
         }
         if Instant::now() > deadline {
             let process = world.slot(behind).process.clone();
-            let state = process.map(|process| process.node.readiness.writes());
-            let extent = world.lock().broker.extent();
+            let state = process.map(|process| {
+                let (node, seq) = (&process.node, process.node.applied.seq());
+                (node.readiness.check(), node.log.unwritable(), seq)
+            });
+            let end = world.lock().broker.end();
             world.violate(format!(
-                "node {behind} does not become well: {state:?}, {extent:?}"
+                "node {behind} does not become well: {state:?}, the log ends at {end}"
             ));
             return false;
         }
@@ -140,7 +170,7 @@ async fn become_well(world: &World, plan: &Plan) -> bool {
         if let Some(process) = process {
             check::look(world, node, &process, &plan.knobs, true);
             let resyncs = process.resyncs.load(Ordering::Relaxed);
-            if resyncs > 0 && !plan.loses_place() {
+            if resyncs > 0 && !plan.loses_log() {
                 world.violate(format!("node {node} began anew though nothing was lost"));
             }
         }
@@ -152,28 +182,28 @@ async fn become_well(world: &World, plan: &Plan) -> bool {
 /// begin at its first batch.
 fn nobody_has_it(world: &World, plan: &Plan) -> bool {
     let state = world.lock();
-    let extent = state.broker.extent();
+    let (first, end) = (state.broker.first(), state.broker.end());
     let ready = state.nodes.iter().any(|slot| {
         let process = slot.process.as_ref();
-        process.is_some_and(|process| process.node.readiness.reads().is_ok())
+        process.is_some_and(|process| process.node.readiness.check().is_ok())
     });
     let waiting = state.nodes.iter().all(|slot| {
         let process = slot.process.as_ref();
-        let state = process.and_then(|process| process.node.readiness.reads().err());
-        state.is_some_and(|unready| unready.state == "no-source")
+        let state = process.and_then(|process| process.node.readiness.check().err());
+        state.is_some_and(|unready| unready.state == NodeState::NoSource)
     });
     let kept = state.nodes.iter().any(|slot| {
         let dir = slot.dir.as_ref().filter(|_| plan.knobs.snapshots);
         let snapshots = dir.map(|dir| gradestore::backup::Snapshots::open(dir.path()));
         let found = snapshots.and_then(|snapshots| snapshots.ok()?.list().ok());
-        let usable = |position: u64| (extent.first..=extent.end + 1).contains(&(position + 1));
+        let usable = |position: u64| (first..=end + 1).contains(&(position + 1));
         found.is_some_and(|found| found.iter().any(|(position, _)| usable(*position)))
     });
-    extent.first > 1 && waiting && !ready && !kept
+    first > 1 && waiting && !ready && !kept
 }
 
 /// Looks at all nodes now and then, and does what an operator would do.
-async fn watch(world: World, knobs: Knobs, loses_log: bool) {
+async fn watch(world: World, knobs: Knobs, loses_history: bool) {
     loop {
         sleep(LOOK_EVERY).await;
         let nodes = world.lock().nodes.len();
@@ -181,47 +211,66 @@ async fn watch(world: World, knobs: Knobs, loses_log: bool) {
             let process = world.slot(node).process.clone();
             if let Some(process) = process {
                 check::look(&world, node, &process, &knobs, false);
-                help(&world, node, &process, &knobs, loses_log);
+                if loses_history {
+                    help(&world, node, &process, &knobs);
+                }
             }
         }
     }
 }
 
-/// Restarts a node that says that it can't go on by itself; one that still can't, or begins with
-/// what does not belong to this log, gets an empty disk.
-fn help(world: &World, node: usize, process: &process::Process, knobs: &Knobs, loses_log: bool) {
-    let helpless = process.node.readiness.reads().err();
-    let helpless = helpless.filter(|unready| {
-        unready.state == "gap"
-            || unready.reason.contains("--restore-from") && !unready.reason.contains("no snapshot")
-    });
+/// Gives a node an empty disk that follows a log which has lost what the node has.
+fn help(world: &World, node: usize, process: &process::Process, knobs: &Knobs) {
+    let state = process.node.readiness.state();
     let mut slot = world.slot(node);
-    let Some(unready) = helpless else {
+    if !matches!(state, NodeState::Gap | NodeState::OtherLog) {
         slot.helpless_since = None;
-        slot.restarted = false;
         return;
-    };
-    if !loses_log {
-        drop(slot);
-        let why = &unready.reason;
-        return world.violate(format!(
-            "node {node} needs help though nothing was lost: {why}"
-        ));
     }
-    let wipe = unready.state != "gap" || slot.restarted;
     let since = *slot.helpless_since.get_or_insert_with(Instant::now);
     drop(slot);
-    if since.elapsed() > RESTART_AFTER {
-        world.note(|| format!("node {node} can't go on by itself: {}", unready.state));
-        process::kill(world, node, wipe);
-        world.slot(node).restarted = true;
+    if since.elapsed() > HELP_AFTER {
+        if !world.lock().has_lost_history(node) {
+            world.violate(format!(
+                "node {node} needs help, and the log has what it has"
+            ));
+        }
+        world.note(|| format!("node {node} can't go on by itself: {state}"));
+        process::kill(world, node, true);
         process::start(world, node, knobs);
+    }
+}
+
+impl State {
+    /// Whether the log no longer has what `node` has applied, or has on its disk.
+    fn has_lost_history(&self, node: usize) -> bool {
+        let slot = &self.nodes[node];
+        let lost = |chain: Chain| !self.ledger.holds(chain);
+        let applied = slot.process.as_ref().map(|process| &process.node.applied);
+        let other_log = |head: &Head| self.broker.log().is_none_or(|log| log.0 != head.log_id);
+        applied.is_some_and(|applied| lost(applied.position().chain))
+            || heads(slot)
+                .iter()
+                .any(|head| lost(head.chain) || other_log(head))
     }
 }
 
 /// Lets `fault` happen and mends it after its time.
 async fn happen(world: World, knobs: Knobs, fault: Fault) {
     world.note(|| format!("{fault:?}"));
+    if let Fault::Publish { what } = fault
+        && what.is_readable()
+    {
+        what.publish(&mut world.lock());
+        return world.change();
+    }
+    world.lock().begin_fault();
+    make_happen(&world, knobs, fault).await;
+    world.lock().end_fault();
+    world.change();
+}
+
+async fn make_happen(world: &World, knobs: Knobs, fault: Fault) {
     let after = |ms: u64| sleep(Duration::from_millis(ms));
     match fault {
         Fault::Cut {
@@ -230,9 +279,9 @@ async fn happen(world: World, knobs: Knobs, fault: Fault) {
             deaf,
             ms,
         } => {
-            world.lock().cut(node, mute, deaf);
+            world.cut(node, mute, deaf);
             after(ms).await;
-            world.lock().cut(node, false, false);
+            world.cut(node, false, false);
         }
         Fault::Slow { node, ms } => {
             world.slot(node).slow = true;
@@ -245,20 +294,20 @@ async fn happen(world: World, knobs: Knobs, fault: Fault) {
             world.slot(node).apart = false;
         }
         Fault::Kill { node, wipe, ms } => {
-            process::kill(&world, node, wipe);
+            process::kill(world, node, wipe);
             after(ms).await;
-            process::start(&world, node, &knobs);
+            process::start(world, node, &knobs);
         }
         Fault::Stop { node, ms } => {
-            process::stop(&world, node).await;
+            process::stop(world, node).await;
             after(ms).await;
-            process::start(&world, node, &knobs);
+            process::start(world, node, &knobs);
         }
         Fault::BrokerAway { ms } => {
             {
                 let mut state = world.lock();
                 state.broker.up = false;
-                state.end_sessions();
+                state.break_links();
             }
             world.change();
             after(ms).await;
@@ -268,19 +317,95 @@ async fn happen(world: World, knobs: Knobs, fault: Fault) {
             let mut state = world.lock();
             let state = &mut *state;
             state.broker.lose_last(batches, &mut state.ledger);
-            state.end_sessions();
+            state.break_links();
         }
         Fault::Recreate => {
             let mut state = world.lock();
             let state = &mut *state;
-            state.broker.recreate(&mut state.ledger);
-            state.end_sessions();
+            let id = format!("{:032x}", state.next_id());
+            state.broker.recreate(&id, &mut state.ledger);
+            state.break_links();
         }
         Fault::Trim { keep } => world.lock().broker.trim(keep),
         Fault::Lose { node } => world.slot(node).lose_next = true,
         Fault::Repeat { node } => world.slot(node).repeat_next = true,
         Fault::LoseAck { node } => world.slot(node).ack_lost = true,
-        Fault::StoreTwice { node } => world.slot(node).store_twice = true,
+        Fault::Hold { node, ms } => world.slot(node).hold_next = Some(ms),
+        Fault::Isolate {
+            node,
+            lag,
+            leader,
+            heartbeats,
+            ms,
+        } => {
+            {
+                let mut state = world.lock();
+                let (first, end) = (state.broker.first(), state.broker.shown_end());
+                let slot = &mut state.nodes[node];
+                slot.excuse();
+                slot.isolated = Some(Isolated {
+                    first,
+                    last: end.saturating_sub(lag).max(first - 1),
+                    leader_until: leader.then(|| Instant::now() + LEADS_MAX),
+                    heartbeats,
+                });
+            }
+            after(ms).await;
+            let mut slot = world.slot(node);
+            slot.isolated = None;
+            slot.excuse();
+        }
+        Fault::NoLeader { ms } => trouble(world, ms, |troubles| &mut troubles.leaderless).await,
+        Fault::Full { ms } => trouble(world, ms, |troubles| &mut troubles.full).await,
+        Fault::Gone { ms } => trouble(world, ms, |troubles| &mut troubles.gone).await,
+        Fault::NoQuorum { ms } => {
+            trouble(world, ms, |troubles| &mut troubles.quorumless).await;
+            let mut state = world.lock();
+            if state.broker.troubles.quorumless == 0 {
+                for message in state.broker.take_proposed() {
+                    if state.rng.bool() {
+                        let _ = state.publish(message, false);
+                    }
+                }
+            }
+        }
+        Fault::Short { batches, ms } => {
+            {
+                let mut state = world.lock();
+                let broker = &mut state.broker;
+                let least = broker.first() - 1;
+                let end = broker.shown_end().saturating_sub(batches).max(least);
+                broker.troubles.short = Some(end);
+                state.break_links();
+            }
+            after(ms).await;
+            world.lock().broker.troubles.short = None;
+        }
+        Fault::Publish { what } => what.publish(&mut world.lock()),
+        Fault::Suspend {
+            node,
+            alive,
+            stored,
+            ms,
+        } => {
+            {
+                let mut slot = world.slot(node);
+                (slot.frozen, slot.freeze_when_stored) = (!stored, stored);
+            }
+            if stored {
+                after(STORES_WITHIN_MS).await;
+                world.slot(node).freeze_when_stored = false;
+            }
+            after(ms / 2).await;
+            world.lock().broker.jump(JUMP);
+            after(ms / 2).await;
+            let mut slot = world.slot(node);
+            slot.frozen = false;
+            slot.excuse();
+            if !alive {
+                slot.break_links();
+            }
+        }
         Fault::BreakBackup { node, after } => {
             world.slot(node).break_backup_after = Some(after);
         }
@@ -288,5 +413,18 @@ async fn happen(world: World, knobs: Knobs, fault: Fault) {
             world.slot(node).change_backup_at = Some(at);
         }
     }
+}
+
+/// The broker is in some trouble for a while.
+async fn trouble(world: &World, ms: u64, which: impl Fn(&mut Troubles) -> &mut u32) {
+    let change = |by: i32| {
+        let mut state = world.lock();
+        let count = which(&mut state.broker.troubles);
+        *count = count.saturating_add_signed(by);
+        state.nodes.iter_mut().for_each(Slot::excuse);
+    };
+    change(1);
     world.change();
+    sleep(Duration::from_millis(ms)).await;
+    change(-1);
 }

@@ -1,0 +1,82 @@
+//! What a message means, read without the program's own reader: only the rule for header blocks is
+//! shared.
+
+use std::sync::Arc;
+
+use async_nats::HeaderMap;
+use gradestore::grade::Write;
+use gradestore::log::{BatchId, Effect, Position, RandomId, header_block};
+
+/// What the client library does with a message.
+#[derive(Debug, Clone)]
+pub enum Delivery {
+    /// It delivers it.
+    Ordinary(Option<HeaderMap>),
+    /// It takes it for a message of the server about its request, and delivers nothing.
+    Status,
+    /// It can't parse it and ends the connection.
+    EndsConnection,
+}
+
+/// What a message means.
+pub struct Read {
+    pub delivery: Delivery,
+    batch: Option<(BatchId, Option<u64>, Arc<[Write]>)>,
+}
+
+impl Read {
+    /// The place of the message after `last`, stored at `stored_ns`.
+    pub fn position(&self, last: &Position, stored_ns: u64, payload: &[u8]) -> Position {
+        let Some((id, time_ns, _)) = &self.batch else {
+            return last.next(stored_ns, Effect::Skipped);
+        };
+        let given = time_ns.filter(|time_ns| (last.time_ns..=stored_ns).contains(time_ns));
+        let effect = Effect::Batch { id: *id, payload };
+        last.next(given.unwrap_or(stored_ns), effect)
+    }
+
+    pub fn writes(&self) -> Arc<[Write]> {
+        match &self.batch {
+            Some((_, _, writes)) => Arc::clone(writes),
+            None => Arc::from([]),
+        }
+    }
+}
+
+/// Reads a message.
+pub fn read(block: Option<&[u8]>, payload: &[u8]) -> Read {
+    let Ok(headers) = header_block::parse_optional(block) else {
+        let block = block.unwrap_or_default();
+        let first_line = block.split(|byte| *byte == b'\n').next();
+        let words = first_line.unwrap_or_default();
+        let is_status = str::from_utf8(block).is_ok() && words.starts_with(b"NATS/1.0 ");
+        return Read {
+            delivery: match is_status {
+                true => Delivery::Status,
+                false => Delivery::EndsConnection,
+            },
+            batch: None,
+        };
+    };
+    let text = |name: &str| headers.as_ref()?.get(name).map(|value| value.as_str());
+    let is_readable = matches!(text("Grade-Format"), None | Some("1"));
+    let writes = serde_json::from_slice::<Vec<Write>>(payload).ok();
+    let writes = writes.filter(|_| is_readable);
+    let batch = writes.map(|writes| {
+        let id = text("Grade-Batch").and_then(batch_id);
+        let time_ns = text("Grade-Time").and_then(|text| text.parse().ok());
+        (id.unwrap_or(BatchId::UNNAMED), time_ns, writes.into())
+    });
+    Read {
+        batch,
+        delivery: Delivery::Ordinary(headers),
+    }
+}
+
+fn batch_id(text: &str) -> Option<BatchId> {
+    let (writer, seq) = text.split_once('-')?;
+    Some(BatchId {
+        writer: RandomId::parse(writer)?,
+        seq: seq.parse().ok()?,
+    })
+}

@@ -1,0 +1,97 @@
+//! The log as a node has it, with a pause where blocking work asks for its id.
+
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use gradestore::log::{
+    Announce, Announcement, AppendError, Batch, Bounds, Counts, JetStreamLog, Log, LogId, Position,
+    ReadError, Seq, Subscription, TrimError,
+};
+
+use crate::coroutine;
+use crate::world::World;
+
+/// Passes everything on. A snapshot asks for the log's id between taking its position and reading
+/// records, and time passes there.
+pub struct PausedLog {
+    pub log: JetStreamLog,
+    pub world: World,
+}
+
+impl Log for PausedLog {
+    fn kind(&self) -> &'static str {
+        self.log.kind()
+    }
+
+    fn id(&self) -> LogId {
+        coroutine::pause(self.world.runtime(), self.world.pause(0..40));
+        self.log.id()
+    }
+
+    fn first(&self) -> Seq {
+        self.log.first()
+    }
+
+    fn end(&self) -> Seq {
+        self.log.end()
+    }
+
+    fn in_flight_max(&self) -> usize {
+        self.log.in_flight_max()
+    }
+
+    fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>> {
+        self.log.append(batch)
+    }
+
+    fn unwritable(&self) -> Option<Arc<str>> {
+        self.log.unwritable()
+    }
+
+    fn reject(&self) -> Option<Arc<str>> {
+        self.log.reject()
+    }
+
+    fn is_verified(&self) -> bool {
+        self.log.is_verified()
+    }
+
+    fn set_verified(&self) {
+        self.log.set_verified();
+    }
+
+    fn unavailable(&self) -> Option<Arc<str>> {
+        self.log.unavailable()
+    }
+
+    fn counts(&self) -> Counts {
+        self.log.counts()
+    }
+
+    fn fetch_bounds(&self) -> BoxFuture<'_, Result<Bounds, ReadError>> {
+        self.log.fetch_bounds()
+    }
+
+    fn announce(&self, announce: Announce) {
+        self.log.announce(announce);
+    }
+
+    fn peers(&self) -> BoxFuture<'_, Vec<Announcement>> {
+        self.log.peers()
+    }
+
+    fn is_replicated(&self) -> bool {
+        self.log.is_replicated()
+    }
+
+    fn trim(&self, through: Seq) -> BoxFuture<'_, Result<(), TrimError>> {
+        self.log.trim(through)
+    }
+
+    fn subscribe(
+        &self,
+        after: Position,
+    ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
+        self.log.subscribe(after)
+    }
+}
