@@ -268,7 +268,7 @@ pub struct HealthArgs {
 
 /// How much longer than a write appends may wait before the log counts as unwritable: an election
 /// alone takes 4 to 9 s.
-const WRITE_SILENCE_BEYOND_TIMEOUT: Duration = Duration::from_secs(2);
+const WRITE_SILENCE_BEYOND_TIMEOUT: Duration = Duration::from_millis(1500);
 
 impl ServeArgs {
     /// Where the log is kept.

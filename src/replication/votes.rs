@@ -42,6 +42,10 @@ const MARKS_MAX: usize = 1024;
 /// How many ids may vote on a mark. Ephemeral replicas have a new id after each start.
 const VOTES_MAX: usize = 256;
 
+/// What a test compares of a mark: its position, the votes on it, and whether it is settled.
+#[cfg(test)]
+pub(super) type KnownMark = (Seq, Vec<(RandomId, Digest)>, bool);
+
 /// The marks and the votes on them, as one replica has seen them.
 pub(super) struct Votes {
     me: RandomId,
@@ -503,7 +507,7 @@ impl Votes {
 #[cfg(test)]
 impl Votes {
     /// Every mark: its position, the votes on it, and whether it is settled.
-    pub(super) fn marks(&self) -> Vec<(Seq, Vec<(RandomId, Digest)>, bool)> {
+    pub(super) fn marks(&self) -> Vec<KnownMark> {
         let votes = |mark: &Mark| {
             let votes = mark.votes.iter();
             votes.map(|vote| (vote.replica, vote.digest)).collect()

@@ -6,7 +6,6 @@ use std::fs;
 use std::ops::Range;
 use std::process::Command;
 
-use async_nats::HeaderMap;
 use gradestore::backup::{FORMAT, Head};
 use gradestore::store::Store;
 use serde_json::Value;
@@ -184,13 +183,11 @@ async fn replicas_refuse_new_users_while_a_ready_peer_is_full() {
 
     // Deletes make room, on all.
     let client = broker.client().await;
-    let mut format = HeaderMap::new();
-    format.insert("Grade-Format", "2");
     for first in (0..users / 2).step_by(1000) {
         let delete = |user| format!(r#"{{"delete":"user-{user}"}}"#);
         let deletes: Vec<String> = (first..first + 1000).map(delete).collect();
         let payload = format!("[{}]", deletes.join(","));
-        let published = client.publish_with_headers(SUBJECT, format.clone(), payload.into());
+        let published = client.publish(SUBJECT, payload.into());
         in_time("an ack", async { published.await.unwrap().await })
             .await
             .unwrap();

@@ -287,7 +287,7 @@ async fn a_node_that_still_opens_its_log_has_a_page_too() {
         &mut browser,
         "starting",
         &node,
-        &["Starting", "the log is being opened", "Reads refused"],
+        &["Starting", "waiting for NATS", "Reads refused"],
     )
     .await;
 }

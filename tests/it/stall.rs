@@ -146,6 +146,8 @@ async fn a_write_whose_client_went_away_is_applied_once_in_its_place() {
         drop(waiting_set(&node, &patch).await);
     }
     log.release();
+    node.metric_reaches("gradestore_write_queue_patches", 0.0)
+        .await;
     let last = QUEUE_PATCHES_MAX as u64 + 3;
     assert_eq!(
         node.set(r#"{"user_id":"a","spp":0}"#).await.position(),

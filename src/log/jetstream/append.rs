@@ -125,7 +125,7 @@ impl Shared {
             self.fence().await;
             *in_doubt = false;
         }
-        let connection = self.connection().await;
+        let connection = self.connection_to_append().await;
         *in_doubt = true;
         let attempt = attempt(&*connection, message.clone()).await;
         *in_doubt = matches!(attempt, Attempt::Unknown | Attempt::Stored);
@@ -147,7 +147,7 @@ impl Shared {
     /// this process sent before it is in the stream by then, or will never be.
     pub(super) async fn fence(&self) {
         loop {
-            let connection = self.connection().await;
+            let connection = self.connection_to_append().await;
             let end = self.end.load(Ordering::Acquire);
             let id = self.next_batch_id();
             let empty = Outgoing {

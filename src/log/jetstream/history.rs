@@ -95,6 +95,8 @@ impl Shared {
             self.verified.store(true, Ordering::Relaxed);
         }
         self.suspicion.lock().clear();
+        self.compared.store(true, Ordering::Release);
+        self.same_history.set(true);
         Ok(Verdict::Same)
     }
 
@@ -127,7 +129,7 @@ impl Shared {
     }
 
     /// Asks about the stream; it must be of this log.
-    async fn look(
+    pub(super) async fn look(
         &self,
         connection: &dyn Connection,
     ) -> Result<Result<StreamInfo, BrokerError>, ReadError> {
@@ -158,7 +160,10 @@ impl Shared {
             return Ok(Err(BrokerError::Refused(error.to_string().into())));
         }
         self.first.fetch_max(info.first, Ordering::AcqRel);
-        self.end.fetch_max(info.last, Ordering::AcqRel);
+        let known = self.end.fetch_max(info.last, Ordering::AcqRel);
+        if info.last >= known && self.compared.load(Ordering::Acquire) {
+            self.same_history.set(true);
+        }
         Ok(Ok(info))
     }
 
@@ -172,6 +177,7 @@ impl Shared {
         source: &InfoSource,
         error: ReadError,
     ) -> Result<Verdict, ReadError> {
+        self.same_history.set(false);
         let why: Arc<str> = error.to_string().into();
         let confirmed = match source {
             InfoSource::Follower => false,

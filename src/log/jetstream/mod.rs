@@ -213,6 +213,11 @@ struct Shared {
     /// A batch was stored and is not delivered: the consumer is to be replaced.
     replace_consumer: Notify,
     suspicion: Mutex<Suspicion>,
+    /// Whether the stream was compared with what this replica has read, over this connection.
+    compared: AtomicBool,
+    /// Whether that was so and nothing is suspected since. Nothing is appended before: the stream
+    /// might hold another log.
+    same_history: Watched<bool>,
     /// Whether the stream was seen to hold the batches that this replica has applied.
     verified: AtomicBool,
     counts: SharedCounts,
@@ -287,6 +292,8 @@ impl JetStreamLog {
             delivered: Watched::new(0),
             replace_consumer: Notify::new(),
             suspicion: Mutex::default(),
+            compared: AtomicBool::new(false),
+            same_history: Watched::new(false),
             verified: AtomicBool::new(false),
             counts: SharedCounts::default(),
         });
@@ -315,6 +322,18 @@ impl Shared {
         self.link.wait_for(alive).await
     }
 
+    /// The connection, once the stream was seen to have the same history over it.
+    async fn connection_to_append(&self) -> Arc<dyn Connection> {
+        loop {
+            self.same_history.wait_for(|same| same.then_some(())).await;
+            let connection = self.connection().await;
+            // It may be another connection than the one that was compared over.
+            if self.same_history.get() {
+                return connection;
+            }
+        }
+    }
+
     /// The connection, if there is one.
     fn current_connection(&self) -> Option<Arc<dyn Connection>> {
         match self.link.get() {
@@ -324,6 +343,8 @@ impl Shared {
     }
 
     fn set_down(&self, why: &str) {
+        self.compared.store(false, Ordering::Release);
+        self.same_history.set(false);
         self.link.set(Link::Down(why.into()));
     }
 
@@ -383,9 +404,12 @@ impl Shared {
         let Some(connection) = self.current_connection() else {
             return self.health.unreachable(self.down_reason());
         };
-        match connection.stream_info().await {
+        let info = match self.look(&*connection).await {
+            Ok(info) => info,
+            Err(confirmed) => return self.health.unreachable(confirmed.to_string().into()),
+        };
+        match info {
             Ok(info) if info.source != InfoSource::Follower => {
-                self.end.fetch_max(info.last, Ordering::AcqRel);
                 if self.health.reachable() {
                     let fenced = tokio::time::timeout(PROBE_EVERY, self.fence());
                     if fenced.await.is_ok() {

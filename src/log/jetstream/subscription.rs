@@ -150,8 +150,8 @@ impl JetStreamSubscription {
             Ok(None) | Err(_) => return Ok(()),
         };
         let headers = header_block::parse_optional(fetched.header_block.as_deref());
-        let headers = headers.map_err(Box::from);
-        entries.push(self.entry(seq, fetched.time_ns, headers.as_ref(), &fetched.payload)?);
+        let headers = headers.as_ref().map(Option::as_ref).map_err(|why| *why);
+        entries.push(self.entry(seq, fetched.time_ns, headers, &fetched.payload)?);
         Ok(())
     }
 
@@ -176,8 +176,8 @@ impl JetStreamSubscription {
             }
             return;
         }
-        let headers = Ok(delivered.headers);
-        match self.entry(seq, delivered.time_ns, headers.as_ref(), &delivered.payload) {
+        let headers = Ok(delivered.headers.as_ref());
+        match self.entry(seq, delivered.time_ns, headers, &delivered.payload) {
             Ok(entry) => {
                 let end = seq + delivered.pending;
                 self.shared.end.fetch_max(end, Ordering::AcqRel);
@@ -196,12 +196,12 @@ impl JetStreamSubscription {
         &mut self,
         seq: Seq,
         stored_ns: u64,
-        headers: Result<&Option<HeaderMap>, &Box<str>>,
+        headers: Result<Option<&HeaderMap>, &'static str>,
         payload: &[u8],
     ) -> Result<Entry, ReadError> {
         let read = match headers {
-            Ok(headers) => message::read(headers.as_ref(), payload, &self.shared.in_flight),
-            Err(why) => Err(Unreadable::Poisoned(why.clone())),
+            Ok(headers) => message::read(headers, payload, &self.shared.in_flight),
+            Err(why) => Err(Unreadable::Poisoned(why.into())),
         };
         let (position, batch) = match read {
             Ok((label, batch)) => {

@@ -1,6 +1,7 @@
 use futures_util::FutureExt;
 use proptest::prelude::*;
 
+use super::super::votes::KnownMark;
 use super::*;
 use crate::log::{Effect, Position};
 use crate::replication::votes::ROUNDS;
@@ -92,7 +93,7 @@ impl Replica {
     }
 
     /// Every mark: its position, the votes on it, and whether it is settled.
-    fn marks(&self) -> Vec<(Seq, Vec<(RandomId, Digest)>, bool)> {
+    fn marks(&self) -> Vec<KnownMark> {
         self.checkpoints.0.state.lock().votes.marks()
     }
 
@@ -537,7 +538,7 @@ fn forged(cluster: &Cluster, altered: bool, digest: u8) -> Entry {
 }
 
 /// The marks that both have seen.
-fn common(a: &Replica, b: &Replica) -> [Vec<(Seq, Vec<(RandomId, Digest)>, bool)>; 2] {
+fn common(a: &Replica, b: &Replica) -> [Vec<KnownMark>; 2] {
     let first = |replica: &Replica| replica.marks().first().map_or(Seq::MAX, |(seq, ..)| *seq);
     let from = first(a).max(first(b));
     [a, b].map(|replica| {

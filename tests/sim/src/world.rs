@@ -130,7 +130,6 @@ pub struct Isolated {
 
 /// A connection, as both of its ends know it.
 pub struct Link {
-    pub id: u64,
     /// The client knows that it has ended.
     pub ended: CancellationToken,
     /// The server does, or what is under way is lost.
@@ -392,11 +391,9 @@ impl State {
 
     /// A new connection of `node`.
     pub fn connect(&mut self, node: usize) -> Arc<Link> {
-        let id = self.next_id() as u64;
         let slot = &mut self.nodes[node];
         let to_isolated = slot.isolated.is_none() || self.rng.bool();
         let link = Arc::new(Link {
-            id,
             ended: CancellationToken::new(),
             dead: AtomicBool::new(false),
             to_isolated,
