@@ -205,7 +205,12 @@ impl JetStreamSubscription {
         };
         let (position, batch) = match read {
             Ok((label, batch)) => {
-                let time_ns = label.time_at(self.last.time_ns, stored_ns);
+                // Before the first batch the time is that of the process, and not the same for all.
+                let previous_ns = match self.last.seq {
+                    0 => 0,
+                    _ => self.last.time_ns,
+                };
+                let time_ns = label.time_at(previous_ns, stored_ns);
                 let (id, ticket) = (label.id, batch.ticket);
                 if ticket.is_some() {
                     self.shared.health.delivered();
