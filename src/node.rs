@@ -449,7 +449,10 @@ impl Tasks {
                 Some(seed) => Some(seed),
                 None => snapshots.and_then(|snapshots| snapshots.newest()),
             };
-            let Some(path) = file else { return Ok(()) };
+            // What a pipe gives can be read once only.
+            let Some(path) = file.filter(|path| path.is_file()) else {
+                return Ok(());
+            };
             memory::check_file_fits(&path).map_err(|error| StartError::DoesNotFit { path, error })
         });
         checked.await.map_err(StartError::System)?

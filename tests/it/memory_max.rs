@@ -206,6 +206,7 @@ async fn replicas_refuse_new_users_while_a_ready_peer_is_full() {
 
     // A peer that is gone is full no more.
     fill(&small, users).await;
+    status_where(&large, "no creates", |status| status["creates"] == false).await;
     create(&large, "newer").await.problem(507, "store-full");
     smallest.kill();
     eventually("a new user", async || {

@@ -249,12 +249,7 @@ async fn a_gap_is_told_with_its_reason() {
     broker.client().await.delete_stream(STREAM).await.unwrap();
     status_where(&a, "a gap", |status| status["state"] == "gap").await;
     let mut browser = Browser::start().await;
-    let all = [
-        "Gap",
-        "Reads refused",
-        "Writes refused",
-        "is gone: its stream was removed",
-    ];
+    let all = ["Gap", "Reads refused", "Writes refused", "does not exist"];
     reads(&mut browser, "gap", &a, &all).await;
 }
 
