@@ -325,11 +325,14 @@ impl Shared {
     /// The connection, once the stream was seen to have the same history over it.
     async fn connection_to_append(&self) -> Arc<dyn Connection> {
         loop {
-            self.same_history.wait_for(|same| same.then_some(())).await;
             let connection = self.connection().await;
-            // It may be another connection than the one that was compared over.
             if self.same_history.get() {
                 return connection;
+            }
+            let same = self.same_history.wait_for(|same| same.then_some(()));
+            if tokio::time::timeout(PROBE_EVERY, same).await.is_err() {
+                // After a suspicion nobody else may be asking whether it has passed.
+                let _ = self.look(&*connection).await;
             }
         }
     }
