@@ -129,6 +129,8 @@ impl JetStreamSubscription {
     async fn reopen(&mut self, entries: &mut Vec<Entry>) -> Result<(), ReadError> {
         self.backoff.pause().await;
         let source = self.open().await?;
+        // A request from before it is about the consumer before it.
+        let _ = self.shared.replace_consumer.notified().now_or_never();
         if self.failures >= FAILURES_MAX {
             self.fetch_next(&*source.connection, entries).await?;
         }
