@@ -10,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 use super::broker::{ConnectError, Connection};
 use super::{MESSAGE_BYTES_NEEDED, Shared};
 
-/// A connection that lasted so long was a good one: the next attempt comes at once.
+/// A connection that lasted so long, or delivered a batch, was a good one: the next attempt comes at
+/// once.
 const GOOD_AFTER: Duration = Duration::from_secs(10);
 /// How often a broker that stays unreachable is logged.
 const REMIND_EVERY: Duration = Duration::from_secs(30);
@@ -68,7 +69,7 @@ pub(super) async fn keep_connected(
 ) {
     let mut backoff = Backoff::new();
     loop {
-        let connected_at = Instant::now();
+        let (connected_at, delivered) = (Instant::now(), shared.delivered.get());
         tokio::select! {
             biased;
             () = connection.ended().cancelled() => {}
@@ -77,7 +78,7 @@ pub(super) async fn keep_connected(
         let servers = shared.broker.servers();
         shared.set_down("the connection to NATS ended");
         connection.close().await;
-        if connected_at.elapsed() >= GOOD_AFTER {
+        if connected_at.elapsed() >= GOOD_AFTER || shared.delivered.get() > delivered {
             backoff.reset();
         }
         let again = stop.run_until_cancelled(connect_again(&shared, &mut backoff, &servers));

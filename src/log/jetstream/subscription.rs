@@ -41,6 +41,8 @@ pub(super) struct JetStreamSubscription {
     backoff: Backoff,
     /// How often the source has ended since the last delivery.
     failures: u32,
+    /// Whether the source delivered nothing although the stream goes on.
+    silent: bool,
     /// Why nothing comes any more; returned once what came before has been handed out.
     ended: Option<ReadError>,
 }
@@ -59,6 +61,7 @@ impl JetStreamSubscription {
             source: None,
             backoff: Backoff::new(),
             failures: 0,
+            silent: false,
             ended: None,
         };
         this.source = Some(this.open().await?);
@@ -91,7 +94,7 @@ impl JetStreamSubscription {
                     // The client passes over some messages silently. At the stream's end no later
                     // one would show it.
                     if self.shared.end.load(Ordering::Acquire) > self.last.seq {
-                        self.failures += 1;
+                        self.silent = true;
                         self.source = None;
                     }
                     continue;
@@ -131,18 +134,22 @@ impl JetStreamSubscription {
         let source = self.open().await?;
         // A request from before it is about the consumer before it.
         let _ = self.shared.replace_consumer.notified().now_or_never();
-        if self.failures >= FAILURES_MAX {
-            self.fetch_next(&*source.connection, entries).await?;
+        let failed = self.failures >= FAILURES_MAX;
+        if failed || std::mem::take(&mut self.silent) {
+            self.fetch_next(&*source.connection, failed, entries)
+                .await?;
         }
         self.source = Some(source);
         self.shared.counts.resumes.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Fetches the message after the last one, if the stream has it, and judges it by the rule.
+    /// Fetches the message after the last one, if the stream has it, and judges it by the rule. One
+    /// that can be read is left to the consumer, unless its deliveries have `failed`.
     async fn fetch_next(
         &mut self,
         connection: &dyn Connection,
+        failed: bool,
         entries: &mut Vec<Entry>,
     ) -> Result<(), ReadError> {
         let seq = self.last.seq + 1;
@@ -153,6 +160,9 @@ impl JetStreamSubscription {
         };
         let headers = header_block::parse_optional(fetched.header_block.as_deref());
         let headers = headers.as_ref().map(Option::as_ref).map_err(|why| *why);
+        if headers.is_ok() && !failed {
+            return Ok(());
+        }
         entries.push(self.entry(seq, fetched.time_ns, headers, &fetched.payload)?);
         Ok(())
     }
