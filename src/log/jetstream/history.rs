@@ -185,9 +185,10 @@ impl Shared {
             // The only server has the only copy of a batch.
             InfoSource::Unclustered if matches!(error, ReadError::Rewritten { .. }) => true,
             InfoSource::Unclustered => {
+                // Another log might take the append.
+                let same_log = matches!(error, ReadError::Shorter { .. });
                 self.suspicion.lock().confirm(&error)
-                    || !matches!(error, ReadError::Gone { .. })
-                        && self.end_is_refused(connection).await
+                    || same_log && self.end_is_refused(connection).await
             }
         };
         match confirmed {
