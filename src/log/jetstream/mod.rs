@@ -412,6 +412,11 @@ impl Shared {
             Err(confirmed) => return self.health.unreachable(confirmed.to_string().into()),
         };
         match info {
+            // Nothing is appended meanwhile.
+            Ok(_) if !self.same_history.get() => {
+                let why = "the stream was not compared with what this replica has applied";
+                self.health.unreachable(why.into());
+            }
             Ok(info) if info.source != InfoSource::Follower => {
                 if self.health.reachable() {
                     let fenced = tokio::time::timeout(PROBE_EVERY, self.fence());
