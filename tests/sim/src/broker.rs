@@ -28,13 +28,18 @@ pub struct Message {
     /// What `Nats-Msg-Id` says.
     pub id: Option<Box<str>>,
     pub expected_last: Option<Seq>,
-    /// Whether a replica sent it.
-    pub by_replica: bool,
+    /// The node that sent it, if one did.
+    pub sender: Option<usize>,
 }
 
 impl Message {
     /// As a replica sends it.
-    pub fn of_replica(headers: &HeaderMap, payload: Bytes, expected_last: Option<Seq>) -> Self {
+    pub fn of_replica(
+        node: usize,
+        headers: &HeaderMap,
+        payload: Bytes,
+        expected_last: Option<Seq>,
+    ) -> Self {
         let line = |name: &HeaderName, value: &HeaderValue| format!("{name}: {value}\r\n");
         let lines = headers.iter().map(|(name, values)| {
             let lines = values.iter().map(|value| line(name, value));
@@ -49,7 +54,7 @@ impl Message {
             payload,
             id: headers.get(ID_HEADER).map(|id| id.as_str().into()),
             expected_last,
-            by_replica: true,
+            sender: Some(node),
         }
     }
 }
@@ -283,7 +288,7 @@ impl Broker {
         let mut twice = None;
         if let Some(id) = &message.id {
             self.known.insert(id.clone(), (now_ns, seq));
-            if message.by_replica {
+            if message.sender.is_some() {
                 twice = self.by_replicas.insert(id.clone(), seq);
                 self.last_id = Some(id.clone());
             }
@@ -363,6 +368,7 @@ impl Broker {
         let mut config = stream.config;
         config.metadata.insert(LOG_ID_KEY.to_owned(), id.to_owned());
         self.entries.clear();
+        self.proposed.clear();
         self.known.clear();
         self.by_replicas.clear();
         self.set_up(config, LogId(id.into()));

@@ -114,7 +114,7 @@ impl Hostile {
             payload: payload.into(),
             id,
             expected_last: None,
-            by_replica: false,
+            sender: None,
         }
     }
 }

@@ -58,7 +58,10 @@ struct Args {
 fn main() -> ExitCode {
     let args = Args::parse();
     if args.log {
-        tracing_subscriber::fmt().without_time().init();
+        tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::DEBUG)
+            .without_time()
+            .init();
     }
     match args.seed {
         Some(seed) => one(seed, &args),

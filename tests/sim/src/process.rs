@@ -140,6 +140,8 @@ pub struct Process {
     pub gaps: Arc<AtomicU64>,
     /// States made anew.
     pub resyncs: Arc<AtomicU64>,
+    /// The log that it follows.
+    pub log: LogId,
     /// Peers that were heard to hold something else.
     pub divergences: Arc<AtomicU64>,
     /// Cancelled when it is over.
@@ -322,6 +324,7 @@ async fn open(
             Err(error) => world.violate(format!("node {node} can't open its log: {error}")),
         }
         sleep(START_AGAIN_AFTER).await;
+        world.slot(node).excuse();
     }
 }
 
@@ -338,6 +341,7 @@ async fn live(
         drop(forget(&world, node));
         return;
     };
+    let log = storage.log.id();
     let (gaps, resyncs, divergences) = (Arc::default(), Arc::default(), Arc::default());
     let parts = Parts {
         node: process,
@@ -357,6 +361,7 @@ async fn live(
     built.announce(url(node));
     world.slot(node).process = Some(Process {
         node: Arc::clone(&built),
+        log,
         write: built.write().0,
         read: built.read().0,
         gaps,

@@ -14,7 +14,7 @@ use crate::broker::Troubles;
 use crate::check;
 use crate::client::Client;
 use crate::plan::{Fault, Plan};
-use crate::process::{self, Knobs, heads};
+use crate::process::{self, Knobs, Process, heads};
 use crate::world::{Isolated, Slot, State, World};
 
 /// How often nodes are looked at.
@@ -220,22 +220,19 @@ async fn watch(world: World, knobs: Knobs, loses_history: bool) {
 }
 
 /// Gives a node an empty disk that follows a log which has lost what the node has.
-fn help(world: &World, node: usize, process: &process::Process, knobs: &Knobs) {
-    let state = process.node.readiness.state();
-    let mut slot = world.slot(node);
-    if !matches!(state, NodeState::Gap | NodeState::OtherLog) {
-        slot.helpless_since = None;
+fn help(world: &World, node: usize, process: &Process, knobs: &Knobs) {
+    let unready = process.node.readiness.check().err();
+    let mut state = world.lock();
+    let helpless = unready.filter(|_| state.has_lost_history(node));
+    let since = &mut state.nodes[node].helpless_since;
+    let Some(unready) = helpless else {
+        *since = None;
         return;
-    }
-    let since = *slot.helpless_since.get_or_insert_with(Instant::now);
-    drop(slot);
+    };
+    let since = *since.get_or_insert_with(Instant::now);
+    drop(state);
     if since.elapsed() > HELP_AFTER {
-        if !world.lock().has_lost_history(node) {
-            world.violate(format!(
-                "node {node} needs help, and the log has what it has"
-            ));
-        }
-        world.note(|| format!("node {node} can't go on by itself: {state}"));
+        world.note(|| format!("node {node} can't go on by itself: {}", unready.state));
         process::kill(world, node, true);
         process::start(world, node, knobs);
     }
@@ -246,12 +243,14 @@ impl State {
     fn has_lost_history(&self, node: usize) -> bool {
         let slot = &self.nodes[node];
         let lost = |chain: Chain| !self.ledger.holds(chain);
-        let applied = slot.process.as_ref().map(|process| &process.node.applied);
-        let other_log = |head: &Head| self.broker.log().is_none_or(|log| log.0 != head.log_id);
-        applied.is_some_and(|applied| lost(applied.position().chain))
+        let is_other_log = |of: &str| self.broker.log().is_none_or(|log| *log.0 != *of);
+        let has_lost = |process: &Process| {
+            lost(process.node.applied.position().chain) || is_other_log(&process.log.0)
+        };
+        slot.process.as_ref().is_some_and(has_lost)
             || heads(slot)
                 .iter()
-                .any(|head| lost(head.chain) || other_log(head))
+                .any(|head: &Head| lost(head.chain) || is_other_log(&head.log_id))
     }
 }
 

@@ -239,14 +239,7 @@ impl Arrived<'_> {
             let why = "insufficient resources (code 503, error code 10023)";
             return Some(Err(BrokerError::Refused(why.into())));
         }
-        let stored = self.state.publish(message, self.late);
-        if matches!(stored, Some(Ok(_))) {
-            let slot = &mut self.state.nodes[self.node];
-            slot.refused_since = None;
-            slot.unstored_since = None;
-            slot.frozen |= std::mem::take(&mut slot.freeze_when_stored);
-        }
-        stored
+        self.state.publish(message, self.late)
     }
 
     fn create(&mut self, config: Config) -> Option<Result<StreamInfo, BrokerError>> {
@@ -282,8 +275,22 @@ impl Arrived<'_> {
 impl State {
     /// Stores `message`, or not.
     pub fn publish(&mut self, message: Message, late: bool) -> Option<Result<Stored, BrokerError>> {
+        let sender = message.sender;
         match self.broker.publish(message, late, &mut self.ledger) {
-            Ok(stored) => Some(stored),
+            Ok(stored) => {
+                if let (Ok(_), Some(node)) = (&stored, sender) {
+                    let slot = &mut self.nodes[node];
+                    let log = slot.process.as_ref().map(|process| &process.log);
+                    let is_other = log.is_some_and(|log| self.broker.log() != Some(log));
+                    slot.refused_since = None;
+                    slot.unstored_since = None;
+                    slot.frozen |= std::mem::take(&mut slot.freeze_when_stored);
+                    if is_other {
+                        self.violate(format!("node {node} appends to another log"));
+                    }
+                }
+                Some(stored)
+            }
             Err(violation) => {
                 self.violate(violation);
                 None
@@ -457,7 +464,7 @@ impl Connection for SimConnection {
             payload,
             expected_last,
         } = message;
-        let message = Message::of_replica(&headers, payload, expected_last);
+        let message = Message::of_replica(self.wire.node, &headers, payload, expected_last);
         async move {
             let (world, node) = (&self.wire.world, self.wire.node);
             if expected_last.is_none() {
