@@ -100,14 +100,25 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
         publish(&broker, text).await;
     }
     let written = b.set(r#"{"user_id":"x","spp":2}"#).await.position();
-    // All are in the log before this write, and one that starts replays them.
+    // All are in the log before this write.
     let [c] = talkative_replicas(&broker).await;
-    for node in [&a, &b] {
-        assert_eq!(node.metric(REJECTED).await, Some(forged.len() as f64));
-    }
     for node in [&a, &b, &c] {
         assert_eq!(get_at(node, "x", written).await["spp"], 2);
         assert_eq!(node.metric(DIVERGENCES).await, Some(0.0));
+        assert_eq!(
+            node.metric("gradestore_log_poisoned_total").await,
+            Some(0.0)
+        );
+        assert_eq!(node.ops("/readyz").await.status, 200);
+        let logged = node.stderr.lock().clone();
+        assert!(!logged.contains(IN_DOUBT), "{logged}");
+    }
+    // One that copies a peer's data does not replay them.
+    for node in [&a, &b] {
+        assert_eq!(node.metric(REJECTED).await, Some(forged.len() as f64));
+        let logged = node.stderr.lock().clone();
+        let said = "ignored a checkpoint that is not signed";
+        assert_eq!(logged.matches(said).count(), 1, "{logged}");
     }
 }
 
