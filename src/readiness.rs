@@ -161,23 +161,3 @@ impl Readiness {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_replica_that_stops_is_never_ready_again() {
-        let readiness = Readiness::starting("just begun");
-        assert_eq!(readiness.state(), NodeState::Starting);
-        readiness.set_ready();
-        assert_eq!(readiness.check(), Ok(()));
-        readiness.block(NodeState::Gap, "batch 2 is missing");
-        let unready = readiness.check().unwrap_err();
-        assert_eq!(&*unready.reason, "batch 2 is missing");
-        readiness.block(NodeState::Stopping, "the node is stopping");
-        readiness.set_ready();
-        readiness.block(NodeState::Restoring, "from a peer");
-        assert_eq!(readiness.state(), NodeState::Stopping);
-    }
-}
