@@ -102,6 +102,9 @@ DASHBOARDS = {
              "The log went on without this replica, or it had diverged."),
             ("Messages skipped", "short", {REPLICA: "increase(gradestore_log_poisoned_total[R])"},
              "Somebody published what is no batch. All replicas skip it alike."),
+            ("Messages with a wrong signature", "short", {"checkpoints, " + REPLICA: "increase(gradestore_votes_rejected_total[R])",
+                                                          "announcements, " + REPLICA: "increase(gradestore_announcements_rejected_total[R])"},
+             "Ignored: not signed with the cluster's password."),
         ],
         "Broker": [
             ("Connections made anew", "short", {REPLICA: "increase(gradestore_log_reconnects_total[R])"},
