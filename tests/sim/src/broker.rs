@@ -88,6 +88,8 @@ struct Stream {
 pub struct Troubles {
     /// The stream has no leader.
     pub leaderless: u32,
+    /// And its servers answer nothing meanwhile.
+    pub silent: bool,
     /// Its leader reaches no majority.
     pub quorumless: u32,
     /// Its storage is full.

@@ -86,8 +86,9 @@ pub enum Fault {
         heartbeats: bool,
         ms: u64,
     },
-    /// The stream has no leader.
+    /// The stream has no leader; whoever asks gets no answer, or hears that.
     NoLeader {
+        silent: bool,
         ms: u64,
     },
     /// Its leader reaches no majority: what is sent is stored later, or never.
@@ -169,6 +170,15 @@ impl Plan {
             (rng.u64(500..end_ms), fault)
         });
         let mut faults: Vec<_> = faults.collect();
+        // Some nodes are just starting when batches are lost.
+        for index in 0..faults.len() {
+            if matches!(faults[index].1, Fault::BrokerLoses { .. }) && rng.bool() {
+                let ms = rng.u64(50..1000);
+                let at = faults[index].0.saturating_sub(ms + rng.u64(1..150));
+                let (node, wipe) = (rng.usize(..nodes), rng.bool());
+                faults.push((at, Fault::Kill { node, wipe, ms }));
+            }
+        }
         faults.sort_by_key(|(at, _)| *at);
         // A log that lost its last batches and then its first ones may be one that nobody can tell
         // from the one before.
@@ -238,7 +248,7 @@ fn fault(rng: &mut fastrand::Rng, nodes: usize, clustered: bool, history: bool) 
     let node = rng.usize(..nodes);
     let ms = [300, 2500, 9000][rng.usize(..3)];
     let ms = rng.u64(ms / 3..ms);
-    match rng.u8(..if history { 36 } else { 34 }) {
+    match rng.u8(..if history { 40 } else { 34 }) {
         0..=2 => {
             let ways = rng.u8(1..4);
             Fault::Cut {
@@ -279,7 +289,10 @@ fn fault(rng: &mut fastrand::Rng, nodes: usize, clustered: bool, history: bool) 
             heartbeats: rng.bool(),
             ms: rng.u64(1000..25_000),
         },
-        22..=25 => Fault::NoLeader { ms },
+        22..=25 => Fault::NoLeader {
+            silent: rng.bool(),
+            ms,
+        },
         26 if clustered => Fault::NoQuorum { ms },
         26 | 27 => Fault::Full { ms },
         28 if clustered => Fault::Gone {
@@ -298,7 +311,7 @@ fn fault(rng: &mut fastrand::Rng, nodes: usize, clustered: bool, history: bool) 
             stored: rng.bool(),
             ms: rng.u64(100..2000),
         },
-        34 => Fault::BrokerLoses {
+        34..=37 => Fault::BrokerLoses {
             batches: rng.usize(1..6),
         },
         _ => Fault::Recreate,

@@ -354,7 +354,10 @@ async fn make_happen(world: &World, knobs: Knobs, fault: Fault) {
             slot.isolated = None;
             slot.excuse();
         }
-        Fault::NoLeader { ms } => trouble(world, ms, |troubles| &mut troubles.leaderless).await,
+        Fault::NoLeader { silent, ms } => {
+            world.lock().broker.troubles.silent = silent;
+            trouble(world, ms, |troubles| &mut troubles.leaderless).await;
+        }
         Fault::Full { ms } => trouble(world, ms, |troubles| &mut troubles.full).await,
         Fault::Gone { ms } => trouble(world, ms, |troubles| &mut troubles.gone).await,
         Fault::NoQuorum { ms } => {

@@ -180,9 +180,8 @@ impl Arrived<'_> {
         }
         let troubles = &self.state.broker.troubles;
         if troubles.leaderless > 0 || troubles.short.is_some() {
-            let silent = self.state.rng.bool();
             let error = BrokerError::NoResponders("no leader".into());
-            return Some((!silent).then_some(error));
+            return Some((!troubles.silent).then_some(error));
         }
         if troubles.gone > 0 {
             return Some(Some(BrokerError::NoStream));
@@ -208,14 +207,14 @@ impl Arrived<'_> {
             return Some(Err(BrokerError::NoStream));
         }
         if troubles.leaderless > 0 {
-            match self.state.rng.u8(..3) {
-                0 => return None,
-                1 => return Some(Err(BrokerError::NoResponders("no leader".into()))),
-                _ => {
-                    let follower = |info: &mut StreamInfo| info.source = InfoSource::Follower;
-                    let _ = info.as_mut().map(follower);
-                }
+            if troubles.silent {
+                return None;
             }
+            if self.state.rng.bool() {
+                return Some(Err(BrokerError::NoResponders("no leader".into())));
+            }
+            let follower = |info: &mut StreamInfo| info.source = InfoSource::Follower;
+            let _ = info.as_mut().map(follower);
         }
         Some(info)
     }
@@ -307,6 +306,9 @@ impl SimConnection {
         act: impl FnOnce(Arrived) -> Option<Result<T, BrokerError>> + Send + 'static,
     ) -> Result<T, BrokerError> {
         let ended = || BrokerError::NoAnswer("the connection has ended".into());
+        if !publishes {
+            self.wire.world.lock().count_request(self.wire.node);
+        }
         if self.wire.link.ended.is_cancelled() {
             return Err(ended());
         }

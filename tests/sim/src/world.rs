@@ -23,7 +23,9 @@ const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// In this time a node may make so many connections, and as many consumers, by itself.
 const CONNECTS_WITHIN: Duration = Duration::from_secs(30);
 const CONNECTS_MAX: usize = 10;
-/// And so many more for each reason that it was given, and for each message that it can't read.
+/// What it may ask the broker for in this time, besides storing batches.
+const ASKS_MAX: usize = 300;
+/// And so many more connections for each reason that it was given, and for each message that it can't read.
 const CONNECTS_A_REASON: usize = 3;
 const CONNECTS_A_MESSAGE: usize = 6;
 
@@ -50,7 +52,7 @@ pub struct State {
     pub answered: u64,
     /// Faults that last, and when the last one ended.
     faults: u32,
-    last_fault: Instant,
+    last_fault: Option<Instant>,
     /// Identities given so far.
     ids: u128,
     latency_ms: Range<u64>,
@@ -102,6 +104,7 @@ pub struct Slot {
     /// When connections and consumers were made lately, and when there was a reason.
     connects: VecDeque<Instant>,
     consumes: VecDeque<Instant>,
+    asks: VecDeque<Instant>,
     reasons: VecDeque<Instant>,
     /// Since when the broker has refused what it publishes.
     pub refused_since: Option<Instant>,
@@ -246,7 +249,7 @@ impl World {
                 nodes: (0..nodes).map(|_| Slot::default()).collect(),
                 answered: 0,
                 faults: 0,
-                last_fault: Instant::now(),
+                last_fault: None,
                 ids: 0,
                 latency_ms,
                 begun: Instant::now(),
@@ -358,12 +361,13 @@ impl State {
 
     pub fn end_fault(&mut self) {
         self.faults -= 1;
-        self.last_fault = Instant::now();
+        self.last_fault = Some(Instant::now());
     }
 
     /// Whether nothing has been wrong for a while.
     pub fn is_quiet(&self) -> bool {
-        self.faults == 0 && self.last_fault.elapsed() > QUIET_AFTER
+        let last = self.last_fault;
+        self.faults == 0 && last.is_none_or(|at| at.elapsed() > QUIET_AFTER)
     }
 
     pub fn note(&mut self, line: impl FnOnce() -> String) {
@@ -382,6 +386,20 @@ impl State {
     pub fn next_id(&mut self) -> u128 {
         self.ids += 1;
         self.ids << 64 | u128::from(self.rng.u64(..))
+    }
+
+    /// `node` asks the broker for something.
+    pub fn count_request(&mut self, node: usize) {
+        let asks = &mut self.nodes[node].asks;
+        asks.push_back(Instant::now());
+        if asks.len() > ASKS_MAX
+            && let Some(first) = asks.pop_front()
+            && first.elapsed() < CONNECTS_WITHIN
+        {
+            self.violate(format!(
+                "node {node} has asked the broker {ASKS_MAX} times in 30 s"
+            ));
+        }
     }
 
     /// All connections to the broker break.
