@@ -94,6 +94,16 @@ impl Shared {
             // There is nothing to compare.
             self.verified.store(true, Ordering::Relaxed);
         }
+        let known = self.end.load(Ordering::Acquire);
+        if info.last < known {
+            // What is missing was not read. Until it is known to be lost nothing may take its place.
+            let (end, applied) = (info.last, known);
+            let error = ReadError::Shorter { end, applied };
+            match self.suspect(connection, &info.source, error).await {
+                Ok(unknown) => return Ok(unknown),
+                Err(_confirmed) => self.end.store(end, Ordering::Release),
+            }
+        }
         self.suspicion.lock().clear();
         self.compared.store(true, Ordering::Release);
         self.same_history.set(true);
