@@ -34,11 +34,12 @@ pub(crate) async fn talkative_replicas<const N: usize>(broker: &Broker) -> [Node
     nodes.try_into().ok().unwrap()
 }
 
-async fn compared(node: &Ports, at_least: f64) {
-    eventually("checkpoints compared", async || {
-        node.metric(COMPARED)
+/// Waits until a counter has at least this value.
+async fn counted(node: &Ports, counter: &str, at_least: f64) {
+    eventually(counter, async || {
+        node.metric(counter)
             .await
-            .filter(|compared| *compared >= at_least)
+            .filter(|counted| *counted >= at_least)
     })
     .await;
 }
@@ -62,7 +63,7 @@ async fn equal_replicas_agree_under_load() {
     let [a, b, c] = talkative_replicas(&broker).await;
     let load = Load::start(&[&a, &b, &c], 20, usize::MAX);
     for node in [&a, &b, &c] {
-        compared(node, 10.0).await;
+        counted(node, COMPARED, 10.0).await;
     }
     load.stop().await;
     equal(&[&a, &b, &c]).await;
@@ -89,7 +90,7 @@ async fn wrong_snapshot(node: &Ports) -> TempDir {
 }
 
 /// A replica with this data directory.
-async fn in_dir(broker: &Broker, dir: &TempDir) -> Node {
+pub(crate) async fn in_dir(broker: &Broker, dir: &TempDir) -> Node {
     let mut command = talkative(broker);
     command.env("GRADESTORE_EPHEMERAL", "false");
     command.arg("--data-dir").arg(dir.path());
@@ -171,7 +172,7 @@ async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_dat
     }
     // They stay so, whatever they vote.
     let votes = a.metric(DIVERGENCES).await.unwrap();
-    a.metric_reaches(DIVERGENCES, votes + 2.0).await;
+    counted(&a, DIVERGENCES, votes + 2.0).await;
     for node in [&a, &wrong] {
         in_state(node, "diverged").await;
         assert_eq!(node.metric(RESYNCS).await, Some(0.0));

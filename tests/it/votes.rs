@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 
 use crate::broker::{Broker, STREAM, SUBJECT, get_at, status_where};
 use crate::disk::program_on;
-use crate::divergence::{IN_DOUBT, talkative, talkative_replicas};
+use crate::divergence::{IN_DOUBT, in_dir, talkative, talkative_replicas};
 use crate::harness::{Node, Ports, Process, collected};
 use crate::wire::eventually;
 
@@ -62,6 +62,9 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
     let broker = Broker::start().await;
     let [a, b] = talkative_replicas(&broker).await;
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
+    // One that keeps a snapshot from before.
+    let dir = tempfile::tempdir().unwrap();
+    in_dir(&broker, &dir).await.end().await;
     let vote = vote(&broker).await;
     let forge = |replica: &str, round: u32, mac: &str| {
         let [position, chain] = [&vote[1], &vote[2]];
@@ -100,8 +103,8 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
         publish(&broker, text).await;
     }
     let written = b.set(r#"{"user_id":"x","spp":2}"#).await.position();
-    // All are in the log before this write.
-    let [c] = talkative_replicas(&broker).await;
+    // All are in the log before this write, and one that starts from its snapshot replays them.
+    let c = in_dir(&broker, &dir).await;
     for node in [&a, &b, &c] {
         assert_eq!(get_at(node, "x", written).await["spp"], 2);
         assert_eq!(node.metric(DIVERGENCES).await, Some(0.0));
@@ -112,13 +115,11 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
         assert_eq!(node.ops("/readyz").await.status, 200);
         let logged = node.stderr.lock().clone();
         assert!(!logged.contains(IN_DOUBT), "{logged}");
-    }
-    // One that copies a peer's data does not replay them.
-    for node in [&a, &b] {
         assert_eq!(node.metric(REJECTED).await, Some(forged.len() as f64));
-        let logged = node.stderr.lock().clone();
+        // A few lines, however many there are.
         let said = "ignored a checkpoint that is not signed";
-        assert_eq!(logged.matches(said).count(), 1, "{logged}");
+        let lines = logged.matches(said).count();
+        assert!((1..forged.len()).contains(&lines), "{logged}");
     }
 }
 
