@@ -238,12 +238,9 @@ impl Mark {
         strongest
     }
 
-    /// Whether another replica than `me` holds something else here, and no conclusion was drawn.
-    fn is_disputed(&self, me: RandomId) -> bool {
-        let differs = |own| {
-            let mut others = self.votes.iter().filter(|vote| vote.replica != me);
-            others.any(|vote| vote.digest != own)
-        };
+    /// Whether a vote differs from this replica's digest, and no conclusion was drawn.
+    fn is_disputed(&self) -> bool {
+        let differs = |own| self.votes.iter().any(|vote| vote.digest != own);
         !self.settled && self.own.is_some_and(differs)
     }
 }
@@ -474,7 +471,7 @@ impl Votes {
         let mut indices = 0..self.marks.len();
         indices.find_map(|index| {
             let mark = self.marks.get(index)?;
-            mark.is_disputed(self.me).then(|| self.ballot(index))?
+            mark.is_disputed().then(|| self.ballot(index))?
         })
     }
 
@@ -518,3 +515,6 @@ impl Votes {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests;
