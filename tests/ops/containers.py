@@ -194,17 +194,21 @@ class Compose:
         return {"localhost": "127.0.0.1"} | {other.name: other.address for other in self.services.values()
                                              if mine & set(other.described["networks"])}
 
-    def order(self, name):
-        """What must be healthy before a service, and it."""
-        before = [needed for other in self.services[name].depends_on for needed in self.order(other)]
-        return list(dict.fromkeys([*before, name]))
+    def start(self, name):
+        """Starts a service once what it depends on is healthy. What it depends on starts together, as with compose."""
+        service = self.services[name]
+        if service.child is None:
+            needed = [self.services[each] for each in service.depends_on]
+            for each in needed:
+                self.start(each.name)
+            for each in needed:
+                each.until_healthy()
+            service.start()
 
     def up(self, name):
-        for each in map(self.services.get, self.order(name)):
-            if each.child is None:
-                each.start()
-            if each.name != name or "healthcheck" in each.described:
-                each.until_healthy()
+        self.start(name)
+        if "healthcheck" in self.services[name].described:
+            self.services[name].until_healthy()
 
     def kill_all(self):
         for service in self.services.values():

@@ -38,6 +38,7 @@ PROGRAMS = {
 }
 # Latency is not judged here.
 LIGHT = {"RATE": "40", "DURATION": "2s", "P99_MS": "5000"}
+REPLICAS = ["one", "two", "three"]
 SECRETS = {"./secrets/gradestore_password": PASSWORD + "\n"}
 
 
@@ -67,7 +68,6 @@ class Run(unittest.TestCase):
     def test_up_and_down(self):
         self.compose.up("k6")
         self.compose.up("prometheus")
-        replicas = ["one", "two", "three"]
 
         # A write on the first is read on the third.
         written = ask(self.url("one", 8080, "/set"), data=b'{"user_id":"alice","spp":5}',
@@ -75,7 +75,7 @@ class Run(unittest.TestCase):
         position = written.headers["Grade-Position"]
         read = ask(self.url("three", 8081, "/get?user_id=alice"), headers={"Grade-Position": position})
         self.assertEqual(json.load(read)["spp"], 5)
-        for name in replicas:
+        for name in REPLICAS:
             status = json.load(ask(self.url(name, 8082, "/status")))
             self.assertEqual(status["log_kind"], "jetstream")
 
@@ -91,7 +91,7 @@ class Run(unittest.TestCase):
         def not_up():
             targets = json.load(ask(f"{api}/targets"))["data"]["activeTargets"]
             health = {target["labels"]["instance"]: target["health"] for target in targets}
-            if health != {f"{name}:8082": "up" for name in replicas}:
+            if health != {f"{name}:8082": "up" for name in REPLICAS}:
                 return f"targets: {health}"
 
         until(not_up)
@@ -114,33 +114,39 @@ class Run(unittest.TestCase):
             self.services["nats"].kill()
             self.services["nats"].until_healthy()
 
-        for name in (*replicas, "prometheus"):
+        for name in (*REPLICAS, "prometheus"):
             service = self.services[name]
             self.assertEqual(service.stop(), 0, service.log.read_text())
-        for name in replicas:
+        for name in REPLICAS:
             self.assertTrue(list((self.compose.directory / "volumes" / name).iterdir()), f"no snapshot of {name}")
 
 
     def test_kubernetes(self):
-        # A pod's container, beside the broker of the compose file.
+        # The containers of three pods, started together, beside the broker of the compose file.
         stateful_set, = (described for described in kubernetes() if described["kind"] == "StatefulSet")
+        self.assertEqual(stateful_set["spec"]["podManagementPolicy"], "Parallel")
         container, = stateful_set["spec"]["template"]["spec"]["containers"]
-        one = self.services["one"]
         data, password = container["volumeMounts"]
-        one.described |= {
-            "command": container["args"],
-            "environment": {variable["name"]: variable["value"] for variable in container["env"]},
-            "volumes": [f"one:{data['mountPath']}"],
-            "read_only": container["securityContext"]["readOnlyRootFilesystem"],
-        }
         # Where both put it.
         self.assertEqual((password["mountPath"], list(SECRETS)[0]), ("/run/secrets", "./secrets/gradestore_password"))
-        self.compose.up("one")
+        pods = [self.services[name] for name in REPLICAS]
+        self.assertEqual(stateful_set["spec"]["replicas"], len(pods))
+        for pod in pods:
+            pod.described |= {
+                "command": container["args"],
+                "environment": {variable["name"]: variable["value"] for variable in container["env"]},
+                "volumes": [f"{pod.name}:{data['mountPath']}"],
+                "read_only": container["securityContext"]["readOnlyRootFilesystem"],
+            }
+            self.compose.start(pod.name)
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        for probe in ("livenessProbe", "readinessProbe"):
-            asked = container[probe]["httpGet"]
-            self.assertEqual(ask(self.url("one", ports[asked["port"]], asked["path"])).status, 200)
-        self.assertEqual(one.stop(), 0)
+        for pod in pods:
+            pod.until_healthy()
+            for probe in ("livenessProbe", "readinessProbe"):
+                asked = container[probe]["httpGet"]
+                self.assertEqual(ask(self.url(pod.name, ports[asked["port"]], asked["path"])).status, 200)
+        for pod in pods:
+            self.assertEqual(pod.stop(), 0)
 
 
 def kubernetes():
