@@ -2,8 +2,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use proptest::prelude::*;
 
+use super::record::Record;
 use super::*;
-use crate::grade::{Changes, FIELD_COUNT, UserGrade};
+use crate::grade::{Changes, FIELD_COUNT, UserGrade, Values};
 
 fn patch(user_id: &str, fields: &[(usize, i64)]) -> Patch<String> {
     let mut changes = Changes::default();
@@ -365,6 +366,8 @@ fn who_is_removed_and_made_again_during_a_scan_comes_up_once_at_most() {
 #[test]
 fn what_removed_records_leave_is_reusable_until_new_ones_take_it() {
     const WIDE: i64 = i64::MIN;
+    const RECORD: u64 = size_of::<Record>() as u64;
+    const WIDE_VALUES: u64 = size_of::<Values>() as u64;
     let store = Store::new();
     let fill = |users: std::ops::Range<u64>, value| {
         for user in users {
@@ -380,13 +383,12 @@ fn what_removed_records_leave_is_reusable_until_new_ones_take_it() {
         assert!(store.remove(&format!("user-{user}")));
         assert!(!store.contains(&format!("user-{user}")));
     }
-    // The record, and its four values of eight bytes each.
-    assert_eq!(store.reusable_bytes(), 1000 * (32 + 32));
+    assert_eq!(store.reusable_bytes(), 1000 * (RECORD + WIDE_VALUES));
     for user in 1000..2000 {
         assert!(store.remove(&format!("user-{user}")));
     }
     let reusable = store.reusable_bytes();
-    assert!(reusable >= 2000 * 32 + 1000 * 32, "{reusable}");
+    assert!(reusable >= 2000 * RECORD + 1000 * WIDE_VALUES, "{reusable}");
     // The places are taken again, the wide values are not: nothing is left for a new record.
     fill(0..2000, 1);
     assert_eq!(store.reusable_bytes(), 0);

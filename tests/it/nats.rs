@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::broker::{NATS_SERVER, STREAM, replica_with};
+use crate::broker::{NATS_SERVER, STREAM, SUBJECT, replica_with};
 use crate::harness::{Process, collected};
 use crate::throttle::Throttle;
 use crate::wire::{eventually, in_time};
@@ -358,6 +358,15 @@ impl NatsCluster {
             Some(leader.strip_prefix("server-")?.parse().unwrap())
         })
         .await
+    }
+
+    /// Waits until the stream stores a message. A leader alone may still be waiting for an election.
+    pub(crate) async fn stores(&self) {
+        let client = self.client().await;
+        eventually("a stored message", async || {
+            client.publish(SUBJECT, "[]".into()).await.ok()?.await.ok()
+        })
+        .await;
     }
 
     /// A server other than those.

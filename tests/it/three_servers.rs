@@ -327,7 +327,7 @@ async fn a_replica_is_not_writable_while_the_stream_has_no_quorum() {
     for index in &lost[..2] {
         cluster.restart(*index).await;
     }
-    cluster.leader().await;
+    cluster.stores().await;
     writable_again(&a).await;
 
     // Both followers freeze.
@@ -340,7 +340,7 @@ async fn a_replica_is_not_writable_while_the_stream_has_no_quorum() {
     for index in lost {
         cluster.thaw(index);
     }
-    cluster.leader().await;
+    cluster.stores().await;
     writable_again(&a).await;
     a.set(r#"{"user_id":"x","spp":2}"#).await.position();
 }
