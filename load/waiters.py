@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""What reads that wait for a position cost a write.
+
+One connection writes, one write after the other, in turns without and with reads that wait with Grade-Position for a
+position that is not reached. The connections of these are open all the time, so only the waiting differs. Each turn's
+figure is the node's CPU time a write; a ratio is of two turns that follow each other. Then as many reads ask for a
+position far past the end of the log. Exit code 1 when the median ratio is above the demand.
+
+    cargo build --locked --release --bin gradestore
+    python3 load/waiters.py
+"""
+
+import argparse
+import resource
+import selectors
+import socket
+import statistics
+import sys
+import tempfile
+import time
+import urllib.parse
+
+import measure
+
+# Within what a node waits for, and never reached here.
+AHEAD = 900_000
+FARTHEST = 2 ** 64 - 1
+RATIO_MAX = 1.2
+
+
+def connect(node, port):
+    url = urllib.parse.urlparse(node.urls[port])
+    connection = socket.create_connection((url.hostname, url.port))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def turn(node, writer, seconds):
+    """Writes for so long: the node's CPU time a write in microseconds, and writes a second."""
+    body = b'{"user_id":"waiters","spp":1}'
+    request = (f"POST /set HTTP/1.1\r\nhost: node\r\nauthorization: Basic {measure.AUTH}\r\n"
+               f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n").encode() + body
+    writes, began, cpu = 0, time.monotonic(), measure.cpu_s(node.pid)
+    while time.monotonic() < began + seconds:
+        writer.sendall(request)
+        answer = writer.recv(4096)
+        if not answer.startswith(b"HTTP/1.1 204"):
+            sys.exit(f"POST /set: {answer.decode()}")
+        writes += 1
+    cpu = measure.cpu_s(node.pid) - cpu
+    return cpu / writes * 1e6, writes / (time.monotonic() - began)
+
+
+def ask(readers, position):
+    request = f"GET /get?user_id=waiters HTTP/1.1\r\nhost: node\r\ngrade-position: {position}\r\n\r\n".encode()
+    for reader in readers:
+        reader.sendall(request)
+
+
+def refused(readers):
+    """Takes an answer from each, which must be 503; seconds until the last one."""
+    began = time.monotonic()
+    with selectors.DefaultSelector() as selector:
+        for reader in readers:
+            selector.register(reader, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select():
+                answer = key.fileobj.recv(4096)
+                if b"position-not-reached" not in answer or not answer.startswith(b"HTTP/1.1 503"):
+                    sys.exit(f"GET /get: {answer.decode()}")
+                selector.unregister(key.fileobj)
+    return time.monotonic() - began
+
+
+def waiting(node):
+    # The request for the metrics is one of them.
+    return node.metric("gradestore_http_requests_in_flight") - 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--waiters", type=int, default=8_000)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=1.5, help="a turn; all reads must wait until it ends")
+    parser.add_argument("--disk", action="store_true", help="with the log on disk instead of in memory")
+    parser.add_argument("--no-farthest", action="store_true", help="leave the last part out")
+    args = parser.parse_args()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    ratios = []
+    with tempfile.TemporaryDirectory() as directory:
+        flags = ["--data-dir", f"{directory}/data"] if args.disk else ["--ephemeral"]
+        with measure.Node(directory, *flags) as node:
+            readers = [connect(node, "read") for _ in range(args.waiters)]
+            writer = connect(node, "write")
+            turn(node, writer, args.seconds)
+            print(f"{'round':>5}  {'us a write':>10}  {'with waiters':>12}  {'ratio':>5}  {'writes/s':>8}  {'with waiters':>12}", flush=True)
+            for number in range(1, args.rounds + 1):
+                cpu, rate = turn(node, writer, args.seconds)
+                ask(readers, node.status()["position"] + AHEAD)
+                while waiting(node) < args.waiters:
+                    time.sleep(0.02)
+                cpu_with, rate_with = turn(node, writer, args.seconds)
+                if waiting(node) < args.waiters:
+                    sys.exit("reads were answered before the turn ended: try fewer --seconds")
+                refused(readers)
+                ratios.append(cpu_with / cpu)
+                print(f"{number:5}  {cpu:10.1f}  {cpu_with:12.1f}  {ratios[-1]:5.2f}  {rate:8.0f}  {rate_with:12.0f}", flush=True)
+            if not args.no_farthest:
+                ask(readers, FARTHEST)
+                print(f"{args.waiters} reads with Grade-Position {FARTHEST}: the last 503 came {refused(readers):.2f} s after the last request")
+    what = f"CPU of a write with {args.waiters} waiting reads / without"
+    return measure.demand(what, statistics.median(ratios), "<=", RATIO_MAX)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
