@@ -249,7 +249,10 @@ impl JetStreamSubscription {
         self.last = position;
         self.failures = 0;
         self.gap = false;
-        self.backoff.reset();
+        // Batches also arrive while the stream is suspected of having lost others.
+        if self.shared.same_history.get() {
+            self.backoff.reset();
+        }
         Ok(Entry { position, batch })
     }
 
