@@ -41,6 +41,8 @@ pub(super) struct JetStreamSubscription {
     backoff: Backoff,
     /// How often the source has ended since the last delivery.
     failures: u32,
+    /// Whether a later batch came in place of the next one since the last delivery.
+    gap: bool,
     /// Whether the source delivered nothing although the stream goes on.
     silent: bool,
     /// Why nothing comes any more; returned once what came before has been handed out.
@@ -61,6 +63,7 @@ impl JetStreamSubscription {
             source: None,
             backoff: Backoff::new(),
             failures: 0,
+            gap: false,
             silent: false,
             ended: None,
         };
@@ -178,13 +181,15 @@ impl JetStreamSubscription {
         if seq > wanted {
             self.failures += 1;
             self.shared.counts.gaps.fetch_add(1, Ordering::Relaxed);
-            // A gap that stays after the message was fetched is the caller's to handle.
-            match self.failures <= FAILURES_MAX {
-                true => {
+            // The stream may have trimmed the batch since it was compared: the next comparison says
+            // so. A gap that stays after the message was fetched is the caller's to handle.
+            let stays = std::mem::replace(&mut self.gap, true) && self.failures > FAILURES_MAX;
+            match stays {
+                true => self.ended = Some(ReadError::NotHeld { wanted }),
+                false => {
                     tracing::warn!(wanted, got = seq, "gap in deliveries, reading again");
                     self.source = None;
                 }
-                false => self.ended = Some(ReadError::NotHeld { wanted }),
             }
             return;
         }
@@ -243,7 +248,11 @@ impl JetStreamSubscription {
         };
         self.last = position;
         self.failures = 0;
-        self.backoff.reset();
+        self.gap = false;
+        // Batches also arrive while the stream is suspected of having lost others.
+        if self.shared.same_history.get() {
+            self.backoff.reset();
+        }
         Ok(Entry { position, batch })
     }
 

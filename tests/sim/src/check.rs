@@ -28,10 +28,20 @@ pub fn look(world: &World, node: usize, process: &Process, knobs: &Knobs, fields
     if gaps > world.slot(node).losses {
         world.violate(format!("node {node} misses a batch that was given to it"));
     }
-    if process.divergences.load(Ordering::Relaxed) > 0 {
-        world.violate(format!(
-            "node {node} heard that a peer holds something else"
-        ));
+    let is_corrupted = is_corrupted(world, node, process);
+    // Where one node is wrong, another one may have no majority for a while.
+    if world.lock().corrupted.is_none() {
+        if process.divergences.load(Ordering::Relaxed) > 0 {
+            world.violate(format!(
+                "node {node} heard that a peer holds something else"
+            ));
+        }
+        if shown.readiness.state() == NodeState::Diverged {
+            world.violate(format!("node {node} takes its state for wrong"));
+        }
+    }
+    if is_corrupted {
+        return;
     }
     if shown.writer.queue_requests() > knobs.queue_requests_max {
         world.violate(format!("node {node} lets too many requests wait"));
@@ -51,6 +61,15 @@ pub fn look(world: &World, node: usize, process: &Process, knobs: &Knobs, fields
         let held = format!("{records} records of batch {position}");
         world.violate(format!("node {node} has no source, yet {held}"));
     }
+}
+
+/// Whether a record of the node was changed, and is still wrong.
+fn is_corrupted(world: &World, node: usize, process: &Process) -> bool {
+    let (position, digest) = (process.node.applied.position(), process.node.store.digest());
+    let mut state = world.lock();
+    let right = state.ledger.state(&position).map(|(_, digest)| digest);
+    state.nodes[node].is_corrupted &= right != Some(digest);
+    state.nodes[node].is_corrupted
 }
 
 /// A node knows that its writes are not stored.
@@ -122,6 +141,24 @@ fn whole(world: &World, node: usize, process: &Process, fields: bool) {
     drop(state);
     if let Some(wrong) = wrong {
         world.violate(wrong);
+    }
+}
+
+/// A node keeps what the log has lost: an operator may need it.
+pub fn keeps_lost(world: &World, node: usize, process: &Process) {
+    let position = process.node.applied.position();
+    let state = world.lock();
+    let Some(lost) = state.nodes[node].lost else {
+        return;
+    };
+    let place = state.ledger.find(position.chain, lost.seq);
+    let is_kept = place.is_some_and(|place| place.position == lost);
+    drop(state);
+    if !is_kept {
+        world.violate(format!(
+            "node {node} is at batch {} and discarded batch {}, which the log lost",
+            position.seq, lost.seq
+        ));
     }
 }
 

@@ -56,6 +56,13 @@ pub enum Fault {
     BrokerLoses {
         batches: usize,
     },
+    /// The node starts, and the broker loses batches that the node has not read yet, right after it
+    /// has told the node where the log ends.
+    BrokerLosesUnread {
+        node: usize,
+        wipe: bool,
+        ms: u64,
+    },
     Trim {
         keep: usize,
     },
@@ -121,6 +128,10 @@ pub enum Fault {
         stored: bool,
         ms: u64,
     },
+    /// A record in the node's memory changes.
+    Corrupt {
+        node: usize,
+    },
     /// The next backup that the node gives breaks off; or has a bit changed.
     BreakBackup {
         node: usize,
@@ -159,7 +170,11 @@ impl Plan {
         let end_ms = spans.max().unwrap_or(0u64) + 3000;
         let (clustered, history) = (rng.bool(), rng.u8(..5) == 0);
         let count = rng.usize(0..12);
-        let only_publishes = rng.u8(..8) == 0;
+        let (only_publishes, corrupts) = match rng.u8(..16) {
+            0 | 1 => (true, false),
+            2 if nodes > 2 => (true, true),
+            _ => (false, false),
+        };
         let faults = (0..count).map(|_| {
             let fault = match only_publishes {
                 true => Fault::Publish {
@@ -170,22 +185,20 @@ impl Plan {
             (rng.u64(500..end_ms), fault)
         });
         let mut faults: Vec<_> = faults.collect();
-        // Some nodes are just starting when batches are lost.
-        for index in 0..faults.len() {
-            if matches!(faults[index].1, Fault::BrokerLoses { .. }) && rng.bool() {
-                let ms = rng.u64(50..1000);
-                let at = faults[index].0.saturating_sub(ms + rng.u64(1..150));
-                let (node, wipe) = (rng.usize(..nodes), rng.bool());
-                faults.push((at, Fault::Kill { node, wipe, ms }));
-            }
+        if corrupts {
+            let node = rng.usize(..nodes);
+            faults.push((rng.u64(500..end_ms), Fault::Corrupt { node }));
         }
         faults.sort_by_key(|(at, _)| *at);
         // A log that lost its last batches and then its first ones may be one that nobody can tell
         // from the one before.
-        if faults
-            .iter()
-            .any(|(_, fault)| matches!(fault, Fault::BrokerLoses { .. }))
-        {
+        let loses_last = |(_, fault): &(u64, Fault)| {
+            matches!(
+                fault,
+                Fault::BrokerLoses { .. } | Fault::BrokerLosesUnread { .. }
+            )
+        };
+        if faults.iter().any(loses_last) {
             faults.retain(|(_, fault)| !matches!(fault, Fault::Trim { .. }));
         }
         Self {
@@ -211,10 +224,22 @@ impl Plan {
         self.loses_history() || self.faults.iter().any(loses)
     }
 
+    /// The node with a changed record, if there is one.
+    pub fn corrupted(&self) -> Option<usize> {
+        let corrupted = |(_, fault): &(u64, Fault)| match fault {
+            Fault::Corrupt { node } => Some(*node),
+            _ => None,
+        };
+        self.faults.iter().find_map(corrupted)
+    }
+
     /// Whether the log may lose what nodes have applied: then a node may need help.
     pub fn loses_history(&self) -> bool {
         let loses = |(_, fault): &(u64, Fault)| {
-            matches!(fault, Fault::BrokerLoses { .. } | Fault::Recreate)
+            matches!(
+                fault,
+                Fault::BrokerLoses { .. } | Fault::BrokerLosesUnread { .. } | Fault::Recreate
+            )
         };
         self.faults.iter().any(loses)
     }
@@ -248,7 +273,7 @@ fn fault(rng: &mut fastrand::Rng, nodes: usize, clustered: bool, history: bool) 
     let node = rng.usize(..nodes);
     let ms = [300, 2500, 9000][rng.usize(..3)];
     let ms = rng.u64(ms / 3..ms);
-    match rng.u8(..if history { 40 } else { 34 }) {
+    match rng.u8(..if history { 42 } else { 34 }) {
         0..=2 => {
             let ways = rng.u8(1..4);
             Fault::Cut {
@@ -311,8 +336,13 @@ fn fault(rng: &mut fastrand::Rng, nodes: usize, clustered: bool, history: bool) 
             stored: rng.bool(),
             ms: rng.u64(100..2000),
         },
-        34..=37 => Fault::BrokerLoses {
+        34 | 35 => Fault::BrokerLoses {
             batches: rng.usize(1..6),
+        },
+        36..=39 => Fault::BrokerLosesUnread {
+            node,
+            wipe: rng.bool(),
+            ms: rng.u64(50..1000),
         },
         _ => Fault::Recreate,
     }

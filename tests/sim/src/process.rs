@@ -158,6 +158,7 @@ pub fn start(world: &World, node: usize, knobs: &Knobs) {
         return;
     }
     slot.fence = fence;
+    slot.lost = None;
     slot.helpless_since = None;
     slot.refused_since = None;
     slot.unstored_since = None;

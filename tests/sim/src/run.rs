@@ -4,8 +4,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use gradestore::backup::Head;
+use gradestore::grade::{Changes, Patch};
 use gradestore::log::Chain;
 use gradestore::readiness::NodeState;
+use gradestore::store::Piece;
 use tokio::runtime::Builder;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -27,6 +29,10 @@ const HELPED_AFTER: Duration = Duration::from_secs(400);
 /// How far the broker's clock goes ahead of a process that stands still: it forgets message ids.
 const JUMP: Duration = Duration::from_secs(130);
 
+/// A node that starts asks for the log's end within this.
+const ASKS_WITHIN_MS: u64 = 2000;
+/// A changed record is found and repaired within this, once there are writes.
+const REPAIRED_AFTER: Duration = Duration::from_secs(60);
 /// How long a server that lost its routes goes on leading the stream.
 const LEADS_MAX: Duration = Duration::from_secs(21);
 
@@ -165,17 +171,34 @@ async fn become_well(world: &World, plan: &Plan) -> bool {
     for node in 0..plan.nodes {
         client.set_at(node).await;
     }
+    if let Some(node) = plan.corrupted() {
+        become_repaired(world, node).await;
+    }
     for node in 0..plan.nodes {
         let process = world.slot(node).process.clone();
         if let Some(process) = process {
             check::look(world, node, &process, &plan.knobs, true);
             let resyncs = process.resyncs.load(Ordering::Relaxed);
-            if resyncs > 0 && !plan.loses_log() {
+            if resyncs > 0 && !plan.loses_log() && plan.corrupted() != Some(node) {
                 world.violate(format!("node {node} began anew though nothing was lost"));
             }
         }
     }
     false
+}
+
+/// Until `node`, whose record was changed, holds what the log says.
+async fn become_repaired(world: &World, node: usize) {
+    let deadline = Instant::now() + REPAIRED_AFTER;
+    while world.slot(node).is_corrupted || !check::caught_up(world, node) {
+        if Instant::now() > deadline {
+            world.violate(format!("node {node} keeps a wrong record"));
+        }
+        if world.violated() {
+            return;
+        }
+        sleep(Duration::from_millis(200)).await;
+    }
 }
 
 /// Whether no node is ready, none has a snapshot that the log goes on from, and the log does not
@@ -233,6 +256,7 @@ fn help(world: &World, node: usize, process: &Process, knobs: &Knobs) {
     drop(state);
     if since.elapsed() > HELP_AFTER {
         world.note(|| format!("node {node} can't go on by itself: {}", unready.state));
+        check::keeps_lost(world, node, process);
         process::kill(world, node, true);
         process::start(world, node, knobs);
     }
@@ -312,19 +336,24 @@ async fn make_happen(world: &World, knobs: Knobs, fault: Fault) {
             after(ms).await;
             world.lock().broker.up = true;
         }
-        Fault::BrokerLoses { batches } => {
-            let mut state = world.lock();
-            let state = &mut *state;
-            state.broker.lose_last(batches, &mut state.ledger);
-            state.break_links();
+        Fault::BrokerLoses { batches } => world.lock().lose_last(batches),
+        Fault::BrokerLosesUnread { node, wipe, ms } => {
+            process::kill(world, node, wipe);
+            after(ms).await;
+            world.slot(node).loses_unread = true;
+            process::start(world, node, &knobs);
+            after(ASKS_WITHIN_MS).await;
+            world.slot(node).loses_unread = false;
         }
         Fault::Recreate => {
             let mut state = world.lock();
             let state = &mut *state;
             let id = format!("{:032x}", state.next_id());
             state.broker.recreate(&id, &mut state.ledger);
+            state.note_lost();
             state.break_links();
         }
+        Fault::Corrupt { node } => corrupt(world, node),
         Fault::Trim { keep } => world.lock().broker.trim(keep),
         Fault::Lose { node } => world.slot(node).lose_next = true,
         Fault::Repeat { node } => world.slot(node).repeat_next = true,
@@ -414,6 +443,39 @@ async fn make_happen(world: &World, knobs: Knobs, fault: Fault) {
         Fault::ChangeBackup { node, at } => {
             world.slot(node).change_backup_at = Some(at);
         }
+    }
+}
+
+/// Changes a record of `node`, if it has one and all nodes are ready: one that starts would copy it.
+fn corrupt(world: &World, node: usize) {
+    let mut state = world.lock();
+    let is_ready = |slot: &Slot| {
+        let process = slot.process.as_ref();
+        process.is_some_and(|process| process.node.readiness.check().is_ok())
+    };
+    let process = state.nodes[node].process.clone();
+    let Some(process) = process.filter(|_| state.nodes.iter().all(is_ready)) else {
+        return;
+    };
+    let store = &process.node.store;
+    let (mut scan, mut piece) = (store.scan(), Piece::default());
+    let mut first: Option<Patch> = None;
+    while scan.next_into(&mut piece) {
+        for (user_id, values) in piece.iter() {
+            // The order of a scan is not the same in two runs.
+            if first.as_ref().is_none_or(|first| user_id < &*first.user_id) {
+                let mut changes = Changes::default();
+                // A field that the writes at the end of a run do not repair.
+                changes.set(3, values[3] ^ 1);
+                let user_id = user_id.into();
+                first = Some(Patch { user_id, changes });
+            }
+        }
+    }
+    if let Some(patch) = first {
+        store.apply(&patch);
+        state.corrupted = Some(node);
+        state.nodes[node].is_corrupted = true;
     }
 }
 

@@ -452,7 +452,17 @@ impl Connection for SimConnection {
     }
 
     fn stream_info(&self) -> BoxFuture<'_, Result<StreamInfo, BrokerError>> {
-        self.request(false, |mut arrived| arrived.info()).boxed()
+        async {
+            let info = self.request(false, |mut arrived| arrived.info()).await;
+            let (world, node) = (&self.wire.world, self.wire.node);
+            // Before there is a consumer the node asks where to read from.
+            let reads = self.consumers.load(Ordering::Relaxed) > 0;
+            if info.is_ok() && reads && world.lock().lose_unread(node) {
+                world.change();
+            }
+            info
+        }
+        .boxed()
     }
 
     fn create_stream(&self, config: Config) -> BoxFuture<'_, Result<StreamInfo, BrokerError>> {
@@ -589,7 +599,7 @@ impl SimConsumer {
             return Available::Deleted;
         }
         match broker.shown_end() >= self.wanted {
-            true if troubles.leaderless == 0 => Available::Yes,
+            true if troubles.leaderless == 0 && !slot.loses_unread => Available::Yes,
             _ => Available::Nothing,
         }
     }

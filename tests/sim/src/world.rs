@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gradestore::log::{Announce, Position, Seq};
+use gradestore::readiness::NodeState;
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 use tempfile::TempDir;
 use tokio::runtime::Handle;
@@ -50,6 +51,8 @@ pub struct State {
     pub nodes: Vec<Slot>,
     /// Writes that were answered.
     pub answered: u64,
+    /// The node that had a record changed.
+    pub corrupted: Option<usize>,
     /// Faults that last, and when the last one ended.
     faults: u32,
     last_fault: Option<Instant>,
@@ -116,6 +119,13 @@ pub struct Slot {
     pub requests: u64,
     /// Where the log was when the process began.
     pub fence: Option<Position>,
+    /// Nothing is delivered to it before it has asked for the log's end; then the broker loses what
+    /// it has not read.
+    pub loses_unread: bool,
+    /// A record of it was changed, and is still wrong.
+    pub is_corrupted: bool,
+    /// What its process had applied when the log lost it.
+    pub lost: Option<Position>,
     /// Since when an operator would have seen that it needs help.
     pub helpless_since: Option<Instant>,
 }
@@ -248,6 +258,7 @@ impl World {
                 ledger: Ledger::new(),
                 nodes: (0..nodes).map(|_| Slot::default()).collect(),
                 answered: 0,
+                corrupted: None,
                 faults: 0,
                 last_fault: None,
                 ids: 0,
@@ -399,6 +410,48 @@ impl State {
             self.violate(format!(
                 "node {node} has asked the broker {ASKS_MAX} times in 30 s"
             ));
+        }
+    }
+
+    /// The broker comes back without its last batches.
+    pub fn lose_last(&mut self, batches: usize) {
+        self.broker.lose_last(batches, &mut self.ledger);
+        self.note_lost();
+        self.break_links();
+    }
+
+    /// The broker loses some of what `node` has not read, if the node is to see that and is catching
+    /// up. Returns whether it does.
+    pub fn lose_unread(&mut self, node: usize) -> bool {
+        let slot = &mut self.nodes[node];
+        let Some(process) = slot.process.as_ref().filter(|_| slot.loses_unread) else {
+            return false;
+        };
+        let (readiness, applied) = (&process.node.readiness, process.node.applied.seq());
+        let unread = self.broker.end().saturating_sub(applied);
+        if readiness.state() != NodeState::CatchingUp || unread == 0 {
+            return false;
+        }
+        slot.loses_unread = false;
+        let batches = self.rng.u64(1..=unread) as usize;
+        self.note(|| {
+            format!("node {node} has asked for the log's end; {batches} batches are lost")
+        });
+        self.lose_last(batches);
+        true
+    }
+
+    /// Notes what ready nodes have applied and the log has just lost.
+    pub fn note_lost(&mut self) {
+        for slot in &mut self.nodes {
+            let Some(process) = slot.process.as_ref() else {
+                continue;
+            };
+            let position = process.node.applied.position();
+            let is_ready = process.node.readiness.check().is_ok();
+            if is_ready && !self.ledger.holds(position.chain) {
+                slot.lost = Some(position);
+            }
         }
     }
 
