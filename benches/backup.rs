@@ -233,7 +233,7 @@ fn own_file(store: &Store) -> Vec<u8> {
         writer.add(&chunk);
         file.extend_from_slice(&chunk.bytes);
     }
-    file.extend_from_slice(&writer.end(0));
+    file.extend_from_slice(&writer.end(&head.position()));
     file
 }
 

@@ -88,6 +88,9 @@ impl Head {
 pub struct End {
     /// Taken after the last row was read: from here on a replayed state is whole.
     pub position: Seq,
+    /// The hash of the log's history up to `position`, 32 hexadecimal digits. A log with another
+    /// history there has lost batches that the rows hold effects of.
+    pub chain: Chain,
     /// How many rows the file has.
     pub rows: u64,
     /// The sum of the rows' digests, 32 hexadecimal digits.

@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::{BackupError, BackupWriter, ChunkSource, Head, Progress, Summary, read, threads_for};
-use crate::log::Seq;
+use crate::log::{Position, Seq};
 use crate::store::{Piece, Store};
 
 /// How many snapshots are kept.
@@ -109,7 +109,7 @@ impl Snapshots {
         &self,
         store: &Store,
         head: Head,
-        end: impl FnOnce() -> io::Result<Seq>,
+        end: impl FnOnce() -> io::Result<Position>,
     ) -> io::Result<Written> {
         let begun = Instant::now();
         let name = format!("{PREFIX}{:020}{SUFFIX}", head.position);
@@ -166,7 +166,7 @@ fn write_file(
     path: &Path,
     store: &Store,
     head: &Head,
-    end: impl FnOnce() -> io::Result<Seq>,
+    end: impl FnOnce() -> io::Result<Position>,
 ) -> io::Result<(u64, u64)> {
     let mut file = BufWriter::new(File::create(path)?);
     let (mut writer, first) = BackupWriter::begin(head);
@@ -197,7 +197,7 @@ fn write_file(
     });
     written?;
     let rows = writer.rows();
-    let last = writer.end(end()?);
+    let last = writer.end(&end()?);
     file.write_all(&last)?;
     bytes += last.len() as u64;
     let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;

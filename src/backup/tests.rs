@@ -12,7 +12,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::grade::{Changes, FIELD_COUNT, FIELDS, Patch, USER_ID, Values};
-use crate::log::Chain;
+use crate::log::{Chain, Position};
 use crate::store::{Piece, Store};
 
 type Rows = BTreeMap<String, Values>;
@@ -60,7 +60,10 @@ fn members_after(head: &Head, store: &Store) -> Vec<Vec<u8>> {
         writer.add(&chunk);
         members.push(chunk.bytes);
     }
-    members.push(writer.end(9));
+    members.push(writer.end(&Position {
+        seq: 9,
+        ..head.position()
+    }));
     members
 }
 

@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use super::{End, Head, member, row};
 use crate::grade::{Digest, UserGrade};
-use crate::log::Seq;
+use crate::log::Position;
 use crate::store::{Piece, Scan, Store};
 
 /// A chunk is cut when its text has reached this: large enough that the 32 KiB window of deflate is
@@ -176,9 +176,10 @@ impl BackupWriter {
     /// Ends the backup; the bytes are its last member. `position` was taken after the last row was
     /// read.
     #[must_use]
-    pub fn end(self, position: Seq) -> Vec<u8> {
+    pub fn end(self, position: &Position) -> Vec<u8> {
         let end = End {
-            position,
+            position: position.seq,
+            chain: position.chain,
             rows: self.rows,
             digest: self.digest.to_string(),
             checksum: format!("{:032x}", self.hash.digest128()),

@@ -356,7 +356,7 @@ impl Running {
         }
         let writer = self.writer.take()?;
         let rows = writer.rows();
-        let last = writer.end(self.applied.position().seq);
+        let last = writer.end(&self.applied.position());
         let took = self.begun.elapsed();
         self.whole = true;
         self.metrics.duration_s.record(took.as_secs_f64());

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use metrics::{Counter, Histogram};
 
 use super::applied::Applied;
+use super::bootstrap::CompleteFrom;
 use super::checkpoint::Checkpoints;
 use super::votes::{Comparison, Doubt, Verdict};
 use crate::grade::Digest;
@@ -29,6 +30,15 @@ pub enum ApplyError {
         applied: Seq,
         /// The one that was delivered.
         got: Seq,
+    },
+    /// The log has lost batches that the restored state holds effects of, and took others since.
+    #[error(
+        "the log holds another batch {position} than the one that the restored state counts on: the \
+         broker lost batches; restoring again from another source"
+    )]
+    Unfounded {
+        /// Where the state was to be complete.
+        position: Seq,
     },
     /// A majority of the replicas held something else at one position.
     #[error(
@@ -66,10 +76,12 @@ pub struct Applier {
 }
 
 impl Applier {
-    /// Applies what `subscription` delivers until it ends. Returns why it ended.
-    pub async fn run(
+    /// Applies what `subscription` delivers to a state that is complete from `complete_from` on, until
+    /// it ends. Returns why it ended.
+    pub(super) async fn run(
         &self,
         subscription: &mut dyn Subscription,
+        complete_from: CompleteFrom,
         readiness: &Readiness,
     ) -> ApplyError {
         let mut entries = Vec::new();
@@ -80,7 +92,7 @@ impl Applier {
             }
             for entry in entries.drain(..) {
                 since_turn += entry.batch.writes.len().max(1);
-                if let Err(error) = self.apply(entry, readiness) {
+                if let Err(error) = self.apply(entry, complete_from, readiness) {
                     return error;
                 }
                 if since_turn >= TURN_WRITES {
@@ -94,7 +106,12 @@ impl Applier {
     }
 
     /// Applies one entry and answers the requests that wait for it.
-    fn apply(&self, entry: Entry, readiness: &Readiness) -> Result<(), ApplyError> {
+    fn apply(
+        &self,
+        entry: Entry,
+        complete_from: CompleteFrom,
+        readiness: &Readiness,
+    ) -> Result<(), ApplyError> {
         let (applied, position) = (self.applied.seq(), entry.position);
         if position.seq <= applied {
             return Ok(());
@@ -102,6 +119,10 @@ impl Applier {
         if position.seq != applied + 1 {
             let got = position.seq;
             return Err(ApplyError::Gap { applied, got });
+        }
+        if position.seq == complete_from.seq && position.chain != complete_from.chain {
+            let position = position.seq;
+            return Err(ApplyError::Unfounded { position });
         }
         let own = entry.batch.ticket.and_then(|own| self.in_flight.take(own));
         let writes = &entry.batch.writes;

@@ -26,7 +26,7 @@ use super::peers::{Peer, Peers};
 use super::tracker::{Restore, RestoreTracker};
 use crate::backup::{self, BackupError, End, Head, Snapshots, Summary, Written, restore};
 use crate::blocking::Blocking;
-use crate::log::{Bounds, Log, ReadError, Seq};
+use crate::log::{Bounds, Chain, Log, ReadError, Seq};
 use crate::memory::{self, DoesNotFit};
 use crate::readiness::{NodeState, Readiness};
 use crate::remote::RemoteError;
@@ -139,12 +139,22 @@ pub struct Bootstrap {
     pub blocking: Blocking,
 }
 
+/// Where a restored state is complete: rows that were read while writes went on hold effects of
+/// batches up to here. The default is the log's begin.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct CompleteFrom {
+    /// The batch.
+    pub seq: Seq,
+    /// The log's history up to it.
+    pub chain: Chain,
+}
+
 /// A store at a position, and the log from there.
 pub(super) struct Recovered {
     /// The log.
     pub subscription: Buffered,
-    /// The state is complete from this batch on.
-    pub complete_from: Seq,
+    /// Where the state is complete.
+    pub complete_from: CompleteFrom,
     /// The snapshot that was used.
     pub snapshot: Option<Written>,
 }
@@ -214,20 +224,30 @@ impl Bootstrap {
         }
         readiness.block(NodeState::CatchingUp, "reading the whole log");
         let subscription = self.log.subscribe(self.applied.base()).await?;
-        Ok(self.recovered(subscription, 0))
+        Ok(self.recovered(subscription, CompleteFrom::default()))
     }
 
-    /// Goes on from where the store is; it is complete from batch `complete_from` on.
-    pub(super) async fn resume(&self, complete_from: Seq) -> Result<Recovered, BootstrapError> {
+    /// Goes on from where the store is; it is complete from `complete_from` on.
+    pub(super) async fn resume(
+        &self,
+        complete_from: CompleteFrom,
+    ) -> Result<Recovered, BootstrapError> {
         let position = self.applied.position();
         let subscription = self.log.subscribe(position).await?;
-        Ok(self.recovered(subscription, complete_from.max(position.seq)))
+        let complete_from = match complete_from.seq < position.seq {
+            true => CompleteFrom {
+                seq: position.seq,
+                chain: position.chain,
+            },
+            false => complete_from,
+        };
+        Ok(self.recovered(subscription, complete_from))
     }
 
     fn recovered(
         &self,
         subscription: Box<dyn crate::log::Subscription>,
-        complete_from: Seq,
+        complete_from: CompleteFrom,
     ) -> Recovered {
         Recovered {
             subscription: Buffered::new(subscription, self.buffer_bytes_max, Arc::default()),
@@ -404,7 +424,10 @@ impl Bootstrap {
         self.applied.restored(head.position());
         let recovered = Recovered {
             subscription,
-            complete_from: end.position,
+            complete_from: CompleteFrom {
+                seq: end.position,
+                chain: end.chain,
+            },
             snapshot: None,
         };
         Ok((recovered, head, summary))

@@ -8,7 +8,7 @@ use metrics::Counter;
 use tokio::time::Instant;
 
 use super::applier::{Applier, ApplyError};
-use super::bootstrap::{Bootstrap, BootstrapError, Recovered};
+use super::bootstrap::{Bootstrap, BootstrapError, CompleteFrom, Recovered};
 use super::peers::Peer;
 use super::snapshotter::Snapshotter;
 use crate::log::{ReadError, Seq};
@@ -41,7 +41,7 @@ enum NextStep {
     /// From a snapshot, a peer or the whole log, at least to this position. The store is empty.
     Bootstrap { at_least: Seq },
     /// The state is complete from this position on, and the log may lead on from it.
-    Resume { complete_from: Seq },
+    Resume { complete_from: CompleteFrom },
     /// The log goes on without what this replica has: as `Bootstrap`, after its state was discarded.
     Resync {
         /// Whether its state and its snapshots may be wrong.
@@ -57,7 +57,9 @@ impl ReplicaDriver {
     /// is empty if not.
     pub async fn run(self, seeded: bool) {
         let mut step = match seeded {
-            true => NextStep::Resume { complete_from: 0 },
+            true => NextStep::Resume {
+                complete_from: CompleteFrom::default(),
+            },
             false => NextStep::Bootstrap { at_least: 0 },
         };
         let mut backoff = Backoff::default();
@@ -109,15 +111,17 @@ impl ReplicaDriver {
         if let (Some(snapshot), Some(snapshotter)) = (snapshot, &self.snapshotter) {
             snapshotter.last.set(snapshot);
         }
-        self.applier.checkpoints.begin(complete_from);
+        self.applier.checkpoints.begin(complete_from.seq);
         self.readiness
             .block(NodeState::CatchingUp, "applying the log up to its end");
-        let applying = self.applier.run(&mut subscription, &self.readiness);
+        let applying = self
+            .applier
+            .run(&mut subscription, complete_from, &self.readiness);
         tokio::pin!(applying);
         let caught_up = tokio::select! {
             biased;
             error = &mut applying => return error,
-            caught_up = self.catch_up(complete_from) => caught_up,
+            caught_up = self.catch_up(complete_from.seq) => caught_up,
         };
         if let Err(error) = caught_up {
             return error.into();
@@ -163,11 +167,11 @@ impl ReplicaDriver {
     async fn after_apply_error(
         &self,
         error: &ApplyError,
-        complete_from: Seq,
+        complete_from: CompleteFrom,
         last_gap: &mut Option<Seq>,
         logged: &mut String,
     ) -> NextStep {
-        let was_complete = self.bootstrap.applied.seq() >= complete_from;
+        let was_complete = self.bootstrap.applied.seq() >= complete_from.seq;
         let state = match error {
             ApplyError::Diverged { .. } => NodeState::Diverged,
             ApplyError::Log(ReadError::Replaced { .. }) => NodeState::OtherLog,
@@ -194,7 +198,9 @@ impl ReplicaDriver {
             ApplyError::Log(ReadError::Trimmed { first, .. }) => {
                 resync(false, first.saturating_sub(1))
             }
-            // A restored state that counts on batches that the log has lost is worth nothing.
+            // A restored state that counts on batches that the log has lost is worth nothing. Its
+            // snapshot would be restored again.
+            ApplyError::Unfounded { .. } => resync(true, 0),
             ApplyError::Log(ReadError::Shorter { .. }) if !was_complete => resync(false, 0),
             ApplyError::Log(_) => {
                 if was_complete {

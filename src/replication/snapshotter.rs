@@ -155,7 +155,7 @@ impl Snapshotter {
     fn write_blocking(&self, epoch: u64) -> io::Result<(Written, Option<Seq>)> {
         let head = backup_head(&self.store, &self.applied, &*self.log);
         let end = || match self.store.epoch() == epoch {
-            true => Ok(self.applied.position().seq),
+            true => Ok(self.applied.position()),
             false => Err(io::Error::other("the state was replaced meanwhile")),
         };
         let written = self.snapshots.write(&self.store, head, end)?;

@@ -174,7 +174,7 @@ pub(crate) fn file_with(store: &Store, head: &Head) -> Vec<u8> {
         writer.add(&chunk);
         file.extend_from_slice(&chunk.bytes);
     }
-    file.extend_from_slice(&writer.end(head.position));
+    file.extend_from_slice(&writer.end(&head.position()));
     file
 }
 

@@ -7,6 +7,7 @@ use std::process::Command;
 
 use gradestore::backup::Snapshots;
 use gradestore::grade::{Changes, Patch};
+use gradestore::log::Position;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -84,7 +85,12 @@ async fn wrong_snapshot(node: &Ports) -> TempDir {
     });
     let dir = tempfile::tempdir().unwrap();
     let snapshots = Snapshots::open(&dir.path().join("snapshots")).unwrap();
-    let written = snapshots.write(&store, head, || Ok(end.position));
+    let end = Position {
+        seq: end.position,
+        chain: end.chain,
+        ..head.position()
+    };
+    let written = snapshots.write(&store, head, || Ok(end));
     written.unwrap();
     dir
 }

@@ -49,7 +49,7 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
                 previous_chain: position.previous,
                 rows_expected: 0,
             };
-            snapshots.write(&store, head, || Ok(number)).unwrap();
+            snapshots.write(&store, head, || Ok(position)).unwrap();
         }
     }
     store

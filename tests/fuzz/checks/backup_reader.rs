@@ -150,7 +150,7 @@ fn written() -> Vec<u8> {
         writer.add(&chunk);
         file.extend_from_slice(&chunk.bytes);
     }
-    file.extend_from_slice(&writer.end(4));
+    file.extend_from_slice(&writer.end(&head().position()));
     file
 }
 
@@ -174,6 +174,7 @@ fn ours(text: &[u8], digest: Option<String>) -> Vec<u8> {
     }
     let end = End {
         position: 4,
+        chain: Chain::default(),
         rows,
         digest: digest.clone().unwrap_or_default(),
         checksum: format!("{:032x}", xxh3_128(&file)),
