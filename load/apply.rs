@@ -21,7 +21,9 @@ use gradestore::log::{
     ReadError, Subscription, message,
 };
 use gradestore::readiness::Readiness;
-use gradestore::replication::{Applied, Applier, ApplyError, CheckpointMetrics, Checkpoints};
+use gradestore::replication::{
+    Applied, Applier, ApplyError, CheckpointMetrics, Checkpoints, CompleteFrom,
+};
 use gradestore::store::Store;
 use metrics::{Counter, Histogram};
 
@@ -178,7 +180,9 @@ async fn main() -> Result<(), Error> {
             last: base(),
             in_flight,
         };
-        let ended = applier.run(&mut all, &Readiness::starting("")).await;
+        let ended = applier
+            .run(&mut all, CompleteFrom::default(), &Readiness::starting(""))
+            .await;
         assert!(matches!(ended, ApplyError::Log(ReadError::Closed)));
         assert_eq!(applier.applied.seq(), messages.len() as u64);
         let apply_us = begun.elapsed().as_micros();

@@ -78,7 +78,7 @@ pub struct Applier {
 impl Applier {
     /// Applies what `subscription` delivers to a state that is complete from `complete_from` on, until
     /// it ends. Returns why it ended.
-    pub(super) async fn run(
+    pub async fn run(
         &self,
         subscription: &mut dyn Subscription,
         complete_from: CompleteFrom,

@@ -142,7 +142,7 @@ pub struct Bootstrap {
 /// Where a restored state is complete: rows that were read while writes went on hold effects of
 /// batches up to here. The default is the log's begin.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct CompleteFrom {
+pub struct CompleteFrom {
     /// The batch.
     pub seq: Seq,
     /// The log's history up to it.

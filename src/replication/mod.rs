@@ -37,7 +37,7 @@ mod writer;
 
 pub use applied::{Applied, AtPosition, WaitError};
 pub use applier::{Applier, ApplyError};
-pub use bootstrap::{Bootstrap, BootstrapError, Tried};
+pub use bootstrap::{Bootstrap, BootstrapError, CompleteFrom, Tried};
 pub use buffered::{BufferCounts, Buffered};
 pub use checkpoint::{CheckpointMetrics, Checkpoints};
 pub use driver::ReplicaDriver;
