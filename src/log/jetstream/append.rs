@@ -100,7 +100,7 @@ impl Shared {
                     return Err(AppendError::Refused(why.into()));
                 }
                 Attempt::Refused(why) => {
-                    self.health.refused(Arc::clone(&why));
+                    self.health.refused(id, Arc::clone(&why));
                     return Err(AppendError::Refused(why));
                 }
                 Attempt::NotStored(why) => {
@@ -158,6 +158,7 @@ impl Shared {
             match connection.publish(empty).await {
                 Ok(stored) if !stored.duplicate => {
                     self.await_delivered(stored.seq).await;
+                    self.health.delivered(id);
                     return;
                 }
                 Ok(_duplicate) => {
@@ -170,7 +171,7 @@ impl Shared {
                 Err(error) => {
                     let why: Arc<str> = error.to_string().into();
                     match error {
-                        BrokerError::Refused(_) => self.health.refused(why),
+                        BrokerError::Refused(_) => self.health.refused(id, why),
                         _ => self.health.waiting(Some(why)),
                     }
                 }

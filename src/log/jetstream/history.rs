@@ -116,6 +116,7 @@ impl Shared {
         let mut backoff = super::session::Backoff::new();
         loop {
             let connection = self.connection().await;
+            let began = Instant::now();
             if let Ok(info) = self.look(&*connection).await? {
                 let known = self.end.load(Ordering::Acquire);
                 let (first, end) = (info.first, info.last);
@@ -134,7 +135,7 @@ impl Shared {
                     }
                 }
             }
-            backoff.pause().await;
+            backoff.pause_after(began).await;
         }
     }
 

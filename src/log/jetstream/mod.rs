@@ -419,10 +419,7 @@ impl Shared {
             }
             Ok(info) if info.source != InfoSource::Follower => {
                 if self.health.reachable() {
-                    let fenced = tokio::time::timeout(PROBE_EVERY, self.fence());
-                    if fenced.await.is_ok() {
-                        self.health.delivered();
-                    }
+                    let _ = tokio::time::timeout(PROBE_EVERY, self.fence()).await;
                 }
             }
             Ok(_) => self.health.unreachable("the stream has no leader".into()),
@@ -435,13 +432,14 @@ impl Shared {
         let Some(connection) = self.current_connection() else {
             return;
         };
+        let id = self.next_batch_id();
         let message = Outgoing {
-            headers: message::headers(self.next_batch_id()),
+            headers: message::headers(id),
             payload: bytes::Bytes::from_static(b"[]"),
             expected_last: Some(Seq::MAX >> 1),
         };
         if let Err(BrokerError::Refused(why)) = connection.publish(message).await {
-            self.health.refused(why);
+            self.health.refused(id, why);
         }
     }
 }

@@ -24,6 +24,7 @@ use async_nats::service::{Service, ServiceExt, Stats};
 use async_nats::{ConnectErrorKind, ConnectOptions, Event, HeaderMap, ServerAddr, Subscriber};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -44,6 +45,12 @@ use crate::log::{Announce, Announcement, RandomId, Seq};
 const CONNECT_WAIT_MAX: Duration = Duration::from_secs(3);
 /// How long the broker may take to answer.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
+/// How often the stream's state is asked for again while there is no answer: a stream without a leader
+/// answers nothing, and its next leader only what comes then.
+const ASK_AGAIN_EVERY: Duration = Duration::from_millis(150);
+/// How long to wait for the answer to a consumer's deletion. It comes from the server that has the
+/// consumer, which may be dead; the deletion counts without it.
+const DELETE_WAIT_MAX: Duration = Duration::from_millis(150);
 /// How long a connection may be silent before it is probed; the third probe without an answer ends
 /// it.
 const PING_EVERY: Duration = Duration::from_secs(2);
@@ -269,9 +276,11 @@ impl NatsConnection {
     async fn create_consumer(&self, from: Seq) -> Result<Box<dyn Consumer>, BrokerError> {
         // The one before may be there still; its start cannot be changed.
         let delete = format!("CONSUMER.DELETE.{}.{}", self.stream, self.consumer);
-        match self.request::<serde_json::Value>(&delete, &json!({})).await {
-            Ok(_) | Err(BrokerError::NoConsumer) => {}
-            Err(error) => return Err(error),
+        let request = json!({});
+        let deleted = self.request::<serde_json::Value>(&delete, &request);
+        match tokio::time::timeout(DELETE_WAIT_MAX, deleted).await {
+            Ok(Ok(_) | Err(BrokerError::NoConsumer)) | Err(_) => {}
+            Ok(Err(error)) => return Err(error),
         }
         let config = pull::Config {
             name: Some(self.consumer.clone()),
@@ -399,7 +408,15 @@ impl Connection for NatsConnection {
     fn stream_info(&self) -> BoxFuture<'_, Result<StreamInfo, BrokerError>> {
         async {
             let subject = format!("STREAM.INFO.{}", self.stream);
-            self.request(&subject, &json!({})).await.map(Self::info)
+            let (request, mut asked) = (json!({}), FuturesUnordered::new());
+            loop {
+                asked.push(self.request(&subject, &request));
+                // The first request's time limit is that of all.
+                let answer = tokio::time::timeout(ASK_AGAIN_EVERY, asked.next()).await;
+                if let Ok(Some(answer)) = answer {
+                    return answer.map(Self::info);
+                }
+            }
         }
         .boxed()
     }

@@ -41,7 +41,12 @@ impl Backoff {
     }
 
     pub(super) async fn pause(&mut self) {
-        tokio::time::sleep(self.0).await;
+        self.pause_after(Instant::now()).await;
+    }
+
+    /// Pauses after an attempt that began then, the less the longer it took.
+    pub(super) async fn pause_after(&mut self, began: Instant) {
+        tokio::time::sleep_until(began + self.0).await;
         self.0 = (self.0 * 2).min(Self::MAX);
     }
 }

@@ -4,6 +4,9 @@
 //! reaches as far, and holds the same batch at the last position. No single answer is final there, see
 //! [`history`](super::history).
 //!
+//! A consumer is created by the leader of the servers' metadata, which may be missing for some seconds
+//! longer than the stream's. Until there is a consumer, messages are fetched one by one.
+//!
 //! A message can be such that the client cannot read it: the connection ends, or the message does not
 //! come. When that happens twice at one position, the message is fetched as raw bytes and judged by
 //! the [rule for header blocks](super::header_block), by all replicas alike.
@@ -15,6 +18,7 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use tokio::time::Instant;
 
 use super::broker::{BrokerError, Connection, Consumer, Delivered};
 use super::history::Verdict;
@@ -29,6 +33,8 @@ const ENTRIES_MAX: usize = 16;
 const WRITES_MAX: usize = 1024;
 /// A consumer that delivers nothing for so long although the stream goes on is replaced.
 const SILENCE_MAX: Duration = Duration::from_secs(1);
+/// How often the next message is fetched while there is no consumer.
+const FETCH_EVERY: Duration = Duration::from_millis(200);
 /// So often a delivery may fail at one position before the message is fetched instead.
 const FAILURES_MAX: u32 = 2;
 
@@ -37,21 +43,29 @@ pub(super) struct JetStreamSubscription {
     shared: Arc<Shared>,
     /// The last batch that was handed out.
     last: Position,
-    source: Option<Source>,
+    consumer: Option<Box<dyn Consumer>>,
+    /// The consumer that is being created.
+    opening: Option<Opening>,
+    /// What was logged since there was a consumer.
+    problem: Option<String>,
     backoff: Backoff,
-    /// How often the source has ended since the last delivery.
+    /// How often the consumer has ended since the last delivery.
     failures: u32,
     /// Whether a later batch came in place of the next one since the last delivery.
     gap: bool,
-    /// Whether the source delivered nothing although the stream goes on.
+    /// Whether the consumer delivered nothing although the stream goes on.
     silent: bool,
     /// Why nothing comes any more; returned once what came before has been handed out.
     ended: Option<ReadError>,
 }
 
-struct Source {
+/// A consumer that is being created, over a connection over which the stream was compared.
+struct Opening {
     connection: Arc<dyn Connection>,
-    consumer: Box<dyn Consumer>,
+    consumer: BoxFuture<'static, Result<Box<dyn Consumer>, BrokerError>>,
+    began: Instant,
+    /// When the next message is fetched.
+    fetch_at: Instant,
 }
 
 impl JetStreamSubscription {
@@ -60,15 +74,26 @@ impl JetStreamSubscription {
         let mut this = Self {
             shared,
             last,
-            source: None,
+            consumer: None,
+            opening: None,
+            problem: None,
             backoff: Backoff::new(),
             failures: 0,
             gap: false,
             silent: false,
             ended: None,
         };
-        this.source = Some(this.open().await?);
-        Ok(this)
+        // A server that starts tells of an earlier end than its stream's; it gives no consumer yet.
+        let mut opening = this.open().await?;
+        loop {
+            match (&mut opening.consumer).await {
+                Ok(consumer) => {
+                    this.consumer = Some(consumer);
+                    return Ok(this);
+                }
+                Err(error) => opening = this.open_again(&error, opening.began).await?,
+            }
+        }
     }
 
     async fn fill(&mut self, entries: &mut Vec<Entry>) -> Result<(), ReadError> {
@@ -77,7 +102,7 @@ impl JetStreamSubscription {
             if let Some(error) = &self.ended {
                 return Err(error.clone());
             }
-            let Some(source) = &mut self.source else {
+            let Some(consumer) = &mut self.consumer else {
                 self.reopen(entries).await?;
                 if entries.len() > before {
                     self.shared.delivered.set(self.last.seq);
@@ -87,10 +112,10 @@ impl JetStreamSubscription {
             };
             let mut next = tokio::select! {
                 biased;
-                next = source.consumer.next() => next,
+                next = consumer.next() => next,
                 () = self.shared.replace_consumer.notified() => {
                     tracing::debug!("consumer delivers nothing, replacing it");
-                    self.source = None;
+                    self.consumer = None;
                     continue;
                 }
                 () = tokio::time::sleep(SILENCE_MAX) => {
@@ -98,7 +123,7 @@ impl JetStreamSubscription {
                     // one would show it.
                     if self.shared.end.load(Ordering::Acquire) > self.last.seq {
                         self.silent = true;
-                        self.source = None;
+                        self.consumer = None;
                     }
                     continue;
                 }
@@ -109,17 +134,17 @@ impl JetStreamSubscription {
                     Ok(delivered) => self.take(delivered, entries),
                     Err(error) => {
                         tracing::debug!(%error, "consumer ended");
-                        self.source = None;
+                        self.consumer = None;
                         self.failures += 1;
                     }
                 }
                 let given = entries.iter().skip(before);
                 let writes: usize = given.map(|entry| entry.batch.writes.len()).sum();
                 let full = entries.len() - before >= ENTRIES_MAX || writes >= WRITES_MAX;
-                let Some(source) = self.source.as_mut().filter(|_| !full) else {
+                let Some(consumer) = self.consumer.as_mut().filter(|_| !full) else {
                     break;
                 };
-                match source.consumer.try_next() {
+                match consumer.try_next() {
                     Some(another) => next = another,
                     None => break,
                 }
@@ -131,28 +156,89 @@ impl JetStreamSubscription {
         }
     }
 
-    /// A new source; or, where deliveries fail again and again, the next message itself.
+    /// A new consumer; or the next message itself, while there is none and where deliveries fail again
+    /// and again. Nothing waits once a message was taken.
     async fn reopen(&mut self, entries: &mut Vec<Entry>) -> Result<(), ReadError> {
-        self.backoff.pause().await;
-        let source = self.open().await?;
+        let opening = match &mut self.opening {
+            Some(opening) => opening,
+            None => {
+                self.backoff.pause().await;
+                let opening = self.open().await?;
+                self.opening.insert(opening)
+            }
+        };
+        let (connection, began) = (Arc::clone(&opening.connection), opening.began);
+        let created = tokio::select! {
+            biased;
+            created = &mut opening.consumer => created,
+            () = tokio::time::sleep_until(opening.fetch_at) => {
+                opening.fetch_at = Instant::now() + FETCH_EVERY;
+                return self.read_without_consumer(&*connection, entries).await;
+            }
+        };
+        self.opening = None;
+        match created {
+            Ok(consumer) => self.consumer = Some(consumer),
+            Err(error) => {
+                self.opening = Some(self.open_again(&error, began).await?);
+                return Ok(());
+            }
+        }
+        self.problem = None;
         // A request from before it is about the consumer before it.
         let _ = self.shared.replace_consumer.notified().now_or_never();
+        self.shared.counts.resumes.fetch_add(1, Ordering::Relaxed);
         let failed = self.failures >= FAILURES_MAX;
         if failed || std::mem::take(&mut self.silent) {
-            self.fetch_next(&*source.connection, failed, entries)
-                .await?;
+            self.fetch_next(&*connection, failed, entries).await?;
         }
-        self.source = Some(source);
-        self.shared.counts.resumes.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
+    /// Fetches the next message while the consumer is being created. The stream may have become
+    /// another one since it was compared.
+    async fn read_without_consumer(
+        &mut self,
+        connection: &dyn Connection,
+        entries: &mut Vec<Entry>,
+    ) -> Result<(), ReadError> {
+        let Verdict::Same = self.shared.compare(connection, &self.last).await? else {
+            return Ok(());
+        };
+        let before = entries.len();
+        self.fetch_next(connection, true, entries).await?;
+        if let Some(opening) = self.opening.as_mut().filter(|_| entries.len() > before) {
+            opening.fetch_at = Instant::now();
+        }
+        Ok(())
+    }
+
+    /// The next attempt after one that `began` then.
+    async fn open_again(
+        &mut self,
+        error: &BrokerError,
+        began: Instant,
+    ) -> Result<Opening, ReadError> {
+        self.log(error);
+        self.backoff.pause_after(began).await;
+        self.open().await
+    }
+
+    /// Logs why the stream can't be read, once.
+    fn log(&mut self, error: &BrokerError) {
+        let error = error.to_string();
+        if self.problem.as_ref() != Some(&error) {
+            tracing::warn!(error, "cannot read the stream, trying again");
+        }
+        self.problem = Some(error);
+    }
+
     /// Fetches the message after the last one, if the stream has it, and judges it by the rule. One
-    /// that can be read is left to the consumer, unless its deliveries have `failed`.
+    /// that can be read is left to the consumer, unless `readable` ones are to be taken too.
     async fn fetch_next(
         &mut self,
         connection: &dyn Connection,
-        failed: bool,
+        readable: bool,
         entries: &mut Vec<Entry>,
     ) -> Result<(), ReadError> {
         let seq = self.last.seq + 1;
@@ -163,14 +249,14 @@ impl JetStreamSubscription {
         };
         let headers = header_block::parse_optional(fetched.header_block.as_deref());
         let headers = headers.as_ref().map(Option::as_ref).map_err(|why| *why);
-        if headers.is_ok() && !failed {
+        if headers.is_ok() && !readable {
             return Ok(());
         }
         entries.push(self.entry(seq, fetched.time_ns, headers, &fetched.payload)?);
         Ok(())
     }
 
-    /// Adds what `delivered` holds; or ends the source, or reading.
+    /// Adds what `delivered` holds; or ends the consumer, or reading.
     fn take(&mut self, delivered: Delivered, entries: &mut Vec<Entry>) {
         let (seq, wanted) = (delivered.seq, self.last.seq + 1);
         if seq < wanted {
@@ -188,7 +274,7 @@ impl JetStreamSubscription {
                 true => self.ended = Some(ReadError::NotHeld { wanted }),
                 false => {
                     tracing::warn!(wanted, got = seq, "gap in deliveries, reading again");
-                    self.source = None;
+                    self.consumer = None;
                 }
             }
             return;
@@ -202,7 +288,7 @@ impl JetStreamSubscription {
             }
             Err(error) => {
                 self.ended = Some(error);
-                self.source = None;
+                self.consumer = None;
             }
         }
     }
@@ -230,7 +316,7 @@ impl JetStreamSubscription {
                 let time_ns = label.time_at(previous_ns, stored_ns);
                 let (id, ticket) = (label.id, batch.ticket);
                 if ticket.is_some() {
-                    self.shared.health.delivered();
+                    self.shared.health.delivered(id);
                 }
                 (
                     self.last.next(time_ns, Effect::Batch { id, payload }),
@@ -256,41 +342,26 @@ impl JetStreamSubscription {
         Ok(Entry { position, batch })
     }
 
-    /// A consumer that starts after the last batch; waits for the broker.
-    async fn open(&mut self) -> Result<Source, ReadError> {
-        let mut problem = None;
+    /// Begins to create a consumer that starts after the last batch, once the stream was compared;
+    /// waits for the broker.
+    async fn open(&mut self) -> Result<Opening, ReadError> {
         loop {
             let connection = self.shared.connection().await;
-            let opened = try_open(&self.shared, &connection, self.last).await?;
-            match opened {
-                Ok(consumer) => {
-                    return Ok(Source {
+            let began = Instant::now();
+            match self.shared.compare(&*connection, &self.last).await? {
+                Verdict::Same => {
+                    let (creating, from) = (Arc::clone(&connection), self.last.seq + 1);
+                    return Ok(Opening {
                         connection,
-                        consumer,
+                        consumer: async move { creating.consume(from).await }.boxed(),
+                        began,
+                        fetch_at: Instant::now() + FETCH_EVERY,
                     });
                 }
-                Err(error) => {
-                    let error = error.to_string();
-                    if problem.as_ref() != Some(&error) {
-                        tracing::warn!(error, "cannot read the stream, trying again");
-                    }
-                    problem = Some(error);
-                }
+                Verdict::Unknown(error) => self.log(&error),
             }
-            self.backoff.pause().await;
+            self.backoff.pause_after(began).await;
         }
-    }
-}
-
-/// The inner error may pass, the outer one does not.
-async fn try_open(
-    shared: &Shared,
-    connection: &Arc<dyn Connection>,
-    last: Position,
-) -> Result<Result<Box<dyn Consumer>, BrokerError>, ReadError> {
-    match shared.compare(&**connection, &last).await? {
-        Verdict::Same => Ok(connection.consume(last.seq + 1).await),
-        Verdict::Unknown(error) => Ok(Err(error)),
     }
 }
 

@@ -11,6 +11,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use crate::log::BatchId;
+
 /// Writes that found no acknowledgement and what is known about why.
 pub(super) struct WriteHealth {
     /// How long an append may wait before the log counts as unwritable.
@@ -33,6 +35,9 @@ struct State {
     problem: Option<Arc<str>>,
     /// Why the log is unwritable, and since when.
     unwritable: Option<(Arc<str>, Instant)>,
+    /// The last batch that the broker refused. One from before it may be delivered later, which
+    /// shows nothing.
+    refused: Option<BatchId>,
 }
 
 impl WriteHealth {
@@ -88,23 +93,29 @@ impl WriteHealth {
         state.append_failed
     }
 
-    /// The broker refused an append.
-    pub(super) fn refused(&self, why: Arc<str>) {
+    /// The broker refused to append batch `id`.
+    pub(super) fn refused(&self, id: BatchId, why: Arc<str>) {
         let mut state = self.state.lock();
+        state.refused = Some(id);
         state.waiting_since.get_or_insert_with(Instant::now);
         state.append_failed = true;
         self.set_unwritable(&mut state, why);
     }
 
-    /// An own batch was delivered.
-    pub(super) fn delivered(&self) {
-        self.clear(&mut self.state.lock());
+    /// Batch `id` of this process was delivered.
+    pub(super) fn delivered(&self, id: BatchId) {
+        let mut state = self.state.lock();
+        let before = |refused: BatchId| refused.writer == id.writer && refused.seq >= id.seq;
+        if !state.refused.is_some_and(before) {
+            self.clear(&mut state);
+        }
     }
 
     fn clear(&self, state: &mut State) {
         state.waiting_since = None;
         state.append_failed = false;
         state.problem = None;
+        state.refused = None;
         if let Some((_, since)) = state.unwritable.take() {
             self.unwritable.store(false, Ordering::Release);
             let rejected = self.rejected.swap(0, Ordering::Relaxed);
@@ -150,8 +161,14 @@ impl WriteHealth {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::log::RandomId;
 
     const SILENCE: Duration = Duration::from_secs(12);
+
+    fn id(seq: u64) -> BatchId {
+        let writer = RandomId::of(1);
+        BatchId { writer, seq }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn silence_counts_from_the_first_append_that_waits() {
@@ -167,7 +184,7 @@ mod tests {
         // Only a delivery shows that writes are acknowledged.
         assert!(health.reachable());
         assert!(health.reject().is_some());
-        health.delivered();
+        health.delivered(id(9));
         assert_eq!(health.reason(), None);
         tokio::time::advance(SILENCE * 2).await;
         health.check();
@@ -177,11 +194,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_refusal_counts_at_once() {
         let health = WriteHealth::new(SILENCE);
-        health.refused("full".into());
+        health.refused(id(1), "full".into());
         assert_eq!(health.reason().as_deref(), Some("full"));
-        health.refused("no right".into());
+        health.refused(id(2), "no right".into());
         assert_eq!(health.reason().as_deref(), Some("no right"));
-        health.delivered();
+        // It was stored before.
+        health.delivered(id(1));
+        assert_eq!(health.reason().as_deref(), Some("no right"));
+        health.delivered(id(3));
         assert_eq!(health.reason(), None);
     }
 

@@ -90,6 +90,8 @@ pub struct Troubles {
     pub leaderless: u32,
     /// And its servers answer nothing meanwhile.
     pub silent: bool,
+    /// The servers' metadata has none: no consumer can be created.
+    pub metadata_leaderless: u32,
     /// Its leader reaches no majority.
     pub quorumless: u32,
     /// Its storage is full.

@@ -98,6 +98,10 @@ pub enum Fault {
         silent: bool,
         ms: u64,
     },
+    /// The consumers are lost, and none can be created: the servers' metadata has no leader.
+    NoConsumers {
+        ms: u64,
+    },
     /// Its leader reaches no majority: what is sent is stored later, or never.
     NoQuorum {
         ms: u64,
@@ -314,6 +318,7 @@ fn fault(rng: &mut fastrand::Rng, nodes: usize, clustered: bool, history: bool) 
             heartbeats: rng.bool(),
             ms: rng.u64(1000..25_000),
         },
+        24 if clustered => Fault::NoConsumers { ms },
         22..=25 => Fault::NoLeader {
             silent: rng.bool(),
             ms,

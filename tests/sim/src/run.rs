@@ -387,6 +387,12 @@ async fn make_happen(world: &World, knobs: Knobs, fault: Fault) {
             world.lock().broker.troubles.silent = silent;
             trouble(world, ms, |troubles| &mut troubles.leaderless).await;
         }
+        Fault::NoConsumers { ms } => {
+            for slot in &mut world.lock().nodes {
+                slot.consumer += 1;
+            }
+            trouble(world, ms, |troubles| &mut troubles.metadata_leaderless).await;
+        }
         Fault::Full { ms } => trouble(world, ms, |troubles| &mut troubles.full).await,
         Fault::Gone { ms } => trouble(world, ms, |troubles| &mut troubles.gone).await,
         Fault::NoQuorum { ms } => {

@@ -363,6 +363,9 @@ impl SimConnection {
                 return error.map(Err);
             }
             let state = arrived.state;
+            if state.broker.troubles.metadata_leaderless > 0 {
+                return None;
+            }
             let unreadable = state.broker.unreadable;
             let slot = &mut state.nodes[node];
             slot.consumer += 1;

@@ -25,7 +25,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(5);
 const CONNECTS_WITHIN: Duration = Duration::from_secs(30);
 const CONNECTS_MAX: usize = 10;
 /// What it may ask the broker for in this time, besides storing batches.
-const ASKS_MAX: usize = 300;
+const ASKS_MAX: usize = 1000;
 /// And so many more connections for each reason that it was given, and for each message that it can't read.
 const CONNECTS_A_REASON: usize = 3;
 const CONNECTS_A_MESSAGE: usize = 6;
