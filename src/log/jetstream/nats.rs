@@ -45,9 +45,9 @@ use crate::log::{Announce, Announcement, RandomId, Seq};
 const CONNECT_WAIT_MAX: Duration = Duration::from_secs(3);
 /// How long the broker may take to answer.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
-/// How often the stream's state is asked for again while there is no answer: a stream without a leader
-/// answers nothing, and its next leader only what comes then.
-const ASK_AGAIN_EVERY: Duration = Duration::from_millis(150);
+/// How often the stream is asked again while there is no answer: without a leader it answers nothing,
+/// and its next leader answers only what comes then.
+const ASK_AGAIN_EVERY: Duration = Duration::from_millis(200);
 /// How long to wait for the answer to a consumer's deletion. It comes from the server that has the
 /// consumer, which may be dead; the deletion counts without it.
 const DELETE_WAIT_MAX: Duration = Duration::from_millis(150);
@@ -408,15 +408,9 @@ impl Connection for NatsConnection {
     fn stream_info(&self) -> BoxFuture<'_, Result<StreamInfo, BrokerError>> {
         async {
             let subject = format!("STREAM.INFO.{}", self.stream);
-            let (request, mut asked) = (json!({}), FuturesUnordered::new());
-            loop {
-                asked.push(self.request(&subject, &request));
-                // The first request's time limit is that of all.
-                let answer = tokio::time::timeout(ASK_AGAIN_EVERY, asked.next()).await;
-                if let Ok(Some(answer)) = answer {
-                    return answer.map(Self::info);
-                }
-            }
+            let request = json!({});
+            let answer = ask_until_answered(|| self.request(&subject, &request));
+            answer.await.map(Self::info)
         }
         .boxed()
     }
@@ -473,7 +467,7 @@ impl Connection for NatsConnection {
         async move {
             let subject = format!("$JS.API.STREAM.MSG.GET.{}", self.stream);
             let client = self.context.client();
-            let answer = async {
+            let answer = ask_until_answered(|| async {
                 let got = raw_message::get(&client, &self.stream, seq, ANSWER_WAIT_MAX).await;
                 got.map_err(|error| {
                     let why = error.to_string().into();
@@ -483,7 +477,7 @@ impl Connection for NatsConnection {
                         _ => BrokerError::NoAnswer(why),
                     }
                 })
-            };
+            });
             self.answer(&subject, answer).await
         }
         .boxed()
@@ -576,6 +570,20 @@ impl Consumer for NatsConsumer {
             if let Some(delivered) = Self::read(&self.ended, next) {
                 return Some(delivered);
             }
+        }
+    }
+}
+
+/// Sends a request again and again until one is answered, or the first one's time is up.
+async fn ask_until_answered<T, F>(ask: impl Fn() -> F) -> Result<T, BrokerError>
+where
+    F: Future<Output = Result<T, BrokerError>>,
+{
+    let mut asked = FuturesUnordered::new();
+    loop {
+        asked.push(ask());
+        if let Ok(Some(answer)) = tokio::time::timeout(ASK_AGAIN_EVERY, asked.next()).await {
+            return answer;
         }
     }
 }

@@ -33,6 +33,8 @@ const ENTRIES_MAX: usize = 16;
 const WRITES_MAX: usize = 1024;
 /// A consumer that delivers nothing for so long although the stream goes on is replaced.
 const SILENCE_MAX: Duration = Duration::from_secs(1);
+/// How often a stream that can't be compared is asked about.
+const ASK_EVERY: Duration = Duration::from_millis(200);
 /// How often the next message is fetched while there is no consumer.
 const FETCH_EVERY: Duration = Duration::from_millis(200);
 /// So often a delivery may fail at one position before the message is fetched instead.
@@ -360,7 +362,7 @@ impl JetStreamSubscription {
                 }
                 Verdict::Unknown(error) => self.log(&error),
             }
-            self.backoff.pause_after(began).await;
+            tokio::time::sleep_until(began + ASK_EVERY).await;
         }
     }
 }
