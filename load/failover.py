@@ -13,7 +13,8 @@ each run one fault strikes a server:
 
 Each run reports, in seconds since the fault:
 
-    leader      when the stream had a leader again, as the servers that are left answer STREAM.INFO
+    leader      when the stream had a leader again and kept it, as the servers that are left answer
+                STREAM.INFO
     first acknowledged, after, pause
                 when each replica acknowledged a write after its longest pause; how long after the
                 stream had a leader the last of them did; the longest pause
@@ -67,6 +68,8 @@ EQUAL_S_MAX = 60
 USERS = 50_000
 IDS_A_REQUEST = 500
 LEADER_S_MAX = 9
+# A leader that nobody names for so long is none any more.
+UNNAMED_S_MAX = 1
 SENT_MIN = 0.95
 FAILED_MAX = 0.01
 ACCEPT_S_MAX = 0.5
@@ -265,6 +268,9 @@ def judge(mode, nodes, load, looks, began, old_leader):
     # An isolated follower leaves the leader where it is.
     new = [at for at, leader in led_by if mode == "isolated" or leader != old_leader]
     leader_s = new[0] if new else None
+    for before, after in zip(new, new[1:]):
+        if after - before > UNNAMED_S_MAX:
+            leader_s = after
     sent = [write for write in load.writes if began <= write.sent < began + WATCHED_S]
     failed = Counter(str(write.outcome) for write in sent if write.outcome != 204)
     acknowledged = [write for write in sent if write.outcome == 204]
