@@ -215,15 +215,20 @@ impl Shared {
     /// the stream is as long as it was, and one empty batch longer.
     async fn end_is_refused(&self, connection: &dyn Connection) -> bool {
         let end = self.end.load(Ordering::Acquire);
+        let id = self.next_batch_id();
         let empty = Outgoing {
-            headers: message::headers(self.next_batch_id()),
+            headers: message::headers(id),
             payload: Bytes::from_static(b"[]"),
             expected_last: Some(end),
         };
-        matches!(
-            connection.publish(empty).await,
-            Err(BrokerError::WrongLastSequence { end: Some(is), .. }) if is < end
-        )
+        match connection.publish(empty).await {
+            Err(BrokerError::WrongLastSequence { end: Some(is), .. }) => is < end,
+            Err(BrokerError::Refused(why)) => {
+                self.health.refused(id, why);
+                false
+            }
+            _ => false,
+        }
     }
 }
 
