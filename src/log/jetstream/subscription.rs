@@ -39,6 +39,8 @@ const ASK_EVERY: Duration = Duration::from_millis(200);
 const FETCH_EVERY: Duration = Duration::from_millis(200);
 /// So often a delivery may fail at one position before the message is fetched instead.
 const FAILURES_MAX: u32 = 2;
+/// So often the stream must lack a message before it counts as missing.
+const MISSING_MAX: u32 = 2;
 
 /// A reader's place.
 pub(super) struct JetStreamSubscription {
@@ -53,8 +55,8 @@ pub(super) struct JetStreamSubscription {
     backoff: Backoff,
     /// How often the consumer has ended since the last delivery.
     failures: u32,
-    /// Whether a later batch came in place of the next one since the last delivery.
-    gap: bool,
+    /// How often the stream had no next message, and later ones, since the last delivery.
+    missing: u32,
     /// Whether the consumer delivered nothing although the stream goes on.
     silent: bool,
     /// Why nothing comes any more; returned once what came before has been handed out.
@@ -81,7 +83,7 @@ impl JetStreamSubscription {
             problem: None,
             backoff: Backoff::new(),
             failures: 0,
-            gap: false,
+            missing: 0,
             silent: false,
             ended: None,
         };
@@ -244,10 +246,15 @@ impl JetStreamSubscription {
         entries: &mut Vec<Entry>,
     ) -> Result<(), ReadError> {
         let seq = self.last.seq + 1;
+        let is_at_end = self.shared.end.load(Ordering::Acquire) < seq;
         let fetched = match connection.message(seq).await {
             Ok(Some(fetched)) => fetched,
             // There is none, or no answer: the consumer is to deliver it.
-            Ok(None) | Err(_) => return Ok(()),
+            Ok(None) => {
+                self.missing += u32::from(!is_at_end);
+                return Ok(());
+            }
+            Err(_) => return Ok(()),
         };
         let headers = header_block::parse_optional(fetched.header_block.as_deref());
         let headers = headers.as_ref().map(Option::as_ref).map_err(|why| *why);
@@ -269,15 +276,14 @@ impl JetStreamSubscription {
         if seq > wanted {
             self.failures += 1;
             self.shared.counts.gaps.fetch_add(1, Ordering::Relaxed);
-            // The stream may have trimmed the batch since it was compared: the next comparison says
-            // so. A gap that stays after the message was fetched is the caller's to handle.
-            let stays = std::mem::replace(&mut self.gap, true) && self.failures > FAILURES_MAX;
-            match stays {
-                true => self.ended = Some(ReadError::NotHeld { wanted }),
-                false => {
+            // The stream may have trimmed a message that was missing once. The comparison before it was
+            // missing again would have said so.
+            match self.missing < MISSING_MAX {
+                true => {
                     tracing::warn!(wanted, got = seq, "gap in deliveries, reading again");
                     self.consumer = None;
                 }
+                false => self.ended = Some(ReadError::NotHeld { wanted }),
             }
             return;
         }
@@ -336,7 +342,7 @@ impl JetStreamSubscription {
         };
         self.last = position;
         self.failures = 0;
-        self.gap = false;
+        self.missing = 0;
         // Batches also arrive while the stream is suspected of having lost others.
         if self.shared.same_history.get() {
             self.backoff.reset();
