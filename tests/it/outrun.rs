@@ -110,12 +110,12 @@ async fn a_log_trimmed_beyond_a_restore_is_noticed_and_it_begins_anew() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn writes_that_outrun_a_restore_take_no_more_memory_than_they_may() {
-    const BYTES_MAX: u64 = 64 * 1024;
+    const BYTES_MAX: u64 = 16 * 1024;
     let (mut cluster, first, throttle, late) = halfway(BYTES_MAX).await;
     let load = Load::start(&[&first], 500, usize::MAX);
     let full = |status: &Value| buffered(status).1 >= BYTES_MAX;
     status_where(&late, "a full buffer", full).await;
-    goes_on(&first, 200).await;
+    goes_on(&first, 50).await;
     let status = serves_nothing(&late, &["restoring"]).await;
     let (batches, bytes) = buffered(&status);
     let largest = 3 * (bytes / batches);
