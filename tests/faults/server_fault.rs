@@ -451,8 +451,11 @@ async fn store_full(scene: &mut Scene) {
     }
     let refused = refused.expect("no request was refused");
     refused.problem(507, "store-full");
+    let mut number = 0;
     eventually("another replica that refuses new users", async || {
-        let answer = scene.node(C).set(r#"{"user_id":"one more","spp":1}"#).await;
+        number += 1;
+        let user = format!(r#"{{"user_id":"one more {number}","spp":1}}"#);
+        let answer = scene.node(C).set(user).await;
         (answer.status == 507).then_some(())
     })
     .await;
