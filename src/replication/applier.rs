@@ -31,12 +31,12 @@ pub enum ApplyError {
         /// The one that was delivered.
         got: Seq,
     },
-    /// The log has lost batches that the restored state holds effects of, and took others since.
+    /// The log has lost batches that the restored state already includes, and holds others there.
     #[error(
-        "the log holds another batch {position} than the one that the restored state counts on: the \
-         broker lost batches; restoring again from another source"
+        "the broker lost batches that the restored state includes: batch {position} of the log is not \
+         the one it was restored with; restoring again from another source"
     )]
-    Unfounded {
+    IncludesLost {
         /// Where the state was to be complete.
         position: Seq,
     },
@@ -122,7 +122,7 @@ impl Applier {
         }
         if position.seq == complete_from.seq && position.chain != complete_from.chain {
             let position = position.seq;
-            return Err(ApplyError::Unfounded { position });
+            return Err(ApplyError::IncludesLost { position });
         }
         let own = entry.batch.ticket.and_then(|own| self.in_flight.take(own));
         let writes = &entry.batch.writes;

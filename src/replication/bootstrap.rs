@@ -139,8 +139,8 @@ pub struct Bootstrap {
     pub blocking: Blocking,
 }
 
-/// Where a restored state is complete: rows that were read while writes went on hold effects of
-/// batches up to here. The default is the log's begin.
+/// The position from which a restored state is complete. Its rows were read while writes went on, so
+/// they may include batches up to here. The default is the beginning of the log.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CompleteFrom {
     /// The batch.

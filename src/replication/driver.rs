@@ -198,9 +198,9 @@ impl ReplicaDriver {
             ApplyError::Log(ReadError::Trimmed { first, .. }) => {
                 resync(false, first.saturating_sub(1))
             }
-            // A restored state that counts on batches that the log has lost is worth nothing. Its
-            // snapshot would be restored again.
-            ApplyError::Unfounded { .. } => resync(true, 0),
+            // A restored state that includes lost batches is discarded, and so are the snapshots: the
+            // same one would be restored again.
+            ApplyError::IncludesLost { .. } => resync(true, 0),
             ApplyError::Log(ReadError::Shorter { .. }) if !was_complete => resync(false, 0),
             ApplyError::Log(_) => {
                 if was_complete {

@@ -360,7 +360,7 @@ impl NatsCluster {
         .await
     }
 
-    /// Waits until the stream stores a message. A leader alone may still be waiting for an election.
+    /// Waits until the stream stores a message: a server may report a leader that is about to change.
     pub(crate) async fn stores(&self) {
         let client = self.client().await;
         eventually("a stored message", async || {

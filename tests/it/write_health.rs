@@ -20,7 +20,7 @@ use crate::wire::eventually;
 /// Since a write was refused for a reason that the broker named.
 const REASON_MAX: Duration = Duration::from_secs(5);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
-/// A few probes, each of which may wait for its answer, on a busy machine.
+/// Time for several probes on a busy machine.
 const PROBED_MAX: Duration = Duration::from_secs(10);
 const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
 /// A batch of no writes, so large that few of them fill a store.

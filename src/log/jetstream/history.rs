@@ -96,7 +96,8 @@ impl Shared {
         }
         let known = self.end.load(Ordering::Acquire);
         if info.last < known {
-            // What is missing was not read. Until it is known to be lost nothing may take its place.
+            // The missing batches were not read yet. Nothing is appended in their place until their
+            // loss is confirmed.
             let (end, applied) = (info.last, known);
             let error = ReadError::Shorter { end, applied };
             match self.suspect(connection, &info.source, error).await {

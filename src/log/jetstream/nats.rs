@@ -4,22 +4,22 @@
 //! later. A batch could then arrive after others have overwritten its fields. Here a connection that
 //! ends takes everything along, and whoever used it knows at once.
 
+mod consumer;
+mod errors;
+
 use std::collections::HashMap;
-use std::error::Error as _;
 use std::panic;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use async_nats::jetstream::consumer::pull::{self, Stream as PullStream};
+use async_nats::jetstream::Context;
+use async_nats::jetstream::consumer::pull;
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy};
-use async_nats::jetstream::context::{
-    ContextBuilder, PublishError, PublishErrorKind, RequestErrorKind,
-};
+use async_nats::jetstream::context::{ContextBuilder, PublishErrorKind, RequestErrorKind};
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{Config, Info};
-use async_nats::jetstream::{self, Context, ErrorCode};
 use async_nats::service::{Service, ServiceExt, Stats};
 use async_nats::{ConnectErrorKind, ConnectOptions, Event, HeaderMap, ServerAddr, Subscriber};
 use bytes::Bytes;
@@ -33,9 +33,11 @@ use serde_json::json;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
+use self::consumer::NatsConsumer;
+use self::errors::{no_answer, publish_error, refusal};
 use super::broker::{
-    Broker, BrokerError, ConnectError, Connection, Consumer, Delivered, InfoSource, Outgoing,
-    RawMessage, Stored, StreamInfo,
+    Broker, BrokerError, ConnectError, Connection, Consumer, InfoSource, Outgoing, RawMessage,
+    Stored, StreamInfo,
 };
 use super::raw_message::{self, RawMessageError};
 use super::{JetStreamConfig, SUBJECT};
@@ -45,11 +47,11 @@ use crate::log::{Announce, Announcement, RandomId, Seq};
 const CONNECT_WAIT_MAX: Duration = Duration::from_secs(3);
 /// How long the broker may take to answer.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
-/// How often the stream is asked again while there is no answer: without a leader it answers nothing,
-/// and its next leader answers only what comes then.
+/// How often a request to the stream is repeated until it is answered. Requests to a stream without a
+/// leader are lost, and its next leader does not see them.
 const ASK_AGAIN_EVERY: Duration = Duration::from_millis(200);
-/// How long to wait for the answer to a consumer's deletion. It comes from the server that has the
-/// consumer, which may be dead; the deletion counts without it.
+/// How long to wait for the answer to the deletion of a consumer. The server that runs the consumer
+/// answers; if it is down the consumer is deleted all the same.
 const DELETE_WAIT_MAX: Duration = Duration::from_millis(150);
 /// How long a connection may be silent before it is probed; the third probe without an answer ends
 /// it.
@@ -510,70 +512,6 @@ impl Connection for NatsConnection {
     }
 }
 
-struct NatsConsumer {
-    messages: PullStream,
-    ended: CancellationToken,
-}
-
-impl NatsConsumer {
-    /// `None` for a message that no stream sends.
-    fn read(
-        ended: &CancellationToken,
-        next: Option<Result<jetstream::Message, pull::MessagesError>>,
-    ) -> Option<Result<Delivered, BrokerError>> {
-        match next {
-            Some(Ok(message)) => {
-                let info = message.info().ok()?;
-                let time_ns = u64::try_from(info.published.unix_timestamp_nanos()).unwrap_or(0);
-                let (seq, pending) = (info.stream_sequence, info.pending);
-                let (message, _) = message.split();
-                Some(Ok(Delivered {
-                    seq,
-                    time_ns,
-                    pending,
-                    headers: message.headers,
-                    payload: message.payload,
-                }))
-            }
-            Some(Err(error)) => Some(Err(no_answer(&error.to_string()))),
-            // The client library's task is gone, as after a panic in it.
-            None => {
-                ended.cancel();
-                Some(Err(no_answer("the connection to NATS broke")))
-            }
-        }
-    }
-}
-
-impl Consumer for NatsConsumer {
-    fn next(&mut self) -> BoxFuture<'_, Result<Delivered, BrokerError>> {
-        async {
-            loop {
-                let next = tokio::select! {
-                    biased;
-                    next = self.messages.next() => next,
-                    () = self.ended.cancelled() => {
-                        return Err(no_answer("the connection to NATS ended"));
-                    }
-                };
-                if let Some(delivered) = Self::read(&self.ended, next) {
-                    return delivered;
-                }
-            }
-        }
-        .boxed()
-    }
-
-    fn try_next(&mut self) -> Option<Result<Delivered, BrokerError>> {
-        loop {
-            let next = self.messages.next().now_or_never()?;
-            if let Some(delivered) = Self::read(&self.ended, next) {
-                return Some(delivered);
-            }
-        }
-    }
-}
-
 /// Sends a request again and again until one is answered, or the first one's time is up.
 async fn ask_until_answered<T, F>(ask: impl Fn() -> F) -> Result<T, BrokerError>
 where
@@ -585,44 +523,5 @@ where
         if let Ok(Some(answer)) = tokio::time::timeout(ASK_AGAIN_EVERY, asked.next()).await {
             return answer;
         }
-    }
-}
-
-fn no_answer(why: &str) -> BrokerError {
-    BrokerError::NoAnswer(why.into())
-}
-
-/// What an error in an answer of JetStream means.
-fn refusal(error: &jetstream::Error) -> BrokerError {
-    match error.error_code() {
-        ErrorCode::STREAM_NOT_FOUND => BrokerError::NoStream,
-        ErrorCode::CONSUMER_NOT_FOUND => BrokerError::NoConsumer,
-        ErrorCode::CLUSTER_NOT_AVAILABLE | ErrorCode::CLUSTER_NOT_LEADER => {
-            BrokerError::NoResponders(error.to_string().into())
-        }
-        _ => BrokerError::Refused(error.to_string().into()),
-    }
-}
-
-fn publish_error(error: &PublishError, expected: Option<Seq>) -> BrokerError {
-    let by_the_broker = || error.source()?.downcast_ref::<jetstream::Error>();
-    match (error.kind(), by_the_broker()) {
-        (PublishErrorKind::StreamNotFound, _) => BrokerError::NoResponders(
-            "the stream has no leader (failover in progress?), or does not exist".into(),
-        ),
-        (PublishErrorKind::WrongLastSequence, refused) => BrokerError::WrongLastSequence {
-            expected: expected.unwrap_or(0),
-            // Only its text says where: "wrong last sequence: 7 (code 400, ...)".
-            end: refused.and_then(|error| {
-                let text = error.to_string();
-                let (_, end) = text.split_once("sequence: ")?;
-                end.split(' ').next()?.parse().ok()
-            }),
-        },
-        (PublishErrorKind::MaxPayloadExceeded, _) => BrokerError::Refused(
-            format!("{error}; raise max_payload of nats-server to 2 MiB or more").into(),
-        ),
-        (_, Some(refused)) => refusal(refused),
-        (_, None) => no_answer(&error.to_string()),
     }
 }

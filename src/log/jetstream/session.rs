@@ -44,7 +44,7 @@ impl Backoff {
         self.pause_after(Instant::now()).await;
     }
 
-    /// Pauses after an attempt that began then, the less the longer it took.
+    /// Pauses until the backoff time has passed since `began`, when the failed attempt began.
     pub(super) async fn pause_after(&mut self, began: Instant) {
         tokio::time::sleep_until(began + self.0).await;
         self.0 = (self.0 * 2).min(Self::MAX);

@@ -33,13 +33,13 @@ const ENTRIES_MAX: usize = 16;
 const WRITES_MAX: usize = 1024;
 /// A consumer that delivers nothing for so long although the stream goes on is replaced.
 const SILENCE_MAX: Duration = Duration::from_secs(1);
-/// How often a stream that can't be compared is asked about.
+/// How often the stream's state is requested until its history can be compared.
 const ASK_EVERY: Duration = Duration::from_millis(200);
 /// How often the next message is fetched while there is no consumer.
 const FETCH_EVERY: Duration = Duration::from_millis(200);
 /// So often a delivery may fail at one position before the message is fetched instead.
 const FAILURES_MAX: u32 = 2;
-/// So often the stream must lack a message before it counts as missing.
+/// How often the stream must report that it lacks the next message before that counts as a gap.
 const MISSING_MAX: u32 = 2;
 
 /// A reader's place.
@@ -50,12 +50,12 @@ pub(super) struct JetStreamSubscription {
     consumer: Option<Box<dyn Consumer>>,
     /// The consumer that is being created.
     opening: Option<Opening>,
-    /// What was logged since there was a consumer.
+    /// The error that was logged last, until a consumer is created.
     problem: Option<String>,
     backoff: Backoff,
     /// How often the consumer has ended since the last delivery.
     failures: u32,
-    /// How often the stream had no next message, and later ones, since the last delivery.
+    /// How often the stream lacked the next message and had later ones, since the last delivery.
     missing: u32,
     /// Whether the consumer delivered nothing although the stream goes on.
     silent: bool,
@@ -63,7 +63,7 @@ pub(super) struct JetStreamSubscription {
     ended: Option<ReadError>,
 }
 
-/// A consumer that is being created, over a connection over which the stream was compared.
+/// A consumer that is being created, on a connection on which the stream's history was compared.
 struct Opening {
     connection: Arc<dyn Connection>,
     consumer: BoxFuture<'static, Result<Box<dyn Consumer>, BrokerError>>,
@@ -87,7 +87,8 @@ impl JetStreamSubscription {
             silent: false,
             ended: None,
         };
-        // A server that starts tells of an earlier end than its stream's; it gives no consumer yet.
+        // A server that is still starting may report an end before the stream's. It creates no
+        // consumer yet, so the reported end can be trusted once there is a consumer.
         let mut opening = this.open().await?;
         loop {
             match (&mut opening.consumer).await {
@@ -160,8 +161,8 @@ impl JetStreamSubscription {
         }
     }
 
-    /// A new consumer; or the next message itself, while there is none and where deliveries fail again
-    /// and again. Nothing waits once a message was taken.
+    /// Creates a consumer. Fetches the next message itself while there is none yet, and where deliveries
+    /// keep failing. Does not await after it has added an entry, so none is lost when it is dropped.
     async fn reopen(&mut self, entries: &mut Vec<Entry>) -> Result<(), ReadError> {
         let opening = match &mut self.opening {
             Some(opening) => opening,
@@ -199,8 +200,8 @@ impl JetStreamSubscription {
         Ok(())
     }
 
-    /// Fetches the next message while the consumer is being created. The stream may have become
-    /// another one since it was compared.
+    /// Fetches the next message while the consumer is being created. Compares the history again first:
+    /// the stream may have been replaced meanwhile.
     async fn read_without_consumer(
         &mut self,
         connection: &dyn Connection,
@@ -217,7 +218,7 @@ impl JetStreamSubscription {
         Ok(())
     }
 
-    /// The next attempt after one that `began` then.
+    /// Tries again after an attempt that began at `began` and failed with `error`.
     async fn open_again(
         &mut self,
         error: &BrokerError,
@@ -238,7 +239,7 @@ impl JetStreamSubscription {
     }
 
     /// Fetches the message after the last one, if the stream has it, and judges it by the rule. One
-    /// that can be read is left to the consumer, unless `readable` ones are to be taken too.
+    /// that can be read is left to the consumer, unless `readable` is set.
     async fn fetch_next(
         &mut self,
         connection: &dyn Connection,
@@ -276,8 +277,8 @@ impl JetStreamSubscription {
         if seq > wanted {
             self.failures += 1;
             self.shared.counts.gaps.fetch_add(1, Ordering::Relaxed);
-            // The stream may have trimmed a message that was missing once. The comparison before it was
-            // missing again would have said so.
+            // A message that is missing once may have been trimmed since the last comparison. The next
+            // comparison reports that, so only a message that is missing again is a gap.
             match self.missing < MISSING_MAX {
                 true => {
                     tracing::warn!(wanted, got = seq, "gap in deliveries, reading again");
@@ -350,8 +351,8 @@ impl JetStreamSubscription {
         Ok(Entry { position, batch })
     }
 
-    /// Begins to create a consumer that starts after the last batch, once the stream was compared;
-    /// waits for the broker.
+    /// Waits until the stream's history could be compared, then requests a consumer that starts after
+    /// the last batch.
     async fn open(&mut self) -> Result<Opening, ReadError> {
         loop {
             let connection = self.shared.connection().await;

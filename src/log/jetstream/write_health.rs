@@ -35,8 +35,8 @@ struct State {
     problem: Option<Arc<str>>,
     /// Why the log is unwritable, and since when.
     unwritable: Option<(Arc<str>, Instant)>,
-    /// The last batch that the broker refused. One from before it may be delivered later, which
-    /// shows nothing.
+    /// The last batch that the broker refused. A batch that was sent before it may still be delivered,
+    /// which does not show that writes are accepted again.
     refused: Option<BatchId>,
 }
 

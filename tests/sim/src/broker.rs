@@ -88,9 +88,9 @@ struct Stream {
 pub struct Troubles {
     /// The stream has no leader.
     pub leaderless: u32,
-    /// And its servers answer nothing meanwhile.
+    /// Requests get no answer while the stream has no leader, instead of an error.
     pub silent: bool,
-    /// The servers' metadata has none: no consumer can be created.
+    /// The metadata group of the servers has no leader, so no consumer can be created.
     pub metadata_leaderless: u32,
     /// Its leader reaches no majority.
     pub quorumless: u32,

@@ -37,7 +37,9 @@ pub fn look(world: &World, node: usize, process: &Process, knobs: &Knobs, fields
             ));
         }
         if shown.readiness.state() == NodeState::Diverged {
-            world.violate(format!("node {node} takes its state for wrong"));
+            world.violate(format!(
+                "node {node} reports divergence although its state is right"
+            ));
         }
     }
     if is_corrupted {

@@ -93,12 +93,12 @@ pub enum Fault {
         heartbeats: bool,
         ms: u64,
     },
-    /// The stream has no leader; whoever asks gets no answer, or hears that.
+    /// The stream has no leader. Requests get no answer if `silent`, an error otherwise.
     NoLeader {
         silent: bool,
         ms: u64,
     },
-    /// The consumers are lost, and none can be created: the servers' metadata has no leader.
+    /// All consumers are lost, and none can be created because the metadata group has no leader.
     NoConsumers {
         ms: u64,
     },

@@ -24,9 +24,9 @@ const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// In this time a node may make so many connections, and as many consumers, by itself.
 const CONNECTS_WITHIN: Duration = Duration::from_secs(30);
 const CONNECTS_MAX: usize = 10;
-/// What it may ask the broker for in this time, besides storing batches.
+/// The maximum number of requests to the broker in this time, without publishes.
 const ASKS_MAX: usize = 1000;
-/// And so many more connections for each reason that it was given, and for each message that it can't read.
+/// Connections allowed in addition for each fault of the broker, and for each unreadable message.
 const CONNECTS_A_REASON: usize = 3;
 const CONNECTS_A_MESSAGE: usize = 6;
 
@@ -399,7 +399,7 @@ impl State {
         self.ids << 64 | u128::from(self.rng.u64(..))
     }
 
-    /// `node` asks the broker for something.
+    /// Counts a request of `node` to the broker.
     pub fn count_request(&mut self, node: usize) {
         let asks = &mut self.nodes[node].asks;
         asks.push_back(Instant::now());
