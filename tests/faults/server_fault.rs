@@ -333,12 +333,8 @@ async fn suspended(scene: &mut Scene) {
         !sent.await.unwrap().await.unwrap().duplicate
     };
     assert!(stored_again().await);
-    if scene.stage == Stage::Steady {
-        while !stored_again().await {
-            scene.load.progress(&[B, C], 1).await;
-        }
-    } else {
-        scene.load.progress(&[B, C], 10).await;
+    while !stored_again().await {
+        scene.load.progress(&[B, C], 1).await;
     }
     // As if it had been suspended with its clocks.
     let seconds = begun.elapsed().as_secs();
