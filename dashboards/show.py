@@ -52,11 +52,11 @@ def until(wanted):
 class Prometheus:
     """A real one, that scrapes these ops ports every second."""
 
-    def __init__(self, directory, targets):
+    def __init__(self, directory, targets, rules=RULES):
         self.url = f"http://127.0.0.1:{free_port()}"
         config = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-            "rule_files": [str(RULES)],
+            "rule_files": [str(rules)],
             "scrape_configs": [{"job_name": "gradestore", "static_configs": [{"targets": targets}]}],
         }
         (directory / "prometheus.yml").write_text(json.dumps(config))

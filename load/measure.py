@@ -107,18 +107,19 @@ def says(*command):
 
 
 class Broker:
-    """nats-server on a port of its own. `more` is added to its configuration."""
+    """nats-server on a port of its own. `more` is added to its configuration, `limits` to that of JetStream."""
 
-    def __init__(self, directory, sync, more=""):
+    def __init__(self, directory, sync, more="", store=None, limits=""):
         directory.mkdir()
         port = free_port()
         self.address = ("127.0.0.1", port)
         self.url = f"nats://127.0.0.1:{port}"
-        config, self.log = directory / "nats.conf", directory / "nats.log"
-        config.write_text(f'listen: 127.0.0.1:{port}\n'
-                          f'jetstream {{ store_dir: "{directory}/store", sync_interval: "{SYNCS[sync]}" }}\n{more}')
-        self.store = directory / "store"
-        self.command = [SERVER, "-c", config, "-l", self.log]
+        self.config, self.log = directory / "nats.conf", directory / "nats.log"
+        self.store = store or directory / "store"
+        self.base = (f'listen: 127.0.0.1:{port}\n'
+                     f'jetstream {{ store_dir: "{self.store}", sync_interval: "{SYNCS[sync]}", {limits} }}\n')
+        self.config.write_text(self.base + more)
+        self.command = [SERVER, "-c", self.config, "-l", self.log]
         self.start()
 
     def start(self):
@@ -129,6 +130,11 @@ class Broker:
             if self.child.poll() is not None:
                 sys.exit(f"nats-server ended: {self.log.read_text()}")
             time.sleep(0.05)
+
+    def reload(self, more):
+        """Replaces what was added to the configuration."""
+        self.config.write_text(self.base + more)
+        self.child.send_signal(signal.SIGHUP)
 
     def kill(self):
         """As a crash would."""
