@@ -14,7 +14,8 @@ cluster: ## a broker and three replicas on this machine; Ctrl-C ends all
 
 test: ## every test
 	tests/install.sh
-	cargo test --locked
+# Two tests for each core: most of them wait for other processes.
+	RUST_TEST_THREADS=$$((2 * $$(nproc))) cargo test --locked
 	$(MAKE) sim
 	$(MAKE) load-test dashboards-test compose-test docs-test
 
@@ -111,7 +112,7 @@ dashboards: ## every panel's newest values for the replicas of `make cluster`, a
 dashboards-test: ## every panel and alert, on a real Prometheus and a cluster under load
 	tests/ops/install.sh
 	cargo build --locked
-	$(OPS_TEST) tests/ops/test_dashboards.py
+	$(OPS_TEST) tests/ops/test_dashboards.py tests/ops/test_alerts.py
 
 docs-test: ## a reader made from docs/protocol.md alone, on the stream and backups of real nodes; every page's links
 	tests/ops/install.sh
