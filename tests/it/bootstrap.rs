@@ -106,6 +106,29 @@ async fn a_peer_that_falls_silent_is_given_up() {
     cluster.check(&nodes, &answered).await;
 }
 
+/// The log holds another batch where the backup ends: only a copy from elsewhere will do.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_with_a_batch_that_the_log_lost_is_discarded() {
+    let mut cluster = Cluster::of(3000).await;
+    let first = cluster.first().await;
+    let good = Good::new(backup_of(&first).await);
+    let answered = cluster.write(&first, 3).await;
+    let peer = FakePeer::start(good.with_a_lost_batch()).await;
+    let mut command = replica_at(cluster.broker.address);
+    let node = Node::launch(command.args(["--peer", &peer.url])).await;
+    eventually("that it says so", async || {
+        let said = node.stderr.lock();
+        said.contains("the broker lost batches that the restored state includes")
+            .then_some(())
+    })
+    .await;
+    serves_nothing(&node, &["gap", "restoring", "catching-up"]).await;
+    drop(peer);
+    status_where(&node, "ready", |status| status["state"] == "ready").await;
+    node.get("lost").await.problem(404, "user-unknown");
+    cluster.check(&[&first, &node], &answered).await;
+}
+
 #[tokio::test]
 async fn a_replica_is_no_peer_of_itself() {
     let mut cluster = Cluster::of(10).await;

@@ -10,7 +10,7 @@ use gradestore::backup::{
     BackupWriter, ChunkSource, FORMAT, Head, Progress, Summary, restore, rfc3339,
 };
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write};
-use gradestore::log::{Chain, DiskLog, Log};
+use gradestore::log::{Chain, DiskLog, Log, Position};
 use gradestore::store::Store;
 use rustix::fs::OFlags;
 
@@ -166,15 +166,20 @@ pub(crate) fn file_of(store: &Store, position: u64) -> Vec<u8> {
     )
 }
 
-/// A backup of `store` that begins so.
+/// A backup of `store` that begins so; it was made while nothing was applied.
 pub(crate) fn file_with(store: &Store, head: &Head) -> Vec<u8> {
+    file_until(store, head, &head.position())
+}
+
+/// A backup of `store` that begins so and was made until `end` was applied.
+pub(crate) fn file_until(store: &Store, head: &Head, end: &Position) -> Vec<u8> {
     let (mut writer, mut file) = BackupWriter::begin(head);
     let source = ChunkSource::new(store);
     while let Some(chunk) = source.next() {
         writer.add(&chunk);
         file.extend_from_slice(&chunk.bytes);
     }
-    file.extend_from_slice(&writer.end(&head.position()));
+    file.extend_from_slice(&writer.end(end));
     file
 }
 

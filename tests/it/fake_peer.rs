@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use gradestore::backup::{FORMAT, Head, Summary};
+use gradestore::grade::{Changes, FIELD_COUNT, Patch};
+use gradestore::log::Position;
 use gradestore::store::Store;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use crate::damaged::gzip;
-use crate::disk::{file_with, restored};
+use crate::disk::{file_until, file_with, restored};
 use crate::harness::AUTHORIZATION;
 
 /// A good backup to do wrong with.
@@ -33,6 +35,20 @@ impl Good {
         let mut head = self.head.clone();
         change(&mut head);
         whole(&file_with(&self.store, &head))
+    }
+
+    /// The same, but while it was made one more batch was applied, which the log then lost: it
+    /// created the user `lost`.
+    pub(crate) fn with_a_lost_batch(self) -> Act {
+        self.store.apply(&Patch {
+            user_id: "lost".to_owned(),
+            changes: Changes::all([1; FIELD_COUNT]),
+        });
+        let end = Position {
+            seq: self.head.position + 1,
+            ..self.head.position()
+        };
+        whole(&file_until(&self.store, &self.head, &end))
     }
 }
 
