@@ -1,8 +1,10 @@
 //! Items under numbers that they keep, and that are given again.
 
+use super::growth::Growth;
+
 /// How much a full slab grows: a quarter, so that little of it stands empty and little is copied at
 /// a time.
-const GROWTH: usize = 4;
+pub(super) const GROWTH: usize = 4;
 
 /// A list with fewer numbers is never shrunk.
 const SHRUNK_FROM: usize = 64;
@@ -23,11 +25,11 @@ impl Free {
 
     /// Gives `number` free; what is there stays until it is given again.
     pub(super) fn push(&mut self, number: u32) {
-        push(&mut self.0, number);
+        push(&mut self.0, number, Growth::default());
     }
 
     /// Puts `item` where it is free, or at the end; its number.
-    pub(super) fn insert<T>(&mut self, items: &mut Vec<T>, item: T) -> u32 {
+    pub(super) fn insert<T>(&mut self, items: &mut Vec<T>, item: T, growth: Growth) -> u32 {
         while let Some(number) = self.0.pop() {
             self.shrink();
             if let Some(room) = items.get_mut(number as usize) {
@@ -35,7 +37,7 @@ impl Free {
                 return number;
             }
         }
-        append(items, item)
+        append(items, item, growth)
     }
 
     /// Returns memory once most of the numbers are taken again. Otherwise a store that was emptied
@@ -49,16 +51,18 @@ impl Free {
 }
 
 /// Puts `item` at the end; its number.
-pub(super) fn append<T>(items: &mut Vec<T>, item: T) -> u32 {
+pub(super) fn append<T>(items: &mut Vec<T>, item: T, growth: Growth) -> u32 {
     // 2^32 items in a shard would be a store of 4 * 10^12: memory ends long before.
     let number = items.len() as u32;
-    push(items, item);
+    push(items, item, growth);
     number
 }
 
-fn push<T>(items: &mut Vec<T>, item: T) {
-    if items.len() == items.capacity() {
-        items.reserve_exact(items.len() / GROWTH + GROWTH);
+fn push<T>(items: &mut Vec<T>, item: T, growth: Growth) {
+    let len = items.len();
+    if len == items.capacity() {
+        let larger = len + len / GROWTH + GROWTH;
+        items.reserve_exact(growth.step(len, larger) - len);
     }
     items.push(item);
 }

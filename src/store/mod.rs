@@ -11,6 +11,7 @@
 //! measure both; the figures stand in `benches/README.md`.
 
 mod free;
+mod growth;
 mod index;
 mod key;
 mod long_ids;
@@ -27,6 +28,7 @@ use prefetch_index::prefetch_index;
 use smallvec::SmallVec;
 
 use crate::grade::{Digest, Patch, UserGrade, Values, Write};
+use growth::Growth;
 use key::Key;
 use shard::Shard;
 
@@ -56,7 +58,6 @@ struct Inner {
 }
 
 /// In a cache line of its own.
-#[derive(Default)]
 #[repr(align(64))]
 struct Locked(RwLock<Shard>);
 
@@ -73,7 +74,9 @@ impl Store {
     #[must_use]
     pub fn new() -> Self {
         Self(Arc::new(Inner {
-            shards: (0..SHARD_COUNT).map(|_| Locked::default()).collect(),
+            shards: (0..SHARD_COUNT as u16)
+                .map(|shard| Locked(RwLock::new(Shard::new(Growth::of(shard)))))
+                .collect(),
             hasher: RandomState::default(),
             epoch: AtomicU64::new(0),
         }))

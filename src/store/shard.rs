@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use prefetch_index::prefetch_index;
 
 use super::free::{self, Free};
+use super::growth::Growth;
 use super::index::Index;
 use super::key::{self, Key};
 use super::long_ids::LongIds;
@@ -40,9 +41,17 @@ struct Rare {
     /// Scans that are in this shard. While there is one no free place is taken again, and it ends
     /// where the places ended when it came: so it meets nobody who was removed and made again twice.
     scans: AtomicUsize,
+    growth: Growth,
 }
 
 impl Shard {
+    /// An empty one, whose tables grow so.
+    pub(super) fn new(growth: Growth) -> Self {
+        let mut shard = Self::default();
+        shard.rare.growth = growth;
+        shard
+    }
+
     pub(super) fn len(&self) -> usize {
         self.records.len() - self.rare.free_records.len()
     }
@@ -118,15 +127,17 @@ impl Shard {
         // The index has bits for as many numbers as it has room for. While there is a scan, numbers grow
         // past the records that there are.
         if self.index.is_full() || grows && self.records.len() >= self.index.room() {
-            self.reserve_index(self.index.next_room(), hasher);
+            let (room, next) = (self.index.room(), self.index.next_room());
+            self.reserve_index(self.rare.growth.step(room, next), hasher);
         }
         let record = match sought.key {
             Key::Packed { len, id } => Record::packed(len, id),
             Key::Long(id) => Record::long(self.rare.long_ids.push(id)),
         };
+        let (free, growth) = (&mut self.rare.free_records, self.rare.growth);
         let number = match scanned {
-            false => self.rare.free_records.insert(&mut self.records, record),
-            true => free::append(&mut self.records, record),
+            false => free.insert(&mut self.records, record, growth),
+            true => free::append(&mut self.records, record, growth),
         };
         self.index.insert(sought.hashes.hash, number);
         number
@@ -134,6 +145,7 @@ impl Shard {
 
     /// Makes room for `records` in all.
     pub(super) fn reserve(&mut self, records: usize, hasher: &impl BuildHasher) {
+        let records = self.rare.growth.reserved(records);
         self.records
             .reserve_exact(records.saturating_sub(self.records.len()));
         self.reserve_index(records, hasher);
@@ -178,7 +190,7 @@ impl Shard {
     pub(super) fn clear(&mut self) {
         // The scans leave as they came.
         let scans = mem::take(&mut self.rare.scans);
-        *self = Self::default();
+        *self = Self::new(self.rare.growth);
         self.rare.scans = scans;
     }
 
@@ -280,7 +292,10 @@ impl Shard {
         match (record.set(values), wide) {
             (true, None) => {}
             (true, Some(wide)) => rare.free_wide.push(wide),
-            (false, None) => record.set_wide(rare.free_wide.insert(&mut rare.wide, *values)),
+            (false, None) => {
+                let (wide, growth) = (&mut rare.wide, rare.growth);
+                record.set_wide(rare.free_wide.insert(wide, *values, growth));
+            }
             (false, Some(wide)) => {
                 if let Some(held) = rare.wide.get_mut(wide as usize) {
                     *held = *values;

@@ -403,7 +403,7 @@ fn the_list_of_free_places_shrinks_as_they_are_taken() {
     (0..10_000).for_each(|number| free.push(number));
     assert!(free.capacity() < 10_000 + 10_000 / 3);
     for _ in 0..10_000 {
-        free.insert(&mut items, 1);
+        free.insert(&mut items, 1, Growth::default());
     }
     assert_eq!((free.len(), items.len()), (0, 10_000));
     assert!(free.capacity() <= 64, "{}", free.capacity());
