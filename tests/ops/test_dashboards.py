@@ -182,6 +182,10 @@ def alerts(lines):
     return set(re.findall(r'alertname="(\w+)"', "".join(lines)))
 
 
+def seconds(duration):
+    return int(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
+
+
 def promtool_test(rules):
     """What the tests of the rules say of these."""
     with tempfile.TemporaryDirectory() as directory:
@@ -201,7 +205,7 @@ class Rules(unittest.TestCase):
         self.assertEqual(alerts(re.findall(r"exp: nil\n\s*got: (.*)", said)), NAMES)
 
     def test_rules_that_fire_a_minute_later_are_found(self):
-        said = promtool_test([rule | {"for": f"{int(rule.get('for', '0m')[:-1]) + 1}m"} for rule in written_rules()])
+        said = promtool_test([rule | {"for": f"{seconds(rule.get('for', '0s')) + 60}s"} for rule in written_rules()])
         self.assertEqual(alerts(re.findall(r"exp: (.*)\n\s*got: nil", said)), NAMES)
 
     def test_each_says_what_to_do(self):
