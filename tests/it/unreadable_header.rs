@@ -18,6 +18,9 @@ const POISONED: &str = "gradestore_log_poisoned_total";
 /// Average time for one message on three replicas and the two writes around it, on a busy machine.
 const SKIP_WAIT_MAX: Duration = Duration::from_secs(3);
 
+/// For any number of unreadable messages that come within seconds.
+const RECONNECTS_MAX: f64 = 4.0;
+
 /// Blocks with a status have no CR here: the server removes all bytes between the version and the
 /// first CR.
 const UNREADABLE: [&[u8]; 23] = [
@@ -209,6 +212,42 @@ async fn a_replica_that_starts_later_reads_past_unreadable_headers() {
 fn statuses() -> u64 {
     let with_status = |block: &&&[u8]| block.starts_with(b"NATS/1.0 ");
     UNREADABLE.iter().filter(with_status).count() as u64
+}
+
+/// One of many costs no more than one alone: a publisher that goes on sending them does not stop the
+/// others' writes.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_unreadable_messages_cost_few_reconnects() {
+    const MANY: usize = 300;
+    let broker = Broker::start().await;
+    let [a, b] = broker.replicas().await;
+    let before = [reconnects(&a).await, reconnects(&b).await];
+    let mut publisher = Publisher::connect(broker.address).await;
+    let mut good = 0;
+    for (index, block) in UNREADABLE.into_iter().cycle().take(MANY).enumerate() {
+        publisher.publish(block, r#"[{"user_id":"bad"}]"#).await;
+        if index % 10 == 0 {
+            publisher
+                .publish(READABLE[0], &format!("[{}]", patch("y", index)))
+                .await;
+            good = index;
+        }
+    }
+    let position = a.set(patch("x", 1)).await.position();
+    check_equal(&[&a, &b], position, MANY, 2).await;
+    assert_eq!(get_at(&b, "y", position).await["spp"], good);
+    for (node, before) in [&a, &b].into_iter().zip(before) {
+        let more = reconnects(node).await - before;
+        assert!(more <= RECONNECTS_MAX, "{more} reconnects");
+    }
+    // The consumers that follow are of use again.
+    let position = b.set(patch("x", 2)).await.position();
+    assert_eq!(get_at(&a, "x", position).await["spp"], 2);
+}
+
+async fn reconnects(node: &Ports) -> f64 {
+    let count = node.metric("gradestore_log_reconnects_total").await;
+    count.unwrap()
 }
 
 #[tokio::test]

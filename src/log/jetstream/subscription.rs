@@ -9,7 +9,9 @@
 //!
 //! A message can be such that the client cannot read it: the connection ends, or the message does not
 //! come. When that happens twice at one position, the message is fetched as raw bytes and judged by
-//! the [rule for header blocks](super::header_block), by all replicas alike.
+//! the [rule for header blocks](super::header_block), by all replicas alike. Writes share the
+//! connection, so after a message that is unreadable by the rule all messages are fetched for some
+//! seconds: the next one may be unreadable too.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -39,6 +41,10 @@ const ASK_EVERY: Duration = Duration::from_millis(200);
 const FETCH_EVERY: Duration = Duration::from_millis(200);
 /// So often a delivery may fail at one position before the message is fetched instead.
 const FAILURES_MAX: u32 = 2;
+/// For how long messages are fetched after an unreadable one.
+const FETCH_FOR: Duration = Duration::from_secs(5);
+/// How often the stream is asked for a next message meanwhile.
+const FETCH_ALL_EVERY: Duration = Duration::from_millis(20);
 /// How often the stream must report that it lacks the next message before that counts as a gap.
 const MISSING_MAX: u32 = 2;
 
@@ -55,10 +61,10 @@ pub(super) struct JetStreamSubscription {
     backoff: Backoff,
     /// How often the consumer has ended since the last delivery.
     failures: u32,
+    /// Until when messages are fetched, and none is left to a consumer.
+    fetch_until: Option<Instant>,
     /// How often the stream lacked the next message and had later ones, since the last delivery.
     missing: u32,
-    /// Whether the consumer delivered nothing although the stream goes on.
-    silent: bool,
     /// Why nothing comes any more; returned once what came before has been handed out.
     ended: Option<ReadError>,
 }
@@ -66,10 +72,22 @@ pub(super) struct JetStreamSubscription {
 /// A consumer that is being created, on a connection on which the stream's history was compared.
 struct Opening {
     connection: Arc<dyn Connection>,
+    /// The first message that it is to deliver.
+    from: Seq,
     consumer: BoxFuture<'static, Result<Box<dyn Consumer>, BrokerError>>,
     began: Instant,
     /// When the next message is fetched.
     fetch_at: Instant,
+}
+
+/// What the stream answered when it was asked for the next message.
+enum Fetched {
+    /// The message, which was added to the entries.
+    Entry,
+    /// It has none.
+    Nothing,
+    /// No answer, or not on a history that is known to be the same.
+    NoAnswer,
 }
 
 impl JetStreamSubscription {
@@ -83,8 +101,8 @@ impl JetStreamSubscription {
             problem: None,
             backoff: Backoff::new(),
             failures: 0,
+            fetch_until: None,
             missing: 0,
-            silent: false,
             ended: None,
         };
         // A server that is still starting may report an end before the stream's. It creates no
@@ -127,7 +145,7 @@ impl JetStreamSubscription {
                     // The client passes over some messages silently. At the stream's end no later
                     // one would show it.
                     if self.shared.end.load(Ordering::Acquire) > self.last.seq {
-                        self.silent = true;
+                        self.failures = FAILURES_MAX;
                         self.consumer = None;
                     }
                     continue;
@@ -161,9 +179,11 @@ impl JetStreamSubscription {
         }
     }
 
-    /// Creates a consumer. Fetches the next message itself while there is none yet, and where deliveries
-    /// keep failing. Does not await after it has added an entry, so none is lost when it is dropped.
+    /// Creates a consumer. Fetches the next message itself while there is none yet, where deliveries
+    /// keep failing, and for a while after an unreadable message. Does not await after it has added an
+    /// entry, so none is lost when it is dropped.
     async fn reopen(&mut self, entries: &mut Vec<Entry>) -> Result<(), ReadError> {
+        let fetches = self.fetches();
         let opening = match &mut self.opening {
             Some(opening) => opening,
             None => {
@@ -173,12 +193,18 @@ impl JetStreamSubscription {
             }
         };
         let (connection, began) = (Arc::clone(&opening.connection), opening.began);
+        if fetches {
+            tokio::time::sleep_until(opening.fetch_at).await;
+            opening.fetch_at = Instant::now() + FETCH_ALL_EVERY;
+            return self.read_unreadable(&*connection, entries).await;
+        }
         let created = tokio::select! {
             biased;
             created = &mut opening.consumer => created,
             () = tokio::time::sleep_until(opening.fetch_at) => {
                 opening.fetch_at = Instant::now() + FETCH_EVERY;
-                return self.read_without_consumer(&*connection, entries).await;
+                self.read_without_consumer(&*connection, entries).await?;
+                return Ok(());
             }
         };
         self.opening = None;
@@ -193,29 +219,60 @@ impl JetStreamSubscription {
         // A request from before it is about the consumer before it.
         let _ = self.shared.replace_consumer.notified().now_or_never();
         self.shared.counts.resumes.fetch_add(1, Ordering::Relaxed);
-        let failed = self.failures >= FAILURES_MAX;
-        if failed || std::mem::take(&mut self.silent) {
-            self.fetch_next(&*connection, failed, entries).await?;
-        }
         Ok(())
     }
 
-    /// Fetches the next message while the consumer is being created. Compares the history again first:
-    /// the stream may have been replaced meanwhile.
-    async fn read_without_consumer(
+    /// Whether messages are fetched although a consumer could be created.
+    fn fetches(&self) -> bool {
+        self.failures >= FAILURES_MAX || self.fetch_until.is_some()
+    }
+
+    /// Fetches the next message, which no consumer can deliver or which follows one that no consumer
+    /// could. A consumer that is created later starts after it.
+    async fn read_unreadable(
         &mut self,
         connection: &dyn Connection,
         entries: &mut Vec<Entry>,
     ) -> Result<(), ReadError> {
-        let Verdict::Same = self.shared.compare(connection, &self.last).await? else {
-            return Ok(());
-        };
-        let before = entries.len();
-        self.fetch_next(connection, true, entries).await?;
-        if let Some(opening) = self.opening.as_mut().filter(|_| entries.len() > before) {
-            opening.fetch_at = Instant::now();
+        match self.read_without_consumer(connection, entries).await? {
+            Fetched::Entry => {}
+            // Deliveries did not fail because of a message.
+            Fetched::Nothing => self.failures = 0,
+            // The connection may have ended. A consumer is tried before the next fetch.
+            Fetched::NoAnswer => {
+                self.failures = self.failures.min(FAILURES_MAX - 1);
+                self.opening = None;
+            }
+        }
+        if self
+            .fetch_until
+            .is_some_and(|until| Instant::now() >= until)
+        {
+            self.fetch_until = None;
+        }
+        if !self.fetches() {
+            // That consumer would deliver the unreadable message.
+            self.opening
+                .take_if(|opening| opening.from <= self.last.seq);
         }
         Ok(())
+    }
+
+    /// Fetches the next message while there is no consumer. Compares the history again first: the
+    /// stream may have been replaced meanwhile.
+    async fn read_without_consumer(
+        &mut self,
+        connection: &dyn Connection,
+        entries: &mut Vec<Entry>,
+    ) -> Result<Fetched, ReadError> {
+        let Verdict::Same = self.shared.compare(connection, &self.last).await? else {
+            return Ok(Fetched::NoAnswer);
+        };
+        let fetched = self.fetch_next(connection, entries).await?;
+        if let (Fetched::Entry, Some(opening)) = (&fetched, &mut self.opening) {
+            opening.fetch_at = Instant::now();
+        }
+        Ok(fetched)
     }
 
     /// Tries again after an attempt that began at `began` and failed with `error`.
@@ -238,32 +295,29 @@ impl JetStreamSubscription {
         self.problem = Some(error);
     }
 
-    /// Fetches the message after the last one, if the stream has it, and judges it by the rule. One
-    /// that can be read is left to the consumer, unless `readable` is set.
+    /// Fetches the message after the last one, if the stream has it, and judges it by the rule.
     async fn fetch_next(
         &mut self,
         connection: &dyn Connection,
-        readable: bool,
         entries: &mut Vec<Entry>,
-    ) -> Result<(), ReadError> {
+    ) -> Result<Fetched, ReadError> {
         let seq = self.last.seq + 1;
         let is_at_end = self.shared.end.load(Ordering::Acquire) < seq;
         let fetched = match connection.message(seq).await {
             Ok(Some(fetched)) => fetched,
-            // There is none, or no answer: the consumer is to deliver it.
             Ok(None) => {
                 self.missing += u32::from(!is_at_end);
-                return Ok(());
+                return Ok(Fetched::Nothing);
             }
-            Err(_) => return Ok(()),
+            Err(_) => return Ok(Fetched::NoAnswer),
         };
         let headers = header_block::parse_optional(fetched.header_block.as_deref());
         let headers = headers.as_ref().map(Option::as_ref).map_err(|why| *why);
-        if headers.is_ok() && !readable {
-            return Ok(());
+        if headers.is_err() {
+            self.fetch_until = Some(Instant::now() + FETCH_FOR);
         }
         entries.push(self.entry(seq, fetched.time_ns, headers, &fetched.payload)?);
-        Ok(())
+        Ok(Fetched::Entry)
     }
 
     /// Adds what `delivered` holds; or ends the consumer, or reading.
@@ -362,6 +416,7 @@ impl JetStreamSubscription {
                     let (creating, from) = (Arc::clone(&connection), self.last.seq + 1);
                     return Ok(Opening {
                         connection,
+                        from,
                         consumer: async move { creating.consume(from).await }.boxed(),
                         began,
                         fetch_at: Instant::now() + FETCH_EVERY,
