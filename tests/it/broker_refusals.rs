@@ -4,7 +4,7 @@
 use async_nats::HeaderMap;
 
 use crate::broker::{Broker, STREAM, SUBJECT, check, replica_with};
-use crate::harness::run;
+use crate::harness::{Node, run};
 use crate::nats::NatsServer;
 
 /// Runs a replica that must refuse to start; what it says.
@@ -18,20 +18,52 @@ fn refused_start(nats_url: &str) -> String {
     said
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_start_without_the_right_to_create_the_stream_names_it() {
-    let config = r#"authorization { users: [
-        { user: u, password: p, permissions: { publish: { deny: ["$JS.API.STREAM.CREATE.>"] } } }
-    ] }"#;
-    let server = NatsServer::start(config).await;
+/// A server whose user `u` may not do that.
+async fn server_that_denies(permissions: &str) -> (NatsServer, String) {
+    let user = format!("{{ user: u, password: p, permissions: {permissions} }}");
+    let server = NatsServer::start(&format!("authorization {{ users: [{user}] }}")).await;
     let url = server.url().replace("://", "://u:p@");
-    let said = tokio::task::spawn_blocking(move || refused_start(&url))
-        .await
-        .unwrap();
-    let error = said.lines().last().unwrap();
-    for part in ["Permissions Violation", "$JS.API.STREAM.CREATE.GRADES"] {
-        assert!(error.contains(part), "{said}");
+    (server, url)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_without_a_right_that_it_needs_names_it() {
+    for (permissions, denied) in [
+        (
+            r#"{ publish: { deny: ["$JS.API.STREAM.CREATE.>"] } }"#,
+            "$JS.API.STREAM.CREATE.GRADES",
+        ),
+        (r#"{ subscribe: { deny: ["_INBOX.>"] } }"#, "_INBOX."),
+    ] {
+        let (_server, url) = server_that_denies(permissions).await;
+        let said = tokio::task::spawn_blocking(move || refused_start(&url))
+            .await
+            .unwrap();
+        let error = said.lines().last().unwrap();
+        for part in ["Permissions Violation", denied] {
+            assert!(error.contains(part), "{said}");
+        }
     }
+}
+
+/// Messages are fetched one by one then, which is slow.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_missing_right_to_pull_messages_is_logged_once() {
+    const DENIED: &str = "$JS.API.CONSUMER.MSG.NEXT";
+    let permissions = format!(r#"{{ publish: {{ deny: ["{DENIED}.>"] }} }}"#);
+    let (_server, url) = server_that_denies(&permissions).await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = replica_with(&url);
+    command.env("GRADESTORE_EPHEMERAL", "false");
+    let node = Node::start_with(command.arg("--data-dir").arg(dir.path())).await;
+    for spp in 0..3 {
+        node.set(format!(r#"{{"user_id":"x","spp":{spp}}}"#))
+            .await
+            .position();
+    }
+    let said = node.stderr.lock().clone();
+    let lines = said.lines().filter(|line| line.contains(DENIED));
+    assert_eq!(lines.count(), 1, "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

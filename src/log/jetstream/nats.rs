@@ -59,6 +59,9 @@ const PING_EVERY: Duration = Duration::from_secs(2);
 /// How long ending a connection may take.
 const CLOSE_WAIT_MAX: Duration = Duration::from_secs(1);
 
+/// How a denial begins that concerns the answers to all requests.
+const INBOX_DENIED: &str = "Subscription to \"_INBOX.";
+
 /// Messages and bytes that the broker sends ahead. They bound what waits in memory: twice this, as
 /// the next request is made when half has come. The largest message that the stream takes is far
 /// smaller.
@@ -158,6 +161,19 @@ impl Nats {
     }
 }
 
+/// The next time that the server denies the right to publish to `subject`, or to subscribe to the
+/// answers: its sentence.
+async fn denial(denials: &mut broadcast::Receiver<Arc<str>>, subject: &str) -> Arc<str> {
+    let publish = format!("\"{subject}\"");
+    loop {
+        match denials.recv().await {
+            Ok(text) if text.contains(&publish) || text.contains(INBOX_DENIED) => return text,
+            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+        }
+    }
+}
+
 impl Broker for Nats {
     fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, ConnectError>> {
         async {
@@ -211,19 +227,10 @@ impl NatsConnection {
         answer: impl Future<Output = Result<T, BrokerError>>,
     ) -> Result<T, BrokerError> {
         let mut denials = self.denials.subscribe();
-        let denied = async {
-            loop {
-                match denials.recv().await {
-                    Ok(text) if text.contains(&format!("\"{subject}\"")) => return text,
-                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
-                }
-            }
-        };
         tokio::select! {
             biased;
             answer = answer => answer,
-            text = denied => Err(BrokerError::Refused(text)),
+            text = denial(&mut denials, subject) => Err(BrokerError::Refused(text)),
             () = self.ended.cancelled() => Err(no_answer("the connection to NATS ended")),
         }
     }
@@ -316,6 +323,11 @@ impl NatsConnection {
         let messages = self.answer(&subject, created).await?;
         Ok(Box::new(NatsConsumer {
             messages,
+            denials: self.denials.subscribe(),
+            pull: format!(
+                "$JS.API.CONSUMER.MSG.NEXT.{}.{}",
+                self.stream, self.consumer
+            ),
             ended: self.ended.clone(),
         }))
     }

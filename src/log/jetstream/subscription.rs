@@ -43,8 +43,8 @@ const FETCH_EVERY: Duration = Duration::from_millis(200);
 const FAILURES_MAX: u32 = 2;
 /// For how long messages are fetched after an unreadable one.
 const FETCH_FOR: Duration = Duration::from_secs(5);
-/// How often the stream is asked for a next message meanwhile.
-const FETCH_ALL_EVERY: Duration = Duration::from_millis(20);
+/// How often the stream is asked meanwhile whether there is a next one.
+const FETCH_ALL_EVERY: Duration = Duration::from_millis(100);
 /// How often the stream must report that it lacks the next message before that counts as a gap.
 const MISSING_MAX: u32 = 2;
 
@@ -56,7 +56,7 @@ pub(super) struct JetStreamSubscription {
     consumer: Option<Box<dyn Consumer>>,
     /// The consumer that is being created.
     opening: Option<Opening>,
-    /// The error that was logged last, until a consumer is created.
+    /// The error that was logged last, until a consumer delivers.
     problem: Option<String>,
     backoff: Backoff,
     /// How often the consumer has ended since the last delivery.
@@ -78,6 +78,8 @@ struct Opening {
     began: Instant,
     /// When the next message is fetched.
     fetch_at: Instant,
+    /// When the stream's history is compared again before that.
+    compare_at: Instant,
 }
 
 /// What the stream answered when it was asked for the next message.
@@ -156,7 +158,10 @@ impl JetStreamSubscription {
                 match next {
                     Ok(delivered) => self.take(delivered, entries),
                     Err(error) => {
-                        tracing::debug!(%error, "consumer ended");
+                        match error {
+                            BrokerError::Refused(_) => self.log(&error),
+                            _ => tracing::debug!(%error, "consumer ended"),
+                        }
                         self.consumer = None;
                         self.failures += 1;
                     }
@@ -188,7 +193,10 @@ impl JetStreamSubscription {
             Some(opening) => opening,
             None => {
                 self.backoff.pause().await;
-                let opening = self.open().await?;
+                let mut opening = self.open().await?;
+                if fetches {
+                    opening.fetch_at = opening.began;
+                }
                 self.opening.insert(opening)
             }
         };
@@ -215,7 +223,6 @@ impl JetStreamSubscription {
                 return Ok(());
             }
         }
-        self.problem = None;
         // A request from before it is about the consumer before it.
         let _ = self.shared.replace_consumer.notified().now_or_never();
         self.shared.counts.resumes.fetch_add(1, Ordering::Relaxed);
@@ -258,16 +265,22 @@ impl JetStreamSubscription {
         Ok(())
     }
 
-    /// Fetches the next message while there is no consumer. Compares the history again first: the
-    /// stream may have been replaced meanwhile.
+    /// Fetches the next message while there is no consumer, if the stream has one. Compares the history
+    /// first if that was some time ago: the stream may have been replaced meanwhile.
     async fn read_without_consumer(
         &mut self,
         connection: &dyn Connection,
         entries: &mut Vec<Entry>,
     ) -> Result<Fetched, ReadError> {
-        let Verdict::Same = self.shared.compare(connection, &self.last).await? else {
-            return Ok(Fetched::NoAnswer);
-        };
+        let is_due = |opening: &Opening| Instant::now() >= opening.compare_at;
+        if self.opening.as_ref().is_none_or(is_due) {
+            let Verdict::Same = self.shared.compare(connection, &self.last).await? else {
+                return Ok(Fetched::NoAnswer);
+            };
+            if let Some(opening) = &mut self.opening {
+                opening.compare_at = Instant::now() + FETCH_ALL_EVERY;
+            }
+        }
         let fetched = self.fetch_next(connection, entries).await?;
         if let (Fetched::Entry, Some(opening)) = (&fetched, &mut self.opening) {
             opening.fetch_at = Instant::now();
@@ -302,11 +315,13 @@ impl JetStreamSubscription {
         entries: &mut Vec<Entry>,
     ) -> Result<Fetched, ReadError> {
         let seq = self.last.seq + 1;
-        let is_at_end = self.shared.end.load(Ordering::Acquire) < seq;
+        if self.shared.end.load(Ordering::Acquire) < seq {
+            return Ok(Fetched::Nothing);
+        }
         let fetched = match connection.message(seq).await {
             Ok(Some(fetched)) => fetched,
             Ok(None) => {
-                self.missing += u32::from(!is_at_end);
+                self.missing += 1;
                 return Ok(Fetched::Nothing);
             }
             Err(_) => return Ok(Fetched::NoAnswer),
@@ -345,6 +360,7 @@ impl JetStreamSubscription {
         let headers = Ok(delivered.headers.as_ref());
         match self.entry(seq, delivered.time_ns, headers, &delivered.payload) {
             Ok(entry) => {
+                self.problem = None;
                 let end = seq + delivered.pending;
                 self.shared.end.fetch_max(end, Ordering::AcqRel);
                 entries.push(entry);
@@ -419,7 +435,8 @@ impl JetStreamSubscription {
                         from,
                         consumer: async move { creating.consume(from).await }.boxed(),
                         began,
-                        fetch_at: Instant::now() + FETCH_EVERY,
+                        fetch_at: began + FETCH_EVERY,
+                        compare_at: began + FETCH_EVERY,
                     });
                 }
                 Verdict::Unknown(error) => self.log(&error),

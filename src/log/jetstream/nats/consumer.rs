@@ -1,16 +1,24 @@
 //! A JetStream pull consumer.
 
+use std::sync::Arc;
+
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::pull::{self, Stream as PullStream};
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
+use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use super::super::broker::{BrokerError, Consumer, Delivered};
+use super::denial;
 use super::errors::no_answer;
 
 pub(super) struct NatsConsumer {
     pub(super) messages: PullStream,
+    /// What the server says outside of answers.
+    pub(super) denials: broadcast::Receiver<Arc<str>>,
+    /// Where messages are requested.
+    pub(super) pull: String,
     /// Of the connection.
     pub(super) ended: CancellationToken,
 }
@@ -52,6 +60,9 @@ impl Consumer for NatsConsumer {
                 let next = tokio::select! {
                     biased;
                     next = self.messages.next() => next,
+                    text = denial(&mut self.denials, &self.pull) => {
+                        return Err(BrokerError::Refused(text));
+                    }
                     () = self.ended.cancelled() => {
                         return Err(no_answer("the connection to NATS ended"));
                     }
