@@ -197,10 +197,11 @@ pub async fn run(
     let account = config.credentials.account();
     let peers = Client::new(account, SILENCE_MAX, Compression::IfSlow)?;
     let background = Blocking::background()?;
+    let critical = CriticalTasks::default();
     let parts = Parts {
         node,
         began_ns: now_ns(),
-        critical: CriticalTasks::default(),
+        critical: critical.clone(),
         store: Store::new(),
         storage,
         peers: Arc::new(peers),
@@ -237,7 +238,8 @@ pub async fn run(
     );
     let ops_router = ops::routes(ops_state);
     let ops = listener("ops", sockets.ops, ops_router, None, limits.ops);
-    rest.spawn(ops.serve(stop_rest.child_token()));
+    let serving = ops.serve(stop_rest.child_token());
+    rest.spawn(critical.guard("ops listener", serving));
     let [plain_write, plain_read] = node.plain();
     let data_ports = [
         ("write", sockets.write, node.write(), plain_write),
@@ -249,17 +251,25 @@ pub async fn run(
             plain: (past >= Past::Hyper).then_some(plain),
             ..listener(name, socket, router, direct, limits.data)
         };
-        data.spawn(port.serve(stop_listening.child_token()));
+        let serving = port.serve(stop_listening.child_token());
+        data.spawn(critical.guard("listener", serving));
     }
     let upkeep = Arc::clone(&telemetry);
-    rest.spawn(until(&stop_rest, async move { upkeep.upkeep().await }));
-    rest.spawn(until(&stop_rest, async move {
-        traffic.watch(&http_metrics).await;
-    }));
-    rest.spawn(until(&stop_rest, progress::report(node.restore.clone())));
-    let told = supervisor::report(node.readiness.clone(), node.restore.clone());
-    rest.spawn(until(&stop_rest, told));
-    rest.spawn(until(&stop_rest, node.watch_memory()));
+    let upkeep = async move { upkeep.upkeep().await };
+    rest.spawn(until(&stop_rest, &critical, "metrics upkeep", upkeep));
+    let watch = async move { traffic.watch(&http_metrics).await };
+    rest.spawn(until(&stop_rest, &critical, "traffic watch", watch));
+    let report = progress::report(node.restore.clone());
+    rest.spawn(until(&stop_rest, &critical, "restore report", report));
+    let report = supervisor::report(node.readiness.clone(), node.restore.clone());
+    rest.spawn(until(
+        &stop_rest,
+        &critical,
+        "service manager report",
+        report,
+    ));
+    let watch = node.watch_memory();
+    rest.spawn(until(&stop_rest, &critical, "memory watch", watch));
     node.announce(url);
 
     tokio::select! {
@@ -324,13 +334,16 @@ pub fn advertised(cluster: &ClusterConfig, local: SocketAddr) -> String {
 }
 
 /// `task` until `stop`.
+/// `run` until `stop`; the process can't go on when it panics.
 fn until(
     stop: &CancellationToken,
-    task: impl Future<Output = ()> + Send + 'static,
+    critical: &CriticalTasks,
+    task: &'static str,
+    run: impl Future<Output = ()> + Send + 'static,
 ) -> impl Future<Output = ()> + Send + 'static {
-    let stop = stop.child_token();
+    let (stop, guarded) = (stop.child_token(), critical.guard(task, run));
     async move {
-        stop.run_until_cancelled(task).await;
+        stop.run_until_cancelled(guarded).await;
     }
 }
 
