@@ -26,8 +26,8 @@ pub use cluster_key::ClusterKey;
 pub use disk::{DiskLog, OpenError, format as stored};
 pub use in_flight::{Answer, InFlight, InFlightBatch, Ticket};
 pub use jetstream::{
-    Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError, broker, header_block,
-    message, raw_message,
+    HeldData, Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError, broker,
+    header_block, message, raw_message,
 };
 pub use memory::MemoryLog;
 

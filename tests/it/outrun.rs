@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream::Config;
 use futures_util::future::join_all;
-use gradestore::log::{ClusterKey, Identity, JetStreamConfig, JetStreamLog, MemoryLog, RandomId};
+use gradestore::log::{
+    ClusterKey, HeldData, Identity, JetStreamConfig, JetStreamLog, MemoryLog, RandomId,
+};
 use gradestore::storage::Storage;
 use serde_json::Value;
 
@@ -34,7 +36,7 @@ async fn late(broker: &Broker, buffer_bytes_max: u64) -> Local {
     let identity = Identity {
         node: origin,
         replica: origin,
-        holds: None,
+        holds: HeldData::Nothing,
         keeps_data: false,
         url: String::new(),
         key: ClusterKey::derive(PASSWORD),

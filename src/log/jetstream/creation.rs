@@ -5,6 +5,7 @@
 //! have announced that they hold none either. Every other replica waits for the stream.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +26,8 @@ const DISCOVERY: Duration = Duration::from_secs(3);
 const ASK_EVERY: Duration = Duration::from_millis(500);
 /// What an announcement has as its log when its replica holds no data.
 const NO_LOG: &str = "none";
+/// The same when the replica holds a snapshot that it cannot read.
+const UNKNOWN_LOG: &str = "unknown";
 
 /// Who opens the log.
 #[derive(Clone)]
@@ -33,14 +36,30 @@ pub struct Identity {
     pub node: RandomId,
     /// This replica; the process again, where nothing is kept.
     pub replica: RandomId,
-    /// The log whose data this replica holds.
-    pub holds: Option<LogId>,
+    /// What this replica holds at the start.
+    pub holds: HeldData,
     /// Whether it keeps what it holds.
     pub keeps_data: bool,
     /// Where its write port is reached.
     pub url: String,
     /// What its announcements are signed with, and those of others are verified with.
     pub key: ClusterKey,
+}
+
+/// What a replica holds before it has opened the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HeldData {
+    /// No data of any log.
+    Nothing,
+    /// Data of this log.
+    Of(LogId),
+    /// A snapshot that cannot be read: it may be the only copy of the data.
+    Unreadable {
+        /// The snapshot.
+        path: PathBuf,
+        /// Why it cannot be read, and what to do.
+        why: String,
+    },
 }
 
 /// Is told what an opening log waits for.
@@ -219,10 +238,21 @@ impl Opening<'_> {
             ..
         } = self.identity;
         let expected = self.config.expect_peers;
-        if let Some(log) = holds {
-            return Ok(Err(format!(
-                "this replica holds data of log {log} and waits until the stream is restored"
-            )));
+        match holds {
+            HeldData::Nothing => {}
+            HeldData::Of(log) => {
+                return Ok(Err(format!(
+                    "this replica holds data of log {log} and waits until the stream is restored"
+                )));
+            }
+            HeldData::Unreadable { path, why } => {
+                return Ok(Err(format!(
+                    "this replica cannot read snapshot {} ({why}), which may be the only copy of \
+                     the data; make the file readable and restart, or restore the stream, or, if \
+                     the data is not needed, move the file out of the data directory and restart",
+                    path.display()
+                )));
+            }
         }
         if !keeps_data && expected <= 1 {
             return Ok(Err(
@@ -306,8 +336,9 @@ impl Opening<'_> {
 
     fn announcement(&self) -> Announcement {
         let log_id = match &self.identity.holds {
-            Some(log) => log.0.clone(),
-            None => NO_LOG.into(),
+            HeldData::Nothing => NO_LOG.into(),
+            HeldData::Of(log) => log.0.clone(),
+            HeldData::Unreadable { .. } => UNKNOWN_LOG.into(),
         };
         self.announcements.sign(Announcement {
             node: self.identity.node.to_string().into(),

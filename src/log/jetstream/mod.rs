@@ -43,7 +43,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::announcements::Announcements;
 use self::broker::{Broker, BrokerError, Connection, InfoSource, Outgoing};
-pub use self::creation::{Identity, Progress};
+pub use self::creation::{HeldData, Identity, Progress};
 use self::history::Suspicion;
 pub use self::servers::Servers;
 use self::session::{Backoff, Link};

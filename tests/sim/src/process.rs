@@ -16,7 +16,8 @@ use gradestore::http::Answered;
 use gradestore::http::Credentials;
 use gradestore::http::backup::BackupMetrics;
 use gradestore::log::{
-    ClusterKey, Identity, JetStreamConfig, JetStreamLog, LogId, MemoryLog, RandomId, SetupError,
+    ClusterKey, HeldData, Identity, JetStreamConfig, JetStreamLog, LogId, MemoryLog, RandomId,
+    SetupError,
 };
 use gradestore::memory::MemoryMax;
 use gradestore::node::{Node, Parts};
@@ -273,7 +274,7 @@ fn identity(world: &World, node: usize, knobs: &Knobs) -> Identity {
     Identity {
         node: process,
         replica: if knobs.snapshots { disk } else { process },
-        holds: newest.map(|head| LogId(head.log_id)),
+        holds: newest.map_or(HeldData::Nothing, |head| HeldData::Of(LogId(head.log_id))),
         keeps_data: knobs.snapshots,
         url: url(node),
         key: ClusterKey::derive(PASSWORD),

@@ -1,0 +1,95 @@
+//! Who creates the stream, what a start waits for, and what ends it.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use gradestore::backup::{FORMAT, Head};
+use gradestore::log::Chain;
+use parking_lot::Mutex;
+use tempfile::tempdir;
+
+use crate::broker::{Broker, STREAM};
+use crate::disk::{file_with, program_on, store_of};
+use crate::harness::{Process, collected};
+use crate::recover::bound_by_permissions;
+use crate::wire::eventually;
+
+/// The command that starts a replica on `broker` with its data in `dir`.
+fn replica_on(broker: &Broker, dir: &Path) -> Command {
+    let mut command = program_on(dir);
+    command.args(["--nats-url", &broker.address.to_string()]);
+    command
+}
+
+/// A replica that has not opened its log yet.
+struct Starting {
+    _process: Process,
+    logged: Arc<Mutex<String>>,
+}
+
+impl Starting {
+    fn spawn(mut command: Command) -> Self {
+        let command = command.stdin(Stdio::null()).stdout(Stdio::null());
+        let mut process = Process(command.stderr(Stdio::piped()).spawn().unwrap());
+        let logged = collected(process.0.stderr.take().unwrap());
+        Self {
+            _process: process,
+            logged,
+        }
+    }
+
+    /// Waits until a line has all of these in it.
+    async fn logs(&self, parts: &[&str]) {
+        eventually(&format!("{parts:?}"), async || {
+            let logged = self.logged.lock();
+            let has_all = |line: &str| parts.iter().all(|part| line.contains(part));
+            logged.lines().any(has_all).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_cannot_be_read_counts_as_data() {
+    let broker = Broker::start_with(&[]).await;
+    let client = broker.client().await;
+    let head = |format| Head {
+        format,
+        log_id: "lost".into(),
+        position: 7,
+        time_ns: 1_700_000_000_000_000_000,
+        chain: Chain::default(),
+        previous_chain: Chain::default(),
+        rows_expected: 10,
+    };
+    let file_of = |format| file_with(&store_of(10, 50), &head(format));
+    let mut damaged = file_of(FORMAT);
+    damaged[12..60].fill(0);
+    for (file, mode, why) in [
+        (damaged, 0o600, "it names no log"),
+        (file_of(FORMAT + 1), 0o600, "use a newer gradestore"),
+        (file_of(FORMAT)[..20].to_vec(), 0o600, "cut off at byte 20"),
+        (Vec::new(), 0o600, "cut off at byte 0"),
+        (file_of(FORMAT), 0o000, "Permission denied"),
+    ] {
+        let (holder, empty) = (tempdir().unwrap(), tempdir().unwrap());
+        let snapshots = holder.path().join("snapshots");
+        fs::create_dir(&snapshots).unwrap();
+        let snapshot = snapshots.join("grades-00000000000000000007.csv.gz");
+        fs::write(&snapshot, file).unwrap();
+        fs::set_permissions(&snapshot, Permissions::from_mode(mode)).unwrap();
+
+        let command = replica_on(&broker, holder.path());
+        let holder = Starting::spawn(bound_by_permissions(&command));
+        let name = snapshot.to_str().unwrap();
+        let fix = "move the file out of the data directory";
+        holder.logs(&[name, why, fix]).await;
+        // Nor does another one create the stream meanwhile.
+        let empty = Starting::spawn(replica_on(&broker, empty.path()));
+        empty.logs(&["holds data of log unknown"]).await;
+        client.get_stream(STREAM).await.unwrap_err();
+    }
+}
