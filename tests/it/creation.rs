@@ -18,14 +18,14 @@ use crate::recover::bound_by_permissions;
 use crate::wire::eventually;
 
 /// The command that starts a replica on `broker` with its data in `dir`.
-fn replica_on(broker: &Broker, dir: &Path) -> Command {
+pub(crate) fn replica_on(broker: &Broker, dir: &Path) -> Command {
     let mut command = program_on(dir);
     command.args(["--nats-url", &broker.address.to_string()]);
     command
 }
 
 /// A replica that has not opened its log yet.
-struct Starting {
+pub(crate) struct Starting {
     _process: Process,
     logged: Arc<Mutex<String>>,
 }
@@ -42,7 +42,7 @@ impl Starting {
     }
 
     /// Waits until a line has all of these in it.
-    async fn logs(&self, parts: &[&str]) {
+    pub(crate) async fn logs(&self, parts: &[&str]) {
         eventually(&format!("{parts:?}"), async || {
             let logged = self.logged.lock();
             let has_all = |line: &str| parts.iter().all(|part| line.contains(part));
@@ -50,6 +50,13 @@ impl Starting {
         })
         .await;
     }
+}
+
+/// One that creates the stream together with another one only.
+pub(crate) fn expecting_two(broker: &Broker, dir: &Path) -> Starting {
+    let mut command = replica_on(broker, dir);
+    command.args(["--expect-peers", "2"]);
+    Starting::spawn(command)
 }
 
 #[tokio::test(flavor = "multi_thread")]

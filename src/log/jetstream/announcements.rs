@@ -1,6 +1,8 @@
-//! Which announcements count: those that a holder of the cluster's key signed.
+//! Which announcements count: those that a holder of the cluster's key signed for this question.
 //!
-//! Anybody on the broker may answer for the service. An announcement without a valid code neither
+//! Anybody on the broker may answer a question, also with an announcement that a replica has sent
+//! before. So each question has a random nonce, and each code is over the nonce of the question that
+//! it answers. An announcement without a valid code neither
 //! lets a stream be created nor prevents it, and nobody asks its URL for a backup: the request would
 //! carry the password.
 
@@ -10,6 +12,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use super::broker::{Asked, Broker, Connection};
 use crate::log::{Announcement, ClusterKey};
 
 /// How often forged announcements are logged at most.
@@ -35,17 +38,23 @@ impl Announcements {
         }
     }
 
-    /// This replica's own announcement, signed.
-    pub(super) fn sign(&self, mut announcement: Announcement) -> Announcement {
-        announcement.mac = Some(self.key.sign_announcement(&announcement));
-        announcement
+    /// Asks the replicas that `to` names; their authentic announcements, one a process. The error is
+    /// for a log line.
+    pub(super) async fn ask(
+        &self,
+        broker: &dyn Broker,
+        connection: &dyn Connection,
+        to: Asked,
+    ) -> Result<Vec<Announcement>, String> {
+        let nonce = broker.random_id().map_err(|error| error.to_string())?;
+        let announced = connection.ask_peers(to, nonce).await?;
+        Ok(self.authentic(announced, &nonce.to_string()))
     }
 
-    /// The authentic ones of `announced`, one a process.
-    pub(super) fn authentic(&self, announced: Vec<Announcement>) -> Vec<Announcement> {
+    fn authentic(&self, announced: Vec<Announcement>, nonce: &str) -> Vec<Announcement> {
         let mut found = BTreeMap::new();
         for announcement in announced {
-            match self.key.verify_announcement(&announcement) {
+            match self.key.verify_announcement(&announcement, nonce) {
                 true => drop(found.insert(announcement.node.clone(), announcement)),
                 false => self.reject(&announcement),
             }
@@ -70,7 +79,8 @@ impl Announcements {
                 url,
                 replica,
                 total,
-                "ignored an announcement that is not signed with this cluster's password"
+                "ignored an announcement that is not signed with this cluster's password, or not \
+                 for this question"
             );
         }
     }
@@ -96,25 +106,33 @@ mod tests {
         }
     }
 
+    impl Announcements {
+        fn sign(&self, mut announcement: Announcement, nonce: &str) -> Announcement {
+            announcement.mac = Some(self.key.sign_announcement(&announcement, nonce));
+            announcement
+        }
+    }
+
     #[test]
     fn a_forged_announcement_neither_counts_nor_hides_an_authentic_one() {
         let ours = Announcements::new(ClusterKey::derive("ours"));
         let theirs = Announcements::new(ClusterKey::derive("theirs"));
         let (a, b) = (
-            ours.sign(of("a", "http://a")),
-            ours.sign(of("b", "http://b")),
+            ours.sign(of("a", "http://a"), "now"),
+            ours.sign(of("b", "http://b"), "now"),
         );
         let mut altered = b.clone();
         altered.url = "http://stranger".into();
         let announced = vec![
             a.clone(),
             of("a", "http://stranger"),
-            theirs.sign(of("a", "http://stranger")),
+            theirs.sign(of("a", "http://stranger"), "now"),
+            ours.sign(of("a", "http://former"), "before"),
             altered,
             b.clone(),
             of("c", "http://stranger"),
         ];
-        assert_eq!(ours.authentic(announced), [a, b]);
-        assert_eq!(ours.forged(), 4);
+        assert_eq!(ours.authentic(announced, "now"), [a, b]);
+        assert_eq!(ours.forged(), 5);
     }
 }

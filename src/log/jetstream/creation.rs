@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::announcements::Announcements;
-use super::broker::{Broker, BrokerError, ConnectError, Connection, StreamInfo};
+use super::broker::{Asked, Broker, BrokerError, ConnectError, Connection, StreamInfo};
 use super::session::Backoff;
 use super::{JetStreamConfig, MESSAGE_BYTES_NEEDED, SetupError, stream};
 use crate::log::{Announcement, Chain, ClusterKey, LogId, RandomId, Seq};
@@ -159,11 +159,12 @@ impl Opening<'_> {
         let stop = CancellationToken::new();
         let announcing = {
             let (connection, stop) = (Arc::clone(connection), stop.clone());
-            let me = self.announcement();
-            tokio::spawn(async move {
-                let announced = connection.announce(Arc::new(move || me.clone()), stop);
-                announced.await
-            })
+            let (me, key) = (self.announcement(), self.identity.key.clone());
+            let announce = move |nonce: &str| Announcement {
+                mac: Some(key.sign_announcement(&me, nonce)),
+                ..me.clone()
+            };
+            tokio::spawn(async move { connection.announce(Arc::new(announce), stop).await })
         };
         let found = self.find_or_create(connection).await;
         stop.cancel();
@@ -261,8 +262,9 @@ impl Opening<'_> {
                     .to_owned(),
             ));
         }
-        let announced = match connection.ask_peers().await {
-            Ok(announced) => self.announcements.authentic(announced),
+        let asked = self.announcements.ask(self.broker, connection, Asked::All);
+        let announced = match asked.await {
+            Ok(announced) => announced,
             Err(error) => return Ok(Err(format!("cannot ask for other replicas: {error}"))),
         };
         let (me, my_replica) = (node.to_string(), replica.to_string());
@@ -340,7 +342,7 @@ impl Opening<'_> {
             HeldData::Of(log) => log.0.clone(),
             HeldData::Unreadable { .. } => UNKNOWN_LOG.into(),
         };
-        self.announcements.sign(Announcement {
+        Announcement {
             node: self.identity.node.to_string().into(),
             replica: self.identity.replica.to_string().into(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -351,6 +353,6 @@ impl Opening<'_> {
             chain: Chain::default(),
             full: false,
             mac: None,
-        })
+        }
     }
 }

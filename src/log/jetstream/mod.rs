@@ -42,7 +42,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::announcements::Announcements;
-use self::broker::{Broker, BrokerError, Connection, InfoSource, Outgoing};
+use self::broker::{Asked, Broker, BrokerError, Connection, InfoSource, Outgoing};
 pub use self::creation::{HeldData, Identity, Progress};
 use self::history::Suspicion;
 pub use self::servers::Servers;
@@ -535,9 +535,9 @@ impl Log for JetStreamLog {
             let Some(connection) = self.shared.current_connection() else {
                 return Vec::new();
             };
-            match connection.ask_peers().await {
-                Ok(announced) => {
-                    let mut found = self.shared.announcements.authentic(announced);
+            let (broker, announcements) = (&*self.shared.broker, &self.shared.announcements);
+            match announcements.ask(broker, &*connection, Asked::All).await {
+                Ok(mut found) => {
                     let me = self.shared.node.to_string();
                     found.retain(|peer| *peer.node != *me && peer.log_id == self.shared.id.0);
                     found
