@@ -11,9 +11,9 @@ use gradestore::log::Chain;
 use parking_lot::Mutex;
 use tempfile::tempdir;
 
-use crate::broker::{Broker, STREAM};
-use crate::disk::{file_with, program_on, store_of};
-use crate::harness::{Process, collected};
+use crate::broker::{Broker, STREAM, copy_tree};
+use crate::disk::{Held, file_with, program_on, store_of};
+use crate::harness::{Node, Process, collected, run};
 use crate::recover::bound_by_permissions;
 use crate::wire::eventually;
 
@@ -99,4 +99,38 @@ async fn a_snapshot_that_cannot_be_read_counts_as_data() {
         empty.logs(&["holds data of log unknown"]).await;
         client.get_stream(STREAM).await.unwrap_err();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copied_data_directory_is_refused_while_the_other_one_runs() {
+    let broker = Broker::start_with(&[]).await;
+    let root = tempdir().unwrap();
+    let [original, copy] = ["original", "copy"].map(|name| root.path().join(name));
+    Node::start_with(&mut replica_on(&broker, &original))
+        .await
+        .end()
+        .await;
+    fs::create_dir(&copy).unwrap();
+    copy_tree(&original, &copy);
+
+    let node = Node::start_with(&mut replica_on(&broker, &original)).await;
+    let output = run(&mut replica_on(&broker, &copy));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    let replica = fs::read_to_string(original.join("replica-id")).unwrap();
+    for part in [
+        replica.trim(),
+        &format!("http://{}", node.write),
+        "remove the file replica-id",
+    ] {
+        assert!(said.contains(part), "{said}");
+    }
+    node.set(r#"{"user_id":"x","spp":1}"#).await.position();
+
+    // As the message says; and a replica whose process is gone may start again at once.
+    fs::remove_file(copy.join("replica-id")).unwrap();
+    let copy = Node::start_with(&mut replica_on(&broker, &copy)).await;
+    node.kill();
+    let node = Node::start_with(&mut replica_on(&broker, &original)).await;
+    assert_eq!(Held::by(&node).await, Held::by(&copy).await);
 }

@@ -15,13 +15,14 @@ use tokio::time::Instant;
 use super::broker::{Asked, Broker, Connection};
 use crate::log::{Announcement, ClusterKey};
 
-/// How often forged announcements are logged at most.
+/// How often forged announcements are logged at most, and so is another process with this id.
 const LOG_EVERY: Duration = Duration::from_secs(30);
 
 /// Checks announcements, and counts those that are not authentic.
 pub(super) struct Announcements {
     key: ClusterKey,
     forged: Mutex<Forged>,
+    copy_logged_at: Mutex<Option<Instant>>,
 }
 
 #[derive(Default)]
@@ -35,6 +36,7 @@ impl Announcements {
         Self {
             key,
             forged: Mutex::default(),
+            copy_logged_at: Mutex::default(),
         }
     }
 
@@ -67,13 +69,24 @@ impl Announcements {
         self.forged.lock().total
     }
 
+    /// Logs that another process runs as this replica: two that started at the same moment did not
+    /// hear each other before.
+    pub(super) fn report_copy(&self, copy: &Announcement) {
+        if is_due(&mut self.copy_logged_at.lock()) {
+            let (url, replica) = (&*copy.url, &*copy.replica);
+            tracing::error!(
+                url,
+                replica,
+                "another process runs as this replica, and each deletes the other's consumer; stop \
+                 one, and remove the file replica-id from its data directory"
+            );
+        }
+    }
+
     fn reject(&self, announcement: &Announcement) {
         let mut forged = self.forged.lock();
         forged.total += 1;
-        let now = Instant::now();
-        let due = |at: Instant| now.saturating_duration_since(at) >= LOG_EVERY;
-        if forged.logged_at.is_none_or(due) {
-            forged.logged_at = Some(now);
+        if is_due(&mut forged.logged_at) {
             let (url, replica, total) = (&*announcement.url, &*announcement.replica, forged.total);
             tracing::warn!(
                 url,
@@ -84,6 +97,17 @@ impl Announcements {
             );
         }
     }
+}
+
+/// Whether a line may be logged that was logged last at `logged_at`, which is then now.
+fn is_due(logged_at: &mut Option<Instant>) -> bool {
+    let now = Instant::now();
+    let due = |at: Instant| now.saturating_duration_since(at) >= LOG_EVERY;
+    let is_due = logged_at.is_none_or(due);
+    if is_due {
+        *logged_at = Some(now);
+    }
+    is_due
 }
 
 #[cfg(test)]

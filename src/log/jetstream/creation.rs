@@ -156,6 +156,7 @@ impl Opening<'_> {
                 why: why.into(),
             });
         }
+        self.refuse_copy(&**connection).await?;
         let stop = CancellationToken::new();
         let announcing = {
             let (connection, stop) = (Arc::clone(connection), stop.clone());
@@ -176,6 +177,37 @@ impl Opening<'_> {
                 found
             }
             Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        }
+    }
+
+    /// Fails if another process runs as this replica: each would delete the other's consumer.
+    /// This process does not announce itself yet, so NATS answers "no responders" at once where
+    /// there is no other.
+    async fn refuse_copy(&self, connection: &dyn Connection) -> Result<(), SetupError> {
+        let asked = Asked::Replica(self.identity.replica);
+        match self.announcements.ask(self.broker, connection, asked).await {
+            Ok(announced) => announced.iter().try_for_each(|peer| self.check_copy(peer)),
+            Err(why) => {
+                tracing::debug!(why, "cannot ask whether another process runs as this replica");
+                Ok(())
+            }
+        }
+    }
+
+    /// Fails if `peer` is another process that runs as this replica.
+    fn check_copy(&self, peer: &Announcement) -> Result<(), SetupError> {
+        let Identity { node, replica, .. } = self.identity;
+        let (same_node, same_replica) = (
+            *peer.node == *node.to_string(),
+            *peer.replica == *replica.to_string(),
+        );
+        match same_replica && !same_node {
+            true => Err(SetupError::SameReplica {
+                replica: peer.replica.clone(),
+                node: peer.node.clone(),
+                url: peer.url.clone(),
+            }),
+            false => Ok(()),
         }
     }
 
@@ -233,7 +265,6 @@ impl Opening<'_> {
     ) -> Result<Result<(), String>, SetupError> {
         let Identity {
             node,
-            replica,
             holds,
             keeps_data,
             ..
@@ -267,16 +298,13 @@ impl Opening<'_> {
             Ok(announced) => announced,
             Err(error) => return Ok(Err(format!("cannot ask for other replicas: {error}"))),
         };
-        let (me, my_replica) = (node.to_string(), replica.to_string());
+        let me = node.to_string();
         let mut others = BTreeMap::new();
         for peer in announced {
             if *peer.node == *me {
                 continue;
             }
-            if *peer.replica == *my_replica {
-                let (replica, node) = (peer.replica, peer.node);
-                return Err(SetupError::SameReplica { replica, node });
-            }
+            self.check_copy(&peer)?;
             if *peer.log_id != *NO_LOG {
                 return Ok(Err(format!(
                     "replica {} at {} holds data of log {}; waiting until the stream is restored",

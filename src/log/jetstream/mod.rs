@@ -168,14 +168,17 @@ pub enum SetupError {
     },
     /// The data directory was copied.
     #[error(
-        "another process is running as replica {replica} (node {node}): its data directory is a copy \
-         of this one, or the other way round; remove the file replica-id from one of them"
+        "another process at {url} (node {node}) is running as replica {replica}: one of the two data \
+         directories is a copy of the other; stop that process, or remove the file replica-id from \
+         the copy"
     )]
     SameReplica {
         /// The replica's id.
         replica: Box<str>,
         /// The other process.
         node: Box<str>,
+        /// Where it is reached.
+        url: Box<str>,
     },
     /// The system has no random bytes to name the log with.
     #[error("the system gave no random bytes: {0}")]
@@ -198,6 +201,7 @@ struct Shared {
     announcements: Announcements,
     /// This process.
     node: RandomId,
+    replica: RandomId,
     id: LogId,
     first: AtomicU64,
     end: AtomicU64,
@@ -279,6 +283,7 @@ impl JetStreamLog {
             config,
             broker,
             node: identity.node,
+            replica: identity.replica,
             id: opened.id,
             first: AtomicU64::new(opened.first),
             end: AtomicU64::new(opened.last),
@@ -540,6 +545,10 @@ impl Log for JetStreamLog {
                 Ok(mut found) => {
                     let me = self.shared.node.to_string();
                     found.retain(|peer| *peer.node != *me && peer.log_id == self.shared.id.0);
+                    let replica = self.shared.replica.to_string();
+                    if let Some(copy) = found.iter().find(|peer| *peer.replica == *replica) {
+                        announcements.report_copy(copy);
+                    }
                     found
                 }
                 Err(error) => {
