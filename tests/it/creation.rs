@@ -14,6 +14,7 @@ use tempfile::tempdir;
 use crate::broker::{Broker, STREAM, copy_tree};
 use crate::disk::{Held, file_with, program_on, store_of};
 use crate::harness::{Node, Process, collected, run};
+use crate::nats::NatsCluster;
 use crate::recover::bound_by_permissions;
 use crate::wire::eventually;
 
@@ -133,4 +134,39 @@ async fn a_copied_data_directory_is_refused_while_the_other_one_runs() {
     node.kill();
     let node = Node::start_with(&mut replica_on(&broker, &original)).await;
     assert_eq!(Held::by(&node).await, Held::by(&copy).await);
+}
+
+/// A start gives up 30 s after the last answer about the stream, not after its own beginning.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_waits_for_replicas_outlives_a_restart_of_the_server() {
+    let mut broker = Broker::start_with(&[]).await;
+    let dir = tempdir().unwrap();
+    let a = expecting_two(&broker, &dir.path().join("a"));
+    a.logs(&["1 of 2 replicas (--expect-peers)"]).await;
+
+    // One server of three is left. This start gives up, and the other one has lasted as long then.
+    let mut cluster = NatsCluster::start().await;
+    cluster.kill(1);
+    cluster.kill(2);
+    let mut command = cluster.replica_at("c", &cluster.servers[0].url());
+    let output = tokio::task::spawn_blocking(move || run(&mut command));
+    let output = output.await.unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    let error = said.lines().last().unwrap();
+    for part in [
+        "JetStream has no leader",
+        "temporarily unavailable",
+        "more than half of the servers",
+    ] {
+        assert!(error.contains(part), "{said}");
+    }
+
+    broker.kill();
+    a.logs(&["waiting for NATS at"]).await;
+    broker.restart().await;
+    let b = expecting_two(&broker, &dir.path().join("b"));
+    for replica in [&a, &b] {
+        replica.logs(&["listening"]).await;
+    }
 }

@@ -22,6 +22,9 @@ pub enum BrokerError {
     /// Nobody is there to answer, as while a stream has no leader. It was not done.
     #[error("{0}")]
     NoResponders(Arc<str>),
+    /// The server is there, but the cluster's JetStream has no leader. It was not done.
+    #[error("{0}")]
+    NoLeader(Arc<str>),
     /// There is no stream of this name.
     #[error("there is no stream of this name")]
     NoStream,

@@ -18,7 +18,7 @@ use super::session::Backoff;
 use super::{JetStreamConfig, MESSAGE_BYTES_NEEDED, SetupError, stream};
 use crate::log::{Announcement, Chain, ClusterKey, LogId, RandomId, Seq};
 
-/// How long the broker may be away at the start before the node gives up.
+/// How long the broker may give no answer about the stream at the start before the node gives up.
 const START_WAIT_MAX: Duration = Duration::from_secs(30);
 /// How long a replica that expects no others looks for them before it creates the stream.
 const DISCOVERY: Duration = Duration::from_secs(3);
@@ -90,30 +90,36 @@ pub(super) async fn open(
         base,
         progress,
         servers: broker.servers(),
-        started: Instant::now(),
+        answered_at: Instant::now(),
         told: String::new(),
     };
     let mut backoff = Backoff::new();
     loop {
-        let why = match broker.connect().await {
+        let error = match broker.connect().await {
             Ok(connection) => match opening.on(&connection).await? {
                 Ok(info) => return opening.opened(connection, &info),
-                Err(why) => {
+                Err(error) => {
                     connection.close().await;
-                    why
+                    error
                 }
             },
-            Err(ConnectError::Unreachable(why)) => why,
+            Err(ConnectError::Unreachable(why)) => BrokerError::NoAnswer(why),
             Err(ConnectError::NotAllowed(why)) => {
                 let servers = opening.servers;
                 return Err(SetupError::NotAllowed { servers, why });
             }
         };
-        if opening.started.elapsed() >= START_WAIT_MAX {
+        if opening.answered_at.elapsed() >= START_WAIT_MAX {
             let servers = opening.servers;
-            return Err(SetupError::Away { servers, why });
+            return Err(match error {
+                BrokerError::NoLeader(why) => SetupError::NoLeader { servers, why },
+                error => SetupError::Away {
+                    servers,
+                    why: error.to_string().into(),
+                },
+            });
         }
-        opening.tell(format!("waiting for NATS at {}: {why}", opening.servers));
+        opening.tell(format!("waiting for NATS at {}: {error}", opening.servers));
         backoff.pause().await;
     }
 }
@@ -126,7 +132,8 @@ struct Opening<'a> {
     base: Option<Seq>,
     progress: &'a Progress,
     servers: String,
-    started: Instant,
+    /// When the broker last said whether the stream exists, or else the start.
+    answered_at: Instant,
     told: String,
 }
 
@@ -143,7 +150,7 @@ impl Opening<'_> {
     async fn on(
         &mut self,
         connection: &Arc<dyn Connection>,
-    ) -> Result<Result<StreamInfo, Arc<str>>, SetupError> {
+    ) -> Result<Result<StreamInfo, BrokerError>, SetupError> {
         let bytes_max = connection.message_bytes_max();
         if bytes_max < MESSAGE_BYTES_NEEDED {
             let why = format!(
@@ -215,14 +222,14 @@ impl Opening<'_> {
     async fn find_or_create(
         &mut self,
         connection: &Arc<dyn Connection>,
-    ) -> Result<Result<StreamInfo, Arc<str>>, SetupError> {
+    ) -> Result<Result<StreamInfo, BrokerError>, SetupError> {
         let discovering_since = Instant::now();
         loop {
             match connection.stream_info().await {
                 Ok(info) => return Ok(Ok(info)),
-                Err(BrokerError::NoStream) => {}
+                Err(BrokerError::NoStream) => self.answered_at = Instant::now(),
                 Err(BrokerError::Refused(why)) => return Err(self.refused(why)),
-                Err(error) => return Ok(Err(error.to_string().into())),
+                Err(error) => return Ok(Err(error)),
             }
             match self.may_create(&**connection, discovering_since).await? {
                 Ok(()) => {
@@ -239,7 +246,7 @@ impl Opening<'_> {
                             Ok(info) => return Ok(Ok(info)),
                             Err(_) => return Err(self.refused(why)),
                         },
-                        Err(error) => return Ok(Err(error.to_string().into())),
+                        Err(error) => return Ok(Err(error)),
                     }
                 }
                 Err(why) => {
@@ -251,7 +258,8 @@ impl Opening<'_> {
                 biased;
                 () = tokio::time::sleep(ASK_EVERY) => {}
                 () = connection.ended().cancelled() => {
-                    return Ok(Err("the connection to NATS ended".into()));
+                    let why = "the connection to NATS ended".into();
+                    return Ok(Err(BrokerError::NoAnswer(why)));
                 }
             }
         }

@@ -102,6 +102,18 @@ pub enum SetupError {
         /// What went wrong.
         why: Arc<str>,
     },
+    /// The broker answers, its JetStream does not.
+    #[error(
+        "NATS at {servers} answers, but JetStream has no leader there: {why}; start the servers of \
+         the cluster that are down, or repair the routes between them: more than half of the \
+         servers must reach each other (nats server report jetstream)"
+    )]
+    NoLeader {
+        /// The servers.
+        servers: String,
+        /// What went wrong.
+        why: Arc<str>,
+    },
     /// The broker does not let this process in.
     #[error(
         "NATS at {servers} refuses this replica: {why}; check the name and password in --nats-url, \

@@ -320,7 +320,7 @@ async fn open(
                 });
                 return (process, storage);
             }
-            Err(error @ (SetupError::Away { .. } | SetupError::Refused { .. })) => {
+            Err(error @ (SetupError::Away { .. } | SetupError::Refused { .. } | SetupError::NoLeader { .. })) => {
                 world.note(|| format!("node {node} is started again: {error}"));
             }
             Err(error) => world.violate(format!("node {node} can't open its log: {error}")),
