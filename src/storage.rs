@@ -15,6 +15,7 @@ use crate::log::{
     ClusterKey, DiskLog, HeldData, Identity, InFlight, JetStreamConfig, JetStreamLog, Log, LogId,
     MemoryLog, OpenError, Progress, RandomId, Seq, SetupError,
 };
+use crate::remote::Reach;
 
 /// Where the log is kept.
 #[derive(Debug, Clone)]
@@ -105,6 +106,8 @@ pub struct Opening {
     pub node: RandomId,
     /// Where its write port is reached.
     pub url: String,
+    /// How a `--peer` is asked which process it is.
+    pub reach: Arc<dyn Reach>,
     /// What the cluster's replicas sign with.
     pub key: ClusterKey,
     /// A backup to start from; the log then begins where that ends.
@@ -148,6 +151,7 @@ impl Storage {
                     holds: storage.held_data(abandoned.as_ref()),
                     keeps_data: data_dir.is_some(),
                     url: opening.url,
+                    reach: opening.reach,
                     key: opening.key,
                 };
                 let in_flight = storage.in_flight.clone();

@@ -13,8 +13,8 @@ use tempfile::tempdir;
 
 use crate::broker::{Broker, STREAM, copy_tree};
 use crate::disk::{Held, file_with, program_on, store_of};
-use crate::harness::{Node, Process, collected, run};
-use crate::nats::NatsCluster;
+use crate::harness::{Node, PASSWORD, Process, collected, program, run};
+use crate::nats::{NatsCluster, ReservedPort};
 use crate::recover::bound_by_permissions;
 use crate::wire::eventually;
 
@@ -166,6 +166,41 @@ async fn a_start_that_waits_for_replicas_outlives_a_restart_of_the_server() {
     a.logs(&["waiting for NATS at"]).await;
     broker.restart().await;
     let b = expecting_two(&broker, &dir.path().join("b"));
+    for replica in [&a, &b] {
+        replica.logs(&["listening"]).await;
+    }
+}
+
+/// All replicas have the same list of peers, and name them otherwise than they name themselves.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_announces_another_url_does_not_block_creation() {
+    let broker = Broker::start_with(&[]).await;
+    let dir = tempdir().unwrap();
+    let ports = [ReservedPort::new(), ReservedPort::new()];
+    let peers = ports.each_ref().map(|port| {
+        let port = port.address().port();
+        format!("http://localhost:{port}")
+    });
+    let replica = |index: usize| {
+        let mut command = program();
+        command.env_remove("GRADESTORE_EPHEMERAL");
+        command.env("GRADESTORE_PASSWORD", PASSWORD);
+        command.args(["--nats-url", &broker.address.to_string()]);
+        command.args(["--write-addr", &ports[index].address().to_string()]);
+        command.args(["--read-addr", "127.0.0.1:0", "--ops-addr", "127.0.0.1:0"]);
+        command.args(["--expect-peers", "2", "--data-dir"]);
+        command.arg(dir.path().join(index.to_string()));
+        for peer in &peers {
+            command.args(["--peer", peer]);
+        }
+        Starting::spawn(command)
+    };
+    let a = replica(0);
+    a.logs(&["waiting for --peer", &peers[1], "onnection refused"])
+        .await;
+    let client = broker.client().await;
+    client.get_stream(STREAM).await.unwrap_err();
+    let b = replica(1);
     for replica in [&a, &b] {
         replica.logs(&["listening"]).await;
     }

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::broker::{Broker, Load, STREAM, SUBJECT, Write, status_where};
 use crate::disk::backup_of;
-use crate::harness::{Local, Node, PASSWORD, Ports};
+use crate::harness::{Local, Node, PASSWORD, Ports, client};
 use crate::seeded::{Cluster, serves_nothing};
 use crate::throttle::Throttle;
 
@@ -39,6 +39,7 @@ async fn late(broker: &Broker, buffer_bytes_max: u64) -> Local {
         holds: HeldData::Nothing,
         keeps_data: false,
         url: String::new(),
+        reach: Arc::new(client()),
         key: ClusterKey::derive(PASSWORD),
     };
     let mut storage = Storage::of(Arc::new(MemoryLog::new(origin, 0)), origin);

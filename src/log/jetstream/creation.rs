@@ -17,11 +17,14 @@ use super::broker::{Asked, Broker, BrokerError, ConnectError, Connection, Stream
 use super::session::Backoff;
 use super::{JetStreamConfig, MESSAGE_BYTES_NEEDED, SetupError, stream};
 use crate::log::{Announcement, Chain, ClusterKey, LogId, RandomId, Seq};
+use crate::remote::Reach;
 
 /// How long the broker may give no answer about the stream at the start before the node gives up.
 const START_WAIT_MAX: Duration = Duration::from_secs(30);
 /// How long a replica that expects no others looks for them before it creates the stream.
 const DISCOVERY: Duration = Duration::from_secs(3);
+/// How long a `--peer` may take to say which process it is.
+const PEER_WAIT_MAX: Duration = Duration::from_secs(2);
 /// How often others are asked meanwhile.
 const ASK_EVERY: Duration = Duration::from_millis(500);
 /// What an announcement has as its log when its replica holds no data.
@@ -42,6 +45,8 @@ pub struct Identity {
     pub keeps_data: bool,
     /// Where its write port is reached.
     pub url: String,
+    /// How it asks a `--peer` which process it is.
+    pub reach: Arc<dyn Reach>,
     /// What its announcements are signed with, and those of others are verified with.
     pub key: ClusterKey,
 }
@@ -195,7 +200,10 @@ impl Opening<'_> {
         match self.announcements.ask(self.broker, connection, asked).await {
             Ok(announced) => announced.iter().try_for_each(|peer| self.check_copy(peer)),
             Err(why) => {
-                tracing::debug!(why, "cannot ask whether another process runs as this replica");
+                tracing::debug!(
+                    why,
+                    "cannot ask whether another process runs as this replica"
+                );
                 Ok(())
             }
         }
@@ -319,16 +327,12 @@ impl Opening<'_> {
                     peer.replica, peer.url, peer.log_id
                 )));
             }
-            others.insert(peer.replica, peer.url);
+            others.insert(peer.replica.clone(), peer);
         }
-        let silent = self.config.peers.iter().find(|url| {
-            let own = **url == self.identity.url;
-            !own && !others.values().any(|other| **other == ***url)
-        });
-        if let Some(url) = silent {
-            return Ok(Err(format!(
-                "--peer {url} has not announced whether it holds data; waiting for it"
-            )));
+        for url in &self.config.peers {
+            if let Err(why) = self.find_peer(url, &others).await {
+                return Ok(Err(why));
+            }
         }
         let found = others.len() + 1;
         if found < expected {
@@ -342,6 +346,37 @@ impl Opening<'_> {
             ));
         }
         Ok(Ok(()))
+    }
+
+    /// Finds the `--peer` at `url` among the replicas that have announced themselves; if it is not
+    /// there, why. One that announces another URL, as this replica may, is found by the process that
+    /// answers at `url`: only its announcement is signed and says whether it holds data.
+    async fn find_peer(
+        &self,
+        url: &str,
+        others: &BTreeMap<Box<str>, Announcement>,
+    ) -> Result<(), String> {
+        if *url == self.identity.url || others.values().any(|other| *other.url == *url) {
+            return Ok(());
+        }
+        let asked = tokio::time::timeout(PEER_WAIT_MAX, self.identity.reach.node(url));
+        let why = match asked.await {
+            Ok(Ok(Some(node))) => {
+                let is_me = *node == *self.identity.node.to_string();
+                if is_me || others.values().any(|other| other.node == node) {
+                    return Ok(());
+                }
+                "is reached, but has not announced itself on this NATS; check that its --nats-url \
+                 and its password are the same"
+                    .to_owned()
+            }
+            Ok(Ok(None)) => "does not answer as a replica that is starting".to_owned(),
+            Ok(Err(error)) => format!("does not answer ({error})"),
+            Err(_elapsed) => "does not answer".to_owned(),
+        };
+        Err(format!(
+            "waiting for --peer {url}, which may hold data: it {why}"
+        ))
     }
 
     fn opened(

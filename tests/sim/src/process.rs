@@ -277,6 +277,7 @@ fn identity(world: &World, node: usize, knobs: &Knobs) -> Identity {
         holds: newest.map_or(HeldData::Nothing, |head| HeldData::Of(LogId(head.log_id))),
         keeps_data: knobs.snapshots,
         url: url(node),
+        reach: Arc::new(Phone::new(world.clone(), node)),
         key: ClusterKey::derive(PASSWORD),
     }
 }
@@ -320,7 +321,11 @@ async fn open(
                 });
                 return (process, storage);
             }
-            Err(error @ (SetupError::Away { .. } | SetupError::Refused { .. } | SetupError::NoLeader { .. })) => {
+            Err(
+                error @ (SetupError::Away { .. }
+                | SetupError::Refused { .. }
+                | SetupError::NoLeader { .. }),
+            ) => {
                 world.note(|| format!("node {node} is started again: {error}"));
             }
             Err(error) => world.violate(format!("node {node} can't open its log: {error}")),
