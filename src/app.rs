@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 use crate::blocking::Blocking;
 use crate::config::{ClusterConfig, Config, Past};
 use crate::critical::CriticalTasks;
-use crate::http::backup::BackupMetrics;
+use crate::http::backup::{self, BackupMetrics};
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops::{self, OpeningProgress};
 use crate::http::traffic::RecentTraffic;
@@ -136,36 +136,56 @@ pub fn runtime(threads: Option<usize>) -> io::Result<Runtime> {
     .build()
 }
 
-/// Answers the ops port while `opening` runs, which may wait for a disk or a broker.
+/// Asks other nodes.
+///
+/// # Errors
+/// The system refused.
+pub fn client_to_peers(config: &Config) -> Result<Client, AppError> {
+    let account = config.credentials.account();
+    Ok(Client::new(account, SILENCE_MAX, Compression::IfSlow)?)
+}
+
+/// Answers the ops port while `opening` runs, which may wait for a disk or a broker. The write port
+/// says which node it is: other nodes that start ask for it.
 ///
 /// # Errors
 /// The system refused.
 pub async fn alive_while<T>(
     config: &Config,
+    node: RandomId,
     sockets: &Sockets,
     progress: OpeningProgress,
     opening: impl Future<Output = T>,
 ) -> io::Result<T> {
-    // The same socket under another number: this listener goes, the next one stays.
-    let socket = sockets.ops.as_fd().try_clone_to_owned()?;
-    let listener = Listener {
-        name: "ops",
-        socket: TcpListener::from_std(socket.into())?,
-        router: ops::routes_while_opening(progress),
-        direct: None,
-        plain: None,
-        limits: config.http.ops,
-        metrics: Arc::new(HttpMetrics::uncounted()),
-        connection_metrics: ConnectionMetrics::new("ops"),
-    };
     let stop = CancellationToken::new();
-    let serving = tokio::spawn(listener.serve(stop.clone()));
+    let serving = TaskTracker::new();
+    let write_router = backup::routes_while_opening(progress.clone(), node);
+    let ops_router = ops::routes_while_opening(progress);
+    for (name, socket, router, limits) in [
+        ("write", &sockets.write, write_router, config.http.data),
+        ("ops", &sockets.ops, ops_router, config.http.ops),
+    ] {
+        // The same socket under another number: this listener goes, the next one stays.
+        let socket = socket.as_fd().try_clone_to_owned()?;
+        let listener = Listener {
+            name,
+            socket: TcpListener::from_std(socket.into())?,
+            router,
+            direct: None,
+            plain: None,
+            limits,
+            metrics: Arc::new(HttpMetrics::uncounted()),
+            connection_metrics: ConnectionMetrics::new(name),
+        };
+        serving.spawn(listener.serve(stop.clone()));
+    }
+    serving.close();
     let opened = tokio::select! {
         opened = opening => opened,
         never = supervisor::opening() => match never {},
     };
     stop.cancel();
-    let _ = tokio::time::timeout(OPS_DRAIN_MAX, serving).await;
+    let _ = tokio::time::timeout(OPS_DRAIN_MAX, serving.wait()).await;
     Ok(opened)
 }
 
@@ -194,8 +214,7 @@ pub async fn run(
     if !counted || past != Past::Hyper || !config.credentials.checked() {
         tracing::warn!("--measure-without leaves something out: only for measurements");
     }
-    let account = config.credentials.account();
-    let peers = Client::new(account, SILENCE_MAX, Compression::IfSlow)?;
+    let peers = client_to_peers(&config)?;
     let background = Blocking::background()?;
     let critical = CriticalTasks::default();
     let parts = Parts {

@@ -62,13 +62,14 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
         let opening = Opening {
             node,
             url: app::advertised(&config.cluster, sockets.write.local_addr()?),
+            reach: Arc::new(app::client_to_peers(&config)?),
             key: ClusterKey::derive(&config.credentials.account().password),
             restore_from: config.restore_from.clone(),
             progress: Arc::new(move |what| told.set(what)),
         };
         let opening = tokio::task::spawn_blocking(move || Storage::open(&storage, opening));
         let storage = tokio::select! {
-            opened = app::alive_while(&config, &sockets, progress, opening) => opened???,
+            opened = app::alive_while(&config, node, &sockets, progress, opening) => opened???,
             // A slow disk, or a broker that is away, must not keep the process from being stopped.
             () = &mut shutdown => return Ok(()),
         };

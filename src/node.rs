@@ -353,7 +353,7 @@ impl Node {
         let replica: Box<str> = self.replica.to_string().into();
         let (readiness, applied) = (self.readiness.clone(), self.applied.clone());
         let (key, memory) = (self.key.clone(), self.memory.clone());
-        self.log.announce(Arc::new(move || {
+        self.log.announce(Arc::new(move |nonce| {
             let position = applied.position();
             let mut announcement = Announcement {
                 node: Box::clone(&node),
@@ -367,7 +367,7 @@ impl Node {
                 full: memory.is_full(),
                 mac: None,
             };
-            announcement.mac = Some(key.sign_announcement(&announcement));
+            announcement.mac = Some(key.sign_announcement(&announcement, nonce));
             announcement
         }));
     }

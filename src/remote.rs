@@ -98,6 +98,16 @@ pub trait Reach: Send + Sync + 'static {
     /// It does not answer, or would give none.
     fn offer<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Offer, RemoteError>>;
 
+    /// Which process listens at `node_url`, if it says so; a node that is starting does. The request
+    /// carries no password.
+    ///
+    /// # Errors
+    /// It does not answer.
+    fn node<'a>(
+        &'a self,
+        node_url: &'a str,
+    ) -> BoxFuture<'a, Result<Option<Box<str>>, RemoteError>>;
+
     /// Begins to fetch that backup.
     ///
     /// # Errors
@@ -118,6 +128,19 @@ pub struct Incoming {
 impl Reach for Client {
     fn offer<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Offer, RemoteError>> {
         self.offer(node_url).boxed()
+    }
+
+    fn node<'a>(
+        &'a self,
+        node_url: &'a str,
+    ) -> BoxFuture<'a, Result<Option<Box<str>>, RemoteError>> {
+        async move {
+            let url = format!("{node_url}/backup");
+            let response = self.http.head(&url).send().await;
+            let response = response.map_err(|error| failed(&url, &error))?;
+            Ok(Offer::of(response.headers()).node)
+        }
+        .boxed()
     }
 
     fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Incoming, RemoteError>> {

@@ -12,9 +12,10 @@ use tokio::runtime::Handle;
 
 use crate::backup::{BackupError, Snapshots, end_position, head, quarantine};
 use crate::log::{
-    ClusterKey, DiskLog, Identity, InFlight, JetStreamConfig, JetStreamLog, Log, LogId, MemoryLog,
-    OpenError, Progress, RandomId, Seq, SetupError,
+    ClusterKey, DiskLog, HeldData, Identity, InFlight, JetStreamConfig, JetStreamLog, Log, LogId,
+    MemoryLog, OpenError, Progress, RandomId, Seq, SetupError,
 };
+use crate::remote::Reach;
 
 /// Where the log is kept.
 #[derive(Debug, Clone)]
@@ -105,6 +106,8 @@ pub struct Opening {
     pub node: RandomId,
     /// Where its write port is reached.
     pub url: String,
+    /// How a `--peer` is asked which process it is.
+    pub reach: Arc<dyn Reach>,
     /// What the cluster's replicas sign with.
     pub key: ClusterKey,
     /// A backup to start from; the log then begins where that ends.
@@ -141,22 +144,22 @@ impl Storage {
                     Some(data_dir) => Self::in_dir(data_dir)?,
                     None => Self::of(Arc::new(MemoryLog::new(node, 0)), node),
                 };
-                let held = storage.held_log();
-                let abandoned = |held: &LogId| abandon_log.as_deref() == Some(&*held.0);
+                let abandoned = abandon_log.clone().map(|log| LogId(log.into()));
                 let identity = Identity {
                     node,
                     replica: storage.replica,
-                    holds: held.clone().filter(|held| !abandoned(held)),
+                    holds: storage.held_data(abandoned.as_ref()),
                     keeps_data: data_dir.is_some(),
                     url: opening.url,
+                    reach: opening.reach,
                     key: opening.key,
                 };
                 let in_flight = storage.in_flight.clone();
                 let log =
                     JetStreamLog::open(stream.clone(), identity, in_flight, base, opening.progress);
                 storage.log = Arc::new(Handle::current().block_on(log)?);
-                if let Some(held) = held.filter(abandoned) {
-                    storage.abandon(&held);
+                if let Some(abandoned) = abandoned {
+                    storage.abandon(&abandoned);
                 }
                 Ok(storage)
             }
@@ -189,11 +192,30 @@ impl Storage {
         }
     }
 
-    /// The log that the snapshots are of, as the newest says that can be read.
-    fn held_log(&self) -> Option<LogId> {
-        let (snapshots, _) = self.snapshots.as_ref()?;
-        let found = snapshots.list().unwrap_or_default();
-        found.iter().find_map(|(_, path)| log_of(path))
+    /// The log of the newest snapshot that can be read and is of another log than `abandoned`. If
+    /// there is none, a snapshot that cannot be read counts: it may hold all the data there is.
+    fn held_data(&self, abandoned: Option<&LogId>) -> HeldData {
+        let Some((snapshots, _)) = &self.snapshots else {
+            return HeldData::Nothing;
+        };
+        let unreadable = |path: &Path, error: BackupError| HeldData::Unreadable {
+            path: path.to_owned(),
+            why: error.to_string(),
+        };
+        let found = match snapshots.list() {
+            Ok(found) => found,
+            Err(error) => return unreadable(snapshots.dir(), BackupError::Io { at: 0, error }),
+        };
+        let mut held = HeldData::Nothing;
+        for (_, path) in found {
+            match log_of(&path) {
+                Ok(log) if Some(&log) == abandoned => {}
+                Ok(log) => return HeldData::Of(log),
+                Err(error) if held == HeldData::Nothing => held = unreadable(&path, error),
+                Err(_) => {}
+            }
+        }
+        held
     }
 
     /// Quarantines the snapshots of `log`, unless that is the log that is followed.
@@ -205,7 +227,7 @@ impl Storage {
         let snapshots = self.snapshots.as_ref().map(|(snapshots, _)| snapshots);
         let found = snapshots.and_then(|snapshots| snapshots.list().ok());
         for (_, path) in found.unwrap_or_default() {
-            if log_of(&path).as_ref() == Some(log) {
+            if log_of(&path).is_ok_and(|of| of == *log) {
                 quarantine(&path, "abandoned");
             }
         }
@@ -213,10 +235,15 @@ impl Storage {
 }
 
 /// The log that the snapshot at `path` is of.
-fn log_of(path: &Path) -> Option<LogId> {
-    let file = File::open(path).ok()?;
-    let head = head(file).ok()??;
-    Some(LogId(head.log_id))
+fn log_of(path: &Path) -> Result<LogId, BackupError> {
+    let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
+    match head(file)? {
+        Some(head) => Ok(LogId(head.log_id)),
+        None => Err(BackupError::Damaged {
+            at: 0,
+            what: "it names no log",
+        }),
+    }
 }
 
 /// This replica's id: what the directory says, or a new one.

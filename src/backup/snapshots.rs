@@ -82,8 +82,13 @@ impl Snapshots {
             let position = name
                 .and_then(|name| name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX))
                 .and_then(|position| position.parse().ok());
+            // One that may not be looked at is a file, as far as anybody knows.
+            let is_file = |path: &Path| match fs::metadata(path) {
+                Ok(metadata) => metadata.is_file(),
+                Err(error) => error.kind() != io::ErrorKind::NotFound,
+            };
             if let Some(position) = position
-                && path.is_file()
+                && is_file(&path)
             {
                 found.push((position, path));
             }

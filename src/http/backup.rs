@@ -33,10 +33,11 @@ use tokio::time::Instant;
 use super::error::ApiError;
 use super::listener::Connection;
 use super::observe::Answered;
+use super::ops::OpeningProgress;
 use super::{Credentials, GRADE_NODE, GRADE_POSITION};
 use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
 use crate::blocking::Blocking;
-use crate::log::Log;
+use crate::log::{Log, RandomId};
 use crate::readiness::{NodeState, Readiness};
 use crate::remote::{GRADE_COMPRESSION, IF_SLOW};
 use crate::replication::{Applied, backup_head};
@@ -54,6 +55,15 @@ const PIECE_BYTES_MAX: usize = 32 * 1024;
 /// While requests are answered, one chunk is made at a time, and the next one begun so long after
 /// it. A core that is never idle is had back later, however low the priority of what it does.
 const PAUSE: Duration = Duration::from_millis(1);
+
+/// The port's routes while the log is being opened: there is nothing to give yet, but the answer
+/// says which node this is.
+pub fn routes_while_opening(progress: OpeningProgress, node: RandomId) -> Router {
+    Router::new().fallback(move || async move {
+        let node = [(GRADE_NODE, node.to_string())];
+        (node, ApiError::NotReady(progress.unready()))
+    })
+}
 
 /// What a backup is made from.
 #[derive(Clone)]

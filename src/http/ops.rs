@@ -134,14 +134,19 @@ impl OpeningProgress {
     pub fn set(&self, what: &str) {
         *self.0.lock() = what.into();
     }
+
+    /// Why the node is not ready.
+    pub(super) fn unready(&self) -> Unready {
+        Unready {
+            state: NodeState::Starting,
+            reason: Arc::clone(&self.0.lock()),
+        }
+    }
 }
 
 /// The port's routes while the log is being opened: the process is alive and no more.
 pub fn routes_while_opening(progress: OpeningProgress) -> Router {
-    let opening = move || Unready {
-        state: NodeState::Starting,
-        reason: Arc::clone(&progress.0.lock()),
-    };
+    let opening = move || progress.unready();
     let opening_page = opening.clone();
     Router::new()
         .route("/livez", get(alive))

@@ -40,17 +40,18 @@ impl ClusterKey {
         expected.verify_truncated_left(&checkpoint.mac.0).is_ok()
     }
 
-    /// The code of `announcement`. Its own `mac` does not matter.
+    /// The code of `announcement` as the answer to the question with this nonce. Its own `mac` does
+    /// not matter.
     #[must_use]
-    pub fn sign_announcement(&self, announcement: &Announcement) -> Mac {
-        truncated(self.of_announcement(announcement))
+    pub fn sign_announcement(&self, announcement: &Announcement, nonce: &str) -> Mac {
+        truncated(self.of_announcement(announcement, nonce))
     }
 
-    /// Whether a holder of the key signed `announcement`. Takes the same time wherever the codes
-    /// differ.
+    /// Whether a holder of the key signed `announcement` as the answer to the question with this
+    /// nonce. Takes the same time wherever the codes differ.
     #[must_use]
-    pub fn verify_announcement(&self, announcement: &Announcement) -> bool {
-        let expected = self.of_announcement(announcement);
+    pub fn verify_announcement(&self, announcement: &Announcement, nonce: &str) -> bool {
+        let expected = self.of_announcement(announcement, nonce);
         let mac = announcement.mac.as_ref();
         mac.is_some_and(|mac| expected.verify_truncated_left(&mac.0).is_ok())
     }
@@ -77,7 +78,7 @@ impl ClusterKey {
 
     /// Covers every field: an announcement is made for each answer, so that costs a microsecond, and
     /// nobody can make a ready replica look unready, or one that is behind look ahead.
-    fn of_announcement(&self, announcement: &Announcement) -> Hmac<Sha256> {
+    fn of_announcement(&self, announcement: &Announcement, nonce: &str) -> Hmac<Sha256> {
         let Announcement {
             node,
             replica,
@@ -92,6 +93,7 @@ impl ClusterKey {
         } = announcement;
         let mut hmac = self.0.clone();
         hmac.update(ANNOUNCEMENT_CONTEXT);
+        update_text(&mut hmac, nonce);
         for text in [node, replica, version, log_id, url, state] {
             update_text(&mut hmac, text);
         }
@@ -145,6 +147,8 @@ mod tests {
         checkpoint
     }
 
+    const NONCE: &str = "5d0e6c0e8d7f4e6f9f0a7a3b5c1d2e3f";
+
     fn announced(key: &ClusterKey) -> Announcement {
         let mut announcement = Announcement {
             node: "n".into(),
@@ -158,7 +162,7 @@ mod tests {
             full: false,
             mac: None,
         };
-        announcement.mac = Some(key.sign_announcement(&announcement));
+        announcement.mac = Some(key.sign_announcement(&announcement, NONCE));
         announcement
     }
 
@@ -188,7 +192,9 @@ mod tests {
     fn every_field_of_an_announcement_is_signed_and_where_it_ends() {
         let key = ClusterKey::derive("secret");
         let announcement = announced(&key);
-        assert!(key.verify_announcement(&announcement));
+        assert!(key.verify_announcement(&announcement, NONCE));
+        assert!(!key.verify_announcement(&announcement, &NONCE[1..]));
+        assert!(!key.verify_announcement(&announcement, ""));
         let changed: [fn(&mut Announcement); 10] = [
             |said| said.node = "x".into(),
             |said| said.replica = "x".into(),
@@ -204,7 +210,7 @@ mod tests {
         for (field, change) in changed.into_iter().enumerate() {
             let mut forged = announcement.clone();
             change(&mut forged);
-            assert!(!key.verify_announcement(&forged), "{field}");
+            assert!(!key.verify_announcement(&forged, NONCE), "{field}");
         }
     }
 
@@ -219,7 +225,7 @@ mod tests {
         );
         assert_eq!(
             announced(&key).mac.unwrap().to_string(),
-            "a87b23694efd48d63d0c48ad47d81fb0"
+            "fcab093241234b1fe37057ee963d0079"
         );
     }
 }

@@ -26,8 +26,8 @@ pub use cluster_key::ClusterKey;
 pub use disk::{DiskLog, OpenError, format as stored};
 pub use in_flight::{Answer, InFlight, InFlightBatch, Ticket};
 pub use jetstream::{
-    Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError, broker, header_block,
-    message, raw_message,
+    HeldData, Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError, broker,
+    header_block, message, raw_message,
 };
 pub use memory::MemoryLog;
 
@@ -315,14 +315,14 @@ pub struct Announcement {
     /// Whether it has reached its memory limit: replicas that hear it refuse writes for new users.
     #[serde(default)]
     pub full: bool,
-    /// Proves that the replica knows the cluster's password. Without it, the password must not be
-    /// sent to `url`.
+    /// Proves that the replica knows the cluster's password and answers this question. Without it,
+    /// the password must not be sent to `url`.
     #[serde(default)]
     pub mac: Option<Mac>,
 }
 
-/// What this replica says of itself when it is asked.
-pub type Announce = Arc<dyn Fn() -> Announcement + Send + Sync>;
+/// What this replica says of itself, signed for the question with a nonce.
+pub type Announce = Arc<dyn Fn(&str) -> Announcement + Send + Sync>;
 
 /// The oldest and the newest batch of a log, as of one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,6 +13,8 @@ use gradestore::config::{ClusterConfig, Config, HttpConfig, default_writer_limit
 use gradestore::http::Credentials;
 use gradestore::log::{ClusterKey, Log, MemoryLog, RandomId};
 use gradestore::memory::MemoryMax;
+use gradestore::remote::{Client, Compression};
+use gradestore::replication::SILENCE_MAX;
 use gradestore::storage::{Opening, Storage};
 use parking_lot::Mutex;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
@@ -302,11 +304,18 @@ impl Deref for Local {
     }
 }
 
+/// Asks other nodes.
+pub(crate) fn client() -> Client {
+    let account = Credentials::new("admin", PASSWORD).account();
+    Client::new(account, SILENCE_MAX, Compression::IfSlow).unwrap()
+}
+
 /// What opening a log is told, for node `node`.
 pub(crate) fn opening(node: RandomId, restore_from: Option<PathBuf>) -> Opening {
     Opening {
         node,
         url: String::new(),
+        reach: Arc::new(client()),
         key: ClusterKey::derive(PASSWORD),
         restore_from,
         progress: Arc::new(|_| {}),

@@ -28,6 +28,7 @@ mod broker_refusals;
 mod cli;
 mod cluster;
 mod concurrency;
+mod creation;
 mod damaged;
 mod delete;
 mod divergence;

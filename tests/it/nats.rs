@@ -30,13 +30,13 @@ const ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
 /// A TCP port that stays reserved while this exists. The reservation is the UDP port of the same
 /// number: every test that reserves ports sees it, and a server can bind the TCP port again and
 /// again.
-struct ReservedPort {
+pub(crate) struct ReservedPort {
     number: u16,
     _reservation: UdpSocket,
 }
 
 impl ReservedPort {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         loop {
             let random = getrandom::u32().unwrap() as usize;
             let number = PORTS.start + (random % PORTS.len()) as u16;
@@ -53,7 +53,7 @@ impl ReservedPort {
         }
     }
 
-    fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         SocketAddr::from((Ipv4Addr::LOCALHOST, self.number))
     }
 }

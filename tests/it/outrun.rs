@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream::Config;
 use futures_util::future::join_all;
-use gradestore::log::{ClusterKey, Identity, JetStreamConfig, JetStreamLog, MemoryLog, RandomId};
+use gradestore::log::{
+    ClusterKey, HeldData, Identity, JetStreamConfig, JetStreamLog, MemoryLog, RandomId,
+};
 use gradestore::storage::Storage;
 use serde_json::Value;
 
 use crate::broker::{Broker, Load, STREAM, SUBJECT, Write, status_where};
 use crate::disk::backup_of;
-use crate::harness::{Local, Node, PASSWORD, Ports};
+use crate::harness::{Local, Node, PASSWORD, Ports, client};
 use crate::seeded::{Cluster, serves_nothing};
 use crate::throttle::Throttle;
 
@@ -34,9 +36,10 @@ async fn late(broker: &Broker, buffer_bytes_max: u64) -> Local {
     let identity = Identity {
         node: origin,
         replica: origin,
-        holds: None,
+        holds: HeldData::Nothing,
         keeps_data: false,
         url: String::new(),
+        reach: Arc::new(client()),
         key: ClusterKey::derive(PASSWORD),
     };
     let mut storage = Storage::of(Arc::new(MemoryLog::new(origin, 0)), origin);

@@ -4,7 +4,6 @@
 use std::net::TcpListener;
 use std::process::Stdio;
 
-use async_nats::service::ServiceExt;
 use gradestore::log::{Announcement, ClusterKey};
 use serde_json::{Value, json};
 
@@ -14,6 +13,7 @@ use crate::disk::backup_of;
 use crate::harness::{Node, PASSWORD, Ports, Process, program};
 use crate::seeded::Cluster;
 use crate::throttle::Throttle;
+use crate::votes::answering;
 use crate::wire::{Answer, eventually};
 
 const PHONE_AT_NIGHT: Look = Look {
@@ -312,7 +312,7 @@ async fn what_others_say_of_themselves_is_text() {
     let attack =
         "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>";
     // Another replica of the cluster, which has the password.
-    let mut hostile: Announcement = serde_json::from_value(json!({
+    let hostile: Announcement = serde_json::from_value(json!({
         "node": format!("{attack}\"'><h1>"),
         "replica": "r",
         "version": "</code><style>*{display:none}</style>",
@@ -323,15 +323,13 @@ async fn what_others_say_of_themselves_is_text() {
         "chain": status["chain"],
     }))
     .unwrap();
-    hostile.mac = Some(ClusterKey::derive(PASSWORD).sign_announcement(&hostile));
+    let (key, mut said) = (ClusterKey::derive(PASSWORD), hostile.clone());
     let hostile = serde_json::to_value(hostile).unwrap();
-    let said = hostile.clone();
-    let client = broker.client().await.client();
-    let service = client
-        .service_builder()
-        .stats_handler(move |_, _| said.clone());
-    let service = service.start("gradestore", "0.0.1").await.unwrap();
-    let _endpoint = service.endpoint("hostile").await.unwrap();
+    let _answering = answering(&broker, move |nonce| {
+        said.mac = Some(key.sign_announcement(&said, nonce));
+        vec![serde_json::to_vec(&said).unwrap().into()]
+    })
+    .await;
     status_where(&a, "the hostile peer", |status| {
         status["peers"][0]["node"] == hostile["node"]
     })

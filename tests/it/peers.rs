@@ -57,8 +57,9 @@ async fn the_brokers_own_tools_see_the_replicas() {
     let position = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
     let status = a.ops("/status").await.json();
     let client = broker.client().await.client();
+    let nonce = "a nonce";
     let ask = async |subject: String| {
-        let answer = in_time(&subject, client.request(subject.clone(), "".into())).await;
+        let answer = in_time(&subject, client.request(subject.clone(), nonce.into())).await;
         serde_json::from_slice::<Value>(&answer.unwrap().payload).unwrap()
     };
     // As `nats micro ls`, `info` and `stats` do.
@@ -88,16 +89,21 @@ async fn the_brokers_own_tools_see_the_replicas() {
         "full": false,
     });
     let key = ClusterKey::derive(PASSWORD);
-    let same = |mut announced: Value| {
+    let same = |mut announced: Value, is_signed: bool| {
         let signed: Announcement = serde_json::from_value(announced.clone()).unwrap();
-        assert!(key.verify_announcement(&signed), "{announced}");
+        let verified = key.verify_announcement(&signed, nonce);
+        assert_eq!(verified, is_signed, "{announced}");
         announced.as_object_mut().unwrap().remove("mac");
         assert_eq!(announced, said);
     };
     let mut stats = ask("$SRV.STATS.gradestore".to_owned()).await;
-    same(stats["endpoints"][0]["data"].take());
-    let node = status["node"].as_str().unwrap();
-    same(ask(format!("gradestore.status.{node}")).await);
+    for endpoint in stats["endpoints"].as_array_mut().unwrap() {
+        same(endpoint["data"].take(), false);
+    }
+    let replica = status["replica"].as_str().unwrap();
+    for to in ["all", replica] {
+        same(ask(format!("gradestore.status.{to}")).await, true);
+    }
 }
 
 #[tokio::test]

@@ -371,7 +371,7 @@ async fn a_data_directory_that_cannot_be_one_is_named() {
 }
 
 /// `command` bound by permissions, as root is not.
-fn bound_by_permissions(command: &Command) -> Command {
+pub(crate) fn bound_by_permissions(command: &Command) -> Command {
     match rustix::process::geteuid().is_root() {
         true => run_by(
             &["setpriv", "--bounding-set=-all", "--inh-caps=-all"],

@@ -1,21 +1,23 @@
 //! What strangers on the broker can do to the votes and to the announcements: nothing.
 
-use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use async_nats::HeaderMap;
-use async_nats::service::ServiceExt;
+use bytes::Bytes;
+use futures_util::StreamExt;
 use gradestore::log::{Announcement, Chain, ClusterKey, Mac, RandomId, message};
 use serde_json::json;
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 
 use crate::broker::{Broker, STREAM, SUBJECT, get_at, status_where};
-use crate::disk::program_on;
+use crate::creation::{expecting_two, replica_on};
 use crate::divergence::{IN_DOUBT, in_dir, talkative, talkative_replicas};
-use crate::harness::{Node, Ports, Process, collected};
+use crate::harness::{Node, PASSWORD, Ports};
 use crate::wire::eventually;
 
+const ASK_ALL: &str = "gradestore.status.all";
 const REJECTED: &str = "gradestore_votes_rejected_total";
 const DIVERGENCES: &str = "gradestore_divergences_total";
 
@@ -138,24 +140,37 @@ async fn a_replica_with_another_password_has_no_vote() {
     }
 }
 
-/// Answers for the service, and counts who connects to its URL.
+/// Answers all questions for announcements, given their nonces, until it is dropped.
+pub(crate) async fn answering(
+    broker: &Broker,
+    mut answers: impl FnMut(&str) -> Vec<Bytes> + Send + 'static,
+) -> JoinSet<()> {
+    let client = broker.client().await.client();
+    let mut questions = client.subscribe(ASK_ALL).await.unwrap();
+    client.flush().await.unwrap();
+    let mut answering = JoinSet::new();
+    answering.spawn(async move {
+        while let Some(question) = questions.next().await {
+            for answer in answers(str::from_utf8(&question.payload).unwrap()) {
+                let inbox = question.reply.clone().unwrap();
+                client.publish(inbox, answer).await.unwrap();
+            }
+        }
+    });
+    answering
+}
+
+/// Answers questions for announcements, and counts who connects to its URL.
 async fn stranger(
     broker: &Broker,
     announcements: Vec<Announcement>,
-) -> (impl Send, Arc<AtomicUsize>) {
-    let client = broker.client().await.client();
-    let mut services = Vec::new();
+) -> (JoinSet<()>, Arc<AtomicUsize>) {
+    let mut answers = Vec::new();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url: Box<str> = format!("http://{}", listener.local_addr().unwrap()).into();
     for mut announcement in announcements {
         announcement.url.clone_from(&url);
-        let announced = serde_json::to_value(announcement).unwrap();
-        let service = client
-            .service_builder()
-            .stats_handler(move |_, _| announced.clone());
-        let service = service.start("gradestore", "0.0.1").await.unwrap();
-        let endpoint = service.endpoint("stranger").await.unwrap();
-        services.push((service, endpoint));
+        answers.push(serde_json::to_vec(&announcement).unwrap().into());
     }
     let connections = Arc::<AtomicUsize>::default();
     let counted = Arc::clone(&connections);
@@ -164,7 +179,8 @@ async fn stranger(
             counted.fetch_add(1, Ordering::Relaxed);
         }
     });
-    (services, connections)
+    let answering = answering(broker, move |_| answers.clone()).await;
+    (answering, connections)
 }
 
 fn announced(node: &str, log_id: &str, state: &str) -> Announcement {
@@ -194,7 +210,7 @@ async fn a_forged_announcement_gets_no_password_and_hides_nobody() {
         announced("stranger", log_id, "ready"),
         announced(node, log_id, "ready"),
     ];
-    let (_services, connections) = stranger(&broker, announcements).await;
+    let (_answering, connections) = stranger(&broker, announcements).await;
     // It bootstraps from a peer, the furthest one first.
     let [b] = broker.replicas().await;
     assert_eq!(get_at(&b, "x", written).await["spp"], 1);
@@ -214,32 +230,39 @@ async fn forged_announcements_neither_prevent_nor_allow_the_creation_of_a_stream
     let holds_data = vec![announced("stranger", "some log", "ready")];
     let (prevents, _) = stranger(&broker, holds_data).await;
     let dir = tempfile::tempdir().unwrap();
-    let expecting = |broker: &Broker, peers: &str| {
-        let mut command = program_on(dir.path());
-        command.args(["--nats-url", &broker.address.to_string()]);
-        command.args(["--expect-peers", peers]);
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
-        command
-    };
-    let alone = Node::start_with(&mut expecting(&broker, "1")).await;
+    let alone = Node::start_with(&mut replica_on(&broker, dir.path())).await;
     alone.kill();
     drop(prevents);
 
     let broker = Broker::start_with(&[]).await;
     let holds_none = vec![announced("stranger", "none", "starting")];
     let (_allows, _) = stranger(&broker, holds_none).await;
-    let mut waiting = Process(expecting(&broker, "2").spawn().unwrap());
-    let logged = collected(waiting.0.stderr.take().unwrap());
-    eventually("what it waits for", async || {
-        let logged = logged.lock();
-        let rejected = logged.contains("ignored an announcement that is not signed");
-        let waits = logged.contains("1 of 2 replicas (--expect-peers)");
-        (rejected && waits).then_some(())
-    })
-    .await;
+    let dir = tempfile::tempdir().unwrap();
+    let waiting = expecting_two(&broker, dir.path());
+    waiting.logs(&["ignored an announcement that is not"]).await;
+    waiting.logs(&["1 of 2 replicas (--expect-peers)"]).await;
     let client = broker.client().await;
-    assert!(client.get_stream(STREAM).await.is_err());
+    client.get_stream(STREAM).await.unwrap_err();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_recorded_announcement_answers_no_other_question() {
+    let broker = Broker::start_with(&[]).await;
+    let client = broker.client().await;
+    let dir = tempfile::tempdir().unwrap();
+    let former = expecting_two(&broker, &dir.path().join("former"));
+    former.logs(&["1 of 2 replicas (--expect-peers)"]).await;
+    let recorded = client.client().request(ASK_ALL, "recorded".into()).await;
+    let recorded = recorded.unwrap().payload;
+    let announcement: Announcement = serde_json::from_slice(&recorded).unwrap();
+    assert_eq!(&*announcement.log_id, "none");
+    let key = ClusterKey::derive(PASSWORD);
+    assert!(key.verify_announcement(&announcement, "recorded"));
+    drop(former);
+
+    let _replaying = answering(&broker, move |_| vec![recorded.clone()]).await;
+    let waiting = expecting_two(&broker, &dir.path().join("waiting"));
+    waiting.logs(&["ignored an announcement that is not"]).await;
+    waiting.logs(&["1 of 2 replicas (--expect-peers)"]).await;
+    client.get_stream(STREAM).await.unwrap_err();
 }

@@ -1,6 +1,8 @@
-//! Which announcements count: those that a holder of the cluster's key signed.
+//! Which announcements count: those that a holder of the cluster's key signed for this question.
 //!
-//! Anybody on the broker may answer for the service. An announcement without a valid code neither
+//! Anybody on the broker may answer a question, also with an announcement that a replica has sent
+//! before. So each question has a random nonce, and each code is over the nonce of the question that
+//! it answers. An announcement without a valid code neither
 //! lets a stream be created nor prevents it, and nobody asks its URL for a backup: the request would
 //! carry the password.
 
@@ -10,15 +12,17 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use super::broker::{Asked, Broker, Connection};
 use crate::log::{Announcement, ClusterKey};
 
-/// How often forged announcements are logged at most.
+/// How often forged announcements are logged at most, and so is another process with this id.
 const LOG_EVERY: Duration = Duration::from_secs(30);
 
 /// Checks announcements, and counts those that are not authentic.
 pub(super) struct Announcements {
     key: ClusterKey,
     forged: Mutex<Forged>,
+    copy_logged_at: Mutex<Option<Instant>>,
 }
 
 #[derive(Default)]
@@ -32,20 +36,27 @@ impl Announcements {
         Self {
             key,
             forged: Mutex::default(),
+            copy_logged_at: Mutex::default(),
         }
     }
 
-    /// This replica's own announcement, signed.
-    pub(super) fn sign(&self, mut announcement: Announcement) -> Announcement {
-        announcement.mac = Some(self.key.sign_announcement(&announcement));
-        announcement
+    /// Asks the replicas that `to` names; their authentic announcements, one a process. The error is
+    /// for a log line.
+    pub(super) async fn ask(
+        &self,
+        broker: &dyn Broker,
+        connection: &dyn Connection,
+        to: Asked,
+    ) -> Result<Vec<Announcement>, String> {
+        let nonce = broker.random_id().map_err(|error| error.to_string())?;
+        let announced = connection.ask_peers(to, nonce).await?;
+        Ok(self.authentic(announced, &nonce.to_string()))
     }
 
-    /// The authentic ones of `announced`, one a process.
-    pub(super) fn authentic(&self, announced: Vec<Announcement>) -> Vec<Announcement> {
+    fn authentic(&self, announced: Vec<Announcement>, nonce: &str) -> Vec<Announcement> {
         let mut found = BTreeMap::new();
         for announcement in announced {
-            match self.key.verify_announcement(&announcement) {
+            match self.key.verify_announcement(&announcement, nonce) {
                 true => drop(found.insert(announcement.node.clone(), announcement)),
                 false => self.reject(&announcement),
             }
@@ -58,22 +69,45 @@ impl Announcements {
         self.forged.lock().total
     }
 
+    /// Logs that another process runs as this replica: two that started at the same moment did not
+    /// hear each other before.
+    pub(super) fn report_copy(&self, copy: &Announcement) {
+        if is_due(&mut self.copy_logged_at.lock()) {
+            let (url, replica) = (&*copy.url, &*copy.replica);
+            tracing::error!(
+                url,
+                replica,
+                "another process runs as this replica, and each deletes the other's consumer; stop \
+                 one, and remove the file replica-id from its data directory"
+            );
+        }
+    }
+
     fn reject(&self, announcement: &Announcement) {
         let mut forged = self.forged.lock();
         forged.total += 1;
-        let now = Instant::now();
-        let due = |at: Instant| now.saturating_duration_since(at) >= LOG_EVERY;
-        if forged.logged_at.is_none_or(due) {
-            forged.logged_at = Some(now);
+        if is_due(&mut forged.logged_at) {
             let (url, replica, total) = (&*announcement.url, &*announcement.replica, forged.total);
             tracing::warn!(
                 url,
                 replica,
                 total,
-                "ignored an announcement that is not signed with this cluster's password"
+                "ignored an announcement that is not signed with this cluster's password, or not \
+                 for this question"
             );
         }
     }
+}
+
+/// Whether a line may be logged that was logged last at `logged_at`, which is then now.
+fn is_due(logged_at: &mut Option<Instant>) -> bool {
+    let now = Instant::now();
+    let due = |at: Instant| now.saturating_duration_since(at) >= LOG_EVERY;
+    let is_due = logged_at.is_none_or(due);
+    if is_due {
+        *logged_at = Some(now);
+    }
+    is_due
 }
 
 #[cfg(test)]
@@ -96,25 +130,33 @@ mod tests {
         }
     }
 
+    impl Announcements {
+        fn sign(&self, mut announcement: Announcement, nonce: &str) -> Announcement {
+            announcement.mac = Some(self.key.sign_announcement(&announcement, nonce));
+            announcement
+        }
+    }
+
     #[test]
     fn a_forged_announcement_neither_counts_nor_hides_an_authentic_one() {
         let ours = Announcements::new(ClusterKey::derive("ours"));
         let theirs = Announcements::new(ClusterKey::derive("theirs"));
         let (a, b) = (
-            ours.sign(of("a", "http://a")),
-            ours.sign(of("b", "http://b")),
+            ours.sign(of("a", "http://a"), "now"),
+            ours.sign(of("b", "http://b"), "now"),
         );
         let mut altered = b.clone();
         altered.url = "http://stranger".into();
         let announced = vec![
             a.clone(),
             of("a", "http://stranger"),
-            theirs.sign(of("a", "http://stranger")),
+            theirs.sign(of("a", "http://stranger"), "now"),
+            ours.sign(of("a", "http://former"), "before"),
             altered,
             b.clone(),
             of("c", "http://stranger"),
         ];
-        assert_eq!(ours.authentic(announced), [a, b]);
-        assert_eq!(ours.forged(), 4);
+        assert_eq!(ours.authentic(announced, "now"), [a, b]);
+        assert_eq!(ours.forged(), 5);
     }
 }

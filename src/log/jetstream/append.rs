@@ -203,6 +203,7 @@ async fn attempt(connection: &dyn Connection, message: Outgoing) -> Attempt {
             | BrokerError::NoConsumer
             | BrokerError::WrongLastSequence { .. }),
         ) => Attempt::Refused(error.to_string().into()),
+        Err(BrokerError::NoLeader(why)) => Attempt::NotStored(why),
         Err(BrokerError::NoAnswer(_)) => Attempt::Unknown,
     }
 }

@@ -22,6 +22,9 @@ pub enum BrokerError {
     /// Nobody is there to answer, as while a stream has no leader. It was not done.
     #[error("{0}")]
     NoResponders(Arc<str>),
+    /// The server is there, but the cluster's JetStream has no leader. It was not done.
+    #[error("{0}")]
+    NoLeader(Arc<str>),
     /// There is no stream of this name.
     #[error("there is no stream of this name")]
     NoStream,
@@ -128,6 +131,15 @@ pub enum InfoSource {
     Follower,
 }
 
+/// Which replicas are asked for their announcements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// All.
+    All,
+    /// Every process that runs as this replica.
+    Replica(RandomId),
+}
+
 /// One connection, from its start to its end. Whatever is in doubt ends it.
 pub trait Connection: Send + Sync + 'static {
     /// Cancelled when the connection has ended. Cancelling it ends the connection.
@@ -155,7 +167,7 @@ pub trait Connection: Send + Sync + 'static {
     /// The message at `seq`, as it is stored; `None` if the stream does not hold it.
     fn message(&self, seq: Seq) -> BoxFuture<'_, Result<Option<RawMessage>, BrokerError>>;
 
-    /// Answers other replicas by `announce` until `stop`, or until the connection ends. The error is for
+    /// Answers questions of replicas by `announce` until `stop`, or until the connection ends. The error is for
     /// a log line.
     fn announce(
         &self,
@@ -163,8 +175,13 @@ pub trait Connection: Send + Sync + 'static {
         stop: CancellationToken,
     ) -> BoxFuture<'_, Result<(), String>>;
 
-    /// Asks all replicas for their announcements, this one included. Anybody may have sent them.
-    fn ask_peers(&self) -> BoxFuture<'_, Result<Vec<Announcement>, String>>;
+    /// Asks replicas for their announcements, signed for `nonce`; this one answers as well, if it is
+    /// asked and announces itself. Anybody may have sent them. The error is for a log line.
+    fn ask_peers(
+        &self,
+        to: Asked,
+        nonce: RandomId,
+    ) -> BoxFuture<'_, Result<Vec<Announcement>, String>>;
 
     /// Ends the connection without sending what waits.
     fn close(&self) -> BoxFuture<'_, ()>;

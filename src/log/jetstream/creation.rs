@@ -5,6 +5,7 @@
 //! have announced that they hold none either. Every other replica waits for the stream.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,19 +13,24 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::announcements::Announcements;
-use super::broker::{Broker, BrokerError, ConnectError, Connection, StreamInfo};
+use super::broker::{Asked, Broker, BrokerError, ConnectError, Connection, StreamInfo};
 use super::session::Backoff;
 use super::{JetStreamConfig, MESSAGE_BYTES_NEEDED, SetupError, stream};
 use crate::log::{Announcement, Chain, ClusterKey, LogId, RandomId, Seq};
+use crate::remote::Reach;
 
-/// How long the broker may be away at the start before the node gives up.
+/// How long the broker may give no answer about the stream at the start before the node gives up.
 const START_WAIT_MAX: Duration = Duration::from_secs(30);
 /// How long a replica that expects no others looks for them before it creates the stream.
 const DISCOVERY: Duration = Duration::from_secs(3);
+/// How long a `--peer` may take to say which process it is.
+const PEER_WAIT_MAX: Duration = Duration::from_secs(2);
 /// How often others are asked meanwhile.
 const ASK_EVERY: Duration = Duration::from_millis(500);
 /// What an announcement has as its log when its replica holds no data.
 const NO_LOG: &str = "none";
+/// The same when the replica holds a snapshot that it cannot read.
+const UNKNOWN_LOG: &str = "unknown";
 
 /// Who opens the log.
 #[derive(Clone)]
@@ -33,14 +39,32 @@ pub struct Identity {
     pub node: RandomId,
     /// This replica; the process again, where nothing is kept.
     pub replica: RandomId,
-    /// The log whose data this replica holds.
-    pub holds: Option<LogId>,
+    /// What this replica holds at the start.
+    pub holds: HeldData,
     /// Whether it keeps what it holds.
     pub keeps_data: bool,
     /// Where its write port is reached.
     pub url: String,
+    /// How it asks a `--peer` which process it is.
+    pub reach: Arc<dyn Reach>,
     /// What its announcements are signed with, and those of others are verified with.
     pub key: ClusterKey,
+}
+
+/// What a replica holds before it has opened the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HeldData {
+    /// No data of any log.
+    Nothing,
+    /// Data of this log.
+    Of(LogId),
+    /// A snapshot that cannot be read: it may be the only copy of the data.
+    Unreadable {
+        /// The snapshot.
+        path: PathBuf,
+        /// Why it cannot be read, and what to do.
+        why: String,
+    },
 }
 
 /// Is told what an opening log waits for.
@@ -71,30 +95,36 @@ pub(super) async fn open(
         base,
         progress,
         servers: broker.servers(),
-        started: Instant::now(),
+        answered_at: Instant::now(),
         told: String::new(),
     };
     let mut backoff = Backoff::new();
     loop {
-        let why = match broker.connect().await {
+        let error = match broker.connect().await {
             Ok(connection) => match opening.on(&connection).await? {
                 Ok(info) => return opening.opened(connection, &info),
-                Err(why) => {
+                Err(error) => {
                     connection.close().await;
-                    why
+                    error
                 }
             },
-            Err(ConnectError::Unreachable(why)) => why,
+            Err(ConnectError::Unreachable(why)) => BrokerError::NoAnswer(why),
             Err(ConnectError::NotAllowed(why)) => {
                 let servers = opening.servers;
                 return Err(SetupError::NotAllowed { servers, why });
             }
         };
-        if opening.started.elapsed() >= START_WAIT_MAX {
+        if opening.answered_at.elapsed() >= START_WAIT_MAX {
             let servers = opening.servers;
-            return Err(SetupError::Away { servers, why });
+            return Err(match error {
+                BrokerError::NoLeader(why) => SetupError::NoLeader { servers, why },
+                error => SetupError::Away {
+                    servers,
+                    why: error.to_string().into(),
+                },
+            });
         }
-        opening.tell(format!("waiting for NATS at {}: {why}", opening.servers));
+        opening.tell(format!("waiting for NATS at {}: {error}", opening.servers));
         backoff.pause().await;
     }
 }
@@ -107,7 +137,8 @@ struct Opening<'a> {
     base: Option<Seq>,
     progress: &'a Progress,
     servers: String,
-    started: Instant,
+    /// When the broker last said whether the stream exists, or else the start.
+    answered_at: Instant,
     told: String,
 }
 
@@ -124,7 +155,7 @@ impl Opening<'_> {
     async fn on(
         &mut self,
         connection: &Arc<dyn Connection>,
-    ) -> Result<Result<StreamInfo, Arc<str>>, SetupError> {
+    ) -> Result<Result<StreamInfo, BrokerError>, SetupError> {
         let bytes_max = connection.message_bytes_max();
         if bytes_max < MESSAGE_BYTES_NEEDED {
             let why = format!(
@@ -137,14 +168,16 @@ impl Opening<'_> {
                 why: why.into(),
             });
         }
+        self.refuse_copy(&**connection).await?;
         let stop = CancellationToken::new();
         let announcing = {
             let (connection, stop) = (Arc::clone(connection), stop.clone());
-            let me = self.announcement();
-            tokio::spawn(async move {
-                let announced = connection.announce(Arc::new(move || me.clone()), stop);
-                announced.await
-            })
+            let (me, key) = (self.announcement(), self.identity.key.clone());
+            let announce = move |nonce: &str| Announcement {
+                mac: Some(key.sign_announcement(&me, nonce)),
+                ..me.clone()
+            };
+            tokio::spawn(async move { connection.announce(Arc::new(announce), stop).await })
         };
         let found = self.find_or_create(connection).await;
         stop.cancel();
@@ -159,18 +192,52 @@ impl Opening<'_> {
         }
     }
 
+    /// Fails if another process runs as this replica: each would delete the other's consumer.
+    /// This process does not announce itself yet, so NATS answers "no responders" at once where
+    /// there is no other.
+    async fn refuse_copy(&self, connection: &dyn Connection) -> Result<(), SetupError> {
+        let asked = Asked::Replica(self.identity.replica);
+        match self.announcements.ask(self.broker, connection, asked).await {
+            Ok(announced) => announced.iter().try_for_each(|peer| self.check_copy(peer)),
+            Err(why) => {
+                tracing::debug!(
+                    why,
+                    "cannot ask whether another process runs as this replica"
+                );
+                Ok(())
+            }
+        }
+    }
+
+    /// Fails if `peer` is another process that runs as this replica.
+    fn check_copy(&self, peer: &Announcement) -> Result<(), SetupError> {
+        let Identity { node, replica, .. } = self.identity;
+        let (same_node, same_replica) = (
+            *peer.node == *node.to_string(),
+            *peer.replica == *replica.to_string(),
+        );
+        match same_replica && !same_node {
+            true => Err(SetupError::SameReplica {
+                replica: peer.replica.clone(),
+                node: peer.node.clone(),
+                url: peer.url.clone(),
+            }),
+            false => Ok(()),
+        }
+    }
+
     /// Looks for the stream, and creates it once this replica may. The inner error may pass.
     async fn find_or_create(
         &mut self,
         connection: &Arc<dyn Connection>,
-    ) -> Result<Result<StreamInfo, Arc<str>>, SetupError> {
+    ) -> Result<Result<StreamInfo, BrokerError>, SetupError> {
         let discovering_since = Instant::now();
         loop {
             match connection.stream_info().await {
                 Ok(info) => return Ok(Ok(info)),
-                Err(BrokerError::NoStream) => {}
+                Err(BrokerError::NoStream) => self.answered_at = Instant::now(),
                 Err(BrokerError::Refused(why)) => return Err(self.refused(why)),
-                Err(error) => return Ok(Err(error.to_string().into())),
+                Err(error) => return Ok(Err(error)),
             }
             match self.may_create(&**connection, discovering_since).await? {
                 Ok(()) => {
@@ -187,7 +254,7 @@ impl Opening<'_> {
                             Ok(info) => return Ok(Ok(info)),
                             Err(_) => return Err(self.refused(why)),
                         },
-                        Err(error) => return Ok(Err(error.to_string().into())),
+                        Err(error) => return Ok(Err(error)),
                     }
                 }
                 Err(why) => {
@@ -199,7 +266,8 @@ impl Opening<'_> {
                 biased;
                 () = tokio::time::sleep(ASK_EVERY) => {}
                 () = connection.ended().cancelled() => {
-                    return Ok(Err("the connection to NATS ended".into()));
+                    let why = "the connection to NATS ended".into();
+                    return Ok(Err(BrokerError::NoAnswer(why)));
                 }
             }
         }
@@ -213,16 +281,26 @@ impl Opening<'_> {
     ) -> Result<Result<(), String>, SetupError> {
         let Identity {
             node,
-            replica,
             holds,
             keeps_data,
             ..
         } = self.identity;
         let expected = self.config.expect_peers;
-        if let Some(log) = holds {
-            return Ok(Err(format!(
-                "this replica holds data of log {log} and waits until the stream is restored"
-            )));
+        match holds {
+            HeldData::Nothing => {}
+            HeldData::Of(log) => {
+                return Ok(Err(format!(
+                    "this replica holds data of log {log} and waits until the stream is restored"
+                )));
+            }
+            HeldData::Unreadable { path, why } => {
+                return Ok(Err(format!(
+                    "this replica cannot read snapshot {} ({why}), which may be the only copy of \
+                     the data; make the file readable and restart, or restore the stream, or, if \
+                     the data is not needed, move the file out of the data directory and restart",
+                    path.display()
+                )));
+            }
         }
         if !keeps_data && expected <= 1 {
             return Ok(Err(
@@ -231,36 +309,30 @@ impl Opening<'_> {
                     .to_owned(),
             ));
         }
-        let announced = match connection.ask_peers().await {
-            Ok(announced) => self.announcements.authentic(announced),
+        let asked = self.announcements.ask(self.broker, connection, Asked::All);
+        let announced = match asked.await {
+            Ok(announced) => announced,
             Err(error) => return Ok(Err(format!("cannot ask for other replicas: {error}"))),
         };
-        let (me, my_replica) = (node.to_string(), replica.to_string());
+        let me = node.to_string();
         let mut others = BTreeMap::new();
         for peer in announced {
             if *peer.node == *me {
                 continue;
             }
-            if *peer.replica == *my_replica {
-                let (replica, node) = (peer.replica, peer.node);
-                return Err(SetupError::SameReplica { replica, node });
-            }
+            self.check_copy(&peer)?;
             if *peer.log_id != *NO_LOG {
                 return Ok(Err(format!(
                     "replica {} at {} holds data of log {}; waiting until the stream is restored",
                     peer.replica, peer.url, peer.log_id
                 )));
             }
-            others.insert(peer.replica, peer.url);
+            others.insert(peer.replica.clone(), peer);
         }
-        let silent = self.config.peers.iter().find(|url| {
-            let own = **url == self.identity.url;
-            !own && !others.values().any(|other| **other == ***url)
-        });
-        if let Some(url) = silent {
-            return Ok(Err(format!(
-                "--peer {url} has not announced whether it holds data; waiting for it"
-            )));
+        for url in &self.config.peers {
+            if let Err(why) = self.find_peer(url, &others).await {
+                return Ok(Err(why));
+            }
         }
         let found = others.len() + 1;
         if found < expected {
@@ -274,6 +346,37 @@ impl Opening<'_> {
             ));
         }
         Ok(Ok(()))
+    }
+
+    /// Finds the `--peer` at `url` among the replicas that have announced themselves; if it is not
+    /// there, why. One that announces another URL, as this replica may, is found by the process that
+    /// answers at `url`: only its announcement is signed and says whether it holds data.
+    async fn find_peer(
+        &self,
+        url: &str,
+        others: &BTreeMap<Box<str>, Announcement>,
+    ) -> Result<(), String> {
+        if *url == self.identity.url || others.values().any(|other| *other.url == *url) {
+            return Ok(());
+        }
+        let asked = tokio::time::timeout(PEER_WAIT_MAX, self.identity.reach.node(url));
+        let why = match asked.await {
+            Ok(Ok(Some(node))) => {
+                let is_me = *node == *self.identity.node.to_string();
+                if is_me || others.values().any(|other| other.node == node) {
+                    return Ok(());
+                }
+                "is reached, but has not announced itself on this NATS; check that its --nats-url \
+                 and its password are the same"
+                    .to_owned()
+            }
+            Ok(Ok(None)) => "does not answer as a replica that is starting".to_owned(),
+            Ok(Err(error)) => format!("does not answer ({error})"),
+            Err(_elapsed) => "does not answer".to_owned(),
+        };
+        Err(format!(
+            "waiting for --peer {url}, which may hold data: it {why}"
+        ))
     }
 
     fn opened(
@@ -306,10 +409,11 @@ impl Opening<'_> {
 
     fn announcement(&self) -> Announcement {
         let log_id = match &self.identity.holds {
-            Some(log) => log.0.clone(),
-            None => NO_LOG.into(),
+            HeldData::Nothing => NO_LOG.into(),
+            HeldData::Of(log) => log.0.clone(),
+            HeldData::Unreadable { .. } => UNKNOWN_LOG.into(),
         };
-        self.announcements.sign(Announcement {
+        Announcement {
             node: self.identity.node.to_string().into(),
             replica: self.identity.replica.to_string().into(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -320,6 +424,6 @@ impl Opening<'_> {
             chain: Chain::default(),
             full: false,
             mac: None,
-        })
+        }
     }
 }

@@ -42,8 +42,8 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::announcements::Announcements;
-use self::broker::{Broker, BrokerError, Connection, InfoSource, Outgoing};
-pub use self::creation::{Identity, Progress};
+use self::broker::{Asked, Broker, BrokerError, Connection, InfoSource, Outgoing};
+pub use self::creation::{HeldData, Identity, Progress};
 use self::history::Suspicion;
 pub use self::servers::Servers;
 use self::session::{Backoff, Link};
@@ -97,6 +97,18 @@ pub enum SetupError {
          (nats-server -js), and is this its --nats-url?"
     )]
     Away {
+        /// The servers.
+        servers: String,
+        /// What went wrong.
+        why: Arc<str>,
+    },
+    /// The broker answers, its JetStream does not.
+    #[error(
+        "NATS at {servers} answers, but JetStream has no leader there: {why}; start the servers of \
+         the cluster that are down, or repair the routes between them: more than half of the \
+         servers must reach each other (nats server report jetstream)"
+    )]
+    NoLeader {
         /// The servers.
         servers: String,
         /// What went wrong.
@@ -168,14 +180,17 @@ pub enum SetupError {
     },
     /// The data directory was copied.
     #[error(
-        "another process is running as replica {replica} (node {node}): its data directory is a copy \
-         of this one, or the other way round; remove the file replica-id from one of them"
+        "another process at {url} (node {node}) is running as replica {replica}: one of the two data \
+         directories is a copy of the other; stop that process, or remove the file replica-id from \
+         the copy"
     )]
     SameReplica {
         /// The replica's id.
         replica: Box<str>,
         /// The other process.
         node: Box<str>,
+        /// Where it is reached.
+        url: Box<str>,
     },
     /// The system has no random bytes to name the log with.
     #[error("the system gave no random bytes: {0}")]
@@ -198,6 +213,7 @@ struct Shared {
     announcements: Announcements,
     /// This process.
     node: RandomId,
+    replica: RandomId,
     id: LogId,
     first: AtomicU64,
     end: AtomicU64,
@@ -279,6 +295,7 @@ impl JetStreamLog {
             config,
             broker,
             node: identity.node,
+            replica: identity.replica,
             id: opened.id,
             first: AtomicU64::new(opened.first),
             end: AtomicU64::new(opened.last),
@@ -535,11 +552,15 @@ impl Log for JetStreamLog {
             let Some(connection) = self.shared.current_connection() else {
                 return Vec::new();
             };
-            match connection.ask_peers().await {
-                Ok(announced) => {
-                    let mut found = self.shared.announcements.authentic(announced);
+            let (broker, announcements) = (&*self.shared.broker, &self.shared.announcements);
+            match announcements.ask(broker, &*connection, Asked::All).await {
+                Ok(mut found) => {
                     let me = self.shared.node.to_string();
                     found.retain(|peer| *peer.node != *me && peer.log_id == self.shared.id.0);
+                    let replica = self.shared.replica.to_string();
+                    if let Some(copy) = found.iter().find(|peer| *peer.replica == *replica) {
+                        announcements.report_copy(copy);
+                    }
                     found
                 }
                 Err(error) => {

@@ -20,11 +20,10 @@ use async_nats::jetstream::context::{ContextBuilder, PublishErrorKind, RequestEr
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{Config, Info};
-use async_nats::service::{Service, ServiceExt, Stats};
-use async_nats::{ConnectErrorKind, ConnectOptions, Event, HeaderMap, ServerAddr, Subscriber};
-use bytes::Bytes;
+use async_nats::service::{Service, ServiceExt};
+use async_nats::{ConnectErrorKind, ConnectOptions, Event, ServerAddr, StatusCode, Subscriber};
 use futures_util::future::BoxFuture;
-use futures_util::stream::FuturesUnordered;
+use futures_util::stream::{self, FuturesUnordered};
 use futures_util::{FutureExt, StreamExt};
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -36,8 +35,8 @@ use tokio_util::sync::CancellationToken;
 use self::consumer::NatsConsumer;
 use self::errors::{no_answer, publish_error, refusal};
 use super::broker::{
-    Broker, BrokerError, ConnectError, Connection, Consumer, InfoSource, Outgoing, RawMessage,
-    Stored, StreamInfo,
+    Asked, Broker, BrokerError, ConnectError, Connection, Consumer, InfoSource, Outgoing,
+    RawMessage, Stored, StreamInfo,
 };
 use super::raw_message::{self, RawMessageError};
 use super::{JetStreamConfig, SUBJECT};
@@ -78,11 +77,15 @@ const INACTIVE_MAX: Duration = Duration::from_secs(60);
 /// The service by which replicas find each other, so that `nats micro ls` and
 /// `nats micro stats gradestore` show them too.
 const SERVICE: &str = "gradestore";
-/// Asks all of its instances.
-const ASK_ALL: &str = "$SRV.STATS.gradestore";
+/// Where all replicas are asked for their announcements, and below which each one is by its id. The
+/// service's own subjects do not do: they leave no place for a nonce.
+const ASK_ALL: &str = "gradestore.status.all";
+const ASK_REPLICA: &str = "gradestore.status.";
 /// How long to wait for the first announcement, and for another one after each.
 const FIRST_WAIT_MAX: Duration = Duration::from_millis(300);
 const NEXT_WAIT_MAX: Duration = Duration::from_millis(100);
+/// The same where somebody is known to be there: without a subscriber the broker says so at once.
+const REPLICA_WAIT_MAX: Duration = Duration::from_secs(1);
 /// How long announcements are collected at most.
 const COLLECT_MAX: Duration = Duration::from_secs(2);
 /// How many are taken in at most: anybody on the broker may send any number.
@@ -337,7 +340,7 @@ impl NatsConnection {
         announce: Announce,
         stop: CancellationToken,
     ) -> Result<(), async_nats::Error> {
-        let me = announce();
+        let me = announce("");
         let metadata = [
             ("node", &me.node),
             ("replica", &me.replica),
@@ -352,19 +355,29 @@ impl NatsConnection {
             .service_builder()
             .description("a replicated in-memory store of user grades")
             .metadata(HashMap::from(metadata))
-            .stats_handler(move |_, _| serde_json::to_value(current()).unwrap_or_default())
+            .stats_handler(move |_, _| {
+                // For people. They have no nonce to ask with, so it is not signed.
+                let mut announcement = current("");
+                announcement.mac = None;
+                serde_json::to_value(announcement).unwrap_or_default()
+            })
             .start(SERVICE, &me.version)
             .await?;
-        let subject = format!("{SERVICE}.status.{}", me.node);
-        let mut requests = service
-            .endpoint_builder()
-            .name("status")
-            .add(subject)
-            .await?;
+        let endpoint = |name: &str| {
+            // A queue group of its own: every process answers.
+            let endpoint = service.endpoint_builder().name(name);
+            endpoint.queue_group(&me.node)
+        };
+        let to_all = endpoint("status").add(ASK_ALL).await?;
+        let to_me = format!("{ASK_REPLICA}{}", me.replica);
+        let to_me = endpoint("replica").add(to_me).await?;
+        let mut requests = stream::select(to_all, to_me);
         loop {
             tokio::select! {
                 Some(request) = requests.next() => {
-                    let answer = serde_json::to_vec(&announce())?;
+                    // Another question gets an answer that is worth nothing.
+                    let nonce = str::from_utf8(&request.message.payload).unwrap_or_default();
+                    let answer = serde_json::to_vec(&announce(nonce))?;
                     request.respond(Ok(answer.into())).await?;
                 }
                 () = self.ended.cancelled() => break,
@@ -374,30 +387,34 @@ impl NatsConnection {
         Service::stop(service).await
     }
 
-    async fn ask_peers(&self) -> Result<Vec<Announcement>, async_nats::Error> {
+    async fn ask_peers(
+        &self,
+        to: Asked,
+        nonce: RandomId,
+    ) -> Result<Vec<Announcement>, async_nats::Error> {
+        let (subject, first_wait_max) = match to {
+            Asked::All => (ASK_ALL.to_owned(), FIRST_WAIT_MAX),
+            Asked::Replica(replica) => (format!("{ASK_REPLICA}{replica}"), REPLICA_WAIT_MAX),
+        };
         let client = self.context.client();
         let inbox = client.new_inbox();
         let mut answers: Subscriber = client.subscribe(inbox.clone()).await?;
         client
-            .publish_with_reply_and_headers(ASK_ALL, inbox, HeaderMap::new(), Bytes::new())
+            .publish_with_reply(subject, inbox, nonce.to_string().into())
             .await?;
         // Not one a process: a forged announcement must not hide the process' own.
         let mut found = Vec::new();
         let collect = async {
-            let mut wait_max = FIRST_WAIT_MAX;
+            let mut wait_max = first_wait_max;
             while let Ok(Some(answer)) = tokio::time::timeout(wait_max, answers.next()).await {
+                if answer.status == Some(StatusCode::NO_RESPONDERS) {
+                    break;
+                }
                 wait_max = NEXT_WAIT_MAX;
-                // Another program may have a service of this name; its answers are not ours.
-                let Ok(stats) = serde_json::from_slice::<Stats>(&answer.payload) else {
-                    continue;
-                };
-                let endpoints = stats.endpoints.into_iter();
-                for data in endpoints.filter_map(|endpoint| endpoint.data) {
-                    if let Ok(peer) = serde_json::from_value::<Announcement>(data)
-                        && found.len() < ANNOUNCEMENTS_MAX
-                    {
-                        found.push(peer);
-                    }
+                if let Ok(peer) = serde_json::from_slice::<Announcement>(&answer.payload)
+                    && found.len() < ANNOUNCEMENTS_MAX
+                {
+                    found.push(peer);
                 }
             }
         };
@@ -509,8 +526,16 @@ impl Connection for NatsConnection {
         .boxed()
     }
 
-    fn ask_peers(&self) -> BoxFuture<'_, Result<Vec<Announcement>, String>> {
-        async { self.ask_peers().await.map_err(|error| error.to_string()) }.boxed()
+    fn ask_peers(
+        &self,
+        to: Asked,
+        nonce: RandomId,
+    ) -> BoxFuture<'_, Result<Vec<Announcement>, String>> {
+        async move {
+            let asked = self.ask_peers(to, nonce).await;
+            asked.map_err(|error| error.to_string())
+        }
+        .boxed()
     }
 
     fn close(&self) -> BoxFuture<'_, ()> {

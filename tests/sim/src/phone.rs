@@ -103,6 +103,15 @@ impl Reach for Phone {
         .boxed()
     }
 
+    /// A node that is starting has no routes here, and cannot be reached. All announce the URL by
+    /// which they are known, so nothing depends on it.
+    fn node<'a>(
+        &'a self,
+        node_url: &'a str,
+    ) -> BoxFuture<'a, Result<Option<Box<str>>, RemoteError>> {
+        async move { Ok(self.offer(node_url).await?.node) }.boxed()
+    }
+
     fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Incoming, RemoteError>> {
         async move {
             let (call, response) = self.ask(Method::GET, node_url).await?;

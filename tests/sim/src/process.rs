@@ -16,7 +16,8 @@ use gradestore::http::Answered;
 use gradestore::http::Credentials;
 use gradestore::http::backup::BackupMetrics;
 use gradestore::log::{
-    ClusterKey, Identity, JetStreamConfig, JetStreamLog, LogId, MemoryLog, RandomId, SetupError,
+    ClusterKey, HeldData, Identity, JetStreamConfig, JetStreamLog, LogId, MemoryLog, RandomId,
+    SetupError,
 };
 use gradestore::memory::MemoryMax;
 use gradestore::node::{Node, Parts};
@@ -273,9 +274,10 @@ fn identity(world: &World, node: usize, knobs: &Knobs) -> Identity {
     Identity {
         node: process,
         replica: if knobs.snapshots { disk } else { process },
-        holds: newest.map(|head| LogId(head.log_id)),
+        holds: newest.map_or(HeldData::Nothing, |head| HeldData::Of(LogId(head.log_id))),
         keeps_data: knobs.snapshots,
         url: url(node),
+        reach: Arc::new(Phone::new(world.clone(), node)),
         key: ClusterKey::derive(PASSWORD),
     }
 }
@@ -319,7 +321,11 @@ async fn open(
                 });
                 return (process, storage);
             }
-            Err(error @ (SetupError::Away { .. } | SetupError::Refused { .. })) => {
+            Err(
+                error @ (SetupError::Away { .. }
+                | SetupError::Refused { .. }
+                | SetupError::NoLeader { .. }),
+            ) => {
                 world.note(|| format!("node {node} is started again: {error}"));
             }
             Err(error) => world.violate(format!("node {node} can't open its log: {error}")),

@@ -14,8 +14,8 @@ use async_nats::jetstream::stream::Config;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, pending};
 use gradestore::log::broker::{
-    Broker, BrokerError, ConnectError, Connection, Consumer, Delivered, InfoSource, Outgoing,
-    RawMessage, Stored, StreamInfo,
+    Asked, Broker, BrokerError, ConnectError, Connection, Consumer, Delivered, InfoSource,
+    Outgoing, RawMessage, Stored, StreamInfo,
 };
 use gradestore::log::{Announce, Announcement, RandomId, Seq};
 use tokio::sync::{mpsc, oneshot};
@@ -390,7 +390,7 @@ impl SimConnection {
         }))
     }
 
-    async fn ask_peers(&self) -> Result<Vec<Announcement>, String> {
+    async fn ask_peers(&self, who: Asked, nonce: RandomId) -> Result<Vec<Announcement>, String> {
         let link = Arc::clone(&self.wire.link);
         let (node, to) = (self.wire.node, link);
         let asked = self.request(false, move |arrived| {
@@ -410,8 +410,19 @@ impl SimConnection {
             Err(_) if !self.wire.link.ended.is_cancelled() => Vec::new(),
             Err(error) => return Err(error.to_string()),
         };
-        sleep(ANNOUNCE_WAIT).await;
-        Ok(asked.iter().map(|announce| announce()).collect())
+        let nonce = nonce.to_string();
+        match who {
+            Asked::All => {
+                sleep(ANNOUNCE_WAIT).await;
+                Ok(asked.iter().map(|announce| announce(&nonce)).collect())
+            }
+            Asked::Replica(replica) => {
+                let replica = replica.to_string();
+                let mut said: Vec<_> = asked.iter().map(|announce| announce(&nonce)).collect();
+                said.retain(|said| *said.replica == *replica);
+                Ok(said)
+            }
+        }
     }
 }
 
@@ -523,8 +534,12 @@ impl Connection for SimConnection {
         .boxed()
     }
 
-    fn ask_peers(&self) -> BoxFuture<'_, Result<Vec<Announcement>, String>> {
-        self.ask_peers().boxed()
+    fn ask_peers(
+        &self,
+        to: Asked,
+        nonce: RandomId,
+    ) -> BoxFuture<'_, Result<Vec<Announcement>, String>> {
+        self.ask_peers(to, nonce).boxed()
     }
 
     fn close(&self) -> BoxFuture<'_, ()> {

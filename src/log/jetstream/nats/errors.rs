@@ -18,7 +18,7 @@ pub(super) fn refusal(error: &jetstream::Error) -> BrokerError {
         ErrorCode::STREAM_NOT_FOUND => BrokerError::NoStream,
         ErrorCode::CONSUMER_NOT_FOUND => BrokerError::NoConsumer,
         ErrorCode::CLUSTER_NOT_AVAILABLE | ErrorCode::CLUSTER_NOT_LEADER => {
-            BrokerError::NoResponders(error.to_string().into())
+            BrokerError::NoLeader(error.to_string().into())
         }
         _ => BrokerError::Refused(error.to_string().into()),
     }
