@@ -23,7 +23,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::broker::{BrokerError, Connection, Outgoing, Stored};
-use super::{Shared, message};
+use super::{Shared, UNANSWERED, message};
 use crate::log::{AppendError, Batch, BatchId, Seq};
 
 /// How often a batch is sent again while the stream has no leader.
@@ -123,10 +123,7 @@ impl Shared {
                     tokio::time::sleep(RETRY_EVERY).await;
                 }
                 Attempt::Fenced => fenced = true,
-                Attempt::Unknown => {
-                    let why = "NATS does not acknowledge the batch";
-                    self.health.waiting(Some(why.into()));
-                }
+                Attempt::Unknown => self.health.unanswered(UNANSWERED, false),
             }
         }
     }
@@ -197,6 +194,7 @@ impl Shared {
                     claimed = None;
                     match error {
                         BrokerError::Refused(_) => self.health.refused(id, why),
+                        BrokerError::NoAnswer(_) => self.health.unanswered(UNANSWERED, false),
                         _ => self.health.waiting(Some(why)),
                     }
                 }
