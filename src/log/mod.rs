@@ -381,9 +381,9 @@ pub trait Log: Send + Sync + 'static {
     /// Another replica has the same history as this one.
     fn set_verified(&self) {}
 
-    /// Why the log cannot be reached now.
-    fn unavailable(&self) -> Option<Arc<str>> {
-        None
+    /// Why batches that wait are not acknowledged, if that is known; the log may still be writable.
+    fn problem(&self) -> Option<Arc<str>> {
+        self.unwritable()
     }
 
     /// What has happened to the log; all 0 where nothing of the kind can.

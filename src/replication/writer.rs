@@ -414,7 +414,7 @@ impl WriterTask {
         if expired == 0 {
             return;
         }
-        let why = self.log.unwritable().unwrap_or_else(|| {
+        let why = self.log.problem().unwrap_or_else(|| {
             format!(
                 "the log acknowledged no batch within {} s",
                 wait_max.as_secs()

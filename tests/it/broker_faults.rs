@@ -11,6 +11,9 @@ use crate::wire::eventually;
 use futures_util::TryStreamExt;
 
 const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
+/// Since the stream stores batches again until one that was lost is stored, on a busy machine. NATS'
+/// client waits 2 s for an answer.
+const LOST_MAX: Duration = Duration::from_secs(1);
 
 /// Waits until a write is taken.
 async fn writable(node: &Node) {
@@ -162,4 +165,33 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
     assert_eq!(waiting.answer().await.position(), fourth);
     a.set(r#"{"user_id":"x","spp":5}"#).await.position();
     check(&broker.client().await, &[&a, &b], &[]).await;
+}
+
+#[tokio::test]
+async fn a_batch_that_was_lost_without_a_word_is_soon_sent_again() {
+    let broker = Broker::start().await;
+    let proxy = Proxy::to(broker.address).await;
+    let a = Node::start_with(&mut replica_at(proxy.address)).await;
+    a.set(PATCH).await.position();
+    let lose = Rules {
+        lose_publishes: true,
+        ..Rules::default()
+    };
+    for spp in 2..5 {
+        proxy.set(lose);
+        let before = proxy.lost_publishes();
+        let patch = format!(r#"{{"user_id":"x","spp":{spp}}}"#);
+        let mut waiting = stall::waiting_set(&a, &patch).await;
+        eventually("a lost batch", async || {
+            (proxy.lost_publishes() > before).then_some(())
+        })
+        .await;
+        proxy.set(Rules::default());
+        let begun = Instant::now();
+        waiting.answer().await.position();
+        let took = begun.elapsed();
+        assert!(took < LOST_MAX, "stored after {took:?}");
+        assert_eq!(a.get("x").await.json()["spp"], spp);
+    }
+    check(&broker.client().await, &[&a], &[]).await;
 }

@@ -2,6 +2,8 @@
 //! it knows where a message of the protocol ends and whether it is a batch or a broker's word on one.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -23,6 +25,9 @@ pub(crate) struct Rules {
     pub(crate) lose_batches: bool,
     /// The broker's word that it has stored a batch vanishes.
     pub(crate) lose_acks: bool,
+    /// What is published to the stream's subject vanishes without a word, as it does while the stream
+    /// has no leader and somebody else subscribes to the subject.
+    pub(crate) lose_publishes: bool,
     /// What passes takes its time, and not much passes at once, both ways.
     pub(crate) slow: bool,
 }
@@ -35,6 +40,7 @@ impl Rules {
         hold_batches: false,
         lose_batches: false,
         lose_acks: false,
+        lose_publishes: false,
         slow: false,
     };
 }
@@ -48,6 +54,7 @@ pub(crate) struct Proxy {
     pub(crate) address: SocketAddr,
     rules: watch::Sender<Rules>,
     cut: watch::Sender<u64>,
+    lost_publishes: Arc<AtomicUsize>,
     _tasks: JoinSet<()>,
 }
 
@@ -56,14 +63,27 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (rules, cut) = (watch::Sender::default(), watch::Sender::new(0));
+        let lost_publishes = Arc::default();
         let mut tasks = JoinSet::new();
-        tasks.spawn(accept(listener, broker, rules.clone(), cut.clone()));
+        tasks.spawn(accept(
+            listener,
+            broker,
+            rules.clone(),
+            cut.clone(),
+            Arc::clone(&lost_publishes),
+        ));
         Self {
             address,
             rules,
             cut,
+            lost_publishes,
             _tasks: tasks,
         }
+    }
+
+    /// How often something was published that vanished.
+    pub(crate) fn lost_publishes(&self) -> usize {
+        self.lost_publishes.load(Ordering::Relaxed)
     }
 
     /// From now on. Connections stay.
@@ -82,11 +102,13 @@ async fn accept(
     broker: SocketAddr,
     rules: watch::Sender<Rules>,
     cut: watch::Sender<u64>,
+    lost_publishes: Arc<AtomicUsize>,
 ) {
     let mut connections = JoinSet::new();
     loop {
         let (client, _) = listener.accept().await.unwrap();
         let (rules, mut cut) = (rules.clone(), cut.subscribe());
+        let lost_publishes = Arc::clone(&lost_publishes);
         connections.spawn(async move {
             // A broker that is away is one that hangs up.
             let Ok(server) = TcpStream::connect(broker).await else {
@@ -96,7 +118,7 @@ async fn accept(
             let (from_server, to_server) = server.into_split();
             let (frames, received) = mpsc::channel(1024);
             tokio::select! {
-                () = to_broker(from_client, to_server, rules.subscribe()) => {}
+                () = to_broker(from_client, to_server, rules.subscribe(), &lost_publishes) => {}
                 () = read_frames(from_server, frames) => {}
                 () = from_broker(received, to_client, rules.subscribe()) => {}
                 _ = cut.changed() => {}
@@ -106,10 +128,20 @@ async fn accept(
     }
 }
 
-async fn to_broker(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, rules: watch::Receiver<Rules>) {
+async fn to_broker(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    rules: watch::Receiver<Rules>,
+    lost_publishes: &AtomicUsize,
+) {
+    let publish = b"HPUB grades.set ";
     let mut bytes = vec![0; SLOW_BYTES];
     while let Ok(read @ 1..) = from.read(&mut bytes).await {
         let now = *rules.borrow();
+        if now.lose_publishes && bytes[..read].windows(publish.len()).any(|at| at == publish) {
+            lost_publishes.fetch_add(1, Ordering::Relaxed);
+            continue;
+        }
         if now.slow {
             tokio::time::sleep(SLOW_WAIT).await;
         }

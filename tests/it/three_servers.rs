@@ -322,7 +322,8 @@ async fn a_replica_is_not_writable_while_the_stream_has_no_quorum() {
     for index in &lost[..2] {
         cluster.kill(*index);
     }
-    not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    let reason = not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    assert!(reason.contains("no leader"), "{reason}");
     assert_eq!(a.get("x").await.status, 200);
     for index in &lost[..2] {
         cluster.restart(*index).await;
@@ -336,7 +337,8 @@ async fn a_replica_is_not_writable_while_the_stream_has_no_quorum() {
     for index in lost {
         cluster.freeze(index);
     }
-    not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    let reason = not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    assert!(reason.contains("leader"), "{reason}");
     for index in lost {
         cluster.thaw(index);
     }

@@ -9,13 +9,15 @@ use async_nats::ConnectOptions;
 use async_nats::jetstream::Context;
 use async_nats::jetstream::stream::Config;
 use bytes::Bytes;
+use rustix::process::Signal;
 
 use crate::broker::{Broker, STREAM, SUBJECT, replica_with, status_where};
-use crate::harness::Node;
+use crate::harness::{Node, set_request_of};
 use crate::nats::NatsServer;
 use crate::proxy::{Proxy, Rules};
 use crate::small_disk::SmallDisk;
-use crate::wire::eventually;
+use crate::stall;
+use crate::wire::{Raw, eventually};
 
 /// Since a write was refused for a reason that the broker named.
 const REASON_MAX: Duration = Duration::from_secs(5);
@@ -185,6 +187,71 @@ async fn no_right_to_publish() {
     assert!(took < Duration::from_secs(1), "refused after {took:?}");
     assert_eq!(a.get("x").await.status, 200);
     server.reload(ALL_RIGHTS).await;
+    writable_again(&a).await;
+}
+
+const OTHER_PASSWORD: &str = r#"authorization { users: [{ user: u, password: other }] }"#;
+
+/// The server ends the connection and does not let the replica in again, which has a batch in flight.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_user() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = NatsServer::start(ALL_RIGHTS).await;
+    let url = server.url().replace("://", "://u:p@");
+    let a = Node::start_with(&mut replica(&url, dir.path())).await;
+    a.set(PATCH).await.position();
+    server.reload(OTHER_PASSWORD).await;
+    let reason = not_writable(&a, REASON_MAX).await;
+    let detail = a.set(PATCH).await.problem(503, "not-written");
+    for said in [&detail, &reason] {
+        assert!(
+            said.to_lowercase().contains("authorization violation"),
+            "{said}"
+        );
+    }
+    server.reload(ALL_RIGHTS).await;
+    writable_again(&a).await;
+}
+
+/// The server ends the connection because of a batch that it takes for too large.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_max_payload_that_is_lowered() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = NatsServer::start("").await;
+    let a = Node::start_with(&mut replica(&server.url(), dir.path())).await;
+    a.set(PATCH).await.position();
+    server.reload("max_payload: 65536").await;
+    let long = "x".repeat(200);
+    let lines = (0..900).map(|index| format!("{{\"user_id\":\"{index}{long}\",\"spp\":1}}\n"));
+    let lines: String = lines.collect();
+    let mut bulk = Raw::connect(a.write).await;
+    bulk.send(set_request_of(&lines).replace("/json", "/x-ndjson"))
+        .await;
+    let reason = not_writable(&a, REASON_MAX).await;
+    assert!(reason.contains("max_payload"), "{reason}");
+    server.reload("max_payload: 8388608").await;
+    writable_again(&a).await;
+}
+
+/// A batch is in flight when the server dies: the reason is the connection all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_dies() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = NatsServer::start("").await;
+    let mut command = replica(&server.url(), dir.path());
+    let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
+    a.set(PATCH).await.position();
+    server.signal(Signal::STOP);
+    let mut in_flight = stall::waiting_set(&a, PATCH).await;
+    let mut queued = stall::waiting_set(&a, PATCH).await;
+    server.kill();
+    let detail = queued.answer().await.problem(503, "not-written");
+    let reason = not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    for said in [&detail, &reason] {
+        assert!(said.contains("no connection to NATS"), "{said}");
+    }
+    in_flight.answer().await.problem(504, "outcome-unknown");
+    server.restart().await;
     writable_again(&a).await;
 }
 

@@ -6,21 +6,30 @@
 //! that was not delivered before it is not in the stream, and is sent again under its old id. No
 //! clock decides: a process that was suspended for longer than the broker remembers message ids does
 //! the same.
+//!
+//! The fence does not wait until the attempt has timed out. Where anybody else subscribes to the
+//! subject, NATS reports no missing responders: a batch sent while the stream has no leader is lost
+//! without a word. Fences are small, and the broker stores at most one for each end of the stream,
+//! so they are repeated while nothing is answered. The batch itself is not.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::broker::{BrokerError, Connection, Outgoing};
-use super::{Shared, message};
+use super::broker::{BrokerError, Connection, Outgoing, Stored};
+use super::{Shared, UNANSWERED, message};
 use crate::log::{AppendError, Batch, BatchId, Seq};
 
 /// How often a batch is sent again while the stream has no leader.
 const RETRY_EVERY: Duration = Duration::from_millis(200);
+/// How long a batch waits for an answer before a fence is sent.
+const FENCE_AFTER: Duration = Duration::from_millis(300);
 /// How long after it was first sent a batch is given up.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(30);
 /// A batch that the broker has stored and the consumer does not deliver in this time: the consumer
@@ -35,6 +44,8 @@ enum Attempt {
     NotStored(Arc<str>),
     /// It is not, and sending it again would not help.
     Refused(Arc<str>),
+    /// It was not delivered before a fence, so it is not.
+    Fenced,
     /// Another message has taken its id.
     IdTaken,
     /// Nobody knows.
@@ -73,9 +84,10 @@ impl Shared {
     /// is given up: the delivery decides.
     async fn send_until_known(&self, id: BatchId, message: Outgoing) -> Result<(), AppendError> {
         let give_up_at = Instant::now() + GIVE_UP_AFTER;
-        let (mut in_doubt, mut attempts) = (false, 0);
+        let (mut in_doubt, mut fenced, mut attempts) = (false, false, 0);
         loop {
-            let resending = in_doubt;
+            let resending = in_doubt || fenced;
+            fenced = false;
             attempts += 1;
             if attempts > 1 {
                 self.counts.resends.fetch_add(1, Ordering::Relaxed);
@@ -110,10 +122,8 @@ impl Shared {
                     }
                     tokio::time::sleep(RETRY_EVERY).await;
                 }
-                Attempt::Unknown => {
-                    let why = "NATS does not acknowledge the batch";
-                    self.health.waiting(Some(why.into()));
-                }
+                Attempt::Fenced => fenced = true,
+                Attempt::Unknown => self.health.unanswered(UNANSWERED, false),
             }
         }
     }
@@ -127,7 +137,15 @@ impl Shared {
         }
         let connection = self.connection_to_append().await;
         *in_doubt = true;
-        let attempt = attempt(&*connection, message.clone()).await;
+        let fence = async {
+            tokio::time::sleep(FENCE_AFTER).await;
+            self.fence().await;
+        };
+        let attempt = tokio::select! {
+            biased;
+            attempt = attempt(&*connection, message.clone()) => attempt,
+            () = fence => Attempt::Fenced,
+        };
         *in_doubt = matches!(attempt, Attempt::Unknown | Attempt::Stored);
         attempt
     }
@@ -146,16 +164,19 @@ impl Shared {
     /// Appends an empty batch at the known end of the stream and waits until it is delivered. What
     /// this process sent before it is in the stream by then, or will never be.
     pub(super) async fn fence(&self) {
+        // Where the stream ends, as a leader said that refused a fence. It counts what it has proposed
+        // to its followers, and may lose that: only a delivery or a look raises the known end.
+        let mut claimed = None;
         loop {
             let connection = self.connection_to_append().await;
-            let end = self.end.load(Ordering::Acquire);
-            let id = self.next_batch_id();
-            let empty = Outgoing {
-                headers: message::headers(id),
-                payload: Bytes::from_static(b"[]"),
-                expected_last: Some(end),
+            let known = self.end.load(Ordering::Acquire);
+            let end = claimed.map_or(known, |claimed| known.max(claimed));
+            let (id, sent) = match claimed {
+                // Somebody answers: one fence at a time is enough.
+                Some(_) => self.send_fence(&*connection, end).await,
+                None => self.send_fences(&*connection, end).await,
             };
-            match connection.publish(empty).await {
+            match sent {
                 Ok(stored) if !stored.duplicate => {
                     self.await_delivered(stored.seq).await;
                     self.health.delivered(id);
@@ -165,18 +186,51 @@ impl Shared {
                     self.renew_writer();
                 }
                 Err(BrokerError::WrongLastSequence { end: Some(is), .. }) if is > end => {
-                    self.end.fetch_max(is, Ordering::AcqRel);
+                    claimed = Some(is);
                     continue;
                 }
                 Err(error) => {
                     let why: Arc<str> = error.to_string().into();
+                    claimed = None;
                     match error {
                         BrokerError::Refused(_) => self.health.refused(id, why),
+                        BrokerError::NoAnswer(_) => self.health.unanswered(UNANSWERED, false),
                         _ => self.health.waiting(Some(why)),
                     }
                 }
             }
             tokio::time::sleep(RETRY_EVERY).await;
+        }
+    }
+
+    /// Sends a fence at `end`.
+    async fn send_fence(
+        &self,
+        connection: &dyn Connection,
+        end: Seq,
+    ) -> (BatchId, Result<Stored, BrokerError>) {
+        let id = self.next_batch_id();
+        let empty = Outgoing {
+            headers: message::headers(id),
+            payload: Bytes::from_static(b"[]"),
+            expected_last: Some(end),
+        };
+        (id, connection.publish(empty).await)
+    }
+
+    /// Sends fences at `end`, each under an id of its own, until one is answered. The next leader
+    /// does not see those that were sent while the stream had none.
+    async fn send_fences(
+        &self,
+        connection: &dyn Connection,
+        end: Seq,
+    ) -> (BatchId, Result<Stored, BrokerError>) {
+        let mut sent = FuturesUnordered::new();
+        loop {
+            sent.push(self.send_fence(connection, end));
+            if let Ok(Some(answer)) = tokio::time::timeout(RETRY_EVERY, sent.next()).await {
+                return answer;
+            }
         }
     }
 

@@ -67,6 +67,12 @@ const HEALTH_CHECK_EVERY: Duration = Duration::from_millis(250);
 /// How often an unwritable stream is probed, and an idle one asked whether it is there.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
 
+/// What is wrong where an append gets no answer, as far as is known.
+const UNANSWERED: &str = "NATS does not acknowledge the batch";
+const NO_QUORUM: &str = "the stream's leader does not acknowledge the batch; are most of the stream's \
+                         servers running?";
+const NO_LEADER: &str = "the stream has no leader; are most of its servers running?";
+
 /// Where the broker is and how the stream is set up.
 #[derive(Debug, Clone)]
 pub struct JetStreamConfig {
@@ -400,27 +406,39 @@ impl Shared {
     /// Keeps the health of writes up to date: where no client writes, by asking about the stream, and
     /// by empty batches once it is unwritable.
     async fn watch_health(self: Arc<Self>, stop: CancellationToken) {
-        let mut every = tokio::time::interval(HEALTH_CHECK_EVERY);
-        every.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut probed_at = Instant::now();
-        while stop.run_until_cancelled(every.tick()).await.is_some() {
-            self.health.check();
-            if probed_at.elapsed() < PROBE_EVERY {
-                continue;
+        let probing = async {
+            let mut every = tokio::time::interval(HEALTH_CHECK_EVERY);
+            every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut probed_at = Instant::now();
+            loop {
+                every.tick().await;
+                if probed_at.elapsed() < PROBE_EVERY {
+                    continue;
+                }
+                let alone = self.appending.try_lock();
+                // A batch in flight shows more than a probe would, unless it waits.
+                if alone.is_ok() || self.health.waits_longer_than(PROBE_EVERY) {
+                    self.probe(alone.is_ok()).await;
+                    drop(alone);
+                    probed_at = Instant::now();
+                }
             }
-            // A batch in flight shows more than a probe would.
-            let Ok(alone) = self.appending.try_lock() else {
-                continue;
-            };
-            if stop.run_until_cancelled(self.probe()).await.is_none() {
-                return;
+        };
+        let checking = async {
+            let mut every = tokio::time::interval(HEALTH_CHECK_EVERY);
+            every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                every.tick().await;
+                self.health.check();
             }
-            drop(alone);
-            probed_at = Instant::now();
-        }
+        };
+        let both = async { tokio::join!(checking, probing) };
+        stop.run_until_cancelled(both).await;
     }
 
-    async fn probe(&self) {
+    /// Asks about the stream, and appends an empty batch if only that can show that writes are
+    /// acknowledged. While a batch is in flight this is not `alone`, and only finds out what is wrong.
+    async fn probe(&self, alone: bool) {
         let Some(connection) = self.current_connection() else {
             return self.health.unreachable(self.down_reason());
         };
@@ -435,11 +453,28 @@ impl Shared {
                 self.health.unreachable(why.into());
             }
             Ok(info) if info.source != InfoSource::Follower => {
-                if self.health.reachable() {
-                    let _ = tokio::time::timeout(PROBE_EVERY, self.fence()).await;
+                if alone {
+                    if !self.health.reachable() {
+                        return;
+                    }
+                    let fenced = tokio::time::timeout(PROBE_EVERY, self.fence()).await;
+                    if fenced.is_ok() {
+                        return;
+                    }
                 }
+                let why = match info.source {
+                    InfoSource::Leader => NO_QUORUM,
+                    _ => UNANSWERED,
+                };
+                self.health.unanswered(why, true);
             }
-            Ok(_) => self.health.unreachable("the stream has no leader".into()),
+            Ok(_) => self.health.unreachable(NO_LEADER.into()),
+            Err(BrokerError::NoAnswer(why) | BrokerError::NoResponders(why))
+                if connection.is_clustered() =>
+            {
+                self.health
+                    .unreachable(format!("{NO_LEADER} ({why})").into());
+            }
             Err(error) => self.health.unreachable(error.to_string().into()),
         }
     }
@@ -494,11 +529,8 @@ impl Log for JetStreamLog {
         self.shared.health.reject()
     }
 
-    fn unavailable(&self) -> Option<Arc<str>> {
-        match self.shared.link.get() {
-            Link::Up(_) => None,
-            Link::Down(why) => Some(why),
-        }
+    fn problem(&self) -> Option<Arc<str>> {
+        self.shared.health.problem()
     }
 
     fn is_verified(&self) -> bool {

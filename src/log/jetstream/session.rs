@@ -115,7 +115,12 @@ async fn connect_again(
             }
             Err(error) => error,
         };
-        shared.set_down(&format!("no connection to NATS at {servers}: {error}"));
+        let why: Arc<str> = format!("no connection to NATS at {servers}: {error}").into();
+        shared.set_down(&why);
+        match error {
+            ConnectError::NotAllowed(_) => shared.health.not_allowed(why),
+            ConnectError::Unreachable(_) => shared.health.unreachable(why),
+        }
         if logged_at.is_none_or(|at| at.elapsed() >= REMIND_EVERY) {
             tracing::warn!(servers, %error, "no connection to NATS; reads continue, writes wait");
             logged_at = Some(Instant::now());

@@ -1,8 +1,9 @@
 //! Whether writes are acknowledged, judged by what becomes of appends.
 //!
-//! A refusal with a reason (storage full, no permission) makes the log unwritable at once. Silence
-//! does so after [`WriteHealth::silence_max`]: an election alone must not empty a load balancer. The
-//! next batch that is delivered makes it writable again; where no client writes, that is an empty one.
+//! A refusal with a reason (storage full, no permission, a revoked user) makes the log unwritable at
+//! once. Silence does so after [`WriteHealth::silence_max`]: an election alone must not empty a load
+//! balancer. The next batch that is delivered makes it writable again; where no client writes, that is
+//! an empty one.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -33,6 +34,8 @@ struct State {
     append_failed: bool,
     /// The last thing that went wrong.
     problem: Option<Arc<str>>,
+    /// Whether that is that the stream can't be reached.
+    unreachable: bool,
     /// Why the log is unwritable, and since when.
     unwritable: Option<(Arc<str>, Instant)>,
     /// The last batch that the broker refused. A batch that was sent before it may still be delivered,
@@ -73,14 +76,48 @@ impl WriteHealth {
         state.append_failed |= problem.is_some();
         if problem.is_some() {
             state.problem = problem;
+            state.unreachable = false;
         }
     }
 
-    /// Nothing is appended, and the stream can't be reached.
+    /// An append waits without an answer. `why` is what is known of the reason if nothing else is;
+    /// `reached` says that the stream can be reached, so that this is no reason any more.
+    pub(super) fn unanswered(&self, why: &str, reached: bool) {
+        let mut state = self.state.lock();
+        state.waiting_since.get_or_insert_with(Instant::now);
+        state.append_failed = true;
+        if state.problem.is_none() || (reached && state.unreachable) {
+            state.problem = Some(why.into());
+            state.unreachable = false;
+        }
+    }
+
+    /// The stream can't be reached.
     pub(super) fn unreachable(&self, problem: Arc<str>) {
         let mut state = self.state.lock();
         state.waiting_since.get_or_insert_with(Instant::now);
         state.problem = Some(problem);
+        state.unreachable = true;
+    }
+
+    /// The broker does not let this process in.
+    pub(super) fn not_allowed(&self, why: Arc<str>) {
+        let mut state = self.state.lock();
+        state.waiting_since.get_or_insert_with(Instant::now);
+        self.set_unwritable(&mut state, why);
+    }
+
+    /// What is wrong with appends that wait; `None` while nothing has gone wrong.
+    pub(super) fn problem(&self) -> Option<Arc<str>> {
+        let state = self.state.lock();
+        let unwritable = state.unwritable.as_ref().map(|(why, _)| why);
+        unwritable.or(state.problem.as_ref()).map(Arc::clone)
+    }
+
+    /// Whether appends have waited for longer than `max`.
+    pub(super) fn waits_longer_than(&self, max: Duration) -> bool {
+        let since = self.state.lock().waiting_since;
+        since.is_some_and(|since| since.elapsed() > max)
     }
 
     /// Nothing is appended, and the stream can be reached. Returns whether only an append can show
@@ -115,6 +152,7 @@ impl WriteHealth {
         state.waiting_since = None;
         state.append_failed = false;
         state.problem = None;
+        state.unreachable = false;
         state.refused = None;
         if let Some((_, since)) = state.unwritable.take() {
             self.unwritable.store(false, Ordering::Release);

@@ -60,8 +60,8 @@ impl Log for PausedLog {
         self.log.set_verified();
     }
 
-    fn unavailable(&self) -> Option<Arc<str>> {
-        self.log.unavailable()
+    fn problem(&self) -> Option<Arc<str>> {
+        self.log.problem()
     }
 
     fn counts(&self) -> Counts {
