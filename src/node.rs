@@ -128,6 +128,7 @@ pub struct Tasks {
     blocking: Blocking,
     snapshotter: Option<Snapshotter>,
     critical: CriticalTasks,
+    log: Arc<dyn Log>,
     /// Taken when it is started.
     driver: Option<ReplicaDriver>,
     /// Tasks that must finish before shutdown: writer and snapshotter.
@@ -259,6 +260,7 @@ impl Node {
             blocking: blocking.clone(),
             snapshotter: snapshotter.clone(),
             critical,
+            log: Arc::clone(&log),
             driver: Some(driver),
             writing: JoinSet::new(),
             stop_writing: CancellationToken::new(),
@@ -434,7 +436,11 @@ impl Tasks {
             }
             self.spawn_rest("driver", driver.run(seed.is_some()));
         }
-        Err(self.critical.failed().await.into())
+        let failed = tokio::select! {
+            failed = self.critical.failed() => failed,
+            failed = self.log.failed() => failed,
+        };
+        Err(failed.into())
     }
 
     /// An allocation that fails aborts the process, and so would every start after it.

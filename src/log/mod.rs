@@ -16,9 +16,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::critical::TaskEnded;
 use crate::grade::{Digest, Write};
 use crate::hex;
 pub use chain::{BatchId, Chain, Effect, Position};
@@ -380,6 +382,11 @@ pub trait Log: Send + Sync + 'static {
 
     /// Another replica has the same history as this one.
     fn set_verified(&self) {}
+
+    /// Resolves when one of the log's own tasks has panicked: the process can't go on.
+    fn failed(&self) -> BoxFuture<'_, TaskEnded> {
+        std::future::pending().boxed()
+    }
 
     /// Why batches that wait are not acknowledged, if that is known; the log may still be writable.
     fn problem(&self) -> Option<Arc<str>> {

@@ -54,6 +54,7 @@ use super::{
     Announce, Announcement, AppendError, Batch, BatchId, Bounds, Counts, InFlight, Log, LogId,
     Position, RandomId, ReadError, Seq, Subscription,
 };
+use crate::critical::{CriticalTasks, TaskEnded};
 
 /// Where batches are sent.
 const SUBJECT: &str = "grades.set";
@@ -206,6 +207,7 @@ pub enum SetupError {
 /// A log in a stream.
 pub struct JetStreamLog {
     shared: Arc<Shared>,
+    tasks: CriticalTasks,
     /// Ends the connection, and what goes through it.
     stop: CancellationToken,
     /// Does so with the log.
@@ -323,12 +325,16 @@ impl JetStreamLog {
         let stop = CancellationToken::new();
         let connected =
             session::keep_connected(Arc::clone(&shared), opened.connection, stop.clone());
-        tokio::spawn(connected);
+        let tasks = CriticalTasks::default();
+        tasks.spawn("connection to NATS", connected);
         let watched = Arc::clone(&shared);
-        tokio::spawn(async move { watched.check_right_to_publish().await });
-        tokio::spawn(Shared::watch_health(Arc::clone(&shared), stop.clone()));
+        let check = async move { watched.check_right_to_publish().await };
+        tasks.spawn("check of the right to publish", check);
+        let watch = Shared::watch_health(Arc::clone(&shared), stop.clone());
+        tasks.spawn("write health", watch);
         Ok(Self {
             shared,
+            tasks,
             stop: stop.clone(),
             _guard: stop.drop_guard(),
         })
@@ -529,6 +535,10 @@ impl Log for JetStreamLog {
         self.shared.health.reject()
     }
 
+    fn failed(&self) -> BoxFuture<'_, TaskEnded> {
+        self.tasks.failed().boxed()
+    }
+
     fn problem(&self) -> Option<Arc<str>> {
         self.shared.health.problem()
     }
@@ -559,7 +569,7 @@ impl Log for JetStreamLog {
 
     fn announce(&self, announce: Announce) {
         let (shared, stop) = (Arc::clone(&self.shared), self.stop.child_token());
-        tokio::spawn(async move {
+        self.tasks.spawn("announcements", async move {
             let announced = async {
                 let stop = stop.clone();
                 let mut backoff = Backoff::new();

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
+use gradestore::critical::TaskEnded;
 use gradestore::log::{
     Announce, Announcement, AppendError, Batch, Bounds, Counts, JetStreamLog, Log, LogId, Position,
     ReadError, Seq, Subscription, TrimError,
@@ -58,6 +59,10 @@ impl Log for PausedLog {
 
     fn set_verified(&self) {
         self.log.set_verified();
+    }
+
+    fn failed(&self) -> BoxFuture<'_, TaskEnded> {
+        self.log.failed()
     }
 
     fn problem(&self) -> Option<Arc<str>> {
