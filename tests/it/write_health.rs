@@ -255,21 +255,42 @@ async fn a_server_that_dies() {
     writable_again(&a).await;
 }
 
-/// Batches are stored and never delivered: no write can be acknowledged.
+/// All ways to read a stream are denied: batches are stored, and no write can be acknowledged.
+const NO_READING: &str = r#"authorization { users: [
+    { user: u, password: p, permissions: { publish: { deny: [
+        "$JS.API.CONSUMER.>", "$JS.API.STREAM.MSG.GET.>", "$JS.API.DIRECT.GET.>"
+    ] } } }
+] }"#;
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_subscription_that_delivers_nothing() {
+async fn reading_that_is_stuck() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = NatsServer::start(ALL_RIGHTS).await;
+    let url = server.url().replace("://", "://u:p@");
+    let mut command = replica(&url, dir.path());
+    let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
+    a.set(PATCH).await.position();
+    server.reload(NO_READING).await;
+    // The server ends the connection first.
+    not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(4)).await;
+    server.reload(ALL_RIGHTS).await;
+    writable_again(&a).await;
+    status_where(&a, "ready", |status| status["state"] == "ready").await;
+}
+
+/// A consumer that delivers nothing makes reading slow: messages are fetched.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_delivers_nothing_stops_no_writes() {
     let broker = Broker::start().await;
     let proxy = Proxy::to(broker.address).await;
     let dir = tempfile::tempdir().unwrap();
-    let mut command = replica(&proxy.address.to_string(), dir.path());
-    let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
+    let a = Node::start_with(&mut replica(&proxy.address.to_string(), dir.path())).await;
     a.set(PATCH).await.position();
     proxy.set(Rules {
         lose_batches: true,
         ..Rules::default()
     });
-    not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
-    proxy.set(Rules::default());
-    writable_again(&a).await;
-    status_where(&a, "ready", |status| status["state"] == "ready").await;
+    a.set(PATCH).await.position();
+    a.set(PATCH).await.position();
+    assert_eq!(a.ops("/readyz/write").await.status, 200);
 }

@@ -245,7 +245,10 @@ fn is_batch_at(stored: &RawMessage, position: &Position) -> bool {
             let id = label.id;
             times.contains(&Some(position.time_ns)) && position.holds(Effect::Batch { id, payload })
         }
-        Err(Unreadable::Poisoned(_)) => position.holds(Effect::Skipped),
+        // Another message that is skipped may have taken its place.
+        Err(Unreadable::Poisoned(_)) => {
+            stored.time_ns == position.time_ns && position.holds(Effect::Skipped)
+        }
         Err(Unreadable::Newer(_)) => false,
     }
 }
