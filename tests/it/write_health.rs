@@ -21,6 +21,8 @@ use crate::wire::{Raw, eventually};
 
 /// Since a write was refused for a reason that the broker named.
 const REASON_MAX: Duration = Duration::from_secs(5);
+/// What a busy machine may add. Without what makes it come in time it takes much longer.
+const BUSY_MAX: Duration = Duration::from_secs(3);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time for several probes on a busy machine.
 const PROBED_MAX: Duration = Duration::from_secs(10);
@@ -55,7 +57,7 @@ pub(crate) async fn not_writable(node: &Node, within: Duration) -> String {
     let reason = reason.unwrap_or_else(|()| {
         panic!("/readyz/write still {ready:?} after {took:?}; the last write: {last}")
     });
-    assert!(took <= within, "after {took:?}: {reason}");
+    assert!(took <= within + BUSY_MAX, "after {took:?}: {reason}");
     assert_eq!(node.metric("gradestore_log_writable").await, Some(0.0));
     // And it stays so.
     for _ in 0..10 {
@@ -271,8 +273,7 @@ async fn reading_that_is_stuck() {
     let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
     a.set(PATCH).await.position();
     server.reload(NO_READING).await;
-    // The server ends the connection first.
-    not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(4)).await;
+    not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
     server.reload(ALL_RIGHTS).await;
     writable_again(&a).await;
     status_where(&a, "ready", |status| status["state"] == "ready").await;
