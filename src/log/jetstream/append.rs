@@ -71,7 +71,6 @@ impl Shared {
             payload,
             expected_last: None,
         };
-        self.health.waiting(None);
         tokio::select! {
             biased;
             // An error: the state was replaced, and nobody waits for the batch any more.
@@ -135,6 +134,8 @@ impl Shared {
             self.fence().await;
             *in_doubt = false;
         }
+        // A fence that was delivered has shown that writes are acknowledged; this one waits again.
+        self.health.waiting(None);
         let connection = self.connection_to_append().await;
         *in_doubt = true;
         let fence = async {
