@@ -189,9 +189,9 @@ async fn a_batch_that_was_lost_without_a_word_is_soon_sent_again() {
         })
         .await;
         proxy.set(Rules::default());
-        let begun = Instant::now();
+        let start = Instant::now();
         waiting.answer().await.position();
-        quickest = quickest.min(begun.elapsed());
+        quickest = quickest.min(start.elapsed());
         assert_eq!(a.get("x").await.json()["spp"], spp);
     }
     assert!(quickest < LOST_MAX, "stored after {quickest:?}");

@@ -23,7 +23,8 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::broker::{BrokerError, Connection, Outgoing, Stored};
-use super::{Shared, UNANSWERED, message};
+use super::probe::UNANSWERED;
+use super::{Shared, message};
 use crate::log::{AppendError, Batch, BatchId, Seq};
 
 /// How often a batch is sent again while the stream has no leader.

@@ -3,8 +3,9 @@
 //!
 //! - `broker`: what the log needs of NATS, as a trait; `nats`: the real client.
 //! - `servers`: the servers' URLs; `stream`: the stream's configuration.
-//! - `creation`: opening the stream, and who may create it.
-//! - `session`: one connection at a time; `write_health`: whether writes are acknowledged.
+//! - `creation`: opening the stream, and who may create it; `setup_error`: why it can't be opened.
+//! - `session`: one connection at a time; `write_health`: whether writes are acknowledged; `probe`:
+//!   the same where no client writes.
 //! - `append`: a batch is sent until its outcome is known, and stored at most once.
 //! - `subscription`: a consumer per replica, replaced at the batch after the last one; `history`:
 //!   whether the stream is still the one that was read.
@@ -21,9 +22,11 @@ pub mod header_block;
 mod history;
 pub mod message;
 mod nats;
+mod probe;
 pub mod raw_message;
 mod servers;
 mod session;
+mod setup_error;
 mod stream;
 mod subscription;
 mod watched;
@@ -38,15 +41,16 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
-use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::announcements::Announcements;
-use self::broker::{Asked, Broker, BrokerError, Connection, InfoSource, Outgoing};
+use self::broker::{Asked, Broker, Connection};
 pub use self::creation::{HeldData, Identity, Progress};
 use self::history::Suspicion;
+use self::probe::PROBE_EVERY;
 pub use self::servers::Servers;
 use self::session::{Backoff, Link};
+pub use self::setup_error::SetupError;
 use self::subscription::JetStreamSubscription;
 use self::watched::Watched;
 use self::write_health::WriteHealth;
@@ -63,17 +67,6 @@ const SUBJECT: &str = "grades.set";
 const IN_FLIGHT_MAX: usize = 1;
 /// The largest message that a server must take: 1,024 writes of less than 800 bytes each, and headers.
 const MESSAGE_BYTES_NEEDED: usize = 1 << 20;
-/// How often the health of writes is checked.
-const HEALTH_CHECK_EVERY: Duration = Duration::from_millis(250);
-/// How often an unwritable stream is probed, and an idle one asked whether it is there.
-const PROBE_EVERY: Duration = Duration::from_secs(1);
-
-/// What is wrong where an append gets no answer, as far as is known.
-const UNANSWERED: &str = "NATS does not acknowledge the batch";
-const NO_QUORUM: &str = "the stream's leader does not acknowledge the batch; are most of the stream's \
-                         servers running?";
-const NO_LEADER: &str = "the stream has no leader; are most of its servers running?";
-
 /// Where the broker is and how the stream is set up.
 #[derive(Debug, Clone)]
 pub struct JetStreamConfig {
@@ -93,115 +86,6 @@ pub struct JetStreamConfig {
     pub peers: Vec<String>,
     /// How long appends may wait before the log counts as unwritable.
     pub write_silence_max: Duration,
-}
-
-/// Why the stream can't be used.
-#[derive(Debug, thiserror::Error)]
-pub enum SetupError {
-    /// The broker does not answer.
-    #[error(
-        "no answer from NATS at {servers}: {why}; is nats-server running there with JetStream \
-         (nats-server -js), and is this its --nats-url?"
-    )]
-    Away {
-        /// The servers.
-        servers: String,
-        /// What went wrong.
-        why: Arc<str>,
-    },
-    /// The broker answers, its JetStream does not.
-    #[error(
-        "NATS at {servers} answers, but JetStream has no leader there: {why}; start the servers of \
-         the cluster that are down, or repair the routes between them: more than half of the \
-         servers must reach each other (nats server report jetstream)"
-    )]
-    NoLeader {
-        /// The servers.
-        servers: String,
-        /// What went wrong.
-        why: Arc<str>,
-    },
-    /// The broker does not let this process in.
-    #[error(
-        "NATS at {servers} refuses this replica: {why}; check the name and password in --nats-url, \
-         or the file in --nats-creds"
-    )]
-    NotAllowed {
-        /// The servers.
-        servers: String,
-        /// What it said.
-        why: Arc<str>,
-    },
-    /// The servers can't carry the log.
-    #[error("NATS at {servers} cannot be used: {why}")]
-    Unusable {
-        /// The servers.
-        servers: String,
-        /// Why not.
-        why: Arc<str>,
-    },
-    /// The broker does not give the stream.
-    #[error("NATS refuses stream {stream}: {why}")]
-    Refused {
-        /// The stream.
-        stream: String,
-        /// What it said.
-        why: Arc<str>,
-    },
-    /// A stream of this name has another configuration.
-    #[error("stream {stream} has {setting} {found} where {wanted} is needed; {fix}")]
-    Shape {
-        /// The stream.
-        stream: String,
-        /// Which setting.
-        setting: &'static str,
-        /// What it must be.
-        wanted: String,
-        /// What it is.
-        found: String,
-        /// What to do.
-        fix: String,
-    },
-    /// A stream of this name was not created by gradestore.
-    #[error(
-        "stream {stream} has no {key} in its metadata, so it is no log of gradestore; choose \
-         another --stream, or, if it is meant to become one, give it an id: nats stream edit \
-         {stream} --metadata {key}=$(openssl rand -hex 16)"
-    )]
-    NoLogId {
-        /// The stream.
-        stream: String,
-        /// Where the id should be.
-        key: &'static str,
-    },
-    /// Numbering was to start in a stream that exists.
-    #[error(
-        "stream {stream} exists and ends at batch {end}: --restore-from starts a new one; remove it \
-         if nothing in it is needed (nats stream rm {stream}), or leave --restore-from out"
-    )]
-    NotEmpty {
-        /// The stream.
-        stream: String,
-        /// Its last batch.
-        end: Seq,
-    },
-    /// The data directory was copied.
-    #[error(
-        "another process at {url} (node {node}) is running as replica {replica}: one of the two data \
-         directories is a copy of the other; stop that process, or remove the file replica-id from \
-         the copy"
-    )]
-    SameReplica {
-        /// The replica's id.
-        replica: Box<str>,
-        /// The other process.
-        node: Box<str>,
-        /// Where it is reached.
-        url: Box<str>,
-    },
-    /// The system has no random bytes to name the log with.
-    #[error("the system gave no random bytes: {0}")]
-    Random(#[from] getrandom::Error),
 }
 
 /// A log in a stream.
@@ -407,98 +291,6 @@ impl Shared {
             }
         }
         writer.writer
-    }
-
-    /// Keeps the health of writes up to date: where no client writes, by asking about the stream, and
-    /// by empty batches once it is unwritable.
-    async fn watch_health(self: Arc<Self>, stop: CancellationToken) {
-        let probing = async {
-            let mut every = tokio::time::interval(HEALTH_CHECK_EVERY);
-            every.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            let mut probed_at = Instant::now();
-            loop {
-                every.tick().await;
-                if probed_at.elapsed() < PROBE_EVERY {
-                    continue;
-                }
-                let alone = self.appending.try_lock();
-                // A batch in flight shows more than a probe would, unless it waits.
-                if alone.is_ok() || self.health.waits_longer_than(PROBE_EVERY) {
-                    self.probe(alone.is_ok()).await;
-                    drop(alone);
-                    probed_at = Instant::now();
-                }
-            }
-        };
-        let checking = async {
-            let mut every = tokio::time::interval(HEALTH_CHECK_EVERY);
-            every.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                every.tick().await;
-                self.health.check();
-            }
-        };
-        let both = async { tokio::join!(checking, probing) };
-        stop.run_until_cancelled(both).await;
-    }
-
-    /// Asks about the stream, and appends an empty batch if only that can show that writes are
-    /// acknowledged. While a batch is in flight this is not `alone`, and only finds out what is wrong.
-    async fn probe(&self, alone: bool) {
-        let Some(connection) = self.current_connection() else {
-            return self.health.unreachable(self.down_reason());
-        };
-        let info = match self.look(&*connection).await {
-            Ok(info) => info,
-            Err(confirmed) => return self.health.unreachable(confirmed.to_string().into()),
-        };
-        match info {
-            // Nothing is appended meanwhile.
-            Ok(_) if !self.same_history.get() => {
-                let why = "the stream was not compared with what this replica has applied";
-                self.health.unreachable(why.into());
-            }
-            Ok(info) if info.source != InfoSource::Follower => {
-                if alone {
-                    if !self.health.reachable() {
-                        return;
-                    }
-                    let fenced = tokio::time::timeout(PROBE_EVERY, self.fence()).await;
-                    if fenced.is_ok() {
-                        return;
-                    }
-                }
-                let why = match info.source {
-                    InfoSource::Leader => NO_QUORUM,
-                    _ => UNANSWERED,
-                };
-                self.health.unanswered(why, true);
-            }
-            Ok(_) => self.health.unreachable(NO_LEADER.into()),
-            Err(BrokerError::NoAnswer(why) | BrokerError::NoResponders(why))
-                if connection.is_clustered() =>
-            {
-                self.health
-                    .unreachable(format!("{NO_LEADER} ({why})").into());
-            }
-            Err(error) => self.health.unreachable(error.to_string().into()),
-        }
-    }
-
-    /// Whether this client may publish: an append that no stream takes shows it.
-    async fn check_right_to_publish(&self) {
-        let Some(connection) = self.current_connection() else {
-            return;
-        };
-        let id = self.next_batch_id();
-        let message = Outgoing {
-            headers: message::headers(id),
-            payload: bytes::Bytes::from_static(b"[]"),
-            expected_last: Some(Seq::MAX >> 1),
-        };
-        if let Err(BrokerError::Refused(why)) = connection.publish(message).await {
-            self.health.refused(id, why);
-        }
     }
 }
 

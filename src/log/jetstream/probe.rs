@@ -1,0 +1,116 @@
+//! Keeps the health of writes up to date where no client writes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use super::broker::{BrokerError, InfoSource, Outgoing};
+use super::{Shared, message};
+use crate::log::Seq;
+
+/// How often the health of writes is checked.
+const HEALTH_CHECK_EVERY: Duration = Duration::from_millis(250);
+/// How often an unwritable stream is probed, and an idle one asked whether it is there.
+pub(super) const PROBE_EVERY: Duration = Duration::from_secs(1);
+
+/// What is wrong where an append gets no answer, as far as is known.
+pub(super) const UNANSWERED: &str = "NATS does not acknowledge the batch";
+const NO_QUORUM: &str = "the stream's leader does not acknowledge the batch; are most of the stream's \
+                         servers running?";
+const NO_LEADER: &str = "the stream has no leader; are most of its servers running?";
+
+impl Shared {
+    /// Keeps the health of writes up to date: where no client writes, by asking about the stream, and
+    /// by empty batches once it is unwritable.
+    pub(super) async fn watch_health(self: Arc<Self>, stop: CancellationToken) {
+        let probing = async {
+            let mut every = tokio::time::interval(HEALTH_CHECK_EVERY);
+            every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut probed_at = Instant::now();
+            loop {
+                every.tick().await;
+                if probed_at.elapsed() < PROBE_EVERY {
+                    continue;
+                }
+                let alone = self.appending.try_lock();
+                // A batch in flight shows more than a probe would, unless it waits.
+                if alone.is_ok() || self.health.waits_longer_than(PROBE_EVERY) {
+                    self.probe(alone.is_ok()).await;
+                    drop(alone);
+                    probed_at = Instant::now();
+                }
+            }
+        };
+        let checking = async {
+            let mut every = tokio::time::interval(HEALTH_CHECK_EVERY);
+            every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                every.tick().await;
+                self.health.check();
+            }
+        };
+        let both = async { tokio::join!(checking, probing) };
+        stop.run_until_cancelled(both).await;
+    }
+
+    /// Asks about the stream, and appends an empty batch if only that can show that writes are
+    /// acknowledged. While a batch is in flight this is not `alone`, and only finds out what is wrong.
+    async fn probe(&self, alone: bool) {
+        let Some(connection) = self.current_connection() else {
+            return self.health.unreachable(self.down_reason());
+        };
+        let info = match self.look(&*connection).await {
+            Ok(info) => info,
+            Err(confirmed) => return self.health.unreachable(confirmed.to_string().into()),
+        };
+        match info {
+            // Nothing is appended meanwhile.
+            Ok(_) if !self.same_history.get() => {
+                let why = "the stream was not compared with what this replica has applied";
+                self.health.unreachable(why.into());
+            }
+            Ok(info) if info.source != InfoSource::Follower => {
+                if alone {
+                    if !self.health.reachable() {
+                        return;
+                    }
+                    let fenced = tokio::time::timeout(PROBE_EVERY, self.fence()).await;
+                    if fenced.is_ok() {
+                        return;
+                    }
+                }
+                let why = match info.source {
+                    InfoSource::Leader => NO_QUORUM,
+                    _ => UNANSWERED,
+                };
+                self.health.unanswered(why, true);
+            }
+            Ok(_) => self.health.unreachable(NO_LEADER.into()),
+            Err(BrokerError::NoAnswer(why) | BrokerError::NoResponders(why))
+                if connection.is_clustered() =>
+            {
+                self.health
+                    .unreachable(format!("{NO_LEADER} ({why})").into());
+            }
+            Err(error) => self.health.unreachable(error.to_string().into()),
+        }
+    }
+
+    /// Whether this client may publish: an append that no stream takes shows it.
+    pub(super) async fn check_right_to_publish(&self) {
+        let Some(connection) = self.current_connection() else {
+            return;
+        };
+        let id = self.next_batch_id();
+        let message = Outgoing {
+            headers: message::headers(id),
+            payload: bytes::Bytes::from_static(b"[]"),
+            expected_last: Some(Seq::MAX >> 1),
+        };
+        if let Err(BrokerError::Refused(why)) = connection.publish(message).await {
+            self.health.refused(id, why);
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Why the stream can't be opened.
+
+use std::sync::Arc;
+
+use crate::log::Seq;
+
+/// Why the stream can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The broker does not answer.
+    #[error(
+        "no answer from NATS at {servers}: {why}; is nats-server running there with JetStream \
+         (nats-server -js), and is this its --nats-url?"
+    )]
+    Away {
+        /// The servers.
+        servers: String,
+        /// What went wrong.
+        why: Arc<str>,
+    },
+    /// The broker answers, its JetStream does not.
+    #[error(
+        "NATS at {servers} answers, but JetStream has no leader there: {why}; start the servers of \
+         the cluster that are down, or repair the routes between them: more than half of the \
+         servers must reach each other (nats server report jetstream)"
+    )]
+    NoLeader {
+        /// The servers.
+        servers: String,
+        /// What went wrong.
+        why: Arc<str>,
+    },
+    /// The broker does not let this process in.
+    #[error(
+        "NATS at {servers} refuses this replica: {why}; check the name and password in --nats-url, \
+         or the file in --nats-creds"
+    )]
+    NotAllowed {
+        /// The servers.
+        servers: String,
+        /// What it said.
+        why: Arc<str>,
+    },
+    /// The servers can't carry the log.
+    #[error("NATS at {servers} cannot be used: {why}")]
+    Unusable {
+        /// The servers.
+        servers: String,
+        /// Why not.
+        why: Arc<str>,
+    },
+    /// The broker does not give the stream.
+    #[error("NATS refuses stream {stream}: {why}")]
+    Refused {
+        /// The stream.
+        stream: String,
+        /// What it said.
+        why: Arc<str>,
+    },
+    /// A stream of this name has another configuration.
+    #[error("stream {stream} has {setting} {found} where {wanted} is needed; {fix}")]
+    Shape {
+        /// The stream.
+        stream: String,
+        /// Which setting.
+        setting: &'static str,
+        /// What it must be.
+        wanted: String,
+        /// What it is.
+        found: String,
+        /// What to do.
+        fix: String,
+    },
+    /// A stream of this name was not created by gradestore.
+    #[error(
+        "stream {stream} has no {key} in its metadata, so it is no log of gradestore; choose \
+         another --stream, or, if it is meant to become one, give it an id: nats stream edit \
+         {stream} --metadata {key}=$(openssl rand -hex 16)"
+    )]
+    NoLogId {
+        /// The stream.
+        stream: String,
+        /// Where the id should be.
+        key: &'static str,
+    },
+    /// Numbering was to start in a stream that exists.
+    #[error(
+        "stream {stream} exists and ends at batch {end}: --restore-from starts a new one; remove it \
+         if nothing in it is needed (nats stream rm {stream}), or leave --restore-from out"
+    )]
+    NotEmpty {
+        /// The stream.
+        stream: String,
+        /// Its last batch.
+        end: Seq,
+    },
+    /// The data directory was copied.
+    #[error(
+        "another process at {url} (node {node}) is running as replica {replica}: one of the two data \
+         directories is a copy of the other; stop that process, or remove the file replica-id from \
+         the copy"
+    )]
+    SameReplica {
+        /// The replica's id.
+        replica: Box<str>,
+        /// The other process.
+        node: Box<str>,
+        /// Where it is reached.
+        url: Box<str>,
+    },
+    /// The system has no random bytes to name the log with.
+    #[error("the system gave no random bytes: {0}")]
+    Random(#[from] getrandom::Error),
+}
