@@ -82,7 +82,7 @@ impl Snapshots {
             let position = name
                 .and_then(|name| name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX))
                 .and_then(|position| position.parse().ok());
-            // One that may not be looked at is a file, as far as anybody knows.
+            // Without permission to read its metadata, assume that it is a file.
             let is_file = |path: &Path| match fs::metadata(path) {
                 Ok(metadata) => metadata.is_file(),
                 Err(error) => error.kind() != io::ErrorKind::NotFound,

@@ -168,7 +168,7 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
 }
 
 #[tokio::test]
-async fn a_batch_that_was_lost_without_a_word_is_soon_sent_again() {
+async fn a_batch_that_was_lost_silently_is_soon_sent_again() {
     let broker = Broker::start().await;
     let proxy = Proxy::to(broker.address).await;
     let a = Node::start_with(&mut replica_at(proxy.address)).await;

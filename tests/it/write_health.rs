@@ -10,6 +10,7 @@ use async_nats::jetstream::Context;
 use async_nats::jetstream::stream::Config;
 use bytes::Bytes;
 use rustix::process::Signal;
+use tempfile::TempDir;
 
 use crate::broker::{Broker, STREAM, SUBJECT, replica_with, status_where};
 use crate::harness::{Node, set_request_of};
@@ -162,11 +163,16 @@ const NO_PUBLISH: &str = r#"authorization { users: [
     { user: u, password: p, permissions: { publish: { deny: ["grades.set"] } } }
 ] }"#;
 
-#[tokio::test(flavor = "multi_thread")]
-async fn no_right_to_publish() {
-    let dir = tempfile::tempdir().unwrap();
+/// A directory for a replica, a server with all rights for user `u`, and its URL with that user.
+async fn server_with_user() -> (TempDir, NatsServer, String) {
     let server = NatsServer::start(ALL_RIGHTS).await;
     let url = server.url().replace("://", "://u:p@");
+    (tempfile::tempdir().unwrap(), server, url)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_right_to_publish() {
+    let (dir, server, url) = server_with_user().await;
     let a = Node::start_with(&mut replica(&url, dir.path())).await;
     a.set(PATCH).await.position();
     server.reload(NO_PUBLISH).await;
@@ -197,9 +203,7 @@ const OTHER_PASSWORD: &str = r#"authorization { users: [{ user: u, password: oth
 /// The server ends the connection and does not let the replica in again, which has a batch in flight.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revoked_user() {
-    let dir = tempfile::tempdir().unwrap();
-    let server = NatsServer::start(ALL_RIGHTS).await;
-    let url = server.url().replace("://", "://u:p@");
+    let (dir, server, url) = server_with_user().await;
     let a = Node::start_with(&mut replica(&url, dir.path())).await;
     a.set(PATCH).await.position();
     server.reload(OTHER_PASSWORD).await;
@@ -266,9 +270,7 @@ const NO_READING: &str = r#"authorization { users: [
 
 #[tokio::test(flavor = "multi_thread")]
 async fn reading_that_is_stuck() {
-    let dir = tempfile::tempdir().unwrap();
-    let server = NatsServer::start(ALL_RIGHTS).await;
-    let url = server.url().replace("://", "://u:p@");
+    let (dir, server, url) = server_with_user().await;
     let mut command = replica(&url, dir.path());
     let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
     a.set(PATCH).await.position();

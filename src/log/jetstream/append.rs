@@ -9,7 +9,7 @@
 //!
 //! The fence does not wait until the attempt has timed out. Where anybody else subscribes to the
 //! subject, NATS reports no missing responders: a batch sent while the stream has no leader is lost
-//! without a word. Fences are small, and the broker stores at most one for each end of the stream,
+//! silently. Fences are small, and the broker stores at most one for each end of the stream,
 //! so they are repeated while nothing is answered. The batch itself is not.
 
 use std::sync::Arc;
@@ -220,8 +220,8 @@ impl Shared {
         (id, connection.publish(empty).await)
     }
 
-    /// Sends fences at `end`, each under an id of its own, until one is answered. The next leader
-    /// does not see those that were sent while the stream had none.
+    /// Sends fences at `end`, each under a new id, until one is answered. A new leader does not
+    /// receive fences that were sent while the stream had no leader.
     async fn send_fences(
         &self,
         connection: &dyn Connection,

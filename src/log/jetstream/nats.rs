@@ -364,7 +364,7 @@ impl NatsConnection {
             .start(SERVICE, &me.version)
             .await?;
         let endpoint = |name: &str| {
-            // A queue group of its own: every process answers.
+            // A separate queue group for each process, so that every process answers.
             let endpoint = service.endpoint_builder().name(name);
             endpoint.queue_group(&me.node)
         };

@@ -15,7 +15,7 @@ const HEALTH_CHECK_EVERY: Duration = Duration::from_millis(250);
 /// How often an unwritable stream is probed, and an idle one asked whether it is there.
 pub(super) const PROBE_EVERY: Duration = Duration::from_secs(1);
 
-/// What is wrong where an append gets no answer, as far as is known.
+/// Reasons for an append without an answer.
 pub(super) const UNANSWERED: &str = "NATS does not acknowledge the batch";
 const NO_QUORUM: &str = "the stream's leader does not acknowledge the batch; are most of the stream's \
                          servers running?";
