@@ -375,6 +375,10 @@ pub trait Log: Send + Sync + 'static {
         self.unwritable()
     }
 
+    /// Starts to find out whether the log accepts batches, where no write has shown it yet. A log that
+    /// has no storage left is [`unwritable`](Self::unwritable) before a client's write is refused.
+    fn check_append(&self) {}
+
     /// Whether the log was seen to hold the batches that this replica has applied.
     fn is_verified(&self) -> bool {
         true

@@ -132,6 +132,7 @@ impl ReplicaDriver {
         match self.applier.checkpoints.caught_up() {
             None => {
                 self.readiness.set_ready();
+                self.bootstrap.log.check_append();
                 tracing::info!(log, position, records, "ready: serving reads and writes");
                 logged.clear();
             }

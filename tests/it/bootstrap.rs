@@ -56,7 +56,7 @@ impl Led {
     async fn passed_by(&self, position: u64) {
         let (name, ..) = self.fault;
         let status = status_where(&self.node, name, |status| {
-            status["position"] == position && status["state"] == "ready"
+            status["position"].as_u64() >= Some(position) && status["state"] == "ready"
         });
         let status = status.await;
         assert_ne!(status["restore"]["source"], self.peer.url, "{name}");

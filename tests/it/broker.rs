@@ -416,6 +416,13 @@ pub(crate) async fn at(node: &Ports, position: u64) -> Value {
     .await
 }
 
+/// The position that a node has applied. Each replica appends an empty batch when it has started.
+pub(crate) async fn position(node: &Ports) -> u64 {
+    node.ops("/status").await.json()["position"]
+        .as_u64()
+        .unwrap()
+}
+
 /// Waits until `/status` is as it should be.
 pub(crate) async fn status_where(
     node: &Ports,

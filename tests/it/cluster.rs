@@ -6,7 +6,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::net::TcpListener;
 
-use crate::broker::{Broker, Load, at, check, get_at, replica_at, replica_with};
+use crate::broker::{Broker, Load, at, check, get_at, position, replica_at, replica_with};
 use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, Process, collected, program, run};
 use crate::proxy::{Proxy, Rules};
 use crate::wire::eventually;
@@ -51,24 +51,29 @@ async fn the_logs_order_decides_and_not_who_hears_of_it_first() {
         ..Rules::default()
     };
 
+    let started = position(&b).await;
+    at(&a, started).await;
+
     // The other's comes first in the log; to A the broker's word on its own does.
     proxy.set(hold);
-    assert_eq!(b.set(r#"{"user_id":"x","spp":1}"#).await.position(), 1);
+    let first = b.set(r#"{"user_id":"x","spp":1}"#).await.position();
+    assert_eq!(first, started + 1);
     let mut own = stall::waiting_set(&a, r#"{"user_id":"x","spp":2}"#).await;
-    at(&b, 2).await;
+    at(&b, started + 2).await;
     a.get("x").await.problem(404, "user-unknown");
     proxy.set(Rules::default());
-    assert_eq!(own.answer().await.position(), 2);
+    assert_eq!(own.answer().await.position(), started + 2);
 
     // Its own comes first in the log, and A hears of both late.
     proxy.set(hold);
     let mut own = stall::waiting_set(&a, r#"{"user_id":"x","spp":3}"#).await;
-    at(&b, 3).await;
-    assert_eq!(b.set(r#"{"user_id":"x","spp":4}"#).await.position(), 4);
+    at(&b, started + 3).await;
+    let last = b.set(r#"{"user_id":"x","spp":4}"#).await.position();
+    assert_eq!(last, started + 4);
     assert_eq!(a.get("x").await.json()["spp"], 2);
     proxy.set(Rules::default());
-    assert_eq!(own.answer().await.position(), 3);
-    assert_eq!(get_at(&a, "x", 4).await["spp"], 4);
+    assert_eq!(own.answer().await.position(), started + 3);
+    assert_eq!(get_at(&a, "x", last).await["spp"], 4);
     check(&broker.client().await, &[&a, &b], &[]).await;
 }
 
@@ -118,9 +123,9 @@ async fn a_replica_goes_on_from_its_snapshot() {
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
     a.signal(Signal::TERM);
     assert!(a.exit().await.success());
-    b.set(r#"{"user_id":"x","return_fee":2}"#).await.position();
+    let last = b.set(r#"{"user_id":"x","return_fee":2}"#).await.position();
     let a = Node::start_with(&mut with_dir()).await;
-    let status = at(&a, 2).await;
+    let status = at(&a, last + 1).await;
     assert_eq!(status["restore"]["rows"], 1);
     check(&broker.client().await, &[&a, &b], &[]).await;
 }
@@ -135,6 +140,7 @@ async fn a_backup_seeds_a_new_stream_at_its_position() {
         let patch = format!(r#"{{"user_id":"x","spp":{spp}}}"#);
         a.set(patch).await.position();
     }
+    let last = position(&a).await;
     let mut backup = program();
     backup.args(["backup", "--from", &format!("http://{}", a.write), "-o"]);
     let backup = backup
@@ -146,7 +152,7 @@ async fn a_backup_seeds_a_new_stream_at_its_position() {
     seeded.arg("--data-dir").arg(dir.path().join("seeded"));
     let b = Node::start_with(seeded.arg("--restore-from").arg(&file)).await;
     assert_eq!(b.get("x").await.json()["spp"], 3);
-    assert_eq!(b.set(r#"{"user_id":"y"}"#).await.position(), 4);
+    assert_eq!(b.set(r#"{"user_id":"y"}"#).await.position(), last + 2);
 
     let mut again = replica_at(second.address);
     let output = run(again.arg("--restore-from").arg(&file));
@@ -169,7 +175,7 @@ async fn the_broker_may_want_a_name_and_a_password() {
     let mut command = replica_with(&url("u:p%20w"));
     command.env("GRADESTORE_EPHEMERAL", "false");
     let a = Node::start_with(command.arg("--data-dir").arg(dir.path())).await;
-    assert_eq!(a.set(r#"{"user_id":"x"}"#).await.position(), 1);
+    a.set(r#"{"user_id":"x"}"#).await.position();
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use serde_json::json;
 use tempfile::tempdir;
 
-use crate::broker::{Broker, Load, at, check, delete, get_at};
+use crate::broker::{Broker, Load, at, check, delete, get_at, position};
 use crate::disk::{Held, backup_of, program_from, program_on, restored};
 use crate::harness::{AUTHORIZATION, Node, Ports, delete_request};
 use crate::wire::{Answer, Raw, eventually};
@@ -126,7 +126,7 @@ async fn replicas_delete_in_the_logs_order() {
     let broker = Broker::start().await;
     let [a, b] = broker.replicas().await;
     come_and_go(&a).await;
-    at(&b, 5).await;
+    at(&b, position(&a).await).await;
     came_and_went(&b).await;
     // Through the other one, and back.
     let deleted = delete(&b, "a+b").await.position();

@@ -213,8 +213,8 @@ impl Node {
     /// One that `command` starts, ready.
     pub(crate) async fn start_with(command: &mut Command) -> Self {
         let node = Self::launch(command).await;
-        eventually("ready", async || {
-            (node.ops("/readyz").await.status == 200).then_some(())
+        eventually("ready for writes", async || {
+            (node.ops("/readyz/write").await.status == 200).then_some(())
         })
         .await;
         node

@@ -9,7 +9,7 @@ use async_nats::jetstream::stream::{Config, StorageType};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::broker::{Broker, STREAM, SUBJECT, at, get_at, replica_at, status_where};
+use crate::broker::{Broker, STREAM, SUBJECT, at, get_at, position, replica_at, status_where};
 use crate::disk::Held;
 use crate::harness::{Node, Ports, Process, collected, run};
 use crate::proxy::{Proxy, Rules};
@@ -31,11 +31,11 @@ async fn stopped_in(node: &Ports, state: &str, reason: &str) {
     assert_eq!(node.ops("/livez").await.status, 200);
 }
 
-/// A replica behind a proxy with one batch applied, cut off.
+/// A replica behind a proxy, cut off when it has applied two batches: that of its start, and a write.
 async fn cut_off(broker: &Broker) -> (Node, Proxy) {
     let proxy = Proxy::to(broker.address).await;
     let node = Node::start_with(&mut replica_at(proxy.address)).await;
-    assert_eq!(node.set(PATCH).await.position(), 1);
+    assert_eq!(node.set(PATCH).await.position(), 2);
     proxy.set(Rules::DEAD);
     proxy.cut();
     status_where(&node, "read-only", |status| status["state"] == "read-only").await;
@@ -75,7 +75,7 @@ async fn a_stream_that_is_made_anew_is_another_log() {
     }
     proxy.set(Rules::default());
     stopped_in(&a, "other-log", "and the stream holds log").await;
-    at(&b, 3).await;
+    at(&b, 4).await;
 }
 
 #[tokio::test]
@@ -96,7 +96,7 @@ async fn what_was_answered_outlives_its_log() {
     let held = Held::by(&a).await;
     broker.roll_back(tempfile::tempdir().unwrap()).await;
     stopped(&a, "does not exist").await;
-    let kept = |status: &Value| status["snapshot"]["position"] == 3;
+    let kept = |status: &Value| status["snapshot"]["position"] == 4;
     status_where(&a, "a snapshot", kept).await;
     a.end().await;
 
@@ -130,7 +130,7 @@ async fn what_was_answered_outlives_its_log() {
     let (_, old) = status["reason"].as_str().unwrap().rsplit_once(' ').unwrap();
     a.end().await;
     let snapshots = root.path().join("data/snapshots");
-    let snapshot = snapshots.join("grades-00000000000000000003.csv.gz");
+    let snapshot = snapshots.join("grades-00000000000000000004.csv.gz");
     assert!(snapshot.exists());
 
     // From that snapshot the cluster can start over.
@@ -144,15 +144,15 @@ async fn what_was_answered_outlives_its_log() {
     client.delete_stream(STREAM).await.unwrap();
     let b = Node::start_with(&mut seeded()).await;
     assert_eq!(Held::by(&b).await, held);
-    assert_eq!(b.set(PATCH).await.position(), 4);
+    assert_eq!(b.set(PATCH).await.position(), 6);
     // And a replica with data of the lost log follows it once it is told to.
     let mut follows = on(broker.address, "data");
     let a = Node::start_with(follows.args(["--abandon-log", old])).await;
-    at(&a, 4).await;
+    at(&a, 7).await;
     assert!(
         !snapshot.exists()
             && snapshots
-                .join("grades-00000000000000000003.csv.gz.abandoned")
+                .join("grades-00000000000000000004.csv.gz.abandoned")
                 .exists()
     );
 }
@@ -181,16 +181,16 @@ async fn a_replica_that_the_log_has_forgotten_begins_anew_from_a_peer() {
     let broker = Broker::start().await;
     let (a, proxy, b) = forgotten(&broker).await;
     proxy.set(Rules::default());
-    let status = at(&a, 6).await;
+    let status = at(&a, position(&b).await).await;
     assert_eq!(status["restore"]["source"], format!("http://{}", b.write));
     assert_eq!(status["restore"]["stage"], "done");
     assert_eq!(a.metric("gradestore_resyncs_total").await, Some(1.0));
     // One that starts now does the same.
     let late = broker.replica().await;
-    assert_eq!(a.set(PATCH).await.position(), 7);
+    let last = a.set(PATCH).await.position();
     for node in [&a, &b, &late] {
-        assert_eq!(get_at(node, "x", 7).await["spp"], 1);
-        assert_eq!(at(node, 7).await["digest"], at(&a, 7).await["digest"]);
+        assert_eq!(get_at(node, "x", last).await["spp"], 1);
+        assert_eq!(at(node, last).await["digest"], at(&a, last).await["digest"]);
     }
 }
 
@@ -225,7 +225,7 @@ async fn a_broker_that_lost_batches_is_not_followed() {
     };
     let mut restarted = Node::start_with(&mut with_dir(broker.address)).await;
     let a = broker.replica().await;
-    a.set(PATCH).await.position();
+    let copied = a.set(PATCH).await.position();
     let copy = broker.kill_and_copy();
     broker.restart().await;
     for node in [&restarted, &a] {
@@ -234,33 +234,35 @@ async fn a_broker_that_lost_batches_is_not_followed() {
     for _ in 0..3 {
         restarted.set(PATCH).await.position();
     }
-    at(&a, 4).await;
     let proxy = Proxy::to(broker.address).await;
     let b = Node::start_with(&mut replica_at(proxy.address)).await;
-    at(&b, 4).await;
+    let last = position(&b).await;
+    at(&a, last).await;
     proxy.set(Rules::DEAD);
     proxy.cut();
     restarted.signal(Signal::TERM);
     assert!(restarted.exit().await.success());
 
     broker.roll_back(copy).await;
-    stopped(
-        &a,
-        "the log ends at batch 1 and this replica has applied batch 4",
-    )
-    .await;
+    let shorter =
+        format!("the log ends at batch {copied} and this replica has applied batch {last}");
+    stopped(&a, &shorter).await;
     // As long as it was, with others in it.
     let c = broker.replica().await;
-    for spp in 2..=6 {
-        c.set(format!(r#"{{"user_id":"x","spp":{spp}}}"#))
-            .await
-            .position();
+    while position(&c).await <= last {
+        c.set(PATCH).await.position();
     }
     proxy.set(Rules::default());
-    stopped(&b, "the log holds another batch 4 than").await;
+    stopped(&b, &format!("the log holds another batch {last} than")).await;
     let restarted = Node::launch(&mut with_dir(broker.address)).await;
-    stopped(&restarted, "the log holds another batch 4 than").await;
-    at(&c, 6).await;
+    // Its snapshot was made before the last replica started.
+    let its = last - 1;
+    stopped(
+        &restarted,
+        &format!("the log holds another batch {its} than"),
+    )
+    .await;
+    assert_eq!(c.ops("/readyz").await.status, 200);
 }
 
 #[tokio::test]
@@ -276,6 +278,8 @@ async fn a_message_that_is_no_batch_is_skipped_alike_and_a_strangers_batch_is_re
         let sent = client.publish_with_headers(SUBJECT, headers, payload.into());
         sent.await.unwrap().await.unwrap()
     };
+    let started = 2;
+    at(&a, started).await;
     publish("", "garbage").await;
     publish("", r#"[{"user_id":"x","spp":1},{"user_id":"x","spp":1.5}]"#).await;
     publish("none", r#"[{"user_id":"x","spp":2}]"#).await;
@@ -285,9 +289,10 @@ async fn a_message_that_is_no_batch_is_skipped_alike_and_a_strangers_batch_is_re
     // This is one: a user who comes and goes.
     publish("1", r#"[{"user_id":"x","spp":1},{"delete":"x"}]"#).await;
     publish("1", r#"[{"delete":"y","spp":1}]"#).await;
-    assert_eq!(a.set(r#"{"user_id":"z","spp":5}"#).await.position(), 9);
+    let last = a.set(r#"{"user_id":"z","spp":5}"#).await.position();
+    assert_eq!(last, started + 9);
     for node in [&a, &b] {
-        let y = get_at(node, "y", 9).await;
+        let y = get_at(node, "y", last).await;
         assert_eq!(
             (y["spp"].as_i64(), y["return_fee"].as_i64()),
             (Some(3), Some(4))
@@ -296,12 +301,10 @@ async fn a_message_that_is_no_batch_is_skipped_alike_and_a_strangers_batch_is_re
         node.metric_reaches("gradestore_log_poisoned_total", 5.0)
             .await;
         let said = node.stderr.lock().clone();
-        assert!(
-            said.contains("skipped a message that is no batch seq=1"),
-            "{said}"
-        );
+        let skipped = format!("skipped a message that is no batch seq={}", started + 1);
+        assert!(said.contains(&skipped), "{said}");
     }
-    let statuses = [at(&a, 9).await, at(&b, 9).await];
+    let statuses = [at(&a, last).await, at(&b, last).await];
     assert_eq!(statuses[0]["digest"], statuses[1]["digest"]);
 }
 
@@ -309,14 +312,15 @@ async fn a_message_that_is_no_batch_is_skipped_alike_and_a_strangers_batch_is_re
 async fn a_newer_format_stops_a_replica_before_it() {
     let broker = Broker::start().await;
     let a = broker.replica().await;
-    a.set(PATCH).await.position();
+    let last = a.set(PATCH).await.position();
     let client = broker.client().await;
     let mut headers = HeaderMap::new();
     headers.insert("Grade-Format", "3");
     let sent = client.publish_with_headers(SUBJECT, headers, "[]".into());
     sent.await.unwrap().await.unwrap();
-    stopped(&a, "batch 2 has format 3, newer than").await;
-    assert_eq!(a.ops("/status").await.json()["position"], 1);
+    let newer = format!("batch {} has format 3, newer than", last + 1);
+    stopped(&a, &newer).await;
+    assert_eq!(position(&a).await, last);
 }
 
 #[tokio::test]

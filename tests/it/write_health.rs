@@ -135,8 +135,16 @@ async fn a_stream_that_has_no_storage_left() {
         );
     }
     assert_eq!(a.get("x").await.status, 200);
+    // One that starts now says so before a client has written through it.
+    let dir = tempfile::tempdir().unwrap();
+    let b = Node::start_with(&mut replica(&server.url(), dir.path())).await;
+    status_where(&b, "not writable", |status| status["writable"] == false).await;
+    let reason = b.ops("/readyz/write").await.problem(503, "not-ready");
+    assert!(reason.contains("resources"), "{reason}");
+    assert_eq!(b.get("x").await.status, 200);
     trim(&client).await;
     writable_again(&a).await;
+    writable_again(&b).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -211,9 +211,6 @@ impl JetStreamLog {
             session::keep_connected(Arc::clone(&shared), opened.connection, stop.clone());
         let tasks = CriticalTasks::default();
         tasks.spawn("connection to NATS", connected);
-        let watched = Arc::clone(&shared);
-        let check = async move { watched.check_right_to_publish().await };
-        tasks.spawn("check of the right to publish", check);
         let watch = Shared::watch_health(Arc::clone(&shared), stop.clone());
         tasks.spawn("write health", watch);
         Ok(Self {
@@ -325,6 +322,12 @@ impl Log for JetStreamLog {
 
     fn reject(&self) -> Option<Arc<str>> {
         self.shared.health.reject()
+    }
+
+    fn check_append(&self) {
+        let (shared, stop) = (Arc::clone(&self.shared), self.stop.child_token());
+        let check = async move { stop.run_until_cancelled(shared.check_append()).await };
+        self.tasks.spawn("check of appends", check);
     }
 
     fn failed(&self) -> BoxFuture<'_, TaskEnded> {

@@ -6,9 +6,8 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-use super::broker::{BrokerError, InfoSource, Outgoing};
-use super::{Shared, message};
-use crate::log::Seq;
+use super::Shared;
+use super::broker::{BrokerError, InfoSource};
 
 /// How often the health of writes is checked.
 const HEALTH_CHECK_EVERY: Duration = Duration::from_millis(250);
@@ -98,19 +97,15 @@ impl Shared {
         }
     }
 
-    /// Whether this client may publish: an append that no stream takes shows it.
-    pub(super) async fn check_right_to_publish(&self) {
-        let Some(connection) = self.current_connection() else {
+    /// Appends an empty batch, if only that can show that the stream accepts batches.
+    pub(super) async fn check_append(&self) {
+        let _alone = self.appending.lock().await;
+        if self.health.acknowledged() {
             return;
-        };
-        let id = self.next_batch_id();
-        let message = Outgoing {
-            headers: message::headers(id),
-            payload: bytes::Bytes::from_static(b"[]"),
-            expected_last: Some(Seq::MAX >> 1),
-        };
-        if let Err(BrokerError::Refused(why)) = connection.publish(message).await {
-            self.health.refused(id, why);
+        }
+        let fenced = tokio::time::timeout(PROBE_EVERY, self.fence()).await;
+        if fenced.is_err() {
+            self.health.unanswered(UNANSWERED, true);
         }
     }
 }

@@ -3,7 +3,7 @@
 //! A refusal with a reason (storage full, no permission, a revoked user) makes the log unwritable at
 //! once. Silence does so after [`WriteHealth::silence_max`]: an election alone must not empty a load
 //! balancer. The next batch that is delivered makes it writable again; where no client writes, that is
-//! an empty one.
+//! an empty one. A process is not writable before its first batch is delivered.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,8 +25,14 @@ pub(super) struct WriteHealth {
     state: Mutex<State>,
 }
 
+/// The reason until the first batch is delivered.
+const NONE_ACKNOWLEDGED: &str = "the stream has not acknowledged a batch of this replica yet";
+
 #[derive(Default)]
 struct State {
+    /// Whether a batch of this process was ever delivered. Until then writes are taken, but no load
+    /// balancer should send any: the stream may be full.
+    acknowledged: bool,
     /// Since when appends wait without one being delivered, or the stream can't be reached.
     waiting_since: Option<Instant>,
     /// Whether an append waits or was refused since the last delivery: then only a delivery shows
@@ -55,18 +61,25 @@ impl WriteHealth {
 
     /// Why writes are not acknowledged; counts the caller's write as refused.
     pub(super) fn reject(&self) -> Option<Arc<str>> {
-        let reason = self.reason()?;
-        self.rejected.fetch_add(1, Ordering::Relaxed);
-        Some(reason)
-    }
-
-    /// Why writes are not acknowledged.
-    pub(super) fn reason(&self) -> Option<Arc<str>> {
         if !self.unwritable.load(Ordering::Acquire) {
             return None;
         }
+        self.rejected.fetch_add(1, Ordering::Relaxed);
+        self.reason()
+    }
+
+    /// Why writes are not acknowledged, or not known to be.
+    pub(super) fn reason(&self) -> Option<Arc<str>> {
         let state = self.state.lock();
-        state.unwritable.as_ref().map(|(why, _)| Arc::clone(why))
+        match &state.unwritable {
+            Some((why, _)) => Some(Arc::clone(why)),
+            None => (!state.acknowledged).then(|| NONE_ACKNOWLEDGED.into()),
+        }
+    }
+
+    /// Whether a batch of this process was ever delivered.
+    pub(super) fn acknowledged(&self) -> bool {
+        self.state.lock().acknowledged
     }
 
     /// An append waits; with what has gone wrong, if anything has.
@@ -142,6 +155,7 @@ impl WriteHealth {
     /// Batch `id` of this process was delivered.
     pub(super) fn delivered(&self, id: BatchId) {
         let mut state = self.state.lock();
+        state.acknowledged = true;
         let before = |refused: BatchId| refused.writer == id.writer && refused.seq >= id.seq;
         if !state.refused.is_some_and(before) {
             self.clear(&mut state);
@@ -208,9 +222,27 @@ mod tests {
         BatchId { writer, seq }
     }
 
+    fn writable() -> WriteHealth {
+        let health = WriteHealth::new(SILENCE);
+        health.delivered(id(0));
+        health
+    }
+
+    #[test]
+    fn the_first_delivery_shows_that_writes_are_acknowledged() {
+        let health = WriteHealth::new(SILENCE);
+        assert_eq!(health.reason().as_deref(), Some(NONE_ACKNOWLEDGED));
+        // Nothing shows the contrary either.
+        assert_eq!(health.reject(), None);
+        health.refused(id(1), "full".into());
+        assert_eq!(health.reject().as_deref(), Some("full"));
+        health.delivered(id(2));
+        assert_eq!(health.reason(), None);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn silence_counts_from_the_first_append_that_waits() {
-        let health = WriteHealth::new(SILENCE);
+        let health = writable();
         health.waiting(None);
         tokio::time::advance(SILENCE / 2).await;
         health.waiting(Some("no leader".into()));
@@ -231,7 +263,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_refusal_counts_at_once() {
-        let health = WriteHealth::new(SILENCE);
+        let health = writable();
         health.refused(id(1), "full".into());
         assert_eq!(health.reason().as_deref(), Some("full"));
         health.refused(id(2), "no right".into());
@@ -245,7 +277,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_idle_log_that_is_reached_again_waits_no_more() {
-        let health = WriteHealth::new(SILENCE);
+        let health = writable();
         health.unreachable("no connection".into());
         tokio::time::advance(SILENCE / 2).await;
         assert!(!health.reachable());

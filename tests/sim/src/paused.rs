@@ -53,6 +53,10 @@ impl Log for PausedLog {
         self.log.reject()
     }
 
+    fn check_append(&self) {
+        self.log.check_append();
+    }
+
     fn is_verified(&self) -> bool {
         self.log.is_verified()
     }
