@@ -33,37 +33,36 @@ use crate::telemetry::Telemetry;
 
 /// Connections that may wait to be accepted; the system may allow fewer.
 const BACKLOG: u32 = 4096;
-/// File descriptors kept for other things than connections.
+/// File descriptors reserved for other uses than connections.
 const SPARE_FILES: u64 = 256;
-/// How long answers of the ops port may take to end once all else has.
+/// How long responses of the ops port may take after everything else has stopped.
 const OPS_DRAIN_MAX: Duration = Duration::from_secs(1);
-/// What the kernel may hold of an answer that a client does not take (it doubles this, and may allow
-/// less). Answers are small but for backups, and there a client that reads slowly is told sooner
-/// from one that has stopped.
+/// The send buffer of a connection (the kernel doubles this, and may allow less). Only backups are
+/// larger. A small buffer shows sooner whether a client reads slowly or has stopped.
 const SEND_BUFFER_BYTES: u32 = 512 * 1024;
 
 /// Why a node did not start, or stopped by itself.
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
-    /// A port is not to be had.
+    /// The address is in use or cannot be assigned.
     #[error(
         "cannot listen on {flag} {address}: {error}; stop what listens there, or choose another"
     )]
     Bind {
-        /// Which address.
+        /// The flag of the address.
         flag: &'static str,
-        /// What it says.
+        /// The address.
         address: SocketAddr,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
-    /// The store can't be filled, or a task has ended that a node can't go on without.
+    /// The store can't be restored, or a critical task has ended.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// The system refused something that a node can't do without.
+    /// A system call failed that a node needs.
     #[error("cannot start: {0}")]
     System(#[from] io::Error),
-    /// There is no way to ask other nodes.
+    /// The HTTP client for other nodes can't be set up.
     #[error("cannot set up HTTP to other nodes: {0}")]
     Client(#[from] reqwest::Error),
     /// The metrics can't be set up.
@@ -73,19 +72,19 @@ pub enum AppError {
 
 /// The three ports, listening.
 pub struct Sockets {
-    /// Takes `POST /set`.
+    /// For `POST /set`.
     pub write: TcpListener,
-    /// Answers `GET /get`.
+    /// For `GET /get`.
     pub read: TcpListener,
-    /// Answers operators.
+    /// For operators.
     pub ops: TcpListener,
 }
 
 impl Sockets {
-    /// Listens where `config` says.
+    /// Listens on the addresses of `config`.
     ///
     /// # Errors
-    /// An address is taken or is none of this machine's.
+    /// An address is in use or does not belong to this machine.
     pub fn bind(config: &Config) -> Result<Self, AppError> {
         let bind = |flag, address| {
             listen(address).map_err(|error| AppError::Bind {
@@ -113,15 +112,15 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// What a node's tasks run on: so many threads, by default half as many as there are cores.
+/// The runtime of a node's tasks. By default it has half as many threads as there are cores.
 ///
-/// The other half is the kernel's, which does more than half of the work of a request, and the
-/// broker's. Where these share two cores with the node, two threads wake each other all the time;
-/// what one is worth stands in `load/README.md`. And one thread needs no scheduler that could move
-/// tasks to another.
+/// The other cores are left to the kernel, which does more than half of the work of a request, and
+/// to the broker. If these share two cores with the node, two threads keep waking each other
+/// (`load/README.md` has the measurements). One thread also needs no scheduler that moves tasks
+/// between threads.
 ///
 /// # Errors
-/// The system refused.
+/// The runtime can't be created.
 pub fn runtime(threads: Option<usize>) -> io::Result<Runtime> {
     let half = || thread::available_parallelism().map_or(1, |cores| cores.get() / 2);
     match threads.unwrap_or_else(half) {
@@ -136,20 +135,20 @@ pub fn runtime(threads: Option<usize>) -> io::Result<Runtime> {
     .build()
 }
 
-/// Asks other nodes.
+/// The HTTP client for other nodes.
 ///
 /// # Errors
-/// The system refused.
+/// The client can't be set up.
 pub fn client_to_peers(config: &Config) -> Result<Client, AppError> {
     let account = config.credentials.account();
     Ok(Client::new(account, SILENCE_MAX, Compression::IfSlow)?)
 }
 
-/// Answers the ops port while `opening` runs, which may wait for a disk or a broker. The write port
-/// says which node it is: other nodes that start ask for it.
+/// Serves the ops port while `opening` runs, which may wait for a disk or a broker. The write port
+/// answers with the node id, which other starting nodes ask for.
 ///
 /// # Errors
-/// The system refused.
+/// The sockets can't be used.
 pub async fn alive_while<T>(
     config: &Config,
     node: RandomId,
@@ -165,7 +164,7 @@ pub async fn alive_while<T>(
         ("write", &sockets.write, write_router, config.http.data),
         ("ops", &sockets.ops, ops_router, config.http.ops),
     ] {
-        // The same socket under another number: this listener goes, the next one stays.
+        // A duplicate of the descriptor: closing this listener leaves the socket open.
         let socket = socket.as_fd().try_clone_to_owned()?;
         let listener = Listener {
             name,
@@ -189,11 +188,11 @@ pub async fn alive_while<T>(
     Ok(opened)
 }
 
-/// Runs a node until `shutdown` resolves and everything that ran has finished or used up its
-/// deadline.
+/// Runs a node until `shutdown` resolves, and then until its work has finished or the deadlines
+/// have passed.
 ///
 /// # Errors
-/// The node could not start, or a task has ended that it can't go on without.
+/// The node could not start, or a critical task has ended.
 pub async fn run(
     config: Config,
     node: RandomId,
@@ -296,7 +295,7 @@ pub async fn run(
         () = shutdown => {}
     }
 
-    // Unready first, so that whoever asks goes elsewhere; then finish what runs.
+    // Unready first, so that load balancers send requests elsewhere; then drain.
     tracing::info!("stopping");
     supervisor::stopping();
     let stopping = node.stopping();
@@ -323,8 +322,8 @@ pub async fn run(
     Ok(())
 }
 
-/// Where other nodes reach the write port that listens on `local`. One that listens on all of the
-/// machine's addresses is reached at that which leads to the broker.
+/// The URL at which other nodes reach the write port on `local`. If the port listens on all
+/// addresses, this is the address of the route to the broker.
 #[must_use]
 pub fn advertised(cluster: &ClusterConfig, local: SocketAddr) -> String {
     if let Some(url) = &cluster.advertise_url {
@@ -336,7 +335,7 @@ pub fn advertised(cluster: &ClusterConfig, local: SocketAddr) -> String {
         .as_ref()
         .filter(|_| local.ip().is_unspecified())
     {
-        // Nothing is sent: the system only chooses a way.
+        // This sends nothing: the system only chooses a route.
         let way = UdpSocket::bind((local.ip(), 0)).and_then(|socket| {
             socket.connect((host.as_str(), *port))?;
             socket.local_addr()
@@ -352,8 +351,7 @@ pub fn advertised(cluster: &ClusterConfig, local: SocketAddr) -> String {
     format!("http://{address}")
 }
 
-/// `task` until `stop`.
-/// `run` until `stop`; the process can't go on when it panics.
+/// Runs `run` until `stop`. A panic in it ends the process.
 fn until(
     stop: &CancellationToken,
     critical: &CriticalTasks,
@@ -371,8 +369,8 @@ struct ConnectionLimits {
     ops: ListenerLimits,
 }
 
-/// Raises the limit of open files to what the system allows and fits the numbers of connections
-/// into it: a connection that finds no descriptor left can't even be refused.
+/// Raises the limit of open files as far as the system allows, and lowers the limits of connections
+/// to fit: without a free descriptor a connection can't even be rejected.
 fn connection_limits(config: &Config) -> ConnectionLimits {
     let (mut data, mut ops) = (config.http.data, config.http.ops);
     let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);

@@ -1,8 +1,7 @@
 //! Tasks that a process can't go on without.
 //!
-//! A task that panics would otherwise leave a process that looks well and does half of its work. Here
-//! the end of any of them is the end of the process, with the reason; a service manager starts it
-//! again.
+//! After a panic in a task a process could look healthy and do only a part of its work. Here a
+//! panic in a critical task ends the process with the reason, and a service manager restarts it.
 
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
@@ -16,13 +15,13 @@ use tokio::task::JoinHandle;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("task {task} ended: {why}")]
 pub struct TaskEnded {
-    /// Which one.
+    /// The task.
     pub task: &'static str,
-    /// Why.
+    /// Why it ended.
     pub why: Arc<str>,
 }
 
-/// Starts critical tasks and knows the first that ended. Clones share it.
+/// Starts critical tasks and records the first that failed. Clones share the record.
 #[derive(Clone)]
 pub struct CriticalTasks(Arc<watch::Sender<Option<TaskEnded>>>);
 
@@ -33,7 +32,7 @@ impl Default for CriticalTasks {
 }
 
 impl CriticalTasks {
-    /// Starts a task that may end by itself, but not by a panic.
+    /// Starts a task. It may return, but must not panic.
     pub fn spawn<T: Send + 'static>(
         &self,
         task: &'static str,
@@ -42,7 +41,7 @@ impl CriticalTasks {
         tokio::spawn(self.guard(task, run))
     }
 
-    /// `run`, which may end by itself, but not by a panic.
+    /// Guards `run`, which may return, but must not panic.
     pub fn guard<T, F: Future<Output = T>>(
         &self,
         task: &'static str,
@@ -57,7 +56,7 @@ impl CriticalTasks {
         }
     }
 
-    /// The process can't go on.
+    /// Reports that `task` ended, so that the process can't go on.
     pub fn fail(&self, task: &'static str, why: &str) {
         let ended = TaskEnded {
             task,
@@ -73,7 +72,7 @@ impl CriticalTasks {
         });
     }
 
-    /// Resolves when a task has ended that must not.
+    /// Resolves when a critical task has failed.
     pub async fn failed(&self) -> TaskEnded {
         let mut failed = self.0.subscribe();
         loop {

@@ -1,6 +1,6 @@
-//! A node without its ports: what it is made of, and the tasks that keep it going.
+//! A node without its ports: its parts and its tasks.
 //!
-//! [`app`](crate::app) gives it sockets, signals and metrics.
+//! [`app`](crate::app) adds sockets, signals and metrics.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -36,33 +36,33 @@ use crate::storage::Storage;
 use crate::store::Store;
 use crate::telemetry::{Replication, Telemetry};
 
-/// How often requests are checked for having waited too long.
+/// How often requests that have waited too long are answered with an error.
 const EXPIRE_EVERY: Duration = Duration::from_millis(250);
 
 /// Why a node did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The store can't be filled.
+    /// The store can't be restored.
     #[error(transparent)]
     Bootstrap(#[from] BootstrapError),
-    /// What was restored has no place on the disk: the next start would not have it.
+    /// The restored state can't be written as a snapshot: the next start would not have it.
     #[error(
         "no snapshot of what was restored can be written: {0}; make room for it, and start again \
          with --restore-from"
     )]
     SeedNotKept(#[source] io::Error),
-    /// The system gives too little memory.
+    /// The file needs more memory than the system gives.
     #[error("cannot restore {path}: {error}")]
     DoesNotFit {
-        /// What was to be restored.
+        /// The file.
         path: PathBuf,
-        /// What it needs.
+        /// The memory that it needs.
         error: DoesNotFit,
     },
-    /// The system gave no thread.
+    /// The thread that restores the store failed.
     #[error("cannot restore: {0}")]
     System(#[source] io::Error),
-    /// A task that a node can't go on without has ended.
+    /// A critical task has ended.
     #[error("{0}; restart this node, and report this")]
     TaskEnded(#[from] TaskEnded),
 }
@@ -71,25 +71,25 @@ pub enum StartError {
 pub struct Parts {
     /// This process.
     pub node: RandomId,
-    /// When, in nanoseconds since 1970.
+    /// When this process started, in nanoseconds since 1970.
     pub began_ns: u64,
     /// An empty store.
     pub store: Store,
-    /// Tasks that a node can't go on without.
+    /// The tasks that a node can't go on without.
     pub critical: CriticalTasks,
-    /// The log and what is beside it.
+    /// The log and the snapshots.
     pub storage: Storage,
-    /// How others are reached.
+    /// The client for other nodes.
     pub peers: Arc<dyn Reach>,
-    /// Where work goes that blocks.
+    /// Threads for blocking work.
     pub blocking: Blocking,
-    /// Where that goes which may take its time: snapshots, and backups for replicas that start.
+    /// Threads of low priority: for snapshots, and for backups for replicas that start.
     pub background: Blocking,
-    /// Where that goes which may take even longer: other backups.
+    /// Threads of the lowest priority: for other backups.
     pub idle: Blocking,
-    /// What is measured about backups.
+    /// The metrics of backups.
     pub backup_metrics: BackupMetrics,
-    /// How many requests were answered.
+    /// Counts the answered requests.
     pub answered: Answered,
 }
 
@@ -97,15 +97,15 @@ pub struct Parts {
 pub struct Node {
     /// The records.
     pub store: Store,
-    /// How far they have come.
+    /// The position of the records.
     pub applied: Applied,
     /// The log they come from.
     pub log: Arc<dyn Log>,
-    /// Whether they may be shown.
+    /// Whether the node serves them.
     pub readiness: Readiness,
-    /// Takes patches.
+    /// Submits writes.
     pub writer: Writer,
-    /// How a restore stands.
+    /// The progress of a restore.
     pub restore: RestoreTracker,
     /// Whether writes may create records.
     pub memory: MemoryGuard,
@@ -123,13 +123,13 @@ pub struct Node {
     _storage: Storage,
 }
 
-/// A node's tasks. Dropping them ends them where they are, as the end of the process would.
+/// A node's tasks. Dropping this aborts them at once, as the end of the process would.
 pub struct Tasks {
     blocking: Blocking,
     snapshotter: Option<Snapshotter>,
     critical: CriticalTasks,
     log: Arc<dyn Log>,
-    /// Taken when it is started.
+    /// `None` once it is started.
     driver: Option<ReplicaDriver>,
     /// Tasks that must finish before shutdown: writer and snapshotter.
     writing: JoinSet<()>,
@@ -137,9 +137,9 @@ pub struct Tasks {
     rest: JoinSet<()>,
 }
 
-/// A node that takes no requests any more.
+/// A node that accepts no more requests.
 pub struct Stopping {
-    /// Where its last snapshot goes, and which state that is to be of.
+    /// Writes the last snapshot, if the store still has this epoch.
     last: Option<(Snapshotter, u64)>,
 }
 
@@ -294,20 +294,20 @@ impl Node {
         (node, tasks)
     }
 
-    /// What the write port answers, and its way past the router.
+    /// The routes of the write port, and those that bypass the router.
     pub fn write(&self) -> (Router, Direct) {
         let (write, backup) = (&self.write, &self.backup);
         let routes = write::routes(write.clone()).merge(backup::routes(backup.clone()));
         (routes, write::direct(write.clone()))
     }
 
-    /// What the read port answers, and its way past the router.
+    /// The routes of the read port, and those that bypass the router.
     pub fn read(&self) -> (Router, Direct) {
         let read = &self.read;
         (read::routes(read.clone()), read::direct(read.clone()))
     }
 
-    /// What the write port and the read port answer past hyper.
+    /// The requests of the write port and the read port that bypass hyper.
     pub fn plain(&self) -> [Plain; 2] {
         [
             write::plain(self.write.clone()),
@@ -315,7 +315,7 @@ impl Node {
         ]
     }
 
-    /// What the ops port tells of.
+    /// The state that the ops port reports.
     #[must_use]
     pub fn ops(
         &self,
@@ -343,13 +343,13 @@ impl Node {
         }
     }
 
-    /// Refuses writes for new users while this replica or a ready peer is full; never ends.
+    /// Rejects writes for new users while this replica or a ready peer is full; never ends.
     pub fn watch_memory(&self) -> impl Future<Output = ()> + Send + use<> {
         let (memory, peers) = (self.memory.clone(), self.peers.clone());
         memory.watch(self.store.clone(), move || peers.full())
     }
 
-    /// Tells the other replicas of this one, whose write port is reached at `url`.
+    /// Announces this replica to the others, with `url` as the URL of its write port.
     pub fn announce(&self, url: String) {
         let (node, log_id, url) = (Box::from(&*self.name), self.log.id().0, Box::from(url));
         let replica: Box<str> = self.replica.to_string().into();
@@ -374,7 +374,7 @@ impl Node {
         }));
     }
 
-    /// Takes no more requests: those that come are told so.
+    /// Makes the node unready, so that it rejects new requests.
     #[must_use]
     pub fn stopping(&self) -> Stopping {
         // In this order: a store that is cleared after it was ready has another epoch.
@@ -390,7 +390,7 @@ impl Node {
 }
 
 impl Stopping {
-    /// Writes the last snapshot, if the state was whole.
+    /// Writes the last snapshot, if the node was ready.
     pub async fn write_snapshot(&self) {
         if let Some((snapshotter, epoch)) = &self.last {
             snapshotter.write_if_changed(*epoch).await;
@@ -422,10 +422,10 @@ impl Tasks {
         });
     }
 
-    /// Recovers a state, from the backup at `seed` if there is one, then follows the log for ever.
+    /// Recovers a state, from the backup at `seed` if there is one, then follows the log forever.
     ///
     /// # Errors
-    /// `seed` can't be started from, or a task has ended that the node can't go on without.
+    /// `seed` can't be restored, or a critical task has ended.
     pub async fn run(&mut self, seed: Option<&Path>) -> Result<(), StartError> {
         if let Some(driver) = self.driver.take() {
             self.check_memory(&driver.bootstrap, seed).await?;
@@ -443,7 +443,8 @@ impl Tasks {
         Err(failed.into())
     }
 
-    /// An allocation that fails aborts the process, and so would every start after it.
+    /// Checks that the file to restore fits into memory. Otherwise a failed allocation would abort
+    /// the process, and again after each restart.
     async fn check_memory(
         &self,
         bootstrap: &Bootstrap,
@@ -455,7 +456,7 @@ impl Tasks {
                 Some(seed) => Some(seed),
                 None => snapshots.and_then(|snapshots| snapshots.newest()),
             };
-            // What a pipe gives can be read once only.
+            // A pipe can be read only once.
             let Some(path) = file.filter(|path| path.is_file()) else {
                 return Ok(());
             };
@@ -473,13 +474,14 @@ impl Tasks {
         });
         restored.await.map_err(StartError::System)??;
         if let Some(snapshotter) = &self.snapshotter {
-            // The log can't bring back what it never held.
+            // The log never held these records, so only a snapshot can restore them.
             snapshotter.write().await.map_err(StartError::SeedNotKept)?;
         }
         Ok(())
     }
 
-    /// Hands the log what waits, and waits until it came back and no snapshot is being written.
+    /// Appends the waiting writes, and waits until they are applied and no snapshot is being
+    /// written.
     pub async fn finish_writing(&mut self) {
         self.stop_writing.cancel();
         while self.writing.join_next().await.is_some() {}

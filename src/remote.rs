@@ -1,4 +1,4 @@
-//! Another node, asked over HTTP: for its backup, which is read as it arrives, or to take lines.
+//! The HTTP client for other nodes: fetches their backups and sends them writes.
 
 use std::fmt;
 use std::io::{self, Read};
@@ -14,59 +14,58 @@ use tokio::sync::mpsc;
 
 use crate::log::Seq;
 
-/// The header that says a position, in an answer to a write or with a backup, and in a read that
-/// wants to see it.
+/// A position: of a write or a backup in its answer, or in a read that must see that position.
 pub const GRADE_POSITION: HeaderName = HeaderName::from_static("grade-position");
-/// The header that says which process start a backup comes from.
+/// The id of the node that sends a backup.
 pub const GRADE_NODE: HeaderName = HeaderName::from_static("grade-node");
 
-/// The header by which a node asks for a backup that is compressed only where the way is slow, with
-/// [`IF_SLOW`]: who reads it at once gains nothing by it, and it is most of the work of the node that
-/// gives it (`load/README.md`).
+/// With [`IF_SLOW`], requests a backup that is compressed only if the connection is slow.
+/// Compression is most of the sender's work (`load/README.md`), and a node that restores the backup
+/// at once gains nothing from it.
 pub const GRADE_COMPRESSION: HeaderName = HeaderName::from_static("grade-compression");
-/// What that header says.
+/// The value of that header.
 pub const IF_SLOW: &str = "if-slow";
 
-/// Parts of an answer between the network and who reads it.
+/// Parts of a response that are buffered between the network and its reader.
 const PARTS_MAX: usize = 16;
-/// Of an error answer no more than this is shown.
+/// Characters of an error response that are shown.
 const SHOWN_CHARS_MAX: usize = 500;
-/// Nor more than this read, nor for longer.
+/// Bytes of an error response that are read, and for how long.
 const ERROR_BYTES_MAX: usize = 64 * 1024;
 const ERROR_WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// Why a node did not do what it was asked for.
+/// Why a request to a node failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
-    /// Nobody listens there.
+    /// The connection could not be made.
     #[error("{url}: {error}")]
     Unreachable {
-        /// What was asked.
+        /// The URL of the request.
         url: String,
         /// What went wrong.
         error: String,
     },
-    /// The node can't be asked or broke off.
+    /// The request failed, or the response broke off.
     #[error("{url}: {error}")]
     Http {
-        /// What was asked.
+        /// The URL of the request.
         url: String,
         /// What went wrong.
         error: String,
     },
-    /// The node said no.
+    /// The node answered with an error.
     #[error("{url} answered {status}: {body}")]
     Refused {
-        /// What was asked.
+        /// The URL of the request.
         url: String,
         /// The status.
         status: u16,
-        /// The answer.
+        /// The response's text.
         body: String,
     },
 }
 
-/// A name and a password to ask with. Never printed.
+/// The user name and the password for requests. Never printed.
 #[derive(Clone)]
 pub struct Account {
     /// The name.
@@ -81,25 +80,25 @@ impl fmt::Debug for Account {
     }
 }
 
-/// When a backup is to be compressed.
+/// When a backup is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
-    /// It will be kept.
+    /// Always, for a backup that is kept.
     Always,
-    /// It is read at once.
+    /// Only if the connection is slow, for a backup that is restored at once.
     IfSlow,
 }
 
-/// Other nodes, as this one reaches them.
+/// Requests to other nodes.
 pub trait Reach: Send + Sync + 'static {
-    /// What backup the node whose write port is at `node_url` would give.
+    /// Asks the node whose write port is at `node_url` which backup it would send.
     ///
     /// # Errors
-    /// It does not answer, or would give none.
+    /// It does not answer, or would send none.
     fn offer<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Offer, RemoteError>>;
 
-    /// Which process listens at `node_url`, if it says so; a node that is starting does. The request
-    /// carries no password.
+    /// Asks for the node id of the process at `node_url`; `None` if it does not say. A starting
+    /// node does. The request carries no password.
     ///
     /// # Errors
     /// It does not answer.
@@ -108,20 +107,21 @@ pub trait Reach: Send + Sync + 'static {
         node_url: &'a str,
     ) -> BoxFuture<'a, Result<Option<Box<str>>, RemoteError>>;
 
-    /// Begins to fetch that backup.
+    /// Starts to fetch that backup.
     ///
     /// # Errors
     /// It does not answer, or not with a backup.
     fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Incoming, RemoteError>>;
 }
 
-/// A backup on its way to who reads it.
+/// A backup that is being received.
 pub struct Incoming {
-    /// What the node said of it.
+    /// Its headers.
     pub offer: Offer,
-    /// What arrives, for a thread that may block.
+    /// Its bytes, for a thread that may block.
     pub source: Box<dyn Read + Unpin + Send>,
-    /// Keeps it arriving, to the end; an error if that was not the backup's.
+    /// Passes the response on to `source`; must be polled to the end. Fails if the response breaks
+    /// off.
     pub feed: BoxFuture<'static, Result<(), RemoteError>>,
 }
 
@@ -157,21 +157,21 @@ impl Reach for Client {
     }
 }
 
-/// Asks nodes.
+/// The HTTP client.
 #[derive(Clone)]
 pub struct Client {
     http: reqwest::Client,
     account: Account,
-    /// How backups are asked for.
+    /// The compression of requested backups.
     compression: Compression,
 }
 
-/// What a node says of a backup before the first row.
+/// The headers of a backup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offer {
-    /// Its position; `None` where the answer does not say, as a foreign server's would not.
+    /// Its position; `None` if the response has none, as from another kind of server.
     pub position: Option<Seq>,
-    /// The process start that it comes from.
+    /// The id of the node that sends it.
     pub node: Option<Box<str>>,
 }
 
@@ -186,11 +186,11 @@ impl Offer {
 }
 
 impl Client {
-    /// One that takes a node for away after `silence_max` without a byte from it, and wants backups
-    /// compressed as `compression` says.
+    /// A client whose requests fail after `silence_max` without a byte from the node, and which
+    /// requests backups with this `compression`.
     ///
     /// # Errors
-    /// The system refused.
+    /// The client can't be set up.
     pub fn new(
         account: Account,
         silence_max: Duration,
@@ -199,7 +199,7 @@ impl Client {
         let http = reqwest::Client::builder()
             .connect_timeout(silence_max)
             .read_timeout(silence_max)
-            // The password is for the node that was named, by hand or by itself.
+            // The password is for the node at this URL only.
             .redirect(reqwest::redirect::Policy::none())
             .build()?;
         Ok(Self {
@@ -209,7 +209,7 @@ impl Client {
         })
     }
 
-    /// Asks for the backup of the node whose write port is at `node_url`.
+    /// Requests the backup of the node whose write port is at `node_url`.
     ///
     /// # Errors
     /// It does not answer, or not with a backup.
@@ -223,10 +223,10 @@ impl Client {
         })
     }
 
-    /// Asks what backup that node would give.
+    /// Asks that node which backup it would send.
     ///
     /// # Errors
-    /// It does not answer, or would give none.
+    /// It does not answer, or would send none.
     pub async fn offer(&self, node_url: &str) -> Result<Offer, RemoteError> {
         let url = format!("{node_url}/backup");
         let response = self.ask(reqwest::Method::HEAD, &url).await?;
@@ -256,8 +256,8 @@ impl Client {
         })
     }
 
-    /// Has the node whose write port is at `node_url` take `lines`, a patch each; the position of the
-    /// last one, or what was refused.
+    /// Sends `lines`, one patch each, to the node whose write port is at `node_url`. Returns the
+    /// position of the last one, or the node's refusal.
     ///
     /// # Errors
     /// It does not answer.
@@ -280,19 +280,19 @@ impl Client {
     }
 }
 
-/// The media type of patches, a line each.
+/// The media type of patches, one per line.
 const NDJSON: &str = "application/x-ndjson";
 
-/// An answer that says no.
+/// An error response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     /// The status.
     pub status: u16,
-    /// Why, for people.
+    /// The reason, for people.
     pub detail: String,
     /// Lines that were accepted before.
     pub accepted: u64,
-    /// The line that was refused, if one was.
+    /// The line that was rejected, if one was.
     pub line: Option<u64>,
     /// When to try again.
     pub retry_after: Option<Duration>,
@@ -311,7 +311,7 @@ impl Refusal {
             }
         };
         let _ = tokio::time::timeout(ERROR_WAIT_MAX, reading).await;
-        // Of a problem the detail is for people.
+        // In a problem document, `detail` is the text for people.
         let problem = serde_json::from_slice::<serde_json::Value>(&body).unwrap_or_default();
         let number = |name: &str| problem.get(name)?.as_u64();
         let detail = problem.get("detail").and_then(|detail| detail.as_str());
@@ -329,21 +329,21 @@ impl Refusal {
     }
 }
 
-/// A backup on its way.
+/// The response with a backup.
 pub struct Download {
-    /// What the node said of it.
+    /// Its headers.
     pub offer: Offer,
-    /// Where it comes from.
+    /// Its URL.
     pub url: String,
     response: reqwest::Response,
 }
 
 impl Download {
-    /// Passes on what arrives, to the end: first to `also`, then to who reads. Ends early where
-    /// nobody reads any more.
+    /// Passes each part of the response to `also`, and then to the reader of `parts`. Ends early if
+    /// the reader is gone.
     ///
     /// # Errors
-    /// The node broke off or fell silent, or what `also` says.
+    /// The response breaks off or stalls, or `also` fails.
     pub async fn pass_on<E: From<RemoteError>>(
         mut self,
         parts: PartSender,
@@ -357,7 +357,7 @@ impl Download {
             };
             also(&part)?;
             if parts.0.send(part).await.is_err() {
-                // The reader has seen enough, and says what.
+                // The reader is gone, and reports the reason itself.
                 return Ok(());
             }
         }
@@ -372,7 +372,7 @@ fn failed(url: &str, error: &reqwest::Error) -> RemoteError {
     }
 }
 
-/// An error with what caused it: the outermost says only that something failed.
+/// The text of an error and of its sources: the outermost one says only that something failed.
 fn cause(error: &reqwest::Error) -> String {
     let mut text = error.to_string();
     let mut source = std::error::Error::source(error);
@@ -383,17 +383,17 @@ fn cause(error: &reqwest::Error) -> String {
     text
 }
 
-/// Where parts of an answer are handed in. Dropping it ends the [`Parts`].
+/// Sends parts of a response to [`Parts`]. Dropping it ends the reader.
 pub struct PartSender(mpsc::Sender<Bytes>);
 
-/// Parts of an answer, as a reader for a thread that may block.
+/// Reads parts of a response, on a thread that may block.
 pub struct Parts {
     received: mpsc::Receiver<Bytes>,
     current: Bytes,
 }
 
 impl Parts {
-    /// A reader of what is handed in; a few parts wait between the two.
+    /// A sender and its reader, with a buffer of a few parts between them.
     #[must_use]
     pub fn channel() -> (PartSender, Self) {
         let (sender, received) = mpsc::channel(PARTS_MAX);

@@ -1,6 +1,6 @@
-//! What a node keeps its log and snapshots in.
+//! Opens a node's log and its snapshots.
 //!
-//! A data directory holds `lock`, `snapshots/` and, where the node is alone, `log/`.
+//! A data directory holds `lock`, `replica-id`, `snapshots/` and, for a single node, `log/`.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -28,14 +28,14 @@ pub enum StorageConfig {
     JetStream {
         /// The stream.
         stream: JetStreamConfig,
-        /// Where snapshots are kept, if any are.
+        /// Where snapshots are kept; `None` for an ephemeral node.
         data_dir: Option<DataDir>,
-        /// A log whose snapshots are discarded, where the stream holds another one.
+        /// A log whose snapshots are quarantined if the stream holds another one.
         abandon_log: Option<String>,
     },
 }
 
-/// A data directory and how it is used.
+/// A data directory and its settings.
 #[derive(Debug, Clone)]
 pub struct DataDir {
     /// The directory.
@@ -47,27 +47,27 @@ pub struct DataDir {
 /// Why the data directory can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
-    /// Another process has it.
+    /// Another process uses it.
     #[error("another gradestore uses --data-dir {dir}; stop it, or choose another directory")]
     InUse {
         /// The directory.
         dir: PathBuf,
     },
-    /// The system refused.
+    /// The directory can't be read or written.
     #[error("cannot use --data-dir {dir}: {error}; choose a directory that this user may write to")]
     Io {
         /// The directory.
         dir: PathBuf,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
-    /// The replica's id is no id.
+    /// The file does not contain a replica id.
     #[error("{path} holds no replica id; remove it, and the replica gets a new one")]
     ReplicaId {
         /// The file.
         path: PathBuf,
     },
-    /// The system has no random bytes for a replica id.
+    /// The system returned no random bytes for a replica id.
     #[error("the system gave no random bytes: {0}")]
     Random(#[from] getrandom::Error),
     /// The log can't be opened.
@@ -76,7 +76,7 @@ pub enum StorageError {
     /// The stream can't be used.
     #[error(transparent)]
     Stream(#[from] SetupError),
-    /// The backup to begin from can't be.
+    /// The `--restore-from` backup can't be read.
     #[error("cannot restore from {path}: {error}")]
     RestoreFrom {
         /// The file.
@@ -86,38 +86,39 @@ pub enum StorageError {
     },
 }
 
-/// An opened log and what stands beside it.
+/// An opened log, with its snapshots and the lock of its directory.
 pub struct Storage {
     /// The log.
     pub log: Arc<dyn Log>,
-    /// What this process has appended to it.
+    /// The batches that this process has appended and not yet applied.
     pub in_flight: InFlight,
-    /// The replica: kept in the data directory, where there is one.
+    /// The replica's id; stored in the data directory, if there is one.
     pub replica: RandomId,
     /// Snapshots and how often to write one; none for an ephemeral node.
     pub snapshots: Option<(Snapshots, Duration)>,
-    /// Held for as long as the directory is used; the system lets go of it when the process ends.
+    /// Locks the directory while it is in use; the system releases it when the process ends.
     _lock: Option<File>,
 }
 
-/// What opening a log is told from outside.
+/// The parameters for opening a log.
 pub struct Opening {
     /// This process.
     pub node: RandomId,
-    /// Where its write port is reached.
+    /// The URL of its write port.
     pub url: String,
-    /// How a `--peer` is asked which process it is.
+    /// Asks a `--peer` for its node id.
     pub reach: Arc<dyn Reach>,
-    /// What the cluster's replicas sign with.
+    /// The key of the cluster.
     pub key: ClusterKey,
-    /// A backup to start from; the log then begins where that ends.
+    /// A backup to start from; the log then begins after its end.
     pub restore_from: Option<PathBuf>,
-    /// Is told what the log waits for.
+    /// Called with the reason why opening the log waits.
     pub progress: Progress,
 }
 
 impl Storage {
-    /// Opens what `config` names. Blocks; the thread must be one of a runtime's that may.
+    /// Opens the log and the snapshots of `config`. Blocks, so it must run on a thread of a tokio
+    /// runtime that may block.
     ///
     /// # Errors
     /// See [`StorageError`].
@@ -166,7 +167,7 @@ impl Storage {
         }
     }
 
-    /// Locks the directory and opens what is beside the log, which is to follow.
+    /// Locks the directory and opens everything but the log, which the caller sets.
     fn in_dir(data_dir: &DataDir) -> Result<Self, StorageError> {
         let dir = &data_dir.dir;
         let lock = lock(dir)?;
@@ -180,7 +181,7 @@ impl Storage {
         })
     }
 
-    /// A log and nothing beside it.
+    /// A log without a data directory.
     #[must_use]
     pub fn of(log: Arc<dyn Log>, replica: RandomId) -> Self {
         Self {
@@ -192,8 +193,8 @@ impl Storage {
         }
     }
 
-    /// The log of the newest snapshot that can be read and is of another log than `abandoned`. If
-    /// there is none, a snapshot that cannot be read counts: it may hold all the data there is.
+    /// The log of the newest readable snapshot that does not belong to log `abandoned`. If there is
+    /// none, an unreadable snapshot counts, because it may be the only copy of the data.
     fn held_data(&self, abandoned: Option<&LogId>) -> HeldData {
         let Some((snapshots, _)) = &self.snapshots else {
             return HeldData::Nothing;
@@ -218,7 +219,7 @@ impl Storage {
         held
     }
 
-    /// Quarantines the snapshots of `log`, unless that is the log that is followed.
+    /// Quarantines the snapshots of `log`, unless the stream holds that log.
     fn abandon(&self, log: &LogId) {
         if self.log.id() == *log {
             tracing::warn!(%log, "--abandon-log names the log that the stream holds: ignored");
@@ -234,7 +235,7 @@ impl Storage {
     }
 }
 
-/// The log that the snapshot at `path` is of.
+/// The log that the snapshot at `path` belongs to.
 fn log_of(path: &Path) -> Result<LogId, BackupError> {
     let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
     match head(file)? {
@@ -246,14 +247,14 @@ fn log_of(path: &Path) -> Result<LogId, BackupError> {
     }
 }
 
-/// This replica's id: what the directory says, or a new one.
+/// The replica id in the directory, or a new one.
 fn replica_id(dir: &Path) -> Result<RandomId, StorageError> {
     let path = dir.join("replica-id");
     match fs::read_to_string(&path) {
         Ok(text) => RandomId::parse(text.trim()).ok_or(StorageError::ReplicaId { path }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let replica = RandomId::random()?;
-            // Beside it first, so that a crash leaves no half of one.
+            // To a temporary file first, so that a crash leaves no partial one.
             let new = dir.join("replica-id.new");
             let written = fs::write(&new, format!("{replica}\n"))
                 .and_then(|()| File::open(&new)?.sync_all())
@@ -266,8 +267,8 @@ fn replica_id(dir: &Path) -> Result<RandomId, StorageError> {
     }
 }
 
-/// The position that a log seeded from `path` begins after. Never 0: a log that begins at its first
-/// batch passes for all there is, and this one lacks the rows of the file.
+/// The position after which a log seeded from `path` begins. Never 0: a log that begins at batch 1
+/// counts as complete, and this one lacks the rows of the file.
 fn base_of(path: &Path) -> Result<Seq, StorageError> {
     let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error });
     file.and_then(end_position)
@@ -290,7 +291,7 @@ fn lock(dir: &Path) -> Result<File, StorageError> {
     }
 }
 
-/// Makes `dir`, if it is not there, such that a power loss does not take it away again.
+/// Creates `dir` if it does not exist, and syncs its parent, so that it survives a power loss.
 fn make_dir(dir: &Path) -> io::Result<()> {
     if dir.is_dir() {
         return Ok(());

@@ -24,7 +24,7 @@ impl Chain {
         Self(xxh3_128(&bytes))
     }
 
-    /// Reads what displaying one writes.
+    /// Parses a chain in its displayed form.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         hex::parse(text).map(Self)
     }
@@ -66,9 +66,9 @@ impl<'de> Deserialize<'de> for Chain {
 /// A batch's identity: its writer and the writer's own count of its batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BatchId {
-    /// Who sent it; all zeros if the message did not say.
+    /// Its writer; all zeros if the message names none.
     pub writer: RandomId,
-    /// The writer's number of the batch, from 1.
+    /// The writer's sequence number of the batch, from 1.
     pub seq: u64,
 }
 
@@ -79,7 +79,7 @@ impl BatchId {
         seq: 0,
     };
 
-    /// Reads what displaying one writes.
+    /// Parses an identity in its displayed form.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let (writer, seq) = text.split_once('-')?;
         Some(Self {
@@ -104,28 +104,28 @@ pub enum Effect<'a> {
     Batch {
         /// Its identity.
         id: BatchId,
-        /// The batch as it was sent. A log that one process has to itself may leave it out.
+        /// The batch as it was sent. A log that no other process reads may leave it out.
         payload: &'a [u8],
     },
 }
 
-/// A place in a log's history.
+/// A position in a log's history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
     /// The last batch; 0 before the first one.
     pub seq: Seq,
-    /// When the log took that batch, in nanoseconds since 1970; before the first one, when the log
-    /// or the node started.
+    /// When the log stored that batch, in nanoseconds since 1970; before the first one, when the
+    /// log or the node started.
     pub time_ns: u64,
     /// The chain up to and including that batch.
     pub chain: Chain,
-    /// The chain of the position before. With it the batch at this position can be checked against
-    /// what the log holds there. Zero where nothing comes before.
+    /// The chain of the position before, for checking the batch that the log holds at this
+    /// position. Zero before the first batch.
     pub previous: Chain,
 }
 
 impl Position {
-    /// Before the first batch of `log`, which is `base` + 1.
+    /// The position before the first batch of `log`, which is `base` + 1.
     #[must_use]
     pub fn base(log: &LogId, base: Seq, time_ns: u64) -> Self {
         Self {

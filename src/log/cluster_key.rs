@@ -1,14 +1,15 @@
-//! The key that the replicas of a cluster share, and what they sign with it.
+//! The key that the replicas of a cluster share, and the signatures that they make with it.
 //!
-//! Anybody who may publish to the broker can write a checkpoint or an announcement. Only a replica
-//! that knows the cluster's password can sign one. `docs/protocol.md` has the signed bytes.
+//! Any client that may publish to the broker can write a checkpoint or an announcement. Only a
+//! replica that knows the cluster's password can sign one. `docs/protocol.md` specifies the signed
+//! bytes.
 
 use hmac::{Hmac, Mac as _};
 use sha2::Sha256;
 
 use super::{Announcement, Checkpoint, LogId, Mac};
 
-/// What the key is derived with. Another version of the format has another context.
+/// The context of the key derivation. Another version of the format has another context.
 const KEY_CONTEXT: &[u8] = b"gradestore cluster key 1";
 const CHECKPOINT_CONTEXT: &[u8] = b"gradestore checkpoint 1\n";
 const ANNOUNCEMENT_CONTEXT: &[u8] = b"gradestore announcement 1\n";
@@ -26,29 +27,27 @@ impl ClusterKey {
         Self(keyed(&derived.finalize().into_bytes()))
     }
 
-    /// The code of `checkpoint`, made on `log`. Its own `mac` does not matter.
+    /// The code of `checkpoint` on `log`. Ignores its `mac`.
     #[must_use]
     pub fn sign_checkpoint(&self, log: &LogId, checkpoint: &Checkpoint) -> Mac {
         truncated(self.of_checkpoint(log, checkpoint))
     }
 
-    /// Whether a holder of the key signed `checkpoint` for `log`. Takes the same time wherever the
-    /// codes differ.
+    /// Whether a holder of the key signed `checkpoint` for `log`. Compares in constant time.
     #[must_use]
     pub fn verify_checkpoint(&self, log: &LogId, checkpoint: &Checkpoint) -> bool {
         let expected = self.of_checkpoint(log, checkpoint);
         expected.verify_truncated_left(&checkpoint.mac.0).is_ok()
     }
 
-    /// The code of `announcement` as the answer to the question with this nonce. Its own `mac` does
-    /// not matter.
+    /// The code of `announcement` as the answer to the request with this nonce. Ignores its `mac`.
     #[must_use]
     pub fn sign_announcement(&self, announcement: &Announcement, nonce: &str) -> Mac {
         truncated(self.of_announcement(announcement, nonce))
     }
 
-    /// Whether a holder of the key signed `announcement` as the answer to the question with this
-    /// nonce. Takes the same time wherever the codes differ.
+    /// Whether a holder of the key signed `announcement` as the answer to the request with this
+    /// nonce. Compares in constant time.
     #[must_use]
     pub fn verify_announcement(&self, announcement: &Announcement, nonce: &str) -> bool {
         let expected = self.of_announcement(announcement, nonce);
@@ -76,8 +75,8 @@ impl ClusterKey {
         hmac
     }
 
-    /// Covers every field: an announcement is made for each answer, so that costs a microsecond, and
-    /// nobody can make a ready replica look unready, or one that is behind look ahead.
+    /// Covers every field, so that nobody can make a ready replica look unready, or one that is
+    /// behind look up to date. This costs a microsecond per answer.
     fn of_announcement(&self, announcement: &Announcement, nonce: &str) -> Hmac<Sha256> {
         let Announcement {
             node,
@@ -109,7 +108,7 @@ fn keyed(key: &[u8]) -> Hmac<Sha256> {
     Hmac::new_from_slice(key).expect("HMAC takes keys of any length")
 }
 
-/// Length first: where one text ends and the next one starts is part of what is signed.
+/// Hashes the length first, so that the boundaries between texts are signed, too.
 fn update_text(hmac: &mut Hmac<Sha256>, text: &str) {
     hmac.update(&(text.len() as u64).to_le_bytes());
     hmac.update(text.as_bytes());

@@ -1,4 +1,4 @@
-//! Batches that this process appended and that were not applied yet.
+//! Batches that this process has appended and not yet applied.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,15 +12,15 @@ use tokio::time::Instant;
 use super::{AppendError, BatchId, Seq};
 use crate::grade::Write;
 
-/// When a batch that was never delivered is forgotten, so that another may take its slot. A later
-/// delivery is treated as another writer's batch. No log retries for so long.
+/// When an undelivered batch is forgotten, which frees its slot. A later delivery is treated as
+/// another writer's batch. No log retries for this long.
 const FORGET_AFTER: Duration = Duration::from_secs(60);
 
-/// This process' own name for a batch between append and apply.
+/// Identifies a batch within this process, between append and apply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u64);
 
-/// Where a request waits for the outcome of its write.
+/// Sends the outcome of a write to the request that waits for it.
 pub type Answer = oneshot::Sender<Result<Seq, AppendError>>;
 
 /// Batches in flight, oldest first; the writer bounds their number. Clones share the same batches.
@@ -33,11 +33,11 @@ pub struct InFlightBatch {
     writes: Arc<[Write]>,
     answers: Vec<Answer>,
     appended: Instant,
-    /// How the batch was sent, if it was: its identity and its bytes.
+    /// The identity and the bytes with which the batch was sent, if it was.
     sent: Option<(BatchId, Bytes)>,
     /// Tells the task that sends the batch that it was delivered.
     delivered: Option<oneshot::Sender<()>>,
-    /// Released with the batch: lets the next one be appended.
+    /// Frees a slot for another batch when this one is dropped.
     _slot: OwnedSemaphorePermit,
 }
 
@@ -51,7 +51,7 @@ impl InFlightBatch {
     /// Answers every request that waits for it.
     pub fn answer(self, result: &Result<Seq, AppendError>) {
         for answer in self.answers {
-            // A client that went away needs no answer.
+            // The client may have disconnected.
             let _ = answer.send(result.clone());
         }
     }
@@ -77,7 +77,7 @@ impl InFlight {
         });
     }
 
-    /// Remembers how a batch is sent. The receiver resolves once it is applied or forgotten.
+    /// Records how a batch is sent. The receiver resolves once the batch is applied or forgotten.
     pub fn sending(&self, ticket: Ticket, id: BatchId, payload: Bytes) -> oneshot::Receiver<()> {
         let (delivered, was_delivered) = oneshot::channel();
         let mut batches = self.0.lock();
@@ -88,7 +88,7 @@ impl InFlight {
         was_delivered
     }
 
-    /// The own batch that was sent as `id` with exactly these bytes: it needs no decoding.
+    /// This process' batch that was sent as `id` with exactly these bytes. It needs no decoding.
     #[must_use]
     pub fn find(&self, id: BatchId, payload: &[u8]) -> Option<(Ticket, Arc<[Write]>)> {
         let batches = self.0.lock();
@@ -106,14 +106,14 @@ impl InFlight {
         let at = batches.iter().position(|batch| batch.ticket == ticket)?;
         let mut batch = batches.remove(at)?;
         if let Some(delivered) = batch.delivered.take() {
-            // The sender may have heard of the acknowledgement first.
+            // The task that sent the batch may have ended.
             let _ = delivered.send(());
         }
         Some(batch)
     }
 
-    /// The state is being replaced: batches in flight are in the new one, or are delivered later as
-    /// another writer's. Their requests get "outcome unknown".
+    /// Forgets all batches, because the state is replaced: the new one includes them, or they are
+    /// delivered later as another writer's. Their requests get "outcome unknown".
     pub fn forget_all(&self) {
         let forgotten = std::mem::take(&mut *self.0.lock());
         for batch in forgotten {

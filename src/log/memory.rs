@@ -1,4 +1,4 @@
-//! The log of one process that keeps nothing: batches go from the writer to the reader in order.
+//! A log in memory, which passes batches from the writer to the reader in order and keeps none.
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -19,18 +19,18 @@ pub struct MemoryLog {
     id: LogId,
     /// This process, as the writer of all batches.
     writer: RandomId,
-    /// Where numbering began.
+    /// The position before the first batch.
     base: Seq,
-    /// The last position, held while an entry takes its place in the channel. Its chain leaves out
-    /// the payloads: nobody else has this log, and batches are never encoded.
+    /// The last position; locked while an entry is put into the channel. Its chain leaves out the
+    /// payloads: no other process has this log, and batches are never encoded.
     last: Mutex<Position>,
     entries: mpsc::Sender<Entry>,
     reader: Mutex<Option<mpsc::Receiver<Entry>>>,
 }
 
 impl MemoryLog {
-    /// An empty log that is known by `node`: it lives as long as the process does. Its first batch
-    /// is `base` + 1.
+    /// An empty log, identified by `node` because it ends with the process. Its first batch is
+    /// `base` + 1.
     #[must_use]
     pub fn new(node: RandomId, base: Seq) -> Self {
         let (entries, reader) = mpsc::channel(IN_FLIGHT_MAX);
@@ -56,7 +56,7 @@ impl Log for MemoryLog {
     }
 
     fn first(&self) -> Seq {
-        // Nothing is held: what is under way is its reader's alone.
+        // The log keeps no batches: those in the channel belong to its reader.
         self.end() + 1
     }
 
@@ -91,7 +91,7 @@ impl Log for MemoryLog {
         after: Position,
     ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
         async move {
-            // Nothing is kept, so there is one place to start and one reader.
+            // No batches are kept, so there is only one start position and one reader.
             let wanted = after.seq + 1;
             let reader = match after.seq == self.base {
                 true => self.reader.lock().take(),

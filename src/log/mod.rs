@@ -1,8 +1,8 @@
-//! The log: the one total order of batches that a store is built from.
+//! The log: the total order of batches from which a store is built.
 //!
 //! A log gives each batch the next sequence number and delivers batches in that order. A batch is
-//! committed once a [`Subscription`] delivers it; [`Log::append`] returning says only that the log
-//! took it.
+//! committed once a [`Subscription`] delivers it. [`Log::append`] returns when the log has accepted
+//! it, which may be earlier.
 
 mod chain;
 mod cluster_key;
@@ -33,7 +33,7 @@ pub use jetstream::{
 };
 pub use memory::MemoryLog;
 
-/// A batch's place in its log: 1 for the first. 0 is the place before it.
+/// A batch's sequence number in its log, from 1; 0 is the position before the first batch.
 pub type Seq = u64;
 
 /// A random 128-bit identity: of a log, a replica, a process or a writer. Shown as 32 hexadecimal
@@ -58,7 +58,7 @@ impl RandomId {
         Self(id)
     }
 
-    /// Reads what displaying one writes.
+    /// Parses an id in its displayed form.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         hex::parse(text).map(Self)
@@ -77,19 +77,19 @@ impl fmt::Display for RandomId {
     }
 }
 
-/// The writes that travel as one message.
+/// Writes that are appended to the log together.
 #[derive(Debug, Clone, Default)]
 pub struct Batch {
     /// Set on a batch that this process appended, when it is appended and when it is delivered.
     pub ticket: Option<Ticket>,
-    /// What it does to records, in this order.
+    /// The writes, in the order in which they are applied.
     pub writes: Arc<[Write]>,
-    /// What its sender says of its own state, now and then. A log that one process has to itself
-    /// need not keep it.
+    /// The sender's vote on its own state, in some batches. A log that no other process reads need
+    /// not keep it.
     pub checkpoint: Option<Checkpoint>,
 }
 
-/// A replica's vote on what the state is right after a batch.
+/// A replica's vote on the state right after a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Checkpoint {
     /// The replica.
@@ -100,8 +100,8 @@ pub struct Checkpoint {
     pub chain: Chain,
     /// The digest of all its records then.
     pub digest: Digest,
-    /// How often the replica has voted on that batch, with this vote. A copy of an older vote counts
-    /// nothing.
+    /// How often the replica has voted on that batch, including this vote. A copy of an older vote
+    /// has no effect.
     pub round: u32,
     /// Proves that the sender knows the cluster's password.
     pub mac: Mac,
@@ -112,7 +112,7 @@ pub struct Checkpoint {
 pub struct Mac(pub [u8; 16]);
 
 impl Mac {
-    /// Reads what displaying one writes.
+    /// Parses a code in its displayed form.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         hex::parse(text).map(|number| Self(number.to_be_bytes()))
@@ -138,10 +138,10 @@ impl<'de> Deserialize<'de> for Mac {
     }
 }
 
-/// A batch at its place in the log.
+/// A batch with its position in the log.
 #[derive(Debug, Clone)]
 pub struct Entry {
-    /// The place.
+    /// The position.
     pub position: Position,
     /// The batch; without writes for a message that all replicas skip.
     pub batch: Batch,
@@ -157,7 +157,7 @@ impl Entry {
     }
 }
 
-/// What makes a log this log and no other: a sequence number means something only with it.
+/// The identity of a log. A sequence number is meaningful only together with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogId(pub Box<str>);
 
@@ -170,10 +170,10 @@ impl fmt::Display for LogId {
 /// Why a batch is not in the log.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AppendError {
-    /// The log is closed: nobody reads it any more.
+    /// The log is closed.
     #[error("the log is closed")]
     Closed,
-    /// The log did not take the batch and won't; says why and what to do.
+    /// The batch is not in the log and will not be; says why and what to do.
     #[error("{0}")]
     Refused(Arc<str>),
     /// The log did not acknowledge the batch in time. The batch may be in it, or may get into it.
@@ -181,13 +181,13 @@ pub enum AppendError {
     Unknown,
 }
 
-/// Why a log forgot nothing.
+/// Why a log could not be trimmed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum TrimError {
     /// The log is closed.
     #[error("the log is closed")]
     Closed,
-    /// What the log is kept on failed. What was to be forgotten may be kept, in part or whole.
+    /// The log's storage failed. Some or all of the batches to remove may still be there.
     #[error("the log can't be trimmed: {0}")]
     Failed(Arc<str>),
 }
@@ -198,7 +198,7 @@ pub enum ReadError {
     /// The log no longer has, or never had, the batch after the given one.
     #[error("the log does not hold batch {wanted}")]
     NotHeld {
-        /// The batch that was asked for.
+        /// The batch that was requested.
         wanted: Seq,
     },
     /// A stored batch is not what was written.
@@ -209,7 +209,7 @@ pub enum ReadError {
         /// What is wrong with it.
         why: Box<str>,
     },
-    /// What the log is kept on can't be read.
+    /// The log's storage can't be read.
     #[error("the log can't be read: {0}")]
     Failed(Arc<str>),
     /// The log has trimmed the batch before it was read.
@@ -220,10 +220,10 @@ pub enum ReadError {
     Trimmed {
         /// The oldest batch that the log holds.
         first: Seq,
-        /// The batch that was asked for.
+        /// The batch that was requested.
         wanted: Seq,
     },
-    /// The log is not there.
+    /// The log's stream does not exist.
     #[error("stream {stream} of log {id} does not exist; restore the stream")]
     Gone {
         /// The stream.
@@ -231,7 +231,7 @@ pub enum ReadError {
         /// The log that this replica follows.
         id: LogId,
     },
-    /// Another log is in its place.
+    /// The stream holds another log.
     #[error(
         "this replica follows log {was} and the stream holds log {is}; restore the stream of log \
          {was}, or start this replica with --abandon-log {was} to discard its data and follow {is}"
@@ -239,7 +239,7 @@ pub enum ReadError {
     Replaced {
         /// The log that this replica follows.
         was: LogId,
-        /// The one that is there.
+        /// The log in the stream.
         is: LogId,
     },
     /// The log ends before a batch that was read.
@@ -253,13 +253,13 @@ pub enum ReadError {
         /// The last batch that was read.
         applied: Seq,
     },
-    /// The log holds another batch in the place of one that was read.
+    /// The log holds another batch at a position that was read.
     #[error(
         "the log holds another batch {seq} than the one that this replica has applied: the broker \
          lost batches and took others since; this replica keeps its state and stays unready"
     )]
     Rewritten {
-        /// The place.
+        /// The position.
         seq: Seq,
     },
     /// A newer program wrote the batch.
@@ -275,26 +275,26 @@ pub enum ReadError {
     Closed,
 }
 
-/// What has happened to a log since the process started.
+/// Counts of events of a log since the process started.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
     /// Connections made after the first one.
     pub reconnects: u64,
     /// Consumers created after the first one.
     pub resumes: u64,
-    /// Batches sent again after an unknown outcome.
+    /// Attempts to append a batch after the first one.
     pub resends: u64,
     /// Messages that were delivered again.
     pub redeliveries: u64,
-    /// Batches that were missing between two deliveries.
+    /// Deliveries before which messages were missing.
     pub gaps: u64,
-    /// Messages that are no batch.
+    /// Messages that are not a batch.
     pub poisoned: u64,
     /// Announcements that were not signed with the cluster's key.
     pub forged_announcements: u64,
 }
 
-/// What a replica tells the others on its log of itself.
+/// A replica's announcement to the others on its log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announcement {
     /// The process.
@@ -305,28 +305,27 @@ pub struct Announcement {
     pub version: Box<str>,
     /// The log that `position` counts in; `none` for a replica that holds no data of any log.
     pub log_id: Box<str>,
-    /// Where its write port is reached, such as `http://10.0.0.5:8080`; its backup is under
-    /// `/backup` there.
+    /// The URL of its write port, such as `http://10.0.0.5:8080`; its backup is at `/backup` there.
     pub url: Box<str>,
-    /// `ready`, or why not in one word.
+    /// `ready`, or why not, in one word.
     pub state: Box<str>,
     /// The last batch that it has applied.
     pub position: Seq,
     /// The chain there.
     pub chain: Chain,
-    /// Whether it has reached its memory limit: replicas that hear it refuse writes for new users.
+    /// Whether it has reached its memory limit: other replicas then reject writes for new users.
     #[serde(default)]
     pub full: bool,
-    /// Proves that the replica knows the cluster's password and answers this question. Without it,
+    /// Proves that the replica knows the cluster's password and answers this request. Without it,
     /// the password must not be sent to `url`.
     #[serde(default)]
     pub mac: Option<Mac>,
 }
 
-/// What this replica says of itself, signed for the question with a nonce.
+/// Makes this replica's announcement, signed for a request with the given nonce.
 pub type Announce = Arc<dyn Fn(&str) -> Announcement + Send + Sync>;
 
-/// The oldest and the newest batch of a log, as of one moment.
+/// The oldest and the newest batch of a log at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
     /// See [`Log::first`].
@@ -340,7 +339,7 @@ pub trait Log: Send + Sync + 'static {
     /// `memory`, `disk` or `jetstream`: shown at `/status`.
     fn kind(&self) -> &'static str;
 
-    /// Which log this is.
+    /// The log's identity.
     fn id(&self) -> LogId;
 
     /// The sequence number of the oldest batch that is still held; one past the [end](Self::end)
@@ -348,16 +347,16 @@ pub trait Log: Send + Sync + 'static {
     fn first(&self) -> Seq;
 
     /// The sequence number of the last batch, as far as this process knows;
-    /// [`fetch_bounds`](Self::fetch_bounds) brings that up to date.
+    /// [`fetch_bounds`](Self::fetch_bounds) updates it.
     fn end(&self) -> Seq;
 
-    /// How many batches a writer may have in flight. One more than is being written keeps the log
-    /// busy; many only make the batches small.
+    /// How many batches a writer may have in flight. One more than the log writes at a time keeps
+    /// it busy; more would only make the batches smaller.
     fn in_flight_max(&self) -> usize;
 
-    /// Appends `batch`. When this returns `Ok` the batch has a place or soon will.
+    /// Appends `batch`. When this returns `Ok`, the batch has a position or will have one soon.
     ///
-    /// Batches take their places in the order in which their futures are first polled, so several
+    /// Batches get their positions in the order in which their futures are first polled, so several
     /// may be in flight.
     ///
     /// # Errors
@@ -365,26 +364,26 @@ pub trait Log: Send + Sync + 'static {
     fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>>;
 
     /// Why the log does not acknowledge writes now, and what to do about it; `None` while it does.
-    /// A write is then refused before it waits.
+    /// Writes are then rejected at once.
     fn unwritable(&self) -> Option<Arc<str>> {
         None
     }
 
-    /// The same for a write that is refused because of it, which is counted.
+    /// The same, for a caller that rejects a write with this reason; counts the write.
     fn reject(&self) -> Option<Arc<str>> {
         self.unwritable()
     }
 
-    /// Starts to find out whether the log accepts batches, where no write has shown it yet. A log that
-    /// has no storage left is [`unwritable`](Self::unwritable) before a client's write is refused.
+    /// Appends an empty batch in the background, unless a batch of this process was delivered already.
+    /// Otherwise a log without storage left would look writable until it rejects a client's write.
     fn check_append(&self) {}
 
-    /// Whether the log was seen to hold the batches that this replica has applied.
+    /// Whether the log is known to hold the batches that this replica has applied.
     fn is_verified(&self) -> bool {
         true
     }
 
-    /// Another replica has the same history as this one.
+    /// Records that another replica has the same history as this one.
     fn set_verified(&self) {}
 
     /// Resolves when one of the log's own tasks has panicked: the process can't go on.
@@ -397,29 +396,29 @@ pub trait Log: Send + Sync + 'static {
         self.unwritable()
     }
 
-    /// What has happened to the log; all 0 where nothing of the kind can.
+    /// The log's counts; all 0 for a log without such events.
     fn counts(&self) -> Counts {
         Counts::default()
     }
 
-    /// Asks the log itself for its bounds, where others may have written to it; waits for it if
-    /// need be.
+    /// Requests the current bounds of a log to which others may have written; waits until it
+    /// answers.
     ///
     /// # Errors
-    /// The log is not the one that it was.
+    /// The log is gone, or another one is in its place.
     fn fetch_bounds(&self) -> BoxFuture<'_, Result<Bounds, ReadError>> {
         let (first, end) = (self.first(), self.end());
         Box::pin(std::future::ready(Ok(Bounds { first, end })))
     }
 
-    /// Answers other replicas' questions by `announce` from now on. Does nothing where there are no
-    /// others.
+    /// Answers other replicas' requests with `announce` from now on. Does nothing on a log without
+    /// other replicas.
     fn announce(&self, announce: Announce) {
         let _ = announce;
     }
 
-    /// Asks the other replicas on this log for their announcements. A replica that does not answer
-    /// soon is left out, and so is an announcement that is not signed with the cluster's key.
+    /// Asks the other replicas on this log for their announcements. Omits replicas that do not
+    /// answer soon, and announcements that are not signed with the cluster's key.
     fn peers(&self) -> BoxFuture<'_, Vec<Announcement>> {
         Box::pin(std::future::ready(Vec::new()))
     }
@@ -430,17 +429,17 @@ pub trait Log: Send + Sync + 'static {
     }
 
     /// Allows the log to remove the batches up to and including `through`. It may keep some of
-    /// them, or all: [`first`](Self::first) tells.
+    /// them, or all; see [`first`](Self::first).
     ///
     /// # Errors
-    /// The log could not do it. It is whole and may be asked again.
+    /// Removing batches failed. The log is intact, and this may be tried again.
     fn trim(&self, through: Seq) -> BoxFuture<'_, Result<(), TrimError>> {
         let _ = through;
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Starts reading at the batch after `after`. A log that may hold another batch at that
-    /// position by now compares first.
+    /// Starts reading at the batch after `after`. A log that may have another history by now
+    /// compares it first.
     ///
     /// # Errors
     /// The log can't be read from there, or its history is not that of `after`.
@@ -448,13 +447,13 @@ pub trait Log: Send + Sync + 'static {
     -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>>;
 }
 
-/// A place in the log that moves on as entries are taken.
+/// A reader of the log, with its own position.
 pub trait Subscription: Send {
-    /// Appends the next entries to `entries`, at least one; waits for it if need be. Cancel-safe:
-    /// what a dropped future had not handed out comes with the next call.
+    /// Waits for the next entries and appends them to `entries`, at least one. Cancel-safe: if the
+    /// future is dropped, the next call returns the entries that it has not returned.
     ///
     /// # Errors
-    /// The log can't be read on; start a new subscription.
+    /// This subscription can't continue; start a new one.
     fn next<'a>(&'a mut self, entries: &'a mut Vec<Entry>) -> BoxFuture<'a, Result<(), ReadError>>;
 }
 

@@ -1,5 +1,5 @@
-//! A batch's writes as bytes: a JSON array of patches, as `POST /set` takes them, and of deletions,
-//! `{"delete":"ID"}`.
+//! Encodes a batch's writes as a JSON array of patches, as `POST /set` takes them, and of
+//! deletions, `{"delete":"ID"}`.
 
 use std::sync::Arc;
 
@@ -9,10 +9,10 @@ use simd_json::serde::from_slice_with_buffers;
 use crate::grade::Write;
 use crate::json;
 
-/// The one format of batches. A message of another one was written by a newer program.
+/// The format of batches. A message with another format was written by a newer program.
 pub(super) const FORMAT: u8 = 1;
 
-/// What a patch of one field takes, about.
+/// The approximate size of a patch of one field.
 const PATCH_BYTES: usize = 40;
 
 /// Appends `writes` to `out`.
@@ -27,10 +27,10 @@ pub(super) fn write(writes: &[Write], out: &mut Vec<u8>) {
     out.push(b']');
 }
 
-/// Reads what [`write()`] wrote.
+/// Reads the output of [`write()`].
 ///
 /// # Errors
-/// The bytes are no array of patches and deletions; says what is wrong.
+/// The bytes are not an array of patches and deletions; says why.
 pub(super) fn read(json: &[u8]) -> Result<Arc<[Write]>, Box<str>> {
     match read_written(json) {
         Some(writes) => Ok(writes),
@@ -44,8 +44,8 @@ fn parse(json: &mut [u8], buffers: &mut Buffers) -> Result<Arc<[Write]>, Box<str
     read.map_err(|error| error.to_string().into())
 }
 
-/// Reads patches that [`write()`] wrote, byte for byte, as nearly every batch is. `None` for a batch
-/// with a deletion, with escapes, or from another program. Measured in `load/README.md`.
+/// Reads patches in exactly the form that [`write()`] gives them, as in nearly every batch. `None`
+/// for a batch with a deletion, with escapes, or in another form. Measured in `load/README.md`.
 fn read_written(json: &[u8]) -> Option<Arc<[Write]>> {
     let mut rest = std::str::from_utf8(json).ok()?.strip_prefix('[')?;
     let mut writes = Vec::with_capacity(rest.len() / PATCH_BYTES);

@@ -1,4 +1,4 @@
-//! How far this replica has come in its log.
+//! The position up to which this replica has applied its log.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,26 +11,27 @@ use crate::grade::Digest;
 use crate::log::{Chain, Position, Seq};
 use crate::store::Store;
 
-/// The position, and what waits for it. Clones are the same.
+/// The position and the tasks that wait for it. Clones share it.
 #[derive(Clone)]
 pub struct Applied(Arc<Inner>);
 
 struct Inner {
-    /// The position. Held while a batch is applied, so that whoever holds it sees no half of one.
+    /// The position. Locked while a batch is applied, so that a holder sees no partly applied
+    /// batch.
     position: Mutex<Position>,
-    /// Its sequence number, for those that don't wait for that.
+    /// Its sequence number, readable without the lock.
     seq: AtomicU64,
-    /// Before the first batch.
+    /// The position before the first batch.
     base: Position,
     waiters: Waiters,
 }
 
-/// Facts that belong together: what the store held at one position.
+/// The contents of the store at one position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AtPosition {
     /// The last batch applied.
     pub seq: Seq,
-    /// The history up to it.
+    /// The chain at that position.
     pub chain: Chain,
     /// Records at that position.
     pub records: usize,
@@ -48,7 +49,7 @@ pub enum WaitError {
 }
 
 impl Applied {
-    /// At `base`, before the first batch.
+    /// Starts at `base`, the position before the first batch.
     #[must_use]
     pub fn new(base: Position) -> Self {
         Self(Arc::new(Inner {
@@ -59,37 +60,37 @@ impl Applied {
         }))
     }
 
-    /// The store has just been cleared.
+    /// Resets the position after the store was cleared.
     pub(super) fn cleared(&self) {
         self.restored(self.0.base);
     }
 
-    /// The store has just been restored to `position`: the log goes on after it.
+    /// Sets the position after the store was restored to it.
     pub fn restored(&self, position: Position) {
         self.advance(position, || {});
         self.notify();
     }
 
-    /// The last batch applied, between two batches.
+    /// The last batch applied. Waits while a batch is being applied.
     #[must_use]
     pub fn position(&self) -> Position {
         *self.0.position.lock()
     }
 
-    /// Before the first batch.
+    /// The position before the first batch.
     #[must_use]
     pub fn base(&self) -> Position {
         self.0.base
     }
 
-    /// The last batch applied. A scan may have seen some of the next one: what it ends at is
-    /// [`position`](Self::position), which waits for that.
+    /// The last batch applied. A scan of the store may have seen a part of the next one, so its end
+    /// is [`position`](Self::position), which waits for that batch.
     #[must_use]
     pub fn seq(&self) -> Seq {
         self.0.seq.load(Ordering::Acquire)
     }
 
-    /// Position, count and digest as of one moment between two batches.
+    /// Position, count and digest at one moment between two batches.
     #[must_use]
     pub fn snapshot(&self, store: &Store) -> AtPosition {
         let position = self.0.position.lock();
@@ -122,7 +123,7 @@ impl Applied {
         }
     }
 
-    /// Waits until `seq` is applied. The number of other waiters does not matter.
+    /// Waits until `seq` is applied, without a limit on the number of waiters.
     pub async fn reach(&self, seq: Seq) {
         let wait = self.0.waiters.wait(seq, usize::MAX, || self.seq() >= seq);
         assert_eq!(
@@ -132,8 +133,8 @@ impl Applied {
         );
     }
 
-    /// Runs `apply`, which puts the batch at `to` into the store, as one step to who takes a
-    /// [`snapshot`](Self::snapshot). Only the log's reader calls this.
+    /// Runs `apply`, which puts the batch at `to` into the store. The step is atomic for a
+    /// [`snapshot`](Self::snapshot). Only the applier, and a restore, call this.
     pub(super) fn advance(&self, to: Position, apply: impl FnOnce()) {
         let mut position = self.0.position.lock();
         apply();
@@ -141,7 +142,7 @@ impl Applied {
         self.0.seq.store(to.seq, Ordering::Release);
     }
 
-    /// Wakes the waiters for what was advanced to.
+    /// Wakes the waiters whose position is applied.
     pub(super) fn notify(&self) {
         self.0.waiters.wake(self.seq());
     }

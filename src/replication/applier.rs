@@ -1,4 +1,4 @@
-//! Ordered apply: from the log's entries to records.
+//! Applies the log's entries to the store, in order.
 
 use std::sync::Arc;
 
@@ -13,14 +13,14 @@ use crate::log::{Checkpoint, Entry, InFlight, Log, Position, ReadError, Seq, Sub
 use crate::readiness::{NodeState, Readiness};
 use crate::store::Store;
 
-/// After so many writes other tasks have their turn, however much there is to apply: requests share
-/// the thread, and a log that was read ahead never waits.
+/// The applier yields after this many writes: requests share its thread, and a log that was read
+/// ahead never makes it wait.
 const TURN_WRITES: usize = 1024;
 
 /// Why the applier stopped.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ApplyError {
-    /// The log can't be read on.
+    /// Reading the log failed.
     #[error(transparent)]
     Log(#[from] ReadError),
     /// Batches are missing between two deliveries.
@@ -28,29 +28,29 @@ pub enum ApplyError {
     Gap {
         /// The last batch applied.
         applied: Seq,
-        /// The one that was delivered.
+        /// The batch that was delivered.
         got: Seq,
     },
-    /// The log has lost batches that the restored state already includes, and holds others there.
+    /// The log has lost batches that the restored state includes, and holds others in their place.
     #[error(
         "the broker lost batches that the restored state includes: batch {position} of the log is not \
          the one it was restored with; restoring again from another source"
     )]
     IncludesLost {
-        /// Where the state was to be complete.
+        /// The batch at which the restored state would have been complete.
         position: Seq,
     },
-    /// A majority of the replicas held something else at one position.
+    /// A majority of the replicas had another digest at one position.
     #[error(
         "at batch {position} this replica's digest was {own} and that of a majority {agreed}: its \
          state is wrong, and it bootstraps again from another source"
     )]
     Diverged {
-        /// Where.
+        /// The position.
         position: Seq,
-        /// What this replica held.
+        /// This replica's digest.
         own: Digest,
-        /// What the others did.
+        /// The majority's digest.
         agreed: Digest,
     },
 }
@@ -63,7 +63,7 @@ pub struct Applier {
     pub store: Store,
     /// The position that the store is at.
     pub applied: Applied,
-    /// This process' batches that were not applied yet.
+    /// This process' batches that are not applied yet.
     pub in_flight: InFlight,
     /// The votes of all replicas on their states.
     pub checkpoints: Checkpoints,
@@ -71,13 +71,13 @@ pub struct Applier {
     pub patches: Counter,
     /// Counts deletions applied.
     pub deletions: Counter,
-    /// Times own batches from append to apply.
+    /// Measures the time of own batches from append to apply.
     pub round_trip: Histogram,
 }
 
 impl Applier {
-    /// Applies what `subscription` delivers to a state that is complete from `complete_from` on, until
-    /// it ends. Returns why it ended.
+    /// Applies the entries of `subscription` until it ends, and returns why it ended. The state is
+    /// complete from `complete_from` on.
     pub async fn run(
         &self,
         subscription: &mut dyn Subscription,
@@ -179,7 +179,8 @@ impl Applier {
         match observed.verdict {
             Verdict::Unchanged => {}
             Verdict::Contradicted(doubt) | Verdict::Undecided(doubt) => {
-                // Before the log's end is reached the replica is not ready anyway, and the driver asks.
+                // A replica that catches up is unready anyway. The driver asks for the doubt at the
+                // log's end.
                 if matches!(readiness.state(), NodeState::Ready | NodeState::Diverged) {
                     let reason = doubt.to_string();
                     tracing::error!(reason, "not ready: the state may be wrong");

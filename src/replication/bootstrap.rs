@@ -1,16 +1,16 @@
-//! From nothing to a position: what a node does before it applies its log, and after the log has gone
-//! on without it.
+//! Recovers a complete state, at the start of a node and whenever it has discarded its state. The
+//! sources are, in this order:
 //!
-//! 1. the newest snapshot that is whole and whose position the log still covers; else
-//! 2. the backup of a peer on this log, the furthest peer first and the next one whenever anything is
-//!    wrong with it; else
+//! 1. the newest intact snapshot whose position the log still covers; else
+//! 2. the backup of a peer on this log, starting with the peer with the highest position; else
 //! 3. the whole log, if it still begins at its first batch; else
-//! 4. nothing: the node stays unready, says why, and tries again.
+//! 4. none: the node stays unready, reports why, and tries again.
 //!
-//! As soon as a file's position is known, the log is read from the batch after it into a
-//! [`Buffered`], while rows are still coming in: writes go on meanwhile, and the log is trimmed.
+//! As soon as the position of a file is known, the log is read from the batch after it into a
+//! [`Buffered`], while rows are still being read. Otherwise the log might be trimmed beyond that
+//! position before the restore has ended.
 //!
-//! Nobody sees the store meanwhile. A restore that fails leaves it empty.
+//! The node is unready during a restore. A restore that fails leaves the store empty.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -35,7 +35,7 @@ use crate::store::Store;
 /// Peers that are asked for a backup in one round.
 const PEERS_MAX: usize = 32;
 
-/// Why a node can't get to a position by itself.
+/// Why a node could not recover a state.
 #[derive(Debug, thiserror::Error)]
 pub enum BootstrapError {
     /// The data directory can't be read.
@@ -44,7 +44,7 @@ pub enum BootstrapError {
     /// The log can't be read.
     #[error(transparent)]
     Log(#[from] ReadError),
-    /// No snapshot fits, no peer has a backup to give, and the log is not whole.
+    /// No snapshot is usable, no peer gives a backup, and the log lacks its first batches.
     #[error(
         "no snapshot can be used, {peers}, and the log begins at batch {first}, not at its first \
          one; start another replica that has the data, put a good snapshot back, or begin a new log \
@@ -54,17 +54,17 @@ pub enum BootstrapError {
     NoSource {
         /// The oldest batch that the log holds.
         first: Seq,
-        /// What became of the peers.
+        /// The peers that were asked.
         peers: Tried,
     },
     /// The snapshots were made from another log.
     #[error("snapshot {path} belongs to log {found} and the log here is {here}: {fix}")]
     OtherLog {
-        /// The newest.
+        /// The newest of them.
         path: PathBuf,
-        /// The log that they are of.
+        /// The log of the snapshots.
         found: Box<str>,
-        /// The log that is there.
+        /// The log of this node.
         here: Box<str>,
         /// What to do.
         fix: String,
@@ -85,13 +85,13 @@ pub enum BootstrapError {
         /// What to do.
         fix: String,
     },
-    /// A backup was to seed a log that is not empty.
+    /// `--restore-from` was given, and the log is not empty.
     #[error(
         "--restore-from seeds an empty log only, and this one has been written to; use an empty \
          --data-dir, or leave --restore-from out"
     )]
     NotEmpty,
-    /// The backup to seed from is no good.
+    /// The `--restore-from` backup cannot be restored.
     #[error("cannot restore from {path}: {error}")]
     Seed {
         /// The file.
@@ -119,23 +119,23 @@ impl std::fmt::Display for Tried {
     }
 }
 
-/// Fills a store and finds the place in the log that goes with it.
+/// Restores a store and subscribes to the log at its position.
 pub struct Bootstrap {
     /// The records.
     pub store: Store,
-    /// How far they have come.
+    /// The position of the records.
     pub applied: Applied,
     /// The log.
     pub log: Arc<dyn Log>,
-    /// The snapshots of earlier processes, where any are kept.
+    /// The snapshots of earlier processes; `None` without a data directory.
     pub snapshots: Option<Snapshots>,
-    /// Who else may have a backup.
+    /// The other replicas, which may give a backup.
     pub peers: Peers,
-    /// Where progress is told.
+    /// Records the progress.
     pub tracker: RestoreTracker,
-    /// What may be read of the log while rows come in.
+    /// How many bytes of the log may be read ahead during a restore.
     pub buffer_bytes_max: u64,
-    /// Where rows are read.
+    /// The threads that read rows.
     pub blocking: Blocking,
 }
 
@@ -149,17 +149,17 @@ pub struct CompleteFrom {
     pub chain: Chain,
 }
 
-/// A store at a position, and the log from there.
+/// A recovered state: the store is at a position, and the log is read from there.
 pub(super) struct Recovered {
-    /// The log.
+    /// The log from that position on.
     pub subscription: Buffered,
-    /// Where the state is complete.
+    /// From where on the state is complete.
     pub complete_from: CompleteFrom,
-    /// The snapshot that was used.
+    /// The snapshot that was restored, if it was one.
     pub snapshot: Option<Written>,
 }
 
-/// Why a file or a peer's backup was not taken.
+/// Why a snapshot or a peer's backup was not used.
 #[derive(Debug, thiserror::Error)]
 enum Refused {
     #[error(transparent)]
@@ -187,10 +187,10 @@ enum Refused {
 }
 
 impl Bootstrap {
-    /// Goes through the sources that reach `at_least`, once. The store must be empty.
+    /// Tries each source that reaches `at_least` once. The store must be empty.
     ///
     /// # Errors
-    /// No source will do; the store is empty.
+    /// No source is usable. The store is empty.
     pub(super) async fn run(
         &self,
         readiness: &Readiness,
@@ -203,7 +203,7 @@ impl Bootstrap {
         }
         let whole = bounds.first == 1 && at_least == 0;
         let mut tried = Tried::default();
-        // Of an empty log nobody knows more.
+        // If the log is empty, no peer has more.
         if self.log.is_replicated() && !(whole && bounds.end == 0) {
             readiness.block(NodeState::Restoring, "asking peers for a backup");
             for peer in self.peers.ask().await.into_iter().take(PEERS_MAX) {
@@ -227,7 +227,7 @@ impl Bootstrap {
         Ok(self.recovered(subscription, CompleteFrom::default()))
     }
 
-    /// Goes on from where the store is; it is complete from `complete_from` on.
+    /// Subscribes at the store's position. The state is complete from `complete_from` on.
     pub(super) async fn resume(
         &self,
         complete_from: CompleteFrom,
@@ -256,7 +256,7 @@ impl Bootstrap {
         }
     }
 
-    /// Restores the newest snapshot that fits.
+    /// Restores the newest usable snapshot.
     async fn restore_snapshot(
         &self,
         bounds: Bounds,
@@ -375,8 +375,8 @@ impl Bootstrap {
         Ok(recovered)
     }
 
-    /// Reads `source` into the store while `feed` keeps it going, and the log from where `source`
-    /// says into a buffer. All or nothing.
+    /// Reads `source`, which `feed` supplies, into the store, and the log from the position of
+    /// `source` into a buffer. If either fails, the store is empty.
     async fn restore(
         &self,
         source: impl Read + Unpin + Send + 'static,
@@ -398,7 +398,7 @@ impl Bootstrap {
             let (fed, rows) = tokio::join!(feed, rows);
             restored.cancel();
             let summary = rows.unwrap_or_else(|error| Err(BackupError::Io { at: 0, error }));
-            // What broke off is the cause; that the rest is missing follows from it.
+            // A broken transfer is the cause of an incomplete file, so its error comes first.
             fed?;
             Ok::<_, Refused>(summary?)
         };
@@ -408,7 +408,7 @@ impl Bootstrap {
         };
         let (summary, buffered) = tokio::join!(rows, log);
         let whole = match (summary, buffered) {
-            // What the log says comes first: it made the rest end.
+            // An error of the log comes first: it made the rows end.
             (_, Err(error)) | (Err(error), Ok(_)) => Err(error),
             (Ok(summary), Ok(buffered)) => match (summary.records.clone(), buffered) {
                 (Some((head, end)), Some(buffered)) => self
@@ -433,8 +433,8 @@ impl Bootstrap {
         Ok((recovered, head, summary))
     }
 
-    /// Whether a backup may end where it says: from there on the state is whole, and until the log
-    /// has come there it is not.
+    /// Checks that the end position of a backup is between its start and the log's end. The state
+    /// is complete only once the log is applied up to there.
     async fn believe_end(&self, head: &Head, end: &End) -> Result<(), Refused> {
         let position = end.position;
         let known = self.log.end();
@@ -448,8 +448,8 @@ impl Bootstrap {
         }
     }
 
-    /// Reads the log from where the backup's head says until all is `restored`; `None` if the backup
-    /// ends before it has said that.
+    /// Reads the log from the position in the backup's head until all rows are `restored`; `None`
+    /// if the backup ends without a head.
     async fn read_ahead(
         &self,
         tracked: &Restore,
@@ -465,7 +465,7 @@ impl Bootstrap {
         }
         memory::check_fits(head.rows_expected)?;
         let (bounds, position) = (self.log.fetch_bounds().await?, head.position);
-        // Asked first: a log that is asked for what it never had takes that for its own loss.
+        // Checked first: a log treats a subscription beyond its end as a loss of batches.
         if position > bounds.end || position + 1 < bounds.first {
             return Err(Refused::NotCovered { position, bounds });
         }
@@ -480,7 +480,7 @@ impl Bootstrap {
     }
 }
 
-/// A source that ends with an error once it is told to stop.
+/// A source that fails once `stop` is cancelled.
 struct Stoppable<R> {
     source: R,
     stop: CancellationToken,
@@ -495,8 +495,8 @@ impl<R: Read> Read for Stoppable<R> {
     }
 }
 
-/// Says why a snapshot is of no use, and quarantines one that is damaged. Under its own name it would
-/// go on counting as one of the two that are kept, and the log would be trimmed behind it.
+/// Logs why a snapshot is not usable, and quarantines it if it is damaged. Otherwise it would count
+/// as one of the two that are kept, and the log would be trimmed up to it.
 fn refuse(path: &Path, error: &BackupError) {
     tracing::warn!(path = %path.display(), %error, "snapshot refused");
     if !matches!(error, BackupError::Io { .. } | BackupError::Newer { .. }) {
@@ -504,7 +504,7 @@ fn refuse(path: &Path, error: &BackupError) {
     }
 }
 
-/// What to do where a node alone has lost its log.
+/// The fix for a single node that has lost its log.
 fn restore_advice(snapshot: &Path) -> String {
     format!(
         "put the right log back, or start on an empty data directory with --restore-from {}",

@@ -1,4 +1,4 @@
-//! The log while the store is being restored: read already, applied later.
+//! Reads the log ahead while the store is being restored.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -11,11 +11,10 @@ use futures_util::future::BoxFuture;
 
 use crate::log::{Entry, ReadError, Subscription};
 
-/// Entries handed out at once.
+/// The most entries that one call returns.
 const GIVE_MAX: usize = 64;
 
-/// A subscription that can run ahead of its reader, by a bounded number of bytes. Beyond that the
-/// log keeps what comes.
+/// A subscription that reads ahead, up to a number of bytes. Later entries stay in the log.
 pub struct Buffered {
     log: Box<dyn Subscription>,
     held: VecDeque<Entry>,
@@ -23,7 +22,7 @@ pub struct Buffered {
     counts: Arc<BufferCounts>,
 }
 
-/// What a buffer holds; others may look.
+/// The contents of a buffer, shared with other tasks.
 #[derive(Debug, Default)]
 pub struct BufferCounts {
     batches: AtomicU64,
@@ -31,7 +30,7 @@ pub struct BufferCounts {
 }
 
 impl BufferCounts {
-    /// Batches.
+    /// The number of batches.
     #[must_use]
     pub fn batches(&self) -> u64 {
         self.batches.load(Ordering::Relaxed)

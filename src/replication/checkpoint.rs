@@ -1,7 +1,7 @@
-//! When this replica votes, and which checkpoints of others count.
+//! Decides when this replica votes, and which checkpoints of others count.
 //!
-//! While writes go on, each replica votes on every mark once, an interval after the last time it
-//! sent a checkpoint. After writes have ended, all vote on the last mark once more and are then
+//! During writes each replica votes on every mark once, an interval after it last sent a
+//! checkpoint. After the last write all replicas vote on the last mark once more and are then
 //! silent. While replicas disagree, they vote on that mark every half second, until it is
 //! [settled](super::votes).
 
@@ -21,13 +21,13 @@ use crate::log::{Chain, Checkpoint, ClusterKey, LogId, Mac, Position, RandomId, 
 
 /// How often a replica votes while replicas disagree.
 const DISPUTE_INTERVAL: Duration = Duration::from_millis(500);
-/// How often a replica whose state is in doubt votes, where there is no dispute that others take part
-/// in; more often if the interval is shorter.
+/// How often a replica whose state is in doubt votes while there is no dispute; more often if the
+/// configured interval is shorter.
 const DOUBT_INTERVAL_MAX: Duration = Duration::from_secs(2);
-/// How often checkpoints that do not count are logged at most.
+/// The least time between two log lines about rejected checkpoints.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 
-/// What a replica knows of the votes of all, and when it votes itself. Clones share it.
+/// The votes of all replicas, and the time of this replica's next vote. Clones share it.
 #[derive(Clone)]
 pub struct Checkpoints(Arc<Inner>);
 
@@ -40,19 +40,19 @@ struct Inner {
     /// Whether writes have been applied since the last mark.
     changed: AtomicBool,
     state: Mutex<State>,
-    /// There is something to send, or it is to be sent sooner.
+    /// Notified when the next vote is due sooner.
     sooner: Notify,
     metrics: CheckpointMetrics,
 }
 
-/// Handles of what is measured about checkpoints.
+/// The metrics of checkpoints.
 #[derive(Clone)]
 pub struct CheckpointMetrics {
-    /// Votes of other replicas compared with the own digest.
+    /// Votes of other replicas that were compared with this replica's digest.
     pub compared: Counter,
     /// Those that differed.
     pub divergences: Counter,
-    /// Checkpoints that are no vote: not signed with the cluster's key.
+    /// Checkpoints that do not count, because they are not signed with the cluster's key.
     pub rejected: Counter,
 }
 
@@ -70,10 +70,10 @@ impl CheckpointMetrics {
 
 struct State {
     votes: Votes,
-    /// From here on the state is complete: before, a restored store may hold effects of later
+    /// The state is complete from here on. Before, a restored store may hold effects of later
     /// batches. `None` while there is no state.
     complete_from: Option<Seq>,
-    /// Whether the log's end was reached: a replica that reads old batches does not vote on them.
+    /// Whether the log's end was reached: a replica that catches up does not vote on old batches.
     caught_up: bool,
     /// When this replica votes next.
     next: Instant,
@@ -85,7 +85,7 @@ struct State {
 }
 
 impl Checkpoints {
-    /// For the replica `me` on `log`, which votes every `interval`, if at all.
+    /// For replica `me` on `log`, which votes every `interval`; `None` if there are no others.
     #[must_use]
     pub fn new(
         me: RandomId,
@@ -114,16 +114,17 @@ impl Checkpoints {
         }))
     }
 
-    /// The log is applied from here on; the state is complete from batch `complete_from` on.
+    /// Called before the log is applied. The state is complete from batch `complete_from` on.
     pub fn begin(&self, complete_from: Seq) {
         let mut state = self.0.state.lock();
         state.complete_from = Some(complete_from);
         state.caught_up = false;
-        // What came out of a file is compared even if nobody writes any more.
+        // A restored state is compared even if there are no more writes.
         self.0.changed.store(complete_from > 0, Ordering::Relaxed);
     }
 
-    /// The log's end was reached. Returns why the state may be wrong, if the votes so far say so.
+    /// Called when the log's end is reached. Returns why the state may be wrong, if the votes so
+    /// far contradict it.
     pub(super) fn caught_up(&self) -> Option<Doubt> {
         let mut state = self.0.state.lock();
         state.caught_up = true;
@@ -135,7 +136,7 @@ impl Checkpoints {
         state.votes.doubt()
     }
 
-    /// The state is discarded: there is nothing to vote for until the next one has begun.
+    /// Called when the state is discarded. This replica does not vote until [`begin`](Self::begin).
     pub(super) fn end(&self) {
         let mut state = self.0.state.lock();
         state.votes = Votes::new(self.0.me);
@@ -144,7 +145,7 @@ impl Checkpoints {
         self.0.changed.store(false, Ordering::Relaxed);
     }
 
-    /// A batch that sets something was applied.
+    /// Called when a batch with writes was applied.
     pub(super) fn changed(&self) {
         self.0.changed.store(true, Ordering::Relaxed);
     }
@@ -178,7 +179,7 @@ impl Checkpoints {
             Comparison::Different { .. } => {
                 self.0.metrics.compared.increment(1);
                 self.0.metrics.divergences.increment(1);
-                // The others are to see it at once.
+                // Let the others see the difference at once.
                 state.next = Instant::now();
                 self.0.sooner.notify_one();
             }
@@ -194,7 +195,7 @@ impl Checkpoints {
         observed
     }
 
-    /// Resolves when it is this replica's turn. Cancel-safe.
+    /// Resolves when it is this replica's turn to send a checkpoint. Cancel-safe.
     pub(super) async fn due(&self) {
         let Some(interval) = self.0.interval else {
             return std::future::pending().await;
@@ -218,7 +219,7 @@ impl Checkpoints {
         }
     }
 
-    /// The checkpoint for the batch that is made now, if it is this replica's turn.
+    /// The checkpoint for the next batch, if it is this replica's turn.
     pub(super) fn next(&self) -> Option<Checkpoint> {
         let interval = self.0.interval?;
         let mut state = self.0.state.lock();
@@ -278,8 +279,8 @@ impl State {
         }
     }
 
-    /// Three quarters of `interval` to five, another part each time: replicas that started together
-    /// do not vote together. Their ids are random already.
+    /// 0.75 to 1.25 times `interval`, different each time, so that replicas that started together
+    /// do not vote together. The replica's id is the random seed.
     fn jittered(&mut self, me: RandomId, interval: Duration) -> Duration {
         self.pauses += 1;
         let part = xxh3_64_with_seed(&me.bytes(), self.pauses) as f64;

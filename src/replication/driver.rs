@@ -1,6 +1,6 @@
-//! The recovery loop: brings a replica's state to a position, applies the log from there, and does
-//! the next step whenever that ends. A replicated log has no final error: what a broker or a peer
-//! says now may be otherwise later, so each step is tried again, with one backoff.
+//! The recovery loop: recovers a replica's state, applies the log from there, and when that ends
+//! decides on the next step. On a replicated log no error is final, because a broker or a peer may
+//! give another answer later. So each step is tried again, with backoff.
 
 use std::time::Duration;
 
@@ -16,45 +16,46 @@ use crate::readiness::{NodeState, Readiness};
 
 const BACKOFF_MIN: Duration = Duration::from_millis(250);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// How often the log's end is asked for again while a replica catches up with it.
+/// How often the log's end is requested while a replica catches up with it.
 const FETCH_END_EVERY: Duration = Duration::from_secs(1);
 
-/// Keeps a store at its place in a log.
+/// Recovers a replica's state and keeps it up to date with the log.
 pub struct ReplicaDriver {
-    /// How to get to a position.
+    /// Recovers a state.
     pub bootstrap: Bootstrap,
-    /// How to go on from there.
+    /// Applies the log.
     pub applier: Applier,
-    /// Whether the replica may answer.
+    /// The replica's readiness.
     pub readiness: Readiness,
-    /// Writes snapshots, where any are kept.
+    /// Writes snapshots; `None` without a data directory.
     pub snapshotter: Option<Snapshotter>,
     /// Counts gaps.
     pub gaps: Counter,
-    /// Counts states that were replaced.
+    /// Counts states that were discarded.
     pub resyncs: Counter,
 }
 
-/// How to get to a complete state.
+/// The next step of the recovery loop.
 #[derive(Debug, Clone, Copy)]
 enum NextStep {
-    /// From a snapshot, a peer or the whole log, at least to this position. The store is empty.
+    /// Recover from a snapshot, a peer or the whole log, up to this position at least. The store is
+    /// empty.
     Bootstrap { at_least: Seq },
-    /// The state is complete from this position on, and the log may lead on from it.
+    /// Read the log from the store's position. The state is complete from this position on.
     Resume { complete_from: CompleteFrom },
-    /// The log goes on without what this replica has: as `Bootstrap`, after its state was discarded.
+    /// Discard the state, then do the same as `Bootstrap`.
     Resync {
         /// Whether its state and its snapshots may be wrong.
         doubtful: bool,
         at_least: Seq,
     },
-    /// Nothing helps but a restart: a log of this node alone is damaged.
+    /// Stay unready until a restart: the log of a single node is damaged.
     Stay,
 }
 
 impl ReplicaDriver {
-    /// Follows the log for ever. The store holds what belongs at the position if it is `seeded`, and
-    /// is empty if not.
+    /// Follows the log forever. If `seeded`, the store holds the state at its position; otherwise
+    /// it is empty.
     pub async fn run(self, seeded: bool) {
         let mut step = match seeded {
             true => NextStep::Resume {
@@ -95,13 +96,14 @@ impl ReplicaDriver {
     async fn bootstrap(&self, at_least: Seq) -> Result<Recovered, BootstrapError> {
         let recovered = self.bootstrap.run(&self.readiness, at_least).await;
         if recovered.is_ok() {
-            // What was sent meanwhile is in the state, or is delivered as another writer's.
+            // Batches that were sent meanwhile are in the state, or are delivered as another
+            // writer's.
             self.applier.in_flight.forget_all();
         }
         recovered
     }
 
-    /// Applies the log; the replica is ready once its state is complete. Returns why that ended.
+    /// Applies the log, and makes the replica ready once it has caught up. Returns why that ended.
     async fn follow(&self, recovered: Recovered, logged: &mut String) -> ApplyError {
         let Recovered {
             mut subscription,
@@ -145,8 +147,8 @@ impl ReplicaDriver {
         applying.await
     }
 
-    /// Waits until the log's end is applied, as it was when this was called: whatever was acknowledged
-    /// before is in the state then. A log that loses that end lowers the target.
+    /// Waits until the log is applied up to the end that it had at the call, so that the state
+    /// includes every write acknowledged before. If the log loses that end, the target is lowered.
     async fn catch_up(&self, complete_from: Seq) -> Result<(), ReadError> {
         let (log, applied) = (&self.bootstrap.log, &self.bootstrap.applied);
         let mut target = log.fetch_bounds().await?.end.max(complete_from);
@@ -187,7 +189,7 @@ impl ReplicaDriver {
         let resume = NextStep::Resume { complete_from };
         match error {
             ApplyError::Diverged { .. } => resync(true, 0),
-            // Of a log that lacks these batches only a backup helps that includes them.
+            // The log lacks these batches, so only a backup that includes them helps.
             ApplyError::Gap { applied, .. }
             | ApplyError::Log(ReadError::NotHeld { wanted: applied }) => {
                 self.gaps.increment(1);
@@ -212,7 +214,7 @@ impl ReplicaDriver {
         }
     }
 
-    /// Where a backup must reach to have the batches that are missing in the log.
+    /// The position that a backup must reach to include the batches that the log lacks.
     fn after_gap(&self, error: &ApplyError) -> Seq {
         match error {
             ApplyError::Gap { got, .. } => got.saturating_sub(1),
@@ -252,13 +254,14 @@ impl ReplicaDriver {
                 }
             }
             (NextStep::Resume { complete_from }, _) => NextStep::Resume { complete_from },
-            // Nobody has what the log left out: the log may deliver it by now, or stop there again.
+            // No source has the missing batches. The log may deliver them by now, or fail there
+            // again.
             _ => NextStep::Bootstrap { at_least: 0 },
         }
     }
 
-    /// Writes a snapshot of a state that nothing is added to: of a log that is lost, this is all there
-    /// is since the last one.
+    /// Writes a snapshot of the state. If the log is lost, this may be the only copy of the writes
+    /// since the last snapshot.
     async fn keep_state(&self) {
         if let Some(snapshotter) = &self.snapshotter {
             let epoch = self.bootstrap.store.epoch();
@@ -266,8 +269,8 @@ impl ReplicaDriver {
         }
     }
 
-    /// Empties the store. A state that may be wrong is kept until there is another source: it is more
-    /// than none.
+    /// Empties the store. A state that may be wrong is kept until there is another source, because
+    /// it may be the only one.
     async fn discard_state(&self, doubtful: bool) {
         self.applier.checkpoints.end();
         if doubtful {
@@ -275,7 +278,7 @@ impl ReplicaDriver {
         }
         self.resyncs.increment(1);
         self.applier.in_flight.forget_all();
-        // In this order: a snapshot that is being written is not kept once the store is another one.
+        // In this order: a snapshot that is being written fails once the store has another epoch.
         self.bootstrap.store.clear();
         self.bootstrap.applied.cleared();
         if doubtful && let Some(snapshotter) = &self.snapshotter {
@@ -303,7 +306,7 @@ fn log_once(error: &str, what: &'static str, logged: &mut String) {
     }
 }
 
-/// Pauses between steps: short at first, as a peer is often about to be ready.
+/// Pauses between steps: short at first, because a peer is often ready soon.
 struct Backoff(Duration);
 
 impl Default for Backoff {

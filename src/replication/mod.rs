@@ -2,24 +2,23 @@
 //!
 //! > A replica's state is exactly its log's batches, in order, up to its position.
 //!
-//! No write, be it a patch or a deletion, is applied anywhere but at its batch's place in the log,
-//! this process's own too. So:
+//! Every write, whether a patch or a deletion, is applied at its batch's position in the log. That
+//! includes this process' own writes. So:
 //!
 //! - [`Writer`] collects waiting writes into a batch and appends it to the log. It touches no
 //!   record.
-//! - [`Applier`] takes the log's entries one after the other, demands that each is the one after
-//!   the last, applies it, and then answers the requests whose writes were in it. A batch that
-//!   this process sent carries a ticket; the log hands its writes back from memory, so that nothing
-//!   is decoded.
-//! - [`Applied`] is the position. A reply never leaves before the position covers its write: who
-//!   got one reads the write back at once.
+//! - [`Applier`] applies the log's entries in order, checks that none is missing, and answers the
+//!   requests whose writes were in them. A batch that this process sent carries a ticket; the log
+//!   returns its writes from memory, without decoding them.
+//! - [`Applied`] is the position. A write is answered only after the position covers it, so a
+//!   client that has the answer can read its write at once.
 //!
-//! [`ReplicaDriver`] gets the state to a position ([`Bootstrap`]: a snapshot, a peer's backup or the
-//! whole log) and keeps it there. When the log goes on without this replica, because it was away for
-//! too long, or when a majority of the replicas holds something else ([`Checkpoints`]), it is not ready, discards
-//! its state and recovers from a peer.
+//! [`ReplicaDriver`] recovers a state at a position ([`Bootstrap`]: from a snapshot, a peer's
+//! backup or the whole log) and then applies the log. If the log has trimmed batches that this
+//! replica has not applied, or a majority of the replicas has another digest ([`Checkpoints`]), the
+//! replica becomes unready, discards its state and bootstraps again.
 //!
-//! A request whose client went away is still written once: only its answer is dropped.
+//! If a client disconnects, its request is still written once; only the answer is dropped.
 
 mod applied;
 mod applier;

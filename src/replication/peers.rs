@@ -1,4 +1,4 @@
-//! The other replicas on this log: those that the broker knows of and those given by hand.
+//! The other replicas on this log: those found through the broker, and those given with `--peer`.
 
 use std::cmp::Reverse;
 use std::sync::Arc;
@@ -11,46 +11,46 @@ use serde::Serialize;
 use crate::log::{Log, RandomId, Seq};
 use crate::remote::{Incoming, Reach, RemoteError};
 
-/// How often the others are asked.
+/// How often the peers are asked for their state.
 const ASK_EVERY: Duration = Duration::from_secs(2);
-/// How long a peer may be silent before it is taken for away.
+/// How long a peer may be silent before a request to it fails.
 pub const SILENCE_MAX: Duration = Duration::from_secs(10);
-/// How long one that was given by hand may take to say how far it is.
+/// How long a `--peer` may take to answer with its position.
 const OFFER_WAIT_MAX: Duration = Duration::from_secs(2);
-/// What a peer that gives backups says of itself.
+/// The state of a peer that gives backups.
 const READY: &str = "ready";
 
-/// Another replica, as it was when it was last asked.
+/// Another replica, as of the last time it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Peer {
-    /// Where its write port is reached.
+    /// The URL of its write port.
     pub url: Box<str>,
-    /// Its process start; `null` while one given by hand has not answered.
+    /// Its node id; `null` for a `--peer` that has not answered.
     pub node: Option<Box<str>>,
-    /// Its program's version, where the broker told.
+    /// Its program's version, if it was found through the broker.
     pub version: Option<Box<str>>,
-    /// `ready`, or why not in a word or more.
+    /// `ready`, or why not.
     pub state: Box<str>,
-    /// The last batch that it had applied.
+    /// The last batch that it has applied.
     pub position: Option<Seq>,
-    /// Whether it had reached its memory limit.
+    /// Whether it has reached its memory limit.
     pub full: bool,
 }
 
 impl Peer {
-    /// Whether it would give a backup.
+    /// Whether it gives backups.
     #[must_use]
     pub fn ready(&self) -> bool {
         &*self.state == READY
     }
 
-    /// Whether it has said itself that it would not.
+    /// Whether it has announced that it does not.
     pub(super) fn announced_unready(&self) -> bool {
         self.version.is_some() && !self.ready()
     }
 }
 
-/// Finds the other replicas. Clones are the same.
+/// Finds the other replicas. Clones share the state.
 #[derive(Clone)]
 pub struct Peers(Arc<Inner>);
 
@@ -63,7 +63,7 @@ struct Inner {
 }
 
 impl Peers {
-    /// Those on `log`, and those whose write ports are at `by_hand`, asked by way of `reach`.
+    /// Finds the replicas on `log`, and those whose write ports are at `by_hand`, using `reach`.
     #[must_use]
     pub fn new(
         me: RandomId,
@@ -80,13 +80,13 @@ impl Peers {
         }))
     }
 
-    /// Those that answered last time.
+    /// The peers as of the last time they were asked.
     #[must_use]
     pub fn known(&self) -> Vec<Peer> {
         self.0.known.lock().clone()
     }
 
-    /// Where a ready one is reached that had reached its memory limit, if there is one.
+    /// The URL of a ready peer that has reached its memory limit, if there is one.
     #[must_use]
     pub fn full(&self) -> Option<Box<str>> {
         let known = self.0.known.lock();
@@ -94,7 +94,7 @@ impl Peers {
         full.map(|peer| peer.url.clone())
     }
 
-    /// Asks all of them; the one that is furthest comes first.
+    /// Asks all peers. Ready ones come first, and of these the one with the highest position.
     pub async fn ask(&self) -> Vec<Peer> {
         let offers = join_all(self.0.by_hand.iter().map(|url| self.ask_by_hand(url)));
         let (announced, offers) = tokio::join!(self.0.log.peers(), offers);
@@ -117,7 +117,7 @@ impl Peers {
                 peer.url == offer.url || (offer.node.is_some() && peer.node == offer.node)
             });
             match known {
-                // Who gave it by hand knows a way.
+                // The operator's URL takes precedence over the announced one.
                 Some(peer) => peer.url = offer.url,
                 None => found.push(offer),
             }
@@ -127,7 +127,7 @@ impl Peers {
         found
     }
 
-    /// Asks them now and then, for ever.
+    /// Asks the peers every two seconds; never returns.
     pub async fn watch(&self) {
         if !self.0.log.is_replicated() && self.0.by_hand.is_empty() {
             return std::future::pending().await;
@@ -139,7 +139,7 @@ impl Peers {
         }
     }
 
-    /// Begins to fetch the backup of `peer`.
+    /// Starts to fetch the backup of `peer`.
     pub(super) async fn backup(&self, peer: &Peer) -> Result<Incoming, RemoteError> {
         self.0.reach.backup(&peer.url).await
     }

@@ -1,4 +1,4 @@
-//! A new log that begins with a backup.
+//! Seeds a new log from a backup.
 
 use std::fs;
 use std::path::Path;
@@ -10,11 +10,12 @@ use crate::backup::{self, Snapshots};
 use crate::log::{Log, Position};
 use crate::store::Store;
 
-/// Fills `store` from the backup at `path`; `log` is new and begins where the backup ends, so that a
-/// client's `Grade-Position` never goes back. Blocks.
+/// Restores `store` from the backup at `path`. `log` is new and begins after the backup's end, so
+/// that clients never see a `Grade-Position` go back. Blocks.
 ///
 /// # Errors
-/// The log or the snapshots are not new, or the file is no whole backup. The store is empty then.
+/// The log holds batches, there are snapshots, or the file cannot be restored. The store is empty
+/// then.
 pub fn restore_seed(
     path: &Path,
     store: &Store,

@@ -1,4 +1,5 @@
-//! Writes snapshots while the node runs, and lets the log forget what they make superfluous.
+//! Writes snapshots while the node runs, and trims the batches from the log that they make
+//! redundant.
 
 use std::io;
 use std::sync::Arc;
@@ -14,26 +15,26 @@ use crate::log::{Log, Seq};
 use crate::readiness::Readiness;
 use crate::store::Store;
 
-/// Writes snapshots of one store. Clones are the same.
+/// Writes snapshots of one store. Clones share the state.
 #[derive(Clone)]
 pub struct Snapshotter {
     /// The records.
     pub store: Store,
-    /// How far they have come.
+    /// The position of the records.
     pub applied: Applied,
     /// The log they come from.
     pub log: Arc<dyn Log>,
-    /// Where snapshots go.
+    /// The snapshots on disk.
     pub snapshots: Snapshots,
-    /// What was written last.
+    /// The last snapshot.
     pub last: LastSnapshot,
-    /// Held while one is written: two at one position would write the same file.
+    /// Held while a snapshot is written: two at one position would write the same file.
     pub writing: Arc<tokio::sync::Mutex<()>>,
-    /// Where they are written.
+    /// The threads that write them.
     pub blocking: Blocking,
 }
 
-/// The last snapshot that this process wrote or started from. Clones are the same.
+/// The last snapshot that this process wrote or started from. Clones share it.
 #[derive(Clone, Default)]
 pub struct LastSnapshot(Arc<Mutex<State>>);
 
@@ -43,8 +44,8 @@ struct State {
     failures: u64,
 }
 
-/// What a backup that begins now says first. The position is taken before the scan: what that sees
-/// beyond it, replay repairs.
+/// The head of a backup that begins now. Its position is taken before the scan: replaying the log
+/// from there overwrites the later effects that the scan sees.
 #[must_use]
 pub fn backup_head(store: &Store, applied: &Applied, log: &dyn Log) -> Head {
     let position = applied.position();
@@ -60,7 +61,7 @@ pub fn backup_head(store: &Store, applied: &Applied, log: &dyn Log) -> Head {
 }
 
 impl LastSnapshot {
-    /// What was written and how long ago.
+    /// The last snapshot and its age.
     #[must_use]
     pub fn written(&self) -> Option<(Written, Duration)> {
         let written = self.0.lock().written.clone()?;
@@ -68,12 +69,12 @@ impl LastSnapshot {
         Some((written, age))
     }
 
-    /// This one is the last.
+    /// Sets the last snapshot.
     pub fn set(&self, written: Written) {
         self.0.lock().written = Some(written);
     }
 
-    /// How many could not be written since the start.
+    /// How many snapshots have failed since the start.
     #[must_use]
     pub fn failures(&self) -> u64 {
         self.0.lock().failures
@@ -81,11 +82,11 @@ impl LastSnapshot {
 }
 
 impl Snapshotter {
-    /// Writes one every `interval` until `stop`, while reads are whole.
+    /// Writes a snapshot every `interval` until `stop`, if the replica is ready.
     pub async fn run(self, interval: Duration, readiness: Readiness, stop: CancellationToken) {
         let mut every = tokio::time::interval(interval);
         every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        // The first tick is at once.
+        // The first tick completes at once.
         every.tick().await;
         while stop.run_until_cancelled(every.tick()).await.is_some() {
             // In this order: a store that is cleared after it was ready has another epoch.
@@ -96,8 +97,8 @@ impl Snapshotter {
         }
     }
 
-    /// Writes one, unless nothing has been applied since the last, or the store is no longer that of
-    /// `epoch` when it has been read.
+    /// Writes a snapshot, unless nothing has been applied since the last one. It fails if the store
+    /// no longer has this `epoch` at the end of the scan.
     pub async fn write_if_changed(&self, epoch: u64) {
         let _alone = self.writing.lock().await;
         let position = self.applied.position();
@@ -111,17 +112,17 @@ impl Snapshotter {
         let _ = self.write_alone(epoch).await;
     }
 
-    /// Writes one now and trims the log behind the one before it. A failure is logged and counted,
-    /// too.
+    /// Writes a snapshot now and trims the log up to the older one that is kept. A failure is also
+    /// logged and counted.
     ///
     /// # Errors
-    /// The disk refused.
+    /// The snapshot could not be written.
     pub async fn write(&self) -> io::Result<()> {
         let _alone = self.writing.lock().await;
         self.write_alone(self.store.epoch()).await
     }
 
-    /// Quarantines all of them; one that is being written now is not kept either.
+    /// Quarantines all snapshots, including one that is being written now.
     pub(super) async fn quarantine_all(&self, why: &str) {
         let _alone = self.writing.lock().await;
         self.snapshots.quarantine_all(why);

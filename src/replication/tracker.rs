@@ -1,4 +1,4 @@
-//! How a restore stands, for who asks while it runs.
+//! Tracks the progress of a restore.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::buffered::BufferCounts;
 use crate::backup::{Progress, Summary};
 
-/// What is being restored, or was; for `/status` and metrics. Clones are the same.
+/// The current or last restore, for `/status` and metrics. Clones share it.
 #[derive(Clone, Default)]
 pub struct RestoreTracker(Arc<Mutex<Option<Restore>>>);
 
@@ -20,33 +20,33 @@ pub struct Restore {
     pub source: Arc<str>,
     /// Its size in bytes; 0 while that is not known.
     pub bytes_total: u64,
-    /// How far it has come.
+    /// Its progress.
     pub progress: Arc<Progress>,
-    /// What was read of the log meanwhile.
+    /// The part of the log that was read ahead.
     pub buffer: Arc<BufferCounts>,
     /// When it began.
     pub begun: Instant,
     /// How long it took, once it has ended.
     pub took: Option<Duration>,
-    /// How it stands.
+    /// Its stage.
     pub stage: Stage,
 }
 
-/// How a restore stands.
+/// The stage of a restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
-    /// Rows come in.
+    /// Rows are being read.
     Restoring,
-    /// They are in; the log is read to where it ends.
+    /// The rows are restored, and the log is being applied up to its end.
     CatchingUp,
-    /// That is done.
+    /// The log's end is applied.
     Done,
-    /// It was given up.
+    /// It failed.
     Failed,
 }
 
 impl Stage {
-    /// One word.
+    /// The stage in one word.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -59,19 +59,19 @@ impl Stage {
 }
 
 impl Restore {
-    /// For how long it has run, or ran.
+    /// How long it has run, or took.
     #[must_use]
     pub fn duration(&self) -> Duration {
         self.took.unwrap_or_else(|| self.begun.elapsed())
     }
 
-    /// Rows a second.
+    /// Rows per second.
     #[must_use]
     pub fn rows_per_s(&self) -> f64 {
         self.progress.rows() as f64 / self.duration().as_secs_f64().max(0.001)
     }
 
-    /// About how long it will still take; `None` while that can't be known.
+    /// About how long it will still take; `None` while that is unknown.
     #[must_use]
     pub fn remaining(&self) -> Option<Duration> {
         let (rows, expected) = (self.progress.rows(), self.progress.rows_expected());
@@ -84,7 +84,7 @@ impl Restore {
 }
 
 impl RestoreTracker {
-    /// The restore that runs, or the last one.
+    /// The current restore, or the last one.
     #[must_use]
     pub fn current(&self) -> Option<Restore> {
         self.0.lock().clone()
@@ -122,7 +122,7 @@ impl RestoreTracker {
         }
     }
 
-    /// The log has been read to its end.
+    /// Called when the log's end is applied.
     pub(super) fn done(&self) {
         if let Some(restore) = self.0.lock().as_mut()
             && restore.stage == Stage::CatchingUp

@@ -1,14 +1,14 @@
-//! Counting the votes of all replicas on what the state is, from the log alone.
+//! Counts the votes of all replicas on the state, from the log alone.
 //!
 //! A batch that carries a checkpoint is a *mark*: every replica notes its own digest right after it.
 //! A checkpoint about a mark is a *vote*. All votes on a mark come after it in the log, so a replica
-//! that was there at the mark has seen all of them, whenever it started; of a mark before its start
-//! it concludes nothing.
+//! that has read the mark sees all of them, whenever it started. It concludes nothing about marks
+//! before its start.
 //!
-//! - One vote per replica id and mark: the first one. Later ones of the same replica only advance
-//!   its *round*, which is part of what it signs; a copy of a vote advances nothing.
-//! - A vote with another chain is about another history. It is no vote here.
-//! - The *mark before* a mark is the newest one on which somebody had voted when the mark was
+//! - Each replica id has one vote per mark: its first. A later vote of the same replica only raises
+//!   its *round*, which is signed, so a copy of a vote has no effect.
+//! - A vote with another chain is about another history and does not count.
+//! - The *mark before* a mark is the newest one on which any replica had voted when the mark was
 //!   written. The *electors* of a mark are the ids that voted on it or on the one before (or on one
 //!   between the two, which was opened at the same time). A *majority* is more than half of them.
 //! - A mark is *settled* at the first vote of round [`ROUNDS`]. Later votes on it change nothing.
@@ -22,11 +22,11 @@
 //! | settlement | a majority contradicts it | [`Verdict::Overruled`] |
 //! | settlement | it voted, and most votes are not for its digest | [`Verdict::Undecided`] |
 //!
-//! Votes that contradict each other are no reason for doubt by themselves: before the settlement the
-//! other votes are still to come. At the settlement a replica keeps its readiness if most of the
-//! *votes* are for its digest, although half of the *electors* or more are silent; to discard a
-//! state takes a majority of the electors. A replica that does not know the mark before a mark does
-//! not know the electors, and is neither contradicted, upheld nor overruled there.
+//! Votes that contradict each other are no reason for doubt by themselves, because more votes may
+//! follow before the settlement. At the settlement a replica stays ready if most of the *votes* are
+//! for its digest, even if half of the *electors* or more are silent. Only a majority of the
+//! electors makes a replica discard its state. A replica that does not know the mark before a mark
+//! does not know the electors, and is neither contradicted, upheld nor overruled there.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -34,10 +34,10 @@ use std::fmt;
 use crate::grade::Digest;
 use crate::log::{Chain, Checkpoint, RandomId, Seq};
 
-/// At which round of any replica a mark is settled. At the pace of a dispute it is reached after two
-/// seconds: some round trips, and a broker that was away for a moment.
+/// A mark is settled when any replica reaches this round. In a dispute that takes two seconds,
+/// which leaves time for some round trips and a short outage of the broker.
 pub(super) const ROUNDS: u32 = 5;
-/// How many marks are remembered. Ten replicas in a dispute make twenty a second.
+/// How many marks are remembered. Ten replicas in a dispute make twenty per second.
 const MARKS_MAX: usize = 1024;
 /// How many ids may vote on a mark. Ephemeral replicas have a new id after each start.
 const VOTES_MAX: usize = 256;
@@ -49,7 +49,7 @@ pub(super) type KnownMark = (Seq, Vec<(RandomId, Digest)>, bool);
 /// The marks and the votes on them, as one replica has seen them.
 pub(super) struct Votes {
     me: RandomId,
-    /// The oldest first.
+    /// From the oldest to the newest.
     marks: VecDeque<Mark>,
     /// The newest mark that has writes before it and that this replica has not voted on.
     unvoted: Option<Seq>,
@@ -61,7 +61,7 @@ struct Mark {
     chain: Chain,
     /// This replica's digest there; `None` while its state was not complete.
     own: Option<Digest>,
-    /// The first vote first; one a replica.
+    /// In the order of the log; one per replica.
     votes: Vec<Vote>,
     /// The batch with the first vote.
     opened_at: Option<Seq>,
@@ -81,7 +81,7 @@ pub(super) struct Marked {
     pub(super) chain: Chain,
     /// This replica's digest right after the batch; `None` if its state is not complete there.
     pub(super) own: Option<Digest>,
-    /// Whether the batches since the last mark set anything.
+    /// Whether there were writes since the last mark.
     pub(super) changed: bool,
     pub(super) checkpoint: Checkpoint,
 }
@@ -126,46 +126,46 @@ impl fmt::Display for Doubt {
     }
 }
 
-/// What a vote of another replica says.
+/// How the vote of another replica compares with this replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Comparison {
-    /// Nothing that can be compared here.
+    /// There was nothing to compare.
     None,
-    /// The other replica holds the same.
+    /// The digests are the same.
     Same,
-    /// It holds something else.
+    /// The digests differ.
     Different {
         /// This replica's digest.
         own: Digest,
     },
-    /// It read another history up to the mark.
+    /// The other replica read another history up to the mark.
     Fork {
         /// This replica's chain.
         own: Chain,
     },
-    /// It has voted for another digest at this mark before.
+    /// The other replica has voted for another digest at this mark before.
     Equivocation {
-        /// That digest, which counts.
+        /// Its first digest, which counts.
         first: Digest,
     },
 }
 
-/// What follows from a vote for this replica.
+/// The consequence of a vote for this replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// Nothing new.
     Unchanged,
-    /// A majority holds something else. More votes may change that until the mark is settled.
+    /// A majority has another digest. More votes may change that until the mark is settled.
     Contradicted(Doubt),
-    /// The mark is settled, and most votes are not for what this replica holds.
+    /// The mark is settled, and this replica's digest does not have most of the votes.
     Undecided(Doubt),
-    /// The mark is settled, and a majority holds something else.
+    /// The mark is settled, and a majority has another digest.
     Overruled(Doubt),
-    /// A majority holds what this replica holds, which was in doubt.
+    /// A majority has the digest of this replica, which was in doubt.
     Upheld(Seq),
 }
 
-/// What comes out of observing a vote.
+/// The result of observing a vote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Observed {
     pub(super) comparison: Comparison,
@@ -182,7 +182,7 @@ impl Observed {
     };
 }
 
-/// What a replica votes.
+/// The contents of a vote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Ballot {
     pub(super) position: Seq,
@@ -196,7 +196,7 @@ pub(super) struct Ballot {
 pub(super) enum Turn {
     /// Nothing.
     Silent,
-    /// A checkpoint that is no vote, so that there is a mark.
+    /// A checkpoint without a vote, to make a mark.
     Mark,
     /// A vote.
     Vote(Ballot),
@@ -226,7 +226,7 @@ impl Mark {
         self.votes.iter().filter(same).count()
     }
 
-    /// The digest other than `own` that has the most votes, of equals the first; and how many.
+    /// The digest other than `own` with the most votes (of equals, the first), and their number.
     fn strongest_other(&self, own: Digest) -> Option<(&Vote, usize)> {
         let mut strongest: Option<(&Vote, usize)> = None;
         for vote in self.votes.iter().filter(|vote| vote.digest != own) {
@@ -238,7 +238,7 @@ impl Mark {
         strongest
     }
 
-    /// Whether a vote differs from this replica's digest, and no conclusion was drawn.
+    /// Whether a vote differs from this replica's digest, and the mark is not settled.
     fn is_disputed(&self) -> bool {
         let differs = |own| self.votes.iter().any(|vote| vote.digest != own);
         !self.settled && self.own.is_some_and(differs)
@@ -265,7 +265,7 @@ impl Votes {
         self.disputed().is_some()
     }
 
-    /// Counts the vote that `marked` carries, and notes the mark that it is.
+    /// Counts the vote in `marked`, and adds the batch as a mark.
     pub(super) fn observe(&mut self, marked: &Marked) -> Observed {
         let observed = self.count(marked.seq, &marked.checkpoint);
         if self.marks.len() == MARKS_MAX {
@@ -295,7 +295,7 @@ impl Votes {
             mac: _,
         } = *checkpoint;
         let mine = replica == self.me;
-        // At 0 there is nothing to disagree on.
+        // A checkpoint at 0 is not a vote: there is no mark at 0.
         let found = self
             .marks
             .binary_search_by_key(&position, |mark| mark.position);
@@ -354,8 +354,8 @@ impl Votes {
         observed
     }
 
-    /// What the votes on the mark at `index` say about this replica, now that one was added, which
-    /// `settles` it.
+    /// Draws the conclusion for this replica after a vote on the mark at `index` was added, and
+    /// whether that vote `settles` the mark.
     fn conclude(&mut self, index: usize, settles: bool) -> Verdict {
         let electors = self.electors(index);
         let me = self.me;
@@ -372,7 +372,7 @@ impl Votes {
             electors.is_some_and(|electors| electors.majority(me, votes))
         };
         if by_majority(agreeing) {
-            // What is said of an older mark is no reason to trust the state at a newer one.
+            // Agreement on an older mark does not remove a doubt about a newer one.
             let position = mark.position;
             return match self.doubt.take_if(|doubt| doubt.position <= position) {
                 Some(_) => Verdict::Upheld(position),
@@ -390,7 +390,7 @@ impl Votes {
             replica: other.replica,
             majority,
         };
-        // Most of the votes suffice to go on, also where this replica's own is not among them.
+        // Most of the votes suffice to stay ready, even if this replica's own is not among them.
         let most_agree = 2 * agreeing > mark.votes.len();
         let verdict = match (settles, majority) {
             (true, true) => Verdict::Overruled(doubt),
@@ -484,8 +484,8 @@ impl Votes {
         electors.is_some_and(|electors| electors.0.iter().all(|id| mark.has_vote_of(*id)))
     }
 
-    /// This replica's vote on the mark at `index`, or its next one. There is none where its state is
-    /// not the one that it voted for, before it was restarted.
+    /// This replica's next vote on the mark at `index`. `None` if its state was not complete there,
+    /// or is not the one that it voted for before a restart.
     fn ballot(&self, index: usize) -> Option<Ballot> {
         let mark = self.marks.get(index)?;
         let voted = mark.votes.iter().find(|vote| vote.replica == self.me);

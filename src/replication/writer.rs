@@ -1,4 +1,4 @@
-//! Group commit: from waiting writes to batches in the log.
+//! Group commit: collects waiting writes into batches and appends them to the log.
 
 use std::future::{self, Future};
 use std::pin::{Pin, pin};
@@ -22,17 +22,17 @@ use crate::log::{Answer, AppendError, Batch, InFlight, Log, Seq, Ticket};
 /// The bounds of the write path.
 #[derive(Debug, Clone, Copy)]
 pub struct WriterLimits {
-    /// Requests that may wait for a batch; one more is refused. A group of a [`BulkWriter`] is one of
-    /// them.
+    /// Requests that may wait for a batch; one more is rejected. A group of a [`BulkWriter`] counts
+    /// as one.
     pub queue_requests_max: usize,
     /// Bytes of the writes that may wait.
     pub queue_bytes_max: usize,
-    /// Writes a batch. As JSON a write stays under 800 bytes, so 1,024 of them stay under the
-    /// 1 MiB that a message broker takes by default.
+    /// Writes per batch. A write is less than 800 bytes of JSON, so 1,024 of them stay below the 1
+    /// MiB that NATS accepts by default.
     pub batch_patches_max: usize,
     /// How long a write may wait for its acknowledgement, in the queue and in the log.
     pub wait_max: Duration,
-    /// Bulk writers at once; one more is refused.
+    /// Concurrent bulk writers; one more is rejected.
     pub bulks_max: usize,
 }
 
@@ -43,7 +43,7 @@ const GROUP_WRITES_MAX: usize = 1000;
 /// syncs in 0.1 ms 5 % faster (64 connections); with the other logs there was no difference.
 const TURNS: usize = 3;
 
-/// How often waiting writes are checked for having waited too long.
+/// How often writes that have waited too long are rejected.
 const EXPIRE_EVERY: Duration = Duration::from_millis(250);
 
 /// Why a write was not acknowledged.
@@ -55,7 +55,7 @@ pub enum WriteError {
     /// The replica is stopping. Nothing was written.
     #[error("the replica is stopping")]
     Stopping,
-    /// The log did not take the batch. Nothing was written.
+    /// The log rejected the batch. Nothing was written.
     #[error("{0}")]
     NotWritten(Arc<str>),
     /// The batch was sent and not acknowledged in time. It may still be applied.
@@ -81,10 +81,10 @@ struct Waiting {
 
 enum Writes {
     One(Write),
-    /// All for one batch.
+    /// All writes go into one batch.
     Group {
         writes: Vec<Write>,
-        /// Of the bulk writer, which may be gone since.
+        /// The bulk writer's permit, in case that is dropped while the group waits.
         _permit: Arc<OwnedSemaphorePermit>,
     },
 }
@@ -111,7 +111,7 @@ impl Writes {
     }
 }
 
-/// What waits for a batch, counted.
+/// Counts the requests that wait for a batch, and their bytes.
 struct Queue {
     requests: AtomicUsize,
     bytes: AtomicUsize,
@@ -120,7 +120,7 @@ struct Queue {
 }
 
 impl Queue {
-    /// Takes `writes` in, if there is space. A single request always fits an empty queue.
+    /// Admits `writes` if there is space. A single request always fits an empty queue.
     fn admit(&self, writes: &Writes) -> Result<(), WriteError> {
         let bytes = writes.bytes();
         let requests_before = self.requests.fetch_add(1, Ordering::AcqRel);
@@ -142,7 +142,7 @@ impl Queue {
     }
 }
 
-/// Where requests submit their writes. Clones feed the same queue.
+/// Submits the writes of requests. Clones share the queue.
 #[derive(Clone)]
 pub struct Writer {
     sender: mpsc::UnboundedSender<Waiting>,
@@ -152,23 +152,23 @@ pub struct Writer {
     group_writes_max: usize,
 }
 
-/// Submits writes by the group, of which all go into one batch.
+/// Submits groups of writes. All writes of a group go into one batch.
 pub struct BulkWriter {
     writer: Writer,
     permit: Arc<OwnedSemaphorePermit>,
 }
 
 impl BulkWriter {
-    /// The most writes of a group.
+    /// The most writes in a group.
     #[must_use]
     pub fn group_max(&self) -> usize {
         self.writer.group_writes_max
     }
 
     /// Submits `writes`, at most [`group_max`](Self::group_max) of them, and waits until this replica
-    /// has applied all; their batch's sequence number.
+    /// has applied them. Returns their batch's sequence number.
     ///
-    /// Dropping the future does not take them back.
+    /// Dropping the future does not cancel the writes.
     ///
     /// # Errors
     /// See [`WriteError`]: each variant says whether anything was written.
@@ -180,7 +180,7 @@ impl BulkWriter {
 }
 
 impl Writer {
-    /// A queue, and the task that empties it into `log`.
+    /// Makes a queue, and the task that appends its writes to `log`.
     #[must_use]
     pub fn new(
         log: Arc<dyn Log>,
@@ -220,9 +220,10 @@ impl Writer {
         (writer, task)
     }
 
-    /// Submits `write` and waits until this replica has applied it; its batch's sequence number.
+    /// Submits `write` and waits until this replica has applied it. Returns its batch's sequence
+    /// number.
     ///
-    /// Dropping the future does not take the write back.
+    /// Dropping the future does not cancel the write.
     ///
     /// # Errors
     /// See [`WriteError`]: each variant says whether anything was written.
@@ -230,11 +231,11 @@ impl Writer {
         self.submit_one(write)?.await
     }
 
-    /// Submits `write`. What is returned waits for it as [`write`](Self::write) does; dropping that
-    /// does not take the write back.
+    /// Submits `write`. The returned future waits for it as [`write`](Self::write) does; dropping
+    /// it does not cancel the write.
     ///
     /// # Errors
-    /// It was not taken; nothing was written.
+    /// The write was rejected. Nothing was written.
     pub fn submit_one(&self, write: Write) -> Result<PendingWrite, WriteError> {
         self.submit(Writes::One(write))
     }
@@ -271,7 +272,7 @@ impl Writer {
         Ok(PendingWrite(answered))
     }
 
-    /// Requests that wait for a batch; a group is one.
+    /// The number of requests that wait for a batch; a group counts as one.
     #[must_use]
     pub fn queue_requests(&self) -> usize {
         self.queue.requests.load(Ordering::Relaxed)
@@ -293,7 +294,7 @@ impl Future for PendingWrite {
     }
 }
 
-/// Collects what waits into batches and appends them.
+/// Collects waiting writes into batches and appends them.
 pub struct WriterTask {
     log: Arc<dyn Log>,
     in_flight: InFlight,
@@ -301,7 +302,7 @@ pub struct WriterTask {
     limits: WriterLimits,
     submitted: mpsc::UnboundedReceiver<Waiting>,
     queue: Arc<Queue>,
-    /// The oldest of what waits.
+    /// The oldest waiting writes.
     waiting: Vec<Waiting>,
     in_flight_max: usize,
     slots: Arc<Semaphore>,
@@ -310,12 +311,13 @@ pub struct WriterTask {
 }
 
 impl WriterTask {
-    /// Runs until `stop` is cancelled, what waits is appended and what was appended is applied.
+    /// Runs until `stop` is cancelled, all waiting writes are appended, and all batches are
+    /// applied.
     pub async fn run(mut self, stop: CancellationToken) {
         let log = Arc::clone(&self.log);
         let mut appends = Appends::new(&self.in_flight);
         loop {
-            // The slot first: what arrives while all are taken makes the next batch larger.
+            // The slot first: writes that arrive while all slots are in use join the next batch.
             let acquired = Arc::clone(&self.slots).acquire_owned();
             let acquired = tokio::time::timeout(EXPIRE_EVERY, acquired);
             let slot = match appends.beside(acquired).await {
@@ -346,9 +348,9 @@ impl WriterTask {
             match woken.await {
                 Woken::Closed => break,
                 Woken::Writes => {
-                    // Some turns for the tasks that are ready to run: their writes join this batch.
-                    // A batch then holds dozens of patches instead of one or two, and a writer that
-                    // is alone waits for nobody.
+                    // Yield to the tasks that are ready to run, so that their writes join this
+                    // batch. It then holds dozens of patches instead of one or two. A single client
+                    // loses no time by it.
                     for _ in 0..TURNS {
                         tokio::task::yield_now().await;
                     }
@@ -383,12 +385,12 @@ impl WriterTask {
             };
             appends.begin(ticket, log.append(batch)).await;
         }
-        // All slots are back when every batch is.
+        // All slots are free once every batch is answered or forgotten.
         let all = u32::try_from(self.in_flight_max).unwrap_or(u32::MAX);
         let _ = appends.beside(self.slots.acquire_many(all)).await;
     }
 
-    /// Takes as much of what waits as fits into one batch.
+    /// Takes as many waiting writes as fit into one batch.
     fn next_batch(&mut self) -> (Arc<[Write]>, Vec<Answer>) {
         let fitting = fitting(&self.waiting, self.limits.batch_patches_max);
         let (mut writes, mut bytes) = (Vec::with_capacity(fitting), 0);
@@ -402,7 +404,7 @@ impl WriterTask {
         (writes.into(), answers)
     }
 
-    /// Refuses writes that have waited too long while no batch could be appended.
+    /// Rejects writes that have waited too long while no batch could be appended.
     fn expire(&mut self) {
         while let Ok(another) = self.submitted.try_recv() {
             self.waiting.push(another);
@@ -442,15 +444,15 @@ fn fitting(waiting: &[Waiting], writes_max: usize) -> usize {
     fit.count().max(waiting.len().min(1))
 }
 
-/// What ended the wait for something to send.
+/// Why the writer woke up.
 enum Woken {
-    /// Writes came.
+    /// Writes wait.
     Writes,
-    /// It is time for a checkpoint.
+    /// A checkpoint is due.
     Checkpoint,
-    /// No more writes are to be taken in.
+    /// The writer must stop: it accepts no more writes.
     Stop,
-    /// None will come.
+    /// The queue is closed and empty.
     Closed,
 }
 
@@ -471,8 +473,8 @@ impl<'a> Appends<'a> {
         }
     }
 
-    /// Starts an append. It takes its place now, before any that is started later; most logs finish
-    /// it at once as well.
+    /// Starts an append. Its first poll, here, gives it its position before any later append. Most
+    /// logs also finish it then.
     async fn begin(&mut self, ticket: Ticket, mut append: BoxFuture<'a, Result<(), AppendError>>) {
         let polled = future::poll_fn(|context| Poll::Ready(append.as_mut().poll(context))).await;
         match polled {
@@ -484,10 +486,10 @@ impl<'a> Appends<'a> {
         }
     }
 
-    /// `wait`, while the appends go on.
+    /// Waits for `wait` while driving the appends.
     async fn beside<T>(&mut self, wait: impl Future<Output = T>) -> T {
         let mut wait = pin!(wait);
-        // A log that finishes its appends at once pays nothing for those that don't.
+        // Skipped for a log that finishes its appends at once.
         while !self.pending.is_empty() {
             tokio::select! {
                 biased;
@@ -498,8 +500,8 @@ impl<'a> Appends<'a> {
         wait.await
     }
 
-    /// Answers the requests of a batch that the log did not take, or may not have. One that it took
-    /// is answered when it is applied.
+    /// Answers the requests of a batch whose append failed or has an unknown outcome. Other batches
+    /// are answered when they are applied.
     fn finish(&mut self, ticket: Ticket, result: Result<(), AppendError>) {
         match &result {
             Err(error) if !self.failing => tracing::error!(%error, "write batch rejected"),

@@ -1,10 +1,9 @@
-//! Which announcements count: those that a holder of the cluster's key signed for this question.
+//! Verifies announcements: they must be signed with the cluster's key for the current request.
 //!
-//! Anybody on the broker may answer a question, also with an announcement that a replica has sent
-//! before. So each question has a random nonce, and each code is over the nonce of the question that
-//! it answers. An announcement without a valid code neither
-//! lets a stream be created nor prevents it, and nobody asks its URL for a backup: the request would
-//! carry the password.
+//! Any client of the broker may answer a request, or replay an announcement that a replica has sent
+//! before. So each request has a random nonce, and each code covers the nonce of its request. An
+//! announcement without a valid code neither allows nor prevents the creation of a stream. No
+//! replica requests a backup from its URL, because that request carries the password.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,7 +14,8 @@ use tokio::time::Instant;
 use super::broker::{Asked, Broker, Connection};
 use crate::log::{Announcement, ClusterKey};
 
-/// How often forged announcements are logged at most, and so is another process with this id.
+/// The least time between two log lines about forged announcements, or about another process that
+/// runs as this replica.
 const LOG_EVERY: Duration = Duration::from_secs(30);
 
 /// Checks announcements, and counts those that are not authentic.
@@ -40,8 +40,8 @@ impl Announcements {
         }
     }
 
-    /// Asks the replicas that `to` names; their authentic announcements, one a process. The error is
-    /// for a log line.
+    /// Asks the replicas that `to` names, and returns their authentic announcements, one per
+    /// process. The error is for a log line.
     pub(super) async fn ask(
         &self,
         broker: &dyn Broker,
@@ -64,13 +64,13 @@ impl Announcements {
         found.into_values().collect()
     }
 
-    /// How many were not authentic.
+    /// How many announcements were not authentic.
     pub(super) fn forged(&self) -> u64 {
         self.forged.lock().total
     }
 
-    /// Logs that another process runs as this replica: two that started at the same moment did not
-    /// hear each other before.
+    /// Logs that another process runs as this replica. Two that start at the same moment do not
+    /// detect each other then.
     pub(super) fn report_copy(&self, copy: &Announcement) {
         if is_due(&mut self.copy_logged_at.lock()) {
             let (url, replica) = (&*copy.url, &*copy.replica);
@@ -99,7 +99,7 @@ impl Announcements {
     }
 }
 
-/// Whether a line may be logged that was logged last at `logged_at`, which is then now.
+/// Whether a line last logged at `logged_at` may be logged again; if so, sets that to now.
 fn is_due(logged_at: &mut Option<Instant>) -> bool {
     let now = Instant::now();
     let due = |at: Instant| now.saturating_duration_since(at) >= LOG_EVERY;

@@ -1,16 +1,16 @@
-//! Appending a batch: sent once, and again only where the first attempt cannot be in the stream.
+//! Appends a batch, and sends it again only if the earlier attempt cannot be in the stream.
 //!
-//! An attempt that no server took ("no responders") was not stored and is repeated. After an attempt
-//! without an answer the outcome is unknown. A *fence* decides it: an empty batch under a new id,
-//! which the broker takes only at the known end of the stream. Once the fence is delivered, a batch
-//! that was not delivered before it is not in the stream, and is sent again under its old id. No
-//! clock decides: a process that was suspended for longer than the broker remembers message ids does
-//! the same.
+//! An attempt that is answered with "no responders" was not stored, and is repeated. If an attempt
+//! gets no answer, its outcome is unknown. A *fence* decides it: an empty batch under a new id,
+//! which the broker accepts only at the known end of the stream. Once the fence is delivered, a
+//! batch that was not delivered before it is not in the stream, and is sent again under its old id.
+//! This does not depend on a clock, so it also works for a process that was suspended for longer
+//! than the broker remembers message ids.
 //!
-//! The fence does not wait until the attempt has timed out. Where anybody else subscribes to the
-//! subject, NATS reports no missing responders: a batch sent while the stream has no leader is lost
-//! silently. Fences are small, and the broker stores at most one for each end of the stream,
-//! so they are repeated while nothing is answered. The batch itself is not.
+//! The fence is sent before the attempt has timed out. If any other client subscribes to the
+//! subject, NATS does not report "no responders", and a batch sent while the stream has no leader
+//! is lost silently. Fences are small, and the broker stores at most one for each end of the
+//! stream, so they are repeated until one is answered. The batch itself is not.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -31,10 +31,9 @@ use crate::log::{AppendError, Batch, BatchId, Seq};
 const RETRY_EVERY: Duration = Duration::from_millis(200);
 /// How long a batch waits for an answer before a fence is sent.
 const FENCE_AFTER: Duration = Duration::from_millis(300);
-/// How long after it was first sent a batch is given up.
+/// How long after its first attempt a batch is given up.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(30);
-/// A batch that the broker has stored and the consumer does not deliver in this time: the consumer
-/// is replaced.
+/// If the consumer does not deliver a stored batch in this time, it is replaced.
 const DELIVERY_WAIT_MAX: Duration = Duration::from_millis(400);
 
 /// What became of one attempt.
@@ -45,11 +44,11 @@ enum Attempt {
     NotStored(Arc<str>),
     /// It is not, and sending it again would not help.
     Refused(Arc<str>),
-    /// It was not delivered before a fence, so it is not.
+    /// A fence was delivered and the batch was not, so it is not in the stream.
     Fenced,
-    /// Another message has taken its id.
+    /// The broker reports a duplicate: a message with this id was stored before.
     IdTaken,
-    /// Nobody knows.
+    /// There was no answer.
     Unknown,
 }
 
@@ -128,8 +127,8 @@ impl Shared {
         }
     }
 
-    /// One attempt, over whichever connection there is. `in_doubt` says whether an attempt may be in
-    /// the stream, also when this is dropped; then a fence comes first.
+    /// Makes one attempt. Keeps `in_doubt` true, even if this is dropped, while an attempt may be
+    /// in the stream; the next attempt then begins with a fence.
     async fn send_once(&self, message: &Outgoing, in_doubt: &mut bool) -> Attempt {
         if *in_doubt {
             self.fence().await;
@@ -152,8 +151,8 @@ impl Shared {
         attempt
     }
 
-    /// Waits for the delivery of a stored batch, which drops this, until `give_up_at`. Has the
-    /// consumer replaced if it does not come soon.
+    /// Waits until `give_up_at` for the delivery of a stored batch; the delivery drops this future.
+    /// Has the consumer replaced if that takes longer than [`DELIVERY_WAIT_MAX`].
     async fn await_delivery(&self, give_up_at: Instant) -> Result<(), AppendError> {
         tokio::time::sleep(DELIVERY_WAIT_MAX).await;
         self.replace_consumer.notify_one();
@@ -163,18 +162,19 @@ impl Shared {
         Err(AppendError::Unknown)
     }
 
-    /// Appends an empty batch at the known end of the stream and waits until it is delivered. What
-    /// this process sent before it is in the stream by then, or will never be.
+    /// Appends an empty batch at the known end of the stream and waits until it is delivered. A
+    /// batch that this process sent before is in the stream by then, or will never be.
     pub(super) async fn fence(&self) {
-        // Where the stream ends, as a leader said that refused a fence. It counts what it has proposed
-        // to its followers, and may lose that: only a delivery or a look raises the known end.
+        // The end of the stream, according to a leader that rejected a fence. It counts messages
+        // that it has proposed to its followers and may still lose, so this does not raise the
+        // known end. Only a delivery or the stream's info does.
         let mut claimed = None;
         loop {
             let connection = self.connection_to_append().await;
             let known = self.end.load(Ordering::Acquire);
             let end = claimed.map_or(known, |claimed| known.max(claimed));
             let (id, sent) = match claimed {
-                // Somebody answers: one fence at a time is enough.
+                // A leader answers, so one fence at a time is enough.
                 Some(_) => self.send_fence(&*connection, end).await,
                 None => self.send_fences(&*connection, end).await,
             };
@@ -236,7 +236,7 @@ impl Shared {
         }
     }
 
-    /// Waits until the batch at `seq` was delivered.
+    /// Waits until the batch at `seq` is delivered; has the consumer replaced if that takes long.
     async fn await_delivered(&self, seq: Seq) {
         let is_there = |last| (last >= seq).then_some(());
         let there = self.delivered.wait_for(is_there);

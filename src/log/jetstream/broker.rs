@@ -1,5 +1,5 @@
-//! What the JetStream log needs of NATS, as a trait: the real client implements it, and so does the
-//! simulator's broker.
+//! The NATS operations that the JetStream log uses, as traits. The real client implements them, and
+//! so does the simulator's broker.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,16 +13,16 @@ use tokio_util::sync::CancellationToken;
 pub use super::raw_message::RawMessage;
 use crate::log::{Announce, Announcement, RandomId, Seq};
 
-/// Why the broker did not do what it was asked for.
+/// Why a request to the broker failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BrokerError {
-    /// No answer came in time, or the connection ended. The broker may have done it.
+    /// No answer came in time, or the connection ended. The request may have taken effect.
     #[error("{0}")]
     NoAnswer(Arc<str>),
-    /// Nobody is there to answer, as while a stream has no leader. It was not done.
+    /// NATS reports "no responders", as while a stream has no leader. The request had no effect.
     #[error("{0}")]
     NoResponders(Arc<str>),
-    /// The server is there, but the cluster's JetStream has no leader. It was not done.
+    /// The server answers, but the cluster's JetStream has no leader. The request had no effect.
     #[error("{0}")]
     NoLeader(Arc<str>),
     /// There is no stream of this name.
@@ -31,15 +31,15 @@ pub enum BrokerError {
     /// There is no consumer of this name.
     #[error("there is no consumer of this name")]
     NoConsumer,
-    /// The stream's end is not the expected one. It was not done.
+    /// The stream's end is not the expected one. The message was not stored.
     #[error("the stream ends at {end:?}, not at {expected}")]
     WrongLastSequence {
         /// What the request expected.
         expected: Seq,
-        /// Where the stream ends, if the broker said so.
+        /// The end of the stream, if the answer contains it.
         end: Option<Seq>,
     },
-    /// The broker refused, in its own words. It was not done.
+    /// The broker rejected the request; the text is its own. The request had no effect.
     #[error("{0}")]
     Refused(Arc<str>),
 }
@@ -72,34 +72,34 @@ pub trait Broker: Send + Sync + 'static {
     }
 }
 
-/// A message on its way to the stream.
+/// A message to publish to the stream.
 #[derive(Debug, Clone)]
 pub struct Outgoing {
-    /// Its headers; a condition comes on top.
+    /// Its headers, except the one for `expected_last`.
     pub headers: HeaderMap,
     /// Its payload.
     pub payload: Bytes,
-    /// The broker is to take it only if the stream ends here.
+    /// If set, the broker stores the message only if the stream ends at this position.
     pub expected_last: Option<Seq>,
 }
 
-/// The broker has stored a message.
+/// The broker's acknowledgement of a stored message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stored {
-    /// Where.
+    /// Its sequence number.
     pub seq: Seq,
-    /// Whether it was there before, under the same message id.
+    /// Whether the stream already had a message with this id.
     pub duplicate: bool,
 }
 
 /// A message as a consumer delivers it.
 #[derive(Debug, Clone)]
 pub struct Delivered {
-    /// Its place in the stream.
+    /// Its sequence number.
     pub seq: Seq,
     /// When the broker stored it, in nanoseconds since 1970.
     pub time_ns: u64,
-    /// How many messages after it the broker held then.
+    /// How many messages followed it in the stream when it was delivered.
     pub pending: u64,
     /// Its headers.
     pub headers: Option<HeaderMap>,
@@ -107,40 +107,41 @@ pub struct Delivered {
     pub payload: Bytes,
 }
 
-/// What the broker says of the stream.
+/// The broker's information about the stream.
 #[derive(Debug, Clone)]
 pub struct StreamInfo {
-    /// How it is set up.
+    /// Its configuration.
     pub config: Config,
     /// Its oldest message; one past the last when there is none.
     pub first: Seq,
     /// Its last message.
     pub last: Seq,
-    /// Who says so.
+    /// Which server answered.
     pub source: InfoSource,
 }
 
-/// Who answered a question about the stream. A server that lost its routes answers with old numbers.
+/// Which server answered a request about the stream. A server that lost its routes answers with
+/// outdated numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InfoSource {
-    /// The only server: there is nobody who could know better.
+    /// The only server.
     Unclustered,
-    /// The server that says that it leads the stream.
+    /// A server that reports itself as the stream's leader.
     Leader,
-    /// Another one.
+    /// Any other server of the cluster.
     Follower,
 }
 
-/// Which replicas are asked for their announcements.
+/// Which replicas to ask for their announcements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Asked {
-    /// All.
+    /// All replicas.
     All,
     /// Every process that runs as this replica.
     Replica(RandomId),
 }
 
-/// One connection, from its start to its end. Whatever is in doubt ends it.
+/// One connection. It does not reconnect: once it has ended, the log opens another one.
 pub trait Connection: Send + Sync + 'static {
     /// Cancelled when the connection has ended. Cancelling it ends the connection.
     fn ended(&self) -> &CancellationToken;
@@ -151,51 +152,53 @@ pub trait Connection: Send + Sync + 'static {
     /// Whether the server is a member of a cluster.
     fn is_clustered(&self) -> bool;
 
-    /// Asks about the stream.
+    /// Requests the stream's configuration and bounds.
     fn stream_info(&self) -> BoxFuture<'_, Result<StreamInfo, BrokerError>>;
 
-    /// Creates the stream. A stream of this name with another configuration is a refusal.
+    /// Creates the stream. The broker rejects this if a stream of this name has another
+    /// configuration.
     fn create_stream(&self, config: Config) -> BoxFuture<'_, Result<StreamInfo, BrokerError>>;
 
     /// Appends a message to the stream.
     fn publish(&self, message: Outgoing) -> BoxFuture<'_, Result<Stored, BrokerError>>;
 
-    /// Replaces this replica's consumer by one that starts at `from`. A start below the stream's
-    /// first message is raised, one beyond its end waits.
+    /// Replaces this replica's consumer with one that starts at `from`. If `from` is below the
+    /// stream's first message, it starts there; if `from` is beyond the end, it waits.
     fn consume(&self, from: Seq) -> BoxFuture<'_, Result<Box<dyn Consumer>, BrokerError>>;
 
     /// The message at `seq`, as it is stored; `None` if the stream does not hold it.
     fn message(&self, seq: Seq) -> BoxFuture<'_, Result<Option<RawMessage>, BrokerError>>;
 
-    /// Answers questions of replicas by `announce` until `stop`, or until the connection ends. The error is for
-    /// a log line.
+    /// Answers requests for this replica's announcement, which `announce` makes, until `stop` or
+    /// until the connection ends. The error is for a log line.
     fn announce(
         &self,
         announce: Announce,
         stop: CancellationToken,
     ) -> BoxFuture<'_, Result<(), String>>;
 
-    /// Asks replicas for their announcements, signed for `nonce`; this one answers as well, if it is
-    /// asked and announces itself. Anybody may have sent them. The error is for a log line.
+    /// Asks replicas for announcements that are signed for `nonce`. This replica answers too, if it
+    /// is asked and announces itself. The answers are not verified: any client may have sent them.
+    /// The error is for a log line.
     fn ask_peers(
         &self,
         to: Asked,
         nonce: RandomId,
     ) -> BoxFuture<'_, Result<Vec<Announcement>, String>>;
 
-    /// Ends the connection without sending what waits.
+    /// Ends the connection and drops messages that were not sent yet.
     fn close(&self) -> BoxFuture<'_, ()>;
 }
 
-/// Deliveries of a stream's messages, in order.
+/// Delivers a stream's messages in order.
 pub trait Consumer: Send {
-    /// The next message; waits for it. Cancel-safe.
+    /// Waits for the next message. Cancel-safe.
     ///
     /// # Errors
     /// The consumer has ended.
     fn next(&mut self) -> BoxFuture<'_, Result<Delivered, BrokerError>>;
 
-    /// The next message if it is here already.
+    /// The next message, if it has already arrived.
     fn try_next(&mut self) -> Option<Result<Delivered, BrokerError>>;
 }
 

@@ -1,8 +1,8 @@
-//! Opening the stream at the start, and who may create it.
+//! Opens the stream at the start, or creates it if this replica may.
 //!
-//! A stream that is missing may have been lost, with data that other replicas still hold. So only a
-//! replica that holds no data of any log creates one, and only after as many replicas as expected
-//! have announced that they hold none either. Every other replica waits for the stream.
+//! A missing stream may have been lost while replicas still hold its data. So a replica creates one
+//! only if it holds no data of any log, and only after the expected number of replicas have
+//! announced that they hold none either. Every other replica waits for the stream.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -19,39 +19,39 @@ use super::{JetStreamConfig, MESSAGE_BYTES_NEEDED, SetupError, stream};
 use crate::log::{Announcement, Chain, ClusterKey, LogId, RandomId, Seq};
 use crate::remote::Reach;
 
-/// How long the broker may give no answer about the stream at the start before the node gives up.
+/// How long requests for the stream may stay unanswered at the start before the node gives up.
 const START_WAIT_MAX: Duration = Duration::from_secs(30);
 /// How long a replica that expects no others looks for them before it creates the stream.
 const DISCOVERY: Duration = Duration::from_secs(3);
-/// How long a `--peer` may take to say which process it is.
+/// How long a `--peer` may take to answer with its node id.
 const PEER_WAIT_MAX: Duration = Duration::from_secs(2);
-/// How often others are asked meanwhile.
+/// How often a waiting replica looks for the stream and asks the other replicas.
 const ASK_EVERY: Duration = Duration::from_millis(500);
-/// What an announcement has as its log when its replica holds no data.
+/// The log id that a replica without data announces.
 const NO_LOG: &str = "none";
-/// The same when the replica holds a snapshot that it cannot read.
+/// The log id that a replica announces if it holds a snapshot that it cannot read.
 const UNKNOWN_LOG: &str = "unknown";
 
-/// Who opens the log.
+/// The replica that opens the log.
 #[derive(Clone)]
 pub struct Identity {
     /// This process.
     pub node: RandomId,
-    /// This replica; the process again, where nothing is kept.
+    /// This replica; the same as `node` without a data directory.
     pub replica: RandomId,
-    /// What this replica holds at the start.
+    /// The data that this replica holds at the start.
     pub holds: HeldData,
-    /// Whether it keeps what it holds.
+    /// Whether it has a data directory.
     pub keeps_data: bool,
-    /// Where its write port is reached.
+    /// The URL of its write port.
     pub url: String,
-    /// How it asks a `--peer` which process it is.
+    /// Asks a `--peer` for its node id.
     pub reach: Arc<dyn Reach>,
-    /// What its announcements are signed with, and those of others are verified with.
+    /// Signs its announcements and verifies those of others.
     pub key: ClusterKey,
 }
 
-/// What a replica holds before it has opened the log.
+/// The data that a replica holds before it has opened the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HeldData {
     /// No data of any log.
@@ -67,7 +67,7 @@ pub enum HeldData {
     },
 }
 
-/// Is told what an opening log waits for.
+/// Called with the reason why opening the log waits.
 pub type Progress = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// An opened stream.
@@ -137,7 +137,7 @@ struct Opening<'a> {
     base: Option<Seq>,
     progress: &'a Progress,
     servers: String,
-    /// When the broker last said whether the stream exists, or else the start.
+    /// When the broker last answered whether the stream exists; initially the start.
     answered_at: Instant,
     told: String,
 }
@@ -151,7 +151,7 @@ impl Opening<'_> {
         }
     }
 
-    /// Opens or creates the stream through `connection`. The inner error may pass.
+    /// Opens or creates the stream through `connection`. The inner error is transient.
     async fn on(
         &mut self,
         connection: &Arc<dyn Connection>,
@@ -181,7 +181,7 @@ impl Opening<'_> {
         };
         let found = self.find_or_create(connection).await;
         stop.cancel();
-        // The node announces itself from here on: others must not hear both.
+        // The node announces itself from here on, and must not answer twice.
         match announcing.await {
             Ok(Ok(())) => found,
             Ok(Err(why)) => {
@@ -193,8 +193,8 @@ impl Opening<'_> {
     }
 
     /// Fails if another process runs as this replica: each would delete the other's consumer.
-    /// This process does not announce itself yet, so NATS answers "no responders" at once where
-    /// there is no other.
+    /// This process does not announce itself yet, so NATS answers "no responders" at once if there
+    /// is no other.
     async fn refuse_copy(&self, connection: &dyn Connection) -> Result<(), SetupError> {
         let asked = Asked::Replica(self.identity.replica);
         match self.announcements.ask(self.broker, connection, asked).await {
@@ -226,7 +226,7 @@ impl Opening<'_> {
         }
     }
 
-    /// Looks for the stream, and creates it once this replica may. The inner error may pass.
+    /// Looks for the stream, and creates it once this replica may. The inner error is transient.
     async fn find_or_create(
         &mut self,
         connection: &Arc<dyn Connection>,
@@ -273,7 +273,7 @@ impl Opening<'_> {
         }
     }
 
-    /// Whether this replica may create the stream now; if not, what it waits for.
+    /// Whether this replica may create the stream now. The inner error says what it waits for.
     async fn may_create(
         &self,
         connection: &dyn Connection,
@@ -348,9 +348,10 @@ impl Opening<'_> {
         Ok(Ok(()))
     }
 
-    /// Finds the `--peer` at `url` among the replicas that have announced themselves; if it is not
-    /// there, why. One that announces another URL, as this replica may, is found by the process that
-    /// answers at `url`: only its announcement is signed and says whether it holds data.
+    /// Finds the `--peer` at `url` among the replicas that have announced themselves, or says why
+    /// it is missing. A peer may announce another URL; then it is found by the node id that `url`
+    /// answers with. That answer alone is not enough: only an announcement is signed and says
+    /// whether the replica holds data.
     async fn find_peer(
         &self,
         url: &str,

@@ -1,8 +1,8 @@
-//! The rule for header blocks: which bytes are the headers of a message, and what they say.
+//! The rule for header blocks: whether a block can be read, and which headers it contains.
 //!
-//! JetStream stores a header block without looking into it, so any client can store one that other
-//! clients cannot parse. Replicas must all decide alike whether they apply such a message. They
-//! decide by this rule, and not by what a version of a client library does with the block.
+//! JetStream stores header blocks unparsed, so any client can store one that other clients cannot
+//! parse. All replicas must agree whether to apply such a message. This rule decides that, so that
+//! it does not depend on the version of a client library.
 //!
 //! The rule gives the same headers as async-nats 0.51 on every block that this version delivers as
 //! an ordinary message. `docs/protocol.md` states the rule for other readers.
@@ -16,7 +16,7 @@ const STATUS_OK: &str = "200";
 /// Parses a stored header block. Values of the same name keep their order.
 ///
 /// # Errors
-/// The rule cannot read the block; says why.
+/// The block breaks the rule; the error says how.
 pub fn parse(block: &[u8]) -> Result<HeaderMap, &'static str> {
     let text = str::from_utf8(block).map_err(|_| "the header block is not UTF-8")?;
     let mut lines = text.lines().peekable();
@@ -42,7 +42,7 @@ pub fn parse(block: &[u8]) -> Result<HeaderMap, &'static str> {
 /// Parses the header block of a message that may have none.
 ///
 /// # Errors
-/// The rule cannot read the block; says why.
+/// The block breaks the rule; the error says how.
 pub fn parse_optional(block: Option<&[u8]>) -> Result<Option<HeaderMap>, &'static str> {
     block.map(parse).transpose()
 }

@@ -1,10 +1,11 @@
-//! Whether the stream's history is the one that this replica has read.
+//! Checks whether the stream's history is the one that this replica has read.
 //!
-//! A server's answer about the stream is no quorum read: one that lost its routes repeats old
-//! numbers, and one that starts may truncate the stream and restore it. So "shorter", "gone",
-//! "another log" and "another batch" are only suspicions, until the stream's leader has said the same
-//! for [`CONFIRM_AFTER`] (an isolated leader steps down within 21 s), or the only server has refused
-//! an append that was conditional on the known end. Until then the replica goes on with what it has.
+//! The stream's info is not a quorum read: a server that lost its routes returns outdated numbers,
+//! and a server that starts may truncate the stream and restore it. So "shorter", "gone", "another
+//! log" and "another batch" are only suspicions until they are confirmed: the stream's leader has
+//! reported the same for [`CONFIRM_AFTER`] (an isolated leader steps down within 21 s), or the only
+//! server has rejected an append that was conditional on the known end. Until then the replica
+//! keeps its state.
 
 use std::mem::{Discriminant, discriminant};
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use super::message::{self, Unreadable};
 use super::{Shared, header_block, stream};
 use crate::log::{Bounds, Effect, InFlight, Position, ReadError};
 
-/// How long a suspicion must last.
+/// How long the leader must report the same before a suspicion is confirmed.
 const CONFIRM_AFTER: Duration = Duration::from_secs(30);
 
 /// What the stream was last suspected of, and since when.
@@ -27,12 +28,11 @@ const CONFIRM_AFTER: Duration = Duration::from_secs(30);
 pub(super) struct Suspicion(Option<(Discriminant<ReadError>, Instant)>);
 
 impl Suspicion {
-    /// The stream is as it should be.
     fn clear(&mut self) {
         self.0 = None;
     }
 
-    /// The leader says `error`. Returns whether it has done so for long enough.
+    /// Notes that the leader reports `error`. Returns whether it has done so for [`CONFIRM_AFTER`].
     fn confirm(&mut self, error: &ReadError) -> bool {
         let kind = discriminant(error);
         match self.0 {
@@ -46,11 +46,11 @@ impl Suspicion {
     }
 }
 
-/// How the stream compares with a position.
+/// The result of comparing the stream with a position.
 pub(super) enum Verdict {
-    /// Its history leads to the position.
+    /// The stream's history includes the position.
     Same,
-    /// That can't be said now.
+    /// The comparison is not possible now.
     Unknown(BrokerError),
 }
 
@@ -58,7 +58,7 @@ impl Shared {
     /// Compares the stream with `last`, the last batch that was read.
     ///
     /// # Errors
-    /// It has trimmed the next batch, or a suspicion is confirmed.
+    /// The stream has trimmed the next batch, or a suspicion is confirmed.
     pub(super) async fn compare(
         &self,
         connection: &dyn Connection,
@@ -85,7 +85,7 @@ impl Shared {
                     return self.suspect(connection, &info.source, error).await;
                 }
                 Ok(Some(_)) => self.verified.store(true, Ordering::Relaxed),
-                // Trimmed meanwhile, or missing: the next batch tells.
+                // It was trimmed since, or is missing. Reading the next batch will show which.
                 Ok(None) => {}
                 Err(error) => return Ok(Verdict::Unknown(error)),
             }
@@ -96,8 +96,8 @@ impl Shared {
         }
         let known = self.end.load(Ordering::Acquire);
         if info.last < known {
-            // The missing batches were not read yet. Nothing is appended in their place until their
-            // loss is confirmed.
+            // This replica has not read the missing batches. Nothing is appended in their place
+            // until their loss is confirmed.
             let (end, applied) = (info.last, known);
             let error = ReadError::Shorter { end, applied };
             match self.suspect(connection, &info.source, error).await {
@@ -111,8 +111,8 @@ impl Shared {
         Ok(Verdict::Same)
     }
 
-    /// The stream's bounds; waits for the broker. An end below the known one is returned only when it
-    /// is confirmed.
+    /// Waits for the broker and returns the stream's bounds. An end below the known one is returned
+    /// only once it is confirmed.
     pub(super) async fn bounds(&self) -> Result<Bounds, ReadError> {
         let mut backoff = super::session::Backoff::new();
         loop {
@@ -140,7 +140,7 @@ impl Shared {
         }
     }
 
-    /// Asks about the stream; it must be of this log.
+    /// Requests the stream's info and checks that the stream holds this log.
     pub(super) async fn look(
         &self,
         connection: &dyn Connection,
@@ -179,7 +179,7 @@ impl Shared {
         Ok(Ok(info))
     }
 
-    /// The broker, asked through `connection`, says `error`.
+    /// Handles an answer of the broker that contradicts this replica's history.
     ///
     /// # Errors
     /// `error`, once it is confirmed.
@@ -212,8 +212,9 @@ impl Shared {
         }
     }
 
-    /// Whether the broker refuses an append that is conditional on the known end. Where it does not,
-    /// the stream is as long as it was, and one empty batch longer.
+    /// Whether the broker rejects an append that is conditional on the known end because the stream
+    /// is shorter. If it accepts the append, the stream is complete and now ends with an empty
+    /// batch.
     async fn end_is_refused(&self, connection: &dyn Connection) -> bool {
         let end = self.end.load(Ordering::Acquire);
         let id = self.next_batch_id();
@@ -245,7 +246,7 @@ fn is_batch_at(stored: &RawMessage, position: &Position) -> bool {
             let id = label.id;
             times.contains(&Some(position.time_ns)) && position.holds(Effect::Batch { id, payload })
         }
-        // Another message that is skipped may have taken its place.
+        // The time tells it from another skipped message in its place.
         Err(Unreadable::Poisoned(_)) => {
             stored.time_ns == position.time_ns && position.holds(Effect::Skipped)
         }

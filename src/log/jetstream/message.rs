@@ -1,11 +1,10 @@
-//! A batch as a message, and back.
+//! Encodes a batch as a message, and decodes it.
 //!
 //! The payload is a JSON array of writes: patches as `POST /set` takes them and `{"delete":"ID"}`.
-//! Headers say the rest: `Grade-Format`, the format (1; a message without it is of format 1),
-//! `Grade-Batch`, the batch's identity, and `Nats-Msg-Id`, the same text, by which the broker stores a
-//! batch once however often it is sent. `Grade-Checkpoint`, in a message now and then, is what its
-//! sender held at a position. A message without headers is a batch too: any client of the broker can
-//! write to the log.
+//! The headers are `Grade-Format`, the format (1, also without the header); `Grade-Batch`, the
+//! batch's identity; `Nats-Msg-Id`, the same text, by which the broker detects duplicates; and in
+//! some messages `Grade-Checkpoint`, the sender's vote on its state at a position. All headers are
+//! optional: any client of the broker can write to the log.
 
 use async_nats::HeaderMap;
 use bytes::Bytes;
@@ -16,37 +15,38 @@ use crate::log::{Batch, BatchId, Chain, Checkpoint, InFlight, Mac, RandomId};
 
 const FORMAT_HEADER: &str = "Grade-Format";
 const BATCH_HEADER: &str = "Grade-Batch";
-/// When the batch was first stored, in nanoseconds since 1970: set where a batch that the broker lost
-/// is appended again.
+/// When the batch was first stored, in nanoseconds since 1970. Set on a batch that is appended
+/// again because the broker lost it.
 const TIME_HEADER: &str = "Grade-Time";
-/// The broker's own: it stores one message per id.
+/// NATS' own header, for the detection of duplicates.
 const ID_HEADER: &str = "Nats-Msg-Id";
-/// Replica, position, chain, digest, round and message authentication code, with a space between two.
+/// Replica, position, chain, digest, round and message authentication code, separated by a space.
 const CHECKPOINT_HEADER: &str = "Grade-Checkpoint";
 
-/// Why a message is no batch.
+/// Why a message cannot be read as a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unreadable {
-    /// It has this format, which only a newer program reads: a replica that skipped it would hold
-    /// something else than those that read it.
+    /// It has this format, which only a newer program reads. A replica that skipped it would
+    /// diverge from those that apply it.
     Newer(u64),
-    /// It is no batch to any program; says why. All replicas skip it alike.
+    /// It is not a batch for any program; says why. All replicas skip it.
     Poisoned(Box<str>),
 }
 
-/// What the headers say of a batch.
+/// The headers of a batch.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Label {
-    /// Its identity; [`BatchId::UNNAMED`] where they don't say.
+    /// Its identity; [`BatchId::UNNAMED`] if the header is missing or invalid.
     pub id: BatchId,
-    /// When it was first stored, where they say so.
+    /// When it was first stored, if the header is present and valid.
     pub time_ns: Option<u64>,
-    /// What the sender says of its state; one that can't be read is none.
+    /// The sender's vote, if the header is present and valid.
     pub checkpoint: Option<Checkpoint>,
 }
 
 impl Label {
-    /// The batch's time, where the broker stored it at `stored_ns` after a batch of `previous_ns`.
+    /// The time of a batch that the broker stored at `stored_ns`, after a batch with `previous_ns`.
+    /// `Grade-Time` counts only if it lies between the two.
     #[must_use]
     pub fn time_at(&self, previous_ns: u64, stored_ns: u64) -> u64 {
         let in_order = |time_ns: &u64| (previous_ns..=stored_ns).contains(time_ns);
@@ -90,7 +90,7 @@ pub fn payload(writes: &[Write]) -> Bytes {
 /// Reads a message. A batch that is `in_flight` with the same bytes is not decoded.
 ///
 /// # Errors
-/// The message is no batch.
+/// The message is not a batch, or has a newer format.
 pub fn read(
     headers: Option<&HeaderMap>,
     payload: &[u8],
@@ -111,7 +111,8 @@ pub fn read(
 
 fn label(headers: Option<&HeaderMap>) -> Result<Label, Unreadable> {
     let text = |name: &str| {
-        // Ours have three or four, which are compared sooner than a name is hashed: `load/README.md`.
+        // A replica's message has three or four headers. Comparing them is faster than hashing a
+        // name (`load/README.md`).
         let mut all = headers?.iter();
         let (_, values) = all.find(|(other, _)| AsRef::<str>::as_ref(*other) == name)?;
         values.first().map(async_nats::HeaderValue::as_str)

@@ -1,17 +1,17 @@
 //! The log of a cluster: a JetStream stream, whose sequence numbers are the order that all replicas
 //! share.
 //!
-//! - `broker`: what the log needs of NATS, as a trait; `nats`: the real client.
+//! - `broker`: the NATS operations that the log uses, as traits; `nats`: the real client.
 //! - `servers`: the servers' URLs; `stream`: the stream's configuration.
 //! - `creation`: opening the stream, and who may create it; `setup_error`: why it can't be opened.
-//! - `session`: one connection at a time; `write_health`: whether writes are acknowledged; `probe`:
-//!   the same where no client writes.
-//! - `append`: a batch is sent until its outcome is known, and stored at most once.
-//! - `subscription`: a consumer per replica, replaced at the batch after the last one; `history`:
-//!   whether the stream is still the one that was read.
-//! - `announcements`: which announcements of other replicas count.
-//! - `message`: a batch as a message; `header_block`, `raw_message`: a message that the client cannot
-//!   read.
+//! - `session`: keeps one connection; `write_health`: whether writes are acknowledged; `probe`:
+//!   checks that while no client writes.
+//! - `append`: sends a batch until its outcome is known; it is stored at most once.
+//! - `subscription`: one consumer per replica, recreated after the last batch read; `history`:
+//!   whether the stream still is the one that this replica has read.
+//! - `announcements`: verifies announcements of other replicas.
+//! - `message`: encodes a batch as a message; `header_block`, `raw_message`: read messages that the
+//!   client library cannot.
 //! - `watched`: values that tasks wait for.
 
 mod announcements;
@@ -60,23 +60,24 @@ use super::{
 };
 use crate::critical::{CriticalTasks, TaskEnded};
 
-/// Where batches are sent.
+/// The subject that batches are published to.
 const SUBJECT: &str = "grades.set";
-/// While one batch is in flight the next one fills. A second one in flight only makes both small:
-/// with `sync_interval: always` it costs 7 to 53 % of the writes a second (`load/README.md`).
+/// While one batch is in flight the next one fills. A second one in flight would make both smaller:
+/// with `sync_interval: always` it costs 7 to 53 % of the writes per second (`load/README.md`).
 const IN_FLIGHT_MAX: usize = 1;
-/// The largest message that a server must take: 1,024 writes of less than 800 bytes each, and headers.
+/// The least `max_payload` of a server: 1,024 writes of less than 800 bytes each, plus headers.
 const MESSAGE_BYTES_NEEDED: usize = 1 << 20;
-/// Where the broker is and how the stream is set up.
+
+/// The NATS servers and the settings of the stream.
 #[derive(Debug, Clone)]
 pub struct JetStreamConfig {
-    /// The broker's servers, any of which will do.
+    /// The NATS servers; the log connects to any one of them.
     pub servers: Servers,
     /// A file with credentials.
     pub creds: Option<PathBuf>,
     /// The stream.
     pub stream: String,
-    /// On how many servers it is kept.
+    /// On how many servers the stream is replicated.
     pub replicas: usize,
     /// How long a batch is kept.
     pub retention: Duration,
@@ -92,13 +93,13 @@ pub struct JetStreamConfig {
 pub struct JetStreamLog {
     shared: Arc<Shared>,
     tasks: CriticalTasks,
-    /// Ends the connection, and what goes through it.
+    /// Ends the log's tasks and its connection.
     stop: CancellationToken,
-    /// Does so with the log.
+    /// Cancels `stop` when the log is dropped.
     _guard: DropGuard,
 }
 
-/// What the log, its connection and its readers share.
+/// State shared by the log, its connection and its subscriptions.
 struct Shared {
     config: JetStreamConfig,
     broker: Arc<dyn Broker>,
@@ -111,22 +112,22 @@ struct Shared {
     end: AtomicU64,
     link: Watched<Link>,
     in_flight: InFlight,
-    /// Who writes: the id that batches carry, and how many there were under it.
+    /// The id of the last batch: this process' writer id and the number of batches sent under it.
     writer: Mutex<BatchId>,
     /// Held while a batch is appended.
     appending: tokio::sync::Mutex<()>,
     health: WriteHealth,
-    /// The last batch that a subscription has handed out.
+    /// The last batch that a subscription has delivered.
     delivered: Watched<Seq>,
-    /// A batch was stored and is not delivered: the consumer is to be replaced.
+    /// Tells the subscription to replace its consumer, which does not deliver a stored batch.
     replace_consumer: Notify,
     suspicion: Mutex<Suspicion>,
-    /// Whether the stream was compared with what this replica has read, over this connection.
+    /// Whether the stream was compared over this connection with the batches that were read.
     compared: AtomicBool,
-    /// Whether that was so and nothing is suspected since. Nothing is appended before: the stream
-    /// might hold another log.
+    /// Whether the histories were the same and there is no suspicion since. Until then nothing is
+    /// appended: the stream might hold another log.
     same_history: Watched<bool>,
-    /// Whether the stream was seen to hold the batches that this replica has applied.
+    /// Whether the stream is known to hold the batches that this replica has applied.
     verified: AtomicBool,
     counts: SharedCounts,
 }
@@ -157,9 +158,9 @@ impl JetStreamLog {
         Self::open_on(broker, config, identity, in_flight, base, progress).await
     }
 
-    /// Connects, and opens or creates the stream; waits a while for a broker that is away, and as
-    /// long as it takes for a stream that this replica may not create. With a `base` the stream must
-    /// be new, and its first batch will be `base` + 1.
+    /// Connects, and opens or creates the stream. Waits up to 30 s for NATS to answer, and without
+    /// limit for a stream that this replica may not create. With a `base` the stream must be new,
+    /// and its first batch will be `base` + 1.
     ///
     /// # Errors
     /// See [`SetupError`].
@@ -223,7 +224,7 @@ impl JetStreamLog {
 }
 
 impl Shared {
-    /// The connection; waits for it.
+    /// Waits for a connection.
     async fn connection(&self) -> Arc<dyn Connection> {
         let alive = |link| match link {
             Link::Up(connection) if !connection.ended().is_cancelled() => Some(connection),
@@ -232,7 +233,7 @@ impl Shared {
         self.link.wait_for(alive).await
     }
 
-    /// The connection, once the stream was seen to have the same history over it.
+    /// Waits for a connection over which the stream was found to have the same history.
     async fn connection_to_append(&self) -> Arc<dyn Connection> {
         loop {
             let connection = self.connection().await;
@@ -241,7 +242,7 @@ impl Shared {
             }
             let same = self.same_history.wait_for(|same| same.then_some(()));
             if tokio::time::timeout(PROBE_EVERY, same).await.is_err() {
-                // After a suspicion nobody else may be asking whether it has passed.
+                // After a suspicion no other task may be checking whether it still holds.
                 let _ = self.look(&*connection).await;
             }
         }
@@ -276,10 +277,10 @@ impl Shared {
         *writer
     }
 
-    /// Makes this process another writer: somebody else uses its ids.
+    /// Gives this process a new writer id, because another publisher uses its batch ids.
     fn renew_writer(&self) -> RandomId {
         let mut writer = self.writer.lock();
-        // Without random bytes the sequence goes on, from where nobody is likely to be.
+        // Without random bytes, skip to sequence numbers that are unlikely to be in use.
         match self.broker.random_id() {
             Ok(id) => *writer = BatchId { writer: id, seq: 0 },
             Err(error) => {

@@ -1,8 +1,9 @@
-//! The broker as it is: NATS servers, by way of async-nats.
+//! The broker: NATS servers, accessed with async-nats.
 //!
-//! The client library would reconnect by itself, but it keeps what was not sent yet and sends it
-//! later. A batch could then arrive after others have overwritten its fields. Here a connection that
-//! ends takes everything along, and whoever used it knows at once.
+//! The client library would reconnect by itself, but it buffers unsent messages and sends them
+//! after the reconnect. A late batch could then overwrite newer writes. So reconnecting is disabled
+//! here: when a connection ends, its unsent messages are dropped and its users get an error at
+//! once.
 
 mod consumer;
 mod errors;
@@ -42,7 +43,7 @@ use super::raw_message::{self, RawMessageError};
 use super::{JetStreamConfig, SUBJECT};
 use crate::log::{Announce, Announcement, RandomId, Seq};
 
-/// How long a connection may take to be made.
+/// How long connecting may take.
 const CONNECT_WAIT_MAX: Duration = Duration::from_secs(3);
 /// How long the broker may take to answer.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
@@ -50,7 +51,7 @@ const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
 /// leader are lost, and its next leader does not see them.
 const ASK_AGAIN_EVERY: Duration = Duration::from_millis(200);
 /// How long to wait for the answer to the deletion of a consumer. The server that runs the consumer
-/// answers; if it is down the consumer is deleted all the same.
+/// answers. If it is down, there is no answer, but the consumer is deleted.
 const DELETE_WAIT_MAX: Duration = Duration::from_millis(150);
 /// How long a connection may be silent before it is probed; the third probe without an answer ends
 /// it.
@@ -58,37 +59,38 @@ const PING_EVERY: Duration = Duration::from_secs(2);
 /// How long ending a connection may take.
 const CLOSE_WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// How a denial begins that concerns the answers to all requests.
+/// The start of the server's error if this client may not subscribe to the answers to its requests.
 const INBOX_DENIED: &str = "Subscription to \"_INBOX.";
 
-/// Messages and bytes that the broker sends ahead. They bound what waits in memory: twice this, as
-/// the next request is made when half has come. The largest message that the stream takes is far
-/// smaller.
+/// Messages and bytes of one pull request. They bound the buffered messages to twice this, because
+/// the next request is sent when half of the last one has arrived. The largest message of the
+/// stream is far smaller.
 const PULL_MESSAGES_MAX: usize = 512;
 const PULL_BYTES_MAX: usize = 8 << 20;
-/// How often a broker that has nothing to send says so. After twice this much silence the consumer
-/// has ended.
+/// How often the broker sends a heartbeat if it has no messages. A consumer that is silent for
+/// twice as long has ended.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(500);
-/// How long a request for messages stands. One that reaches nobody is noticed after it.
+/// When a pull request expires. A request that was lost is noticed by then.
 const PULL_EXPIRES: Duration = Duration::from_secs(10);
-/// When the broker removes a consumer that nobody pulls from.
+/// When the broker removes a consumer without pull requests.
 const INACTIVE_MAX: Duration = Duration::from_secs(60);
 
 /// The service by which replicas find each other, so that `nats micro ls` and
 /// `nats micro stats gradestore` show them too.
 const SERVICE: &str = "gradestore";
-/// Where all replicas are asked for their announcements, and below which each one is by its id. The
-/// service's own subjects do not do: they leave no place for a nonce.
+/// The subject on which all replicas answer with their announcements, and the prefix of the subject
+/// of one replica, which ends in its id. The service's own subjects have no place for a nonce.
 const ASK_ALL: &str = "gradestore.status.all";
 const ASK_REPLICA: &str = "gradestore.status.";
 /// How long to wait for the first announcement, and for another one after each.
 const FIRST_WAIT_MAX: Duration = Duration::from_millis(300);
 const NEXT_WAIT_MAX: Duration = Duration::from_millis(100);
-/// The same where somebody is known to be there: without a subscriber the broker says so at once.
+/// How long to wait for the answer of one replica. Without a subscriber NATS answers "no
+/// responders" at once.
 const REPLICA_WAIT_MAX: Duration = Duration::from_secs(1);
 /// How long announcements are collected at most.
 const COLLECT_MAX: Duration = Duration::from_secs(2);
-/// How many are taken in at most: anybody on the broker may send any number.
+/// How many announcements are collected at most: any client of the broker may send any number.
 const ANNOUNCEMENTS_MAX: usize = 4096;
 
 /// NATS servers.
@@ -96,7 +98,7 @@ pub(super) struct Nats {
     config: JetStreamConfig,
     /// Names the consumer: there is one per replica.
     replica: RandomId,
-    /// Servers of the cluster that the servers themselves have named.
+    /// Servers of the NATS cluster, as the servers report them.
     discovered: Arc<Mutex<Vec<ServerAddr>>>,
 }
 
@@ -122,22 +124,23 @@ impl Nats {
             .ignore_discovered_servers()
             .event_callback(move |event| {
                 if let Event::ServerError(error) = event {
-                    // Nobody may be waiting.
+                    // There may be no receiver.
                     let _ = denied.send(Arc::from(error.to_string()));
                 }
                 std::future::ready(())
             })
             .reconnect_delay_callback(move |attempt| {
-                // Attempts count up while the first connection is made, and from 1 again after it
-                // has broken. There is no option for "never again", but ending the library's task
-                // is one: this unwinding prints nothing and drops all that the task holds.
+                // The attempt number rises until the first connection is made, and starts at 1
+                // again when that breaks. The library has no option to never reconnect, so this
+                // ends its task: the unwinding prints nothing and drops everything that the task
+                // holds.
                 if attempt <= attempts.swap(attempt, Ordering::Relaxed) {
                     of_this_one.cancel();
                     panic::resume_unwind(Box::new("the connection has ended"));
                 }
                 Duration::ZERO
             });
-        // The library does not look for them in the URL.
+        // The library does not read them from the URL.
         if let Some((user, password)) = self.config.servers.user() {
             options = options.user_and_password(user, password);
         }
@@ -164,8 +167,8 @@ impl Nats {
     }
 }
 
-/// The next time that the server denies the right to publish to `subject`, or to subscribe to the
-/// answers: its sentence.
+/// Waits until the server denies publishing to `subject` or subscribing to the answers, and returns
+/// its error.
 async fn denial(denials: &mut broadcast::Receiver<Arc<str>>, subject: &str) -> Arc<str> {
     let publish = format!("\"{subject}\"");
     loop {
@@ -203,7 +206,7 @@ struct NatsConnection {
     consumer: String,
     scheme: &'static str,
     discovered: Arc<Mutex<Vec<ServerAddr>>>,
-    /// What the server says outside of answers, as when a permission is missing.
+    /// Errors that the server sends outside of answers, such as for a missing permission.
     denials: broadcast::Sender<Arc<str>>,
     ended: CancellationToken,
 }
@@ -222,8 +225,8 @@ impl NatsConnection {
         }
     }
 
-    /// Waits for the answer to something that was sent to `subject`: until the connection ends, or the
-    /// server says that this client may not send there.
+    /// Waits for the answer to a message that was sent to `subject`. Fails if the connection ends
+    /// or the server denies publishing there.
     async fn answer<T>(
         &self,
         subject: &str,
@@ -238,7 +241,7 @@ impl NatsConnection {
         }
     }
 
-    /// Asks the JetStream API.
+    /// Sends a request to the JetStream API.
     async fn request<T: DeserializeOwned>(
         &self,
         subject: &str,
@@ -286,7 +289,7 @@ impl NatsConnection {
     }
 
     async fn create_consumer(&self, from: Seq) -> Result<Box<dyn Consumer>, BrokerError> {
-        // The one before may be there still; its start cannot be changed.
+        // The previous consumer may still exist, and its start cannot be changed.
         let delete = format!("CONSUMER.DELETE.{}.{}", self.stream, self.consumer);
         let request = json!({});
         let deleted = self.request::<serde_json::Value>(&delete, &request);
@@ -301,7 +304,7 @@ impl NatsConnection {
             },
             ack_policy: AckPolicy::None,
             inactive_threshold: INACTIVE_MAX,
-            // It is created again when it is lost; keeping it on disk would cost the broker writes.
+            // A lost consumer is created again; storing it on disk would cost the broker writes.
             memory_storage: true,
             num_replicas: 1,
             ..pull::Config::default()
@@ -356,7 +359,7 @@ impl NatsConnection {
             .description("a replicated in-memory store of user grades")
             .metadata(HashMap::from(metadata))
             .stats_handler(move |_, _| {
-                // For people. They have no nonce to ask with, so it is not signed.
+                // For people. Their request has no nonce, so this is not signed.
                 let mut announcement = current("");
                 announcement.mac = None;
                 serde_json::to_value(announcement).unwrap_or_default()
@@ -375,7 +378,7 @@ impl NatsConnection {
         loop {
             tokio::select! {
                 Some(request) = requests.next() => {
-                    // Another question gets an answer that is worth nothing.
+                    // If the payload is not a nonce, no replica accepts the answer.
                     let nonce = str::from_utf8(&request.message.payload).unwrap_or_default();
                     let answer = serde_json::to_vec(&announce(nonce))?;
                     request.respond(Ok(answer.into())).await?;
@@ -402,7 +405,7 @@ impl NatsConnection {
         client
             .publish_with_reply(subject, inbox, nonce.to_string().into())
             .await?;
-        // Not one a process: a forged announcement must not hide the process' own.
+        // Not one per process: a forged announcement must not hide the authentic one.
         let mut found = Vec::new();
         let collect = async {
             let mut wait_max = first_wait_max;
@@ -542,14 +545,14 @@ impl Connection for NatsConnection {
         async {
             self.remember_servers();
             let client = self.context.client();
-            // Breaks the connection now; dropping it would send what waits first.
+            // Closes the connection at once. Dropping it would first send the buffered messages.
             let _ = tokio::time::timeout(CLOSE_WAIT_MAX, client.force_reconnect()).await;
         }
         .boxed()
     }
 }
 
-/// Sends a request again and again until one is answered, or the first one's time is up.
+/// Repeats a request until one of them is answered or the first one times out.
 async fn ask_until_answered<T, F>(ask: impl Fn() -> F) -> Result<T, BrokerError>
 where
     F: Future<Output = Result<T, BrokerError>>,

@@ -1,4 +1,4 @@
-//! Keeps the health of writes up to date where no client writes.
+//! Keeps write health up to date while no client writes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,8 @@ use super::broker::{BrokerError, InfoSource};
 
 /// How often the health of writes is checked.
 const HEALTH_CHECK_EVERY: Duration = Duration::from_millis(250);
-/// How often an unwritable stream is probed, and an idle one asked whether it is there.
+/// How often an unwritable stream is probed with an empty batch, and the info of an idle one
+/// requested.
 pub(super) const PROBE_EVERY: Duration = Duration::from_secs(1);
 
 /// Reasons for an append without an answer.
@@ -21,8 +22,8 @@ const NO_QUORUM: &str = "the stream's leader does not acknowledge the batch; are
 const NO_LEADER: &str = "the stream has no leader; are most of its servers running?";
 
 impl Shared {
-    /// Keeps the health of writes up to date: where no client writes, by asking about the stream, and
-    /// by empty batches once it is unwritable.
+    /// Keeps write health up to date. While no client writes, this requests the stream's info, and
+    /// appends empty batches once the stream is unwritable.
     pub(super) async fn watch_health(self: Arc<Self>, stop: CancellationToken) {
         let probing = async {
             let mut every = tokio::time::interval(HEALTH_CHECK_EVERY);
@@ -34,7 +35,7 @@ impl Shared {
                     continue;
                 }
                 let alone = self.appending.try_lock();
-                // A batch in flight shows more than a probe would, unless it waits.
+                // A batch in flight makes a probe unnecessary, unless it waits.
                 if alone.is_ok() || self.health.waits_longer_than(PROBE_EVERY) {
                     self.probe(alone.is_ok()).await;
                     drop(alone);
@@ -54,8 +55,8 @@ impl Shared {
         stop.run_until_cancelled(both).await;
     }
 
-    /// Asks about the stream, and appends an empty batch if only that can show that writes are
-    /// acknowledged. While a batch is in flight this is not `alone`, and only finds out what is wrong.
+    /// Requests the stream's info, and appends an empty batch if only that can show that writes are
+    /// acknowledged. While a batch is in flight (not `alone`), this only looks for the cause.
     async fn probe(&self, alone: bool) {
         let Some(connection) = self.current_connection() else {
             return self.health.unreachable(self.down_reason());
@@ -65,7 +66,7 @@ impl Shared {
             Err(confirmed) => return self.health.unreachable(confirmed.to_string().into()),
         };
         match info {
-            // Nothing is appended meanwhile.
+            // Nothing is appended until the comparison is done.
             Ok(_) if !self.same_history.get() => {
                 let why = "the stream was not compared with what this replica has applied";
                 self.health.unreachable(why.into());

@@ -1,8 +1,8 @@
-//! One message as the stream has it, with its header block as bytes.
+//! Fetches one stored message with its header block as bytes.
 //!
-//! `$JS.API.STREAM.MSG.GET.<stream>` answers in JSON with the header block in base64, so a block
-//! that no client can parse gets through. `get_raw_message` of async-nats is no substitute: it
-//! parses the block.
+//! `$JS.API.STREAM.MSG.GET.<stream>` returns the header block in base64, so the answer can be read
+//! even if no client can parse the block. `get_raw_message` of async-nats does not help: it parses
+//! the block.
 
 use std::time::Duration;
 
@@ -45,12 +45,12 @@ pub enum RawMessageError {
     /// JetStream rejects the request.
     #[error("JetStream rejects the request: {description} (error {err_code})")]
     Api {
-        /// The number of this very error; 10059 if there is no such stream.
+        /// JetStream's error code, such as 10059 for a missing stream.
         err_code: u64,
-        /// What it says.
+        /// JetStream's description.
         description: String,
     },
-    /// The answer is not as the API has it.
+    /// The answer does not match the API.
     #[error("invalid answer from JetStream: {0}")]
     Invalid(Box<str>),
 }
@@ -85,10 +85,10 @@ pub async fn get(
     }
 }
 
-/// Parses the answer to such a request; `None` if there is no message of that number.
+/// Parses the answer to such a request; `None` if there is no message with that number.
 ///
 /// # Errors
-/// It is an error, or not as the API has it.
+/// The answer is an error, or does not match the API.
 pub fn parse(answer: &[u8]) -> Result<Option<RawMessage>, RawMessageError> {
     #[derive(Deserialize)]
     struct Answer {

@@ -1,4 +1,4 @@
-//! Where the broker is.
+//! The URLs of the NATS servers.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,7 +9,7 @@ use std::str::FromStr;
 use async_nats::ServerAddr;
 use percent_encoding::percent_decode_str;
 
-/// URLs of NATS servers, with a comma between two. Shown without the passwords in them.
+/// URLs of NATS servers, separated by commas. Displayed without user names and passwords.
 #[derive(Clone)]
 pub struct Servers(Vec<ServerAddr>);
 
@@ -25,7 +25,7 @@ impl Servers {
         Some((address.host().to_owned(), address.port()))
     }
 
-    /// How the servers are spoken to.
+    /// `tls` if any of the URLs has it, else `nats`.
     pub(super) fn scheme(&self) -> &'static str {
         match self.0.iter().any(|address| address.scheme() == "tls") {
             true => "tls",
@@ -64,14 +64,14 @@ impl FromStr for Servers {
     }
 }
 
-/// Why a list of URLs is refused, and what to do. The text shows no part of the URLs: a mistake may
-/// put a password anywhere in them.
+/// Why a list of URLs is invalid, and the fix. The text shows no part of the URLs, because a
+/// mistake may put a password anywhere in them.
 #[derive(Debug, thiserror::Error)]
 #[error("NATS server URL {number} of {count} {mistake}")]
 pub struct ServersError {
     /// Which URL, from 1.
     number: usize,
-    /// How many URLs the commas make.
+    /// How many URLs the list has.
     count: usize,
     mistake: Mistake,
 }
@@ -153,7 +153,8 @@ fn after_scheme(url: &str) -> Result<&str, Mistake> {
         Some((scheme, rest)) if is_scheme(scheme) => Ok(rest),
         // The URL has no scheme, and :// is part of a password.
         Some((before, _)) if before.contains([':', '@', '/']) => Ok(url),
-        // The library accepts ws:// and wss:// and, built without them, speaks plain NATS there.
+        // The library accepts ws:// and wss://. Built without websockets, it uses plain NATS for
+        // them.
         Some(_) => Err(Mistake::Scheme),
         None => match url.split_once(":/") {
             Some((scheme, _)) if is_scheme(scheme) => Err(Mistake::Scheme),
@@ -168,7 +169,7 @@ fn is_scheme(text: &str) -> bool {
         .any(|scheme| text.eq_ignore_ascii_case(scheme))
 }
 
-/// Checks what precedes the last `@`.
+/// Checks the part before the last `@`.
 fn check_user(user: &str) -> Result<(), Mistake> {
     if ["nats://", "tls://"].iter().any(|url| user.contains(url)) {
         return Err(Mistake::Separator);

@@ -1,4 +1,4 @@
-//! One connection to the broker at a time, and the next one when it ends.
+//! Keeps one connection to the broker, and reconnects when it ends.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,18 +10,17 @@ use tokio_util::sync::CancellationToken;
 use super::broker::{ConnectError, Connection};
 use super::{MESSAGE_BYTES_NEEDED, Shared};
 
-/// A connection that lasted so long, or delivered a batch, was a good one: the next attempt comes at
-/// once.
+/// A connection that lasted this long, or delivered a batch, resets the backoff.
 const GOOD_AFTER: Duration = Duration::from_secs(10);
-/// How often a broker that stays unreachable is logged.
+/// How often the log repeats that the broker is unreachable.
 const REMIND_EVERY: Duration = Duration::from_secs(30);
 
-/// Whether there is a connection.
+/// The state of the connection.
 #[derive(Clone)]
 pub(super) enum Link {
-    /// There is.
+    /// Connected.
     Up(Arc<dyn Connection>),
-    /// There is none; says why.
+    /// Not connected; says why.
     Down(Arc<str>),
 }
 
@@ -51,7 +50,7 @@ impl Backoff {
     }
 }
 
-/// Connects, if the server can take the largest batch.
+/// Connects. Fails if the server's `max_payload` is less than the largest batch needs.
 pub(super) async fn connect(shared: &Shared) -> Result<Arc<dyn Connection>, ConnectError> {
     let connection = shared.broker.connect().await?;
     let bytes_max = connection.message_bytes_max();

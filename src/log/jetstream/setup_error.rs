@@ -1,4 +1,4 @@
-//! Why the stream can't be opened.
+//! The errors of opening the stream.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ pub enum SetupError {
         /// What went wrong.
         why: Arc<str>,
     },
-    /// The broker answers, its JetStream does not.
+    /// The broker answers, but its JetStream has no leader.
     #[error(
         "NATS at {servers} answers, but JetStream has no leader there: {why}; start the servers of \
          the cluster that are down, or repair the routes between them: more than half of the \
@@ -30,7 +30,7 @@ pub enum SetupError {
         /// What went wrong.
         why: Arc<str>,
     },
-    /// The broker does not let this process in.
+    /// The broker rejects the credentials of this process.
     #[error(
         "NATS at {servers} refuses this replica: {why}; check the name and password in --nats-url, \
          or the file in --nats-creds"
@@ -38,10 +38,10 @@ pub enum SetupError {
     NotAllowed {
         /// The servers.
         servers: String,
-        /// What it said.
+        /// The server's error.
         why: Arc<str>,
     },
-    /// The servers can't carry the log.
+    /// The servers' configuration does not allow the log.
     #[error("NATS at {servers} cannot be used: {why}")]
     Unusable {
         /// The servers.
@@ -49,12 +49,12 @@ pub enum SetupError {
         /// Why not.
         why: Arc<str>,
     },
-    /// The broker does not give the stream.
+    /// The broker rejects a request for the stream.
     #[error("NATS refuses stream {stream}: {why}")]
     Refused {
         /// The stream.
         stream: String,
-        /// What it said.
+        /// The server's error.
         why: Arc<str>,
     },
     /// A stream of this name has another configuration.
@@ -83,7 +83,7 @@ pub enum SetupError {
         /// Where the id should be.
         key: &'static str,
     },
-    /// Numbering was to start in a stream that exists.
+    /// `--restore-from` needs a new stream, and this one exists.
     #[error(
         "stream {stream} exists and ends at batch {end}: --restore-from starts a new one; remove it \
          if nothing in it is needed (nats stream rm {stream}), or leave --restore-from out"
@@ -94,7 +94,7 @@ pub enum SetupError {
         /// Its last batch.
         end: Seq,
     },
-    /// The data directory was copied.
+    /// Another process runs as this replica: its data directory was copied.
     #[error(
         "another process at {url} (node {node}) is running as replica {replica}: one of the two data \
          directories is a copy of the other; stop that process, or remove the file replica-id from \
@@ -105,10 +105,10 @@ pub enum SetupError {
         replica: Box<str>,
         /// The other process.
         node: Box<str>,
-        /// Where it is reached.
+        /// The URL of its write port.
         url: Box<str>,
     },
-    /// The system has no random bytes to name the log with.
+    /// The system returned no random bytes for the log's id.
     #[error("the system gave no random bytes: {0}")]
     Random(#[from] getrandom::Error),
 }

@@ -1,4 +1,4 @@
-//! The configuration of the stream that holds the log: what is created, and what is checked.
+//! The configuration of the stream that holds the log, for its creation and its checks.
 
 use std::time::Duration;
 
@@ -12,20 +12,20 @@ use crate::log::{LogId, RandomId, Seq};
 /// How long the broker remembers message ids.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(120);
 
-/// The largest message that the stream takes, headers and all: twice the largest batch, and well
-/// below what a consumer asks for at once, as one that is larger would never be delivered.
+/// The largest message that the stream accepts, including headers: twice the largest batch. It is
+/// well below the bytes of a pull request, because a larger message would never be delivered.
 const MESSAGE_BYTES_MAX: i32 = 2 << 20;
 
-/// Where the stream's metadata has the log's id.
+/// The key of the log's id in the stream's metadata.
 const LOG_ID_KEY: &str = "gradestore-log-id";
 
-/// Which log the stream holds, if its metadata says so.
+/// The log that the stream holds, if its metadata has a valid id.
 pub(super) fn log_id(config: &Config) -> Option<LogId> {
     let id = config.metadata.get(LOG_ID_KEY)?;
     RandomId::parse(id).map(|_| LogId(id.as_str().into()))
 }
 
-/// Which log the stream holds, if it is set up as the log needs it.
+/// Checks the stream's configuration and returns the log that it holds.
 ///
 /// # Errors
 /// A setting differs, or the log has no id.
@@ -37,11 +37,10 @@ pub(super) fn check_start(config: &JetStreamConfig, found: &Config) -> Result<Lo
     })
 }
 
-/// Whether the settings that the log's history depends on are still as they must be. Limits may be
-/// changed while replicas run.
+/// Checks the settings that the log's history depends on. Limits may change while replicas run.
 ///
 /// # Errors
-/// One of them differs.
+/// A setting differs.
 pub(super) fn check_running(config: &JetStreamConfig, found: &Config) -> Result<(), SetupError> {
     const LIMITS: [&str; 4] = [
         "max_age",
@@ -53,8 +52,8 @@ pub(super) fn check_running(config: &JetStreamConfig, found: &Config) -> Result<
     check(&wanted(config, None, None), found, matters)
 }
 
-/// The configuration of a stream that is to be created, of a new log. With a `base` its first
-/// message will be `base` + 1.
+/// The configuration for a new stream with a new log. With a `base` its first message will be
+/// `base` + 1.
 pub(super) fn new_stream(config: &JetStreamConfig, log: RandomId, base: Option<Seq>) -> Config {
     wanted(config, Some(log), base)
 }
@@ -72,7 +71,7 @@ fn wanted(config: &JetStreamConfig, log: Option<RandomId>, base: Option<Seq>) ->
         max_messages_per_subject: -1,
         max_message_size: MESSAGE_BYTES_MAX,
         num_replicas: config.replicas,
-        // The broker refuses one that is longer than the retention.
+        // The broker rejects a window that is longer than the retention.
         duplicate_window: DUPLICATE_WINDOW.min(config.retention),
         metadata: log
             .map(|log| (LOG_ID_KEY.to_owned(), log.to_string()))
@@ -86,8 +85,9 @@ fn wanted(config: &JetStreamConfig, log: Option<RandomId>, base: Option<Seq>) ->
     }
 }
 
-/// Compares the settings that the log depends on and that `matters` selects. What only limits how
-/// much is held (bytes, messages) may be an operator's choice: a replica notices when it falls behind.
+/// Compares the settings that the log depends on and that `matters` selects. Limits on bytes and
+/// messages are left to the operator: a replica notices if it falls behind the stream's first
+/// message.
 fn check(
     wanted: &Config,
     found: &Config,

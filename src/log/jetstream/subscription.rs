@@ -1,17 +1,17 @@
-//! Reading the stream, batch after batch, whatever happens to connection and consumer.
+//! Reads the stream batch by batch, across failures of the connection and the consumer.
 //!
-//! Before each new consumer the stream is compared with what was read: whether it is the same log,
-//! reaches as far, and holds the same batch at the last position. No single answer is final there, see
-//! [`history`](super::history).
+//! Before it creates a consumer, a subscription compares the stream with the batches that it has
+//! read: the stream must be the same log, end no earlier, and hold the same batch at the last
+//! position. A single answer is not final, see [`history`](super::history).
 //!
-//! A consumer is created by the leader of the servers' metadata, which may be missing for some seconds
-//! longer than the stream's. Until there is a consumer, messages are fetched one by one.
+//! The leader of the servers' metadata creates consumers. It may be missing for some seconds longer
+//! than the stream's leader. Until there is a consumer, messages are fetched one by one.
 //!
-//! A message can be such that the client cannot read it: the connection ends, or the message does not
-//! come. When that happens twice at one position, the message is fetched as raw bytes and judged by
-//! the [rule for header blocks](super::header_block), by all replicas alike. Writes share the
-//! connection, so after a message that is unreadable by the rule all messages are fetched for some
-//! seconds: the next one may be unreadable too.
+//! Some messages the client library cannot read: the connection ends, or the message is not
+//! delivered. If that happens twice at one position, the message is fetched as raw bytes and read
+//! by the [rule for header blocks](super::header_block), which is the same for all replicas. Writes
+//! share the connection, so after a message that is unreadable by the rule all messages are fetched
+//! for some seconds: the next one may be unreadable too.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,66 +29,66 @@ use super::session::Backoff;
 use super::{Shared, header_block};
 use crate::log::{Batch, Effect, Entry, Position, ReadError, Seq, Subscription};
 
-/// Entries handed out at once, or so many writes and the rest of a batch: all are decoded in one
-/// turn.
+/// A call returns at most this many entries, and no more batches after this many writes: all of
+/// them are decoded without yielding.
 const ENTRIES_MAX: usize = 16;
 const WRITES_MAX: usize = 1024;
-/// A consumer that delivers nothing for so long although the stream goes on is replaced.
+/// A consumer that delivers nothing for this long is replaced if the stream has more messages.
 const SILENCE_MAX: Duration = Duration::from_secs(1);
 /// How often the stream's state is requested until its history can be compared.
 const ASK_EVERY: Duration = Duration::from_millis(200);
 /// How often the next message is fetched while there is no consumer.
 const FETCH_EVERY: Duration = Duration::from_millis(200);
-/// So often a delivery may fail at one position before the message is fetched instead.
+/// How often delivery may fail at one position before the message is fetched instead.
 const FAILURES_MAX: u32 = 2;
 /// For how long messages are fetched after an unreadable one.
 const FETCH_FOR: Duration = Duration::from_secs(5);
-/// How often the stream is asked meanwhile whether there is a next one.
+/// How often the next message is requested during that time.
 const FETCH_ALL_EVERY: Duration = Duration::from_millis(100);
 /// How often the stream must report that it lacks the next message before that counts as a gap.
 const MISSING_MAX: u32 = 2;
 
-/// A reader's place.
+/// A subscription at its position in the stream.
 pub(super) struct JetStreamSubscription {
     shared: Arc<Shared>,
-    /// The last batch that was handed out.
+    /// The last batch that was delivered.
     last: Position,
     consumer: Option<Box<dyn Consumer>>,
     /// The consumer that is being created.
     opening: Option<Opening>,
-    /// The error that was logged last, until a consumer delivers.
+    /// The error that was logged last; cleared when a consumer delivers.
     problem: Option<String>,
     backoff: Backoff,
-    /// How often the consumer has ended since the last delivery.
+    /// How often delivery has failed since the last entry.
     failures: u32,
-    /// Until when messages are fetched, and none is left to a consumer.
+    /// Until when all messages are fetched, because a consumer might not deliver them.
     fetch_until: Option<Instant>,
-    /// How often the stream lacked the next message and had later ones, since the last delivery.
+    /// How often the stream lacked the next message and had later ones, since the last entry.
     missing: u32,
-    /// Why nothing comes any more; returned once what came before has been handed out.
+    /// The error that ended the subscription; returned after the entries before it.
     ended: Option<ReadError>,
 }
 
-/// A consumer that is being created, on a connection on which the stream's history was compared.
+/// A consumer that is being created, over a connection on which the stream's history was compared.
 struct Opening {
     connection: Arc<dyn Connection>,
-    /// The first message that it is to deliver.
+    /// The first message that it will deliver.
     from: Seq,
     consumer: BoxFuture<'static, Result<Box<dyn Consumer>, BrokerError>>,
     began: Instant,
     /// When the next message is fetched.
     fetch_at: Instant,
-    /// When the stream's history is compared again before that.
+    /// When a fetch must compare the stream's history again first.
     compare_at: Instant,
 }
 
-/// What the stream answered when it was asked for the next message.
+/// The result of fetching the next message.
 enum Fetched {
-    /// The message, which was added to the entries.
+    /// The message was added to the entries.
     Entry,
-    /// It has none.
+    /// The stream does not have it.
     Nothing,
-    /// No answer, or not on a history that is known to be the same.
+    /// There was no answer, or the stream's history could not be compared.
     NoAnswer,
 }
 
@@ -144,8 +144,8 @@ impl JetStreamSubscription {
                     continue;
                 }
                 () = tokio::time::sleep(SILENCE_MAX) => {
-                    // The client passes over some messages silently. At the stream's end no later
-                    // one would show it.
+                    // The client library drops some messages silently. At the end of the stream no
+                    // later message would reveal that.
                     if self.shared.end.load(Ordering::Acquire) > self.last.seq {
                         self.failures = FAILURES_MAX;
                         self.consumer = None;
@@ -153,7 +153,7 @@ impl JetStreamSubscription {
                     continue;
                 }
             };
-            // From here on nothing waits, so nothing that was taken can be dropped.
+            // Nothing awaits from here on, so dropping this future loses no message.
             loop {
                 match next {
                     Ok(delivered) => self.take(delivered, entries),
@@ -184,9 +184,9 @@ impl JetStreamSubscription {
         }
     }
 
-    /// Creates a consumer. Fetches the next message itself while there is none yet, where deliveries
-    /// keep failing, and for a while after an unreadable message. Does not await after it has added an
-    /// entry, so none is lost when it is dropped.
+    /// Creates a consumer. Fetches the next message while there is none yet, if deliveries keep
+    /// failing, and for some seconds after an unreadable message. Does not await after it has added
+    /// an entry, so dropping the future loses none.
     async fn reopen(&mut self, entries: &mut Vec<Entry>) -> Result<(), ReadError> {
         let fetches = self.fetches();
         let opening = match &mut self.opening {
@@ -223,7 +223,7 @@ impl JetStreamSubscription {
                 return Ok(());
             }
         }
-        // A request from before it is about the consumer before it.
+        // A pending request to replace the consumer was about the previous one.
         let _ = self.shared.replace_consumer.notified().now_or_never();
         self.shared.counts.resumes.fetch_add(1, Ordering::Relaxed);
         Ok(())
@@ -335,7 +335,8 @@ impl JetStreamSubscription {
         Ok(Fetched::Entry)
     }
 
-    /// Adds what `delivered` holds; or ends the consumer, or reading.
+    /// Adds the entry of `delivered`. A gap ends the consumer; a lasting gap, or a message that
+    /// cannot be read, ends the subscription.
     fn take(&mut self, delivered: Delivered, entries: &mut Vec<Entry>) {
         let (seq, wanted) = (delivered.seq, self.last.seq + 1);
         if seq < wanted {
@@ -372,8 +373,8 @@ impl JetStreamSubscription {
         }
     }
 
-    /// The entry of the message at `seq`, the next one. A message that is no batch is skipped, by
-    /// all replicas alike.
+    /// The entry of the next message, at `seq`. A message that is not a batch becomes an entry
+    /// without writes, on all replicas.
     fn entry(
         &mut self,
         seq: Seq,
@@ -387,7 +388,8 @@ impl JetStreamSubscription {
         };
         let (position, batch) = match read {
             Ok((label, batch)) => {
-                // Before the first batch the time is that of the process, and not the same for all.
+                // Before the first batch the time is the start of this process, which differs
+                // between replicas.
                 let previous_ns = match self.last.seq {
                     0 => 0,
                     _ => self.last.time_ns,

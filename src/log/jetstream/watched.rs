@@ -1,12 +1,12 @@
-//! A value that tasks wait for.
+//! A value that tasks can wait for.
 
 use std::pin::pin;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-/// A value that tasks wait for. `tokio::sync::watch` wakes those that wait in random order; this
-/// wakes them in the order in which they came, so that a simulated history can be repeated.
+/// Wakes waiting tasks in the order in which they began to wait, so that a simulated run can be
+/// repeated. `tokio::sync::watch` wakes them in random order.
 pub(super) struct Watched<T> {
     value: Mutex<T>,
     changed: Notify,
@@ -29,11 +29,11 @@ impl<T: Clone> Watched<T> {
         self.changed.notify_waiters();
     }
 
-    /// Waits until `find` finds something in the value. Cancel-safe.
+    /// Waits until `find` returns something for the value. Cancel-safe.
     pub(super) async fn wait_for<R>(&self, find: impl Fn(T) -> Option<R>) -> R {
         loop {
             let mut changed = pin!(self.changed.notified());
-            // Before the look, so that no change is missed between the look and the wait.
+            // Before the check, so that no change between the check and the wait is missed.
             changed.as_mut().enable();
             if let Some(found) = find(self.get()) {
                 return found;

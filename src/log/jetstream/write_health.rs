@@ -1,9 +1,10 @@
-//! Whether writes are acknowledged, judged by what becomes of appends.
+//! Write health: whether writes are acknowledged, judged by the outcome of appends.
 //!
-//! A refusal with a reason (storage full, no permission, a revoked user) makes the log unwritable at
-//! once. Silence does so after [`WriteHealth::silence_max`]: an election alone must not empty a load
-//! balancer. The next batch that is delivered makes it writable again; where no client writes, that is
-//! an empty one. A process is not writable before its first batch is delivered.
+//! A rejection with a reason (storage full, no permission, a revoked user) makes the log unwritable
+//! at once. Missing acknowledgements do so after [`WriteHealth::silence_max`], so that an election
+//! alone does not take all nodes out of a load balancer. The next delivered batch makes the log
+//! writable again; while no client writes, that is an empty batch. Until the first delivery a replica
+//! is not ready for writes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,13 +15,13 @@ use tokio::time::Instant;
 
 use crate::log::BatchId;
 
-/// Writes that found no acknowledgement and what is known about why.
+/// Tracks whether writes are acknowledged, and the known reason if they are not.
 pub(super) struct WriteHealth {
     /// How long an append may wait before the log counts as unwritable.
     silence_max: Duration,
-    /// Whether there is a reason, for the check on every write.
+    /// Whether the log is unwritable: a check without a lock, for every write.
     unwritable: AtomicBool,
-    /// Writes refused since the log became unwritable.
+    /// Writes rejected since the log became unwritable.
     rejected: AtomicU64,
     state: Mutex<State>,
 }
@@ -30,22 +31,22 @@ const NONE_ACKNOWLEDGED: &str = "the stream has not acknowledged a batch of this
 
 #[derive(Default)]
 struct State {
-    /// Whether a batch of this process was ever delivered. Until then writes are taken, but no load
-    /// balancer should send any: the stream may be full.
+    /// Whether a batch of this process was ever delivered. Until then the replica takes writes, but is
+    /// not ready for them: the stream may be full.
     acknowledged: bool,
-    /// Since when appends wait without one being delivered, or the stream can't be reached.
+    /// Since when appends have waited without a delivery, or the stream has been unreachable.
     waiting_since: Option<Instant>,
-    /// Whether an append waits or was refused since the last delivery: then only a delivery shows
-    /// that writes are acknowledged.
+    /// Whether an append failed or was rejected since the last delivery. If so, only a delivery
+    /// shows that writes are acknowledged.
     append_failed: bool,
-    /// The last thing that went wrong.
+    /// The last error.
     problem: Option<Arc<str>>,
-    /// Whether that is that the stream can't be reached.
+    /// Whether `problem` is that the stream is unreachable.
     unreachable: bool,
     /// Why the log is unwritable, and since when.
     unwritable: Option<(Arc<str>, Instant)>,
-    /// The last batch that the broker refused. A batch that was sent before it may still be delivered,
-    /// which does not show that writes are accepted again.
+    /// The last batch that the broker rejected. A batch that was sent before it may still be
+    /// delivered, which does not show that writes are accepted again.
     refused: Option<BatchId>,
 }
 
@@ -59,13 +60,14 @@ impl WriteHealth {
         }
     }
 
-    /// Why writes are not acknowledged; counts the caller's write as refused.
+    /// Why writes are not acknowledged; counts the caller's write as rejected.
     pub(super) fn reject(&self) -> Option<Arc<str>> {
         if !self.unwritable.load(Ordering::Acquire) {
             return None;
         }
+        let reason = self.reason()?;
         self.rejected.fetch_add(1, Ordering::Relaxed);
-        self.reason()
+        Some(reason)
     }
 
     /// Why writes are not acknowledged, or not known to be.
@@ -82,7 +84,7 @@ impl WriteHealth {
         self.state.lock().acknowledged
     }
 
-    /// An append waits; with what has gone wrong, if anything has.
+    /// Records that an append waits, and its last error if there was one.
     pub(super) fn waiting(&self, problem: Option<Arc<str>>) {
         let mut state = self.state.lock();
         state.waiting_since.get_or_insert_with(Instant::now);
@@ -93,8 +95,8 @@ impl WriteHealth {
         }
     }
 
-    /// An append waits without an answer. `why` is what is known of the reason if nothing else is;
-    /// `reached` says that the stream can be reached, so that this is no reason any more.
+    /// Records that an append got no answer. `why` is used if no other reason is known. `reached`
+    /// says that the stream is reachable, so that "unreachable" no longer is the reason.
     pub(super) fn unanswered(&self, why: &str, reached: bool) {
         let mut state = self.state.lock();
         state.waiting_since.get_or_insert_with(Instant::now);
@@ -105,7 +107,7 @@ impl WriteHealth {
         }
     }
 
-    /// The stream can't be reached.
+    /// Records that the stream is unreachable.
     pub(super) fn unreachable(&self, problem: Arc<str>) {
         let mut state = self.state.lock();
         state.waiting_since.get_or_insert_with(Instant::now);
@@ -113,14 +115,14 @@ impl WriteHealth {
         state.unreachable = true;
     }
 
-    /// The broker does not let this process in.
+    /// Records that the broker rejects this process.
     pub(super) fn not_allowed(&self, why: Arc<str>) {
         let mut state = self.state.lock();
         state.waiting_since.get_or_insert_with(Instant::now);
         self.set_unwritable(&mut state, why);
     }
 
-    /// What is wrong with appends that wait; `None` while nothing has gone wrong.
+    /// Why appends wait; `None` while there was no error.
     pub(super) fn problem(&self) -> Option<Arc<str>> {
         let state = self.state.lock();
         let unwritable = state.unwritable.as_ref().map(|(why, _)| why);
@@ -133,8 +135,8 @@ impl WriteHealth {
         since.is_some_and(|since| since.elapsed() > max)
     }
 
-    /// Nothing is appended, and the stream can be reached. Returns whether only an append can show
-    /// that writes are acknowledged.
+    /// Records that the stream is reachable while nothing is appended. Returns whether only an
+    /// append can show that writes are acknowledged.
     pub(super) fn reachable(&self) -> bool {
         let mut state = self.state.lock();
         if !state.append_failed {
@@ -143,7 +145,7 @@ impl WriteHealth {
         state.append_failed
     }
 
-    /// The broker refused to append batch `id`.
+    /// Records that the broker rejected batch `id`.
     pub(super) fn refused(&self, id: BatchId, why: Arc<str>) {
         let mut state = self.state.lock();
         state.refused = Some(id);
@@ -152,7 +154,7 @@ impl WriteHealth {
         self.set_unwritable(&mut state, why);
     }
 
-    /// Batch `id` of this process was delivered.
+    /// Records that batch `id` of this process was delivered.
     pub(super) fn delivered(&self, id: BatchId) {
         let mut state = self.state.lock();
         state.acknowledged = true;
@@ -176,7 +178,7 @@ impl WriteHealth {
         }
     }
 
-    /// Looks whether appends wait for too long.
+    /// Makes the log unwritable if appends have waited for too long.
     pub(super) fn check(&self) {
         let mut state = self.state.lock();
         let Some(since) = state.waiting_since else {

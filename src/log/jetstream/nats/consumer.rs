@@ -15,16 +15,16 @@ use super::errors::no_answer;
 
 pub(super) struct NatsConsumer {
     pub(super) messages: PullStream,
-    /// What the server says outside of answers.
+    /// Errors that the server sends outside of answers.
     pub(super) denials: broadcast::Receiver<Arc<str>>,
-    /// Where messages are requested.
+    /// The subject of pull requests.
     pub(super) pull: String,
-    /// Of the connection.
+    /// Cancelled when the connection has ended.
     pub(super) ended: CancellationToken,
 }
 
 impl NatsConsumer {
-    /// `None` for a message that no stream sends.
+    /// `None` for a message without JetStream's metadata, which no stream sends.
     fn read(
         ended: &CancellationToken,
         next: Option<Result<jetstream::Message, pull::MessagesError>>,

@@ -1,4 +1,4 @@
-//! What the client library's errors mean.
+//! Maps errors of the client library to errors of the broker.
 
 use std::error::Error as _;
 
@@ -12,7 +12,7 @@ pub(super) fn no_answer(why: &str) -> BrokerError {
     BrokerError::NoAnswer(why.into())
 }
 
-/// What an error in an answer of JetStream means.
+/// Maps an error in an answer of JetStream.
 pub(super) fn refusal(error: &jetstream::Error) -> BrokerError {
     match error.error_code() {
         ErrorCode::STREAM_NOT_FOUND => BrokerError::NoStream,
@@ -32,7 +32,7 @@ pub(super) fn publish_error(error: &PublishError, expected: Option<Seq>) -> Brok
         ),
         (PublishErrorKind::WrongLastSequence, refused) => BrokerError::WrongLastSequence {
             expected: expected.unwrap_or(0),
-            // Only its text says where: "wrong last sequence: 7 (code 400, ...)".
+            // Only the text has the end: "wrong last sequence: 7 (code 400, ...)".
             end: refused.and_then(|error| {
                 let text = error.to_string();
                 let (_, end) = text.split_once("sequence: ")?;
