@@ -208,7 +208,7 @@ async fn a_restore_is_shown_as_it_goes() {
 
     throttle.open();
     let end = answered.last().unwrap().position;
-    at(&late, end).await;
+    at(&late, end + 1).await;
     page.shows(&["Ready", "Reads answered", "done", "30,000 of about 30,000"])
         .await;
     assert_eq!(

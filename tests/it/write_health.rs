@@ -10,6 +10,7 @@ use async_nats::jetstream::Context;
 use async_nats::jetstream::stream::Config;
 use bytes::Bytes;
 use rustix::process::Signal;
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::broker::{Broker, STREAM, SUBJECT, replica_with, status_where};
@@ -137,10 +138,15 @@ async fn a_stream_that_has_no_storage_left() {
     assert_eq!(a.get("x").await.status, 200);
     // One that starts now says so before a client has written through it.
     let dir = tempfile::tempdir().unwrap();
-    let b = Node::start_with(&mut replica(&server.url(), dir.path())).await;
-    status_where(&b, "not writable", |status| status["writable"] == false).await;
-    let reason = b.ops("/readyz/write").await.problem(503, "not-ready");
-    assert!(reason.contains("resources"), "{reason}");
+    let b = Node::launch(&mut replica(&server.url(), dir.path())).await;
+    let full = |status: &Value| {
+        let reason = status["reason"].as_str();
+        reason.is_some_and(|reason| reason.contains("resources"))
+    };
+    let status = status_where(&b, "that the stream is full", full).await;
+    assert_eq!(status["state"], "read-only");
+    b.ops("/readyz/write").await.problem(503, "not-ready");
+    assert_eq!(b.ops("/readyz").await.status, 200);
     assert_eq!(b.get("x").await.status, 200);
     trim(&client).await;
     writable_again(&a).await;
