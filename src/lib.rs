@@ -31,28 +31,13 @@
 //!    index and answers the requests.
 //! 5. 204 goes out with the position. The store holds the patch since before that.
 
-pub mod app;
 pub mod backup;
-pub mod blocking;
-pub mod config;
-pub mod critical;
-pub mod fetch;
+pub mod cli;
 pub mod grade;
-pub mod health;
-mod hex;
 pub mod http;
-pub mod import;
-mod json;
 pub mod log;
-pub mod machine;
-pub mod memory;
 pub mod node;
-pub mod progress;
-pub mod readiness;
-pub mod remote;
 pub mod replication;
-pub mod storage;
 pub mod store;
-pub mod supervisor;
-mod sync;
+pub mod sys;
 pub mod telemetry;

@@ -30,8 +30,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::answer::Answer;
-use super::observe::{HttpMetrics, Observed};
-use super::plain::{self, Ours, Plain, Rewound};
+use super::fast::{self, Ours, Plain, Rewound};
+use super::instrument::{HttpMetrics, Observed};
 
 /// The most header bytes of a request; more is answered with 431. So are more than 100 lines, which
 /// is hyper's own bound: with another it would allocate for each request.
@@ -214,7 +214,7 @@ async fn serve_connection(
     let mut read = Vec::new();
     if let Some(ours) = ours {
         let left = {
-            let mut plain = pin!(plain::serve(&mut stream, ours, connection));
+            let mut plain = pin!(fast::serve(&mut stream, ours, connection));
             let left = poll_fn(|cx| match orders.poll(cx) {
                 Poll::Ready(Order::Cut) => Poll::Ready(None),
                 // It looks for itself whether it is to drain.

@@ -19,28 +19,21 @@ mod auth;
 pub mod backup;
 pub mod error;
 mod failures;
-mod human;
+pub mod fast;
+pub mod get;
+mod instrument;
 mod latency;
-pub mod lines;
 pub mod listener;
-mod observe;
-mod openapi;
 pub mod ops;
-mod page;
-mod patch_body;
-pub mod plain;
-pub mod read;
 mod request_id;
-pub mod status;
-pub mod traffic;
-pub mod write;
+pub mod set;
 
 pub use answer::{Answer, AnswerBody};
 pub use auth::Credentials;
-pub use observe::{Answered, HttpMetrics};
+pub use instrument::{Answered, HttpMetrics};
 
 /// The upper bounds of this room's histograms, by name.
 pub const BUCKETS: [(&str, &[f64]); 1] = [(backup::DURATION_METRIC, backup::DURATION_BUCKETS_S)];
 
-pub use crate::remote::{GRADE_NODE, GRADE_POSITION};
-pub use patch_body::parse_patch;
+pub use crate::replication::peer_client::{GRADE_NODE, GRADE_POSITION};
+pub use set::body::parse_patch;

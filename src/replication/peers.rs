@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::log::{Log, RandomId, Seq};
-use crate::remote::{Incoming, Reach, RemoteError};
+use crate::replication::peer_client::{Incoming, Reach, RemoteError};
 
 /// How often the peers are asked for their state.
 const ASK_EVERY: Duration = Duration::from_secs(2);

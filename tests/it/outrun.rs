@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use gradestore::log::{
     ClusterKey, HeldData, Identity, JetStreamConfig, JetStreamLog, MemoryLog, RandomId,
 };
-use gradestore::storage::Storage;
+use gradestore::node::data_dir::Storage;
 use serde_json::Value;
 
 use crate::broker::{Broker, Load, STREAM, SUBJECT, Write, status_where};

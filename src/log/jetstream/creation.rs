@@ -17,7 +17,7 @@ use super::broker::{Asked, Broker, BrokerError, ConnectError, Connection, Stream
 use super::session::Backoff;
 use super::{JetStreamConfig, MESSAGE_BYTES_NEEDED, SetupError, stream};
 use crate::log::{Announcement, Chain, ClusterKey, LogId, RandomId, Seq};
-use crate::remote::Reach;
+use crate::replication::peer_client::Reach;
 
 /// How long requests for the stream may stay unanswered at the start before the node gives up.
 const START_WAIT_MAX: Duration = Duration::from_secs(30);

@@ -58,7 +58,7 @@ use super::{
     Announce, Announcement, AppendError, Batch, BatchId, Bounds, Counts, InFlight, Log, LogId,
     Position, RandomId, ReadError, Seq, Subscription,
 };
-use crate::critical::{CriticalTasks, TaskEnded};
+use crate::sys::tasks::{CriticalTasks, TaskEnded};
 
 /// The subject that batches are published to.
 const SUBJECT: &str = "grades.set";

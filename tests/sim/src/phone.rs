@@ -7,7 +7,7 @@ use axum::response::Response;
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use gradestore::remote::{
+use gradestore::replication::peer_client::{
     GRADE_COMPRESSION, GRADE_NODE, GRADE_POSITION, IF_SLOW, Incoming, Offer, Reach, RemoteError,
 };
 use http::header::AUTHORIZATION;
