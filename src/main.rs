@@ -62,7 +62,7 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
         let opening = Opening {
             node,
             url: lifecycle::advertised(&config.cluster, sockets.write.local_addr()?),
-            reach: Arc::new(lifecycle::client_to_peers(&config)?),
+            ask_node: Arc::new(lifecycle::client_to_peers(&config)?),
             key: ClusterKey::derive(&config.credentials.account().password),
             restore_from: config.restore_from.clone(),
             progress: Arc::new(move |what| told.set(what)),

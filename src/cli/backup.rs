@@ -12,9 +12,9 @@ use tokio::time::Instant;
 
 use crate::backup::{BackupError, Progress, Summary, read, rfc3339};
 use crate::cli::BackupArgs;
-use crate::cli::progress::Bar;
 use crate::replication::peer_client::{Account, Client, Compression, Download, Parts, RemoteError};
 use crate::store::Piece;
+use crate::sys::progress::Bar;
 
 /// How long the node may be silent.
 const SILENCE_MAX: Duration = Duration::from_secs(30);

@@ -19,11 +19,11 @@ use tokio::time::Instant;
 
 use crate::backup::{BackupError, Progress, Summary, read_in_order};
 use crate::cli::ImportArgs;
-use crate::cli::progress::Bar;
 use crate::grade::{Changes, Patch};
 use crate::log::Seq;
 use crate::replication::peer_client::{Account, Client, Compression, Refusal, RemoteError};
 use crate::store::Piece;
+use crate::sys::progress::Bar;
 
 /// A part is sent when it has so many rows, or so many bytes: some groups of the node's, so that
 /// neither waits long for the other.

@@ -7,7 +7,6 @@ pub mod health;
 pub mod import;
 mod parse;
 mod password;
-pub mod progress;
 mod values;
 
 pub use args::{

@@ -27,8 +27,8 @@ pub use chain::{BatchId, Chain, Effect, Position};
 pub use cluster_key::ClusterKey;
 pub use in_flight::{Answer, InFlight, InFlightBatch, Ticket};
 pub use jetstream::{
-    HeldData, Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError, broker,
-    header_block, message, raw_message,
+    AskNode, HeldData, Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError,
+    broker, header_block, message, raw_message,
 };
 pub use memory::MemoryLog;
 pub use wal::{DiskLog, OpenError, format as stored};

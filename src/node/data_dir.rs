@@ -12,10 +12,9 @@ use tokio::runtime::Handle;
 
 use crate::backup::{BackupError, Snapshots, end_position, head, quarantine};
 use crate::log::{
-    ClusterKey, DiskLog, HeldData, Identity, InFlight, JetStreamConfig, JetStreamLog, Log, LogId,
-    MemoryLog, OpenError, Progress, RandomId, Seq, SetupError,
+    AskNode, ClusterKey, DiskLog, HeldData, Identity, InFlight, JetStreamConfig, JetStreamLog, Log,
+    LogId, MemoryLog, OpenError, Progress, RandomId, Seq, SetupError,
 };
-use crate::replication::peer_client::Reach;
 
 /// Where the log is kept.
 #[derive(Debug, Clone)]
@@ -107,7 +106,7 @@ pub struct Opening {
     /// The URL of its write port.
     pub url: String,
     /// Asks a `--peer` for its node id.
-    pub reach: Arc<dyn Reach>,
+    pub ask_node: Arc<dyn AskNode>,
     /// The key of the cluster.
     pub key: ClusterKey,
     /// A backup to start from; the log then begins after its end.
@@ -152,7 +151,7 @@ impl Storage {
                     holds: storage.held_data(abandoned.as_ref()),
                     keeps_data: data_dir.is_some(),
                     url: opening.url,
-                    reach: opening.reach,
+                    ask_node: opening.ask_node,
                     key: opening.key,
                 };
                 let in_flight = storage.in_flight.clone();

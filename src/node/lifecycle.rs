@@ -13,7 +13,6 @@ use tokio::runtime::{self, Runtime};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::cli::progress;
 use crate::http::backup::{self, BackupMetrics};
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops::traffic::RecentTraffic;
@@ -22,8 +21,8 @@ use crate::http::{self, HttpMetrics};
 use crate::log::{RandomId, now_ns};
 use crate::node::config::{ClusterConfig, Config, Past};
 use crate::node::data_dir::Storage;
-use crate::node::sd_notify;
 use crate::node::{Node, Parts, StartError};
+use crate::node::{restore_report, sd_notify};
 use crate::replication::SILENCE_MAX;
 use crate::replication::peer_client::{Client, Compression};
 use crate::store::Store;
@@ -277,7 +276,7 @@ pub async fn run(
     rest.spawn(until(&stop_rest, &critical, "metrics upkeep", upkeep));
     let watch = async move { traffic.watch(&http_metrics).await };
     rest.spawn(until(&stop_rest, &critical, "traffic watch", watch));
-    let report = progress::report(node.restore.clone());
+    let report = restore_report::report(node.restore.clone());
     rest.spawn(until(&stop_rest, &critical, "restore report", report));
     let report = sd_notify::report(node.readiness.clone(), node.restore.clone());
     rest.spawn(until(

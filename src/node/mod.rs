@@ -5,6 +5,7 @@
 pub mod config;
 pub mod data_dir;
 pub mod lifecycle;
+mod restore_report;
 pub mod sd_notify;
 
 use std::io;
@@ -30,7 +31,7 @@ use crate::log::{Announcement, ClusterKey, InFlight, Log, Position, RandomId};
 use crate::node::config::Config;
 use crate::node::data_dir::Storage;
 use crate::replication::memory::{self, DoesNotFit, MemoryGuard};
-use crate::replication::peer_client::Reach;
+use crate::replication::peer_client::PeerClient;
 use crate::replication::state::{NodeState, Readiness};
 use crate::replication::{
     Applied, Applier, Bootstrap, BootstrapError, Checkpoints, LastSnapshot, Peers, ReplicaDriver,
@@ -85,7 +86,7 @@ pub struct Parts {
     /// The log and the snapshots.
     pub storage: Storage,
     /// The client for other nodes.
-    pub peers: Arc<dyn Reach>,
+    pub peers: Arc<dyn PeerClient>,
     /// Threads for blocking work.
     pub blocking: Blocking,
     /// Threads of low priority: for snapshots, and for backups for replicas that start.

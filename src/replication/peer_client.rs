@@ -12,7 +12,7 @@ use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, StatusCode};
 use tokio::sync::mpsc;
 
-use crate::log::Seq;
+use crate::log::{AskNode, Seq};
 
 /// A position: of a write or a backup in its answer, or in a read that must see that position.
 pub const GRADE_POSITION: HeaderName = HeaderName::from_static("grade-position");
@@ -90,22 +90,12 @@ pub enum Compression {
 }
 
 /// Requests to other nodes.
-pub trait Reach: Send + Sync + 'static {
+pub trait PeerClient: Send + Sync + 'static {
     /// Asks the node whose write port is at `node_url` which backup it would send.
     ///
     /// # Errors
     /// It does not answer, or would send none.
     fn offer<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Offer, RemoteError>>;
-
-    /// Asks for the node id of the process at `node_url`; `None` if it does not say. A starting
-    /// node does. The request carries no password.
-    ///
-    /// # Errors
-    /// It does not answer.
-    fn node<'a>(
-        &'a self,
-        node_url: &'a str,
-    ) -> BoxFuture<'a, Result<Option<Box<str>>, RemoteError>>;
 
     /// Starts to fetch that backup.
     ///
@@ -125,22 +115,9 @@ pub struct Incoming {
     pub feed: BoxFuture<'static, Result<(), RemoteError>>,
 }
 
-impl Reach for Client {
+impl PeerClient for Client {
     fn offer<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Offer, RemoteError>> {
         self.offer(node_url).boxed()
-    }
-
-    fn node<'a>(
-        &'a self,
-        node_url: &'a str,
-    ) -> BoxFuture<'a, Result<Option<Box<str>>, RemoteError>> {
-        async move {
-            let url = format!("{node_url}/backup");
-            let response = self.http.head(&url).send().await;
-            let response = response.map_err(|error| failed(&url, &error))?;
-            Ok(Offer::of(response.headers()).node)
-        }
-        .boxed()
     }
 
     fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Incoming, RemoteError>> {
@@ -152,6 +129,18 @@ impl Reach for Client {
                 source: Box::new(parts),
                 feed: download.pass_on(sender, |_| Ok(())).boxed(),
             })
+        }
+        .boxed()
+    }
+}
+
+impl AskNode for Client {
+    fn node<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Option<Box<str>>, Box<str>>> {
+        async move {
+            let url = format!("{node_url}/backup");
+            let response = self.http.head(&url).send().await;
+            let response = response.map_err(|error| failed(&url, &error).to_string())?;
+            Ok(Offer::of(response.headers()).node)
         }
         .boxed()
     }

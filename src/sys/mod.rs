@@ -8,5 +8,6 @@ pub mod exec;
 pub(crate) mod hex;
 pub mod host;
 pub(crate) mod json;
+pub mod progress;
 pub(crate) mod sync;
 pub mod tasks;

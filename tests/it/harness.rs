@@ -315,7 +315,7 @@ pub(crate) fn opening(node: RandomId, restore_from: Option<PathBuf>) -> Opening 
     Opening {
         node,
         url: String::new(),
-        reach: Arc::new(client()),
+        ask_node: Arc::new(client()),
         key: ClusterKey::derive(PASSWORD),
         restore_from,
         progress: Arc::new(|_| {}),

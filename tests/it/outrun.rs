@@ -39,7 +39,7 @@ async fn late(broker: &Broker, buffer_bytes_max: u64) -> Local {
         holds: HeldData::Nothing,
         keeps_data: false,
         url: String::new(),
-        reach: Arc::new(client()),
+        ask_node: Arc::new(client()),
         key: ClusterKey::derive(PASSWORD),
     };
     let mut storage = Storage::of(Arc::new(MemoryLog::new(origin, 0)), origin);

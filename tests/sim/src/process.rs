@@ -277,7 +277,7 @@ fn identity(world: &World, node: usize, knobs: &Knobs) -> Identity {
         holds: newest.map_or(HeldData::Nothing, |head| HeldData::Of(LogId(head.log_id))),
         keeps_data: knobs.snapshots,
         url: url(node),
-        reach: Arc::new(Phone::new(world.clone(), node)),
+        ask_node: Arc::new(Phone::new(world.clone(), node)),
         key: ClusterKey::derive(PASSWORD),
     }
 }
