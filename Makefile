@@ -63,7 +63,7 @@ deny: ## licences, sources and known vulnerabilities of what is built in
 	tests/deny.sh
 
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= backup_reader basic_header config header_block log_message patch_body plain_request position_header query stored_batch
+FUZZ_TARGETS ?= backup_reader basic_header config header_block log_message patch_body fast_request position_header query stored_batch
 FUZZ = .tools/bin/cargo-fuzz
 fuzz fuzz-keep: export RUSTC_BOOTSTRAP = 1
 fuzz: $(FUZZ) ## each of FUZZ_TARGETS for FUZZ_SECONDS, from what was kept

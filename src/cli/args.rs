@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 
 use super::error::ConfigError;
 use super::password::{self, MadePassword};
@@ -14,7 +14,7 @@ use super::values::{
 };
 use crate::http::Credentials;
 use crate::log::{JetStreamConfig, Servers};
-use crate::node::config::{ClusterConfig, Config, HttpConfig, Past, default_writer_limits};
+use crate::node::config::{ClusterConfig, Config, HttpConfig, default_writer_limits};
 use crate::node::data_dir::{DataDir, StorageConfig};
 use crate::replication::WriterLimits;
 use crate::replication::memory::MemoryMax;
@@ -49,17 +49,16 @@ pub enum Command {
     Health(HealthArgs),
 }
 
-/// What a node can leave out to measure what it costs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+/// A part that a node leaves out to measure its cost.
+#[cfg(feature = "measure")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Part {
-    /// Everybody may write.
+    /// Credentials: every client may write.
     Auth,
-    /// Requests are not counted.
+    /// Metrics of requests.
     Metrics,
-    /// All requests go through the router.
-    Direct,
-    /// All requests go through hyper.
-    Plain,
+    /// The fast path.
+    FastPath,
 }
 
 /// Flags of `gradestore serve`.
@@ -131,8 +130,9 @@ pub struct ServeArgs {
     )]
     pub log_format: LogFormat,
 
-    /// Leave something out, to measure what it costs; not for a node that anybody uses
-    #[arg(long, hide = true, value_name = "WHAT", value_delimiter = ',')]
+    /// Leave parts out to measure their cost
+    #[cfg(feature = "measure")]
+    #[arg(long, value_name = "PART", value_delimiter = ',')]
     pub measure_without: Vec<Part>,
 
     /// NATS servers with JetStream, with a comma between two; all nodes that share them and
@@ -307,25 +307,16 @@ impl ServeArgs {
             .or(made.as_ref().map(|made| made.0.as_str()))
             .unwrap_or_default();
         let credentials = Credentials::new(&self.credentials.username, password);
-        let config = Config {
+        #[cfg_attr(
+            not(feature = "measure"),
+            expect(unused_mut, reason = "changed to measure")
+        )]
+        let mut config = Config {
             write_addr: self.write_addr,
             read_addr: self.read_addr,
             ops_addr: self.ops_addr,
-            credentials: match self.measure_without.contains(&Part::Auth) {
-                true => credentials.unchecked(),
-                false => credentials,
-            },
-            http: HttpConfig {
-                counted: !self.measure_without.contains(&Part::Metrics),
-                past: if self.measure_without.contains(&Part::Direct) {
-                    Past::Nothing
-                } else if self.measure_without.contains(&Part::Plain) {
-                    Past::Axum
-                } else {
-                    Past::Hyper
-                },
-                ..HttpConfig::default()
-            },
+            credentials,
+            http: HttpConfig::default(),
             writer: WriterLimits {
                 wait_max: self.write_timeout,
                 ..default_writer_limits()
@@ -340,7 +331,20 @@ impl ServeArgs {
                 ..ClusterConfig::alone()
             },
         };
+        #[cfg(feature = "measure")]
+        self.leave_out(&mut config);
         Ok((config, made))
+    }
+
+    #[cfg(feature = "measure")]
+    fn leave_out(&self, config: &mut Config) {
+        for part in &self.measure_without {
+            match part {
+                Part::Auth => config.credentials.admit_all(),
+                Part::Metrics => config.http.counted = false,
+                Part::FastPath => config.http.fast_path = false,
+            }
+        }
     }
 
     /// Where the log is kept.

@@ -10,7 +10,7 @@ mod password;
 mod values;
 
 pub use args::{
-    BackupArgs, Cli, Command, CredentialArgs, HealthArgs, ImportArgs, Part, ServeArgs, VerifyArgs,
+    BackupArgs, Cli, Command, CredentialArgs, HealthArgs, ImportArgs, ServeArgs, VerifyArgs,
 };
 pub use error::ConfigError;
 pub use parse::{check_env, check_env_names, parse, parse_args};

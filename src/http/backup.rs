@@ -30,9 +30,9 @@ use metrics::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+use super::connection::Connection;
 use super::error::ApiError;
 use super::instrument::Answered;
-use super::listener::Connection;
 use super::ops::OpeningProgress;
 use super::{Credentials, GRADE_NODE, GRADE_POSITION};
 use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};

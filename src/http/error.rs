@@ -305,20 +305,32 @@ struct Problem<'a> {
     accepted: Option<u64>,
 }
 
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
+impl ApiError {
+    /// The body of its response.
+    pub(super) fn to_json(&self) -> Vec<u8> {
+        self.to_json_with(&self.to_string())
+    }
+
+    fn to_json_with(&self, detail: &str) -> Vec<u8> {
         let (status, cause) = self.kind();
         let (line, accepted) = self.lines();
-        let detail = self.to_string();
         let problem = Problem {
             r#type: format!("urn:gradestore:problem:{cause}"),
             title: status.canonical_reason().unwrap_or_default(),
             status: status.as_u16(),
-            detail: &detail,
+            detail,
             line,
             accepted,
         };
-        let body = serde_json::to_vec(&problem).unwrap_or_default();
+        serde_json::to_vec(&problem).unwrap_or_default()
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let (status, cause) = self.kind();
+        let detail = self.to_string();
+        let body = self.to_json_with(&detail);
         let mut headers = self.headers(status);
         let problem_json = HeaderValue::from_static("application/problem+json");
         headers.insert(CONTENT_TYPE, problem_json);

@@ -1,22 +1,21 @@
 //! The read port: `GET /get?user_id=ID`, and `GET /get?user_ids=A&user_ids=B` for many at once.
 
 use std::borrow::Cow;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use axum::routing::get;
 use http::header::CONTENT_TYPE;
-use http::{HeaderMap, HeaderValue, Method, Uri};
+use http::{HeaderMap, HeaderValue, Uri};
 use percent_encoding::percent_decode;
 
 use super::GRADE_POSITION;
-use super::answer::{Answer, AnswerBody, boxed};
 use super::error::ApiError;
-use super::fast::Plain;
-use super::listener::{Direct, Directly};
+use super::fast::{Found, GetRoute, request};
 use crate::grade::{USER_ID, UserGrade, check_user_id};
 use crate::log::{Log, Seq};
 use crate::replication::state::Readiness;
@@ -66,36 +65,38 @@ pub fn routes(state: ReadState) -> Router {
         .with_state(state)
 }
 
-/// The way past the router: a `GET /get` that waits for nothing is answered at once, without a future of
-/// its own or a boxed one of axum's. What it is worth stands in `load/README.md`.
-pub fn direct(state: ReadState) -> Direct {
-    Arc::new(move |request| {
-        let at_once = request.method() == Method::GET
-            && request.uri().path() == "/get"
-            && !request.headers().contains_key(GRADE_POSITION);
-        match at_once {
-            true => {
-                let answer = answer(&state, request.uri());
-                Directly::Now(answer.unwrap_or_else(Answer::from))
-            }
-            false => Directly::Router(request),
+impl GetRoute for ReadState {
+    fn get(&self, request: &request::Get<'_>, body: &mut Vec<u8>) -> Found {
+        if request
+            .position
+            .is_some_and(|wanted| self.applied.seq() < wanted)
+        {
+            return Found::Fallback;
         }
-    })
+        let Ok(user_id) = id_in(request.user_id) else {
+            return Found::Fallback;
+        };
+        match append_one(self, &user_id, body) {
+            Ok(()) => Found::Grade,
+            // The router logs it at that level.
+            Err(ApiError::UserUnknown) if !tracing::enabled!(tracing::Level::DEBUG) => {
+                body.extend_from_slice(&USER_UNKNOWN);
+                Found::Nobody
+            }
+            Err(_) => Found::Fallback,
+        }
+    }
 }
 
-/// What answers a plain `GET /get` past hyper, where there is something to show.
-pub fn plain(state: ReadState) -> Plain {
-    Plain::Get(Arc::new(move |user_id, json| {
-        append_one(&state, user_id, json).is_ok()
-    }))
-}
+/// The body of the response for an unknown user.
+static USER_UNKNOWN: LazyLock<Vec<u8>> = LazyLock::new(|| ApiError::UserUnknown.to_json());
 
 async fn get_grade(State(state): State<ReadState>, request: Request) -> Result<Response, ApiError> {
     if let Some(wanted) = position_of(request.headers())? {
         state.readiness.check()?;
         reach(&state, wanted).await?;
     }
-    answer(&state, request.uri()).map(boxed)
+    answer(&state, request.uri())
 }
 
 /// Waits until this replica has applied `wanted`.
@@ -119,12 +120,12 @@ async fn reach(state: &ReadState, wanted: Seq) -> Result<(), ApiError> {
 }
 
 /// The grade, or the grades, that `uri` asks for, as they are now.
-fn answer(state: &ReadState, uri: &Uri) -> Result<Answer, ApiError> {
+fn answer(state: &ReadState, uri: &Uri) -> Result<Response, ApiError> {
     let json = match asked(uri.query().unwrap_or_default())? {
         Asked::One(user_id) => one(state, &user_id)?,
         Asked::Many(user_ids) => many(state, &user_ids)?,
     };
-    let mut response = Answer::new(AnswerBody::Whole(Some(json.into())));
+    let mut response = Response::new(Body::from(json));
     let json_type = HeaderValue::from_static("application/json");
     response.headers_mut().insert(CONTENT_TYPE, json_type);
     Ok(response)

@@ -1,31 +1,31 @@
 //! Counts, times and names every request, and turns a panic into an answer.
 
-use std::panic::AssertUnwindSafe;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
-
-use axum::Router;
-use axum::body::Body;
-use futures_util::FutureExt;
-use futures_util::future::{BoxFuture, CatchUnwind};
-use http::header::CONNECTION;
-use http::{HeaderValue, Method, Request, StatusCode};
-use hyper::body::Incoming;
-use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::{Body, HttpBody};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::CatchUnwind;
+use http::header::CONNECTION;
+use http::{HeaderValue, Method, Request, StatusCode};
+use hyper::body::{Frame, Incoming, SizeHint};
+use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use tower::Service;
 
-use super::answer::{Answer, routed};
+use super::connection::Connection;
 use super::error::ApiError;
 use super::failures::{Failed, Failure, FailureLog};
 use super::latency::{self, Counts, Latency};
-use super::listener::{Connection, Direct, Directly};
 use super::request_id::{self, X_REQUEST_ID};
 
 /// The routes as metrics name them; whatever else is asked for counts as the last one.
@@ -62,6 +62,8 @@ const OTHER: usize = ROUTES.len() - 1;
 #[derive(Clone)]
 pub(super) struct ManyLines;
 
+const PATH_METRIC: &str = "gradestore_http_path_total";
+
 /// Statuses that are counted one by one: 100 to 599.
 const STATUSES: usize = 500;
 
@@ -84,6 +86,10 @@ pub struct HttpMetrics {
     counted: bool,
     routes: [RouteMetrics; ROUTES.len()],
     in_flight: Gauge,
+    /// Requests that the fast path answered.
+    fast: Counter,
+    /// Those that the router answered.
+    router: Counter,
     failures: FailureLog,
 }
 
@@ -109,6 +115,10 @@ impl HttpMetrics {
             "gradestore_http_requests_in_flight",
             "Requests that are being answered."
         );
+        describe_counter!(
+            PATH_METRIC,
+            "Requests answered by the fast path, and by hyper and the router."
+        );
         Self {
             answered: Answered::default(),
             counted: true,
@@ -121,6 +131,8 @@ impl HttpMetrics {
                 }
             }),
             in_flight: gauge!("gradestore_http_requests_in_flight"),
+            fast: counter!(PATH_METRIC, "path" => "fast"),
+            router: counter!(PATH_METRIC, "path" => "router"),
             failures: FailureLog::default(),
         }
     }
@@ -131,6 +143,8 @@ impl HttpMetrics {
         Self {
             counted: false,
             in_flight: Gauge::noop(),
+            fast: Counter::noop(),
+            router: Counter::noop(),
             ..Self::new(|_, _| Counter::noop())
         }
     }
@@ -163,14 +177,20 @@ impl HttpMetrics {
         self.counted.then_some(both)
     }
 
-    /// Measures a `GET /get` that was answered past hyper.
-    pub(super) fn plain_get(&self, begun: Instant, connection: &Connection) {
+    /// Measures a `GET /get` on the fast path.
+    pub(super) fn fast_get(&self, found: bool, begun: Instant, connection: &Connection) {
         connection.begin();
-        self.end(GET_AT, StatusCode::OK, begun, connection);
+        let status = match found {
+            true => StatusCode::OK,
+            false => StatusCode::NOT_FOUND,
+        };
+        self.fast.increment(1);
+        self.end(GET_AT, status, begun, connection);
     }
 
-    /// Measures a `POST /set` that was answered past hyper; what time it is.
-    pub(super) fn plain_set(&self, begun: Instant, connection: &Connection) -> Instant {
+    /// Measures a `POST /set` on the fast path; returns the time.
+    pub(super) fn fast_set(&self, begun: Instant, connection: &Connection) -> Instant {
+        self.fast.increment(1);
         self.end(SET_AT, StatusCode::NO_CONTENT, begun, connection)
     }
 
@@ -230,129 +250,179 @@ impl Drop for InFlight {
     }
 }
 
-/// What became of a request past hyper, where hyper is to say it, and when it began.
-pub(super) type FailedPlain = (ApiError, Instant);
+/// The error of a request on the fast path, which hyper reports, and when the request began.
+pub(super) type FailedFast = (ApiError, Instant);
 
-/// The service of one connection: a port's router, watched.
-pub(super) struct Observed {
+/// The service of one connection: a port's router, instrumented.
+pub(super) struct Instrumented {
     pub(super) router: Router,
-    pub(super) direct: Option<Direct>,
     pub(super) metrics: Arc<HttpMetrics>,
     pub(super) connection: Arc<Connection>,
-    /// Of the first request, if it is known.
-    pub(super) failed: Cell<Option<FailedPlain>>,
+    /// The error of the first request, if it was executed on the fast path.
+    pub(super) failed: Cell<Option<FailedFast>>,
 }
 
-impl hyper::service::Service<Request<Incoming>> for Observed {
-    type Response = Answer;
+impl hyper::service::Service<Request<Incoming>> for Instrumented {
+    type Response = http::Response<ResponseBody>;
     type Error = Infallible;
-    type Future = ObservedFuture;
+    type Future = InstrumentedFuture;
 
-    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
         let begun = Instant::now();
         let path = request.uri().path();
         let route = ROUTES.iter().position(|route| *route == path);
-        self.connection.begin();
-        if path == BACKUP {
-            let connection = Arc::clone(&self.connection);
-            request.extensions_mut().insert(connection);
-        }
-        let mut asked = Asked {
+        let connection = Arc::clone(&self.connection);
+        connection.begin();
+        connection.exchange_begins(request.body().is_end_stream());
+        let mut context = RequestContext {
             begun,
             route: route.unwrap_or(OTHER),
             request_id: request_id::sent(request.headers()),
             // Replicas ask each other so whether they would give a backup.
             head: request.method() == Method::HEAD,
         };
-        let failed = self.failed.take();
-        let directly = match &self.direct {
-            _ if let Some((error, begun)) = failed => {
-                asked.begun = begun;
-                let mut answer = Answer::from(error);
-                if self.connection.drains() {
-                    // hyper has not been told yet.
-                    let close = HeaderValue::from_static("close");
-                    answer.headers_mut().insert(CONNECTION, close);
-                }
-                Directly::Now(answer)
+        let response = if let Some((error, begun)) = self.failed.take() {
+            context.begun = begun;
+            let mut response = error.into_response();
+            if connection.drains() {
+                // hyper does not know it yet.
+                let close = HeaderValue::from_static("close");
+                response.headers_mut().insert(CONNECTION, close);
             }
-            Some(direct) => {
-                let answer = || direct(request);
-                let answer = std::panic::catch_unwind(AssertUnwindSafe(answer));
-                answer.unwrap_or_else(|_| Directly::Now(internal()))
+            ResponseFuture::Ready {
+                response: Some(response),
             }
-            None => Directly::Router(request),
-        };
-        let answer = match directly {
-            // Nobody could see it in flight, and nobody need hold what it is measured with.
-            Directly::Now(mut response) => {
-                asked.answered(&mut response, &self.metrics, &self.connection);
-                return ObservedFuture::Answered {
-                    response: Some(response),
-                };
+        } else {
+            let is_backup = path == BACKUP;
+            let mut request = request.map(|body| {
+                let connection = Arc::clone(&connection);
+                Body::new(RequestBody { body, connection })
+            });
+            if is_backup {
+                request.extensions_mut().insert(Arc::clone(&connection));
             }
-            Directly::Later(answer) => AnswerFuture::Later {
-                answer: AssertUnwindSafe(answer).catch_unwind(),
-            },
-            Directly::Router(request) => {
-                let answer = self.router.clone().call(request.map(Body::new));
-                AnswerFuture::Router {
-                    answer: AssertUnwindSafe(answer).catch_unwind(),
-                }
+            let response = self.router.clone().call(request);
+            ResponseFuture::Router {
+                response: AssertUnwindSafe(response).catch_unwind(),
             }
         };
         let running = Running {
             in_flight: InFlight::begin(&self.metrics),
-            connection: Arc::clone(&self.connection),
-            asked,
+            connection,
+            context,
             answered: false,
         };
-        ObservedFuture::Running { answer, running }
+        InstrumentedFuture { response, running }
     }
-}
-
-/// What a panic is answered with. The panic hook has logged it.
-fn internal() -> Answer {
-    ApiError::Internal.into()
 }
 
 type RouterFuture = <Router as Service<Request<Body>>>::Future;
 
 pin_project_lite::pin_project! {
-    #[project = ObservedProjection]
-    pub(super) enum ObservedFuture {
-        Answered { response: Option<Answer> },
-        Running { #[pin] answer: AnswerFuture, running: Running },
+    pub(super) struct InstrumentedFuture {
+        #[pin]
+        response: ResponseFuture,
+        running: Running,
     }
 }
 
 pin_project_lite::pin_project! {
-    #[project = AnswerProjection]
-    enum AnswerFuture {
-        Later { #[pin] answer: CatchUnwind<AssertUnwindSafe<BoxFuture<'static, Answer>>> },
-        Router { #[pin] answer: CatchUnwind<AssertUnwindSafe<RouterFuture>> },
+    #[project = ResponseProjection]
+    enum ResponseFuture {
+        Ready { response: Option<Response> },
+        Router { #[pin] response: CatchUnwind<AssertUnwindSafe<RouterFuture>> },
     }
 }
 
-impl Future for AnswerFuture {
-    type Output = Answer;
+impl Future for ResponseFuture {
+    type Output = Response;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Answer> {
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response> {
         match self.project() {
-            AnswerProjection::Later { answer } => answer
-                .poll(cx)
-                .map(|answered| answered.unwrap_or_else(|_panic| internal())),
-            AnswerProjection::Router { answer } => answer.poll(cx).map(|answered| match answered {
-                Ok(Ok(response)) => routed(response),
-                Ok(Err(never)) => match never {},
-                Err(_panic) => internal(),
+            // hyper polls once.
+            ResponseProjection::Ready { response } => {
+                Poll::Ready(response.take().unwrap_or_else(internal))
+            }
+            ResponseProjection::Router { response } => response.poll(cx).map(|response| {
+                match response {
+                    Ok(Ok(response)) => response,
+                    Ok(Err(never)) => match never {},
+                    // The panic hook has logged it.
+                    Err(_panic) => internal(),
+                }
             }),
         }
     }
 }
 
-/// What is kept of a request until it is answered.
-struct Asked {
+fn internal() -> Response {
+    ApiError::Internal.into_response()
+}
+
+/// A request's body, which tells the connection when it was read to its end.
+struct RequestBody {
+    body: Incoming,
+    connection: Arc<Connection>,
+}
+
+impl HttpBody for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if frame.is_none() || self.body.is_end_stream() {
+            self.connection.request_read();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A response's body, which tells the connection when hyper has taken all of it.
+pub(super) struct ResponseBody {
+    body: Body,
+    connection: Arc<Connection>,
+}
+
+impl Drop for ResponseBody {
+    fn drop(&mut self) {
+        self.connection.response_taken();
+    }
+}
+
+impl HttpBody for ResponseBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A request that is being answered.
+struct RequestContext {
     begun: Instant,
     route: usize,
     /// What the client calls it.
@@ -360,26 +430,32 @@ struct Asked {
     head: bool,
 }
 
-impl Asked {
-    /// Measures the answer, and names it.
-    fn answered(&mut self, answer: &mut Answer, metrics: &HttpMetrics, connection: &Connection) {
-        if answer.extensions().get::<ManyLines>().is_some() {
+impl RequestContext {
+    /// Measures the response, and names it.
+    fn answered(
+        &mut self,
+        response: &mut Response,
+        metrics: &HttpMetrics,
+        connection: &Connection,
+    ) {
+        if response.extensions().get::<ManyLines>().is_some() {
             self.route = LINES_AT;
         }
-        let now = metrics.end(self.route, answer.status(), self.begun, connection);
-        self.name(answer, now - self.begun, &metrics.failures);
+        let now = metrics.end(self.route, response.status(), self.begun, connection);
+        metrics.router.increment(1);
+        self.name(response, now - self.begun, &metrics.failures);
     }
 
-    /// Gives the answer the request's id, where it has or needs one, and tells of a failure.
-    fn name(&mut self, answer: &mut Answer, took: Duration, failures: &FailureLog) {
-        let status = answer.status();
+    /// Adds the request's id to the response, where it has or needs one, and logs a failure.
+    fn name(&mut self, response: &mut Response, took: Duration, failures: &FailureLog) {
+        let status = response.status();
         let failed = status.is_client_error() || status.is_server_error();
         let sent = self.request_id.take();
         if sent.is_none() && !failed && self.route < HOT_ROUTES {
             return;
         }
         let request_id = sent.unwrap_or_else(request_id::made);
-        if let Some(failure) = answer.extensions_mut().remove::<Failure>() {
+        if let Some(failure) = response.extensions_mut().remove::<Failure>() {
             let failed = Failed {
                 route: ROUTES.get(self.route).copied().unwrap_or_default(),
                 status,
@@ -389,7 +465,7 @@ impl Asked {
             };
             failures.tell(&failed, &failure);
         }
-        answer.headers_mut().insert(X_REQUEST_ID, request_id);
+        response.headers_mut().insert(X_REQUEST_ID, request_id);
     }
 }
 
@@ -397,7 +473,7 @@ impl Asked {
 struct Running {
     in_flight: InFlight,
     connection: Arc<Connection>,
-    asked: Asked,
+    context: RequestContext,
     answered: bool,
 }
 
@@ -409,26 +485,21 @@ impl Drop for Running {
     }
 }
 
-impl Future for ObservedFuture {
-    type Output = Result<Answer, Infallible>;
+impl Future for InstrumentedFuture {
+    type Output = Result<http::Response<ResponseBody>, Infallible>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let (answer, running) = match self.project() {
-            // Polled once: hyper drops a future that has answered.
-            ObservedProjection::Answered { response } => {
-                return Poll::Ready(Ok(response.take().unwrap_or_else(internal)));
-            }
-            ObservedProjection::Running { answer, running } => (answer, running),
-        };
-        let mut response = std::task::ready!(answer.poll(cx));
-        running.answered = true;
+        let this = self.project();
+        let mut response = std::task::ready!(this.response.poll(cx));
         let Running {
-            asked,
+            context,
             in_flight,
             connection,
-            ..
-        } = running;
-        asked.answered(&mut response, &in_flight.0, connection);
-        Poll::Ready(Ok(response))
+            answered,
+        } = this.running;
+        *answered = true;
+        context.answered(&mut response, &in_flight.0, connection);
+        let connection = Arc::clone(connection);
+        Poll::Ready(Ok(response.map(|body| ResponseBody { body, connection })))
     }
 }

@@ -11,15 +11,11 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::task::Poll;
+use std::time::Duration;
 
 use axum::Router;
-use futures_util::future::BoxFuture;
-use futures_util::task::AtomicWaker;
-use http::Request;
-use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use parking_lot::Mutex;
@@ -29,9 +25,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::answer::Answer;
-use super::fast::{self, Ours, Plain, Rewound};
-use super::instrument::{HttpMetrics, Observed};
+use super::connection::{Connection, Order, Orders};
+use super::fast::{FastPath, FastRoute, Prefixed};
+use super::instrument::{HttpMetrics, Instrumented};
 
 /// The most header bytes of a request; more is answered with 431. So are more than 100 lines, which
 /// is hyper's own bound: with another it would allocate for each request.
@@ -59,19 +55,6 @@ pub struct ListenerLimits {
     pub idle_max: Duration,
 }
 
-/// A way past the router for a port's one hot route.
-pub type Direct = Arc<dyn Fn(Request<Incoming>) -> Directly + Send + Sync>;
-
-/// What becomes of a request on that way.
-pub enum Directly {
-    /// The answer.
-    Now(Answer),
-    /// The answer, once something has happened.
-    Later(BoxFuture<'static, Answer>),
-    /// It is the router's.
-    Router(Request<Incoming>),
-}
-
 /// One port: where it listens, what it answers and how it is bounded.
 pub struct Listener {
     /// `read`, `write` or `ops`, in logs and metrics.
@@ -80,10 +63,8 @@ pub struct Listener {
     pub socket: TcpListener,
     /// Answers.
     pub router: Router,
-    /// Answers at once what needs no waiting, past the router; `None` leaves it to that.
-    pub direct: Option<Direct>,
-    /// What is answered past hyper as well; `None` leaves all to that.
-    pub plain: Option<Plain>,
+    /// Answers the requests of one route before hyper reads them.
+    pub fast_route: Option<FastRoute>,
     /// Bounds.
     pub limits: ListenerLimits,
     /// Handles for what is measured about requests.
@@ -125,9 +106,9 @@ impl Listener {
     /// Serves until `drain` is cancelled, then finishes what runs and returns.
     pub async fn serve(self, drain: CancellationToken) {
         let connections = Connections::new(self.limits, self.connection_metrics.clone());
-        let ours = self.plain.clone().map(|plain| {
+        let path = self.fast_route.clone().map(|route| {
             let metrics = Arc::clone(&self.metrics);
-            Arc::new(Ours { plain, metrics })
+            Arc::new(FastPath { route, metrics })
         });
         let tasks = TaskTracker::new();
         let mut sweep = tokio::time::interval(SWEEP_EVERY);
@@ -149,19 +130,18 @@ impl Listener {
                         // Answers are written whole: waiting to send more at once only delays them.
                         let _ = stream.set_nodelay(true);
                         let connection = connections.add();
-                        let service = Observed {
+                        let service = Instrumented {
                             router: self.router.clone(),
-                            direct: self.direct.clone(),
                             metrics: Arc::clone(&self.metrics),
                             connection: Arc::clone(&connection),
                             failed: Cell::new(None),
                         };
-                        let ours = ours.clone();
+                        let path = path.clone();
                         let connections = Arc::clone(&connections);
                         tasks.spawn(async move {
                             // Removes it on every way out, a panic too.
                             let _place = Place(&connections, &connection);
-                            serve_connection(stream, ours.as_deref(), service, &connection).await;
+                            serve_connection(stream, path, service, &connection).await;
                         });
                     }
                     Err(error) => {
@@ -203,67 +183,90 @@ impl Listener {
     }
 }
 
-/// Serves plain requests first, and leaves the rest to hyper.
+/// Serves a connection: the fast path and hyper take turns.
 async fn serve_connection(
     mut stream: TcpStream,
-    ours: Option<&Ours>,
-    service: Observed,
+    path: Option<Arc<FastPath>>,
+    mut service: Instrumented,
     connection: &Connection,
 ) {
     let mut orders = Orders::new(connection);
     let mut read = Vec::new();
-    if let Some(ours) = ours {
-        let left = {
-            let mut plain = pin!(fast::serve(&mut stream, ours, connection));
-            let left = poll_fn(|cx| match orders.poll(cx) {
-                Poll::Ready(Order::Cut) => Poll::Ready(None),
-                // It looks for itself whether it is to drain.
-                _ => plain.as_mut().poll(cx).map(Some),
-            });
-            left.await
-        };
-        match left {
-            None => return,
-            Some(Ok(Some(handover))) => {
-                read = handover.bytes;
-                service.failed.set(handover.failed);
-            }
-            Some(Ok(None) | Err(_)) => {
-                linger(&mut stream, connection).await;
-                return;
+    loop {
+        if let Some(path) = &path {
+            let handoff = {
+                let mut fast = pin!(path.serve(read, &mut stream, connection));
+                let handoff = poll_fn(|cx| match orders.poll(cx) {
+                    Poll::Ready(Order::Cut) => Poll::Ready(None),
+                    // It checks itself whether it has to drain.
+                    _ => fast.as_mut().poll(cx).map(Some),
+                });
+                handoff.await
+            };
+            match handoff {
+                None => return,
+                Some(Ok(Some(handoff))) => {
+                    read = handoff.bytes;
+                    service.failed.set(handoff.failed);
+                }
+                Some(Ok(None) | Err(_)) => return linger(&mut stream, connection).await,
             }
         }
+        match serve_hyper(read, stream, path.clone(), service, &mut orders).await {
+            Some(returned) => (read, stream, service) = returned,
+            None => return,
+        }
     }
-    serve_hyper(read, stream, service, orders).await;
 }
 
-/// Serves with hyper, to which `read` comes before what `stream` gives.
-async fn serve_hyper(read: Vec<u8>, stream: TcpStream, service: Observed, mut orders: Orders<'_>) {
+/// The end of hyper's turn.
+enum Turn {
+    /// The connection ended.
+    Ended,
+    /// It was cut.
+    Cut,
+    /// The fast path answers the next request.
+    Returns,
+}
+
+/// Serves with hyper, which reads `read` before the bytes of `stream`, until the connection ends or the
+/// fast path answers its next request: then with the bytes that were read.
+async fn serve_hyper(
+    read: Vec<u8>,
+    stream: TcpStream,
+    path: Option<Arc<FastPath>>,
+    service: Instrumented,
+    orders: &mut Orders<'_>,
+) -> Option<(Vec<u8>, TcpStream, Instrumented)> {
+    let connection = Arc::clone(&service.connection);
     let mut to_be_read = !read.is_empty();
+    let stream = Prefixed::new(read, stream, Arc::clone(&connection), path);
     let mut http = http1::Builder::new()
         .max_buf_size(2 * HEADER_BYTES_MAX)
         .max_header_size(HEADER_BYTES_MAX)
-        // A client that has said all it has to may still want the answer.
+        // A client that has sent everything may still want the response.
         .half_close(true)
-        // Most answers are short: to copy one behind its header costs less than to send it in parts.
+        // Most responses are short: to copy one behind its header costs less than to send it in parts.
         .writev(false)
-        .serve_connection(Rewound::new(read, stream), service);
+        .serve_connection(stream, service);
     let (mut to_drain, mut draining) = (false, false);
-    let served = poll_fn(|cx| {
+    let turn = poll_fn(|cx| {
         match orders.poll(cx) {
-            Poll::Ready(Order::Cut) => return Poll::Ready(false),
+            Poll::Ready(Order::Cut) => return Poll::Ready(Turn::Cut),
             Poll::Ready(Order::Drain) => to_drain = true,
             Poll::Pending => {}
         }
-        // What hyper says here is about one client: it hung up, or broke the protocol and was
-        // answered.
+        // An error of hyper's is about one client: it hung up, or broke the protocol and was answered.
         loop {
             // hyper would end a connection of which it has read nothing.
             if to_drain && !draining && !to_be_read {
                 draining = true;
                 Pin::new(&mut http).graceful_shutdown();
             }
-            let ended = http.poll_without_shutdown(cx).map(|_| true);
+            let ended = http.poll_without_shutdown(cx).map(|_| Turn::Ended);
+            if ended.is_pending() && connection.takes_return() {
+                return Poll::Ready(Turn::Returns);
+            }
             let again = to_drain && to_be_read;
             to_be_read = false;
             if ended.is_ready() || !again {
@@ -271,12 +274,20 @@ async fn serve_hyper(read: Vec<u8>, stream: TcpStream, service: Observed, mut or
             }
         }
     });
-    if served.await {
-        let connection = orders.connection;
+    let turn = turn.await;
+    let parts = match turn {
+        Turn::Cut => return None,
+        Turn::Ended | Turn::Returns => http.into_parts(),
+    };
+    let (rest, mut stream) = parts.io.into_parts();
+    if let Turn::Ended = turn {
         connection.end();
-        let mut stream = http.into_parts().io.into_inner();
-        linger(&mut stream, connection).await;
+        linger(&mut stream, &connection).await;
+        return None;
     }
+    let mut read = parts.read_buf.to_vec();
+    read.extend_from_slice(&rest);
+    Some((read, stream, parts.service))
 }
 
 async fn linger(stream: &mut TcpStream, connection: &Connection) {
@@ -304,134 +315,6 @@ async fn linger(stream: &mut TcpStream, connection: &Connection) {
     }
 }
 
-/// What the port tells a connection's task to do.
-enum Order {
-    /// Finish the request, then close.
-    Drain,
-    /// Close now.
-    Cut,
-}
-
-/// What a connection's task is told.
-struct Orders<'a> {
-    connection: &'a Connection,
-    /// Who is woken by the next one.
-    registered: Waker,
-}
-
-impl<'a> Orders<'a> {
-    fn new(connection: &'a Connection) -> Self {
-        let registered = Waker::noop().clone();
-        Self {
-            connection,
-            registered,
-        }
-    }
-
-    /// What it was told last.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Order> {
-        // Registering writes to what others read, and is rarely needed: only an order takes the waker out.
-        if !self.connection.has_order() && self.registered.will_wake(cx.waker()) {
-            return Poll::Pending;
-        }
-        self.registered.clone_from(cx.waker());
-        self.connection.poll_order(cx)
-    }
-}
-
-/// One open connection, as its task and the port both see it.
-pub(super) struct Connection {
-    id: u64,
-    opened: Instant,
-    /// Milliseconds since `opened` at which it last became idle; [`BUSY`] while a request runs.
-    idle_since_ms: AtomicU64,
-    /// Whether a request's header has come whole, ever.
-    greeted: AtomicBool,
-    /// Whether it is being sent a long answer: then it is not cut to make room.
-    streaming: AtomicBool,
-    drain: AtomicBool,
-    cut: AtomicBool,
-    task: AtomicWaker,
-}
-
-const BUSY: u64 = u64::MAX;
-
-impl Connection {
-    fn new(id: u64) -> Self {
-        Self {
-            id,
-            opened: Instant::now(),
-            idle_since_ms: AtomicU64::new(0),
-            greeted: AtomicBool::new(false),
-            streaming: AtomicBool::new(false),
-            drain: AtomicBool::new(false),
-            cut: AtomicBool::new(false),
-            task: AtomicWaker::new(),
-        }
-    }
-
-    /// A request begins.
-    pub(super) fn begin(&self) {
-        self.greeted.store(true, Ordering::Relaxed);
-        self.idle_since_ms.store(BUSY, Ordering::Relaxed);
-    }
-
-    /// A request has been answered, or another part of a long answer has been taken.
-    pub(super) fn end(&self) {
-        self.end_at(Instant::now());
-    }
-
-    /// The same, for who knows what time it is.
-    pub(super) fn end_at(&self, now: Instant) {
-        let since_ms = now.saturating_duration_since(self.opened).as_millis() as u64;
-        self.idle_since_ms.store(since_ms, Ordering::Relaxed);
-    }
-
-    /// A long answer begins or ends; between its parts the connection counts as idle, for the
-    /// deadline alone.
-    pub(super) fn stream(&self, streaming: bool) {
-        self.streaming.store(streaming, Ordering::Relaxed);
-    }
-
-    /// Whether it is told to end once what runs has been answered.
-    pub(super) fn drains(&self) -> bool {
-        self.drain.load(Ordering::Acquire)
-    }
-
-    /// For how long nothing has run; `None` while something does.
-    fn idle(&self) -> Option<Duration> {
-        match self.idle_since_ms.load(Ordering::Relaxed) {
-            BUSY => None,
-            since_ms => Some(
-                self.opened
-                    .elapsed()
-                    .saturating_sub(Duration::from_millis(since_ms)),
-            ),
-        }
-    }
-
-    /// Whether it was ever told to do something.
-    fn has_order(&self) -> bool {
-        self.drain.load(Ordering::Acquire) || self.cut.load(Ordering::Acquire)
-    }
-
-    fn poll_order(&self, cx: &mut Context<'_>) -> Poll<Order> {
-        self.task.register(cx.waker());
-        if self.cut.load(Ordering::Acquire) {
-            return Poll::Ready(Order::Cut);
-        }
-        match self.drain.load(Ordering::Acquire) {
-            true => Poll::Ready(Order::Drain),
-            false => Poll::Pending,
-        }
-    }
-
-    fn order(&self, flag: &AtomicBool) {
-        flag.store(true, Ordering::Release);
-        self.task.wake();
-    }
-}
-
 /// The open connections of one port.
 struct Connections {
     limits: ListenerLimits,
@@ -450,7 +333,7 @@ impl Drop for Place<'_> {
     fn drop(&mut self) {
         self.0.open.lock().remove(&self.1.id);
         // From here on nobody can cut it any more.
-        if self.1.cut.load(Ordering::Acquire) {
+        if self.1.is_cut() {
             self.0.leaving.fetch_sub(1, Ordering::Relaxed);
         }
         self.0.metrics.open.decrement(1.0);
@@ -491,8 +374,7 @@ impl Connections {
         let open = self.open.lock();
         let mut idle: Vec<_> = open
             .values()
-            .filter(|connection| !connection.cut.load(Ordering::Relaxed))
-            .filter(|connection| !connection.streaming.load(Ordering::Relaxed))
+            .filter(|connection| !connection.is_cut() && !connection.is_streaming())
             .filter_map(|connection| Some((connection.idle()?, connection)))
             .collect();
         idle.sort_unstable_by_key(|(idle, _)| std::cmp::Reverse(*idle));
@@ -506,7 +388,7 @@ impl Connections {
     /// Cuts the connections whose deadline has passed.
     fn sweep(&self) {
         for connection in self.open.lock().values() {
-            let wait_max = match connection.greeted.load(Ordering::Relaxed) {
+            let wait_max = match connection.is_greeted() {
                 true => self.limits.idle_max,
                 false => self.limits.header_wait_max,
             };
@@ -518,16 +400,16 @@ impl Connections {
 
     fn drain(&self) {
         for connection in self.open.lock().values() {
-            connection.order(&connection.drain);
+            connection.order_drain();
         }
     }
 
     /// Only while `open` is locked and has `connection`.
     fn cut(&self, connection: &Connection) {
-        if !connection.cut.load(Ordering::Relaxed) {
+        if !connection.is_cut() {
             self.leaving.fetch_add(1, Ordering::Relaxed);
             self.metrics.cut.increment(1);
-            connection.order(&connection.cut);
+            connection.order_cut();
         }
     }
 }

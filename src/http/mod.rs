@@ -11,9 +11,9 @@
 //! them. `instrument` counts and times requests, `request_id` names them, `failures` logs those that
 //! failed. [`error::ApiError`] alone maps errors to statuses.
 
-mod answer;
 mod auth;
 pub mod backup;
+mod connection;
 pub mod error;
 mod failures;
 pub mod fast;
@@ -25,7 +25,6 @@ pub mod ops;
 mod request_id;
 pub mod set;
 
-pub use answer::{Answer, AnswerBody};
 pub use auth::Credentials;
 pub use instrument::{Answered, HttpMetrics};
 

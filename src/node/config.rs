@@ -62,17 +62,6 @@ impl ClusterConfig {
     }
 }
 
-/// What the requests that come most often go past; each has all before it in it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Past {
-    /// They go through hyper and the router of axum.
-    Nothing,
-    /// Past the router.
-    Axum,
-    /// Plain ones past hyper as well.
-    Hyper,
-}
-
 /// Bounds of requests and connections.
 #[derive(Debug, Clone)]
 pub struct HttpConfig {
@@ -97,8 +86,8 @@ pub struct HttpConfig {
     pub backup_chunk_text_bytes: usize,
     /// Whether requests are counted.
     pub counted: bool,
-    /// What `GET /get` and `POST /set` go past.
-    pub past: Past,
+    /// Whether the fast path answers requests.
+    pub fast_path: bool,
     /// How long running requests may take to finish once the node stops.
     pub drain_max: Duration,
 }
@@ -124,7 +113,7 @@ impl Default for HttpConfig {
             backup_wait_max: Duration::from_secs(2),
             backup_chunk_text_bytes: CHUNK_TEXT_BYTES,
             counted: true,
-            past: Past::Hyper,
+            fast_path: true,
             drain_max: Duration::from_secs(10),
         }
     }

@@ -19,7 +19,7 @@ use crate::http::ops::traffic::RecentTraffic;
 use crate::http::ops::{self, OpeningProgress};
 use crate::http::{self, HttpMetrics};
 use crate::log::{RandomId, now_ns};
-use crate::node::config::{ClusterConfig, Config, Past};
+use crate::node::config::{ClusterConfig, Config};
 use crate::node::data_dir::Storage;
 use crate::node::{Node, Parts, StartError};
 use crate::node::{restore_report, sd_notify};
@@ -169,8 +169,7 @@ pub async fn alive_while<T>(
             name,
             socket: TcpListener::from_std(socket.into())?,
             router,
-            direct: None,
-            plain: None,
+            fast_route: None,
             limits,
             metrics: Arc::new(HttpMetrics::uncounted()),
             connection_metrics: ConnectionMetrics::new(name),
@@ -203,15 +202,10 @@ pub async fn run(
     let recorder = Arc::clone(&telemetry);
     let count =
         move |route, status| recorder.register(|| HttpMetrics::requests_counter(route, status));
-    let counted = config.http.counted;
-    let http_metrics = Arc::new(match counted {
+    let http_metrics = Arc::new(match config.http.counted {
         true => telemetry.register(|| HttpMetrics::new(count)),
         false => HttpMetrics::uncounted(),
     });
-    let past = config.http.past;
-    if !counted || past != Past::Hyper || !config.credentials.checked() {
-        tracing::warn!("--measure-without leaves something out: only for measurements");
-    }
     let peers = client_to_peers(&config)?;
     let background = Blocking::background()?;
     let critical = CriticalTasks::default();
@@ -237,12 +231,11 @@ pub async fn run(
 
     let limits = connection_limits(&config);
     let url = advertised(&config.cluster, sockets.write.local_addr()?);
-    let listener = |name, socket, router, direct, limits| Listener {
+    let listener = |name, socket, router, fast_route, limits| Listener {
         name,
         socket,
         router,
-        direct,
-        plain: None,
+        fast_route,
         limits,
         metrics: Arc::clone(&http_metrics),
         connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
@@ -257,17 +250,13 @@ pub async fn run(
     let ops = listener("ops", sockets.ops, ops_router, None, limits.ops);
     let serving = ops.serve(stop_rest.child_token());
     rest.spawn(critical.guard("ops listener", serving));
-    let [plain_write, plain_read] = node.plain();
     let data_ports = [
-        ("write", sockets.write, node.write(), plain_write),
-        ("read", sockets.read, node.read(), plain_read),
+        ("write", sockets.write, node.write()),
+        ("read", sockets.read, node.read()),
     ];
-    for (name, socket, (router, direct), plain) in data_ports {
-        let direct = (past >= Past::Axum).then_some(direct);
-        let port = Listener {
-            plain: (past >= Past::Hyper).then_some(plain),
-            ..listener(name, socket, router, direct, limits.data)
-        };
+    for (name, socket, (router, fast_route)) in data_ports {
+        let fast_route = config.http.fast_path.then_some(fast_route);
+        let port = listener(name, socket, router, fast_route, limits.data);
         let serving = port.serve(stop_listening.child_token());
         data.spawn(critical.guard("listener", serving));
     }

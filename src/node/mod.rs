@@ -20,9 +20,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::http::backup::{self, BackupMetrics, BackupState};
-use crate::http::fast::Plain;
+use crate::http::fast::FastRoute;
 use crate::http::get::{self, ReadState};
-use crate::http::listener::Direct;
 use crate::http::ops::OpsState;
 use crate::http::ops::traffic::RecentTraffic;
 use crate::http::set::{self, WriteState};
@@ -300,25 +299,18 @@ impl Node {
         (node, tasks)
     }
 
-    /// The routes of the write port, and those that bypass the router.
-    pub fn write(&self) -> (Router, Direct) {
+    /// The routes of the write port, and the one that the fast path answers.
+    pub fn write(&self) -> (Router, FastRoute) {
         let (write, backup) = (&self.write, &self.backup);
         let routes = set::routes(write.clone()).merge(backup::routes(backup.clone()));
-        (routes, set::direct(write.clone()))
+        (routes, FastRoute::Set(Arc::new(write.clone())))
     }
 
-    /// The routes of the read port, and those that bypass the router.
-    pub fn read(&self) -> (Router, Direct) {
+    /// The routes of the read port, and the one that the fast path answers.
+    pub fn read(&self) -> (Router, FastRoute) {
         let read = &self.read;
-        (get::routes(read.clone()), get::direct(read.clone()))
-    }
-
-    /// The requests of the write port and the read port that bypass hyper.
-    pub fn plain(&self) -> [Plain; 2] {
-        [
-            set::plain(self.write.clone()),
-            get::plain(self.read.clone()),
-        ]
+        let fast_route = FastRoute::Get(Arc::new(read.clone()));
+        (get::routes(read.clone()), fast_route)
     }
 
     /// The state that the ops port reports.

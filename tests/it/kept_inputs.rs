@@ -13,14 +13,14 @@ mod backup_reader;
 mod basic_header;
 #[path = "../fuzz/checks/config.rs"]
 mod config;
+#[path = "../fuzz/checks/fast_request.rs"]
+mod fast_request;
 #[path = "../fuzz/checks/header_block.rs"]
 mod header_block;
 #[path = "../fuzz/checks/log_message.rs"]
 mod log_message;
 #[path = "../fuzz/checks/patch_body.rs"]
 mod patch_body;
-#[path = "../fuzz/checks/plain_request.rs"]
-mod plain_request;
 #[path = "../fuzz/checks/position_header.rs"]
 mod position_header;
 #[path = "../fuzz/checks/query.rs"]
@@ -60,8 +60,8 @@ fn bodies() {
 }
 
 #[test]
-fn plain_requests() {
-    each("plain_request", plain_request::check);
+fn fast_requests() {
+    each("fast_request", fast_request::check);
 }
 
 #[test]

@@ -1,14 +1,13 @@
-//! Plain requests, answered past hyper: `GET /get?user_id=ID` and `POST /set` of one patch.
+//! The fast path: answers `GET /get?user_id=ID` and `POST /set` of one patch before hyper reads them.
 //!
-//! They are most of what a node does all day, and of what one takes beyond the kernel's part most is
-//! hyper's: a header map and a URI of its own, a service's future, a body's channel, a header encoded from
-//! a map. What going past it is worth stands in `load/README.md`.
+//! Nearly all requests are of these two kinds. Beyond the kernel's part, most of their cost was hyper's
+//! and axum's: a header map, a URI, a service's future, a channel for the body, a header encoded from a
+//! map. `load/README.md` has the measurements.
 //!
-//! A connection begins here, and stays here as long as its requests are plain (`request.rs`): requests
-//! in which nothing could ask for another answer than the one that is made here, byte for byte hyper's
-//! (`answer.rs`). The first bytes that are anything else go to hyper, unread (`rewound.rs`), and with them the
-//! connection for good: one whose id is percent-encoded, one for a user who is not there, a wrong password, a body
-//! that is still to come. So hyper alone decides what is an error, and says it.
+//! A connection begins here. The first request that the fast path does not handle (see `request`) goes
+//! to hyper, unread, together with the connection. So hyper and the router alone decide what is an
+//! error, and report it. The connection comes back with the next request that the fast path handles
+//! (see `prefixed`). The responses are hyper's, byte for byte (`response`).
 
 mod prefixed;
 pub mod request;
@@ -21,149 +20,280 @@ use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::http::instrument::{FailedPlain, HttpMetrics, InFlight};
-use crate::http::listener::Connection;
+use crate::http::connection::Connection;
+use crate::http::instrument::{FailedFast, HttpMetrics, InFlight};
 use crate::replication::PendingWrite;
-pub(super) use prefixed::Rewound;
-use request::Other;
-use response::Answers;
+pub(super) use prefixed::Prefixed;
+use request::{Get, NotFast, Set};
+use response::Responses;
 
-/// Appends the JSON of a user's grade; `false`, and nothing, if there is none to show.
-pub type ShowGrade = Arc<dyn Fn(&str, &mut Vec<u8>) -> bool + Send + Sync>;
-
-/// Hands in the write in a request's body, for what its `Authorization` says; `None`, and nothing is done,
-/// if that may not be.
-pub type HandIn = Arc<dyn Fn(Option<&[u8]>, &[u8]) -> Option<PendingWrite> + Send + Sync>;
-
-/// Bytes that are read at a time. A header that is longer is hyper's.
+/// Bytes of a read.
 const READ_BYTES: usize = 4096;
-
-/// Reads until others have their turn, however quick the client is; hyper does as many.
+/// The longest header on the fast path, in bytes.
+const HEADER_BYTES_MAX: usize = 8 * 1024;
+/// Reads before other tasks have their turn; hyper allows as many.
 const READS_MAX: usize = 16;
+/// How long the fast path waits for the rest of a body. Then hyper waits on.
+const BODY_WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// What a port's plain requests are.
+/// The route of a port that the fast path answers.
 #[derive(Clone)]
-pub enum Plain {
+pub enum FastRoute {
     /// `GET /get?user_id=ID`.
-    Get(ShowGrade),
+    Get(Arc<dyn GetRoute>),
     /// `POST /set` of one patch.
-    Set(HandIn),
+    Set(Arc<dyn SetRoute>),
 }
 
-/// What answers plain requests.
-pub(super) struct Ours {
-    pub(super) plain: Plain,
+/// Answers reads.
+pub trait GetRoute: Send + Sync {
+    /// Appends the body of the response to `body`; appends nothing for [`Found::Fallback`].
+    fn get(&self, request: &Get<'_>, body: &mut Vec<u8>) -> Found;
+}
+
+/// The outcome of a read.
+pub enum Found {
+    /// 200.
+    Grade,
+    /// 404.
+    Nobody,
+    /// The router answers.
+    Fallback,
+}
+
+/// Accepts writes.
+pub trait SetRoute: Send + Sync {
+    /// Whether a write with this value of `Authorization` is accepted; otherwise the router answers.
+    fn admits(&self, authorization: Option<&[u8]>) -> bool;
+
+    /// Submits the write in `body`; `None` if the router has to answer.
+    fn submit(&self, body: &[u8]) -> Option<PendingWrite>;
+}
+
+/// The fast path of a port.
+pub(super) struct FastPath {
+    pub(super) route: FastRoute,
     pub(super) metrics: Arc<HttpMetrics>,
 }
 
-/// What is hyper's of a connection.
-pub(super) struct Handover {
-    /// What has been read and not answered.
+/// A connection that is handed to hyper.
+pub(super) struct Handoff {
+    /// The bytes that were read and not answered.
     pub(super) bytes: Vec<u8>,
-    /// What became of the first request, if it was begun.
-    pub(super) failed: Option<FailedPlain>,
+    /// The error of the first request, if it has been executed.
+    pub(super) failed: Option<FailedFast>,
 }
 
-/// Answers plain requests until one comes that is hyper's, or until no more is to come: the client has sent all,
-/// or `connection` drains.
-///
-/// # Errors
-/// The client is gone.
-pub(super) async fn serve(
-    stream: &mut TcpStream,
-    ours: &Ours,
-    connection: &Connection,
-) -> io::Result<Option<Handover>> {
-    let plainly = Plainly {
-        stream,
-        ours,
-        connection,
-        reads: 0,
-        held: Vec::new(),
-        incomplete: false,
-        unsent: Vec::new(),
-    };
-    plainly.serve().await
+impl FastPath {
+    /// Answers requests until one comes that hyper has to answer, or until the client has sent all or
+    /// `connection` drains (`None`). `held` was read from `stream` before.
+    ///
+    /// # Errors
+    /// The connection broke.
+    pub(super) async fn serve(
+        &self,
+        held: Vec<u8>,
+        stream: &mut TcpStream,
+        connection: &Connection,
+    ) -> io::Result<Option<Handoff>> {
+        let connection = FastConnection {
+            stream,
+            path: self,
+            connection,
+            reads: 0,
+            held,
+            missing: Missing::Nothing,
+            unsent: Vec::new(),
+        };
+        connection.serve().await
+    }
+
+    /// Whether the fast path answers the request at the beginning of `bytes`, as far as its header tells.
+    pub(super) fn takes(&self, bytes: &[u8]) -> bool {
+        match self.route {
+            FastRoute::Get(_) => request::get(bytes).is_ok(),
+            FastRoute::Set(_) => request::set(bytes).is_ok(),
+        }
+    }
+
+    /// Answers the reads at the beginning of `bytes`; the bytes that follow them, and why they were not
+    /// answered.
+    fn get_all<'a>(
+        &self,
+        mut bytes: &'a [u8],
+        route: &dyn GetRoute,
+        responses: &mut Responses,
+        connection: &Connection,
+    ) -> (&'a [u8], NotFast) {
+        while !bytes.is_empty() {
+            let get = match request::get(bytes) {
+                Ok(get) => get,
+                Err(not_fast) => return (bytes, not_fast),
+            };
+            let begun = Instant::now();
+            let found = responses.read(begun, |body| {
+                caught(|| route.get(&get, body)).unwrap_or(Found::Fallback)
+            });
+            match found {
+                Found::Grade => self.metrics.fast_get(true, begun, connection),
+                Found::Nobody => self.metrics.fast_get(false, begun, connection),
+                Found::Fallback => return (bytes, NotFast::Fallback),
+            }
+            bytes = bytes.get(get.len..).unwrap_or_default();
+        }
+        (bytes, NotFast::Incomplete)
+    }
+
+    /// Submits the write at the beginning of `bytes`; `waited` if its body was missing before.
+    fn set(
+        &self,
+        bytes: &[u8],
+        waited: Option<Running>,
+        route: &dyn SetRoute,
+        connection: &Connection,
+    ) -> Submitted {
+        let Set {
+            authorization,
+            body_at,
+            len,
+        } = match request::set(bytes) {
+            Ok(set) => set,
+            Err(NotFast::Incomplete) => return Submitted::Missing(Missing::Header),
+            Err(NotFast::Fallback) => return Submitted::Fallback,
+        };
+        let begun = Instant::now();
+        let admitted = || caught(|| route.admits(authorization)).unwrap_or(false);
+        if waited.is_none() && !admitted() {
+            return Submitted::Fallback;
+        }
+        let body = bytes.get(body_at..len);
+        let write = match body {
+            Some(body) => match caught(|| route.submit(body)).flatten() {
+                Some(write) => Some(write),
+                None => return Submitted::Fallback,
+            },
+            None => None,
+        };
+        connection.begin();
+        let running = waited.unwrap_or_else(|| Running {
+            begun,
+            len,
+            _in_flight: InFlight::begin(&self.metrics),
+        });
+        match write {
+            Some(write) => Submitted::Pending(write, running),
+            None => Submitted::Missing(Missing::Body(running)),
+        }
+    }
 }
 
-/// A connection whose requests were plain so far.
-struct Plainly<'a> {
-    stream: &'a mut TcpStream,
-    ours: &'a Ours,
-    connection: &'a Connection,
-    /// Since there was nothing to read.
-    reads: usize,
-    /// Read and not answered: from the write that is waited for on; or the beginning of a header; or
-    /// hyper's. Where writes come one by one its memory is kept for the next.
-    held: Vec<u8>,
-    /// Whether what is held is too little, or nothing.
-    incomplete: bool,
-    /// Answered and not sent. Nothing more is read until it is.
-    unsent: Vec<u8>,
+/// The outcome of submitting a write.
+enum Submitted {
+    Pending(PendingWrite, Running),
+    Missing(Missing),
+    Fallback,
 }
 
-/// What came of bytes.
-enum Taken {
-    /// What was plain and whole is answered.
-    Answered,
-    /// A write is on its way.
-    Waiting(Waiting),
-    /// The rest is hyper's, and so is what became of the first request, if it was begun.
-    Hypers(Option<FailedPlain>),
-    /// There will be no more.
-    End,
-}
-
-/// A write on its way.
-struct Waiting {
-    handed_in: PendingWrite,
+/// A write whose header was read.
+struct Running {
     begun: Instant,
-    /// Bytes of its request.
+    /// The length of its request in bytes.
     len: usize,
     _in_flight: InFlight,
 }
 
-impl Plainly<'_> {
-    async fn serve(mut self) -> io::Result<Option<Handover>> {
+/// What the held bytes lack to be a request.
+enum Missing {
+    /// They may be one.
+    Nothing,
+    /// The end of the header.
+    Header,
+    /// The end of the body.
+    Body(Running),
+}
+
+/// The next step of a connection.
+enum Step {
+    /// Reads, or goes on with the held bytes.
+    GoOn,
+    /// Waits for a write.
+    Wait(PendingWrite, Running),
+    /// Hands the held bytes to hyper.
+    Handoff(Option<FailedFast>),
+    /// Ends.
+    End,
+}
+
+/// A connection on the fast path.
+struct FastConnection<'a> {
+    stream: &'a mut TcpStream,
+    path: &'a FastPath,
+    connection: &'a Connection,
+    /// Reads since there was nothing to read.
+    reads: usize,
+    /// Read and not answered. Where writes come one by one its memory is kept for the next.
+    held: Vec<u8>,
+    /// What they lack.
+    missing: Missing,
+    /// Responses that are not sent yet. Nothing more is read until they are.
+    unsent: Vec<u8>,
+}
+
+impl FastConnection<'_> {
+    async fn serve(mut self) -> io::Result<Option<Handoff>> {
         loop {
-            let taken = if self.held.is_empty() || self.incomplete {
-                poll_fn(|cx| self.poll_read(cx)).await?
+            let step = if self.held.is_empty() || self.lacks_bytes() {
+                self.read().await?
             } else {
                 self.take_held()?
             };
-            let taken = match taken {
-                Taken::Waiting(write) => self.finish(write).await?,
-                taken => taken,
+            let step = match step {
+                Step::Wait(write, running) => self.finish(write, running).await?,
+                step => step,
             };
             if !self.unsent.is_empty() {
                 self.stream.write_all(&self.unsent).await?;
                 // There is rarely more.
                 self.unsent = Vec::new();
             }
-            match taken {
-                Taken::Hypers(failed) => {
+            match step {
+                Step::Handoff(failed) => {
                     let bytes = self.held;
-                    return Ok(Some(Handover { bytes, failed }));
+                    return Ok(Some(Handoff { bytes, failed }));
                 }
-                Taken::End => return Ok(None),
-                // The answer said that nothing more is begun.
-                _ if self.connection.drains() && !self.incomplete => return Ok(None),
+                Step::End => return Ok(None),
+                // The response has announced the end of the connection.
+                _ if self.connection.drains() && !self.lacks_bytes() => return Ok(None),
                 _ => {}
             }
         }
     }
 
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Taken>> {
-        if self.connection.drains() {
-            // A request that has begun is finished.
+    fn lacks_bytes(&self) -> bool {
+        !matches!(self.missing, Missing::Nothing)
+    }
+
+    async fn read(&mut self) -> io::Result<Step> {
+        let in_body = matches!(self.missing, Missing::Body(_));
+        let read = poll_fn(|cx| self.poll_read(cx));
+        if !in_body {
+            return read.await;
+        }
+        let read = tokio::time::timeout(BODY_WAIT_MAX, read).await;
+        read.unwrap_or(Ok(Step::Handoff(None)))
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Step>> {
+        // A request that was admitted is finished.
+        if self.connection.drains() && !matches!(self.missing, Missing::Body(_)) {
             return Poll::Ready(Ok(match self.held.is_empty() {
-                true => Taken::End,
-                false => Taken::Hypers(None),
+                true => Step::End,
+                false => Step::Handoff(None),
             }));
         }
         self.reads += 1;
@@ -172,8 +302,8 @@ impl Plainly<'_> {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let mut room = [const { MaybeUninit::uninit() }; READ_BYTES];
-        let mut read = ReadBuf::uninit(&mut room);
+        let mut space = [const { MaybeUninit::uninit() }; READ_BYTES];
+        let mut read = ReadBuf::uninit(&mut space);
         let Poll::Ready(done) = Pin::new(&mut *self.stream).poll_read(cx, &mut read) else {
             self.reads = 0;
             return Poll::Pending;
@@ -181,135 +311,102 @@ impl Plainly<'_> {
         done?;
         let read = read.filled();
         Poll::Ready(match (self.held.is_empty(), read.is_empty()) {
-            (true, true) => Ok(Taken::End),
+            (true, true) => Ok(Step::End),
             (true, false) => self.take(read),
-            // That there is no more to come is hyper's to judge.
-            (false, true) => Ok(Taken::Hypers(None)),
+            // hyper judges a request that the client did not finish.
+            (false, true) => Ok(Step::Handoff(None)),
             (false, false) => {
                 self.held.extend_from_slice(read);
-                // Some clients send a byte at a time: a header ends with a line.
-                let ends = read.contains(&b'\n') || self.held.len() >= READ_BYTES;
-                match ends {
+                let complete = match &self.missing {
+                    Missing::Body(running) => self.held.len() >= running.len,
+                    // Some clients send a byte at a time: a header ends with a line.
+                    _ => read.contains(&b'\n') || self.held.len() >= HEADER_BYTES_MAX,
+                };
+                match complete {
                     true => self.take_held(),
-                    false => Ok(Taken::Answered),
+                    false => Ok(Step::GoOn),
                 }
             }
         })
     }
 
-    fn take_held(&mut self) -> io::Result<Taken> {
+    fn take_held(&mut self) -> io::Result<Step> {
         let held = mem::take(&mut self.held);
         self.take(&held)
     }
 
-    /// Answers the plain requests that `bytes` begins with, up to one that is to be waited for, and holds
-    /// the rest.
-    fn take(&mut self, bytes: &[u8]) -> io::Result<Taken> {
-        let (rest, then) = match &self.ours.plain {
-            Plain::Get(show) => {
-                let (ours, connection) = (self.ours, self.connection);
-                Answers::with(|answers| {
-                    let (rest, other) = ours.show(bytes, show, answers, connection);
-                    self.send(answers.bytes()).map(|()| (rest, Err(other)))
-                })?
+    /// Answers the requests at the beginning of `bytes`, up to the first write, and holds the rest.
+    fn take(&mut self, bytes: &[u8]) -> io::Result<Step> {
+        let (path, connection) = (self.path, self.connection);
+        let (rest, submitted) = match &path.route {
+            FastRoute::Get(route) => Responses::with(|responses| {
+                let (rest, not_fast) = path.get_all(bytes, &**route, responses, connection);
+                let submitted = match not_fast {
+                    NotFast::Incomplete => Submitted::Missing(Missing::Header),
+                    NotFast::Fallback => Submitted::Fallback,
+                };
+                self.send(responses.bytes()).map(|()| (rest, submitted))
+            })?,
+            FastRoute::Set(route) => {
+                let waited = match mem::replace(&mut self.missing, Missing::Nothing) {
+                    Missing::Body(running) => Some(running),
+                    Missing::Nothing | Missing::Header => None,
+                };
+                (bytes, path.set(bytes, waited, &**route, connection))
             }
-            Plain::Set(hand_in) => (bytes, self.ours.hand_in(bytes, hand_in, self.connection)),
         };
         self.held.extend_from_slice(rest);
-        // Whoever sends a long header sends hyper's.
-        self.incomplete = matches!(then, Err(Other::Begun)) && rest.len() < READ_BYTES;
-        Ok(match then {
-            Ok(waiting) => Taken::Waiting(waiting),
-            Err(_) if self.incomplete => Taken::Answered,
-            Err(_) => Taken::Hypers(None),
+        self.missing = Missing::Nothing;
+        Ok(match submitted {
+            Submitted::Pending(write, running) => Step::Wait(write, running),
+            Submitted::Missing(Missing::Header) if rest.len() >= HEADER_BYTES_MAX => {
+                Step::Handoff(None)
+            }
+            Submitted::Missing(missing) => {
+                self.missing = missing;
+                Step::GoOn
+            }
+            Submitted::Fallback => Step::Handoff(None),
         })
     }
 
     /// Waits for a write, and answers it, unless it failed.
-    async fn finish(&mut self, write: Waiting) -> io::Result<Taken> {
-        let Waiting {
-            handed_in,
+    async fn finish(&mut self, write: PendingWrite, running: Running) -> io::Result<Step> {
+        let Running {
             begun,
             len,
             _in_flight,
-        } = write;
-        let seq = match handed_in.await {
+        } = running;
+        let seq = match write.await {
             Ok(seq) => seq,
-            Err(error) => return Ok(Taken::Hypers(Some((error.into(), begun)))),
+            Err(error) => return Ok(Step::Handoff(Some((error.into(), begun)))),
         };
-        let now = self.ours.metrics.plain_set(begun, self.connection);
+        let now = self.path.metrics.fast_set(begun, self.connection);
         let closes = self.connection.drains();
-        Answers::with(|answers| {
-            answers.written(seq, closes, now);
-            self.send(answers.bytes())
+        Responses::with(|responses| {
+            responses.written(seq, closes, now);
+            self.send(responses.bytes())
         })?;
         self.held.drain(..len.min(self.held.len()));
-        Ok(Taken::Answered)
+        Ok(Step::GoOn)
     }
 
-    /// Sends `answers`, and keeps what can't be sent now as `unsent`.
-    fn send(&mut self, answers: &[u8]) -> io::Result<()> {
-        if answers.is_empty() {
+    /// Sends `responses`, and keeps what can't be sent now as `unsent`.
+    fn send(&mut self, responses: &[u8]) -> io::Result<()> {
+        if responses.is_empty() {
             return Ok(());
         }
-        let sent = match self.stream.try_write(answers) {
+        let sent = match self.stream.try_write(responses) {
             Err(full) if full.kind() == io::ErrorKind::WouldBlock => 0,
             sent => sent?,
         };
-        let unsent = answers.get(sent..).unwrap_or_default();
+        let unsent = responses.get(sent..).unwrap_or_default();
         self.unsent.extend_from_slice(unsent);
         Ok(())
     }
 }
 
-impl Ours {
-    /// What follows the requests that were answered, and what it is.
-    fn show<'a>(
-        &self,
-        mut bytes: &'a [u8],
-        show: &ShowGrade,
-        answers: &mut Answers,
-        connection: &Connection,
-    ) -> (&'a [u8], Other) {
-        while !bytes.is_empty() {
-            let (user_id, len) = match request::get(bytes) {
-                Ok(get) => get,
-                Err(other) => return (bytes, other),
-            };
-            let begun = Instant::now();
-            if !answers.grade(begun, |json| {
-                caught(|| show(user_id, json)).unwrap_or(false)
-            }) {
-                return (bytes, Other::NotPlain);
-            }
-            self.metrics.plain_get(begun, connection);
-            bytes = bytes.get(len..).unwrap_or_default();
-        }
-        (bytes, Other::Begun)
-    }
-
-    /// The write that `bytes` begin with, on its way.
-    fn hand_in(
-        &self,
-        bytes: &[u8],
-        hand_in: &HandIn,
-        connection: &Connection,
-    ) -> Result<Waiting, Other> {
-        let set = request::set(bytes)?;
-        let begun = Instant::now();
-        let handed_in = caught(|| hand_in(set.authorization, set.body)).flatten();
-        let handed_in = handed_in.ok_or(Other::NotPlain)?;
-        connection.begin();
-        Ok(Waiting {
-            handed_in,
-            begun,
-            len: set.len,
-            _in_flight: InFlight::begin(&self.metrics),
-        })
-    }
-}
-
-/// What `answer` gives; `None` if it panics: then so it does for hyper, who is told of it.
-fn caught<T>(answer: impl FnOnce() -> T) -> Option<T> {
-    std::panic::catch_unwind(AssertUnwindSafe(answer)).ok()
+/// The result of `run`; `None` if it panics. The router runs it again, and reports the panic.
+fn caught<T>(run: impl FnOnce() -> T) -> Option<T> {
+    std::panic::catch_unwind(AssertUnwindSafe(run)).ok()
 }

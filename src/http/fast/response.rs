@@ -1,40 +1,43 @@
-//! The answers to plain requests, as hyper would write them.
+//! The responses of the fast path, as hyper would write them.
 
 use std::cell::RefCell;
 use std::time::{Duration, Instant, SystemTime};
 
+use super::Found;
+use crate::http::request_id;
 use crate::log::Seq;
 
 thread_local! {
-    /// Room to make answers in, kept.
-    static ANSWERS: RefCell<Answers> = RefCell::new(Answers::new());
+    /// Memory for responses, which is kept.
+    static RESPONSES: RefCell<Responses> = RefCell::new(Responses::new());
 }
 
-/// Answers, one behind the other.
-pub(super) struct Answers {
+/// Consecutive responses.
+pub(super) struct Responses {
     out: Vec<u8>,
-    json: Vec<u8>,
-    /// As the `date` line has it.
+    /// The body of one.
+    body: Vec<u8>,
+    /// The value of `date`.
     date: String,
-    /// When it is another second; `None` before the first answer.
+    /// When the second ends; `None` before the first response.
     date_until: Option<Instant>,
 }
 
-impl Answers {
+impl Responses {
     fn new() -> Self {
         Self {
             out: Vec::new(),
-            json: Vec::new(),
+            body: Vec::new(),
             date: String::new(),
             date_until: None,
         }
     }
 
-    /// Hands this thread's to `make`, with none in it yet.
+    /// Passes this thread's to `make`, empty.
     pub(super) fn with<T>(make: impl FnOnce(&mut Self) -> T) -> T {
-        ANSWERS.with_borrow_mut(|answers| {
-            answers.out.clear();
-            make(answers)
+        RESPONSES.with_borrow_mut(|responses| {
+            responses.out.clear();
+            make(responses)
         })
     }
 
@@ -42,22 +45,33 @@ impl Answers {
         &self.out
     }
 
-    /// Adds the grade that `show` gives; `false` if it gives none.
-    pub(super) fn grade(&mut self, now: Instant, show: impl FnOnce(&mut Vec<u8>) -> bool) -> bool {
-        self.json.clear();
-        if !show(&mut self.json) {
-            return false;
+    /// Adds the response to a read, whose body `read` appends.
+    pub(super) fn read(&mut self, now: Instant, read: impl FnOnce(&mut Vec<u8>) -> Found) -> Found {
+        self.body.clear();
+        let found = read(&mut self.body);
+        match found {
+            Found::Grade => self.out.extend_from_slice(
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: ",
+            ),
+            Found::Nobody => {
+                self.out.extend_from_slice(
+                    b"HTTP/1.1 404 Not Found\r\ncontent-type: application/problem+json\r\n\
+                      content-length: ",
+                );
+            }
+            Found::Fallback => return found,
         }
-        self.out.extend_from_slice(
-            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: ",
-        );
-        self.number(self.json.len() as u64);
+        self.number(self.body.len() as u64);
+        if let Found::Nobody = found {
+            self.out.extend_from_slice(b"\r\nx-request-id: ");
+            self.out.extend_from_slice(request_id::made().as_bytes());
+        }
         self.end(now);
-        self.out.extend_from_slice(&self.json);
-        true
+        self.out.extend_from_slice(&self.body);
+        found
     }
 
-    /// Adds that a write was applied with batch `seq`, and whether the connection ends.
+    /// Adds the response to a write that was applied with batch `seq`.
     pub(super) fn written(&mut self, seq: Seq, closes: bool, now: Instant) {
         self.out
             .extend_from_slice(b"HTTP/1.1 204 No Content\r\ngrade-position: ");

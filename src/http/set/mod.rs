@@ -5,33 +5,30 @@ pub mod ndjson;
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::HttpBody;
+use axum::body::{Body, HttpBody};
 use axum::extract::{Request, State};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderMap, StatusCode};
 use http_body_util::BodyExt;
 
 use crate::grade::{Patch, Write};
-use crate::http::answer::{Answer, AnswerBody, boxed};
 use crate::http::error::ApiError;
-use crate::http::fast::Plain;
+use crate::http::fast::SetRoute;
 use crate::http::get::user_id_of;
 use crate::http::instrument::ManyLines;
-use crate::http::listener::{Direct, Directly};
 use crate::http::set::ndjson::set_lines;
 use crate::http::{Credentials, GRADE_POSITION, parse_patch};
 use crate::log::Seq;
 use crate::replication::memory::{MemoryGuard, StoreFull};
 use crate::replication::state::Readiness;
-use crate::replication::{Applied, Writer};
+use crate::replication::{Applied, PendingWrite, Writer};
 use crate::store::Store;
 
 /// The largest body of `POST /set` with one patch, in bytes.
@@ -80,54 +77,32 @@ pub fn routes(state: WriteState) -> Router {
         .with_state(state)
 }
 
-/// The way past the router for `POST /set`: one boxed future where axum makes several. What it is
-/// worth stands in `load/README.md`.
-pub fn direct(state: WriteState) -> Direct {
-    let state = Arc::new(state);
-    Arc::new(move |request| {
-        if request.method() != Method::POST || request.uri().path() != "/set" {
-            return Directly::Router(request);
-        }
-        let state = Arc::clone(&state);
-        Directly::Later(Box::pin(async move {
-            set(&state, request).await.unwrap_or_else(Answer::from)
-        }))
-    })
-}
+impl SetRoute for WriteState {
+    fn admits(&self, authorization: Option<&[u8]>) -> bool {
+        self.credentials.are(authorization) && self.readiness.check().is_ok()
+    }
 
-/// What takes a plain `POST /set` past hyper, where nothing stands against it.
-pub fn plain(state: WriteState) -> Plain {
-    Plain::Set(Arc::new(move |authorization, body| {
-        let welcome = state.credentials.are(authorization) && state.readiness.check().is_ok();
-        let patch = welcome.then(|| parse_patch(body).ok())??;
-        state.admit(&patch).ok()?;
-        let write = patch.into();
-        // What is refused here is refused again, or taken, when hyper has read it.
-        state.writer.submit_one(write).ok()
-    }))
+    fn submit(&self, body: &[u8]) -> Option<PendingWrite> {
+        let patch = parse_patch(body).ok()?;
+        self.admit(&patch).ok()?;
+        self.writer.submit_one(patch.into()).ok()
+    }
 }
 
 async fn set_grade(
     State(state): State<WriteState>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    set(&state, request).await.map(boxed)
-}
-
-async fn set<B>(state: &WriteState, request: Request<B>) -> Result<Answer, ApiError>
-where
-    B: HttpBody<Data = Bytes> + Unpin,
-{
     state.credentials.check(request.headers())?;
     state.readiness.check()?;
     match content_of(request.headers())? {
         Content::Patch => {}
         // Boxed: it is many times as large as what a single patch needs.
         Content::Lines => {
-            let answer = Box::pin(set_lines(state, request.into_body())).await;
-            let mut answer = answer.unwrap_or_else(Answer::from);
-            answer.extensions_mut().insert(ManyLines);
-            return Ok(answer);
+            let response = Box::pin(set_lines(&state, request.into_body())).await;
+            let mut response = response.into_response();
+            response.extensions_mut().insert(ManyLines);
+            return Ok(response);
         }
     }
     let body = read_body(request, state.body_wait_max).await?;
@@ -148,15 +123,15 @@ async fn delete_grade(
     let user_id = user_id_of(request.uri().query().unwrap_or_default())?;
     let delete = Write::Delete(user_id.into());
     let seq = state.writer.write(delete).await?;
-    Ok(boxed(written(seq)))
+    Ok(written(seq))
 }
 
-/// The answer to a write that was applied with batch `seq`.
-fn written(seq: Seq) -> Answer {
-    let mut answer = Answer::new(AnswerBody::Whole(None));
-    *answer.status_mut() = StatusCode::NO_CONTENT;
-    answer.headers_mut().insert(GRADE_POSITION, seq.into());
-    answer
+/// The response to a write that was applied with batch `seq`.
+fn written(seq: Seq) -> Response {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    response.headers_mut().insert(GRADE_POSITION, seq.into());
+    response
 }
 
 /// What a body holds.

@@ -9,7 +9,8 @@
 
 use std::time::Duration;
 
-use axum::body::HttpBody;
+use axum::body::{Body, HttpBody};
+use axum::response::Response;
 use bytes::{Buf, Bytes, BytesMut};
 use http::HeaderValue;
 use http::header::CONTENT_TYPE;
@@ -17,7 +18,6 @@ use http_body_util::BodyExt;
 use serde::Serialize;
 
 use crate::grade::Write;
-use crate::http::answer::{Answer, AnswerBody};
 use crate::http::error::ApiError;
 use crate::http::set::WriteState;
 use crate::http::{GRADE_POSITION, parse_patch};
@@ -40,7 +40,7 @@ struct Accepted {
 }
 
 /// Takes the lines of `body`.
-pub(super) async fn set_lines<B>(state: &WriteState, body: B) -> Result<Answer, ApiError>
+pub(super) async fn set_lines<B>(state: &WriteState, body: B) -> Result<Response, ApiError>
 where
     B: HttpBody<Data = Bytes> + Unpin,
 {
@@ -80,11 +80,11 @@ where
     } = lines;
     // Numbers: this can't fail.
     let json = serde_json::to_vec(&Accepted { accepted, position }).unwrap_or_default();
-    let mut answer = Answer::new(AnswerBody::Whole(Some(json.into())));
-    let headers = answer.headers_mut();
+    let mut response = Response::new(Body::from(json));
+    let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     headers.insert(GRADE_POSITION, position.into());
-    Ok(answer)
+    Ok(response)
 }
 
 /// Why a body is not taken further.

@@ -241,13 +241,14 @@ impl Arrived<'_> {
         self.state.publish(message, self.late)
     }
 
-    fn create(&mut self, config: Config) -> Option<Result<StreamInfo, BrokerError>> {
+    /// `held` says whether others held data when the request was sent: it can't be taken back.
+    fn create(&mut self, config: Config, held: bool) -> Option<Result<StreamInfo, BrokerError>> {
         match self.leader() {
             None => {}
             Some(Some(BrokerError::NoStream)) => {
                 // The one that is lost may be restored; another one in its place may not be.
-                let node = self.node;
-                if self.state.is_held_elsewhere(node) {
+                if held {
+                    let node = self.node;
                     let what = format!("node {node} creates a stream, and others hold data");
                     self.state.violate(what);
                 }
@@ -480,7 +481,8 @@ impl Connection for SimConnection {
     }
 
     fn create_stream(&self, config: Config) -> BoxFuture<'_, Result<StreamInfo, BrokerError>> {
-        self.request(false, |mut arrived| arrived.create(config))
+        let held = self.wire.world.lock().is_held_elsewhere(self.wire.node);
+        self.request(false, move |mut arrived| arrived.create(config, held))
             .boxed()
     }
 

@@ -1,4 +1,4 @@
-//! What is answered past hyper can't be told from what hyper answers.
+//! The responses of the fast path are those of hyper and the router, byte for byte.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -7,17 +7,22 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 
 use crate::harness::{
-    ANY_PORTS, AUTHORIZATION, Node, PASSWORD, get_request, program, set_request_of,
+    AUTHORIZATION, Local, Node, Ports, delete_request, get_request, set_request_of,
 };
 use crate::wire::{Raw, eventually, in_time};
 
-/// A header line that makes a request hyper's.
-const HYPERS: &str = "x-other: 1\r\n";
+/// A header line that the fast path does not handle, and that changes nothing.
+const ROUTER: &str = "connection: keep-alive, x\r\n";
 const READS: &str = r#"gradestore_http_requests_total{route="/get",status="200"}"#;
-
 const WRITES: &str = r#"gradestore_http_requests_total{route="/set",status="204"}"#;
+const FAST: &str = r#"gradestore_http_path_total{path="fast"}"#;
 
-/// All bytes of the one answer to `request`, and of those only the date is left out.
+/// How many requests the fast path has answered.
+async fn fast(node: &Ports) -> u64 {
+    node.metric(FAST).await.unwrap_or_default() as u64
+}
+
+/// All bytes of the response to `request`, without the values of the date and of a request id.
 async fn bytes_of(port: SocketAddr, request: &str) -> String {
     let mut connection = Raw::connect(port).await;
     connection.send(request).await;
@@ -25,45 +30,153 @@ async fn bytes_of(port: SocketAddr, request: &str) -> String {
     let answer = String::from_utf8(connection.rest().await).unwrap();
     let (before, date) = answer.split_once("date: ").unwrap();
     let (date, after) = date.split_once("\r\n").unwrap();
-    // Of the form that RFC 9110 wants, and of these days.
+    // RFC 9110's form.
     let date = httpdate::parse_http_date(date).expect(date);
     assert!(date.elapsed().unwrap().as_secs() < 60);
-    format!("{before}date: ?\r\n{after}")
+    let answer = format!("{before}date: ?\r\n{after}");
+    match answer.split_once("x-request-id: ") {
+        Some((before, rest)) => {
+            let (id, after) = rest.split_once("\r\n").unwrap();
+            assert_eq!(id.len(), 16);
+            format!("{before}x-request-id: ?\r\n{after}")
+        }
+        None => answer,
+    }
 }
 
 #[tokio::test]
-async fn answers_are_those_of_hyper_byte_for_byte() {
+async fn reads_are_answered_as_by_the_router() {
     let node = Node::start().await;
     let most = "m".repeat(256);
+    let position = node.set(r#"{"user_id":"a b","spp":1}"#).await.position();
     for user in ["a", "A-z.0_9~:@", &most] {
         let patch = serde_json::json!({ "user_id": user, "spp": -7, "return_fee": i64::MAX });
         node.set(patch.to_string()).await.position();
-        let query = format!("?user_id={user}");
-        let plain = bytes_of(node.read, &get_request(&query, "")).await;
-        let hypers = bytes_of(node.read, &get_request(&query, HYPERS)).await;
-        assert_eq!(plain, hypers);
-        assert!(plain.contains(user) && plain.contains("9223372036854775807"));
     }
-    assert_eq!(node.metric(READS).await, Some(6.0));
+    let reached = format!("grade-position: {position}\r\n");
+    let proxied =
+        "x-forwarded-for: 10.0.0.1\r\nvia: 1.1 proxy\r\ncookie: a=b\r\ntracestate: a=b\r\n";
+    for (query, lines, status) in [
+        ("?user_id=a", "", 200),
+        ("?user_id=A-z.0_9~:@", "", 200),
+        (&format!("?user_id={most}"), "", 200),
+        ("?user_id=a%20b", "", 200),
+        ("?user_id=a+b", "", 200),
+        ("?user_id=%61", "", 200),
+        ("?user_id=nobody", "", 404),
+        ("?user_id=no%20body", "", 404),
+        ("?user_id=a", reached.as_str(), 200),
+        ("?user_id=a", proxied, 200),
+    ] {
+        let before = fast(&node).await;
+        let answer = bytes_of(node.read, &get_request(query, lines)).await;
+        assert_eq!(fast(&node).await, before + 1, "{query} {lines}");
+        let routed = bytes_of(node.read, &get_request(query, &format!("{lines}{ROUTER}"))).await;
+        assert_eq!(fast(&node).await, before + 1, "{query} {lines}");
+        assert_eq!(answer, routed);
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{answer}"
+        );
+    }
+    assert_eq!(node.metric(READS).await, Some(16.0));
+    // The router answers these.
+    let before = fast(&node).await;
+    for query in ["?user_id=a%2", "?user_id=a%00", "?user_id=%ff", "?user_id="] {
+        let answer = bytes_of(node.read, &get_request(query, "")).await;
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{query}: {answer}");
+    }
+    assert_eq!(fast(&node).await, before);
 }
 
 #[tokio::test]
-async fn what_is_said_of_writes_is_what_hyper_says_byte_for_byte() {
+async fn writes_are_answered_as_by_the_router() {
     let node = Node::start().await;
     let body = r#"{"user_id":"a","spp":1}"#;
-    let plain = bytes_of(node.write, &set_request_of(body)).await;
+    let answer = bytes_of(node.write, &set_request_of(body)).await;
+    assert_eq!(fast(&node).await, 1);
     let with_another_line =
-        set_request_of(body).replace("host: x\r\n", &format!("host: x\r\n{HYPERS}"));
-    let hypers = bytes_of(node.write, &with_another_line).await;
-    assert_eq!(plain.replace("position: 1", "position: 2"), hypers);
+        set_request_of(body).replace("host: x\r\n", &format!("host: x\r\n{ROUTER}"));
+    let routed = bytes_of(node.write, &with_another_line).await;
+    assert_eq!(fast(&node).await, 1);
+    assert_eq!(answer.replace("position: 1", "position: 2"), routed);
     assert_eq!(node.metric(WRITES).await, Some(2.0));
     let in_flight = "gradestore_http_requests_in_flight";
-    // What asks for it is one.
+    // The scrape itself.
     assert_eq!(node.metric(in_flight).await, Some(1.0));
 }
 
+/// Sends a request that the fast path answers after each of those that the router answers.
 #[tokio::test]
-async fn writes_of_both_kinds_are_done_in_their_order() {
+async fn a_connection_comes_back_to_the_fast_path() {
+    let node = Node::start().await;
+    node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    let read = get_request("?user_id=a", "");
+    let mut connection = Raw::connect(node.read).await;
+    for (request, status) in [
+        (get_request("?user_id=a", "x-request-id: b\r\n"), 200),
+        (get_request("?user_ids=a&user_ids=b", ""), 200),
+        (get_request("", ""), 400),
+        ("PUT /get HTTP/1.1\r\nhost: x\r\n\r\n".to_owned(), 405),
+        ("GET /other HTTP/1.1\r\nhost: x\r\n\r\n".to_owned(), 404),
+    ] {
+        let before = fast(&node).await;
+        connection.send(&request).await;
+        assert_eq!(connection.answer().await.status, status, "{request}");
+        assert_eq!(fast(&node).await, before, "{request}");
+        connection.send(&read).await;
+        assert_eq!(connection.answer().await.status, 200);
+        assert_eq!(fast(&node).await, before + 1, "{request}");
+    }
+    let body = r#"{"user_id":"a","spp":1}"#;
+    let write = set_request_of(body);
+    let chunked = write.replace(
+        &format!("content-length: {}", body.len()),
+        "transfer-encoding: chunked",
+    );
+    let chunked = chunked.replace(body, &format!("{:x}\r\n{body}\r\n0\r\n\r\n", body.len()));
+    let mut connection = Raw::connect(node.write).await;
+    for (request, status) in [
+        (chunked, 204),
+        (write.replace("/json", "/x-ndjson"), 200),
+        (write.replace("/json", "/json; charset=utf-8"), 204),
+        (delete_request("?user_id=b"), 204),
+        (write.replace("spp", "sqq"), 422),
+    ] {
+        let before = fast(&node).await;
+        connection.send(&request).await;
+        assert_eq!(connection.answer().await.status, status, "{request}");
+        connection.send(&write).await;
+        assert_eq!(connection.answer().await.status, 204, "{request}");
+        assert_eq!(fast(&node).await, before + 1, "{request}");
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_comes_later_is_waited_for() {
+    let node = Node::start().await;
+    let body = r#"{"user_id":"a","spp":1}"#;
+    let request = set_request_of(body);
+    let header = request.strip_suffix(body).unwrap();
+    let mut connection = Raw::connect(node.write).await;
+    for round in 1..=3 {
+        connection.send(header).await;
+        node.metric_reaches("gradestore_http_requests_in_flight", 2.0)
+            .await;
+        connection.send(&body[..5]).await;
+        connection.send(&body[5..]).await;
+        connection.answer().await.position();
+        assert_eq!(fast(&node).await, round);
+    }
+    // With a wrong password nothing is waited for.
+    connection
+        .send(header.replace(AUTHORIZATION, "Basic eDp5"))
+        .await;
+    assert_eq!(connection.answer().await.status, 401);
+}
+
+#[tokio::test]
+async fn writes_on_both_paths_are_applied_in_order() {
     let node = Node::start().await;
     let set = |spp: u32| set_request_of(&format!(r#"{{"user_id":"a","spp":{spp}}}"#));
     let requests = [
@@ -102,7 +215,7 @@ async fn writes_of_both_kinds_are_done_in_their_order() {
 }
 
 #[tokio::test]
-async fn requests_of_both_kinds_are_answered_in_their_order() {
+async fn reads_on_both_paths_are_answered_in_order() {
     let node = Node::start().await;
     for (user, spp) in [("a", 1), ("b c", 2)] {
         let patch = serde_json::json!({ "user_id": user, "spp": spp });
@@ -183,12 +296,12 @@ async fn a_request_in_two_parts_is_answered_wherever_it_is_cut() {
 }
 
 #[tokio::test]
-async fn who_does_not_read_gets_all_answers_later() {
+async fn a_client_that_does_not_read_gets_all_responses_later() {
     const REQUESTS: usize = 60_000;
     let node = Node::start().await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
     let mut bytes = get_request("?user_id=a", "").repeat(REQUESTS - 1);
-    // What hyper answers comes behind all that was not yet sent.
+    // The router's response comes after all that were not sent yet.
     let _ = write!(
         bytes,
         "{}",
@@ -240,7 +353,10 @@ impl Numbers {
 /// `request`, changed in one to three places.
 fn changed(request: &[u8], numbers: &mut Numbers) -> Vec<u8> {
     const BYTES: &[u8] = b"\r\n\0\t :;,/?=&%+#\"{}a0A1-_\x7f\xc3\xff";
-    const LINES: [&str; 12] = [
+    const LINES: [&str; 15] = [
+        "via: 1.1 proxy\r\n",
+        "grade-position: 99999\r\n",
+        "content-encoding: gzip\r\n",
         "host: y\r\n",
         "Connection: close\r\n",
         "connection: keep-alive\r\n",
@@ -299,32 +415,26 @@ async fn all_said(port: SocketAddr, bytes: &[u8]) -> String {
 }
 
 #[tokio::test]
-async fn nothing_that_is_nearly_plain_is_answered_otherwise_than_by_hyper() {
+async fn altered_requests_are_answered_as_without_the_fast_path() {
     const ROUNDS: usize = 1500;
-    let node = Node::start().await;
-    let hypers = Node::start_with(
-        program()
-            .args(ANY_PORTS)
-            .args(["--ephemeral", "--measure-without=plain"])
-            .env("GRADESTORE_PASSWORD", PASSWORD),
-    )
-    .await;
+    let node = Local::start(|_| {}).await;
+    let without = Local::start(|config| config.http.fast_path = false).await;
     let read = get_request("?user_id=ab", "user-agent: x\r\n");
     let write = set_request_of(r#"{"user_id":"ab","spp":1}"#);
     let mut numbers = Numbers(1);
     let mut answered = [0, 0];
     for _ in 0..ROUNDS {
         let (ports, request) = match numbers.below(2) {
-            0 => ([node.read, hypers.read], read.repeat(1 + numbers.below(2))),
+            0 => ([node.read, without.read], read.repeat(1 + numbers.below(2))),
             _ => (
-                [node.write, hypers.write],
+                [node.write, without.write],
                 write.repeat(1 + numbers.below(2)),
             ),
         };
         let request = changed(request.as_bytes(), &mut numbers);
         let said = all_said(ports[0], &request).await;
-        let by_hyper = all_said(ports[1], &request).await;
-        assert_eq!(said, by_hyper, "{}", request.escape_ascii());
+        let routed = all_said(ports[1], &request).await;
+        assert_eq!(said, routed, "{}", request.escape_ascii());
         answered[usize::from(said.starts_with("HTTP/1.1 20"))] += 1;
     }
     // Neither is rare.
@@ -332,9 +442,11 @@ async fn nothing_that_is_nearly_plain_is_answered_otherwise_than_by_hyper() {
         answered.iter().all(|count| count * 5 > ROUNDS),
         "{answered:?}"
     );
-    let [records, by_hyper] = [&node, &hypers].map(|node| async {
+    let [records, routed] = [&node, &without].map(|node| async {
         let status = node.ops("/status").await.json();
         (status["digest"].clone(), status["position"].clone())
     });
-    assert_eq!(records.await, by_hyper.await);
+    assert_eq!(records.await, routed.await);
+    assert!(fast(&node).await > 0);
+    assert_eq!(fast(&without).await, 0);
 }
