@@ -67,7 +67,7 @@ pub fn routes(state: ReadState) -> Router {
 }
 
 /// The way past the router: a `GET /get` that waits for nothing is answered at once, without a future of
-/// its own or a boxed one of axum's. What it is worth stands in `load/README.md`.
+/// its own or a boxed one of axum's. ADR 0002 has the measurements.
 pub fn direct(state: ReadState) -> Direct {
     Arc::new(move |request| {
         let at_once = request.method() == Method::GET

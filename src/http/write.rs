@@ -77,8 +77,8 @@ pub fn routes(state: WriteState) -> Router {
         .with_state(state)
 }
 
-/// The way past the router for `POST /set`: one boxed future where axum makes several. What it is
-/// worth stands in `load/README.md`.
+/// The way past the router for `POST /set`: one boxed future where axum makes several. ADR
+/// 0002 has the measurements.
 pub fn direct(state: WriteState) -> Direct {
     let state = Arc::new(state);
     Arc::new(move |request| {

@@ -1,5 +1,5 @@
-"""docs/: a reader that knows nothing but what stands in protocol.md reads the stream of real nodes and their backups, and
-holds what they do. And every link of every page leads somewhere."""
+"""The documents. A reader written from protocol.md alone reads the stream of real nodes and their backups. Every link of
+every page leads somewhere."""
 
 import asyncio
 import csv
@@ -21,7 +21,7 @@ from pathlib import Path
 import nats
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "load"), str(ROOT / "docs"), str(ROOT / "dashboards")]
+sys.path[:0] = [str(ROOT / "load"), str(ROOT / "docs" / "internals"), str(ROOT / "dashboards")]
 
 import read  # noqa: E402
 from measure import AUTH, PROGRAM, Broker, Node  # noqa: E402
@@ -339,7 +339,7 @@ class Protocol(unittest.TestCase):
         self.held(self.fill())
         file = self.directory / "grades.csv.gz"
         file.write_bytes(backup(self.nodes[0]))
-        said = subprocess.run([sys.executable, ROOT / "docs" / "read.py", file], capture_output=True, text=True)
+        said = subprocess.run([sys.executable, ROOT / "docs" / "internals" / "read.py", file], capture_output=True, text=True)
         self.assertEqual(said.returncode, 0, said.stderr)
         self.assertEqual(json.loads(said.stdout)["records"], len(IDS) + 1)
         said = subprocess.run([PROGRAM, "verify", file], capture_output=True, text=True)
@@ -348,7 +348,7 @@ class Protocol(unittest.TestCase):
 
 class Operations(unittest.TestCase):
     def test_a_backup_into_a_cluster(self):
-        """The steps of operations.md, under "Restore"."""
+        """The steps of docs/operations/backup.md, under "Into a cluster"."""
         directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
         broker = self.enterContext(Broker(directory / "nats", "default"))
         homes = [directory / str(n) for n in range(2)]
@@ -393,7 +393,7 @@ class Operations(unittest.TestCase):
 
 
 class Page(unittest.TestCase):
-    text = (ROOT / "docs" / "protocol.md").read_text()
+    text = (ROOT / "docs" / "internals" / "protocol.md").read_text()
 
     def test_the_digest_of_the_example(self):
         self.assertEqual(read.digest({"alice": [0, 5, 0, 0]}), "dd6a0570c454b97f66aac1625bf5536d")

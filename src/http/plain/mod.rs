@@ -2,7 +2,7 @@
 //!
 //! They are most of what a node does all day, and of what one takes beyond the kernel's part most is
 //! hyper's: a header map and a URI of its own, a service's future, a body's channel, a header encoded from
-//! a map. What going past it is worth stands in `load/README.md`.
+//! a map. ADR 0002 has the measurements.
 //!
 //! A connection begins here, and stays here as long as its requests are plain (`request.rs`): requests
 //! in which nothing could ask for another answer than the one that is made here, byte for byte hyper's
