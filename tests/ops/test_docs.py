@@ -544,6 +544,23 @@ ready() {
         self.assertEqual(json.loads((directory / "restored.out").read_text())["spp"], 6)
 
 
+class Troubleshooting(unittest.TestCase):
+    def test_the_program_has_its_messages(self):
+        source = "".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.rs")))
+        # As the compiler joins a literal that goes on in the next line.
+        source = re.sub(r"\\\n\s*", "", source)
+        text = (ROOT / "docs" / "operations" / "troubleshooting.md").read_text()
+        found = 0
+        for section in text.split("\n## "):
+            if "\n| message" not in section:
+                continue
+            for message in re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE):
+                pattern = r'[^"]*?'.join(re.escape(part.strip()) for part in message.split("..."))
+                self.assertRegex(source, pattern)
+                found += 1
+        self.assertGreater(found, 20)
+
+
 def anchors(page):
     """What the headings of a page are linked to by."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
