@@ -20,7 +20,7 @@ use gradestore::log::{
     Batch, BatchId, ClusterKey, Effect, Entry, InFlight, Log, LogId, MemoryLog, Position, RandomId,
     ReadError, Subscription, message,
 };
-use gradestore::readiness::Readiness;
+use gradestore::replication::state::Readiness;
 use gradestore::replication::{
     Applied, Applier, ApplyError, CheckpointMetrics, Checkpoints, CompleteFrom,
 };

@@ -39,7 +39,7 @@ fn main() -> std::io::Result<()> {
     let address = std::env::args()
         .nth(1)
         .unwrap_or("127.0.0.1:9090".to_owned());
-    let runtime = gradestore::app::runtime(None)?;
+    let runtime = gradestore::node::lifecycle::runtime(None)?;
     runtime.block_on(async {
         let listener = TcpListener::bind(&address).await?;
         println!("listening on http://{}", listener.local_addr()?);

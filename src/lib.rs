@@ -2,24 +2,23 @@
 //!
 //! Modules in dependency order, lowest first; a module uses only those above it in this list.
 //!
+//! - [`sys`]: thread pools, critical tasks, control groups and disks.
 //! - [`grade`]: grades, patches and deletions. The only module that knows the fields.
-//! - [`blocking`]: where blocking work runs. [`critical`]: tasks whose end is the end of the process.
 //! - [`store`]: the records in memory, sharded; get, apply, scan, digest.
-//! - [`log`]: the one total order of batches, as a trait and its kinds, and the hash of its history.
+//! - [`log`]: the one total order of batches, as a trait, and the hash of its history. In memory, on
+//!   disk (`wal`) and in a NATS stream (`jetstream`).
 //! - [`backup`]: the store as a file: format, reading, writing, snapshots.
-//! - [`remote`]: requests to other nodes over HTTP.
-//! - [`readiness`]: whether this replica may answer, and if not, why. [`memory`]: its memory limit.
 //! - [`replication`]: the invariant, *a replica's state is exactly its log's batches, in order, up
-//!   to its applied index*; group commit, ordered apply, recovery, snapshots, votes.
-//! - [`http`]: three ports; [`telemetry`]: logs and metrics; [`machine`]: what the machine gives the
-//!   process; [`progress`]: bars; [`supervisor`]: notifications to systemd.
-//! - [`storage`]: the data directory; [`config`]: flags; [`node`]: a node's parts and tasks;
-//!   [`app`]: its ports and its life.
-//! - [`fetch`], [`import`] and [`health`]: client commands.
+//!   to its applied index*; group commit, ordered apply, recovery, snapshots, votes, readiness, the
+//!   memory limit, and requests to other nodes.
+//! - [`telemetry`]: logs and metrics.
+//! - [`http`]: three ports.
+//! - [`node`]: a node's configuration, data directory, tasks and life.
+//! - [`cli`]: flags, and the client commands.
 //!
 //! # One write, from socket to reply
 //!
-//! 1. [`http::listener`] accepts the connection. Most requests take the fast path to [`http::write`];
+//! 1. [`http::listener`] accepts the connection. Most requests take the fast path to [`http::set`];
 //!    hyper and the router bring any other there. The password and readiness are checked, and the body
 //!    is parsed into a [`Patch`](grade::Patch).
 //! 2. [`Writer::write`](replication::Writer::write) puts the write into a bounded queue and waits.
@@ -31,28 +30,13 @@
 //!    index and answers the requests.
 //! 5. 204 goes out with the position. The store holds the patch since before that.
 
-pub mod app;
 pub mod backup;
-pub mod blocking;
-pub mod config;
-pub mod critical;
-pub mod fetch;
+pub mod cli;
 pub mod grade;
-pub mod health;
-mod hex;
 pub mod http;
-pub mod import;
-mod json;
 pub mod log;
-pub mod machine;
-pub mod memory;
 pub mod node;
-pub mod progress;
-pub mod readiness;
-pub mod remote;
 pub mod replication;
-pub mod storage;
 pub mod store;
-pub mod supervisor;
-mod sync;
+pub mod sys;
 pub mod telemetry;

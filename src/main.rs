@@ -9,15 +9,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use gradestore::app::{self, Sockets};
-use gradestore::config::{
-    self, BackupArgs, Command, Config, HealthArgs, ImportArgs, MadePassword, ServeArgs, VerifyArgs,
+use gradestore::cli::{
+    self, BackupArgs, Command, HealthArgs, ImportArgs, MadePassword, ServeArgs, VerifyArgs, backup,
+    health, import,
 };
 use gradestore::http::ops::OpeningProgress;
 use gradestore::log::{ClusterKey, RandomId};
-use gradestore::storage::{Opening, Storage};
+use gradestore::node::data_dir::{Opening, Storage};
+use gradestore::node::lifecycle::{self, Sockets};
 use gradestore::telemetry;
-use gradestore::{fetch, health, import};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Gives memory back when a crowd of connections or a backup is over, where the system's allocator
@@ -29,8 +29,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 const INTERRUPT_WAIT_MAX: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
-    let command = config::parse_args().command;
-    let done = config::check_env()
+    let command = cli::parse_args().command;
+    let done = cli::check_env()
         .map_err(Into::into)
         .and_then(|()| match command {
             Command::Serve(args) => serve(&args),
@@ -50,8 +50,8 @@ fn main() -> ExitCode {
 
 fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
     telemetry::init_logs(args.log_format);
-    let (config, made_password) = Config::from_args(args)?;
-    let runtime = app::runtime(args.threads)?;
+    let (config, made_password) = args.config()?;
+    let runtime = lifecycle::runtime(args.threads)?;
     let ended = runtime.block_on(async {
         let node = RandomId::random()?;
         let mut shutdown = pin!(shutdown()?);
@@ -61,20 +61,20 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
         let told = progress.clone();
         let opening = Opening {
             node,
-            url: app::advertised(&config.cluster, sockets.write.local_addr()?),
-            reach: Arc::new(app::client_to_peers(&config)?),
+            url: lifecycle::advertised(&config.cluster, sockets.write.local_addr()?),
+            ask_node: Arc::new(lifecycle::client_to_peers(&config)?),
             key: ClusterKey::derive(&config.credentials.account().password),
             restore_from: config.restore_from.clone(),
             progress: Arc::new(move |what| told.set(what)),
         };
         let opening = tokio::task::spawn_blocking(move || Storage::open(&storage, opening));
         let storage = tokio::select! {
-            opened = app::alive_while(&config, node, &sockets, progress, opening) => opened???,
+            opened = lifecycle::alive_while(&config, node, &sockets, progress, opening) => opened???,
             // A slow disk, or a broker that is away, must not keep the process from being stopped.
             () = &mut shutdown => return Ok(()),
         };
         greet(&sockets, &args.credentials.username, made_password.as_ref())?;
-        app::run(config, node, storage, sockets, shutdown).await?;
+        lifecycle::run(config, node, storage, sockets, shutdown).await?;
         Ok(())
     });
     // What did not end within its deadline is not waited for again: dropped here, it might wait for a
@@ -92,7 +92,7 @@ fn fetch_backup(args: &BackupArgs) -> Result<(), Box<dyn std::error::Error>> {
     let fetched = runtime.block_on(async {
         let shutdown = shutdown()?;
         let args = args.clone();
-        let mut fetching = tokio::spawn(async move { fetch::backup(&args, &password).await });
+        let mut fetching = tokio::spawn(async move { backup::backup(&args, &password).await });
         tokio::select! {
             fetched = &mut fetching => Ok(fetched??),
             () = shutdown => {
@@ -105,7 +105,7 @@ fn fetch_backup(args: &BackupArgs) -> Result<(), Box<dyn std::error::Error>> {
     runtime.shutdown_background();
     let summary = fetched?;
     // Standard output may be the backup.
-    write!(io::stderr(), "{}", fetch::describe(&summary))?;
+    write!(io::stderr(), "{}", backup::describe(&summary))?;
     Ok(())
 }
 
@@ -135,8 +135,8 @@ fn import_file(args: ImportArgs) -> Result<(), Box<dyn std::error::Error>> {
 
 fn verify(args: &VerifyArgs) -> Result<(), Box<dyn std::error::Error>> {
     let file = args.file.display();
-    let summary = fetch::verify(&args.file).map_err(|error| format!("{file}: {error}"))?;
-    write!(io::stdout(), "{}", fetch::describe(&summary))?;
+    let summary = backup::verify(&args.file).map_err(|error| format!("{file}: {error}"))?;
+    write!(io::stdout(), "{}", backup::describe(&summary))?;
     Ok(())
 }
 

@@ -28,11 +28,11 @@
 //! since the deletion is in the log after the position. So there is no row that says "deleted".
 
 mod error;
-mod foreign;
 mod member;
 mod reader;
 mod row;
 mod snapshots;
+mod third_party_csv;
 mod writer;
 
 use std::thread;

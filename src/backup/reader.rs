@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::member::{self, Content, FIXED_BYTES, Kind, TRAILER_BYTES};
-use super::{BackupError, End, FORMAT, Head, foreign, row, threads_for};
+use super::{BackupError, End, FORMAT, Head, row, third_party_csv, threads_for};
 use crate::grade::{Digest, FIELD_COUNT};
 use crate::log::Seq;
 use crate::store::Piece;
@@ -185,7 +185,7 @@ fn read_by(
                 let what = "a backup of gradestore has lost its first member";
                 return Err(BackupError::Damaged { at: 0, what });
             }
-            foreign::read(io::Cursor::new(ahead).chain(source), sink, progress)
+            third_party_csv::read(io::Cursor::new(ahead).chain(source), sink, progress)
         }
     }
 }

@@ -6,7 +6,7 @@ use std::ops::AddAssign;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::{FIELD_COUNT, USER_ID_BYTES_MAX, UserGrade, Values};
-use crate::hex;
+use crate::sys::hex;
 
 /// A sum over records that does not depend on their order: two stores with equal digests hold, but
 /// for a chance of 2^-128, equal records.

@@ -7,7 +7,7 @@ use http::{HeaderMap, HeaderValue};
 use subtle::{Choice, ConstantTimeEq};
 
 use super::error::ApiError;
-use crate::remote::Account;
+use crate::replication::peer_client::Account;
 
 /// The name and password that writes need. Never printed.
 #[derive(Debug, Clone)]

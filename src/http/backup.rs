@@ -31,17 +31,17 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use super::error::ApiError;
+use super::instrument::Answered;
 use super::listener::Connection;
-use super::observe::Answered;
 use super::ops::OpeningProgress;
 use super::{Credentials, GRADE_NODE, GRADE_POSITION};
 use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
-use crate::blocking::Blocking;
 use crate::log::{Log, RandomId};
-use crate::readiness::{NodeState, Readiness};
-use crate::remote::{GRADE_COMPRESSION, IF_SLOW};
+use crate::replication::peer_client::{GRADE_COMPRESSION, IF_SLOW};
+use crate::replication::state::{NodeState, Readiness};
 use crate::replication::{Applied, backup_head};
 use crate::store::Store;
+use crate::sys::exec::Blocking;
 
 /// A client that takes more bytes a second than this is limited by its own work or by the making of
 /// chunks, not by the way to it.

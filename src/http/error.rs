@@ -9,9 +9,9 @@ use serde::Serialize;
 
 use super::failures::Failure;
 use crate::grade::{USER_ID, UserIdError};
-use crate::memory::StoreFull;
-use crate::readiness::Unready;
 use crate::replication::WriteError;
+use crate::replication::memory::StoreFull;
+use crate::replication::state::Unready;
 
 /// Seconds a client should wait before it tries again, in `Retry-After`.
 const RETRY_AFTER_S: HeaderValue = HeaderValue::from_static("1");
@@ -53,7 +53,7 @@ pub enum ApiError {
     /// More `user_ids` than may be asked for at once.
     #[error(
         "the query has {found} user_ids; send {} at most, and ask for the others next",
-        super::read::USER_IDS_MAX
+        super::get::USER_IDS_MAX
     )]
     UserIdsTooMany {
         /// How many.
@@ -156,7 +156,7 @@ pub enum ApiError {
     #[error(
         "Grade-Position {wanted} is more than {} past the end of the log, {end}; send the \
          Grade-Position of an acknowledged write, or ask another replica",
-        super::read::POSITION_AHEAD_MAX
+        super::get::POSITION_AHEAD_MAX
     )]
     PositionTooFar {
         /// What was asked for.

@@ -1,9 +1,9 @@
-//! Takes connections on one port and bounds what they may cost.
+//! Accepts the connections of one port and bounds their cost.
 //!
-//! hyper speaks HTTP/1.1 ([`plain`] some of it); what is bounded here is how many connections there
-//! are, how long one may take to send its first request's header, how long it may do nothing, and how
-//! long the end of its last answer may take to be read. One look over all connections a second does
-//! it: a timer for each request would cost more than the rest of this file.
+//! hyper speaks HTTP/1.1, and [`fast`] a part of it. This module bounds the number of connections, the
+//! time until the first request's header, the idle time, and the time to read the end of the last
+//! response. It checks all connections once per second: a timer for each request would cost more than
+//! the rest of this file.
 
 use std::cell::Cell;
 use std::future::poll_fn;
@@ -30,8 +30,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::answer::Answer;
-use super::observe::{HttpMetrics, Observed};
-use super::plain::{self, Ours, Plain, Rewound};
+use super::fast::{self, Ours, Plain, Rewound};
+use super::instrument::{HttpMetrics, Observed};
 
 /// The most header bytes of a request; more is answered with 431. So are more than 100 lines, which
 /// is hyper's own bound: with another it would allocate for each request.
@@ -214,7 +214,7 @@ async fn serve_connection(
     let mut read = Vec::new();
     if let Some(ours) = ours {
         let left = {
-            let mut plain = pin!(plain::serve(&mut stream, ours, connection));
+            let mut plain = pin!(fast::serve(&mut stream, ours, connection));
             let left = poll_fn(|cx| match orders.poll(cx) {
                 Poll::Ready(Order::Cut) => Poll::Ready(None),
                 // It looks for itself whether it is to drain.

@@ -2,45 +2,35 @@
 //!
 //! | port | route | module |
 //! | --- | --- | --- |
-//! | write | `POST /set` `DELETE /set` | [`mod@write`], and [`lines`] for many patches at once |
+//! | write | `POST /set` `DELETE /set` | [`set`], and [`set::ndjson`] for many patches at once |
 //! | write | `GET /backup` | [`backup`] |
-//! | read | `GET /get` | [`read`] |
-//! | ops | `GET /livez` `/readyz` `/readyz/write` `/metrics` | [`ops`] |
-//! | ops | `GET /status` `/` | [`status`], `page` |
-//! | ops | `GET /openapi.json` | `openapi` |
+//! | read | `GET /get` | [`get`] |
+//! | ops | all | [`ops`]: health, metrics, status, status page, OpenAPI document |
 //!
-//! [`listener`] takes connections and bounds them, [`plain`] answers most requests before hyper sees them,
-//! `observe` counts and times requests (`latency`), [`traffic`] knows the last seconds of that,
-//! `request_id` names them, `failures` logs those that failed,
-//! [`error::ApiError`] alone maps what can go wrong to statuses.
+//! [`listener`] accepts connections and bounds them. [`fast`] answers most requests before hyper reads
+//! them. `instrument` counts and times requests, `request_id` names them, `failures` logs those that
+//! failed. [`error::ApiError`] alone maps errors to statuses.
 
 mod answer;
 mod auth;
 pub mod backup;
 pub mod error;
 mod failures;
-mod human;
+pub mod fast;
+pub mod get;
+mod instrument;
 mod latency;
-pub mod lines;
 pub mod listener;
-mod observe;
-mod openapi;
 pub mod ops;
-mod page;
-mod patch_body;
-pub mod plain;
-pub mod read;
 mod request_id;
-pub mod status;
-pub mod traffic;
-pub mod write;
+pub mod set;
 
 pub use answer::{Answer, AnswerBody};
 pub use auth::Credentials;
-pub use observe::{Answered, HttpMetrics};
+pub use instrument::{Answered, HttpMetrics};
 
-/// The upper bounds of this room's histograms, by name.
+/// The upper bounds of this module's histograms, by name.
 pub const BUCKETS: [(&str, &[f64]); 1] = [(backup::DURATION_METRIC, backup::DURATION_BUCKETS_S)];
 
-pub use crate::remote::{GRADE_NODE, GRADE_POSITION};
-pub use patch_body::parse_patch;
+pub use crate::replication::peer_client::{GRADE_NODE, GRADE_POSITION};
+pub use set::body::parse_patch;

@@ -8,8 +8,8 @@ use std::fmt;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_128};
 
-use super::{LogId, RandomId, Seq, writes};
-use crate::hex;
+use super::{LogId, RandomId, Seq, codec};
+use crate::sys::hex;
 
 /// The hash of all batches up to a position. Shown as 32 hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -35,7 +35,7 @@ impl Chain {
         hash.update(&seq.to_le_bytes());
         hash.update(&time_ns.to_le_bytes());
         if let Effect::Batch { id, payload } = effect {
-            hash.update(&[writes::FORMAT]);
+            hash.update(&[codec::FORMAT]);
             hash.update(&id.writer.0.to_le_bytes());
             hash.update(&id.seq.to_le_bytes());
             hash.update(payload);

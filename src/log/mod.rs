@@ -6,11 +6,11 @@
 
 mod chain;
 mod cluster_key;
-mod disk;
+mod codec;
 mod in_flight;
 mod jetstream;
 mod memory;
-mod writes;
+mod wal;
 
 use std::fmt;
 use std::sync::Arc;
@@ -20,18 +20,18 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::critical::TaskEnded;
 use crate::grade::{Digest, Write};
-use crate::hex;
+use crate::sys::hex;
+use crate::sys::tasks::TaskEnded;
 pub use chain::{BatchId, Chain, Effect, Position};
 pub use cluster_key::ClusterKey;
-pub use disk::{DiskLog, OpenError, format as stored};
 pub use in_flight::{Answer, InFlight, InFlightBatch, Ticket};
 pub use jetstream::{
-    HeldData, Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError, broker,
-    header_block, message, raw_message,
+    AskNode, HeldData, Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError,
+    broker, header_block, message, raw_message,
 };
 pub use memory::MemoryLog;
+pub use wal::{DiskLog, OpenError, format as stored};
 
 /// A batch's sequence number in its log, from 1; 0 is the position before the first batch.
 pub type Seq = u64;

@@ -10,7 +10,7 @@ use super::checkpoint::Checkpoints;
 use super::votes::{Comparison, Doubt, Verdict};
 use crate::grade::Digest;
 use crate::log::{Checkpoint, Entry, InFlight, Log, Position, ReadError, Seq, Subscription};
-use crate::readiness::{NodeState, Readiness};
+use crate::replication::state::{NodeState, Readiness};
 use crate::store::Store;
 
 /// The applier yields after this many writes: requests share its thread, and a log that was read

@@ -25,12 +25,12 @@ use super::buffered::Buffered;
 use super::peers::{Peer, Peers};
 use super::tracker::{Restore, RestoreTracker};
 use crate::backup::{self, BackupError, End, Head, Snapshots, Summary, Written, restore};
-use crate::blocking::Blocking;
 use crate::log::{Bounds, Chain, Log, ReadError, Seq};
-use crate::memory::{self, DoesNotFit};
-use crate::readiness::{NodeState, Readiness};
-use crate::remote::RemoteError;
+use crate::replication::memory::{self, DoesNotFit};
+use crate::replication::peer_client::RemoteError;
+use crate::replication::state::{NodeState, Readiness};
 use crate::store::Store;
+use crate::sys::exec::Blocking;
 
 /// Peers that are asked for a backup in one round.
 const PEERS_MAX: usize = 32;

@@ -12,7 +12,7 @@ use super::bootstrap::{Bootstrap, BootstrapError, CompleteFrom, Recovered};
 use super::peers::Peer;
 use super::snapshotter::Snapshotter;
 use crate::log::{ReadError, Seq};
-use crate::readiness::{NodeState, Readiness};
+use crate::replication::state::{NodeState, Readiness};
 
 const BACKOFF_MIN: Duration = Duration::from_millis(250);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);

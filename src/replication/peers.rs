@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::log::{Log, RandomId, Seq};
-use crate::remote::{Incoming, Reach, RemoteError};
+use crate::replication::peer_client::{Incoming, PeerClient, RemoteError};
 
 /// How often the peers are asked for their state.
 const ASK_EVERY: Duration = Duration::from_secs(2);
@@ -58,24 +58,24 @@ struct Inner {
     me: Box<str>,
     log: Arc<dyn Log>,
     by_hand: Vec<String>,
-    reach: Arc<dyn Reach>,
+    client: Arc<dyn PeerClient>,
     known: Mutex<Vec<Peer>>,
 }
 
 impl Peers {
-    /// Finds the replicas on `log`, and those whose write ports are at `by_hand`, using `reach`.
+    /// Finds the replicas on `log`, and those whose write ports are at `by_hand`, using `client`.
     #[must_use]
     pub fn new(
         me: RandomId,
         log: Arc<dyn Log>,
         by_hand: Vec<String>,
-        reach: Arc<dyn Reach>,
+        client: Arc<dyn PeerClient>,
     ) -> Self {
         Self(Arc::new(Inner {
             me: me.to_string().into(),
             log,
             by_hand,
-            reach,
+            client,
             known: Mutex::default(),
         }))
     }
@@ -141,7 +141,7 @@ impl Peers {
 
     /// Starts to fetch the backup of `peer`.
     pub(super) async fn backup(&self, peer: &Peer) -> Result<Incoming, RemoteError> {
-        self.0.reach.backup(&peer.url).await
+        self.0.client.backup(&peer.url).await
     }
 
     /// Whether `node` is this process.
@@ -150,7 +150,7 @@ impl Peers {
     }
 
     async fn ask_by_hand(&self, url: &str) -> Peer {
-        let offer = tokio::time::timeout(OFFER_WAIT_MAX, self.0.reach.offer(url));
+        let offer = tokio::time::timeout(OFFER_WAIT_MAX, self.0.client.offer(url));
         let (node, position, state) = match offer.await {
             Ok(Ok(offer)) => (offer.node, offer.position, READY.into()),
             Ok(Err(RemoteError::Refused { status: 503, .. })) => (None, None, "not ready".into()),

@@ -10,10 +10,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::Applied;
 use crate::backup::{FORMAT, Head, Snapshots, Written};
-use crate::blocking::Blocking;
 use crate::log::{Log, Seq};
-use crate::readiness::Readiness;
+use crate::replication::state::Readiness;
 use crate::store::Store;
+use crate::sys::exec::Blocking;
 
 /// Writes snapshots of one store. Clones share the state.
 #[derive(Clone)]

@@ -8,8 +8,8 @@ use std::future::poll_fn;
 use std::task::{Context, Poll, Waker};
 
 use crate::log::Seq;
-use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicU64, Ordering, fence};
+use crate::sys::sync::Mutex;
+use crate::sys::sync::atomic::{AtomicU64, Ordering, fence};
 
 /// Waiters removed under one lock; they are woken after it is released.
 const WAKE_MAX: usize = 64;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gradestore::log::RandomId;
-use gradestore::storage::{DataDir, Storage, StorageConfig};
+use gradestore::node::data_dir::{DataDir, Storage, StorageConfig};
 use rustix::process::Signal;
 use tempfile::tempdir;
 use tokio::net::TcpStream;

@@ -1,4 +1,4 @@
-//! Adding a field is a change in `src/grade.rs` alone: here one is added to a copy of the crate,
+//! Adding a field is a change in `src/grade/mod.rs` alone: here one is added to a copy of the crate,
 //! which then passes its tests, but for those of the log on disk, and serves the field.
 
 use std::fs;
@@ -82,7 +82,7 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
     .unwrap();
 
     edit(
-        &crate_copy.join("src/grade.rs"),
+        &crate_copy.join("src/grade/mod.rs"),
         "    \"return_fee\",\n];",
         "    \"return_fee\",\n    \"fifth_fee\",\n];",
     );

@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, mpsc};
 
-use gradestore::app::{self, AppError, Sockets};
-use gradestore::config::{ClusterConfig, Config, HttpConfig, default_writer_limits};
 use gradestore::http::Credentials;
 use gradestore::log::{ClusterKey, Log, MemoryLog, RandomId};
-use gradestore::memory::MemoryMax;
-use gradestore::remote::{Client, Compression};
+use gradestore::node::config::{ClusterConfig, Config, HttpConfig, default_writer_limits};
+use gradestore::node::data_dir::{Opening, Storage};
+use gradestore::node::lifecycle::{self, AppError, Sockets};
 use gradestore::replication::SILENCE_MAX;
-use gradestore::storage::{Opening, Storage};
+use gradestore::replication::memory::MemoryMax;
+use gradestore::replication::peer_client::{Client, Compression};
 use parking_lot::Mutex;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use rustix::process::{Pid, Signal, kill_process};
@@ -315,7 +315,7 @@ pub(crate) fn opening(node: RandomId, restore_from: Option<PathBuf>) -> Opening 
     Opening {
         node,
         url: String::new(),
-        reach: Arc::new(client()),
+        ask_node: Arc::new(client()),
         key: ClusterKey::derive(PASSWORD),
         restore_from,
         progress: Arc::new(|_| {}),
@@ -382,7 +382,7 @@ impl Local {
             let shutdown = async {
                 let _ = stopped.await;
             };
-            app::run(config, origin, storage, sockets, shutdown).await
+            lifecycle::run(config, origin, storage, sockets, shutdown).await
         });
         Self {
             ports,

@@ -40,6 +40,7 @@ mod get;
 mod hostile;
 mod import;
 mod kept_inputs;
+mod layers;
 mod limits;
 mod linearizable;
 mod lines;

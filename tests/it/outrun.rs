@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use gradestore::log::{
     ClusterKey, HeldData, Identity, JetStreamConfig, JetStreamLog, MemoryLog, RandomId,
 };
-use gradestore::storage::Storage;
+use gradestore::node::data_dir::Storage;
 use serde_json::Value;
 
 use crate::broker::{Broker, Load, STREAM, SUBJECT, Write, status_where};
@@ -39,7 +39,7 @@ async fn late(broker: &Broker, buffer_bytes_max: u64) -> Local {
         holds: HeldData::Nothing,
         keeps_data: false,
         url: String::new(),
-        reach: Arc::new(client()),
+        ask_node: Arc::new(client()),
         key: ClusterKey::derive(PASSWORD),
     };
     let mut storage = Storage::of(Arc::new(MemoryLog::new(origin, 0)), origin);

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use gradestore::config::Config;
 use gradestore::log::RandomId;
+use gradestore::node::config::Config;
 
 use crate::harness::{Local, Ports, set_request_of};
 use crate::held_log::HeldLog;

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -17,7 +18,6 @@ use super::broker::{Asked, Broker, BrokerError, ConnectError, Connection, Stream
 use super::session::Backoff;
 use super::{JetStreamConfig, MESSAGE_BYTES_NEEDED, SetupError, stream};
 use crate::log::{Announcement, Chain, ClusterKey, LogId, RandomId, Seq};
-use crate::remote::Reach;
 
 /// How long requests for the stream may stay unanswered at the start before the node gives up.
 const START_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -46,9 +46,19 @@ pub struct Identity {
     /// The URL of its write port.
     pub url: String,
     /// Asks a `--peer` for its node id.
-    pub reach: Arc<dyn Reach>,
+    pub ask_node: Arc<dyn AskNode>,
     /// Signs its announcements and verifies those of others.
     pub key: ClusterKey,
+}
+
+/// A question to another node over HTTP, without a password.
+pub trait AskNode: Send + Sync + 'static {
+    /// The node id of the process whose write port is at `node_url`; `None` if it does not say. A
+    /// starting node does.
+    ///
+    /// # Errors
+    /// It does not answer; says why.
+    fn node<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Option<Box<str>>, Box<str>>>;
 }
 
 /// The data that a replica holds before it has opened the log.
@@ -360,7 +370,7 @@ impl Opening<'_> {
         if *url == self.identity.url || others.values().any(|other| *other.url == *url) {
             return Ok(());
         }
-        let asked = tokio::time::timeout(PEER_WAIT_MAX, self.identity.reach.node(url));
+        let asked = tokio::time::timeout(PEER_WAIT_MAX, self.identity.ask_node.node(url));
         let why = match asked.await {
             Ok(Ok(Some(node))) => {
                 let is_me = *node == *self.identity.node.to_string();

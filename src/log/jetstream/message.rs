@@ -10,7 +10,7 @@ use async_nats::HeaderMap;
 use bytes::Bytes;
 
 use crate::grade::{Digest, Write};
-use crate::log::writes::{self, FORMAT};
+use crate::log::codec::{self, FORMAT};
 use crate::log::{Batch, BatchId, Chain, Checkpoint, InFlight, Mac, RandomId};
 
 const FORMAT_HEADER: &str = "Grade-Format";
@@ -83,7 +83,7 @@ pub fn add_checkpoint(headers: &mut HeaderMap, checkpoint: &Checkpoint) {
 #[must_use]
 pub fn payload(writes: &[Write]) -> Bytes {
     let mut json = Vec::new();
-    writes::write(writes, &mut json);
+    codec::write(writes, &mut json);
     json.into()
 }
 
@@ -99,7 +99,7 @@ pub fn read(
     let label = label(headers)?;
     let (ticket, writes) = match in_flight.find(label.id, payload) {
         Some((ticket, writes)) => (Some(ticket), writes),
-        None => (None, writes::read(payload).map_err(Unreadable::Poisoned)?),
+        None => (None, codec::read(payload).map_err(Unreadable::Poisoned)?),
     };
     let batch = Batch {
         ticket,

@@ -45,7 +45,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::announcements::Announcements;
 use self::broker::{Asked, Broker, Connection};
-pub use self::creation::{HeldData, Identity, Progress};
+pub use self::creation::{AskNode, HeldData, Identity, Progress};
 use self::history::Suspicion;
 use self::probe::PROBE_EVERY;
 pub use self::servers::Servers;
@@ -58,7 +58,7 @@ use super::{
     Announce, Announcement, AppendError, Batch, BatchId, Bounds, Counts, InFlight, Log, LogId,
     Position, RandomId, ReadError, Seq, Subscription,
 };
-use crate::critical::{CriticalTasks, TaskEnded};
+use crate::sys::tasks::{CriticalTasks, TaskEnded};
 
 /// The subject that batches are published to.
 const SUBJECT: &str = "grades.set";

@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use gradestore::config::{Command, Config, ConfigError, ServeArgs, check_env_names, parse};
+use gradestore::cli::{Command, ConfigError, ServeArgs, check_env_names, parse};
 use reqwest::Url;
 
 /// Arguments and variables.
@@ -117,7 +117,7 @@ fn taken(args: &ServeArgs) {
     if args.credentials.password_file.is_some() {
         return;
     }
-    match Config::from_args(args) {
+    match args.config() {
         Ok((config, _made)) => {
             let addresses = [config.write_addr, config.read_addr, config.ops_addr];
             let same = |one: usize, other: usize| {

@@ -2,7 +2,7 @@
 //! single spaces, a name before the first colon. What is taken must read so; what reads so without any
 //! liberty must be taken.
 
-use gradestore::http::plain::request::{Other, Set, get, set};
+use gradestore::http::fast::request::{Other, Set, get, set};
 
 /// Said here once more, so that no line becomes harmless by one change alone.
 const HARMLESS: [&str; 8] = [

@@ -1,7 +1,7 @@
 //! `Grade-Position` in a read, a line of the input each: none, or one decimal number of 64 bits.
 
 use gradestore::http::GRADE_POSITION;
-use gradestore::http::read::position_of;
+use gradestore::http::get::position_of;
 use http::{HeaderMap, HeaderValue};
 
 pub(crate) fn check(data: &[u8]) {

@@ -3,7 +3,7 @@
 //! `user_ids`. Where those hold, the URL standard's own parser must see the same.
 
 use gradestore::grade::{USER_ID, check_user_id};
-use gradestore::http::read::{Asked, USER_IDS_MAX, asked, user_id_of};
+use gradestore::http::get::{Asked, USER_IDS_MAX, asked, user_id_of};
 
 pub(crate) fn check(data: &[u8]) {
     let Ok(query) = str::from_utf8(data) else {

@@ -1,17 +1,21 @@
 //! What threads may see of each other's steps, tried in every order and with every value that the memory
 //! model allows, by [loom](https://docs.rs/loom).
 //!
-//! The code is `src/readiness.rs` and `src/replication/waiters.rs` themselves, over loom's atomics and
+//! The code is `src/replication/state.rs` and `src/replication/waiters.rs` themselves, over loom's atomics and
 //! locks in place of the machine's. The store, the steps of who makes it anew, and what applies batches
 //! are models: see `Store` and `Applied` below for what they stand for.
 #![cfg(test)]
 #![allow(dead_code, reason = "what is checked has more than is called")]
 
-#[path = "../../../src/readiness.rs"]
-mod readiness;
-mod sync;
+#[path = "../../../src/replication/state.rs"]
+mod state;
+
 #[path = "../../../src/replication/waiters.rs"]
 mod waiters;
+
+mod sys {
+    pub(crate) mod sync;
+}
 
 /// In place of `src/log/mod.rs`.
 mod log {
@@ -26,9 +30,9 @@ use loom::model;
 use loom::model::Builder;
 use loom::thread;
 
-use readiness::{NodeState, Readiness};
-use sync::Mutex;
-use sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use state::{NodeState, Readiness};
+use sys::sync::Mutex;
+use sys::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use waiters::Waiters;
 
 /// As `src/store/mod.rs`: an epoch, and shards that are locked one after the other. Each of its two shards
@@ -187,7 +191,7 @@ fn a_stop_is_final() {
     });
 }
 
-/// As `src/replication/applied.rs`: a position and its waiters.
+/// As `src/replication/applied/mod.rs`: a position and its waiters.
 struct Applied {
     seq: AtomicU64,
     waiters: Waiters,

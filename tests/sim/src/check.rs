@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use gradestore::readiness::NodeState;
+use gradestore::replication::state::NodeState;
 use gradestore::store::Piece;
 use tokio::time::Instant;
 

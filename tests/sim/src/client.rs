@@ -6,7 +6,7 @@ use axum::body::Body;
 use axum::response::Response;
 use gradestore::grade::{Changes, FIELDS, Patch, Values, Write};
 use gradestore::log::{Chain, Seq};
-use gradestore::remote::GRADE_POSITION;
+use gradestore::replication::peer_client::GRADE_POSITION;
 use http::header::{AUTHORIZATION, CONTENT_TYPE};
 use http::{Request, StatusCode};
 use http_body_util::BodyExt;

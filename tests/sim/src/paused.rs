@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
-use gradestore::critical::TaskEnded;
 use gradestore::log::{
     Announce, Announcement, AppendError, Batch, Bounds, Counts, JetStreamLog, Log, LogId, Position,
     ReadError, Seq, Subscription, TrimError,
 };
+use gradestore::sys::tasks::TaskEnded;
 
 use crate::coroutine;
 use crate::world::World;

@@ -7,8 +7,10 @@ use axum::response::Response;
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use gradestore::remote::{
-    GRADE_COMPRESSION, GRADE_NODE, GRADE_POSITION, IF_SLOW, Incoming, Offer, Reach, RemoteError,
+use gradestore::log::AskNode;
+use gradestore::replication::peer_client::{
+    GRADE_COMPRESSION, GRADE_NODE, GRADE_POSITION, IF_SLOW, Incoming, Offer, PeerClient,
+    RemoteError,
 };
 use http::header::AUTHORIZATION;
 use http::{HeaderMap, Method, Request, StatusCode};
@@ -94,22 +96,13 @@ fn offer_of(headers: &HeaderMap) -> Offer {
     }
 }
 
-impl Reach for Phone {
+impl PeerClient for Phone {
     fn offer<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Offer, RemoteError>> {
         async move {
             let (_, response) = self.ask(Method::HEAD, node_url).await?;
             Ok(offer_of(response.headers()))
         }
         .boxed()
-    }
-
-    /// A node that is starting has no routes here, and cannot be reached. All announce the URL by
-    /// which they are known, so nothing depends on it.
-    fn node<'a>(
-        &'a self,
-        node_url: &'a str,
-    ) -> BoxFuture<'a, Result<Option<Box<str>>, RemoteError>> {
-        async move { Ok(self.offer(node_url).await?.node) }.boxed()
     }
 
     fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Incoming, RemoteError>> {
@@ -128,6 +121,18 @@ impl Reach for Phone {
                 source: Box::new(source),
                 feed: call.pass_on(response.into_body(), sender, fault).boxed(),
             })
+        }
+        .boxed()
+    }
+}
+
+impl AskNode for Phone {
+    /// A node that is starting has no routes here, and cannot be reached. All announce the URL by
+    /// which they are known, so nothing depends on it.
+    fn node<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Option<Box<str>>, Box<str>>> {
+        async move {
+            let offer = self.offer(node_url).await;
+            Ok(offer.map_err(|error| error.to_string())?.node)
         }
         .boxed()
     }

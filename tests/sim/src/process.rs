@@ -9,9 +9,6 @@ use std::time::Duration;
 
 use axum::Router;
 use gradestore::backup::{Head, Snapshots, head};
-use gradestore::blocking::Blocking;
-use gradestore::config::{ClusterConfig, Config, HttpConfig};
-use gradestore::critical::CriticalTasks;
 use gradestore::http::Answered;
 use gradestore::http::Credentials;
 use gradestore::http::backup::BackupMetrics;
@@ -19,11 +16,14 @@ use gradestore::log::{
     ClusterKey, HeldData, Identity, JetStreamConfig, JetStreamLog, LogId, MemoryLog, RandomId,
     SetupError,
 };
-use gradestore::memory::MemoryMax;
+use gradestore::node::config::{ClusterConfig, Config, HttpConfig};
+use gradestore::node::data_dir::Storage;
 use gradestore::node::{Node, Parts};
+use gradestore::replication::memory::MemoryMax;
 use gradestore::replication::{CheckpointMetrics, WriterLimits};
-use gradestore::storage::Storage;
 use gradestore::store::Store;
+use gradestore::sys::exec::Blocking;
+use gradestore::sys::tasks::CriticalTasks;
 use gradestore::telemetry::Replication;
 use metrics::{Counter, Histogram};
 use tempfile::TempDir;
@@ -277,7 +277,7 @@ fn identity(world: &World, node: usize, knobs: &Knobs) -> Identity {
         holds: newest.map_or(HeldData::Nothing, |head| HeldData::Of(LogId(head.log_id))),
         keeps_data: knobs.snapshots,
         url: url(node),
-        reach: Arc::new(Phone::new(world.clone(), node)),
+        ask_node: Arc::new(Phone::new(world.clone(), node)),
         key: ClusterKey::derive(PASSWORD),
     }
 }

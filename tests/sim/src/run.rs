@@ -6,7 +6,7 @@ use std::time::Duration;
 use gradestore::backup::Head;
 use gradestore::grade::{Changes, Patch};
 use gradestore::log::Chain;
-use gradestore::readiness::NodeState;
+use gradestore::replication::state::NodeState;
 use gradestore::store::Piece;
 use tokio::runtime::Builder;
 use tokio::task::JoinSet;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gradestore::log::{Announce, Position, Seq};
-use gradestore::readiness::NodeState;
+use gradestore::replication::state::NodeState;
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 use tempfile::TempDir;
 use tokio::runtime::Handle;

@@ -1,0 +1,180 @@
+//! `gradestore backup` and `gradestore verify`: backups from outside a node.
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use tokio::task::block_in_place;
+use tokio::time::Instant;
+
+use crate::backup::{BackupError, Progress, Summary, read, rfc3339};
+use crate::cli::BackupArgs;
+use crate::replication::peer_client::{Account, Client, Compression, Download, Parts, RemoteError};
+use crate::store::Piece;
+use crate::sys::progress::Bar;
+
+/// How long the node may be silent.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// Why a backup was not fetched.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// The node can't be asked, said no or broke off.
+    #[error("{0}; nothing was kept")]
+    Remote(#[from] RemoteError),
+    /// What came is no whole backup.
+    #[error("the backup from {url} is no good: {error}; nothing was kept")]
+    Bad {
+        /// What was asked.
+        url: String,
+        /// What is wrong with it.
+        error: BackupError,
+    },
+    /// It can't be kept.
+    #[error("cannot write {path}: {error}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+}
+
+/// Fetches a backup, verifies it on the way and keeps it under the name wanted once it is whole.
+///
+/// Writing may block, on a pipe for ever: this needs a runtime of several threads.
+///
+/// # Errors
+/// See [`FetchError`]; whatever stood under that name before is untouched then. Standard output has
+/// got what came.
+pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchError> {
+    let path = args.output.as_path();
+    let write_error = |error| FetchError::Write {
+        path: path.to_owned(),
+        error,
+    };
+    let target = target_of(path);
+    let path = target.as_path();
+    let account = Account {
+        username: args.credentials.username.as_str().into(),
+        password: password.into(),
+    };
+    let client = Client::new(account, SILENCE_MAX, Compression::Always).map_err(|error| {
+        RemoteError::Http {
+            url: args.from.clone(),
+            error: error.to_string(),
+        }
+    })?;
+    let download = client.backup(&args.from).await?;
+    if path == Path::new("-") {
+        return copy(download, &mut io::stdout(), write_error).await;
+    }
+    if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
+        // A device or a pipe is written to: there is nothing to put in its place.
+        let file = block_in_place(|| File::options().write(true).open(path));
+        let mut file = file.map_err(write_error)?;
+        return copy(download, &mut file, write_error).await;
+    }
+    let directory = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(format!(".{}.partial", std::process::id()));
+    let partial = Partial(PathBuf::from(partial));
+    let mut file = File::create(&partial.0).map_err(write_error)?;
+    let summary = copy(download, &mut file, write_error).await?;
+    file.sync_all().map_err(write_error)?;
+    fs::rename(&partial.0, path).map_err(write_error)?;
+    let synced = File::open(directory).and_then(|directory| directory.sync_all());
+    synced.map_err(write_error)?;
+    Ok(summary)
+}
+
+/// What a link leads to, also to a file that is not there yet: that is replaced, not the link.
+fn target_of(path: &Path) -> PathBuf {
+    fs::canonicalize(path).unwrap_or_else(|_| match fs::read_link(path) {
+        Ok(target) => path.parent().unwrap_or(Path::new("")).join(target),
+        Err(_) => path.to_owned(),
+    })
+}
+
+/// A file that is removed unless it was renamed, however fetching ends.
+struct Partial(PathBuf);
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+async fn copy(
+    download: Download,
+    out: &mut impl Write,
+    write_error: impl Fn(io::Error) -> FetchError,
+) -> Result<Summary, FetchError> {
+    let url = download.url.clone();
+    let (sender, parts) = Parts::channel();
+    let progress = Arc::new(Progress::default());
+    let verifier = {
+        let progress = Arc::clone(&progress);
+        thread::spawn(move || read(parts, &Piece::digest, &progress))
+    };
+    let bar = Bar::new(0, Instant::now());
+    let passed_on = download.pass_on(sender, |part| {
+        bar.set(progress.rows(), progress.bytes());
+        block_in_place(|| out.write_all(part)).map_err(&write_error)
+    });
+    passed_on.await?;
+    out.flush().map_err(&write_error)?;
+    let verified = verifier.join().unwrap_or(Err(BackupError::Damaged {
+        at: 0,
+        what: "the thread that reads it has ended",
+    }));
+    verified.map_err(|error| FetchError::Bad { url, error })
+}
+
+/// Reads the backup at `path` to its end.
+///
+/// # Errors
+/// It is not whole or has changed; the error says where.
+pub fn verify(path: &Path) -> Result<Summary, BackupError> {
+    let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
+    let bytes_total = file.metadata().map_or(0, |metadata| metadata.len());
+    let progress = Progress::default();
+    let bar = Bar::new(bytes_total, Instant::now());
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| read(BufReader::new(file), &Piece::digest, &progress));
+        while !reader.is_finished() {
+            bar.set(progress.rows(), progress.bytes());
+            thread::sleep(Duration::from_millis(50));
+        }
+        reader.join().unwrap_or(Err(BackupError::Damaged {
+            at: 0,
+            what: "the thread that reads it has ended",
+        }))
+    })
+}
+
+/// What a summary says, a line each, for people.
+#[must_use]
+pub fn describe(summary: &Summary) -> String {
+    let mut lines = format!("rows      {}\nbytes     {}\n", summary.rows, summary.bytes);
+    match &summary.records {
+        Some((head, end)) => {
+            lines += &format!("time      {}\n", rfc3339(head.time_ns));
+            lines += &format!("log       {}\n", head.log_id);
+            lines += &format!("position  {} to {}\n", head.position, end.position);
+            lines += &format!("digest    {}\n", summary.digest);
+            lines += &format!("checksum  {}\n", end.checksum);
+        }
+        None => {
+            lines += &format!("digest    {}\n", summary.digest);
+            lines += "not made by gradestore: no position, time or checksum to compare with\n";
+        }
+    }
+    lines
+}

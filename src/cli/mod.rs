@@ -1,0 +1,17 @@
+//! The command line: flags and their environment variables, and the commands.
+
+mod args;
+pub mod backup;
+mod error;
+pub mod health;
+pub mod import;
+mod parse;
+mod password;
+mod values;
+
+pub use args::{
+    BackupArgs, Cli, Command, CredentialArgs, HealthArgs, ImportArgs, Part, ServeArgs, VerifyArgs,
+};
+pub use error::ConfigError;
+pub use parse::{check_env, check_env_names, parse, parse_args};
+pub use password::MadePassword;

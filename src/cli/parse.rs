@@ -1,0 +1,227 @@
+//! From a command line and an environment to flags.
+
+use std::any::TypeId;
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{CommandFactory, Parser};
+
+use super::args::Cli;
+use super::error::ConfigError;
+use super::password;
+
+/// Replaces a value that may contain a password.
+const HIDDEN: &str = "***";
+/// What every environment twin begins with.
+const ENV_PREFIX: &str = "GRADESTORE_";
+
+/// Refuses environment variables that begin like ours and are none.
+///
+/// # Errors
+/// Names the first one.
+pub fn check_env() -> Result<(), ConfigError> {
+    check_env_names(std::env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned()))
+}
+
+/// Parses this process's command line and environment. Ends the process after help, version or an
+/// error, as clap does.
+#[must_use]
+pub fn parse_args() -> Cli {
+    parse(std::env::args_os().collect()).unwrap_or_else(|error| error.exit())
+}
+
+/// Parses a command line, the program's name first, in which `serve` may be left out. What it leaves
+/// out is taken from the environment.
+///
+/// # Errors
+/// Says which argument or variable is wrong, and what to do; or it is help or the version.
+pub fn parse(mut args: Vec<OsString>) -> Result<Cli, clap::Error> {
+    let first = args.get(1).map(|arg| arg.to_string_lossy().into_owned());
+    let serve = match first.as_deref() {
+        None => true,
+        Some("-h" | "--help" | "-V" | "--version") => false,
+        Some(word) => word.starts_with('-'),
+    };
+    if serve {
+        args.insert(1.min(args.len()), "serve".into());
+    }
+    Cli::try_parse_from(&args).map_err(|error| match error.kind() {
+        // The library does not say which one it is.
+        ErrorKind::InvalidUtf8 => {
+            let wrong = not_utf8(&args).join(", ");
+            Cli::command().error(
+                ErrorKind::InvalidUtf8,
+                format!("only a path may be other than UTF-8; change {wrong}"),
+            )
+        }
+        _ => without_password(error),
+    })
+}
+
+/// Hides the value of a refused URL that may contain a password.
+fn without_password(mut error: clap::Error) -> clap::Error {
+    let argument = error.get(ContextKind::InvalidArg);
+    let of_url =
+        matches!(argument, Some(ContextValue::String(argument)) if argument.contains("<URL>"));
+    if of_url
+        && let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
+        && may_contain_password(value)
+    {
+        let hidden = ContextValue::String(HIDDEN.to_owned());
+        error.insert(ContextKind::InvalidValue, hidden);
+    }
+    error
+}
+
+/// Whether a list of URLs has more than hosts and ports. Without an `@`, a password may be where a
+/// port belongs.
+fn may_contain_password(urls: &str) -> bool {
+    urls.split(',').any(|url| {
+        let (_, rest) = url.split_once("://").unwrap_or(("", url));
+        let port = rest.split_once(':').map_or("", |(_, port)| port);
+        let is_port = port.len() <= 5 && port.bytes().all(|byte| byte.is_ascii_digit());
+        rest.contains('@') || !is_port
+    })
+}
+
+/// The arguments and variables that are not UTF-8, with what names them.
+fn not_utf8(args: &[OsString]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let mut before = "";
+    for arg in args {
+        match arg.to_str() {
+            Some(arg) => before = arg,
+            None if before.starts_with('-') => {
+                wrong.push(format!("{before} {}", shown(arg)));
+            }
+            None => wrong.push(shown(arg)),
+        }
+    }
+    let command = Cli::command();
+    let flags = command
+        .get_subcommands()
+        .flat_map(clap::Command::get_arguments);
+    for flag in flags.filter(|flag| flag.get_value_parser().type_id() != TypeId::of::<PathBuf>()) {
+        let Some(name) = flag.get_env() else {
+            continue;
+        };
+        if let Some(value) = std::env::var_os(name).filter(|value| value.to_str().is_none()) {
+            wrong.push(format!("{}={}", name.display(), shown(&value)));
+        }
+    }
+    wrong.sort();
+    wrong.dedup();
+    wrong
+}
+
+/// A value that is not UTF-8, with U+FFFD for each invalid byte; hidden if it may be a URL with a
+/// password.
+fn shown(value: &OsStr) -> String {
+    let value = value.to_string_lossy();
+    match value.contains('@') {
+        true => format!("{HIDDEN}\u{fffd}{HIDDEN}"),
+        false => value.into_owned(),
+    }
+}
+
+/// Refuses variables that begin like ours and are none: a misspelt one would be ignored in silence.
+///
+/// # Errors
+/// Names the first one.
+pub fn check_env_names(names: impl Iterator<Item = String>) -> Result<(), ConfigError> {
+    let command = Cli::command();
+    let mut known: Vec<String> = command
+        .get_subcommands()
+        .flat_map(clap::Command::get_arguments)
+        .filter_map(|arg| arg.get_env()?.to_str().map(str::to_owned))
+        .chain([password::ENV.to_owned()])
+        .collect();
+    known.sort();
+    known.dedup();
+    for name in names {
+        let Some(rest) = name.strip_prefix(ENV_PREFIX) else {
+            continue;
+        };
+        // What Kubernetes puts into every pod beside a service that is named gradestore.
+        let of_kubernetes =
+            rest == "PORT" || rest.starts_with("PORT_") || rest.starts_with("SERVICE_");
+        if !of_kubernetes && !known.contains(&name) {
+            return Err(ConfigError::UnknownEnv {
+                name,
+                known: known.join(", "),
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_misspelt_variable_is_refused_and_others_are_none_of_ours() {
+        let check = |names: &[&str]| check_env_names(names.iter().map(|name| (*name).to_owned()));
+        assert!(check(&["PATH", "GRADESTORE_PASSWORD", "GRADESTORE_USERNAME"]).is_ok());
+        assert!(check(&["GRADESTORE_SERVICE_HOST", "GRADESTORE_PORT_8080_TCP"]).is_ok());
+        let error = check(&["GRADESTORE_USER_NAME"]).unwrap_err().to_string();
+        assert!(error.contains("GRADESTORE_USER_NAME") && error.contains("GRADESTORE_USERNAME"));
+    }
+
+    fn refused(args: &[&[u8]]) -> String {
+        use std::os::unix::ffi::OsStringExt;
+        let args = args.iter().map(|arg| OsString::from_vec(arg.to_vec()));
+        let program = std::iter::once("gradestore".into());
+        parse(program.chain(args).collect())
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn what_is_not_utf8_is_named() {
+        for (args, wanted) in [
+            (
+                &[&b"--username"[..], b"\xff"][..],
+                "change --username \u{fffd}",
+            ),
+            (&[b"--username=\xff"], "change --username=\u{fffd}"),
+            (&[b"verify\xff"], "verify\u{fffd}"),
+            (
+                &[b"--nats-url", b"u:SECRET\xff@a"],
+                "change --nats-url ***\u{fffd}***",
+            ),
+        ] {
+            let said = refused(args);
+            assert!(said.contains(wanted), "{said}");
+            assert!(!said.contains("SECRET"), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_refused_url_is_shown_unless_it_may_contain_a_password() {
+        for (flag, url, shown) in [
+            ("--nats-url", "a:65536", true),
+            ("--nats-url", "nats://a,", true),
+            ("--nats-url", "nats://a:4222,http://b:80", true),
+            ("--nats-url", "u:SECRET/SECRET@a", false),
+            ("--nats-url", "u:SECRET,SECRET@a", false),
+            ("--nats-url", "u:SECRET", false),
+            ("--nats-url", "u:123456", false),
+            ("--peer", "https://a", true),
+            ("--peer", "http://u:SECRET@a", false),
+            ("--advertise-url", "http://u:SECRET@a", false),
+        ] {
+            let said = refused(&[flag.as_bytes(), url.as_bytes()]);
+            let wanted = format!("'{}' for '{flag} <URL>'", if shown { url } else { "***" });
+            assert!(said.contains(&wanted), "{said}");
+            assert!(shown || !said.contains(url), "{said}");
+            assert!(!said.contains("SECRET"), "{said}");
+        }
+    }
+}

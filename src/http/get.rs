@@ -1,0 +1,361 @@
+//! The read port: `GET /get?user_id=ID`, and `GET /get?user_ids=A&user_ids=B` for many at once.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::response::Response;
+use axum::routing::get;
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, HeaderValue, Method, Uri};
+use percent_encoding::percent_decode;
+
+use super::GRADE_POSITION;
+use super::answer::{Answer, AnswerBody, boxed};
+use super::error::ApiError;
+use super::fast::Plain;
+use super::listener::{Direct, Directly};
+use crate::grade::{USER_ID, UserGrade, check_user_id};
+use crate::log::{Log, Seq};
+use crate::replication::state::Readiness;
+use crate::replication::{Applied, WaitError};
+use crate::store::Store;
+
+/// The name of a query's parameter for one of many users.
+const USER_IDS: &str = "user_ids";
+/// The most users that may be asked for at once.
+pub const USER_IDS_MAX: usize = 1000;
+/// The maximum distance of `Grade-Position` past the end of the log.
+///
+/// A process learns the end from the batches that it receives, so a position that another replica
+/// has acknowledged may be past it by the batches in flight. Beyond this distance waiting is
+/// useless: a stream stores at most 130,000 batches/s (`load/results/jetstream.txt`), so a replica
+/// that is 1,000,000 batches behind needs more than 7 s to catch up, and a read waits for 5 s. The
+/// status is 503, not 400, because another replica may have applied the position.
+pub const POSITION_AHEAD_MAX: Seq = 1_000_000;
+
+/// What the read port answers from.
+#[derive(Clone)]
+pub struct ReadState {
+    /// The records.
+    pub store: Store,
+    /// How far they have come.
+    pub applied: Applied,
+    /// The log that is applied.
+    pub log: Arc<dyn Log>,
+    /// Whether they may be shown.
+    pub readiness: Readiness,
+    /// How long a read with `Grade-Position` may wait.
+    pub position_wait_max: Duration,
+    /// The maximum number of reads that wait at once.
+    pub position_waits_max: usize,
+}
+
+/// The port's routes.
+pub fn routes(state: ReadState) -> Router {
+    Router::new()
+        .route(
+            "/get",
+            get(get_grade).fallback(|| async { ApiError::MethodNotAllowed("GET, HEAD") }),
+        )
+        .fallback(|| async {
+            ApiError::RouteUnknown("GET /get?user_id=ID, GET /get?user_ids=ID&user_ids=ID")
+        })
+        .with_state(state)
+}
+
+/// The way past the router: a `GET /get` that waits for nothing is answered at once, without a future of
+/// its own or a boxed one of axum's. ADR 0002 has the measurements.
+pub fn direct(state: ReadState) -> Direct {
+    Arc::new(move |request| {
+        let at_once = request.method() == Method::GET
+            && request.uri().path() == "/get"
+            && !request.headers().contains_key(GRADE_POSITION);
+        match at_once {
+            true => {
+                let answer = answer(&state, request.uri());
+                Directly::Now(answer.unwrap_or_else(Answer::from))
+            }
+            false => Directly::Router(request),
+        }
+    })
+}
+
+/// What answers a plain `GET /get` past hyper, where there is something to show.
+pub fn plain(state: ReadState) -> Plain {
+    Plain::Get(Arc::new(move |user_id, json| {
+        append_one(&state, user_id, json).is_ok()
+    }))
+}
+
+async fn get_grade(State(state): State<ReadState>, request: Request) -> Result<Response, ApiError> {
+    if let Some(wanted) = position_of(request.headers())? {
+        state.readiness.check()?;
+        reach(&state, wanted).await?;
+    }
+    answer(&state, request.uri()).map(boxed)
+}
+
+/// Waits until this replica has applied `wanted`.
+async fn reach(state: &ReadState, wanted: Seq) -> Result<(), ApiError> {
+    if state.applied.seq() >= wanted {
+        return Ok(());
+    }
+    let end = state.log.end();
+    if wanted.saturating_sub(end) > POSITION_AHEAD_MAX {
+        return Err(ApiError::PositionTooFar { wanted, end });
+    }
+    let (wait_max, waits_max) = (state.position_wait_max, state.position_waits_max);
+    let waited = state.applied.wait_for(wanted, wait_max, waits_max).await;
+    waited.map_err(|error| match error {
+        WaitError::TimedOut => ApiError::PositionNotReached {
+            wanted,
+            applied: state.applied.seq(),
+        },
+        WaitError::TooManyWaiters => ApiError::PositionWaitsFull { waits_max },
+    })
+}
+
+/// The grade, or the grades, that `uri` asks for, as they are now.
+fn answer(state: &ReadState, uri: &Uri) -> Result<Answer, ApiError> {
+    let json = match asked(uri.query().unwrap_or_default())? {
+        Asked::One(user_id) => one(state, &user_id)?,
+        Asked::Many(user_ids) => many(state, &user_ids)?,
+    };
+    let mut response = Answer::new(AnswerBody::Whole(Some(json.into())));
+    let json_type = HeaderValue::from_static("application/json");
+    response.headers_mut().insert(CONTENT_TYPE, json_type);
+    Ok(response)
+}
+
+/// One user's grade as JSON.
+fn one(state: &ReadState, user_id: &str) -> Result<Vec<u8>, ApiError> {
+    let mut json = Vec::with_capacity(192);
+    append_one(state, user_id, &mut json)?;
+    Ok(json)
+}
+
+fn append_one(state: &ReadState, user_id: &str, json: &mut Vec<u8>) -> Result<(), ApiError> {
+    let store = &state.store;
+    let values = state
+        .readiness
+        .read(|| store.epoch(), || store.get(user_id))?;
+    let values = values.ok_or(ApiError::UserUnknown)?;
+    UserGrade { user_id, values }.write_json(json);
+    Ok(())
+}
+
+/// The grades of `user_ids` as a JSON array, in their order, with `null` for who has none. Each is
+/// whole; they are looked up one after the other while writes go on, so together they are no
+/// snapshot.
+fn many(state: &ReadState, user_ids: &[Cow<'_, str>]) -> Result<Vec<u8>, ApiError> {
+    let store = &state.store;
+    let found = state.readiness.read(
+        || store.epoch(),
+        || -> Vec<_> { user_ids.iter().map(|user_id| store.get(user_id)).collect() },
+    )?;
+    let mut json = Vec::with_capacity(2 + 192 * user_ids.len());
+    json.push(b'[');
+    for (index, (user_id, values)) in user_ids.iter().zip(found).enumerate() {
+        if index > 0 {
+            json.push(b',');
+        }
+        match values {
+            Some(values) => UserGrade { user_id, values }.write_json(&mut json),
+            None => json.extend_from_slice(b"null"),
+        }
+    }
+    json.push(b']');
+    Ok(json)
+}
+
+/// Whom a query asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Asked<'a> {
+    /// `user_id`.
+    One(Cow<'a, str>),
+    /// All `user_ids`, in their order.
+    Many(Vec<Cow<'a, str>>),
+}
+
+/// Reads a query of `application/x-www-form-urlencoded`: one `user_id`, or one to [`USER_IDS_MAX`]
+/// `user_ids`; other names are ignored.
+///
+/// Stricter than a form: a broken percent sign or bytes that are no UTF-8 are errors, since a
+/// guess would read another user's grade.
+///
+/// # Errors
+/// It asks for nobody, for one user twice, in both ways or for too many; or an id is wrongly encoded,
+/// or can be none.
+pub fn asked(query: &str) -> Result<Asked<'_>, ApiError> {
+    let mut found = None;
+    for pair in query.split('&') {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        if name == USER_ID {
+            if found.replace(value).is_some() {
+                return Err(ApiError::UserIdRepeated);
+            }
+            continue;
+        }
+        match decoded(name).as_deref() {
+            Ok(USER_ID) if found.replace(value).is_some() => return Err(ApiError::UserIdRepeated),
+            Ok(USER_IDS) => return all_in(query).map(Asked::Many),
+            _ => {}
+        }
+    }
+    id_in(found.ok_or(ApiError::UserIdMissing)?).map(Asked::One)
+}
+
+/// The one `user_id` of a query; see [`asked`].
+///
+/// # Errors
+/// It asks for nobody or for more, or the id is wrongly encoded, or can be none.
+pub fn user_id_of(query: &str) -> Result<Cow<'_, str>, ApiError> {
+    match asked(query)? {
+        Asked::One(user_id) => Ok(user_id),
+        Asked::Many(_) => Err(ApiError::UserIdsHere),
+    }
+}
+
+/// The `user_ids` of a query that has some.
+fn all_in(query: &str) -> Result<Vec<Cow<'_, str>>, ApiError> {
+    let mut found = Vec::new();
+    for pair in query.split('&') {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        match decoded(name).as_deref() {
+            Ok(USER_ID) => return Err(ApiError::UserIdAndIds),
+            Ok(USER_IDS) => found.push(value),
+            _ => {}
+        }
+    }
+    if found.len() > USER_IDS_MAX {
+        return Err(ApiError::UserIdsTooMany { found: found.len() });
+    }
+    found.into_iter().map(id_in).collect()
+}
+
+/// The id that stands in a query as `value`.
+fn id_in(value: &str) -> Result<Cow<'_, str>, ApiError> {
+    let user_id = decoded(value)?;
+    check_user_id(&user_id).map_err(ApiError::UserIdInvalid)?;
+    Ok(user_id)
+}
+
+fn decoded(text: &str) -> Result<Cow<'_, str>, ApiError> {
+    if !text.bytes().any(|byte| matches!(byte, b'%' | b'+')) {
+        return Ok(Cow::Borrowed(text));
+    }
+    let hex_follows = |rest: &str| {
+        let hex = rest.as_bytes().get(..2);
+        hex.is_some_and(|hex| hex.iter().all(u8::is_ascii_hexdigit))
+    };
+    if !text.split('%').skip(1).all(hex_follows) {
+        let broken = "after % two hexadecimal digits must follow; a percent sign itself is %25";
+        return Err(ApiError::QueryEncoding(broken));
+    }
+    let spaced = text.replace('+', " ");
+    let text = percent_decode(spaced.as_bytes()).decode_utf8();
+    let text = text.map_err(|_| ApiError::QueryEncoding("the bytes must be UTF-8"))?;
+    Ok(Cow::Owned(text.into_owned()))
+}
+
+/// The position that a read wants to see, if it says one.
+///
+/// # Errors
+/// It is no number, or more than one.
+pub fn position_of(headers: &HeaderMap) -> Result<Option<Seq>, ApiError> {
+    let mut given = headers.get_all(GRADE_POSITION).iter();
+    let Some(position) = given.next() else {
+        return Ok(None);
+    };
+    let digits = position
+        .to_str()
+        .ok()
+        .filter(|text| given.next().is_none() && text.bytes().all(|byte| byte.is_ascii_digit()));
+    let position = digits.and_then(|digits| digits.parse().ok());
+    position.map(Some).ok_or(ApiError::PositionInvalid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn outcome(query: &str) -> Result<String, &'static str> {
+        user_id_of(query)
+            .map(Cow::into_owned)
+            .map_err(|error| error.kind().1)
+    }
+
+    #[test]
+    fn finds_the_one_user_id() {
+        for (query, wanted) in [
+            ("user_id=alice", Ok("alice")),
+            ("x=1&user_id=alice&y", Ok("alice")),
+            ("user_id=a+b%2Bc%20d", Ok("a b+c d")),
+            ("user%5Fid=alice", Ok("alice")),
+            ("user_id=%C3%A9", Ok("é")),
+            ("user_id=a=b", Ok("a=b")),
+            ("", Err("user-id-missing")),
+            ("USER_ID=a", Err("user-id-missing")),
+            ("user_id", Err("user-id-invalid")),
+            ("user_id=", Err("user-id-invalid")),
+            ("user_id=%00", Err("user-id-invalid")),
+            ("user_id=a&user_id=a", Err("user-id-repeated")),
+            ("user_id=a&user%5fid=a", Err("user-id-repeated")),
+            ("user_id=%", Err("query-encoding")),
+            ("user_id=%4", Err("query-encoding")),
+            ("user_id=%zz", Err("query-encoding")),
+            ("user_id=%ff", Err("query-encoding")),
+            ("user_id=%ED%A0%80", Err("query-encoding")),
+        ] {
+            assert_eq!(outcome(query).as_deref(), wanted.as_deref(), "{query}");
+        }
+    }
+
+    #[test]
+    fn finds_all_user_ids_in_their_order() {
+        let most = vec!["user_ids=a"; USER_IDS_MAX].join("&");
+        let more = format!("{most}&user_ids=a");
+        for (query, wanted) in [
+            ("user_ids=a", Ok(vec!["a"])),
+            (
+                "user_ids=b&x=1&user%5Fids=a+b&user_ids=b&",
+                Ok(vec!["b", "a b", "b"]),
+            ),
+            (&most, Ok(vec!["a"; USER_IDS_MAX])),
+            (&more, Err("user-ids-too-many")),
+            ("user_ids=a&user_id=b", Err("user-id-and-ids")),
+            ("user_id=b&user_ids=a", Err("user-id-and-ids")),
+            ("user_id=b&user_id=b&user_ids=a", Err("user-id-repeated")),
+            ("user_ids=a&user%5fid=b", Err("user-id-and-ids")),
+            ("user_ids", Err("user-id-invalid")),
+            ("user_ids=a&user_ids=", Err("user-id-invalid")),
+            ("user_ids=a&user_ids=%0a", Err("user-id-invalid")),
+            ("user_ids=a&user_ids=%zz", Err("query-encoding")),
+            ("user_ids[]=a", Err("user-id-missing")),
+            ("USER_IDS=a", Err("user-id-missing")),
+        ] {
+            let found = asked(query).map_err(|error| error.kind().1);
+            let wanted = wanted.map(|ids| Asked::Many(ids.into_iter().map(Cow::from).collect()));
+            assert_eq!(found, wanted, "{query:.60}");
+        }
+        assert_eq!(outcome("user_ids=a"), Err("user-ids-here"));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_is_found(id in "\\PC{1,64}") {
+            prop_assume!(check_user_id(&id).is_ok());
+            let encoded = percent_encoding::utf8_percent_encode(&id, percent_encoding::NON_ALPHANUMERIC);
+            prop_assert_eq!(outcome(&format!("user_id={encoded}")), Ok(id));
+        }
+
+        #[test]
+        fn no_query_panics(query in "[a-z_=&%+0-9]{0,40}|(user_ids?=[%0-9a-f]{0,9}&?){0,3}") {
+            let _ = (outcome(&query), asked(&query));
+        }
+    }
+}

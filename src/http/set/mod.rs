@@ -1,0 +1,249 @@
+//! The write port: `POST` and `DELETE /set`. Its other route is in [`crate::http::backup`].
+
+pub mod body;
+pub mod ndjson;
+
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::HttpBody;
+use axum::extract::{Request, State};
+use axum::response::Response;
+use axum::routing::post;
+use bytes::{Bytes, BytesMut};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use http::{HeaderMap, Method, StatusCode};
+use http_body_util::BodyExt;
+
+use crate::grade::{Patch, Write};
+use crate::http::answer::{Answer, AnswerBody, boxed};
+use crate::http::error::ApiError;
+use crate::http::fast::Plain;
+use crate::http::get::user_id_of;
+use crate::http::instrument::ManyLines;
+use crate::http::listener::{Direct, Directly};
+use crate::http::set::ndjson::set_lines;
+use crate::http::{Credentials, GRADE_POSITION, parse_patch};
+use crate::log::Seq;
+use crate::replication::memory::{MemoryGuard, StoreFull};
+use crate::replication::state::Readiness;
+use crate::replication::{Applied, Writer};
+use crate::store::Store;
+
+/// The largest body of `POST /set` with one patch, in bytes.
+pub const BODY_BYTES_MAX: usize = 64 * 1024;
+
+const TOO_LARGE: ApiError = ApiError::BodyTooLarge {
+    limit_bytes: BODY_BYTES_MAX,
+};
+
+/// What the write port works with.
+#[derive(Clone)]
+pub struct WriteState {
+    /// The records: a write for one of them is an update.
+    pub store: Store,
+    /// Whether other writes may be taken.
+    pub memory: MemoryGuard,
+    /// Where writes go.
+    pub writer: Writer,
+    /// Whether they may.
+    pub readiness: Readiness,
+    /// How far this replica has come.
+    pub applied: Applied,
+    /// What a request must bring.
+    pub credentials: Credentials,
+    /// How long a body may take to arrive; of one with many lines, its next part.
+    pub body_wait_max: Duration,
+}
+
+impl WriteState {
+    /// Whether there is memory for what `patch` sets.
+    pub(super) fn admit(&self, patch: &Patch) -> Result<(), StoreFull> {
+        self.memory.admit(&self.store, &patch.user_id)
+    }
+}
+
+/// The port's routes.
+pub fn routes(state: WriteState) -> Router {
+    Router::new()
+        .route(
+            "/set",
+            post(set_grade)
+                .delete(delete_grade)
+                .fallback(|| async { ApiError::MethodNotAllowed("POST, DELETE") }),
+        )
+        .fallback(|| async { ApiError::RouteUnknown("POST /set, DELETE /set, GET /backup") })
+        .with_state(state)
+}
+
+/// The way past the router for `POST /set`: one boxed future where axum makes several. ADR
+/// 0002 has the measurements.
+pub fn direct(state: WriteState) -> Direct {
+    let state = Arc::new(state);
+    Arc::new(move |request| {
+        if request.method() != Method::POST || request.uri().path() != "/set" {
+            return Directly::Router(request);
+        }
+        let state = Arc::clone(&state);
+        Directly::Later(Box::pin(async move {
+            set(&state, request).await.unwrap_or_else(Answer::from)
+        }))
+    })
+}
+
+/// What takes a plain `POST /set` past hyper, where nothing stands against it.
+pub fn plain(state: WriteState) -> Plain {
+    Plain::Set(Arc::new(move |authorization, body| {
+        let welcome = state.credentials.are(authorization) && state.readiness.check().is_ok();
+        let patch = welcome.then(|| parse_patch(body).ok())??;
+        state.admit(&patch).ok()?;
+        let write = patch.into();
+        // What is refused here is refused again, or taken, when hyper has read it.
+        state.writer.submit_one(write).ok()
+    }))
+}
+
+async fn set_grade(
+    State(state): State<WriteState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    set(&state, request).await.map(boxed)
+}
+
+async fn set<B>(state: &WriteState, request: Request<B>) -> Result<Answer, ApiError>
+where
+    B: HttpBody<Data = Bytes> + Unpin,
+{
+    state.credentials.check(request.headers())?;
+    state.readiness.check()?;
+    match content_of(request.headers())? {
+        Content::Patch => {}
+        // Boxed: it is many times as large as what a single patch needs.
+        Content::Lines => {
+            let answer = Box::pin(set_lines(state, request.into_body())).await;
+            let mut answer = answer.unwrap_or_else(Answer::from);
+            answer.extensions_mut().insert(ManyLines);
+            return Ok(answer);
+        }
+    }
+    let body = read_body(request, state.body_wait_max).await?;
+    let patch = parse_patch(&body)?;
+    state.admit(&patch)?;
+    let seq = state.writer.write(patch.into()).await?;
+    Ok(written(seq))
+}
+
+/// Removes a grade. That there is none is no error: what another replica has sent meanwhile decides
+/// whether there is, and that is known only once the log has given the deletion its place.
+async fn delete_grade(
+    State(state): State<WriteState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    state.credentials.check(request.headers())?;
+    state.readiness.check()?;
+    let user_id = user_id_of(request.uri().query().unwrap_or_default())?;
+    let delete = Write::Delete(user_id.into());
+    let seq = state.writer.write(delete).await?;
+    Ok(boxed(written(seq)))
+}
+
+/// The answer to a write that was applied with batch `seq`.
+fn written(seq: Seq) -> Answer {
+    let mut answer = Answer::new(AnswerBody::Whole(None));
+    *answer.status_mut() = StatusCode::NO_CONTENT;
+    answer.headers_mut().insert(GRADE_POSITION, seq.into());
+    answer
+}
+
+/// What a body holds.
+enum Content {
+    Patch,
+    Lines,
+}
+
+/// The content type, with or without parameters.
+fn content_of(headers: &HeaderMap) -> Result<Content, ApiError> {
+    let content_type = headers
+        .get(CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok());
+    let value = content_type.unwrap_or_default();
+    let essence = value.split_once(';').map_or(value, |(essence, _)| essence);
+    let essence = essence.trim();
+    if essence.eq_ignore_ascii_case("application/json") {
+        return Ok(Content::Patch);
+    }
+    match essence.eq_ignore_ascii_case("application/x-ndjson") {
+        true => Ok(Content::Lines),
+        false => Err(ApiError::UnsupportedMediaType),
+    }
+}
+
+async fn read_body<B>(request: Request<B>, wait_max: Duration) -> Result<Bytes, ApiError>
+where
+    B: HttpBody<Data = Bytes> + Unpin,
+{
+    let announced = request.headers().get(CONTENT_LENGTH);
+    let announced = announced.and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|bytes| bytes > BODY_BYTES_MAX as u64) {
+        return Err(TOO_LARGE);
+    }
+    let mut whole = pin!(whole(request.into_body()));
+    if let Some(whole) = at_once(whole.as_mut()).await {
+        return whole;
+    }
+    let in_time = tokio::time::timeout(wait_max, whole).await;
+    in_time.unwrap_or(Err(ApiError::BodySlow {
+        seconds: wait_max.as_secs(),
+    }))
+}
+
+/// What `future` gives in its first two polls. A short body comes with the second one: hyper passes
+/// it on once it has been asked for. No timer is made for it.
+async fn at_once<T>(mut future: Pin<&mut impl Future<Output = T>>) -> Option<T> {
+    let mut asked = false;
+    poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(done) => Poll::Ready(Some(done)),
+        Poll::Pending if asked => Poll::Ready(None),
+        Poll::Pending => {
+            asked = true;
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        }
+    })
+    .await
+}
+
+async fn whole<B>(mut body: B) -> Result<Bytes, ApiError>
+where
+    B: HttpBody<Data = Bytes> + Unpin,
+{
+    // Nearly every body comes in one part, which needs no copy.
+    let (mut first, mut whole) = (Bytes::new(), BytesMut::new());
+    while !body.is_end_stream()
+        && let Some(frame) = body.frame().await
+    {
+        let frame = frame.map_err(|_| ApiError::BodyBroken)?;
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
+        if first.len().max(whole.len()) + data.len() > BODY_BYTES_MAX {
+            return Err(TOO_LARGE);
+        }
+        if first.is_empty() {
+            first = data;
+            continue;
+        }
+        if whole.is_empty() {
+            whole.extend_from_slice(&first);
+        }
+        whole.extend_from_slice(&data);
+    }
+    Ok(match whole.is_empty() {
+        true => first,
+        false => whole.freeze(),
+    })
+}

@@ -1,0 +1,93 @@
+//! A batch of the log on disk as bytes. Integers are little-endian:
+//!
+//! | bytes | what |
+//! | --- | --- |
+//! | 1 | format: 1 |
+//! | 8 | the log's time, nanoseconds since 1970 |
+//! | 16 | the writer |
+//! | 8 | the writer's number of the batch |
+//! | rest | the writes, a JSON array |
+//!
+//! The record around it has the checksum.
+
+use crate::grade::Write;
+use crate::log::codec::{self, FORMAT};
+use crate::log::{Batch, BatchId, Effect, Entry, Position, RandomId, ReadError, Seq};
+
+/// Bytes before the writes.
+pub(super) const HEADER_BYTES: usize = 1 + 8 + 16 + 8;
+
+/// Appends the value of the batch after `previous` to `out`; its position.
+pub fn write(
+    previous: &Position,
+    time_ns: u64,
+    id: BatchId,
+    writes: &[Write],
+    out: &mut Vec<u8>,
+) -> Position {
+    let payload_at = out.len() + HEADER_BYTES;
+    out.push(FORMAT);
+    out.extend_from_slice(&time_ns.to_le_bytes());
+    out.extend_from_slice(&id.writer.bytes());
+    out.extend_from_slice(&id.seq.to_le_bytes());
+    codec::write(writes, out);
+    let payload = out.get(payload_at..).unwrap_or_default();
+    previous.next(time_ns, Effect::Batch { id, payload })
+}
+
+/// Takes the value of batch `seq` apart: its time, its identity, and the writes as JSON.
+fn split(seq: Seq, value: &[u8]) -> Result<(u64, BatchId, &[u8]), ReadError> {
+    let damaged = |why: &str| ReadError::Damaged {
+        seq,
+        why: why.into(),
+    };
+    let Some((format, mut rest)) = value.split_first() else {
+        return Err(damaged("it is empty"));
+    };
+    if *format != FORMAT {
+        let why = format!("its format is {format}, this version reads {FORMAT} only");
+        return Err(damaged(&why));
+    }
+    let parts = (|| {
+        let time_ns = u64::from_le_bytes(take(&mut rest)?);
+        let id = BatchId {
+            writer: RandomId(u128::from_le_bytes(take(&mut rest)?)),
+            seq: u64::from_le_bytes(take(&mut rest)?),
+        };
+        Some((time_ns, id, rest))
+    })();
+    parts.ok_or_else(|| damaged("it ends within its header"))
+}
+
+/// The position of the batch with this value, which comes after `previous`.
+///
+/// # Errors
+/// `value` is not what [`write()`] wrote.
+pub fn position(previous: &Position, value: &[u8]) -> Result<Position, ReadError> {
+    let (time_ns, id, payload) = split(previous.seq + 1, value)?;
+    Ok(previous.next(time_ns, Effect::Batch { id, payload }))
+}
+
+/// The whole batch with this value, which comes after `previous`.
+///
+/// # Errors
+/// `value` is not what [`write()`] wrote.
+pub fn read(previous: &Position, value: &[u8]) -> Result<Entry, ReadError> {
+    let seq = previous.seq + 1;
+    let (time_ns, id, payload) = split(seq, value)?;
+    let writes = codec::read(payload).map_err(|why| ReadError::Damaged { seq, why })?;
+    Ok(Entry {
+        position: previous.next(time_ns, Effect::Batch { id, payload }),
+        batch: Batch {
+            ticket: None,
+            writes,
+            checkpoint: None,
+        },
+    })
+}
+
+fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+    let (taken, after) = rest.split_first_chunk()?;
+    *rest = after;
+    Some(*taken)
+}

@@ -1,0 +1,314 @@
+//! Opens a node's log and its snapshots.
+//!
+//! A data directory holds `lock`, `replica-id`, `snapshots/` and, for a single node, `log/`.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+
+use crate::backup::{BackupError, Snapshots, end_position, head, quarantine};
+use crate::log::{
+    AskNode, ClusterKey, DiskLog, HeldData, Identity, InFlight, JetStreamConfig, JetStreamLog, Log,
+    LogId, MemoryLog, OpenError, Progress, RandomId, Seq, SetupError,
+};
+
+/// Where the log is kept.
+#[derive(Debug, Clone)]
+pub enum StorageConfig {
+    /// In memory; nothing survives the process.
+    Ephemeral,
+    /// On disk, with snapshots beside it.
+    Disk(DataDir),
+    /// In a stream that several nodes share.
+    JetStream {
+        /// The stream.
+        stream: JetStreamConfig,
+        /// Where snapshots are kept; `None` for an ephemeral node.
+        data_dir: Option<DataDir>,
+        /// A log whose snapshots are quarantined if the stream holds another one.
+        abandon_log: Option<String>,
+    },
+}
+
+/// A data directory and its settings.
+#[derive(Debug, Clone)]
+pub struct DataDir {
+    /// The directory.
+    pub dir: PathBuf,
+    /// How often a snapshot is written.
+    pub snapshot_interval: Duration,
+}
+
+/// Why the data directory can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// Another process uses it.
+    #[error("another gradestore uses --data-dir {dir}; stop it, or choose another directory")]
+    InUse {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The directory can't be read or written.
+    #[error("cannot use --data-dir {dir}: {error}; choose a directory that this user may write to")]
+    Io {
+        /// The directory.
+        dir: PathBuf,
+        /// The system's error.
+        error: io::Error,
+    },
+    /// The file does not contain a replica id.
+    #[error("{path} holds no replica id; remove it, and the replica gets a new one")]
+    ReplicaId {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The system returned no random bytes for a replica id.
+    #[error("the system gave no random bytes: {0}")]
+    Random(#[from] getrandom::Error),
+    /// The log can't be opened.
+    #[error(transparent)]
+    Log(#[from] OpenError),
+    /// The stream can't be used.
+    #[error(transparent)]
+    Stream(#[from] SetupError),
+    /// The `--restore-from` backup can't be read.
+    #[error("cannot restore from {path}: {error}")]
+    RestoreFrom {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: BackupError,
+    },
+}
+
+/// An opened log, with its snapshots and the lock of its directory.
+pub struct Storage {
+    /// The log.
+    pub log: Arc<dyn Log>,
+    /// The batches that this process has appended and not yet applied.
+    pub in_flight: InFlight,
+    /// The replica's id; stored in the data directory, if there is one.
+    pub replica: RandomId,
+    /// Snapshots and how often to write one; none for an ephemeral node.
+    pub snapshots: Option<(Snapshots, Duration)>,
+    /// Locks the directory while it is in use; the system releases it when the process ends.
+    _lock: Option<File>,
+}
+
+/// The parameters for opening a log.
+pub struct Opening {
+    /// This process.
+    pub node: RandomId,
+    /// The URL of its write port.
+    pub url: String,
+    /// Asks a `--peer` for its node id.
+    pub ask_node: Arc<dyn AskNode>,
+    /// The key of the cluster.
+    pub key: ClusterKey,
+    /// A backup to start from; the log then begins after its end.
+    pub restore_from: Option<PathBuf>,
+    /// Called with the reason why opening the log waits.
+    pub progress: Progress,
+}
+
+impl Storage {
+    /// Opens the log and the snapshots of `config`. Blocks, so it must run on a thread of a tokio
+    /// runtime that may block.
+    ///
+    /// # Errors
+    /// See [`StorageError`].
+    pub fn open(config: &StorageConfig, opening: Opening) -> Result<Self, StorageError> {
+        let base = opening.restore_from.as_deref().map(base_of).transpose()?;
+        let node = opening.node;
+        match config {
+            StorageConfig::Ephemeral => {
+                let log = MemoryLog::new(node, base.unwrap_or(0));
+                Ok(Self::of(Arc::new(log), node))
+            }
+            StorageConfig::Disk(data_dir) => {
+                let mut storage = Self::in_dir(data_dir)?;
+                let log = DiskLog::open(&data_dir.dir.join("log"), base)?;
+                storage.log = Arc::new(log);
+                Ok(storage)
+            }
+            StorageConfig::JetStream {
+                stream,
+                data_dir,
+                abandon_log,
+            } => {
+                let mut storage = match data_dir {
+                    Some(data_dir) => Self::in_dir(data_dir)?,
+                    None => Self::of(Arc::new(MemoryLog::new(node, 0)), node),
+                };
+                let abandoned = abandon_log.clone().map(|log| LogId(log.into()));
+                let identity = Identity {
+                    node,
+                    replica: storage.replica,
+                    holds: storage.held_data(abandoned.as_ref()),
+                    keeps_data: data_dir.is_some(),
+                    url: opening.url,
+                    ask_node: opening.ask_node,
+                    key: opening.key,
+                };
+                let in_flight = storage.in_flight.clone();
+                let log =
+                    JetStreamLog::open(stream.clone(), identity, in_flight, base, opening.progress);
+                storage.log = Arc::new(Handle::current().block_on(log)?);
+                if let Some(abandoned) = abandoned {
+                    storage.abandon(&abandoned);
+                }
+                Ok(storage)
+            }
+        }
+    }
+
+    /// Locks the directory and opens everything but the log, which the caller sets.
+    fn in_dir(data_dir: &DataDir) -> Result<Self, StorageError> {
+        let dir = &data_dir.dir;
+        let lock = lock(dir)?;
+        let snapshots = Snapshots::open(&dir.join("snapshots"));
+        let snapshots = snapshots.map_err(|error| io_error(dir, error))?;
+        let replica = replica_id(dir)?;
+        Ok(Self {
+            snapshots: Some((snapshots, data_dir.snapshot_interval)),
+            _lock: Some(lock),
+            ..Self::of(Arc::new(MemoryLog::new(replica, 0)), replica)
+        })
+    }
+
+    /// A log without a data directory.
+    #[must_use]
+    pub fn of(log: Arc<dyn Log>, replica: RandomId) -> Self {
+        Self {
+            log,
+            in_flight: InFlight::default(),
+            replica,
+            snapshots: None,
+            _lock: None,
+        }
+    }
+
+    /// The log of the newest readable snapshot that does not belong to log `abandoned`. If there is
+    /// none, an unreadable snapshot counts, because it may be the only copy of the data.
+    fn held_data(&self, abandoned: Option<&LogId>) -> HeldData {
+        let Some((snapshots, _)) = &self.snapshots else {
+            return HeldData::Nothing;
+        };
+        let unreadable = |path: &Path, error: BackupError| HeldData::Unreadable {
+            path: path.to_owned(),
+            why: error.to_string(),
+        };
+        let found = match snapshots.list() {
+            Ok(found) => found,
+            Err(error) => return unreadable(snapshots.dir(), BackupError::Io { at: 0, error }),
+        };
+        let mut held = HeldData::Nothing;
+        for (_, path) in found {
+            match log_of(&path) {
+                Ok(log) if Some(&log) == abandoned => {}
+                Ok(log) => return HeldData::Of(log),
+                Err(error) if held == HeldData::Nothing => held = unreadable(&path, error),
+                Err(_) => {}
+            }
+        }
+        held
+    }
+
+    /// Quarantines the snapshots of `log`, unless the stream holds that log.
+    fn abandon(&self, log: &LogId) {
+        if self.log.id() == *log {
+            tracing::warn!(%log, "--abandon-log names the log that the stream holds: ignored");
+            return;
+        }
+        let snapshots = self.snapshots.as_ref().map(|(snapshots, _)| snapshots);
+        let found = snapshots.and_then(|snapshots| snapshots.list().ok());
+        for (_, path) in found.unwrap_or_default() {
+            if log_of(&path).is_ok_and(|of| of == *log) {
+                quarantine(&path, "abandoned");
+            }
+        }
+    }
+}
+
+/// The log that the snapshot at `path` belongs to.
+fn log_of(path: &Path) -> Result<LogId, BackupError> {
+    let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
+    match head(file)? {
+        Some(head) => Ok(LogId(head.log_id)),
+        None => Err(BackupError::Damaged {
+            at: 0,
+            what: "it names no log",
+        }),
+    }
+}
+
+/// The replica id in the directory, or a new one.
+fn replica_id(dir: &Path) -> Result<RandomId, StorageError> {
+    let path = dir.join("replica-id");
+    match fs::read_to_string(&path) {
+        Ok(text) => RandomId::parse(text.trim()).ok_or(StorageError::ReplicaId { path }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let replica = RandomId::random()?;
+            // To a temporary file first, so that a crash leaves no partial one.
+            let new = dir.join("replica-id.new");
+            let written = fs::write(&new, format!("{replica}\n"))
+                .and_then(|()| File::open(&new)?.sync_all())
+                .and_then(|()| fs::rename(&new, &path))
+                .and_then(|()| File::open(dir)?.sync_all());
+            written.map_err(|error| io_error(dir, error))?;
+            Ok(replica)
+        }
+        Err(error) => Err(io_error(dir, error)),
+    }
+}
+
+/// The position after which a log seeded from `path` begins. Never 0: a log that begins at batch 1
+/// counts as complete, and this one lacks the rows of the file.
+fn base_of(path: &Path) -> Result<Seq, StorageError> {
+    let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error });
+    file.and_then(end_position)
+        .map(|position| position.max(1))
+        .map_err(|error| StorageError::RestoreFrom {
+            path: path.to_owned(),
+            error,
+        })
+}
+
+fn lock(dir: &Path) -> Result<File, StorageError> {
+    make_dir(dir).map_err(|error| io_error(dir, error))?;
+    let file = File::create(dir.join("lock")).map_err(|error| io_error(dir, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StorageError::InUse {
+            dir: dir.to_owned(),
+        }),
+        Err(TryLockError::Error(error)) => Err(io_error(dir, error)),
+    }
+}
+
+/// Creates `dir` if it does not exist, and syncs its parent, so that it survives a power loss.
+fn make_dir(dir: &Path) -> io::Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(dir)?;
+    match File::open(dir.join("..")).and_then(|parent| parent.sync_all()) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let dir = dir.display();
+            tracing::warn!(%dir, "the directory above may not be read, so not synced");
+            Ok(())
+        }
+        synced => synced,
+    }
+}
+
+fn io_error(dir: &Path, error: io::Error) -> StorageError {
+    StorageError::Io {
+        dir: dir.to_owned(),
+        error,
+    }
+}

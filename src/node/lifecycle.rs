@@ -1,0 +1,390 @@
+//! The life of a node: build, spawn, wait, drain.
+
+use std::future::Future;
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::runtime::{self, Runtime};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::http::backup::{self, BackupMetrics};
+use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
+use crate::http::ops::traffic::RecentTraffic;
+use crate::http::ops::{self, OpeningProgress};
+use crate::http::{self, HttpMetrics};
+use crate::log::{RandomId, now_ns};
+use crate::node::config::{ClusterConfig, Config, Past};
+use crate::node::data_dir::Storage;
+use crate::node::{Node, Parts, StartError};
+use crate::node::{restore_report, sd_notify};
+use crate::replication::SILENCE_MAX;
+use crate::replication::peer_client::{Client, Compression};
+use crate::store::Store;
+use crate::sys::exec::Blocking;
+use crate::sys::tasks::CriticalTasks;
+use crate::telemetry::Telemetry;
+
+/// Connections that may wait to be accepted; the system may allow fewer.
+const BACKLOG: u32 = 4096;
+/// File descriptors reserved for other uses than connections.
+const SPARE_FILES: u64 = 256;
+/// How long responses of the ops port may take after everything else has stopped.
+const OPS_DRAIN_MAX: Duration = Duration::from_secs(1);
+/// The send buffer of a connection (the kernel doubles this, and may allow less). Only backups are
+/// larger. A small buffer shows sooner whether a client reads slowly or has stopped.
+const SEND_BUFFER_BYTES: u32 = 512 * 1024;
+
+/// Why a node did not start, or stopped by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// The address is in use or cannot be assigned.
+    #[error(
+        "cannot listen on {flag} {address}: {error}; stop what listens there, or choose another"
+    )]
+    Bind {
+        /// The flag of the address.
+        flag: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// The system's error.
+        error: io::Error,
+    },
+    /// The store can't be restored, or a critical task has ended.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// A system call failed that a node needs.
+    #[error("cannot start: {0}")]
+    System(#[from] io::Error),
+    /// The HTTP client for other nodes can't be set up.
+    #[error("cannot set up HTTP to other nodes: {0}")]
+    Client(#[from] reqwest::Error),
+    /// The metrics can't be set up.
+    #[error("cannot set up metrics: {0}")]
+    Metrics(#[from] metrics_exporter_prometheus::BuildError),
+}
+
+/// The three ports, listening.
+pub struct Sockets {
+    /// For `POST /set`.
+    pub write: TcpListener,
+    /// For `GET /get`.
+    pub read: TcpListener,
+    /// For operators.
+    pub ops: TcpListener,
+}
+
+impl Sockets {
+    /// Listens on the addresses of `config`.
+    ///
+    /// # Errors
+    /// An address is in use or does not belong to this machine.
+    pub fn bind(config: &Config) -> Result<Self, AppError> {
+        let bind = |flag, address| {
+            listen(address).map_err(|error| AppError::Bind {
+                flag,
+                address,
+                error,
+            })
+        };
+        Ok(Self {
+            write: bind("--write-addr", config.write_addr)?,
+            read: bind("--read-addr", config.read_addr)?,
+            ops: bind("--ops-addr", config.ops_addr)?,
+        })
+    }
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket.set_reuseaddr(true)?;
+    socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// The runtime of a node's tasks. By default it has half as many threads as there are cores.
+///
+/// The other cores are left to the kernel, which does more than half of the work of a request, and
+/// to the broker. If these share two cores with the node, two threads keep waking each other
+/// (ADR 0008 has the measurements). One thread also needs no scheduler that moves tasks
+/// between threads.
+///
+/// # Errors
+/// The runtime can't be created.
+pub fn runtime(threads: Option<usize>) -> io::Result<Runtime> {
+    let half = || thread::available_parallelism().map_or(1, |cores| cores.get() / 2);
+    match threads.unwrap_or_else(half) {
+        0 | 1 => runtime::Builder::new_current_thread(),
+        threads => {
+            let mut builder = runtime::Builder::new_multi_thread();
+            builder.worker_threads(threads);
+            builder
+        }
+    }
+    .enable_all()
+    .build()
+}
+
+/// The HTTP client for other nodes.
+///
+/// # Errors
+/// The client can't be set up.
+pub fn client_to_peers(config: &Config) -> Result<Client, AppError> {
+    let account = config.credentials.account();
+    Ok(Client::new(account, SILENCE_MAX, Compression::IfSlow)?)
+}
+
+/// Serves the ops port while `opening` runs, which may wait for a disk or a broker. The write port
+/// answers with the node id, which other starting nodes ask for.
+///
+/// # Errors
+/// The sockets can't be used.
+pub async fn alive_while<T>(
+    config: &Config,
+    node: RandomId,
+    sockets: &Sockets,
+    progress: OpeningProgress,
+    opening: impl Future<Output = T>,
+) -> io::Result<T> {
+    let stop = CancellationToken::new();
+    let serving = TaskTracker::new();
+    let write_router = backup::routes_while_opening(progress.clone(), node);
+    let ops_router = ops::routes_while_opening(progress);
+    for (name, socket, router, limits) in [
+        ("write", &sockets.write, write_router, config.http.data),
+        ("ops", &sockets.ops, ops_router, config.http.ops),
+    ] {
+        // A duplicate of the descriptor: closing this listener leaves the socket open.
+        let socket = socket.as_fd().try_clone_to_owned()?;
+        let listener = Listener {
+            name,
+            socket: TcpListener::from_std(socket.into())?,
+            router,
+            direct: None,
+            plain: None,
+            limits,
+            metrics: Arc::new(HttpMetrics::uncounted()),
+            connection_metrics: ConnectionMetrics::new(name),
+        };
+        serving.spawn(listener.serve(stop.clone()));
+    }
+    serving.close();
+    let opened = tokio::select! {
+        opened = opening => opened,
+        never = sd_notify::opening() => match never {},
+    };
+    stop.cancel();
+    let _ = tokio::time::timeout(OPS_DRAIN_MAX, serving.wait()).await;
+    Ok(opened)
+}
+
+/// Runs a node until `shutdown` resolves, and then until its work has finished or the deadlines
+/// have passed.
+///
+/// # Errors
+/// The node could not start, or a critical task has ended.
+pub async fn run(
+    config: Config,
+    node: RandomId,
+    storage: Storage,
+    sockets: Sockets,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), AppError> {
+    let telemetry = Arc::new(Telemetry::new(&http::BUCKETS)?);
+    let recorder = Arc::clone(&telemetry);
+    let count =
+        move |route, status| recorder.register(|| HttpMetrics::requests_counter(route, status));
+    let counted = config.http.counted;
+    let http_metrics = Arc::new(match counted {
+        true => telemetry.register(|| HttpMetrics::new(count)),
+        false => HttpMetrics::uncounted(),
+    });
+    let past = config.http.past;
+    if !counted || past != Past::Hyper || !config.credentials.checked() {
+        tracing::warn!("--measure-without leaves something out: only for measurements");
+    }
+    let peers = client_to_peers(&config)?;
+    let background = Blocking::background()?;
+    let critical = CriticalTasks::default();
+    let parts = Parts {
+        node,
+        began_ns: now_ns(),
+        critical: critical.clone(),
+        store: Store::new(),
+        storage,
+        peers: Arc::new(peers),
+        blocking: Blocking::threads(),
+        idle: Blocking::idle(background.clone())?,
+        background,
+        backup_metrics: telemetry.register(BackupMetrics::new),
+        answered: http_metrics.answered(),
+    };
+    let (node, mut tasks) = Node::new(&config, parts, &telemetry.replication);
+
+    let stop_listening = CancellationToken::new();
+    let stop_rest = CancellationToken::new();
+    let data = TaskTracker::new();
+    let rest = TaskTracker::new();
+
+    let limits = connection_limits(&config);
+    let url = advertised(&config.cluster, sockets.write.local_addr()?);
+    let listener = |name, socket, router, direct, limits| Listener {
+        name,
+        socket,
+        router,
+        direct,
+        plain: None,
+        limits,
+        metrics: Arc::clone(&http_metrics),
+        connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
+    };
+    let traffic = RecentTraffic::default();
+    let ops_state = node.ops(
+        Arc::clone(&telemetry),
+        Arc::clone(&http_metrics),
+        traffic.clone(),
+    );
+    let ops_router = ops::routes(ops_state);
+    let ops = listener("ops", sockets.ops, ops_router, None, limits.ops);
+    let serving = ops.serve(stop_rest.child_token());
+    rest.spawn(critical.guard("ops listener", serving));
+    let [plain_write, plain_read] = node.plain();
+    let data_ports = [
+        ("write", sockets.write, node.write(), plain_write),
+        ("read", sockets.read, node.read(), plain_read),
+    ];
+    for (name, socket, (router, direct), plain) in data_ports {
+        let direct = (past >= Past::Axum).then_some(direct);
+        let port = Listener {
+            plain: (past >= Past::Hyper).then_some(plain),
+            ..listener(name, socket, router, direct, limits.data)
+        };
+        let serving = port.serve(stop_listening.child_token());
+        data.spawn(critical.guard("listener", serving));
+    }
+    let upkeep = Arc::clone(&telemetry);
+    let upkeep = async move { upkeep.upkeep().await };
+    rest.spawn(until(&stop_rest, &critical, "metrics upkeep", upkeep));
+    let watch = async move { traffic.watch(&http_metrics).await };
+    rest.spawn(until(&stop_rest, &critical, "traffic watch", watch));
+    let report = restore_report::report(node.restore.clone());
+    rest.spawn(until(&stop_rest, &critical, "restore report", report));
+    let report = sd_notify::report(node.readiness.clone(), node.restore.clone());
+    rest.spawn(until(
+        &stop_rest,
+        &critical,
+        "service manager report",
+        report,
+    ));
+    let watch = node.watch_memory();
+    rest.spawn(until(&stop_rest, &critical, "memory watch", watch));
+    node.announce(url);
+
+    tokio::select! {
+        failed = tasks.run(config.restore_from.as_deref()) => failed?,
+        () = shutdown => {}
+    }
+
+    // Unready first, so that load balancers send requests elsewhere; then drain.
+    tracing::info!("stopping");
+    sd_notify::stopping();
+    let stopping = node.stopping();
+    stop_listening.cancel();
+    let deadline = tokio::time::Instant::now() + config.http.drain_max;
+    let drained = async {
+        data.close();
+        data.wait().await;
+        tasks.finish_writing().await;
+    };
+    if tokio::time::timeout_at(deadline, drained).await.is_err() {
+        let waited_s = config.http.drain_max.as_secs();
+        tracing::warn!(waited_s, "stopping before all requests ended");
+    }
+    stopping.write_snapshot().await;
+    stop_rest.cancel();
+    rest.close();
+    let ended = tokio::time::timeout(OPS_DRAIN_MAX, rest.wait()).await;
+    tracing::info!(
+        position = node.applied.seq(),
+        all_ended = ended.is_ok(),
+        "stopped"
+    );
+    Ok(())
+}
+
+/// The URL at which other nodes reach the write port on `local`. If the port listens on all
+/// addresses, this is the address of the route to the broker.
+#[must_use]
+pub fn advertised(cluster: &ClusterConfig, local: SocketAddr) -> String {
+    if let Some(url) = &cluster.advertise_url {
+        return url.clone();
+    }
+    let mut address = local;
+    if let Some((host, port)) = cluster
+        .broker
+        .as_ref()
+        .filter(|_| local.ip().is_unspecified())
+    {
+        // This sends nothing: the system only chooses a route.
+        let way = UdpSocket::bind((local.ip(), 0)).and_then(|socket| {
+            socket.connect((host.as_str(), *port))?;
+            socket.local_addr()
+        });
+        match way {
+            Ok(way) => address.set_ip(way.ip()),
+            Err(error) => tracing::warn!(
+                %error,
+                "no way to the broker, so other nodes won't reach this one; set --advertise-url"
+            ),
+        }
+    }
+    format!("http://{address}")
+}
+
+/// Runs `run` until `stop`. A panic in it ends the process.
+fn until(
+    stop: &CancellationToken,
+    critical: &CriticalTasks,
+    task: &'static str,
+    run: impl Future<Output = ()> + Send + 'static,
+) -> impl Future<Output = ()> + Send + 'static {
+    let (stop, guarded) = (stop.child_token(), critical.guard(task, run));
+    async move {
+        stop.run_until_cancelled(guarded).await;
+    }
+}
+
+struct ConnectionLimits {
+    data: ListenerLimits,
+    ops: ListenerLimits,
+}
+
+/// Raises the limit of open files as far as the system allows, and lowers the limits of connections
+/// to fit: without a free descriptor a connection can't even be rejected.
+fn connection_limits(config: &Config) -> ConnectionLimits {
+    let (mut data, mut ops) = (config.http.data, config.http.ops);
+    let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
+    let for_ops = usize::try_from(files / 16).unwrap_or(usize::MAX).max(8);
+    ops.connections_max = ops.connections_max.min(for_ops);
+    let for_data = files.saturating_sub(SPARE_FILES + ops.connections_max as u64) / 2;
+    let fitting = usize::try_from(for_data).unwrap_or(usize::MAX).max(16);
+    if fitting < data.connections_max {
+        tracing::warn!(
+            open_files_max = files,
+            wanted = data.connections_max,
+            connections_max = fitting,
+            "fewer connections a port than configured; raise the limit of open files (ulimit -n)"
+        );
+        data.connections_max = fitting;
+    }
+    ConnectionLimits { data, ops }
+}

@@ -1,0 +1,437 @@
+//! The memory limit of a replica. Above it the replica refuses writes that would create a record.
+//!
+//! All replicas hold the same records, so a writer of new ids that nothing stops ends all of them
+//! at about the same batch. A replica whose memory in use exceeds `--memory-max` is *full* until
+//! that falls below 0.95 of the limit, and announces it. A write for a user without a record is
+//! then refused before it is submitted, by the full replica and by every replica that has heard a
+//! ready peer announce it. Updates and deletes pass. Nothing is refused when a batch is applied:
+//! the state stays a function of the log.
+//!
+//! The check is not exact. Between two samples, and until peers have heard of it, creates still
+//! pass, and so does everything that is already queued: `docs/operations/sizing.md` gives the measured
+//! overshoot.
+//!
+//! # What counts as in use
+//!
+//! Resident memory, which is what the kernel's limits count, less what deleted records left in the
+//! store for new ones ([`Store::reusable_bytes`]). Resident memory alone does not fall when records
+//! are deleted, because the store keeps their places. Where the address space is limited below the
+//! memory (`ulimit -v`), the size of the address space counts in place of resident memory: it ends
+//! first.
+
+use std::fs::File;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use indicatif::BinaryBytes;
+use parking_lot::Mutex;
+use tokio::time::MissedTickBehavior;
+
+use crate::backup;
+use crate::store::Store;
+use crate::sys::host::{self, MemoryLimit};
+
+/// How often memory is measured.
+const SAMPLE_EVERY: Duration = Duration::from_millis(100);
+/// A full replica accepts new users again below this share of its limit, in percent.
+const RESUME_PERCENT: u64 = 95;
+/// The least that a record takes: 32 bytes for itself and 5 in the index.
+const RECORD_BYTES_MIN: u64 = 37;
+
+/// The value of `--memory-max`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryMax {
+    /// So many bytes.
+    Bytes(u64),
+    /// A share of what the system gives the process.
+    Percent(u8),
+}
+
+impl MemoryMax {
+    /// An empty node takes 11 MiB.
+    const BYTES_MIN: u64 = 16 << 20;
+
+    /// In bytes, where the system gives the process `limit`.
+    #[must_use]
+    pub fn bytes(self, limit: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Percent(percent) => limit / 100 * u64::from(percent),
+        }
+    }
+}
+
+impl FromStr for MemoryMax {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let number_end = text.find(|c: char| !c.is_ascii_digit());
+        let (number, unit) = text.split_at(number_end.unwrap_or(text.len()));
+        let number: u64 = number.parse().map_err(|_| "it must be a whole number")?;
+        let unit = unit.trim_start();
+        if unit == "%" {
+            return match u8::try_from(number) {
+                Ok(percent @ 1..=100) => Ok(Self::Percent(percent)),
+                _ => Err("a percentage must be from 1% to 100%"),
+            };
+        }
+        let unit_bytes: u64 = match unit.to_ascii_lowercase().as_str() {
+            "" | "b" => 1,
+            "kb" => 1000,
+            "mb" => 1_000_000,
+            "gb" => 1_000_000_000,
+            "tb" => 1_000_000_000_000,
+            "kib" => 1 << 10,
+            "mib" => 1 << 20,
+            "gib" => 1 << 30,
+            "tib" => 1 << 40,
+            _ => return Err("its unit must be B, kB, MB, GB, TB, KiB, MiB, GiB, TiB or %"),
+        };
+        match number.checked_mul(unit_bytes) {
+            Some(bytes) if bytes >= Self::BYTES_MIN => Ok(Self::Bytes(bytes)),
+            Some(_) => Err("it must be at least 16MiB"),
+            None => Err("it must be less than 16EiB"),
+        }
+    }
+}
+
+/// Why a write that would create a record is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreFull {
+    /// This replica is full.
+    #[error(
+        "the store is full: this replica has {} of memory in use and --memory-max is {}; new users \
+         are refused, updates and deletes are accepted; delete users, or raise --memory-max on \
+         every replica",
+        BinaryBytes(*.used_bytes),
+        BinaryBytes(*.max_bytes)
+    )]
+    Here {
+        /// What counts as in use.
+        used_bytes: u64,
+        /// The limit.
+        max_bytes: u64,
+    },
+    /// A peer is full.
+    #[error(
+        "the store is full: replica {url} has reached its --memory-max; new users are refused, \
+         updates and deletes are accepted; delete users, or raise --memory-max there"
+    )]
+    Peer {
+        /// Where its write port is reached.
+        url: Box<str>,
+    },
+}
+
+/// The records do not fit into what the system gives the process.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{records} records need at least {} of memory, and {limit} is {}; raise it or use a larger \
+     machine",
+    BinaryBytes(*.needed_bytes),
+    BinaryBytes(.limit.bytes)
+)]
+pub struct DoesNotFit {
+    records: u64,
+    needed_bytes: u64,
+    limit: MemoryLimit,
+}
+
+/// What a replica says of its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// What counts as in use; 0 where the system does not tell.
+    pub used_bytes: u64,
+    /// The limit.
+    pub max_bytes: u64,
+    /// Whether this replica is full.
+    pub full: bool,
+    /// Whether writes for new users are accepted: neither this replica nor a ready peer is full.
+    pub creates: bool,
+}
+
+/// Decides whether writes that would create a record are accepted. Clones are the same.
+#[derive(Clone)]
+pub struct MemoryGuard(Arc<Inner>);
+
+struct Inner {
+    max_bytes: u64,
+    limit: MemoryLimit,
+    /// Whether this replica or a ready peer is full: all that a write looks at while none is.
+    refusing: AtomicBool,
+    full: AtomicBool,
+    full_peer: Mutex<Option<Box<str>>>,
+}
+
+impl MemoryGuard {
+    /// A guard that accepts everything until it [watches](Self::watch).
+    #[must_use]
+    pub fn new(max: MemoryMax) -> Self {
+        let limit = host::memory_limit();
+        let max_bytes = max.bytes(limit.bytes);
+        if max_bytes > limit.bytes {
+            tracing::warn!(
+                memory_max_bytes = max_bytes,
+                memory_limit_bytes = limit.bytes,
+                "--memory-max is above {limit}, which ends the process first"
+            );
+        }
+        Self(Arc::new(Inner {
+            max_bytes,
+            limit,
+            refusing: AtomicBool::new(false),
+            full: AtomicBool::new(false),
+            full_peer: Mutex::default(),
+        }))
+    }
+
+    /// Whether a write that sets fields of `user_id` may be submitted.
+    ///
+    /// # Errors
+    /// It would create a record, and this replica or a ready peer is full.
+    pub fn admit(&self, store: &Store, user_id: &str) -> Result<(), StoreFull> {
+        match self.0.refusing.load(Ordering::Relaxed) && !store.contains(user_id) {
+            true => Err(self.refusal(store)),
+            false => Ok(()),
+        }
+    }
+
+    #[cold]
+    fn refusal(&self, store: &Store) -> StoreFull {
+        match self.0.full_peer.lock().clone() {
+            Some(url) if !self.is_full() => StoreFull::Peer { url },
+            _ => StoreFull::Here {
+                used_bytes: self.0.used_bytes(store),
+                max_bytes: self.0.max_bytes,
+            },
+        }
+    }
+
+    /// Whether this replica is full: what it announces.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.0.full.load(Ordering::Relaxed)
+    }
+
+    /// What the replica says of its memory now.
+    #[must_use]
+    pub fn measure(&self, store: &Store) -> MemoryUse {
+        MemoryUse {
+            used_bytes: self.0.used_bytes(store),
+            max_bytes: self.0.max_bytes,
+            full: self.is_full(),
+            creates: !self.0.refusing.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Measures memory and asks for a full peer, again and again; never ends.
+    pub async fn watch(self, store: Store, full_peer: impl Fn() -> Option<Box<str>>) {
+        let mut every = tokio::time::interval(SAMPLE_EVERY);
+        every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            every.tick().await;
+            self.update(self.0.sample(&store), full_peer());
+        }
+    }
+
+    fn update(&self, used_bytes: u64, full_peer: Option<Box<str>>) {
+        let max_bytes = self.0.max_bytes;
+        let was_full = self.is_full();
+        let full = is_full(was_full, used_bytes, max_bytes);
+        let refuses = full || full_peer.is_some();
+        match (was_full, full) {
+            (false, true) => tracing::error!(
+                used_bytes,
+                max_bytes,
+                "store full: refusing writes for new users; delete users or raise --memory-max"
+            ),
+            (true, false) => tracing::info!(used_bytes, max_bytes, "store no longer full"),
+            _ => {}
+        }
+        let mut known = self.0.full_peer.lock();
+        if *known != full_peer {
+            match &full_peer {
+                Some(peer) => tracing::warn!(peer, "a peer is full: refusing writes for new users"),
+                None => tracing::info!("no peer is full any more"),
+            }
+            *known = full_peer;
+        }
+        self.0.full.store(full, Ordering::Relaxed);
+        self.0.refusing.store(refuses, Ordering::Relaxed);
+    }
+}
+
+impl Inner {
+    /// What counts as in use; 0 where the system does not tell.
+    fn used_bytes(&self, store: &Store) -> u64 {
+        let reusable = store.reusable_bytes();
+        self.counted_bytes().saturating_sub(reusable)
+    }
+
+    /// The same, but without a walk over the shards while even that would change nothing.
+    fn sample(&self, store: &Store) -> u64 {
+        let counted = self.counted_bytes();
+        match is_full(true, counted, self.max_bytes) {
+            true => counted.saturating_sub(store.reusable_bytes()),
+            false => counted,
+        }
+    }
+
+    fn counted_bytes(&self) -> u64 {
+        let memory = host::process_memory();
+        memory.map_or(0, |memory| memory.counted_by(self.limit.by))
+    }
+}
+
+fn is_full(was_full: bool, used_bytes: u64, max_bytes: u64) -> bool {
+    match was_full {
+        true => used_bytes >= max_bytes / 100 * RESUME_PERCENT,
+        false => used_bytes > max_bytes,
+    }
+}
+
+/// Whether `records` more fit into what the system gives the process. It is an estimate from below:
+/// long ids and wide values take more.
+///
+/// # Errors
+/// They do not.
+pub fn check_fits(records: u64) -> Result<(), DoesNotFit> {
+    let limit = host::memory_limit();
+    let in_use = host::process_memory().map_or(0, |memory| memory.counted_by(limit.by));
+    fits(records, in_use, limit)
+}
+
+fn fits(records: u64, in_use: u64, limit: MemoryLimit) -> Result<(), DoesNotFit> {
+    let records_bytes = records.saturating_mul(RECORD_BYTES_MIN);
+    let needed_bytes = in_use.saturating_add(records_bytes);
+    match needed_bytes <= limit.bytes {
+        true => Ok(()),
+        false => Err(DoesNotFit {
+            records,
+            needed_bytes,
+            limit,
+        }),
+    }
+}
+
+/// The same for the backup at `path`. What can't be read passes: whoever restores it says why.
+///
+/// # Errors
+/// Its records do not fit.
+pub fn check_file_fits(path: &Path) -> Result<(), DoesNotFit> {
+    let head = File::open(path).ok().map(backup::head);
+    let Some(Ok(Some(head))) = head else {
+        return Ok(());
+    };
+    check_fits(head.rows_expected)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::grade::{Changes, Patch};
+    use crate::sys::host::LimitedBy;
+
+    #[test]
+    fn sizes_are_bytes_with_a_unit_or_a_percentage() {
+        for (text, wanted) in [
+            ("16777216", MemoryMax::Bytes(16 << 20)),
+            ("900MB", MemoryMax::Bytes(900_000_000)),
+            ("900 mb", MemoryMax::Bytes(900_000_000)),
+            ("8GiB", MemoryMax::Bytes(8 << 30)),
+            ("16777216B", MemoryMax::Bytes(16 << 20)),
+            ("1TB", MemoryMax::Bytes(1_000_000_000_000)),
+            ("80%", MemoryMax::Percent(80)),
+            ("100%", MemoryMax::Percent(100)),
+        ] {
+            assert_eq!(text.parse(), Ok(wanted), "{text}");
+        }
+        for (text, why) in [
+            ("", "whole number"),
+            ("MB", "whole number"),
+            ("-1GB", "whole number"),
+            ("1.5GB", "unit"),
+            ("8G", "unit"),
+            ("8GiB/s", "unit"),
+            ("15MiB", "at least 16MiB"),
+            ("0%", "1% to 100%"),
+            ("101%", "1% to 100%"),
+            ("300%", "1% to 100%"),
+            ("16777216TiB", "less than 16EiB"),
+        ] {
+            let error = text.parse::<MemoryMax>().unwrap_err();
+            assert!(error.contains(why), "{text}: {error}");
+        }
+        assert_eq!(MemoryMax::Percent(80).bytes(1000), 800);
+        assert_eq!(MemoryMax::Bytes(7).bytes(1000), 7);
+    }
+
+    #[test]
+    fn a_replica_is_full_above_its_limit_until_below_95_percent_of_it() {
+        let mut full = false;
+        for (used, wanted) in [
+            (950, false),
+            (1000, false),
+            (1001, true),
+            (1000, true),
+            (950, true),
+            (949, false),
+            (1000, false),
+            (2000, true),
+            (0, false),
+        ] {
+            full = is_full(full, used, 1000);
+            assert_eq!(full, wanted, "{used}");
+        }
+    }
+
+    #[test]
+    fn a_full_replica_and_one_with_a_full_peer_refuse_new_users_alone() {
+        let guard = MemoryGuard::new(MemoryMax::Bytes(1000));
+        let store = Store::new();
+        store.apply(&Patch {
+            user_id: "known",
+            changes: Changes::default(),
+        });
+        let admits = || [guard.admit(&store, "known"), guard.admit(&store, "new")];
+        assert_eq!(admits(), [Ok(()), Ok(())]);
+        guard.update(1001, None);
+        let [known, new] = admits();
+        assert_eq!(known, Ok(()));
+        assert!(matches!(
+            new,
+            Err(StoreFull::Here {
+                max_bytes: 1000,
+                ..
+            })
+        ));
+        assert!(guard.is_full() && !guard.measure(&store).creates);
+        // A peer's state is not announced as this replica's.
+        guard.update(0, Some("http://peer".into()));
+        let url = "http://peer".into();
+        assert_eq!(admits(), [Ok(()), Err(StoreFull::Peer { url })]);
+        assert!(!guard.is_full() && !guard.measure(&store).creates);
+        guard.update(0, None);
+        assert_eq!(admits(), [Ok(()), Ok(())]);
+        assert!(guard.measure(&store).creates);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named_with_what_it_needs() {
+        let limit = MemoryLimit {
+            bytes: 1 << 30,
+            by: LimitedBy::ControlGroup,
+        };
+        assert_eq!(fits(10_000_000, 11 << 20, limit), Ok(()));
+        let error = fits(40_000_000, 11 << 20, limit).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "40000000 records need at least 1.39 GiB of memory, and the memory limit of the control \
+             group is 1.00 GiB; raise it or use a larger machine"
+        );
+        assert!(fits(u64::MAX, 0, limit).is_err());
+    }
+}
