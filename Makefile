@@ -46,7 +46,7 @@ check: ## format, lints and docs, warnings as errors; whether the planted bugs s
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 	for bug in tests/sim/planted/*.patch; do patch --dry-run --quiet -p1 <"$$bug" || exit 1; done
 
-bench: ## micro benchmarks; figures in benches/README.md
+bench: ## micro benchmarks; figures in docs/internals/benchmarks.md
 	cargo bench --locked
 
 loom: ## what threads see of each other's steps, tried in every order
@@ -114,7 +114,7 @@ dashboards-test: ## every panel and alert, on a real Prometheus and a cluster un
 	cargo build --locked
 	$(OPS_TEST) tests/ops/test_dashboards.py tests/ops/test_alerts.py
 
-docs-test: ## a reader made from docs/protocol.md alone, on the stream and backups of real nodes; every page's links
+docs-test: ## the documents: the protocol on real nodes, the README and the client examples, every link
 	tests/ops/install.sh
 	cargo build --locked
 	$(OPS_TEST) tests/ops/test_docs.py
@@ -132,7 +132,7 @@ COMPARE ?=
 compare: ## all that is demanded of speed and size, beside references, as one table; COMPARE="get set" for parts
 	tests/install-nats.sh
 	load/install.sh
-	cargo build --locked --release --bins --examples
+	cargo build --locked --release --bins --examples --features measure
 	python3 load/compare.py $(COMPARE)
 
 jetstream: ## writes through the JetStream log beside one message a write, in turns

@@ -78,7 +78,7 @@ def tools(args, directory):
         print(f"restored from that in {took_s:.1f} s; GET /backup")
         subprocess.run(node.curl_backup(directory / "grades.csv.gz"), check=True)
     failed = 0
-    for what, check in (("README's commands", readme_commands), ("zcat, every byte", zcat_bytes),
+    for what, check in (("commands of backup.md", documented_commands), ("zcat, every byte", zcat_bytes),
                         ("Python gzip and csv, every value", python_values),
                         ("DuckDB read_csv, every value", duckdb_values),
                         ("gradestore verify", verify)):
@@ -89,9 +89,9 @@ def tools(args, directory):
     return int(failed)
 
 
-def readme_commands(users, directory):
-    """Runs the three commands as they stand there."""
-    commands = re.findall(r"```sh\n((?:zcat|python3|duckdb) .*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+def documented_commands(users, directory):
+    """Runs the three commands of docs/operations/backup.md."""
+    commands = re.findall(r"```sh\n((?:zcat|python3|duckdb) .*?)\n```", (ROOT / "docs" / "operations" / "backup.md").read_text(), re.DOTALL)
     spp = generate.FIELDS.index("spp")
     sum_spp = sum(generate.value(user, spp) for user in range(users))
     wanted = [[users + 1], [users], [users, sum_spp]]

@@ -1,13 +1,18 @@
 #!/bin/sh
-# A store of three replicas on this machine: nats-server and three nodes, each on its own ports. Ctrl-C
-# ends all. What they keep is under the directory given, or a new one that goes with them.
+# A cluster on this machine: nats-server and three nodes, each on its own ports. Ctrl-C stops all. The
+# data is in the given directory, or in a temporary one that is removed at the end. If a node ends,
+# the others go on.
 #
-# SYNC=always makes the broker sync every batch before it answers; see "What a 204 promises".
+# SYNC=always makes nats-server sync every batch before it answers; see docs/guarantees.md. PROGRAM is
+# a gradestore to run in place of one that is built here.
 set -eu
 cd "$(dirname "$0")/.."
 
 tests/install-nats.sh >/dev/null
-cargo build --release --locked
+if [ -z "${PROGRAM:-}" ]; then
+    cargo build --release --locked
+    PROGRAM=target/release/gradestore
+fi
 export GRADESTORE_PASSWORD="${GRADESTORE_PASSWORD:-secret}"
 
 dir=${1:-}
@@ -37,16 +42,17 @@ CONF
 setsid .tools/bin/nats-server -c "$dir/nats.conf" -l "$dir/nats.log" &
 nats=$!
 for n in 1 2 3; do
-    setsid target/release/gradestore --nats-url nats://127.0.0.1:4222 --expect-peers 3 --data-dir "$dir/$n" \
+    setsid "$PROGRAM" --nats-url nats://127.0.0.1:4222 --expect-peers 3 --data-dir "$dir/$n" \
         --write-addr "127.0.0.1:${n}8080" --read-addr "127.0.0.1:${n}8081" \
         --ops-addr "127.0.0.1:${n}8082" 2>"$dir/$n.log" &
     pids="$pids $!"
 done
+nodes=$pids
 pids="$pids $nats"
 
 for n in 1 2 3; do
     tries=0
-    until target/release/gradestore health --ops-addr "127.0.0.1:${n}8082" 2>/dev/null; do
+    until "$PROGRAM" health --ops-addr "127.0.0.1:${n}8082" 2>/dev/null; do
         tries=$((tries + 1))
         if [ "$tries" -gt 100 ]; then
             cat "$dir"/*.log >&2
@@ -56,16 +62,24 @@ for n in 1 2 3; do
     done
 done
 cat <<SAID
-Three replicas, one store; logs are in $dir. Set a grade on the first, get it from the third:
+Three nodes are running; their logs are in $dir. Write on the first, read from the third:
 
   curl -i -u 'admin:$GRADESTORE_PASSWORD' -H 'content-type: application/json' -d '{"user_id":"alice","spp":5}' http://127.0.0.1:18080/set
-  curl -H 'Grade-Position: 1' 'http://127.0.0.1:38081/get?user_id=alice'
+  curl 'http://127.0.0.1:38081/get?user_id=alice'
 
-Look at the first one at http://127.0.0.1:18082/. Ctrl-C ends all.
+The status page of the first is http://127.0.0.1:18082/. Ctrl-C stops all.
 SAID
+ended=
 while :; do
-    for pid in $pids; do
-        kill -0 "$pid" 2>/dev/null || { echo "one has ended; see $dir/*.log" >&2; exit 1; }
+    kill -0 "$nats" 2>/dev/null || { echo "nats-server has ended; see $dir/nats.log" >&2; exit 1; }
+    n=0
+    for pid in $nodes; do
+        n=$((n + 1))
+        case " $ended " in *" $pid "*) continue ;; esac
+        if ! kill -0 "$pid" 2>/dev/null; then
+            echo "node $n has ended; its log is $dir/$n.log" >&2
+            ended="$ended $pid"
+        fi
     done
     sleep 1
 done

@@ -21,7 +21,7 @@ use gradestore::telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Gives memory back when a crowd of connections or a backup is over, where the system's allocator
-/// keeps nearly all of it, and takes less time a request (`load/README.md`).
+/// keeps nearly all of it, and takes less time a request (ADR 0005).
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

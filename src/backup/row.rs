@@ -3,7 +3,7 @@
 //! Our own files keep to a narrow form of RFC 4180 that is quick both ways: columns in the order of
 //! [`FIELDS`], numbers plain, a user id quoted unless it is made of letters, digits and `-_.:@/`
 //! alone. Foreign files are read by csv-async, which takes every form and twice the time; writing with
-//! it took three times as long (`benches/README.md`).
+//! it took three times as long (ADR 0006).
 
 use crate::grade::{FIELD_COUNT, FIELDS, USER_ID, UserGrade, Values, check_user_id};
 

@@ -18,7 +18,7 @@ const _: () =
     assert!(CHUNK_TEXT_BYTES + Piece::RECORDS_MAX * row::ROW_BYTES_MAX <= member::TEXT_BYTES_MAX);
 
 /// libdeflate's level. It makes smaller files than `pigz -1` at twice the speed of one of its threads;
-/// zlib-rs makes files of this size in twice the time. See `benches/README.md`.
+/// zlib-rs makes files of this size in twice the time. See ADR 0006.
 const DEFLATE_LEVEL: i32 = 1;
 
 /// Some rows as one gzip member.

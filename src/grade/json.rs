@@ -119,8 +119,8 @@ fn read_id(json: &str) -> Option<(&str, &str)> {
 
 /// How many bytes `text` begins with that stand for themselves in JSON and that an id may have: printable ASCII
 /// without quote and backslash; of the last seven it may count none. Looks at eight at once (SWAR, as in "Bit
-/// Twiddling Hacks", "Determine if a word has a byte less than n"); what that is worth stands in
-/// `load/README.md`.
+/// Twiddling Hacks", "Determine if a word has a byte less than n"); ADR 0004 has the
+/// measurements.
 fn plain_len(text: &[u8]) -> usize {
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
     /// Has the high bit of each byte that is less than `least`, 0x80 at most; exact up to the first of

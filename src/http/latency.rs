@@ -1,8 +1,8 @@
 //! How long requests took, counted by bounds.
 //!
 //! A histogram of the recorder keeps each sample, with a time that it asks a clock for, until all are
-//! sorted in a second later. Here a request is counted at once, in the one place where it belongs. What that
-//! is worth stands in `load/README.md`.
+//! sorted in a second later. Here a request is counted at once, in the one place where it belongs. ADR 0002
+//! has the measurements.
 
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};

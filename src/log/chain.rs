@@ -196,7 +196,7 @@ mod tests {
         }
     }
 
-    /// Programs that follow the stream compute the same: see `docs/protocol.md`. The values were
+    /// Programs that follow the stream compute the same: see `docs/internals/protocol.md`. The values were
     /// computed with Python's `xxhash` from the definition there.
     #[test]
     fn the_chain_of_a_known_history() {

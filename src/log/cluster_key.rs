@@ -1,7 +1,7 @@
 //! The key that the replicas of a cluster share, and the signatures that they make with it.
 //!
 //! Any client that may publish to the broker can write a checkpoint or an announcement. Only a
-//! replica that knows the cluster's password can sign one. `docs/protocol.md` specifies the signed
+//! replica that knows the cluster's password can sign one. `docs/internals/protocol.md` specifies the signed
 //! bytes.
 
 use hmac::{Hmac, Mac as _};
@@ -213,7 +213,7 @@ mod tests {
         }
     }
 
-    /// Programs that follow the stream can verify the same: see `docs/protocol.md`. The values were
+    /// Programs that follow the stream can verify the same: see `docs/internals/protocol.md`. The values were
     /// computed with Python's `hmac` and `hashlib`.
     #[test]
     fn known_codes() {

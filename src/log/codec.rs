@@ -45,7 +45,7 @@ fn parse(json: &mut [u8], buffers: &mut Buffers) -> Result<Arc<[Write]>, Box<str
 }
 
 /// Reads patches in exactly the form that [`write()`] gives them, as in nearly every batch. `None`
-/// for a batch with a deletion, with escapes, or in another form. Measured in `load/README.md`.
+/// for a batch with a deletion, with escapes, or in another form. ADR 0004 has the measurements.
 fn read_written(json: &[u8]) -> Option<Arc<[Write]>> {
     let mut rest = std::str::from_utf8(json).ok()?.strip_prefix('[')?;
     let mut writes = Vec::with_capacity(rest.len() / PATCH_BYTES);

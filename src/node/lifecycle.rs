@@ -115,7 +115,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 ///
 /// The other cores are left to the kernel, which does more than half of the work of a request, and
 /// to the broker. If these share two cores with the node, two threads keep waking each other
-/// (`load/README.md` has the measurements). One thread also needs no scheduler that moves tasks
+/// (ADR 0008 has the measurements). One thread also needs no scheduler that moves tasks
 /// between threads.
 ///
 /// # Errors

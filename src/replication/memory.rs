@@ -8,7 +8,7 @@
 //! the state stays a function of the log.
 //!
 //! The check is not exact. Between two samples, and until peers have heard of it, creates still
-//! pass, and so does everything that is already queued: `docs/operations.md` gives the measured
+//! pass, and so does everything that is already queued: `docs/operations/sizing.md` gives the measured
 //! overshoot.
 //!
 //! # What counts as in use

@@ -20,7 +20,7 @@ pub const GRADE_POSITION: HeaderName = HeaderName::from_static("grade-position")
 pub const GRADE_NODE: HeaderName = HeaderName::from_static("grade-node");
 
 /// With [`IF_SLOW`], requests a backup that is compressed only if the connection is slow.
-/// Compression is most of the sender's work (`load/README.md`), and a node that restores the backup
+/// Compression is most of the sender's work (ADR 0006), and a node that restores the backup
 /// at once gains nothing from it.
 pub const GRADE_COMPRESSION: HeaderName = HeaderName::from_static("grade-compression");
 /// The value of that header.

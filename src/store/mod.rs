@@ -8,7 +8,7 @@
 //! half of the memory or less, and a scan is a cursor: it needs no lock between two pieces and sees every
 //! record once, however much the shard grows meanwhile. A removed record's place is taken by a later
 //! one, but not while a scan is in its shard: what is removed and made again would come up twice. `benches/store.rs` and `benches/memory.rs`
-//! measure both; the figures stand in `benches/README.md`.
+//! measure both; ADR 0003 has the figures.
 
 mod free;
 mod growth;
@@ -37,8 +37,8 @@ use shard::Shard;
 const SHARD_COUNT: usize = 1024;
 
 /// Says which shard an id belongs to, the same in every process: rows that were scanned together, as
-/// in a backup, are then put together as well, into tables that fit in a core's cache: what that is
-/// worth to a restore stands in `benches/README.md`. It also makes the order of a scan depend on that
+/// in a backup, are then put together as well, into tables that fit in a core's cache: ADR 0003
+/// has the times of a restore. It also makes the order of a scan depend on that
 /// of the writes alone. Who prepares ids that meet in one shard makes that one large, and slow for
 /// its own ids.
 const SHARD_HASHER: FixedState = FixedState::with_seed(0);

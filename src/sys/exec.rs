@@ -26,7 +26,7 @@ const BACKGROUND_NICE: i32 = 10;
 /// A short piece of work that took so long was kept from its core by others.
 const SHORT_WORK_MAX: Duration = Duration::from_millis(50);
 /// So many pieces after that are not left to idle cores. With eight times as many a moment in which others took
-/// all cores, as a client's start, was felt by requests for a second (`load/README.md`).
+/// all cores, as a client's start, was felt by requests for a second (ADR 0007).
 const HURRIED_PIECES: usize = 32;
 
 /// A piece of such work.
@@ -124,7 +124,7 @@ impl Blocking {
 
 /// Threads that are kept for the next piece of work: a runtime of which nothing else is used. A new
 /// thread competes with requests until it has lowered its priority, which showed in their p99 when
-/// each chunk of a backup had one (`load/README.md`).
+/// each chunk of a backup had one (ADR 0007).
 struct Pool(Option<Runtime>);
 
 impl Pool {

@@ -155,7 +155,7 @@ async fn one_of_three_that_is_wrong_is_overruled_and_bootstraps_again() {
     assert!(snapshot("age_seconds").await.unwrap().is_nan());
 }
 
-/// The runbook: docs/operations.md, GradestoreDivergence.
+/// The runbook: docs/operations/alerts.md, GradestoreDivergence.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_data() {
     let broker = Broker::start().await;

@@ -46,7 +46,7 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
         "Cargo.toml",
         "Cargo.lock",
         "askama.toml",
-        "README.md",
+        "docs",
         "src",
         "load",
         "benches",

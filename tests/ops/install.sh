@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 CHECK_JSONSCHEMA=0.33.2
 KUBERNETES_VALIDATE=1.33.1
 NATS_PY=2.16.0
-# The one that docs/read.py names.
+# The one that docs/internals/read.py names.
 XXHASH=4.1.0
 
 tests/install-nats.sh

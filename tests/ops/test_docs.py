@@ -1,12 +1,14 @@
-"""docs/: a reader that knows nothing but what stands in protocol.md reads the stream of real nodes and their backups, and
-holds what they do. And every link of every page leads somewhere."""
+"""The documents. A reader written from protocol.md alone reads the stream of real nodes and their backups. The commands of
+the README run in order, and the client examples against real nodes. Every link of every page leads somewhere."""
 
 import asyncio
 import csv
 import gzip
 import io
 import json
+import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,10 +23,10 @@ from pathlib import Path
 import nats
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "load"), str(ROOT / "docs"), str(ROOT / "dashboards")]
+sys.path[:0] = [str(ROOT / "load"), str(ROOT / "docs" / "internals"), str(ROOT / "dashboards")]
 
 import read  # noqa: E402
-from measure import AUTH, PROGRAM, Broker, Node  # noqa: E402
+from measure import AUTH, PASSWORD, PROGRAM, Broker, Node, free_port  # noqa: E402
 from show import until  # noqa: E402
 
 STREAM, SUBJECT = "GRADES", "grades.set"
@@ -339,7 +341,7 @@ class Protocol(unittest.TestCase):
         self.held(self.fill())
         file = self.directory / "grades.csv.gz"
         file.write_bytes(backup(self.nodes[0]))
-        said = subprocess.run([sys.executable, ROOT / "docs" / "read.py", file], capture_output=True, text=True)
+        said = subprocess.run([sys.executable, ROOT / "docs" / "internals" / "read.py", file], capture_output=True, text=True)
         self.assertEqual(said.returncode, 0, said.stderr)
         self.assertEqual(json.loads(said.stdout)["records"], len(IDS) + 1)
         said = subprocess.run([PROGRAM, "verify", file], capture_output=True, text=True)
@@ -348,7 +350,7 @@ class Protocol(unittest.TestCase):
 
 class Operations(unittest.TestCase):
     def test_a_backup_into_a_cluster(self):
-        """The steps of operations.md, under "Restore"."""
+        """The steps of docs/operations/backup.md, under "Into a cluster"."""
         directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
         broker = self.enterContext(Broker(directory / "nats", "default"))
         homes = [directory / str(n) for n in range(2)]
@@ -393,7 +395,7 @@ class Operations(unittest.TestCase):
 
 
 class Page(unittest.TestCase):
-    text = (ROOT / "docs" / "protocol.md").read_text()
+    text = (ROOT / "docs" / "internals" / "protocol.md").read_text()
 
     def test_the_digest_of_the_example(self):
         self.assertEqual(read.digest({"alice": [0, 5, 0, 0]}), "dd6a0570c454b97f66aac1625bf5536d")
@@ -409,6 +411,154 @@ class Page(unittest.TestCase):
         headers, payload = self.text.split("### A message\n\n```\n")[1].split("\n```")[0].split("\n\n")
         headers = dict(line.split(": ") for line in headers.splitlines())
         self.assertEqual([entry["user_id"] for entry in read.parse_batch(headers, payload.encode())], ["alice", "bob"])
+
+
+def blocks(page):
+    """The fenced blocks of a page: language and text."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+class Clients(unittest.TestCase):
+    """The program of each page of docs/clients writes on one node and reads on another."""
+
+    def setUp(self):
+        self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        broker = self.enterContext(Broker(self.directory / "nats", "default"))
+        self.nodes = []
+        for n in range(2):
+            home = self.directory / str(n)
+            home.mkdir()
+            self.nodes.append(self.enterContext(Node(home, "--nats-url", broker.url, "--data-dir", home / "data")))
+
+    def run_program(self, page, language, file, *command):
+        page_blocks = blocks(ROOT / "docs" / "clients" / page)
+        (program,) = (text for name, text in page_blocks if name == language)
+        (printed,) = (text for name, text in page_blocks if name == "")
+        (self.directory / file).write_text(program)
+        # The first node of each list is away, so every first request is sent again.
+        away = f"http://127.0.0.1:{free_port()}"
+        settings = {
+            "GRADES_WRITE": f"{away},{self.nodes[0].urls['write']}",
+            "GRADES_READ": f"{away},{self.nodes[1].urls['read']}",
+            "GRADES_PASSWORD": PASSWORD,
+        }
+        done = subprocess.run([*command, file], cwd=self.directory, env=os.environ | settings, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout, printed)
+        self.assertEqual(self.nodes[0].status()["records"], 1 + 2500)
+
+    def test_python(self):
+        self.run_program("python.md", "python", "client.py", sys.executable)
+
+    @unittest.skipUnless(shutil.which("node"), "needs Node.js")
+    def test_javascript(self):
+        self.run_program("javascript.md", "javascript", "client.mjs", "node")
+
+    @unittest.skipUnless(shutil.which("go"), "needs Go")
+    def test_go(self):
+        self.run_program("go.md", "go", "main.go", "go", "run")
+
+    @unittest.skipUnless(shutil.which("java"), "needs Java")
+    def test_java(self):
+        self.run_program("java.md", "java", "Client.java", "java")
+
+
+class Readme(unittest.TestCase):
+    page = ROOT / "README.md"
+    # What it takes from the repository.
+    PARTS = ("Makefile", "load", "tests", ".tools")
+    # Commands that run until they are stopped, and the ops ports that are ready then.
+    SERVERS = {
+        "GRADESTORE_PASSWORD=secret cargo run --release": (8082,),
+        "make cluster": (18082, 28082, 38082),
+        "gradestore serve": (9082,),
+    }
+    # The program is built already, and its shim is on the PATH.
+    SKIPPED = ("cargo build", "sudo install")
+    HEAD = """set -eu
+ip link set lo up
+ready() {
+    for port; do
+        tries=0
+        until curl -fso /dev/null "http://127.0.0.1:$port/readyz/write"; do
+            tries=$((tries + 1)); test $tries -lt 300; sleep 0.1
+        done
+    done
+}
+"""
+
+    def test_is_short_and_names_the_two_commands(self):
+        text = self.page.read_text()
+        self.assertLessEqual(text.count("\n"), 150)
+        self.assertIn("cargo run --release", text)
+        self.assertIn("make test", text)
+
+    def test_its_commands_run_in_order(self):
+        """In a network and with processes of their own, since the README has fixed ports and kills a process by its name."""
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for part in self.PARTS:
+            (directory / part).symlink_to(ROOT / part)
+        program = Path(PROGRAM).resolve()
+        shims = directory / "shims"
+        shims.mkdir()
+        for name, text in {"gradestore": f'exec {program} "$@"', "cargo": f'test "$1" = run && exec {program}'}.items():
+            (shims / name).write_text(f"#!/bin/sh\n{text}\n")
+            (shims / name).chmod(0o755)
+
+        script, printed, servers, skipped = [self.HEAD], [], 0, 0
+        page_blocks = blocks(self.page)
+        for n, (language, text) in enumerate(page_blocks):
+            if language == "python":
+                (directory / f"{n}.py").write_text(text)
+                script.append(f"python3 {n}.py >{n}.out")
+            elif language == "sh":
+                for k, command in enumerate(re.split(r"(?<!\\)\n", text.strip())):
+                    if command.startswith(self.SKIPPED):
+                        skipped += 1
+                        continue
+                    (directory / f"{n}-{k}.sh").write_text(command)
+                    ports = [ports for start, ports in self.SERVERS.items() if command.startswith(start)]
+                    if ports:
+                        servers += 1
+                        script.append(f"bash {n}-{k}.sh >{n}-{k}.log 2>&1 &\nready {' '.join(map(str, *ports))}")
+                    else:
+                        script.append(f"bash {n}-{k}.sh >>{n}.out")
+            elif language == "json":
+                # What the block before it prints.
+                printed.append((n - 1, text))
+        script.append("curl -s 'http://127.0.0.1:9081/get?user_id=alice' >restored.out")
+        (directory / "all.sh").write_text("\n".join(script))
+        self.assertEqual((servers, skipped), (len(self.SERVERS), len(self.SKIPPED)))
+
+        env = {name: value for name, value in os.environ.items() if not name.startswith("GRADESTORE_")}
+        env |= {"PATH": f"{shims}:{env['PATH']}", "PROGRAM": str(program)}
+        own = ("--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+        done = subprocess.run(["unshare", *own, "bash", "all.sh"], cwd=directory, env=env, capture_output=True, text=True)
+        logs = "\n".join(f"{log.name}: {log.read_text()}" for log in directory.glob("*.log"))
+        self.assertEqual(done.returncode, 0, done.stderr + logs)
+        self.assertGreater(len(printed), 1)
+        for n, text in printed:
+            self.assertEqual((directory / f"{n}.out").read_text().splitlines()[-1], text.strip())
+        (python,) = (n for n, (language, _) in enumerate(page_blocks) if language == "python")
+        self.assertIn("'spp': 6", (directory / f"{python}.out").read_text())
+        self.assertEqual(json.loads((directory / "restored.out").read_text())["spp"], 6)
+
+
+class Troubleshooting(unittest.TestCase):
+    def test_the_program_has_its_messages(self):
+        source = "".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.rs")))
+        # As the compiler joins a literal that goes on in the next line.
+        source = re.sub(r"\\\n\s*", "", source)
+        text = (ROOT / "docs" / "operations" / "troubleshooting.md").read_text()
+        found = 0
+        for section in text.split("\n## "):
+            if "\n| message" not in section:
+                continue
+            for message in re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE):
+                pattern = r'[^"]*?'.join(re.escape(part.strip()) for part in message.split("..."))
+                self.assertRegex(source, pattern)
+                found += 1
+        self.assertGreater(found, 20)
 
 
 def anchors(page):

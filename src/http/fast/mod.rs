@@ -2,7 +2,7 @@
 //!
 //! Nearly all requests are of these two kinds. Beyond the kernel's part, most of their cost was hyper's
 //! and axum's: a header map, a URI, a service's future, a channel for the body, a header encoded from a
-//! map. `load/README.md` has the measurements.
+//! map. ADR 0002 in `docs/internals/adr` has the measurements.
 //!
 //! A connection begins here. The first request that the fast path does not handle (see `request`) goes
 //! to hyper, unread, together with the connection. So hyper and the router alone decide what is an

@@ -183,14 +183,14 @@ mod tests {
     }
 
     #[test]
-    fn the_readme_names_every_problem_at_its_status() {
-        let readme = include_str!("../../../README.md");
+    fn the_page_of_errors_names_every_problem_at_its_status() {
+        let page = include_str!("../../../docs/api.md");
         for (status, cause) in kinds()
             .into_iter()
             .filter(|(_, cause)| *cause != "internal")
         {
             let row = format!("| {status} |");
-            let named = readme
+            let named = page
                 .lines()
                 .any(|line| line.starts_with(&row) && line.contains(&format!("`{cause}`")));
             assert!(named, "{status} {cause}");

@@ -5,7 +5,7 @@
 //! it does not depend on the version of a client library.
 //!
 //! The rule gives the same headers as async-nats 0.51 on every block that this version delivers as
-//! an ordinary message. `docs/protocol.md` states the rule for other readers.
+//! an ordinary message. `docs/internals/protocol.md` states the rule for other readers.
 
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
 

@@ -112,7 +112,7 @@ pub fn read(
 fn label(headers: Option<&HeaderMap>) -> Result<Label, Unreadable> {
     let text = |name: &str| {
         // A replica's message has three or four headers. Comparing them is faster than hashing a
-        // name (`load/README.md`).
+        // name (ADR 0004).
         let mut all = headers?.iter();
         let (_, values) = all.find(|(other, _)| AsRef::<str>::as_ref(*other) == name)?;
         values.first().map(async_nats::HeaderValue::as_str)

@@ -63,7 +63,7 @@ use crate::sys::tasks::{CriticalTasks, TaskEnded};
 /// The subject that batches are published to.
 const SUBJECT: &str = "grades.set";
 /// While one batch is in flight the next one fills. A second one in flight would make both smaller:
-/// with `sync_interval: always` it costs 7 to 53 % of the writes per second (`load/README.md`).
+/// with `sync_interval: always` it costs 7 to 53 % of the writes per second (ADR 0009).
 const IN_FLIGHT_MAX: usize = 1;
 /// The least `max_payload` of a server: 1,024 writes of less than 800 bytes each, plus headers.
 const MESSAGE_BYTES_NEEDED: usize = 1 << 20;

@@ -3,7 +3,7 @@
 on real ones.
 
     python3 -m venv reader && reader/bin/pip install xxhash==4.1.0
-    reader/bin/python docs/read.py grades.csv.gz
+    reader/bin/python docs/internals/read.py grades.csv.gz
 """
 
 import base64
