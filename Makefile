@@ -100,9 +100,11 @@ rates: ## k6 and oha at fixed rates, on one node and on three; RATES="smoke oha"
 	python3 load/k6.py $(RATES)
 
 OPS_TEST = PROGRAM=target/debug/gradestore .tools/ops/bin/python -m unittest
+# With the features that `cargo test` gives the dependencies, or half of them would be built twice.
+BUILD_PROGRAM = cargo test --locked --no-run --test it
 load-test: ## the k6 scripts and the data generator, on real nodes
 	tests/ops/install.sh
-	cargo build --locked
+	$(BUILD_PROGRAM)
 	$(OPS_TEST) tests/ops/test_load.py
 
 dashboards: ## every panel's newest values for the replicas of `make cluster`, as text, from a Prometheus of its own
@@ -111,18 +113,18 @@ dashboards: ## every panel's newest values for the replicas of `make cluster`, a
 
 dashboards-test: ## every panel and alert, on a real Prometheus and a cluster under load
 	tests/ops/install.sh
-	cargo build --locked
+	$(BUILD_PROGRAM)
 	$(OPS_TEST) tests/ops/test_dashboards.py tests/ops/test_alerts.py
 
 docs-test: ## the documents: the protocol on real nodes, the README and the client examples, every link
 	tests/ops/install.sh
-	cargo build --locked
+	$(BUILD_PROGRAM)
 	$(OPS_TEST) tests/ops/test_docs.py
 
 IN_NAMESPACES = unshare --map-root-user --net --mount --pid --fork --kill-child --mount-proc
 compose-test: ## the files of compose/, against their schemas and run without containers
 	tests/ops/install.sh
-	cargo build --locked
+	$(BUILD_PROGRAM)
 	$(IN_NAMESPACES) env $(OPS_TEST) tests/ops/test_compose.py
 
 roundtrip: ## a million users in and out of a node that runs on the default ports
