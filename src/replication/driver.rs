@@ -30,7 +30,7 @@ pub struct ReplicaDriver {
     pub readiness: Readiness,
     /// Writes snapshots; `None` without a data directory.
     pub snapshotter: Option<Snapshotter>,
-    /// Counts gaps.
+    /// Counts the times that the log lacked the batch after the last one applied.
     pub gaps: Counter,
     /// Counts states that were discarded.
     pub resyncs: Counter,
