@@ -308,11 +308,11 @@ pin_project_lite::pin_project! {
 impl Future for ResponseFuture {
     type Output = Response;
 
+    #[expect(clippy::expect_used, reason = "the contract of `Future`")]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response> {
         match self.project() {
-            // hyper polls once.
             ResponseProjection::Ready { response } => {
-                Poll::Ready(response.take().unwrap_or_else(internal))
+                Poll::Ready(response.take().expect("hyper polls a response once"))
             }
             ResponseProjection::Router { response } => response.poll(cx).map(|response| {
                 match response {
