@@ -52,9 +52,9 @@ fn begin(out: &mut Vec<u8>, kind: u8, content: &[u8], name: Option<(&str, u32)>)
     }
 }
 
+#[expect(clippy::expect_used, reason = "both records are strings and numbers")]
 fn json(value: &impl Serialize) -> Vec<u8> {
-    // Both records are strings and numbers: this can't fail.
-    serde_json::to_vec(value).unwrap_or_default()
+    serde_json::to_vec(value).expect("a head or an end is JSON")
 }
 
 /// The first member: `head`, and the header row `text`.
@@ -72,6 +72,11 @@ pub(super) fn write_head(out: &mut Vec<u8>, head: &Head, text: &[u8]) {
 }
 
 /// A member of rows: `text`, deflated by `deflate`.
+#[expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "`out` only grows"
+)]
 pub(super) fn write_rows(
     out: &mut Vec<u8>,
     text: &[u8],
@@ -83,19 +88,13 @@ pub(super) fn write_rows(
     let content_at = out.len() - 12;
     let deflate_at = out.len();
     out.resize(deflate_at + deflate.deflate_compress_bound(text.len()), 0);
-    let room = out.get_mut(deflate_at..).unwrap_or_default();
-    // The bound is the library's own word for "always fits".
-    let deflated = deflate.deflate_compress(text, room).unwrap_or(0);
+    let deflated = deflate.deflate_compress(text, &mut out[deflate_at..]);
+    let deflated = deflated.expect("the output is as long as the library's bound");
     out.truncate(deflate_at + deflated);
     write_trailer(out, text);
     let length = (out.len() - begin_at) as u32;
-    if let Some(content) = out.get_mut(content_at..content_at + 12) {
-        let (length_room, rest) = content.split_at_mut(4);
-        let (text_room, rows_room) = rest.split_at_mut(4);
-        length_room.copy_from_slice(&length.to_le_bytes());
-        text_room.copy_from_slice(&(text.len() as u32).to_le_bytes());
-        rows_room.copy_from_slice(&rows.to_le_bytes());
-    }
+    let numbers = [length, text.len() as u32, rows].map(u32::to_le_bytes);
+    out[content_at..deflate_at].copy_from_slice(numbers.as_flattened());
 }
 
 /// The last member.
@@ -187,17 +186,13 @@ pub(super) fn content_of(extra: &[u8]) -> Result<Content, &'static str> {
     match *kind {
         KIND_HEAD => Ok(Content::Head(parse(content)?)),
         KIND_ROWS => {
-            let numbers: &[u8; 12] = content.try_into().map_err(|_| wrong)?;
-            let number = |at: usize| {
-                let bytes = numbers
-                    .get(at..at + 4)
-                    .and_then(|bytes| bytes.try_into().ok());
-                u32::from_le_bytes(bytes.unwrap_or_default())
+            let ([member, text, rows], []) = content.as_chunks() else {
+                return Err(wrong);
             };
             Ok(Content::Rows {
-                member: number(0),
-                text: number(4),
-                rows: number(8),
+                member: u32::from_le_bytes(*member),
+                text: u32::from_le_bytes(*text),
+                rows: u32::from_le_bytes(*rows),
             })
         }
         KIND_END => {

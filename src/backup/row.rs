@@ -96,6 +96,7 @@ pub(super) fn parse_header(line: &str) -> Result<usize, BackupError> {
 
 /// Hands every row of `text` to `row`; each has `fields` columns beside the id, the first is number
 /// `first_row`.
+#[expect(clippy::indexing_slicing, reason = "values and fields are as many")]
 pub(super) fn parse(
     text: &str,
     fields: usize,
@@ -121,7 +122,7 @@ pub(super) fn parse(
             (*value, rest) = parse_number(rest, end).ok_or_else(|| BackupError::Value {
                 row: number,
                 line: line_of(number),
-                column: FIELDS.get(index).copied().unwrap_or_default(),
+                column: FIELDS[index],
                 what: format!(
                     "not an integer of 64 bits, or not the last column: {:?}",
                     start(rest)

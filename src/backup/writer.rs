@@ -119,11 +119,11 @@ impl ChunkSource {
 }
 
 impl Tools {
+    #[expect(clippy::expect_used, reason = "both levels are constants")]
     fn new(chunk_text_bytes: usize) -> Self {
-        // Both levels are within the library's range.
         let compressor = |level| {
-            let level = libdeflater::CompressionLvl::new(level).unwrap_or_default();
-            libdeflater::Compressor::new(level)
+            let level = libdeflater::CompressionLvl::new(level);
+            libdeflater::Compressor::new(level.expect("both levels are in the library's range"))
         };
         Self {
             // A piece is taken whole: one that holds more than a chunk would make it larger.

@@ -132,6 +132,6 @@ impl<const BYTES: usize> RecordBytes<BYTES> {
     }
 
     fn filled(&self) -> &[u8] {
-        self.bytes.get(..self.len).unwrap_or_default()
+        &self.bytes[..self.len]
     }
 }

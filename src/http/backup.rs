@@ -39,7 +39,7 @@ use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
 use crate::log::{Log, RandomId};
 use crate::replication::peer_client::{GRADE_COMPRESSION, IF_SLOW};
 use crate::replication::state::{NodeState, Readiness};
-use crate::replication::{Applied, backup_head};
+use crate::replication::{Applied, CompleteState, backup_head};
 use crate::store::Store;
 use crate::sys::exec::Blocking;
 
@@ -165,10 +165,8 @@ async fn get_backup(
         true => None,
         false => Some(turn(&state).await?),
     };
-    // In this order: a store that is cleared after it was ready has another epoch.
-    let epoch = state.store.epoch();
-    state.readiness.check()?;
-    let head = backup_head(&state.store, &state.applied, &*state.log);
+    let complete = CompleteState::of(&state.store, &state.readiness)?;
+    let head = backup_head(&complete, &state.applied, &*state.log);
     let name = format!("attachment; filename=\"{}\"", file_name(head.time_ns));
     let headers = [
         (CONTENT_TYPE, "application/gzip".to_owned()),
@@ -184,7 +182,7 @@ async fn get_backup(
     let connection = request.extensions().get::<Arc<Connection>>().cloned();
     let wanted = request.headers().get(GRADE_COMPRESSION);
     let urgent = wanted.is_some_and(|wanted| wanted == IF_SLOW);
-    let body = Body::from_stream(members(state, epoch, &head, urgent, slot, connection));
+    let body = Body::from_stream(members(state, complete, &head, urgent, slot, connection));
     Ok((headers, body).into_response())
 }
 
@@ -224,9 +222,8 @@ struct Running {
     whole: bool,
     begun: Instant,
     metrics: BackupMetrics,
-    store: Store,
-    /// The store's when this began.
-    epoch: u64,
+    /// The state that is sent.
+    complete: CompleteState,
     readiness: Readiness,
     applied: Applied,
     connection: Option<Arc<Connection>>,
@@ -235,7 +232,7 @@ struct Running {
 
 fn members(
     state: BackupState,
-    epoch: u64,
+    complete: CompleteState,
     head: &Head,
     urgent: bool,
     slot: OwnedSemaphorePermit,
@@ -244,7 +241,7 @@ fn members(
     let (writer, first) = BackupWriter::begin(head);
     let running = Running {
         source: Arc::new(ChunkSource::with_chunk_text(
-            &state.store,
+            complete.store(),
             state.chunk_text_bytes,
         )),
         chunks: FuturesUnordered::new(),
@@ -262,8 +259,7 @@ fn members(
         whole: false,
         begun: Instant::now(),
         metrics: state.metrics,
-        store: state.store,
-        epoch,
+        complete,
         readiness: state.readiness,
         applied: state.applied,
         connection,
@@ -294,12 +290,12 @@ impl Running {
     }
 
     /// Whether what was read so far is one state, and not one that is in doubt.
-    fn sound(&self) -> Result<(), &'static str> {
-        if self.store.epoch() != self.epoch {
-            return Err("the state was replaced meanwhile");
-        }
+    fn sound(&self) -> io::Result<()> {
+        self.complete.check().map_err(io::Error::other)?;
         match self.readiness.check() {
-            Err(unready) if unready.state == NodeState::Diverged => Err("the state is in doubt"),
+            Err(unready) if unready.state == NodeState::Diverged => {
+                Err(io::Error::other("the state is in doubt"))
+            }
             _ => Ok(()),
         }
     }
@@ -340,9 +336,9 @@ impl Running {
         }
         while let Some(made) = self.chunks.next().await {
             if let Err(error) = self.sound() {
-                tracing::error!(error, "backup broken off");
+                tracing::error!(%error, "backup broken off");
                 self.writer = None;
-                return Some(Err(io::Error::other(error)));
+                return Some(Err(error));
             }
             match made {
                 Ok(Some(chunk)) => {

@@ -311,6 +311,7 @@ impl ApiError {
         self.to_json_with(&self.to_string())
     }
 
+    #[expect(clippy::expect_used, reason = "it can't fail")]
     fn to_json_with(&self, detail: &str) -> Vec<u8> {
         let (status, cause) = self.kind();
         let (line, accepted) = self.lines();
@@ -322,7 +323,7 @@ impl ApiError {
             line,
             accepted,
         };
-        serde_json::to_vec(&problem).unwrap_or_default()
+        serde_json::to_vec(&problem).expect("texts and numbers are JSON")
     }
 }
 

@@ -56,10 +56,12 @@ pub(super) struct Failed<'a> {
 }
 
 impl FailureLog {
+    #[expect(clippy::expect_used, reason = "an invariant of `request_id`")]
     pub(super) fn tell(&self, failed: &Failed<'_>, failure: &Failure) {
         let Failure { problem, detail } = failure;
         let (route, status) = (failed.route, failed.status.as_u16());
-        let request_id = failed.request_id.to_str().unwrap_or_default();
+        let request_id = failed.request_id.to_str();
+        let request_id = request_id.expect("`request_id` takes and makes only ASCII");
         let took_ms = failed.took.as_millis() as u64;
         if failed.status == StatusCode::INTERNAL_SERVER_ERROR {
             // Each is a fault of this program.

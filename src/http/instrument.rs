@@ -27,44 +27,12 @@ use super::error::ApiError;
 use super::failures::{Failed, Failure, FailureLog};
 use super::latency::{self, Counts, Latency};
 use super::request_id::{self, X_REQUEST_ID};
-
-/// The routes as metrics name them; whatever else is asked for counts as the last one.
-pub(super) const ROUTES: [&str; 12] = [
-    "/set",
-    "/get",
-    LINES,
-    BACKUP,
-    "/livez",
-    "/readyz",
-    "/readyz/write",
-    "/metrics",
-    "/status",
-    "/",
-    "/openapi.json",
-    "other",
-];
-/// `GET /get`.
-const GET_AT: usize = 1;
-/// `POST /set` of one patch.
-const SET_AT: usize = 0;
-/// `POST /set` with many lines, which takes as long as its body: no path has a space.
-pub(super) const LINES: &str = "/set lines";
-const LINES_AT: usize = 2;
-/// Of `ROUTES`, so many of the first are those of the data ports.
-const DATA_ROUTES: usize = 4;
-/// And of these the first are answered so often that a request there is named only where that is of use.
-const HOT_ROUTES: usize = 2;
-/// The route whose answer goes on after it has begun.
-const BACKUP: &str = "/backup";
-const OTHER: usize = ROUTES.len() - 1;
-
-/// Marks the answer to a body of many lines.
-#[derive(Clone)]
-pub(super) struct ManyLines;
+use super::route::{PerRoute, Route};
 
 const PATH_METRIC: &str = "gradestore_http_path_total";
 
-/// Statuses that are counted one by one: 100 to 599.
+/// Statuses are counted one by one, from 100 to 599.
+const STATUS_MIN: u16 = 100;
 const STATUSES: usize = 500;
 
 /// How many requests for grades were answered: who works beside them looks whether there are any.
@@ -84,7 +52,7 @@ pub struct HttpMetrics {
     answered: Answered,
     /// Whether more is measured than what others work by.
     counted: bool,
-    routes: [RouteMetrics; ROUTES.len()],
+    routes: PerRoute<RouteMetrics>,
     in_flight: Gauge,
     /// Requests that the fast path answered.
     fast: Counter,
@@ -96,7 +64,7 @@ pub struct HttpMetrics {
 struct RouteMetrics {
     latency: Latency,
     /// A counter a status, made when it first occurs.
-    requests: Box<[OnceLock<Counter>]>,
+    requests: Box<[OnceLock<Counter>; STATUSES]>,
     /// Makes them, bound to the recorder that the handles belong to.
     make: Box<dyn Fn(u16) -> Counter + Send + Sync>,
 }
@@ -122,12 +90,12 @@ impl HttpMetrics {
         Self {
             answered: Answered::default(),
             counted: true,
-            routes: ROUTES.map(|route| {
+            routes: PerRoute::new(|route| {
                 let counter_of = counter_of.clone();
                 RouteMetrics {
                     latency: Latency::default(),
-                    requests: (0..STATUSES).map(|_| OnceLock::new()).collect(),
-                    make: Box::new(move |status| counter_of(route, status)),
+                    requests: Box::new([const { OnceLock::new() }; STATUSES]),
+                    make: Box::new(move |status| counter_of(route.name(), status)),
                 }
             }),
             in_flight: gauge!("gradestore_http_requests_in_flight"),
@@ -158,9 +126,10 @@ impl HttpMetrics {
     /// Appends what is counted here and not in the recorder, in Prometheus' text format.
     pub fn render(&self, out: &mut String) {
         if self.counted {
-            let latencies = self.routes.iter().map(|route| &route.latency);
+            let latencies = self.routes.iter();
+            let latencies = latencies.map(|(route, metrics)| (route.name(), &metrics.latency));
             // Nothing fails to be written to memory.
-            let _ = latency::render(ROUTES.into_iter().zip(latencies), out);
+            let _ = latency::render(latencies, out);
         }
     }
 
@@ -172,9 +141,8 @@ impl HttpMetrics {
 
     /// How long the requests for one grade and the single writes took; `None` where that is not counted.
     pub(super) fn reads_and_writes(&self) -> Option<[Counts; 2]> {
-        let counts = |route| Some(self.routes.get::<usize>(route)?.latency.counts());
-        let both = [counts(GET_AT)?, counts(SET_AT)?];
-        self.counted.then_some(both)
+        let counts = |route| self.routes[route].latency.counts();
+        self.counted.then(|| [Route::Get, Route::Set].map(counts))
     }
 
     /// Measures a `GET /get` on the fast path.
@@ -185,19 +153,19 @@ impl HttpMetrics {
             false => StatusCode::NOT_FOUND,
         };
         self.fast.increment(1);
-        self.end(GET_AT, status, begun, connection);
+        self.end(Route::Get, status, begun, connection);
     }
 
     /// Measures a `POST /set` on the fast path; returns the time.
     pub(super) fn fast_set(&self, begun: Instant, connection: &Connection) -> Instant {
         self.fast.increment(1);
-        self.end(SET_AT, StatusCode::NO_CONTENT, begun, connection)
+        self.end(Route::Set, StatusCode::NO_CONTENT, begun, connection)
     }
 
     /// A request ends: what time it is.
     fn end(
         &self,
-        route: usize,
+        route: Route,
         status: StatusCode,
         begun: Instant,
         connection: &Connection,
@@ -205,32 +173,36 @@ impl HttpMetrics {
         // The clock is read once for all.
         let now = Instant::now();
         connection.end_at(now);
-        if route < HOT_ROUTES {
+        if route.is_hot() {
             self.answered.0.fetch_add(1, Ordering::Relaxed);
         }
         self.count(route, status, now - begun);
         now
     }
 
-    fn count(&self, route: usize, status: StatusCode, took: Duration) {
-        let index = usize::from(status.as_u16()).wrapping_sub(100);
-        if let Some(route) = self.routes.get(route).filter(|_| self.counted)
-            && let Some(counter) = route.requests.get(index)
-        {
-            // Refusals are quick: they would make the latency look better than it is.
-            if !status.is_server_error() {
-                route.latency.record(took);
-            }
-            counter
-                .get_or_init(|| (route.make)(status.as_u16()))
-                .increment(1);
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "no handler answers with a status above 599"
+    )]
+    fn count(&self, route: Route, status: StatusCode, took: Duration) {
+        if !self.counted {
+            return;
         }
+        let route = &self.routes[route];
+        // Refusals are quick: they would make the latency look better than it is.
+        if !status.is_server_error() {
+            route.latency.record(took);
+        }
+        let status = status.as_u16();
+        route.requests[usize::from(status - STATUS_MIN)]
+            .get_or_init(|| (route.make)(status))
+            .increment(1);
     }
 
     /// Counts a `GET /get` that took so long.
     #[cfg(test)]
     pub(super) fn count_read(&self, took: Duration) {
-        self.count(GET_AT, StatusCode::OK, took);
+        self.count(Route::Get, StatusCode::OK, took);
     }
 }
 
@@ -269,14 +241,13 @@ impl hyper::service::Service<Request<Incoming>> for Instrumented {
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let begun = Instant::now();
-        let path = request.uri().path();
-        let route = ROUTES.iter().position(|route| *route == path);
+        let route = Route::of_path(request.uri().path());
         let connection = Arc::clone(&self.connection);
         connection.begin();
         connection.exchange_begins(request.body().is_end_stream());
         let mut context = RequestContext {
             begun,
-            route: route.unwrap_or(OTHER),
+            route,
             request_id: request_id::sent(request.headers()),
             // Replicas ask each other so whether they would give a backup.
             head: request.method() == Method::HEAD,
@@ -293,12 +264,12 @@ impl hyper::service::Service<Request<Incoming>> for Instrumented {
                 response: Some(response),
             }
         } else {
-            let is_backup = path == BACKUP;
             let mut request = request.map(|body| {
                 let connection = Arc::clone(&connection);
                 Body::new(RequestBody { body, connection })
             });
-            if is_backup {
+            // A backup tells its connection when its body begins and ends.
+            if route == Route::Backup {
                 request.extensions_mut().insert(Arc::clone(&connection));
             }
             let response = self.router.clone().call(request);
@@ -337,11 +308,11 @@ pin_project_lite::pin_project! {
 impl Future for ResponseFuture {
     type Output = Response;
 
+    #[expect(clippy::expect_used, reason = "the contract of `Future`")]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response> {
         match self.project() {
-            // hyper polls once.
             ResponseProjection::Ready { response } => {
-                Poll::Ready(response.take().unwrap_or_else(internal))
+                Poll::Ready(response.take().expect("hyper polls a response once"))
             }
             ResponseProjection::Router { response } => response.poll(cx).map(|response| {
                 match response {
@@ -424,7 +395,7 @@ impl HttpBody for ResponseBody {
 /// A request that is being answered.
 struct RequestContext {
     begun: Instant,
-    route: usize,
+    route: Route,
     /// What the client calls it.
     request_id: Option<HeaderValue>,
     head: bool,
@@ -438,8 +409,8 @@ impl RequestContext {
         metrics: &HttpMetrics,
         connection: &Connection,
     ) {
-        if response.extensions().get::<ManyLines>().is_some() {
-            self.route = LINES_AT;
+        if let Some(route) = response.extensions().get() {
+            self.route = *route;
         }
         let now = metrics.end(self.route, response.status(), self.begun, connection);
         metrics.router.increment(1);
@@ -451,17 +422,17 @@ impl RequestContext {
         let status = response.status();
         let failed = status.is_client_error() || status.is_server_error();
         let sent = self.request_id.take();
-        if sent.is_none() && !failed && self.route < HOT_ROUTES {
+        if sent.is_none() && !failed && self.route.is_hot() {
             return;
         }
         let request_id = sent.unwrap_or_else(request_id::made);
         if let Some(failure) = response.extensions_mut().remove::<Failure>() {
             let failed = Failed {
-                route: ROUTES.get(self.route).copied().unwrap_or_default(),
+                route: self.route.name(),
                 status,
                 request_id: &request_id,
                 took,
-                expected: self.head || (DATA_ROUTES..OTHER).contains(&self.route),
+                expected: self.head || self.route.is_ops(),
             };
             failures.tell(&failed, &failure);
         }

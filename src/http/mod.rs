@@ -7,9 +7,9 @@
 //! | read | `GET /get` | [`get`] |
 //! | ops | all | [`ops`]: health, metrics, status, status page, OpenAPI document |
 //!
-//! [`listener`] accepts connections and bounds them. [`fast`] answers most requests before hyper reads
-//! them. `instrument` counts and times requests, `request_id` names them, `failures` logs those that
-//! failed. [`error::ApiError`] alone maps errors to statuses.
+//! [`listener`] accepts connections and bounds them. [`fast`] answers most requests before hyper
+//! reads them. `instrument` counts and times requests by `route`, `request_id` names them, `failures`
+//! logs those that failed. [`error::ApiError`] alone maps errors to statuses.
 
 mod auth;
 pub mod backup;
@@ -23,6 +23,7 @@ mod latency;
 pub mod listener;
 pub mod ops;
 mod request_id;
+mod route;
 pub mod set;
 
 pub use auth::Credentials;

@@ -286,8 +286,6 @@ pub struct Counts {
     pub resends: u64,
     /// Messages that were delivered again.
     pub redeliveries: u64,
-    /// Deliveries before which messages were missing.
-    pub gaps: u64,
     /// Messages that are not a batch.
     pub poisoned: u64,
     /// Announcements that were not signed with the cluster's key.

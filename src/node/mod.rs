@@ -33,8 +33,8 @@ use crate::replication::memory::{self, DoesNotFit, MemoryGuard};
 use crate::replication::peer_client::PeerClient;
 use crate::replication::state::{NodeState, Readiness};
 use crate::replication::{
-    Applied, Applier, Bootstrap, BootstrapError, Checkpoints, LastSnapshot, Peers, ReplicaDriver,
-    RestoreTracker, Snapshotter, Writer, WriterTask, restore_seed,
+    Applied, Applier, Bootstrap, BootstrapError, Checkpoints, CompleteState, LastSnapshot, Peers,
+    ReplicaDriver, RestoreTracker, Snapshotter, Writer, WriterTask, restore_seed,
 };
 use crate::store::Store;
 use crate::sys::exec::Blocking;
@@ -144,8 +144,8 @@ pub struct Tasks {
 
 /// A node that accepts no more requests.
 pub struct Stopping {
-    /// Writes the last snapshot, if the store still has this epoch.
-    last: Option<(Snapshotter, u64)>,
+    /// Writes the last snapshot, of the state at the stop.
+    last: Option<(Snapshotter, CompleteState)>,
 }
 
 impl Node {
@@ -375,14 +375,11 @@ impl Node {
     /// Makes the node unready, so that it rejects new requests.
     #[must_use]
     pub fn stopping(&self) -> Stopping {
-        // In this order: a store that is cleared after it was ready has another epoch.
-        let epoch = self.store.epoch();
-        let was_ready = self.readiness.check().is_ok();
-        let snapshotter = self.snapshotter.clone().filter(|_| was_ready);
+        let state = CompleteState::of(&self.store, &self.readiness).ok();
         self.readiness
             .block(NodeState::Stopping, "the node is stopping");
         Stopping {
-            last: snapshotter.map(|snapshotter| (snapshotter, epoch)),
+            last: self.snapshotter.clone().zip(state),
         }
     }
 }
@@ -390,8 +387,8 @@ impl Node {
 impl Stopping {
     /// Writes the last snapshot, if the node was ready.
     pub async fn write_snapshot(&self) {
-        if let Some((snapshotter, epoch)) = &self.last {
-            snapshotter.write_if_changed(*epoch).await;
+        if let Some((snapshotter, state)) = &self.last {
+            snapshotter.write_if_changed(state.clone()).await;
         }
     }
 }
@@ -473,7 +470,9 @@ impl Tasks {
         restored.await.map_err(StartError::System)??;
         if let Some(snapshotter) = &self.snapshotter {
             // The log never held these records, so only a snapshot can restore them.
-            snapshotter.write().await.map_err(StartError::SeedNotKept)?;
+            let state = CompleteState::known(&bootstrap.store);
+            let written = snapshotter.write(state).await;
+            written.map_err(StartError::SeedNotKept)?;
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::applier::{Applier, ApplyError};
 use super::bootstrap::{Bootstrap, BootstrapError, CompleteFrom, Recovered};
+use super::complete_state::CompleteState;
 use super::peers::Peer;
 use super::snapshotter::Snapshotter;
 use crate::log::{ReadError, Seq};
@@ -29,7 +30,7 @@ pub struct ReplicaDriver {
     pub readiness: Readiness,
     /// Writes snapshots; `None` without a data directory.
     pub snapshotter: Option<Snapshotter>,
-    /// Counts gaps.
+    /// Counts the times that the log lacked the batch after the last one applied.
     pub gaps: Counter,
     /// Counts states that were discarded.
     pub resyncs: Counter,
@@ -264,8 +265,8 @@ impl ReplicaDriver {
     /// since the last snapshot.
     async fn keep_state(&self) {
         if let Some(snapshotter) = &self.snapshotter {
-            let epoch = self.bootstrap.store.epoch();
-            snapshotter.write_if_changed(epoch).await;
+            let state = CompleteState::known(&self.bootstrap.store);
+            snapshotter.write_if_changed(state).await;
         }
     }
 
@@ -278,7 +279,8 @@ impl ReplicaDriver {
         }
         self.resyncs.increment(1);
         self.applier.in_flight.forget_all();
-        // In this order: a snapshot that is being written fails once the store has another epoch.
+        // The store first: a snapshot that is being written then fails, so that none is left when
+        // all are quarantined.
         self.bootstrap.store.clear();
         self.bootstrap.applied.cleared();
         if doubtful && let Some(snapshotter) = &self.snapshotter {

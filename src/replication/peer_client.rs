@@ -392,6 +392,7 @@ impl Parts {
 }
 
 impl Read for Parts {
+    #[expect(clippy::indexing_slicing, reason = "`length` is at most both lengths")]
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         while self.current.is_empty() {
             match self.received.blocking_recv() {
@@ -400,8 +401,7 @@ impl Read for Parts {
             }
         }
         let length = room.len().min(self.current.len());
-        let (from, to) = (self.current.split_to(length), room.get_mut(..length));
-        to.unwrap_or_default().copy_from_slice(&from);
+        room[..length].copy_from_slice(&self.current.split_to(length));
         Ok(length)
     }
 }

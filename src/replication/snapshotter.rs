@@ -8,7 +8,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use super::Applied;
+use super::{Applied, CompleteState};
 use crate::backup::{FORMAT, Head, Snapshots, Written};
 use crate::log::{Log, Seq};
 use crate::replication::state::Readiness;
@@ -44,10 +44,10 @@ struct State {
     failures: u64,
 }
 
-/// The head of a backup that begins now. Its position is taken before the scan: replaying the log
+/// The head of a backup of `state` that begins now. Its position is taken before the scan: replaying the log
 /// from there overwrites the later effects that the scan sees.
 #[must_use]
-pub fn backup_head(store: &Store, applied: &Applied, log: &dyn Log) -> Head {
+pub fn backup_head(state: &CompleteState, applied: &Applied, log: &dyn Log) -> Head {
     let position = applied.position();
     Head {
         format: FORMAT,
@@ -56,7 +56,7 @@ pub fn backup_head(store: &Store, applied: &Applied, log: &dyn Log) -> Head {
         time_ns: position.time_ns,
         chain: position.chain,
         previous_chain: position.previous,
-        rows_expected: store.len() as u64,
+        rows_expected: state.store().len() as u64,
     }
 }
 
@@ -89,17 +89,14 @@ impl Snapshotter {
         // The first tick completes at once.
         every.tick().await;
         while stop.run_until_cancelled(every.tick()).await.is_some() {
-            // In this order: a store that is cleared after it was ready has another epoch.
-            let epoch = self.store.epoch();
-            if readiness.check().is_ok() {
-                self.write_if_changed(epoch).await;
+            if let Ok(state) = CompleteState::of(&self.store, &readiness) {
+                self.write_if_changed(state).await;
             }
         }
     }
 
-    /// Writes a snapshot, unless nothing has been applied since the last one. It fails if the store
-    /// no longer has this `epoch` at the end of the scan.
-    pub async fn write_if_changed(&self, epoch: u64) {
+    /// Writes a snapshot of `state`, unless nothing has been applied since the last one.
+    pub async fn write_if_changed(&self, state: CompleteState) {
         let _alone = self.writing.lock().await;
         let position = self.applied.position();
         let snapshots = self.snapshots.clone();
@@ -109,17 +106,17 @@ impl Snapshotter {
             return;
         }
         // Logged and counted; the log still holds everything.
-        let _ = self.write_alone(epoch).await;
+        let _ = self.write_alone(state).await;
     }
 
-    /// Writes a snapshot now and trims the log up to the older one that is kept. A failure is also
+    /// Writes a snapshot of `state` now and trims the log up to the older one that is kept. A failure is also
     /// logged and counted.
     ///
     /// # Errors
     /// The snapshot could not be written.
-    pub async fn write(&self) -> io::Result<()> {
+    pub async fn write(&self, state: CompleteState) -> io::Result<()> {
         let _alone = self.writing.lock().await;
-        self.write_alone(self.store.epoch()).await
+        self.write_alone(state).await
     }
 
     /// Quarantines all snapshots, including one that is being written now.
@@ -129,9 +126,10 @@ impl Snapshotter {
         self.last.0.lock().written = None;
     }
 
-    async fn write_alone(&self, epoch: u64) -> io::Result<()> {
+    /// Fails if `state` is replaced before the end of the scan.
+    async fn write_alone(&self, state: CompleteState) -> io::Result<()> {
         let this = self.clone();
-        let written = self.blocking.run(move || this.write_blocking(epoch));
+        let written = self.blocking.run(move || this.write_blocking(&state));
         match written.await.flatten() {
             Ok((written, trim_through)) => {
                 let took_ms = written.took.as_millis() as u64;
@@ -153,13 +151,13 @@ impl Snapshotter {
         }
     }
 
-    fn write_blocking(&self, epoch: u64) -> io::Result<(Written, Option<Seq>)> {
-        let head = backup_head(&self.store, &self.applied, &*self.log);
-        let end = || match self.store.epoch() == epoch {
-            true => Ok(self.applied.position()),
-            false => Err(io::Error::other("the state was replaced meanwhile")),
+    fn write_blocking(&self, state: &CompleteState) -> io::Result<(Written, Option<Seq>)> {
+        let head = backup_head(state, &self.applied, &*self.log);
+        let end = || {
+            state.check().map_err(io::Error::other)?;
+            Ok(self.applied.position())
         };
-        let written = self.snapshots.write(&self.store, head, end)?;
+        let written = self.snapshots.write(state.store(), head, end)?;
         Ok((written, self.snapshots.prune()?))
     }
 }

@@ -67,6 +67,24 @@ pub struct Unready {
     pub reason: Arc<str>,
 }
 
+/// An epoch of the store in which its state was complete. The state is still the same one as long as
+/// the store has this epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CompleteEpoch(u64);
+
+impl CompleteEpoch {
+    /// For the task that replaces the state, which knows without asking whether it is complete.
+    pub(super) const fn known(epoch: u64) -> Self {
+        Self(epoch)
+    }
+
+    /// Whether a store with this epoch still holds the state.
+    #[must_use]
+    pub const fn is(self, epoch: u64) -> bool {
+        self.0 == epoch
+    }
+}
+
 /// The state of one replica. Clones share it.
 #[derive(Clone)]
 pub struct Readiness(Arc<Inner>);
@@ -144,18 +162,30 @@ impl Readiness {
         }
     }
 
+    /// The store's current epoch, if its state is complete.
+    ///
+    /// The epoch is read before readiness. The task that replaces a state first
+    /// [blocks](Self::block), then increments `epoch`, and only then removes records. So if the
+    /// replica is ready after the epoch was read, nothing had been removed in that epoch.
+    ///
+    /// # Errors
+    /// Why the replica may not answer.
+    pub fn complete_epoch(&self, epoch: impl FnOnce() -> u64) -> Result<CompleteEpoch, Unready> {
+        let epoch = epoch();
+        self.check()?;
+        Ok(CompleteEpoch(epoch))
+    }
+
     /// What `look` finds in a state that may be replaced meanwhile: never a part of one, nor one that
-    /// is not complete. Whoever replaces it first [blocks](Self::block), then increments `epoch`, and
-    /// only then removes what is there.
+    /// is not complete.
     ///
     /// # Errors
     /// Why the replica may not answer.
     pub fn read<T>(&self, epoch: impl Fn() -> u64, look: impl Fn() -> T) -> Result<T, Unready> {
         loop {
-            let before = epoch();
-            self.check()?;
+            let before = self.complete_epoch(&epoch)?;
             let found = look();
-            if epoch() == before {
+            if before.is(epoch()) {
                 return Ok(found);
             }
         }

@@ -29,15 +29,16 @@ impl Free {
     }
 
     /// Puts `item` where it is free, or at the end; its number.
+    #[expect(clippy::indexing_slicing, reason = "a free number is one of an item")]
     pub(super) fn insert<T>(&mut self, items: &mut Vec<T>, item: T, growth: Growth) -> u32 {
-        while let Some(number) = self.0.pop() {
-            self.shrink();
-            if let Some(room) = items.get_mut(number as usize) {
-                *room = item;
-                return number;
+        match self.0.pop() {
+            Some(number) => {
+                self.shrink();
+                items[number as usize] = item;
+                number
             }
+            None => append(items, item, growth),
         }
-        append(items, item, growth)
     }
 
     /// Returns memory once most of the numbers are taken again. Otherwise a store that was emptied

@@ -55,20 +55,19 @@ impl Index {
     }
 
     /// Adds a record that is not there. There must be room, and `number` be less than it.
+    #[expect(clippy::indexing_slicing, reason = "the caller has made room")]
     pub(super) fn insert(&mut self, hash: u64, number: u32) {
         let slot = self.slot(hash, number);
         let mut at = self.home(hash);
-        while let Some(taken) = self.slots.get_mut(at) {
-            if *taken == EMPTY {
-                *taken = slot;
-                self.len += 1;
-                return;
-            }
+        while self.slots[at] != EMPTY {
             at = self.after(at);
         }
+        self.slots[at] = slot;
+        self.len += 1;
     }
 
     /// Removes the record with `hash` for which `is` holds; `hash_of` gives the hashes of others.
+    #[expect(clippy::indexing_slicing, reason = "`hole` is a slot that was found")]
     pub(super) fn remove(
         &mut self,
         hash: u64,
@@ -90,9 +89,7 @@ impl Index {
                 hole = at;
             }
         }
-        if let Some(slot) = self.slots.get_mut(hole) {
-            *slot = EMPTY;
-        }
+        self.slots[hole] = EMPTY;
         Some(removed)
     }
 

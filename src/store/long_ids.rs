@@ -14,13 +14,10 @@ pub(super) struct LongIds {
 }
 
 impl LongIds {
+    #[expect(clippy::indexing_slicing, reason = "each place is from `push`")]
     pub(super) fn get(&self, place: Place) -> &[u8] {
         let at = usize::from(place.at);
-        let id = self
-            .chunks
-            .get(place.chunk as usize)
-            .and_then(|chunk| chunk.get(at..at + usize::from(place.len)));
-        id.unwrap_or_default()
+        &self.chunks[place.chunk as usize][at..at + usize::from(place.len)]
     }
 
     pub(super) fn push(&mut self, id: &[u8]) -> Place {

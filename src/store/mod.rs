@@ -392,7 +392,7 @@ impl Piece {
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Values)> {
         let mut begin = 0;
         self.records.iter().map(move |(end, values)| {
-            let id = self.ids.get(begin..*end).unwrap_or_default();
+            let id = &self.ids[begin..*end];
             begin = *end;
             (id, values)
         })

@@ -125,6 +125,10 @@ impl Record {
     }
 
     /// Sets its values; `false`, and nothing is set, if they need more room than there is.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`LENGTHS` has half a byte for each field"
+    )]
     pub(super) fn set(&mut self, values: &Values) -> bool {
         let begin = self.values_begin();
         let lens = values.map(bytes_of);
@@ -134,9 +138,7 @@ impl Record {
         }
         let mut lengths = [0; LENGTHS];
         for (field, (value, len)) in values.iter().zip(lens).enumerate() {
-            if let Some(pair) = lengths.get_mut(field / 2) {
-                *pair |= (len as u8) << (field % 2 * 4);
-            }
+            lengths[field / 2] |= (len as u8) << (field % 2 * 4);
             self.set_word(at, *value, len);
             at += len;
         }
@@ -158,14 +160,17 @@ impl Record {
         word.unbounded_shr((at - begin) as u32 * 8).cast_signed()
     }
 
-    /// Writes the `len` low bytes of `word` at `at`, where there is room for them, and anything behind
-    /// them.
+    /// Writes the `len` low bytes of `word` at `at`, and anything behind them.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`set` has checked that the values fit"
+    )]
     fn set_word(&mut self, at: usize, word: i64, len: usize) {
         let bytes = word.to_le_bytes();
         if at <= LAST_WORD {
             self.write(at, bytes);
-        } else if let (Some(room), Some(bytes)) = (self.0.get_mut(at..at + len), bytes.get(..len)) {
-            room.copy_from_slice(bytes);
+        } else {
+            self.0[at..at + len].copy_from_slice(&bytes[..len]);
         }
     }
 
@@ -200,15 +205,16 @@ fn bytes_of(value: i64) -> usize {
     significant.div_ceil(8) as usize * usize::from(value != 0)
 }
 
-/// The bytes from `at` on; zeros, if there are not so many.
+/// The bytes from `at` on.
+#[expect(clippy::expect_used, reason = "an invariant of this module")]
 fn read<const N: usize>(from: &[u8], at: usize) -> [u8; N] {
     let bytes = from.get(at..).and_then(<[u8]>::first_chunk);
-    bytes.copied().unwrap_or([0; N])
+    *bytes.expect("read within a record")
 }
 
-/// Puts `bytes` at `at`, where there is room for them.
+/// Puts `bytes` at `at`.
+#[expect(clippy::expect_used, reason = "an invariant of this module")]
 fn write<const N: usize>(to: &mut [u8], at: usize, bytes: [u8; N]) {
-    if let Some(room) = to.get_mut(at..).and_then(<[u8]>::first_chunk_mut) {
-        *room = bytes;
-    }
+    let room = to.get_mut(at..).and_then(<[u8]>::first_chunk_mut);
+    *room.expect("written within a record") = bytes;
 }

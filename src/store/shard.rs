@@ -61,7 +61,7 @@ impl Shard {
     }
 
     pub(super) fn get(&self, sought: &Sought<'_>) -> Option<Values> {
-        self.held(self.find(sought)?)
+        Some(self.held(self.find(sought)?))
     }
 
     pub(super) fn contains(&self, sought: &Sought<'_>) -> bool {
@@ -78,7 +78,8 @@ impl Shard {
     ) {
         let right = |number: &u32| has(&self.records, &self.rare.long_ids, *number, &sought.key);
         let number = likely.filter(right).or_else(|| self.find(sought));
-        let held = number.and_then(|number| self.held(number));
+        let held = number.map(|number| self.held(number));
+        // A new record begins with zeros.
         let mut values = held.unwrap_or_default();
         changes.apply_to(&mut values);
         self.set(number.zip(held), sought, &values, hasher);
@@ -92,7 +93,7 @@ impl Shard {
         hasher: &impl BuildHasher,
     ) -> Digest {
         let number = self.find(sought);
-        let held = number.and_then(|number| self.held(number));
+        let held = number.map(|number| self.held(number));
         self.set(number.zip(held), sought, &values, hasher)
     }
 
@@ -180,6 +181,7 @@ impl Shard {
     /// may hold records; the next place.
     pub(super) fn copy(&self, places: Range<usize>, piece: &mut Piece) -> usize {
         let end = places.end.min(places.start + piece.room());
+        // A shard that was cleared since the scan entered it has fewer places.
         for record in self.records.get(places.start..end).unwrap_or_default() {
             self.with_id(record, |id| piece.push(id, self.values(record)));
         }
@@ -210,6 +212,7 @@ impl Shard {
     }
 
     /// Removes the record; whether there was one.
+    #[expect(clippy::expect_used, reason = "an invariant of this module")]
     pub(super) fn remove(&mut self, sought: &Sought<'_>, hasher: &impl BuildHasher) -> bool {
         let Self {
             index,
@@ -220,21 +223,21 @@ impl Shard {
         let removed = index.remove(
             sought.hashes.hash,
             |number| has(records, long_ids, number, &sought.key),
-            |number| hash_of(records, long_ids, number, hasher).unwrap_or_default(),
+            |number| {
+                let hash = hash_of(records, long_ids, number, hasher);
+                hash.expect("a number in the index is a record's")
+            },
         );
-        let Some((number, record)) =
-            removed.and_then(|number| Some((number, *record(records, number)?)))
-        else {
+        let Some(number) = removed else {
             return false;
         };
+        let record = *record(records, number);
         let [held] = digests(sought.user_id, [&self.values(&record)]);
         self.rare.digest.replace(held, Digest::default());
         if let Held::Wide(wide) = record.values() {
             self.rare.free_wide.push(wide);
         }
-        if let Some(record) = record_mut(&mut self.records, number) {
-            *record = Record::FREE;
-        }
+        *record_mut(&mut self.records, number) = Record::FREE;
         self.rare.free_records.push(number);
         if let Id::Long(place) = record.id() {
             self.rare.long_ids.forget(place);
@@ -263,27 +266,22 @@ impl Shard {
     }
 
     #[inline(always)]
-    fn held(&self, number: u32) -> Option<Values> {
-        Some(self.values(record(&self.records, number)?))
+    fn held(&self, number: u32) -> Values {
+        self.values(record(&self.records, number))
     }
 
     #[inline(always)]
+    #[expect(clippy::indexing_slicing, reason = "the number is from `insert`")]
     fn values(&self, record: &Record) -> Values {
         match record.values() {
             Held::Here(values) => values,
-            Held::Wide(number) => self
-                .rare
-                .wide
-                .get(number as usize)
-                .copied()
-                .unwrap_or_default(),
+            Held::Wide(number) => self.rare.wide[number as usize],
         }
     }
 
+    #[expect(clippy::indexing_slicing, reason = "the number is from `insert`")]
     fn set_values(&mut self, number: u32, values: &Values) {
-        let Some(record) = record_mut(&mut self.records, number) else {
-            return;
-        };
+        let record = record_mut(&mut self.records, number);
         let wide = match record.values() {
             Held::Wide(number) => Some(number),
             Held::Here(_) => None,
@@ -296,11 +294,7 @@ impl Shard {
                 let (wide, growth) = (&mut rare.wide, rare.growth);
                 record.set_wide(rare.free_wide.insert(wide, *values, growth));
             }
-            (false, Some(wide)) => {
-                if let Some(held) = rare.wide.get_mut(wide as usize) {
-                    *held = *values;
-                }
-            }
+            (false, Some(wide)) => rare.wide[wide as usize] = *values,
         }
     }
 
@@ -326,12 +320,16 @@ impl Shard {
     }
 
     /// Hands `take` the id of `record`, if it is somebody's.
+    #[expect(
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        reason = "as `insert` had the id"
+    )]
     fn with_id<T>(&self, record: &Record, take: impl FnOnce(&str) -> T) -> Option<T> {
-        // Ids came in as `str`, byte by byte.
-        let text = |bytes| std::str::from_utf8(bytes).unwrap_or_default();
+        let text = |bytes| std::str::from_utf8(bytes).expect("ids came in as text");
         Some(match record.id() {
             Id::Free => return None,
-            Id::Inline(len, bytes) => take(text(bytes.get(..usize::from(len))?)),
+            Id::Inline(len, bytes) => take(text(&bytes[..usize::from(len)])),
             Id::Uuid(bytes) => key::with_uuid(bytes, take),
             Id::Long(place) => take(text(self.rare.long_ids.get(place))),
         })
@@ -340,35 +338,42 @@ impl Shard {
 
 // Free functions over the parts, so that the index can be borrowed mutably beside them.
 
-fn record(records: &[Record], number: u32) -> Option<&Record> {
-    records.get(number as usize)
+#[expect(clippy::indexing_slicing, reason = "numbers are those of records")]
+fn record(records: &[Record], number: u32) -> &Record {
+    &records[number as usize]
 }
 
-fn record_mut(records: &mut [Record], number: u32) -> Option<&mut Record> {
-    records.get_mut(number as usize)
+#[expect(clippy::indexing_slicing, reason = "numbers are those of records")]
+fn record_mut(records: &mut [Record], number: u32) -> &mut Record {
+    &mut records[number as usize]
 }
 
 /// Whether the record under `number` has the id `key`.
 fn has(records: &[Record], long_ids: &LongIds, number: u32, key: &Key<'_>) -> bool {
-    record(records, number).is_some_and(|record| match key {
+    let record = record(records, number);
+    match key {
         Key::Packed { len, id } => record.is_packed(*len, *id),
         Key::Long(id) => match record.id() {
             Id::Long(place) => long_ids.get(place) == *id,
             _ => false,
         },
-    })
+    }
 }
 
 /// The hash of the record under `number`, if it is somebody's: that of its [`Key`].
+#[expect(
+    clippy::indexing_slicing,
+    reason = "a kind below that of UUIDs is a length"
+)]
 fn hash_of(
     records: &[Record],
     long_ids: &LongIds,
     number: u32,
     hasher: &impl BuildHasher,
 ) -> Option<u64> {
-    Some(match record(records, number)?.id() {
+    Some(match record(records, number).id() {
         Id::Free => return None,
-        Id::Inline(len, bytes) => hasher.hash_one(bytes.get(..usize::from(len))?),
+        Id::Inline(len, bytes) => hasher.hash_one(&bytes[..usize::from(len)]),
         Id::Uuid(bytes) => hasher.hash_one(&bytes[..]),
         Id::Long(place) => hasher.hash_one(long_ids.get(place)),
     })

@@ -57,10 +57,6 @@ pub(super) fn describe() {
         "Messages of the log that came again after they had been read."
     );
     describe_counter!(
-        "gradestore_log_gaps_total",
-        "Times that batches were missing between two that came."
-    );
-    describe_counter!(
         "gradestore_log_poisoned_total",
         "Messages of the log that are no batch and were skipped."
     );
@@ -73,8 +69,8 @@ pub(super) fn describe() {
         "Other replicas on the log that said they were ready."
     );
     describe_counter!(
-        "gradestore_gaps_total",
-        "Times that the log left out batches which come before one that it gave."
+        "gradestore_log_gaps_total",
+        "Times that reading ended because the log lacked the batch after the last one applied."
     );
     describe_counter!(
         "gradestore_resyncs_total",

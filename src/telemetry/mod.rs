@@ -72,7 +72,7 @@ pub struct Replication {
     pub patches_applied: Counter,
     /// Deletions applied, own and others'.
     pub deletions_applied: Counter,
-    /// Times that batches were missing between two that came.
+    /// Times that the log lacked the batch after the last one applied.
     pub gaps: Counter,
     /// States made anew because the log went on without them.
     pub resyncs: Counter,
@@ -87,7 +87,7 @@ impl Replication {
             batch_duration: histogram!(BATCH_DURATION_METRIC),
             patches_applied: counter!("gradestore_patches_applied_total"),
             deletions_applied: counter!("gradestore_deletions_applied_total"),
-            gaps: counter!("gradestore_gaps_total"),
+            gaps: counter!("gradestore_log_gaps_total"),
             resyncs: counter!("gradestore_resyncs_total"),
             checkpoints: CheckpointMetrics {
                 compared: counter!("gradestore_checkpoints_compared_total"),
@@ -130,8 +130,6 @@ pub struct LogMetrics {
     pub resends: Counter,
     /// Messages that came again.
     pub redeliveries: Counter,
-    /// Batches missing between two that came.
-    pub gaps: Counter,
     /// Messages that are no batch.
     pub poisoned: Counter,
     /// Announcements that were not signed with the cluster's key.
@@ -147,7 +145,6 @@ impl LogMetrics {
             resumes: counter!("gradestore_log_resumes_total"),
             resends: counter!("gradestore_log_resends_total"),
             redeliveries: counter!("gradestore_log_redeliveries_total"),
-            gaps: counter!("gradestore_log_gaps_total"),
             poisoned: counter!("gradestore_log_poisoned_total"),
             forged_announcements: counter!("gradestore_announcements_rejected_total"),
         }
@@ -159,7 +156,6 @@ impl LogMetrics {
         self.resumes.absolute(counts.resumes);
         self.resends.absolute(counts.resends);
         self.redeliveries.absolute(counts.redeliveries);
-        self.gaps.absolute(counts.gaps);
         self.poisoned.absolute(counts.poisoned);
         self.forged_announcements
             .absolute(counts.forged_announcements);

@@ -123,6 +123,7 @@ impl FastPath {
 
     /// Answers the reads at the beginning of `bytes`; the bytes that follow them, and why they were not
     /// answered.
+    #[expect(clippy::indexing_slicing, reason = "`get` was read from `bytes`")]
     fn get_all<'a>(
         &self,
         mut bytes: &'a [u8],
@@ -144,7 +145,7 @@ impl FastPath {
                 Found::Nobody => self.metrics.fast_get(false, begun, connection),
                 Found::Fallback => return (bytes, NotFast::Fallback),
             }
-            bytes = bytes.get(get.len..).unwrap_or_default();
+            bytes = &bytes[get.len..];
         }
         (bytes, NotFast::Incomplete)
     }
@@ -392,6 +393,7 @@ impl FastConnection<'_> {
     }
 
     /// Sends `responses`, and keeps what can't be sent now as `unsent`.
+    #[expect(clippy::indexing_slicing, reason = "no more was sent than there was")]
     fn send(&mut self, responses: &[u8]) -> io::Result<()> {
         if responses.is_empty() {
             return Ok(());
@@ -400,8 +402,7 @@ impl FastConnection<'_> {
             Err(full) if full.kind() == io::ErrorKind::WouldBlock => 0,
             sent => sent?,
         };
-        let unsent = responses.get(sent..).unwrap_or_default();
-        self.unsent.extend_from_slice(unsent);
+        self.unsent.extend_from_slice(&responses[sent..]);
         Ok(())
     }
 }

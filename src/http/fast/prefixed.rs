@@ -61,6 +61,7 @@ impl Prefixed {
 }
 
 impl Read for Prefixed {
+    #[expect(clippy::indexing_slicing, reason = "`given` is at most its length")]
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -78,7 +79,7 @@ impl Read for Prefixed {
             std::task::ready!(this.poll_next_request(&path, cx))?;
         }
         let given = this.read.len().min(space.remaining());
-        space.put_slice(this.read.get(..given).unwrap_or_default());
+        space.put_slice(&this.read[..given]);
         this.read.drain(..given);
         if this.read.is_empty() {
             this.read = Vec::new();

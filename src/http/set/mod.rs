@@ -22,7 +22,7 @@ use crate::grade::{Patch, Write};
 use crate::http::error::ApiError;
 use crate::http::fast::SetRoute;
 use crate::http::get::user_id_of;
-use crate::http::instrument::ManyLines;
+use crate::http::route::Route;
 use crate::http::set::ndjson::set_lines;
 use crate::http::{Credentials, GRADE_POSITION, parse_patch};
 use crate::log::Seq;
@@ -101,7 +101,7 @@ async fn set_grade(
         Content::Lines => {
             let response = Box::pin(set_lines(&state, request.into_body())).await;
             let mut response = response.into_response();
-            response.extensions_mut().insert(ManyLines);
+            response.extensions_mut().insert(Route::SetLines);
             return Ok(response);
         }
     }

@@ -40,6 +40,7 @@ struct Accepted {
 }
 
 /// Takes the lines of `body`.
+#[expect(clippy::expect_used, reason = "it can't fail")]
 pub(super) async fn set_lines<B>(state: &WriteState, body: B) -> Result<Response, ApiError>
 where
     B: HttpBody<Data = Bytes> + Unpin,
@@ -78,8 +79,8 @@ where
     let Lines {
         accepted, position, ..
     } = lines;
-    // Numbers: this can't fail.
-    let json = serde_json::to_vec(&Accepted { accepted, position }).unwrap_or_default();
+    let json = serde_json::to_vec(&Accepted { accepted, position });
+    let json = json.expect("numbers are JSON");
     let mut response = Response::new(Body::from(json));
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

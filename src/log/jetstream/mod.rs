@@ -138,7 +138,6 @@ struct SharedCounts {
     resumes: AtomicU64,
     resends: AtomicU64,
     redeliveries: AtomicU64,
-    gaps: AtomicU64,
     poisoned: AtomicU64,
 }
 
@@ -422,7 +421,6 @@ impl Log for JetStreamLog {
             resumes: load(&counts.resumes),
             resends: load(&counts.resends),
             redeliveries: load(&counts.redeliveries),
-            gaps: load(&counts.gaps),
             poisoned: load(&counts.poisoned),
             forged_announcements: self.shared.announcements.forged(),
         }

@@ -346,7 +346,6 @@ impl JetStreamSubscription {
         }
         if seq > wanted {
             self.failures += 1;
-            self.shared.counts.gaps.fetch_add(1, Ordering::Relaxed);
             // A message that is missing once may have been trimmed since the last comparison. The next
             // comparison reports that, so only a message that is missing again is a gap.
             match self.missing < MISSING_MAX {

@@ -18,6 +18,7 @@ use crate::log::{Batch, BatchId, Effect, Entry, Position, RandomId, ReadError, S
 pub(super) const HEADER_BYTES: usize = 1 + 8 + 16 + 8;
 
 /// Appends the value of the batch after `previous` to `out`; its position.
+#[expect(clippy::indexing_slicing, reason = "the header was appended before")]
 pub fn write(
     previous: &Position,
     time_ns: u64,
@@ -31,7 +32,7 @@ pub fn write(
     out.extend_from_slice(&id.writer.bytes());
     out.extend_from_slice(&id.seq.to_le_bytes());
     codec::write(writes, out);
-    let payload = out.get(payload_at..).unwrap_or_default();
+    let payload = &out[payload_at..];
     previous.next(time_ns, Effect::Batch { id, payload })
 }
 

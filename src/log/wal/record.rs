@@ -44,6 +44,7 @@ pub(super) struct Record<'a> {
 
 /// Replaces what is in `out` by the record of batch `seq`, whose value `append_value` appends;
 /// returns what that returns.
+#[expect(clippy::indexing_slicing, reason = "`out` begins with a head")]
 pub(super) fn write<T>(
     seq: Seq,
     append_value: impl FnOnce(&mut Vec<u8>) -> T,
@@ -53,17 +54,10 @@ pub(super) fn write<T>(
     out.extend_from_slice(&[0; HEAD_BYTES]);
     let appended = append_value(out);
     let value_bytes = u32::try_from(out.len() - HEAD_BYTES).map_err(io::Error::other)?;
-    let mut fill = |from: usize, bytes: &[u8]| {
-        if let Some(place) = out.get_mut(from..from + bytes.len()) {
-            place.copy_from_slice(bytes);
-        }
-    };
-    fill(8, &seq.to_le_bytes());
-    fill(16, &value_bytes.to_le_bytes());
-    let checksum = xxh3_64(out.get(CHECKSUM_BYTES..).unwrap_or_default());
-    if let Some(place) = out.first_chunk_mut() {
-        *place = checksum.to_le_bytes();
-    }
+    out[8..16].copy_from_slice(&seq.to_le_bytes());
+    out[16..20].copy_from_slice(&value_bytes.to_le_bytes());
+    let checksum = xxh3_64(&out[CHECKSUM_BYTES..]);
+    out[..CHECKSUM_BYTES].copy_from_slice(&checksum.to_le_bytes());
     out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
     Ok(appended)
 }

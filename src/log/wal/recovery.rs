@@ -128,6 +128,7 @@ impl Opened {
 
 /// The header of the last segment, which `bytes` are, if all segments' headers are of the same log
 /// and each is in its own file.
+#[expect(clippy::expect_used, reason = "a precondition")]
 fn headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<Header, OpenError> {
     let check = |bytes: &[u8], first: Seq| {
         let file = path(dir, first);
@@ -141,7 +142,9 @@ fn headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<Header, OpenErr
             false => Err(damaged(format!("it begins with batch {}", header.first()))),
         }
     };
-    let (last, earlier) = segments.split_last().unwrap_or((&0, &[]));
+    let (last, earlier) = segments
+        .split_last()
+        .expect("the caller has read the last one");
     let of_last = check(bytes, *last)?;
     let mut bytes = Vec::new();
     for first in earlier {

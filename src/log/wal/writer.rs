@@ -191,18 +191,16 @@ impl Keeper {
 
     /// Writes and syncs the record, for which there is room.
     fn write(&mut self) -> Result<(), Arc<str>> {
-        let written = match &mut self.pen {
-            Some(pen) => self.shared.write(&pen.file, pen.at, &self.record),
-            None => Err(io::Error::other("it is not open")),
+        let Some(pen) = &mut self.pen else {
+            return Err(self.shared.failure(&io::Error::other("it is not open")));
         };
-        match (written, &mut self.pen) {
-            (Ok(()), Some(pen)) => {
+        match self.shared.write(&pen.file, pen.at, &self.record) {
+            Ok(()) => {
                 pen.at += self.record.len() as u64;
                 Ok(())
             }
-            (written, _) => {
+            Err(error) => {
                 self.pen = None;
-                let error = written.err().unwrap_or_else(|| ErrorKind::Other.into());
                 Err(self.shared.failure(&error))
             }
         }

@@ -108,8 +108,8 @@ fn a_read_sees_no_state_that_is_being_replaced() {
     });
 }
 
-/// `GET /backup` (`src/http/backup.rs`): the epoch, then whether reads are whole; after each piece whether
-/// the epoch is the same.
+/// As `CompleteState`, for backups and snapshots (`src/replication/complete_state.rs`): whether the state is
+/// complete, and after each piece whether the epoch is the same.
 #[test]
 fn a_scan_that_ends_in_its_epoch_saw_one_state() {
     model(|| {
@@ -119,11 +119,10 @@ fn a_scan_that_ends_in_its_epoch_saw_one_state() {
             let (readiness, store) = (readiness.clone(), Arc::clone(&store));
             thread::spawn(move || replace_state(&readiness, &store, 2))
         };
-        let epoch = store.epoch();
-        if readiness.check().is_ok() {
+        if let Ok(epoch) = readiness.complete_epoch(|| store.epoch()) {
             let pieces = [0, 1].map(|shard| {
                 let piece = store.get(shard);
-                (store.epoch() == epoch).then_some(piece)
+                epoch.is(store.epoch()).then_some(piece)
             });
             if let [Some(one), Some(other)] = pieces {
                 assert!(one.is_some() && one == other, "{one:?} and {other:?}");

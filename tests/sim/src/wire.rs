@@ -244,15 +244,13 @@ impl Arrived<'_> {
     /// `held` says whether others held data when the request was sent: it can't be taken back.
     fn create(&mut self, config: Config, held: bool) -> Option<Result<StreamInfo, BrokerError>> {
         match self.leader() {
-            None => {}
-            Some(Some(BrokerError::NoStream)) => {
-                // The one that is lost may be restored; another one in its place may not be.
-                if held {
-                    let node = self.node;
-                    let what = format!("node {node} creates a stream, and others hold data");
-                    self.state.violate(what);
-                }
+            // The one that is lost may be restored; another one in its place may not be.
+            Some(Some(BrokerError::NoStream)) if held => {
+                let node = self.node;
+                let what = format!("node {node} creates a stream, and others hold data");
+                self.state.violate(what);
             }
+            None | Some(Some(BrokerError::NoStream)) => {}
             Some(error) => return error.map(Err),
         }
         Some(self.state.broker.create(config))

@@ -99,7 +99,7 @@ impl<'a> View<'a> {
     }
 
     fn in_state(state: NodeState) -> Self {
-        let (first, rest) = state.name().split_at_checked(1).unwrap_or_default();
+        let (first, rest) = state.name().split_at(1);
         Self {
             headline: format!("{}{}", first.to_uppercase(), rest.replace('-', " ")),
             level: Level::of(state),
@@ -142,6 +142,7 @@ impl<'a> View<'a> {
 
 /// Which style and which script are the page's own, by their hashes. A nonce would not do: the page
 /// that the script asks for comes with another one, and the policy of the first holds for it.
+#[expect(clippy::expect_used, reason = "the policy is ASCII")]
 static POLICY: LazyLock<HeaderValue> = LazyLock::new(|| {
     let hash = |text: &str| STANDARD.encode(Sha256::digest(text));
     let policy = format!(
@@ -150,5 +151,5 @@ static POLICY: LazyLock<HeaderValue> = LazyLock::new(|| {
         hash(SCRIPT),
         hash(STYLE)
     );
-    HeaderValue::try_from(policy).unwrap_or(HeaderValue::from_static("default-src 'none'"))
+    HeaderValue::try_from(policy).expect("ASCII is a header's value")
 });

@@ -338,6 +338,7 @@ impl NatsConnection {
         }))
     }
 
+    #[expect(clippy::expect_used, reason = "it can't fail")]
     async fn announce(
         &self,
         announce: Announce,
@@ -362,7 +363,7 @@ impl NatsConnection {
                 // For people. Their request has no nonce, so this is not signed.
                 let mut announcement = current("");
                 announcement.mac = None;
-                serde_json::to_value(announcement).unwrap_or_default()
+                serde_json::to_value(announcement).expect("an announcement is JSON")
             })
             .start(SERVICE, &me.version)
             .await?;
