@@ -256,10 +256,14 @@ fn decoded(text: &str) -> Result<Cow<'_, str>, ApiError> {
         let broken = "after % two hexadecimal digits must follow; a percent sign itself is %25";
         return Err(ApiError::QueryEncoding(broken));
     }
-    let spaced = text.replace('+', " ");
-    let text = percent_decode(spaced.as_bytes()).decode_utf8();
+    let spaced = match text.contains('+') {
+        true => Cow::Owned(text.replace('+', " ")),
+        false => Cow::Borrowed(text),
+    };
+    let bytes = Cow::from(percent_decode(spaced.as_bytes())).into_owned();
+    let text = String::from_utf8(bytes);
     let text = text.map_err(|_| ApiError::QueryEncoding("the bytes must be UTF-8"))?;
-    Ok(Cow::Owned(text.into_owned()))
+    Ok(Cow::Owned(text))
 }
 
 /// The position that a read wants to see, if it says one.
