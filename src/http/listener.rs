@@ -1,9 +1,9 @@
 //! Accepts the connections of one port and bounds their cost.
 //!
-//! hyper speaks HTTP/1.1, and [`fast`] a part of it. This module bounds the number of connections, the
-//! time until the first request's header, the idle time, and the time to read the end of the last
-//! response. It checks all connections once per second: a timer for each request would cost more than
-//! the rest of this file.
+//! hyper speaks HTTP/1.1, and [`fast`](super::fast) a part of it. This module bounds the number of
+//! connections, the time until the first request's header, the idle time, and the time to read the end
+//! of the last response. It checks all connections once per second: a timer for each request would
+//! cost more than the rest of this file.
 
 use std::cell::Cell;
 use std::future::poll_fn;
