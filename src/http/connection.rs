@@ -112,7 +112,7 @@ impl Connection {
         self.streaming.store(streaming, Ordering::Relaxed);
     }
 
-    /// Whether it is told to end once what runs has been answered.
+    /// Whether the connection closes after the current response.
     pub(super) fn drains(&self) -> bool {
         self.drain.load(Ordering::Acquire)
     }
@@ -196,7 +196,7 @@ impl Connection {
         self.exchange.flushed.store(true, Ordering::Relaxed);
     }
 
-    /// Whether an exchange with hyper has ended, and no other one has begun.
+    /// Whether hyper has finished an exchange and has not started another one.
     pub(super) fn is_between_exchanges(&self) -> bool {
         let Exchange {
             request_read,

@@ -146,20 +146,20 @@ impl HttpMetrics {
     }
 
     /// Measures a `GET /get` on the fast path.
-    pub(super) fn fast_get(&self, found: bool, begun: Instant, connection: &Connection) {
+    pub(super) fn fast_get(&self, found: bool, started: Instant, connection: &Connection) {
         connection.begin();
         let status = match found {
             true => StatusCode::OK,
             false => StatusCode::NOT_FOUND,
         };
         self.fast.increment(1);
-        self.end(Route::Get, status, begun, connection);
+        self.end(Route::Get, status, started, connection);
     }
 
     /// Measures a `POST /set` on the fast path; returns the time.
-    pub(super) fn fast_set(&self, begun: Instant, connection: &Connection) -> Instant {
+    pub(super) fn fast_set(&self, started: Instant, connection: &Connection) -> Instant {
         self.fast.increment(1);
-        self.end(Route::Set, StatusCode::NO_CONTENT, begun, connection)
+        self.end(Route::Set, StatusCode::NO_CONTENT, started, connection)
     }
 
     /// A request ends: what time it is.
@@ -167,7 +167,7 @@ impl HttpMetrics {
         &self,
         route: Route,
         status: StatusCode,
-        begun: Instant,
+        started: Instant,
         connection: &Connection,
     ) -> Instant {
         // The clock is read once for all.
@@ -176,7 +176,7 @@ impl HttpMetrics {
         if route.is_hot() {
             self.answered.0.fetch_add(1, Ordering::Relaxed);
         }
-        self.count(route, status, now - begun);
+        self.count(route, status, now - started);
         now
     }
 
@@ -240,20 +240,20 @@ impl hyper::service::Service<Request<Incoming>> for Instrumented {
     type Future = InstrumentedFuture;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
-        let begun = Instant::now();
+        let started = Instant::now();
         let route = Route::of_path(request.uri().path());
         let connection = Arc::clone(&self.connection);
         connection.begin();
         connection.exchange_begins(request.body().is_end_stream());
         let mut context = RequestContext {
-            begun,
+            started,
             route,
             request_id: request_id::sent(request.headers()),
             // Replicas ask each other so whether they would give a backup.
             head: request.method() == Method::HEAD,
         };
-        let response = if let Some((error, begun)) = self.failed.take() {
-            context.begun = begun;
+        let response = if let Some((error, started)) = self.failed.take() {
+            context.started = started;
             let mut response = error.into_response();
             if connection.drains() {
                 // hyper does not know it yet.
@@ -394,7 +394,7 @@ impl HttpBody for ResponseBody {
 
 /// A request that is being answered.
 struct RequestContext {
-    begun: Instant,
+    started: Instant,
     route: Route,
     /// What the client calls it.
     request_id: Option<HeaderValue>,
@@ -412,9 +412,9 @@ impl RequestContext {
         if let Some(route) = response.extensions().get() {
             self.route = *route;
         }
-        let now = metrics.end(self.route, response.status(), self.begun, connection);
+        let now = metrics.end(self.route, response.status(), self.started, connection);
         metrics.router.increment(1);
-        self.name(response, now - self.begun, &metrics.failures);
+        self.name(response, now - self.started, &metrics.failures);
     }
 
     /// Adds the request's id to the response, where it has or needs one, and logs a failure.
@@ -440,7 +440,7 @@ impl RequestContext {
     }
 }
 
-/// A request that has begun; ends when dropped, so that one whose client went away ends too.
+/// A request that has started; ends when dropped, so that one whose client went away ends too.
 struct Running {
     in_flight: InFlight,
     connection: Arc<Connection>,

@@ -136,13 +136,13 @@ impl FastPath {
                 Ok(get) => get,
                 Err(not_fast) => return (bytes, not_fast),
             };
-            let begun = Instant::now();
-            let found = responses.read(begun, |body| {
+            let started = Instant::now();
+            let found = responses.read(started, |body| {
                 caught(|| route.get(&get, body)).unwrap_or(Found::Fallback)
             });
             match found {
-                Found::Grade => self.metrics.fast_get(true, begun, connection),
-                Found::Nobody => self.metrics.fast_get(false, begun, connection),
+                Found::Grade => self.metrics.fast_get(true, started, connection),
+                Found::Nobody => self.metrics.fast_get(false, started, connection),
                 Found::Fallback => return (bytes, NotFast::Fallback),
             }
             bytes = &bytes[get.len..];
@@ -167,7 +167,7 @@ impl FastPath {
             Err(NotFast::Incomplete) => return Submitted::Missing(Missing::Header),
             Err(NotFast::Fallback) => return Submitted::Fallback,
         };
-        let begun = Instant::now();
+        let started = Instant::now();
         let admitted = || caught(|| route.admits(authorization)).unwrap_or(false);
         if waited.is_none() && !admitted() {
             return Submitted::Fallback;
@@ -182,7 +182,7 @@ impl FastPath {
         };
         connection.begin();
         let running = waited.unwrap_or_else(|| Running {
-            begun,
+            started,
             len,
             _in_flight: InFlight::begin(&self.metrics),
         });
@@ -202,7 +202,7 @@ enum Submitted {
 
 /// A write whose header was read.
 struct Running {
-    begun: Instant,
+    started: Instant,
     /// The length of its request in bytes.
     len: usize,
     _in_flight: InFlight,
@@ -374,15 +374,15 @@ impl FastConnection<'_> {
     /// Waits for a write, and answers it, unless it failed.
     async fn finish(&mut self, write: PendingWrite, running: Running) -> io::Result<Step> {
         let Running {
-            begun,
+            started,
             len,
             _in_flight,
         } = running;
         let seq = match write.await {
             Ok(seq) => seq,
-            Err(error) => return Ok(Step::Handoff(Some((error.into(), begun)))),
+            Err(error) => return Ok(Step::Handoff(Some((error.into(), started)))),
         };
-        let now = self.path.metrics.fast_set(begun, self.connection);
+        let now = self.path.metrics.fast_set(started, self.connection);
         let closes = self.connection.drains();
         Responses::with(|responses| {
             responses.written(seq, closes, now);
