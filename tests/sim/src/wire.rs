@@ -659,7 +659,11 @@ impl SimConsumer {
         let state = &mut *state;
         let slot = &mut state.nodes[self.wire.node];
         let (broker, end) = (&state.broker, state.broker.shown_end());
-        self.wanted = self.wanted.max(broker.first());
+        // Trimmed before the consumer came to them: the next one that it gets shows a gap.
+        if self.wanted < broker.first() {
+            slot.losses += 1;
+            self.wanted = broker.first();
+        }
         let delivered = |seq: Seq| {
             let entry = broker.get(seq)?;
             let Delivery::Ordinary(headers) = &entry.delivery else {

@@ -84,7 +84,7 @@ pub struct Slot {
     pub apart: bool,
     /// Faults that happen once, as soon as they can.
     pub lose_next: bool,
-    /// Deliveries that were left out.
+    /// How often deliveries were left out, or trimmed before they were made.
     pub losses: u64,
     pub repeat_next: bool,
     pub ack_lost: bool,
