@@ -174,6 +174,8 @@ DASHBOARDS = {
              "A connection is one. A low limit lowers how many connections are taken."),
             ("Connections accepted", "cps", {"{{port}}, " + REPLICA: "rate(gradestore_http_connections_accepted_total[R])"},
              "Near the rate of requests: clients do not keep connections."),
+            ("Requests by path", "reqps", {"{{path}}": "sum by (path) (rate(gradestore_http_path_total[R]))"},
+             "The router takes more CPU time than the fast path."),
         ],
     },
 }
