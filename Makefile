@@ -1,7 +1,8 @@
 # What one does with the project. `make` alone lists it.
 .DEFAULT_GOAL := help
 .PHONY: help run cluster test picture sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip \
-	compare jetstream backups drill failover soak full mutants rates load-test dashboards dashboards-test compose-test docs-test
+	compare jetstream backups drill failover soak full mutants rates load-test dashboards dashboards-test compose-test docs-test \
+	dist dist-test
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -127,19 +128,26 @@ compose-test: ## the files of compose/, against their schemas and run without co
 	$(BUILD_PROGRAM)
 	$(IN_NAMESPACES) env $(OPS_TEST) tests/ops/test_compose.py
 
+dist: ## a static program, a Debian package and their checksums, in target/packages
+	compose/dist.sh
+
+dist-test: ## what `make dist` built: run in an empty root directory, and unpacked
+	tests/ops/install.sh
+	$(OPS_TEST) tests/ops/test_dist.py
+
 roundtrip: ## a million users in and out of a node that runs on the default ports
-	cargo run --locked --release --example roundtrip -- --users 1000000
+	cargo run --locked --release -p gradestore-load --bin roundtrip -- --users 1000000
 
 COMPARE ?=
 compare: ## all that is demanded of speed and size, beside references, as one table; COMPARE="get set" for parts
 	tests/install-nats.sh
 	load/install.sh
-	cargo build --locked --release --bins --examples --features measure
-	python3 load/compare.py $(COMPARE)
+	cargo build --locked --profile dist -p gradestore -p gradestore-load --features gradestore/measure
+	PROFILE=dist python3 load/compare.py $(COMPARE)
 
 jetstream: ## writes through the JetStream log beside one message a write, in turns
 	tests/install-nats.sh
-	cargo build --locked --release --bins --examples
+	cargo build --locked --release -p gradestore -p gradestore-load
 	python3 load/jetstream.py
 
 backups: ## backups: read by other tools, next to pigz and Redis, memory, slow readers
@@ -149,7 +157,7 @@ backups: ## backups: read by other tools, next to pigz and Redis, memory, slow r
 DRILL ?= --users 1000000 --writes-per-s 10000
 drill: ## one of three replicas loses its disk under load and comes back; DRILL has the flags
 	tests/install-nats.sh
-	cargo build --locked --release --bins --examples
+	cargo build --locked --release -p gradestore -p gradestore-load
 	python3 load/drill.py $(DRILL)
 
 FAILOVER ?= --runs 20
@@ -167,5 +175,5 @@ full: ## ten minutes of new users until three replicas are full, and how they go
 SOAK ?= --seconds 3600
 soak: ## an hour under load with a fault every 30 s; SOAK has the flags
 	tests/install-nats.sh
-	cargo build --locked --release --bins --examples
+	cargo build --locked --release -p gradestore -p gradestore-load
 	python3 load/soak.py $(SOAK)

@@ -8,7 +8,7 @@ pinned: broker, node and load share all cores. Printed is each round and the med
 ratios. Exit code 1 when a request failed or a demand is missed.
 
     tests/install-nats.sh
-    cargo build --release --bins --examples
+    cargo build --release -p gradestore -p gradestore-load
     python3 load/jetstream.py --rounds 5 --seconds 4
 
 What broker and node keep is in a new directory under --dir, which must be on a disk: on a file system
@@ -26,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import RELEASE, ROOT, SERVER, SYNCS, Broker, Node, Others, cpu_s, demand, last_line, says, wrk
+from measure import BUILT, ROOT, SERVER, SYNCS, Broker, Node, Others, cpu_s, demand, last_line, says, wrk
 
 # Writes a second through the log, to messages a second of `publish`: medians of the rounds' ratios.
 DEMANDS = {("default", 64): 0.8, ("always", 64): 7, ("always", 256): 14}
@@ -34,7 +34,7 @@ SYNC_PROBES = 200
 
 
 def publish(broker, in_flight, seconds):
-    command = [RELEASE / "examples" / "publish", f"--nats-url={broker.url}", f"--in-flight={in_flight}",
+    command = [BUILT / "publish", f"--nats-url={broker.url}", f"--in-flight={in_flight}",
                f"--seconds={seconds}"]
     row = last_line(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return row["messages"] / (row["duration_us"] / 1e6)
