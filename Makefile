@@ -12,16 +12,18 @@ run: ## a node on the default ports
 cluster: ## a broker and three replicas on this machine; Ctrl-C ends all
 	load/cluster.sh
 
+# The integration tests that need installed programs too; see tests/left_out.rs.
+TEST_ALL = --features test-all
 test: ## every test
 	tests/install.sh
 # Two tests for each core: most of them wait for other processes.
-	RUST_TEST_THREADS=$$((2 * $$(nproc))) cargo test --locked
+	RUST_TEST_THREADS=$$((2 * $$(nproc))) cargo test --locked $(TEST_ALL)
 	$(MAKE) sim
 	$(MAKE) load-test dashboards-test compose-test docs-test
 
 picture: ## the README's picture of the status page
 	tests/install.sh
-	cargo test --locked --test it page::a_ready_node
+	cargo test --locked $(TEST_ALL) --test it ops::page::a_ready_node
 	mkdir -p docs
 	cp target/tmp/page/ready-light.png docs/status-page.png
 
@@ -38,11 +40,12 @@ FAULTS ?=
 faults: ## faults times what a replica is doing, each cell on real processes; FAULTS="kill/restoring" runs one cell
 	tests/install-nats.sh
 	tests/faults/install.sh
-	cargo test --locked --test faults -- $(FAULTS)
+	cargo test --locked $(TEST_ALL) --test faults -- $(FAULTS)
 
 check: ## format, lints and docs, warnings as errors; whether the planted bugs still fit
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy --locked --workspace --all-targets $(TEST_ALL) -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 	for bug in tests/sim/planted/*.patch; do patch --dry-run --quiet -p1 <"$$bug" || exit 1; done
 
@@ -101,7 +104,7 @@ rates: ## k6 and oha at fixed rates, on one node and on three; RATES="smoke oha"
 
 OPS_TEST = PROGRAM=target/debug/gradestore .tools/ops/bin/python -m unittest
 # With the features that `cargo test` gives the dependencies, or half of them would be built twice.
-BUILD_PROGRAM = cargo test --locked --no-run --test it
+BUILD_PROGRAM = cargo test --locked $(TEST_ALL) --no-run --test it
 load-test: ## the k6 scripts and the data generator, on real nodes
 	tests/ops/install.sh
 	$(BUILD_PROGRAM)

@@ -2,11 +2,11 @@
 
 use async_nats::jetstream::stream::Config;
 
-use crate::broker::{STREAM, status_where};
 use crate::fault::not_writable;
-use crate::proxy::Rules;
+use crate::harness::cluster::broker::STREAM;
+use crate::harness::cluster::proxy::Rules;
+use crate::harness::cluster::seeded::serves_nothing;
 use crate::scene::{A, B, C, Scene};
-use crate::seeded::serves_nothing;
 use crate::stage::Stage;
 
 /// Batches that are left when the stream forgets all it may.
@@ -21,7 +21,7 @@ pub(crate) async fn wiped(scene: &mut Scene) {
         let node = scene.node(index);
         let before = scene.position(index).await;
         let gap = |status: &serde_json::Value| status["state"] == "gap";
-        let status = status_where(node, "gap", gap).await;
+        let status = node.status_where("gap", gap).await;
         let reason = status["reason"].as_str().unwrap();
         let said = ["its stream was removed", "put the right log back"];
         assert!(said.iter().all(|said| reason.contains(said)), "{reason}");
@@ -36,7 +36,7 @@ pub(crate) async fn wiped(scene: &mut Scene) {
     } else {
         let lost =
             |status: &serde_json::Value| status["state"] == "gap" || status["state"] == "no-source";
-        let status = status_where(scene.node(A), "gap or no source", lost).await;
+        let status = scene.node(A).status_where("gap or no source", lost).await;
         assert_ne!(status["reason"], "");
         serves_nothing(scene.node(A), &["gap", "no-source"]).await;
     }

@@ -5,16 +5,15 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use crate::broken_log;
-use crate::broker::status_where;
 use crate::clock::Clock;
-use crate::disk::backup_of;
-use crate::proxy::Rules;
+use crate::harness::backup_files::backup_of;
+use crate::harness::cluster::proxy::Rules;
+use crate::harness::cluster::seeded::serves_nothing;
+use crate::harness::small_disk::SmallDisk;
+use crate::harness::wire::eventually;
 use crate::scene::{A, B, C, Scene};
-use crate::seeded::serves_nothing;
 use crate::server_fault::ServerFault;
-use crate::small_disk::SmallDisk;
 use crate::stage::Stage;
-use crate::wire::eventually;
 
 /// The disk that may be filled, and what is left of it: less than a snapshot takes.
 const DISK_MIB: usize = 64;
@@ -198,7 +197,7 @@ async fn cut(scene: &mut Scene, but: fn(&mut Rules)) {
         scene.release().await;
         let node = scene.node(A);
         let rows = |status: &serde_json::Value| status["restore"]["rows"].as_u64();
-        status_where(node, "all rows", |status| {
+        node.status_where("all rows", |status| {
             rows(status) >= Some(Stage::Restoring.rows())
         })
         .await;
@@ -230,10 +229,12 @@ async fn full_disk(scene: &mut Scene) {
     scene.load.progress(&[A], 10).await;
     let position = scene.position(A).await;
     drop(ballast);
-    status_where(scene.node(A), "a snapshot", |status| {
-        status["snapshot"]["position"].as_u64() >= Some(position)
-    })
-    .await;
+    scene
+        .node(A)
+        .status_where("a snapshot", |status| {
+            status["snapshot"]["position"].as_u64() >= Some(position)
+        })
+        .await;
 }
 
 async fn ack_lost(scene: &mut Scene) {

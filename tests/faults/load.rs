@@ -10,10 +10,10 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock};
 use tokio::task::JoinSet;
 
-use crate::broker::{Answered, FIELDS, Write};
-use crate::disk::Rng;
+use crate::harness::backup_files::Rng;
+use crate::harness::cluster::broker::{Answered, FIELDS, Write};
+use crate::harness::wire::{Answer, eventually, in_time};
 use crate::harness::{AUTHORIZATION, Ports};
-use crate::wire::{Answer, eventually, in_time};
 
 /// Two writers a replica.
 const WRITERS: usize = 6;

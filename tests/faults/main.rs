@@ -8,28 +8,13 @@
     reason = "a test may panic, its helpers too"
 )]
 
-macro_rules! shared {
-    ($($name:ident: $path:literal;)*) => {
-        $(
-            #[path = $path]
-            #[expect(dead_code, reason = "other tests use what this one does not")]
-            mod $name;
-        )*
-    };
-}
-
-shared! {
-    broker: "../it/broker.rs";
-    disk: "../it/disk.rs";
-    harness: "../it/harness.rs";
-    nats: "../it/nats.rs";
-    seeded: "../it/seeded.rs";
-    small_disk: "../it/small_disk.rs";
-    throttle: "../it/throttle.rs";
-    wire: "../it/wire.rs";
-}
-#[path = "../it/proxy.rs"]
-mod proxy;
+#[path = "../it/harness/mod.rs"]
+#[expect(
+    dead_code,
+    unused_imports,
+    reason = "other tests use what this one does not"
+)]
+mod harness;
 
 mod broken_log;
 mod clock;

@@ -9,17 +9,17 @@ use async_nats::jetstream::Context;
 use parking_lot::Mutex;
 use tempfile::TempDir;
 
-use crate::broker::{Broker, replica_at, replica_with, status_where};
 use crate::clock::Clock;
 use crate::fault::Fault;
+use crate::harness::cluster::broker::{Broker, replica_at, replica_with};
+use crate::harness::cluster::nats::NatsCluster;
+use crate::harness::cluster::proxy::{Proxy, Rules};
+use crate::harness::cluster::seeded::{Truth, seed};
+use crate::harness::cluster::throttle::Throttle;
+use crate::harness::small_disk::SmallDisk;
 use crate::harness::{Node, Ports};
 use crate::load::Load;
-use crate::nats::NatsCluster;
-use crate::proxy::{Proxy, Rules};
-use crate::seeded::{Truth, seed};
-use crate::small_disk::SmallDisk;
 use crate::stage::{Hold, Stage};
-use crate::throttle::Throttle;
 
 /// The replica under test.
 pub(crate) const A: usize = 0;
@@ -206,11 +206,13 @@ impl Scene {
     /// Waits until a replica is ready.
     pub(crate) async fn ready(&self, index: usize) {
         let what = format!("{} is ready", ["a", "b", "c"][index]);
-        status_where(self.node(index), &what, |status| status["state"] == "ready").await;
+        self.node(index)
+            .status_where(&what, |status| status["state"] == "ready")
+            .await;
     }
 
     pub(crate) async fn position(&self, index: usize) -> u64 {
-        let status = self.node(index).ops("/status").await.json();
+        let status = self.node(index).status().await;
         status["position"].as_u64().unwrap()
     }
 

@@ -10,16 +10,16 @@ use rustix::process::Signal;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
-use crate::broker::{STREAM, SUBJECT, status_where};
 use crate::clock::Clock;
 use crate::fault::not_writable;
 use crate::harness::AUTHORIZATION;
-use crate::nats::{Gossip, SERVERS};
-use crate::proxy::{Proxy, Rules};
+use crate::harness::cluster::broker::{STREAM, SUBJECT};
+use crate::harness::cluster::nats::{Gossip, SERVERS};
+use crate::harness::cluster::proxy::{Proxy, Rules};
+use crate::harness::cluster::seeded::{SEED, message_at};
+use crate::harness::wire::{Answer, eventually, in_time};
 use crate::scene::{A, B, C, Scene};
-use crate::seeded::{SEED, message_at};
 use crate::stage::Stage;
-use crate::wire::{Answer, eventually, in_time};
 
 /// What goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -457,9 +457,9 @@ async fn store_full(scene: &mut Scene) {
     .await;
     scene.load.progress(&[B, C], 10).await;
     for index in [B, C] {
-        status_where(scene.node(index), "ready", |status| {
-            status["state"] == "ready"
-        })
-        .await;
+        scene
+            .node(index)
+            .status_where("ready", |status| status["state"] == "ready")
+            .await;
     }
 }

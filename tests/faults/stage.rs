@@ -6,13 +6,12 @@ use std::io::Read;
 use rustix::process::Signal;
 use tokio::task::JoinHandle;
 
-use crate::broker::status_where;
-use crate::disk::{ask_backup, open_pipe, rest_of};
 use crate::harness::Ports;
+use crate::harness::backup_files::{ask_backup, open_pipe, rest_of};
+use crate::harness::cluster::seeded::serves_nothing;
+use crate::harness::cluster::throttle::Throttle;
+use crate::harness::wire::{eventually, in_time};
 use crate::scene::{A, B, C, Scene};
-use crate::seeded::serves_nothing;
-use crate::throttle::Throttle;
-use crate::wire::{eventually, in_time};
 
 /// What a client takes of a backup before it stops: with what the system holds it is less than all.
 const TAKEN_BYTES: u64 = 100_000;
@@ -121,7 +120,10 @@ async fn snapshot(scene: &mut Scene) -> Hold {
     scene.ready(A).await;
     // Nobody writes yet, so it is known where the next snapshot will be.
     let written = |status: &serde_json::Value| status["snapshot"]["position"] == status["position"];
-    let status = status_where(scene.node(A), "a snapshot of all", written).await;
+    let status = scene
+        .node(A)
+        .status_where("a snapshot of all", written)
+        .await;
     let next = status["position"].as_u64().unwrap() + 1;
     let name = format!("snapshots/grades-{next:020}.csv.gz.partial");
     let mut pipe = open_pipe(&scene.dir(A).join(name));
@@ -164,13 +166,15 @@ async fn restoring(scene: &mut Scene) {
         () = one.reached(1) => {}
         () = other.reached(1) => {}
     }
-    status_where(scene.node(A), "rows and batches", |status| {
-        let restore = &status["restore"];
-        status["state"] == "restoring"
-            && restore["rows"].as_u64() > Some(0)
-            && restore["buffered_batches"].as_u64() > Some(10)
-    })
-    .await;
+    scene
+        .node(A)
+        .status_where("rows and batches", |status| {
+            let restore = &status["restore"];
+            status["state"] == "restoring"
+                && restore["rows"].as_u64() > Some(0)
+                && restore["buffered_batches"].as_u64() > Some(10)
+        })
+        .await;
     serves_nothing(scene.node(A), &["restoring"]).await;
 }
 
@@ -179,10 +183,12 @@ async fn draining(scene: &mut Scene) -> Hold {
     scene.hold_batches(true);
     scene.load.progress(&[B, C], 10).await;
     scene.open_ways();
-    status_where(scene.node(A), "catching up", |status| {
-        status["state"] == "catching-up" && status["restore"]["stage"] == "catching-up"
-    })
-    .await;
+    scene
+        .node(A)
+        .status_where("catching up", |status| {
+            status["state"] == "catching-up" && status["restore"]["stage"] == "catching-up"
+        })
+        .await;
     // And it stays so, however much the others answer.
     scene.load.progress(&[B, C], 10).await;
     serves_nothing(scene.node(A), &["catching-up"]).await;
@@ -209,7 +215,7 @@ async fn stopping(scene: &mut Scene) -> Hold {
     .await;
     scene.node(A).signal(Signal::TERM);
     let stopping = |status: &serde_json::Value| status["state"] == "stopping";
-    status_where(scene.node(A), "stopping", stopping).await;
+    scene.node(A).status_where("stopping", stopping).await;
     assert!(running().await >= 1.0, "nothing is running");
     Hold::Batches
 }

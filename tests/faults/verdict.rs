@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::broker::{FIELDS, Logged, Write, get_at};
-use crate::disk::restored;
 use crate::fault::Fault;
+use crate::harness::backup_files::restored;
+use crate::harness::cluster::broker::{FIELDS, Logged, Write};
+use crate::harness::cluster::seeded::apply;
 use crate::load::assert_not_before;
 use crate::scene::{A, B, C, Scene};
-use crate::seeded::apply;
 
 /// Ends the clients and judges.
 pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
@@ -45,7 +45,7 @@ pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
     let users: BTreeSet<&str> = last.keys().map(|(user, _)| *user).collect();
     for node in nodes {
         for user in &users {
-            let grade = get_at(node, user, truth.position).await;
+            let grade = node.get_at(user, truth.position).await;
             for (field, name) in FIELDS.iter().enumerate() {
                 if let Some(write) = last.get(&(*user, field)) {
                     assert_not_before(write, grade[name].as_i64().unwrap());

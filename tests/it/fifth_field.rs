@@ -59,8 +59,10 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
     let manifest = crate_copy.join("Cargo.toml");
     // What needs files that the copy does not have.
     edit(&manifest, "members = [\"tests/sim\"]\n", "");
-    let faults = "[[test]]\nname = \"faults\"\nharness = false\ntest = false\n";
-    edit(&manifest, faults, "");
+    let text = fs::read_to_string(&manifest).unwrap();
+    let (before, tests) = text.split_once("[[test]]\n").unwrap();
+    let (_, after) = tests.split_once("[[example]]\n").unwrap();
+    fs::write(&manifest, format!("{before}[[example]]\n{after}")).unwrap();
     edit(
         &manifest,
         "[package]\nname = \"gradestore\"\n",

@@ -3,8 +3,8 @@
 use futures_util::future::join_all;
 use gradestore::grade::FIELDS;
 
+use crate::harness::wire::Raw;
 use crate::harness::{ANY_PORTS, Node, PASSWORD, get_request, program, set_request_of};
-use crate::wire::Raw;
 
 const CLIENTS: usize = 64;
 const USERS: usize = 100;
@@ -73,7 +73,7 @@ async fn fields_stay(node: &Node) {
             );
         }
     }
-    let status = node.ops("/status").await.json();
+    let status = node.status().await;
     assert_eq!(status["records"], USERS);
     let applied = node.metric("gradestore_patches_applied_total").await;
     assert_eq!(applied, Some(written.len() as f64));

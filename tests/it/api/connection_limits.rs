@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 
+use crate::harness::wire::{Raw, eventually, in_time};
 use crate::harness::{Local, Node, get_request, half_sent_set, set_request_of};
-use crate::wire::{Raw, eventually, in_time};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 const CUT: &str = r#"gradestore_http_connections_cut_total{port="read"}"#;

@@ -3,10 +3,9 @@
 use serde_json::json;
 use tempfile::tempdir;
 
-use crate::broker::{Broker, Load, at, check, delete, get_at, position};
-use crate::disk::{Held, backup_of, program_from, program_on, restored};
+use crate::harness::backup_files::{Held, backup_of, program_from, program_on, restored};
+use crate::harness::wire::{Answer, Raw};
 use crate::harness::{AUTHORIZATION, Node, Ports, delete_request};
-use crate::wire::{Answer, Raw, eventually};
 
 async fn ask(node: &Ports, request: String) -> Answer {
     let mut connection = Raw::connect(node.write).await;
@@ -15,7 +14,7 @@ async fn ask(node: &Ports, request: String) -> Answer {
 }
 
 /// Two users, one of whom has been deleted and set again, with one field.
-async fn come_and_go(node: &Ports) {
+pub(crate) async fn come_and_go(node: &Ports) {
     for body in [
         r#"{"user_id":"a b","spp":5,"return_fee":7}"#,
         r#"{"user_id":"b","spp":6}"#,
@@ -23,7 +22,7 @@ async fn come_and_go(node: &Ports) {
         node.set(body).await.position();
     }
     for user in ["a+b", "b"] {
-        delete(node, user).await.position();
+        node.delete(user).await.position();
     }
     node.set(r#"{"user_id":"a b","shipping_fee":1}"#)
         .await
@@ -31,13 +30,13 @@ async fn come_and_go(node: &Ports) {
 }
 
 /// What must be there then.
-async fn came_and_went(node: &Ports) {
+pub(crate) async fn came_and_went(node: &Ports) {
     let a = json!({
         "user_id": "a b", "postpaid_limit": 0, "spp": 0, "shipping_fee": 1, "return_fee": 0,
     });
     assert_eq!(node.get("a b").await.json(), a);
     node.get("b").await.problem(404, "user-unknown");
-    assert_eq!(node.ops("/status").await.json()["records"], 1);
+    assert_eq!(node.status().await["records"], 1);
 }
 
 #[tokio::test]
@@ -46,12 +45,12 @@ async fn a_deletion_is_answered_with_its_position_and_nothing_is_left() {
     let empty = Held::by(&node).await;
     come_and_go(&node).await;
     came_and_went(&node).await;
-    let answer = delete(&node, "a+b").await;
+    let answer = node.delete("a+b").await;
     assert_eq!((answer.position(), answer.body.as_str()), (6, ""));
     node.get("a b").await.problem(404, "user-unknown");
     // One who is not there is deleted all the same: the log decides who is.
-    assert_eq!(delete(&node, "a+b").await.position(), 7);
-    assert_eq!(delete(&node, "nobody").await.position(), 8);
+    assert_eq!(node.delete("a+b").await.position(), 7);
+    assert_eq!(node.delete("nobody").await.position(), 8);
     let held = Held::by(&node).await;
     assert_eq!((held.records, held.digest), (0, empty.digest));
     for (name, value) in [
@@ -105,11 +104,11 @@ async fn a_deletion_outlives_the_process_in_the_log_in_snapshots_and_in_backups(
     // From the log alone, then from a snapshot alone.
     let node = Node::start_with(&mut program_on(&dir)).await;
     came_and_went(&node).await;
-    assert_eq!(node.ops("/status").await.json()["restore"], json!(null));
+    assert_eq!(node.status().await["restore"], json!(null));
     node.end().await;
     let node = Node::start_with(&mut program_on(&dir)).await;
     came_and_went(&node).await;
-    assert_eq!(node.ops("/status").await.json()["restore"]["rows"], 1);
+    assert_eq!(node.status().await["restore"]["rows"], 1);
     assert_eq!(Held::by(&node).await, held);
 
     let (store, summary) = restored(&file);
@@ -119,50 +118,4 @@ async fn a_deletion_outlives_the_process_in_the_log_in_snapshots_and_in_backups(
     std::fs::write(&path, file).unwrap();
     let node = Node::start_with(&mut program_from(&path)).await;
     came_and_went(&node).await;
-}
-
-#[tokio::test]
-async fn replicas_delete_in_the_logs_order() {
-    let broker = Broker::start().await;
-    let [a, b] = broker.replicas().await;
-    come_and_go(&a).await;
-    at(&b, position(&a).await).await;
-    came_and_went(&b).await;
-    // Through the other one, and back.
-    let deleted = delete(&b, "a+b").await.position();
-    let read = a
-        .client
-        .get(format!("http://{}/get?user_id=a+b", a.read))
-        .header("grade-position", deleted);
-    let answer = Answer::of(read.send().await.unwrap()).await;
-    answer.problem(404, "user-unknown");
-    let set = a.set(r#"{"user_id":"c","spp":1}"#).await.position();
-    assert_eq!(get_at(&b, "c", set).await["spp"], 1);
-    // One that comes late reads it all.
-    check(
-        &broker.client().await,
-        &[&a, &b, &broker.replica().await],
-        &[],
-    )
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_replica_that_begins_with_a_backup_taken_among_deletions_is_as_the_others() {
-    let broker = Broker::start().await;
-    let [a, b] = broker.replicas().await;
-    let load = Load::start(&[&a, &b], 40, usize::MAX);
-    let mut late = Vec::new();
-    for _ in 0..3 {
-        let applied = "gradestore_deletions_applied_total";
-        let before = a.metric(applied).await.unwrap();
-        eventually("more deletions", async || {
-            (a.metric(applied).await? >= before + 20.0).then_some(())
-        })
-        .await;
-        late.push(broker.replica().await);
-    }
-    let answered = load.stop().await;
-    let nodes = [&a, &b, &late[0], &late[1], &late[2]];
-    check(&broker.client().await, &nodes, &answered).await;
 }

@@ -6,10 +6,10 @@ use std::net::SocketAddr;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 
+use crate::harness::wire::{Raw, eventually, in_time};
 use crate::harness::{
     AUTHORIZATION, Local, Node, Ports, delete_request, get_request, set_request_of,
 };
-use crate::wire::{Raw, eventually, in_time};
 
 /// A header line that the fast path does not handle, and that changes nothing.
 const ROUTER: &str = "connection: keep-alive, x\r\n";
@@ -443,7 +443,7 @@ async fn altered_requests_are_answered_as_without_the_fast_path() {
         "{answered:?}"
     );
     let [records, routed] = [&node, &without].map(|node| async {
-        let status = node.ops("/status").await.json();
+        let status = node.status().await;
         (status["digest"].clone(), status["position"].clone())
     });
     assert_eq!(records.await, routed.await);

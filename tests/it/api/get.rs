@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use crate::harness::wire::{Answer, Raw};
 use crate::harness::{Local, Node, Ports, get_request};
-use crate::wire::{Answer, Raw};
 
 async fn ask(node: &Ports, query: &str, headers: &str) -> Answer {
     let mut connection = Raw::connect(node.read).await;

@@ -1,45 +1,12 @@
 //! A log that stalls, refuses or loses batches, as clients of the node see it.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use gradestore::log::RandomId;
-use gradestore::node::config::Config;
-
-use crate::harness::{Local, Ports, set_request_of};
-use crate::held_log::HeldLog;
-use crate::wire::{Raw, eventually};
+use crate::harness::held_log::{QUEUE_PATCHES_MAX, start};
+use crate::harness::wire::{Raw, eventually};
+use crate::harness::{set_request_of, waiting_set};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
-const QUEUE_PATCHES_MAX: usize = 3;
-
-/// A node with room for few writes, on a log that gives nothing back yet.
-pub(crate) async fn start(wait_max: Duration) -> (Arc<HeldLog>, Local) {
-    start_with(|config| config.writer.wait_max = wait_max).await
-}
-
-/// The same with limits of the test's own.
-pub(crate) async fn start_with(adjust: impl FnOnce(&mut Config)) -> (Arc<HeldLog>, Local) {
-    let origin = RandomId::random().unwrap();
-    let log = HeldLog::new(origin);
-    let node = Local::run(log.clone(), origin, |config| {
-        config.writer.queue_requests_max = QUEUE_PATCHES_MAX;
-        config.writer.batch_patches_max = 1;
-        adjust(config);
-    });
-    let node = node.await;
-    (log, node)
-}
-
-/// Sends a write that will have to wait; returns once the node works on it.
-pub(crate) async fn waiting_set(node: &Ports, body: &str) -> Raw {
-    let name = "gradestore_http_requests_in_flight";
-    let running = node.metric(name).await.unwrap();
-    let mut connection = Raw::connect(node.write).await;
-    connection.send(set_request_of(body)).await;
-    node.metric_reaches(name, running + 1.0).await;
-    connection
-}
 
 #[tokio::test]
 async fn a_full_queue_refuses_and_what_waits_is_written_in_order() {
@@ -122,7 +89,7 @@ async fn a_node_that_misses_a_batch_answers_no_more() {
     node.ops("/readyz/write").await.problem(503, "not-ready");
     node.get("a").await.problem(503, "not-ready");
     node.set(PATCH).await.problem(503, "not-ready");
-    assert_eq!(node.ops("/status").await.json()["state"], "gap");
+    assert_eq!(node.status().await["state"], "gap");
     assert_eq!(node.ops("/livez").await.status, 200);
 }
 

@@ -1,9 +1,9 @@
 //! Clients that break the protocol, send too much or hang up.
 
+use crate::api::set::bad_bodies;
+use crate::harness::wire::{PATIENCE, Raw};
 use crate::harness::{Node, get_request, set_request, set_request_of};
-use crate::set::bad_bodies;
-use crate::stall;
-use crate::wire::{PATIENCE, Raw};
+use crate::harness::{held_log, waiting_set};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 
@@ -29,7 +29,7 @@ async fn a_request_of_unclear_length_is_refused_and_the_connection_ends() {
         assert_eq!(connection.answer().await.status, 400, "{framing}");
         connection.closed().await;
     }
-    assert_eq!(node.ops("/status").await.json()["position"], 0);
+    assert_eq!(node.status().await["position"], 0);
 }
 
 #[tokio::test]
@@ -147,8 +147,8 @@ async fn a_refusal_can_be_read_while_the_body_still_comes() {
 
 #[tokio::test]
 async fn a_client_that_sends_no_more_still_gets_its_answer() {
-    let (log, node) = stall::start(PATIENCE).await;
-    let mut connection = stall::waiting_set(&node, PATCH).await;
+    let (log, node) = held_log::start(PATIENCE).await;
+    let mut connection = waiting_set(&node, PATCH).await;
     connection.send_no_more().await;
     log.release();
     assert_eq!(connection.answer().await.position(), 1);

@@ -1,38 +1,26 @@
 //! The contract of `POST /set` with many lines.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use serde_json::{Value, json};
+use serde_json::json;
 use tempfile::tempdir;
 
-use crate::broker::{Broker, Logged, read_stream, status_where};
-use crate::disk::program_on;
+use crate::api::set::bad_bodies;
+use crate::harness::backup_files::program_on;
+use crate::harness::wire::{Answer, Raw, eventually};
 use crate::harness::{AUTHORIZATION, Local, Node, Ports};
-use crate::set::bad_bodies;
-use crate::wire::{Answer, Raw, eventually, in_time};
 
 const APPLIED: &str = "gradestore_patches_applied_total";
 
 /// A patch a line, of users by their numbers.
-fn lines(users: std::ops::Range<usize>) -> String {
+pub(crate) fn lines(users: std::ops::Range<usize>) -> String {
     let mut lines = String::new();
     for user in users {
         let _ = writeln!(lines, r#"{{"user_id":"user-{user}","spp":{user}}}"#);
     }
     lines
-}
-
-/// `POST /set` with many lines, as it should be done.
-pub(crate) async fn set_lines(node: &Ports, body: impl Into<reqwest::Body>) -> Answer {
-    let request = node.client.post(format!("http://{}/set", node.write));
-    let request = request
-        .header("authorization", AUTHORIZATION)
-        .header("content-type", "application/x-ndjson")
-        .body(body);
-    Answer::of(in_time("POST /set", request.send()).await.unwrap()).await
 }
 
 /// Checks that all of a body was written, up to `position`.
@@ -47,17 +35,15 @@ fn accepted(answer: &Answer, lines: u64, position: u64) {
     assert_eq!(answer.header("grade-position"), position.to_string());
 }
 
-async fn records(node: &Ports) -> u64 {
-    node.ops("/status").await.json()["records"]
-        .as_u64()
-        .unwrap()
+pub(crate) async fn records(node: &Ports) -> u64 {
+    node.status().await["records"].as_u64().unwrap()
 }
 
 /// A body that is sent part by part.
-struct Body(Raw);
+pub(crate) struct Body(pub(crate) Raw);
 
 impl Body {
-    async fn begin(node: &Ports) -> Self {
+    pub(crate) async fn begin(node: &Ports) -> Self {
         let mut connection = Raw::connect(node.write).await;
         let head = format!(
             "POST /set HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\
@@ -67,12 +53,12 @@ impl Body {
         Self(connection)
     }
 
-    async fn send(&mut self, part: &str) {
+    pub(crate) async fn send(&mut self, part: &str) {
         let chunk = format!("{:x}\r\n{part}\r\n", part.len());
         self.0.send(chunk).await;
     }
 
-    async fn end(mut self) -> Answer {
+    pub(crate) async fn end(mut self) -> Answer {
         self.0.send("0\r\n\r\n").await;
         self.0.answer().await
     }
@@ -81,7 +67,7 @@ impl Body {
 #[tokio::test]
 async fn all_lines_are_written_and_read_back() {
     let node = Node::start().await;
-    accepted(&set_lines(&node, lines(0..2500)).await, 2500, 3);
+    accepted(&node.set_lines(lines(0..2500)).await, 2500, 3);
     for user in [0, 999, 1000, 2499] {
         let grade = node.get(&format!("user-{user}")).await.json();
         assert_eq!(grade["spp"], user);
@@ -90,16 +76,16 @@ async fn all_lines_are_written_and_read_back() {
     assert_eq!(node.metric(APPLIED).await, Some(2500.0));
     // Lines of other programs; the last one without its end. Who comes later holds.
     let body = "\r\n {\"user_id\":\"a\",\"spp\":1}\r\n\n \t\n{\"user_id\":\"a\",\"spp\":2,\"return_fee\":3}";
-    accepted(&set_lines(&node, body).await, 5, 4);
+    accepted(&node.set_lines(body).await, 5, 4);
     let grade = node.get("a").await.json();
     assert_eq!(
         (&grade["spp"], &grade["return_fee"]),
         (&2.into(), &3.into())
     );
     // Nothing to write is no fault, and waits for nothing.
-    accepted(&set_lines(&node, "").await, 0, 4);
-    accepted(&set_lines(&node, "\n\r\n\n").await, 3, 4);
-    set_lines(&node, "x").await.problem(422, "bad-line");
+    accepted(&node.set_lines("").await, 0, 4);
+    accepted(&node.set_lines("\n\r\n\n").await, 3, 4);
+    node.set_lines("x").await.problem(422, "bad-line");
     // They are counted beside single writes, since they take as long as they are.
     node.set(r#"{"user_id":"a"}"#).await.position();
     for (name, value) in [
@@ -136,7 +122,7 @@ async fn a_bad_line_is_named_and_what_is_before_its_group_stays() {
         lines(0..2500).replace(&good, line)
     };
     let bad = with(1499, r#"{"user_id":"x","spp":1.5}"#);
-    let answer = set_lines(&node, bad).await;
+    let answer = node.set_lines(bad).await;
     let detail = answer.problem(422, "bad-line");
     let problem = answer.json();
     assert_eq!(
@@ -155,13 +141,13 @@ async fn a_bad_line_is_named_and_what_is_before_its_group_stays() {
     assert!(!detail.contains("line 1 "), "{detail}");
     assert_eq!(records(&node).await, 1000);
     // Going on from there does what the whole would have done.
-    accepted(&set_lines(&node, lines(1000..2500)).await, 1500, 3);
+    accepted(&node.set_lines(lines(1000..2500)).await, 1500, 3);
     assert_eq!(records(&node).await, 2500);
 
     // The first group, the last one, and one that ends with the bad line.
     for (user, left) in [(0, 0), (2499, 2000), (999, 0), (1000, 1000)] {
         let node = Node::start().await;
-        let answer = set_lines(&node, with(user, "x")).await;
+        let answer = node.set_lines(with(user, "x")).await;
         answer.problem(422, "bad-line");
         let problem = answer.json();
         assert_eq!(
@@ -182,7 +168,9 @@ async fn whatever_is_no_patch_is_no_line() {
         }
         tried += 1;
         let good = br#"{"user_id":"good","spp":1}"#;
-        let answer = set_lines(&node, [good, &b"\n"[..], &line, b"\n", good].concat()).await;
+        let answer = node
+            .set_lines([good, &b"\n"[..], &line, b"\n", good].concat())
+            .await;
         let detail = answer.problem(422, "bad-line");
         assert!(detail.starts_with("line 2: it "), "{detail}");
         let said = match cause {
@@ -195,9 +183,9 @@ async fn whatever_is_no_patch_is_no_line() {
     }
     assert!(tried > 40, "{tried}");
     // A deletion is no patch either.
-    let answer = set_lines(&node, r#"{"delete":"good"}"#).await;
+    let answer = node.set_lines(r#"{"delete":"good"}"#).await;
     assert!(answer.problem(422, "bad-line").contains("delete"));
-    assert_eq!(node.ops("/status").await.json()["position"], 0);
+    assert_eq!(node.status().await["position"], 0);
 }
 
 #[tokio::test]
@@ -208,48 +196,22 @@ async fn a_line_of_64_kib_is_the_longest_and_a_group_holds_four() {
         format!("{patch}{}", " ".repeat(bytes - patch.len()))
     };
     let longest: Vec<String> = (0..9).map(|user| padded(user, 64 * 1024)).collect();
-    accepted(&set_lines(&node, longest.join("\n")).await, 9, 3);
+    accepted(&node.set_lines(longest.join("\n")).await, 9, 3);
     for body in [
         padded(0, 64 * 1024 + 1),
         format!("{}\n", padded(0, 64 * 1024 + 1)),
         // One that does not end.
         padded(0, 1 << 20),
     ] {
-        let answer = set_lines(&node, format!("{}\n{body}", longest.join("\n"))).await;
+        let answer = node
+            .set_lines(format!("{}\n{body}", longest.join("\n")))
+            .await;
         let detail = answer.problem(422, "bad-line");
         assert!(
             detail.contains("line 10: it has more than 65536 bytes"),
             "{detail}"
         );
         assert_eq!(answer.json()["accepted"], 8);
-    }
-}
-
-#[tokio::test]
-async fn a_group_is_one_batch_of_the_log() {
-    let broker = Broker::start().await;
-    let node = broker.replica().await;
-    // Single writes all the while.
-    let (bulk, single) = tokio::join!(set_lines(&node, lines(0..4500)), async {
-        for spp in 0..50 {
-            let patch = format!(r#"{{"user_id":"single","shipping_fee":{spp}}}"#);
-            node.set(patch).await.position();
-        }
-    });
-    let () = single;
-    assert_eq!(bulk.json()["accepted"], 4500);
-    let mut groups: BTreeMap<i64, Vec<usize>> = BTreeMap::new();
-    for (index, batch) in read_stream(&broker.client().await).await.iter().enumerate() {
-        for write in batch.iter().filter_map(Logged::set) {
-            if write.user != "single" {
-                groups.entry(write.value / 1000).or_default().push(index);
-            }
-        }
-    }
-    let sizes: Vec<usize> = groups.values().map(Vec::len).collect();
-    assert_eq!(sizes, [1000, 1000, 1000, 1000, 500]);
-    for batches in groups.values() {
-        assert!(batches.iter().all(|batch| *batch == batches[0]));
     }
 }
 
@@ -283,30 +245,6 @@ async fn a_body_may_go_on_for_as_long_as_it_does_not_stand_still() {
 }
 
 #[tokio::test]
-async fn a_broker_that_goes_away_ends_it_and_the_rest_can_follow() {
-    let mut broker = Broker::start().await;
-    let node = broker.replica().await;
-    let mut body = Body::begin(&node).await;
-    body.send(&lines(0..2000)).await;
-    node.metric_reaches(APPLIED, 2000.0).await;
-    broker.kill();
-    status_where(&node, "read-only", |status| status["state"] == "read-only").await;
-    body.send(&lines(2000..3500)).await;
-    let answer = body.0.answer().await;
-    let detail = answer.problem(503, "not-written");
-    assert!(detail.contains("2000 lines were accepted"), "{detail}");
-    assert_eq!(answer.json()["accepted"], 2000);
-    assert_eq!(answer.json()["line"], Value::Null);
-    broker.restart().await;
-    status_where(&node, "ready", |status| status["state"] == "ready").await;
-    let answer = set_lines(&node, lines(2000..3500)).await;
-    // Empty batches that probe the broker may come before.
-    assert_eq!(answer.json()["accepted"], 1500);
-    assert!(answer.json()["position"].as_u64().unwrap() >= 4);
-    assert_eq!(records(&node).await, 3500);
-}
-
-#[tokio::test]
 async fn so_many_at_once_and_one_more_is_told_to_wait() {
     let node = Local::start(|config| config.writer.bulks_max = 2).await;
     let mut bodies = [Body::begin(&node).await, Body::begin(&node).await];
@@ -314,14 +252,14 @@ async fn so_many_at_once_and_one_more_is_told_to_wait() {
         body.send(&lines(0..1000)).await;
     }
     node.metric_reaches(APPLIED, 2000.0).await;
-    let answer = set_lines(&node, lines(0..1)).await;
+    let answer = node.set_lines(lines(0..1)).await;
     answer.problem(503, "queue-full");
     assert_eq!(answer.json()["accepted"], 0);
     // Single writes have nothing to do with it.
     node.set(r#"{"user_id":"a"}"#).await.position();
     let [one, other] = bodies;
     assert_eq!(one.end().await.json()["accepted"], 1000);
-    accepted(&set_lines(&node, lines(0..1)).await, 1, 4);
+    accepted(&node.set_lines(lines(0..1)).await, 1, 4);
     // Who hangs up makes room, too.
     drop(other);
     eventually("two places", async || {

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use crate::harness::wire::{Answer, Raw};
 use crate::harness::{AUTHORIZATION, Local, Node, set_request, set_request_of};
-use crate::wire::{Answer, Raw};
 
 #[tokio::test]
 async fn a_write_is_answered_with_its_position_and_read_back() {
@@ -51,7 +51,7 @@ async fn patches_merge_and_zero_and_the_extremes_are_values() {
             "{patch}"
         );
     }
-    assert_eq!(node.ops("/status").await.json()["records"], 1);
+    assert_eq!(node.status().await["records"], 1);
 }
 
 /// Bodies of JSON that are no patch, each with what its `detail` has to name.
@@ -159,7 +159,7 @@ async fn a_bad_body_is_answered_with_its_cause_and_stores_nothing() {
         node.set(body).await.problem(400, cause);
     }
     node.get("a").await.problem(404, "user-unknown");
-    assert_eq!(node.ops("/status").await.json()["position"], 0);
+    assert_eq!(node.status().await["position"], 0);
 }
 
 #[tokio::test]
@@ -179,7 +179,7 @@ async fn ids_of_any_script_up_to_256_bytes_are_kept_as_they_are() {
         node.set(patch.to_string()).await.position();
         assert_eq!(node.get(user_id).await.json()["user_id"], user_id);
     }
-    assert_eq!(node.ops("/status").await.json()["records"], 7);
+    assert_eq!(node.status().await["records"], 7);
 }
 
 #[tokio::test]
@@ -284,7 +284,7 @@ async fn a_body_of_64_kib_is_the_largest() {
     };
     chunked(63 * 1024).await.position();
     chunked(63 * 1024 + 1).await.problem(413, "body-too-large");
-    assert_eq!(node.ops("/status").await.json()["position"], 2);
+    assert_eq!(node.status().await["position"], 2);
 }
 
 #[tokio::test]
@@ -303,7 +303,7 @@ async fn a_body_that_does_not_come_or_breaks_off_is_answered() {
         .await;
     connection.answer().await.problem(400, "body-broken");
     connection.closed().await;
-    assert_eq!(node.ops("/status").await.json()["position"], 0);
+    assert_eq!(node.status().await["position"], 0);
 }
 
 #[tokio::test]

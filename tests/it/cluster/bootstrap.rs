@@ -7,18 +7,18 @@ use futures_util::future::join_all;
 use serde_json::Value;
 use tokio::net::TcpListener;
 
-use crate::broker::{STREAM, copy_tree, replica_at, status_where};
-use crate::disk::{backup_of, restored};
-use crate::fake_peer::{FAULTS, FakePeer, Fault, Good, SILENT};
+use crate::cluster::fake_peer::{FAULTS, FakePeer, Fault, Good, SILENT};
+use crate::harness::backup_files::{backup_of, restored};
+use crate::harness::cluster::broker::{STREAM, copy_tree, replica_at};
+use crate::harness::cluster::seeded::{Cluster, serves_nothing};
+use crate::harness::cluster::throttle::Throttle;
+use crate::harness::wire::eventually;
 use crate::harness::{Node, PASSWORD, Ports, program};
-use crate::seeded::{Cluster, serves_nothing};
-use crate::throttle::Throttle;
-use crate::wire::eventually;
 
 /// Waits until a replica says that it has no way to a whole state; its `/status`.
 async fn no_source(node: &Ports, what: &str) -> Value {
     // The numbers may be a moment older than the word.
-    status_where(node, what, |status| {
+    node.status_where(what, |status| {
         status["state"] == "no-source" && status["records"] == 0 && status["position"] == 0
     })
     .await
@@ -55,7 +55,7 @@ impl Led {
     /// It is ready, after it has asked the peer first and another one then.
     async fn passed_by(&self, position: u64) {
         let (name, ..) = self.fault;
-        let status = status_where(&self.node, name, |status| {
+        let status = self.node.status_where(name, |status| {
             status["position"].as_u64() >= Some(position) && status["state"] == "ready"
         });
         let status = status.await;
@@ -124,7 +124,7 @@ async fn a_backup_with_a_batch_that_the_log_lost_is_discarded() {
     .await;
     serves_nothing(&node, &["gap", "restoring", "catching-up"]).await;
     drop(peer);
-    status_where(&node, "ready", |status| status["state"] == "ready").await;
+    node.in_state("ready").await;
     node.get("lost").await.problem(404, "user-unknown");
     cluster.check(&[&first, &node], &answered).await;
 }
@@ -151,7 +151,7 @@ async fn a_replica_is_no_peer_of_itself() {
     cluster.check(&[&first, &node], &[]).await;
     // Now that it would answer itself, it still does not count.
     eventually("the other one alone", async || {
-        let peers = node.ops("/status").await.json()["peers"].take();
+        let peers = node.status().await["peers"].take();
         let urls: Vec<&Value> = peers.as_array()?.iter().map(|peer| &peer["url"]).collect();
         (urls == [&format!("http://{}", first.write)]).then_some(())
     })
@@ -189,7 +189,7 @@ async fn dies_at(percent: u64, another: bool) {
     // Writes go on, and what is to be known of the restore is told.
     let mut answered = cluster.write(&first, 20).await;
     let buffered = |status: &Value| status["restore"]["buffered_batches"] == 20;
-    status_where(&late, "20 batches", buffered).await;
+    late.status_where("20 batches", buffered).await;
     let status = serves_nothing(&late, &["restoring"]).await;
     let restore = &status["restore"];
     assert_eq!(restore["source"], throttle.url());
@@ -234,7 +234,7 @@ async fn dies_at(percent: u64, another: bool) {
     answered.extend(cluster.write(&nodes[0], 20).await);
     let source = format!("http://{}", nodes[0].write);
     let from_it = |status: &Value| status["restore"]["source"] == source;
-    status_where(&late, "the other source", from_it).await;
+    late.status_where("the other source", from_it).await;
     cluster.check(&[&nodes[0], &late], &answered).await;
 }
 

@@ -3,9 +3,9 @@
 
 use async_nats::HeaderMap;
 
-use crate::broker::{Broker, STREAM, SUBJECT, check, replica_with};
+use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, check, replica_with};
+use crate::harness::cluster::nats::NatsServer;
 use crate::harness::{Node, run};
-use crate::nats::NatsServer;
 
 /// Runs a replica that must refuse to start; what it says.
 fn refused_start(nats_url: &str) -> String {

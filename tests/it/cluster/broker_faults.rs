@@ -3,11 +3,11 @@
 
 use std::time::{Duration, Instant};
 
-use crate::broker::{Broker, Load, STREAM, at, check, position, replica_at, status_where};
 use crate::harness::Node;
-use crate::proxy::{Proxy, Rules};
-use crate::stall;
-use crate::wire::eventually;
+use crate::harness::cluster::broker::{Broker, Load, STREAM, check, replica_at};
+use crate::harness::cluster::proxy::{Proxy, Rules};
+use crate::harness::waiting_set;
+use crate::harness::wire::eventually;
 use futures_util::TryStreamExt;
 
 const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
@@ -17,7 +17,7 @@ const LOST_MAX: Duration = Duration::from_secs(1);
 
 /// Waits until a write is taken.
 async fn writable(node: &Node) {
-    status_where(node, "writable", |status| status["state"] == "ready").await;
+    node.in_state("ready").await;
     let before = node.metric("gradestore_log_position").await.unwrap();
     eventually("a batch more", async || {
         (node.metric("gradestore_log_position").await? > before).then_some(())
@@ -50,7 +50,7 @@ async fn while_the_broker_is_away_writes_are_refused_at_once_and_reads_go_on() {
     let a = broker.replica().await;
     a.set(PATCH).await.position();
     broker.kill();
-    status_where(&a, "read-only", |status| status["state"] == "read-only").await;
+    a.in_state("read-only").await;
     let begun = Instant::now();
     for _ in 0..20 {
         let detail = a.set(PATCH).await.problem(503, "not-written");
@@ -61,7 +61,7 @@ async fn while_the_broker_is_away_writes_are_refused_at_once_and_reads_go_on() {
     assert_eq!(a.ops("/readyz").await.status, 200);
     a.ops("/readyz/write").await.problem(503, "not-ready");
     broker.restart().await;
-    status_where(&a, "ready", |status| status["state"] == "ready").await;
+    a.in_state("ready").await;
     assert!(a.set(PATCH).await.position() >= 2);
 }
 
@@ -86,7 +86,7 @@ async fn a_connection_that_dies_in_silence_or_is_cut_is_replaced() {
     for rules in [dead, deaf, mute] {
         writable(&a).await;
         proxy.set(rules);
-        status_where(&a, "read-only", |status| status["state"] == "read-only").await;
+        a.in_state("read-only").await;
         // The others do not notice.
         writable(&b).await;
         proxy.set(Rules::default());
@@ -104,7 +104,7 @@ async fn a_consumer_that_is_deleted_is_made_anew() {
     let a = broker.replica().await;
     let client = broker.client().await;
     let stream = client.get_stream(STREAM).await.unwrap();
-    let started = position(&a).await;
+    let started = a.applied_position().await;
     for written in 1..=3 {
         let names: Vec<String> = stream.consumer_names().try_collect().await.unwrap();
         assert_eq!(names.len(), 1);
@@ -122,7 +122,7 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
     let proxy = Proxy::to(broker.address).await;
     let mut command = replica_at(proxy.address);
     let a = Node::start_with(command.env("GRADESTORE_WRITE_TIMEOUT", "30s")).await;
-    let started = position(&a).await;
+    let started = a.applied_position().await;
     // The batch itself is word enough.
     proxy.set(Rules {
         lose_acks: true,
@@ -139,7 +139,7 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
         ..Rules::default()
     };
     proxy.set(silent);
-    let mut waiting = stall::waiting_set(&a, r#"{"user_id":"x","spp":2}"#).await;
+    let mut waiting = waiting_set(&a, r#"{"user_id":"x","spp":2}"#).await;
     // The batch, and the fence after it.
     let client = broker.client().await;
     let ends_at = async |end: u64| {
@@ -158,13 +158,13 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
 
     // The broker dies having stored it and having told nobody but another replica.
     let b = broker.replica().await;
-    let started = position(&b).await;
+    let started = b.applied_position().await;
     assert_eq!(started, third + 1);
-    at(&a, started).await;
+    a.ready_at(started).await;
     proxy.set(silent);
-    let mut waiting = stall::waiting_set(&a, r#"{"user_id":"x","spp":4}"#).await;
+    let mut waiting = waiting_set(&a, r#"{"user_id":"x","spp":4}"#).await;
     let fourth = started + 1;
-    at(&b, fourth).await;
+    b.ready_at(fourth).await;
     broker.kill();
     broker.restart().await;
     proxy.set(Rules::default());
@@ -189,7 +189,7 @@ async fn a_batch_that_was_lost_silently_is_soon_sent_again() {
         proxy.set(lose);
         let before = proxy.lost_publishes();
         let patch = format!(r#"{{"user_id":"x","spp":{spp}}}"#);
-        let mut waiting = stall::waiting_set(&a, &patch).await;
+        let mut waiting = waiting_set(&a, &patch).await;
         eventually("a lost batch", async || {
             (proxy.lost_publishes() > before).then_some(())
         })

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use parking_lot::Mutex;
 use tokio::task::JoinSet;
 
-use crate::broker::{Answered, FIELDS, Write};
+use crate::harness::cluster::broker::{Answered, FIELDS, Write};
+use crate::harness::wire::{Answer, in_time};
 use crate::harness::{AUTHORIZATION, Ports};
-use crate::wire::{Answer, in_time};
 
 /// Where the replicas are now.
 type Replicas = Arc<Mutex<Vec<Ports>>>;

@@ -11,10 +11,10 @@ use gradestore::log::Position;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::broker::{Broker, Load, get_at, replica_at, status_where};
-use crate::disk::{backup_of, names_in, restored};
+use crate::harness::backup_files::{backup_of, names_in, restored};
+use crate::harness::cluster::broker::{Broker, Load, replica_at};
+use crate::harness::wire::eventually;
 use crate::harness::{Node, Ports};
-use crate::wire::eventually;
 
 const COMPARED: &str = "gradestore_checkpoints_compared_total";
 const DIVERGENCES: &str = "gradestore_divergences_total";
@@ -50,7 +50,7 @@ async fn equal(nodes: &[&Ports]) {
     eventually("the same at one position", async || {
         let mut seen = BTreeSet::new();
         for node in nodes {
-            let status = node.ops("/status").await.json();
+            let status = node.status().await;
             seen.insert(format!("{} {}", status["position"], status["digest"]));
         }
         (seen.len() == 1).then_some(())
@@ -108,7 +108,8 @@ fn set(spp: u64) -> String {
 }
 
 async fn in_state(node: &Ports, state: &'static str) -> Value {
-    status_where(node, state, |status| status["state"] == state).await
+    node.status_where(state, |status| status["state"] == state)
+        .await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -129,7 +130,7 @@ async fn one_of_three_that_is_wrong_is_overruled_and_bootstraps_again() {
     load.stop().await;
     let written = wrong.set(set(9)).await.position();
     for node in [&a, &b, &wrong] {
-        assert_eq!(get_at(node, "x", written).await["spp"], 9);
+        assert_eq!(node.get_at("x", written).await["spp"], 9);
         assert!(node.metric(DIVERGENCES).await.unwrap() >= 1.0);
     }
     // The majority has not been unready for a moment.

@@ -11,9 +11,9 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
-use crate::damaged::gzip;
-use crate::disk::{file_until, file_with, restored};
 use crate::harness::AUTHORIZATION;
+use crate::harness::backup_files::gzip;
+use crate::harness::backup_files::{file_until, file_with, restored};
 
 /// A good backup to do wrong with.
 pub(crate) struct Good {

@@ -11,11 +11,11 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use crate::broker::{Broker, STREAM, SUBJECT, get_at, status_where};
-use crate::creation::{expecting_two, replica_on};
-use crate::divergence::{IN_DOUBT, in_dir, talkative, talkative_replicas};
+use crate::cluster::divergence::{IN_DOUBT, in_dir, talkative, talkative_replicas};
+use crate::cluster::stream_creation::{expecting_two, replica_on};
+use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT};
+use crate::harness::wire::eventually;
 use crate::harness::{Node, PASSWORD, Ports};
-use crate::wire::eventually;
 
 const ASK_ALL: &str = "gradestore.status.all";
 const REJECTED: &str = "gradestore_votes_rejected_total";
@@ -82,7 +82,7 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
             forged.push(forge(&replica, round, &Mac::default().to_string()));
             forged.push(forge(&replica, round, &vote[5]));
         }
-        let status = a.ops("/status").await.json();
+        let status = a.status().await;
         let log = gradestore::log::LogId(status["log_id"].as_str().unwrap().into());
         let mut headers = HeaderMap::new();
         headers.insert("Grade-Checkpoint", forged[0].as_str());
@@ -108,7 +108,7 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
     // All are in the log before this write, and one that starts from its snapshot replays them.
     let c = in_dir(&broker, &dir).await;
     for node in [&a, &b, &c] {
-        assert_eq!(get_at(node, "x", written).await["spp"], 2);
+        assert_eq!(node.get_at("x", written).await["spp"], 2);
         assert_eq!(node.metric(DIVERGENCES).await, Some(0.0));
         assert_eq!(
             node.metric("gradestore_log_poisoned_total").await,
@@ -135,7 +135,7 @@ async fn a_replica_with_another_password_has_no_vote() {
     for node in [&a, &other] {
         at_least(node, REJECTED, 1.0).await;
         at_least(node, "gradestore_announcements_rejected_total", 1.0).await;
-        let status = node.ops("/status").await.json();
+        let status = node.status().await;
         assert_eq!(status["peers"], json!([]));
     }
 }
@@ -203,7 +203,7 @@ async fn a_forged_announcement_gets_no_password_and_hides_nobody() {
     let broker = Broker::start().await;
     let [a] = broker.replicas().await;
     let written = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
-    let status = a.ops("/status").await.json();
+    let status = a.status().await;
     let [node, log_id] = ["node", "log_id"].map(|name| status[name].as_str().unwrap());
     // An unknown process, and the known one with another URL.
     let announcements = vec![
@@ -213,10 +213,12 @@ async fn a_forged_announcement_gets_no_password_and_hides_nobody() {
     let (_answering, connections) = stranger(&broker, announcements).await;
     // It bootstraps from a peer, the furthest one first.
     let [b] = broker.replicas().await;
-    assert_eq!(get_at(&b, "x", written).await["spp"], 1);
+    assert_eq!(b.get_at("x", written).await["spp"], 1);
     at_least(&b, "gradestore_announcements_rejected_total", 2.0).await;
     let url = format!("http://{}", a.write);
-    let status = status_where(&b, "its peer", |status| status["peers"][0]["url"] == url).await;
+    let status = b
+        .status_where("its peer", |status| status["peers"][0]["url"] == url)
+        .await;
     assert_eq!(status["peers"].as_array().unwrap().len(), 1);
     assert_eq!(connections.load(Ordering::Relaxed), 0);
     let logged = b.stderr.lock().clone();

@@ -1,11 +1,11 @@
 //! The broker, the replica or both killed in each stage of a start from nothing.
 
-use crate::broker::{Answered, status_where};
-use crate::disk::backup_of;
 use crate::harness::Node;
-use crate::proxy::{Proxy, Rules};
-use crate::seeded::{Cluster, serves_nothing};
-use crate::throttle::Throttle;
+use crate::harness::backup_files::backup_of;
+use crate::harness::cluster::broker::Answered;
+use crate::harness::cluster::proxy::{Proxy, Rules};
+use crate::harness::cluster::seeded::{Cluster, serves_nothing};
+use crate::harness::cluster::throttle::Throttle;
 
 /// Where the replica is held.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -55,7 +55,7 @@ impl Held {
         to_peer.reached(1).await;
         if stage != Stage::Rows {
             answered.extend(cluster.write(&first, 10).await);
-            status_where(&late, "10 batches", |status| {
+            late.status_where("10 batches", |status| {
                 status["restore"]["buffered_batches"] == 10
             })
             .await;
@@ -78,7 +78,7 @@ impl Held {
         if matches!(stage, Stage::CatchingUp | Stage::BeforeReady) {
             to_peer.open();
         }
-        status_where(&late, "the stage", |status| {
+        late.status_where("the stage", |status| {
             let (state, restore, position) = stages;
             status["state"] == state
                 && status["restore"]["stage"] == restore

@@ -9,11 +9,11 @@ use async_nats::jetstream::stream::{Config, StorageType};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::broker::{Broker, STREAM, SUBJECT, at, get_at, position, replica_at, status_where};
-use crate::disk::Held;
+use crate::harness::backup_files::Held;
+use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_at};
+use crate::harness::cluster::proxy::{Proxy, Rules};
+use crate::harness::wire::eventually;
 use crate::harness::{Node, Ports, Process, collected, run};
-use crate::proxy::{Proxy, Rules};
-use crate::wire::eventually;
 
 const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
 
@@ -23,7 +23,9 @@ async fn stopped(node: &Ports, reason: &str) {
 }
 
 async fn stopped_in(node: &Ports, state: &str, reason: &str) {
-    let status = status_where(node, reason, |status| status["state"] == state).await;
+    let status = node
+        .status_where(reason, |status| status["state"] == state)
+        .await;
     let said = status["reason"].as_str().unwrap();
     assert!(said.contains(reason), "{said}");
     node.get("x").await.problem(503, "not-ready");
@@ -38,7 +40,7 @@ async fn cut_off(broker: &Broker) -> (Node, Proxy) {
     assert_eq!(node.set(PATCH).await.position(), 2);
     proxy.set(Rules::DEAD);
     proxy.cut();
-    status_where(&node, "read-only", |status| status["state"] == "read-only").await;
+    node.in_state("read-only").await;
     (node, proxy)
 }
 
@@ -59,7 +61,7 @@ async fn a_stream_that_is_removed_ends_serving() {
     // It may come back, and then has not been removed.
     broker.create_stream().await;
     let other_log = |status: &Value| status["state"] == "other-log";
-    status_where(&a, "another log", other_log).await;
+    a.status_where("another log", other_log).await;
 }
 
 #[tokio::test]
@@ -75,7 +77,7 @@ async fn a_stream_that_is_made_anew_is_another_log() {
     }
     proxy.set(Rules::default());
     stopped_in(&a, "other-log", "and the stream holds log").await;
-    at(&b, 4).await;
+    b.ready_at(4).await;
 }
 
 #[tokio::test]
@@ -97,7 +99,7 @@ async fn what_was_answered_outlives_its_log() {
     broker.roll_back(tempfile::tempdir().unwrap()).await;
     stopped(&a, "does not exist").await;
     let kept = |status: &Value| status["snapshot"]["position"] == 4;
-    status_where(&a, "a snapshot", kept).await;
+    a.status_where("a snapshot", kept).await;
     a.end().await;
 
     // Neither it nor an empty replica creates a stream in the place of the lost one.
@@ -126,7 +128,7 @@ async fn what_was_answered_outlives_its_log() {
     broker.create_stream().await;
     let a = Node::launch(&mut on(broker.address, "data")).await;
     stopped_in(&a, "other-log", "--abandon-log").await;
-    let status = a.ops("/status").await.json();
+    let status = a.status().await;
     let (_, old) = status["reason"].as_str().unwrap().rsplit_once(' ').unwrap();
     a.end().await;
     let snapshots = root.path().join("data/snapshots");
@@ -149,7 +151,7 @@ async fn what_was_answered_outlives_its_log() {
     // And a replica with data of the lost log follows it once it is told to.
     let mut follows = on(broker.address, "data");
     let a = Node::start_with(follows.args(["--abandon-log", old])).await;
-    at(&a, 7).await;
+    a.ready_at(7).await;
     assert!(
         !snapshot.exists()
             && snapshots
@@ -182,7 +184,7 @@ async fn a_replica_that_the_log_has_forgotten_begins_anew_from_a_peer() {
     let broker = Broker::start().await;
     let (a, proxy, b) = forgotten(&broker).await;
     proxy.set(Rules::default());
-    let status = at(&a, position(&b).await).await;
+    let status = a.ready_at(b.applied_position().await).await;
     assert_eq!(status["restore"]["source"], format!("http://{}", b.write));
     assert_eq!(status["restore"]["stage"], "done");
     assert_eq!(a.metric("gradestore_resyncs_total").await, Some(1.0));
@@ -190,8 +192,11 @@ async fn a_replica_that_the_log_has_forgotten_begins_anew_from_a_peer() {
     let late = broker.replica().await;
     let last = a.set(PATCH).await.position();
     for node in [&a, &b, &late] {
-        assert_eq!(get_at(node, "x", last).await["spp"], 1);
-        assert_eq!(at(node, last).await["digest"], at(&a, last).await["digest"]);
+        assert_eq!(node.get_at("x", last).await["spp"], 1);
+        assert_eq!(
+            node.ready_at(last).await["digest"],
+            a.ready_at(last).await["digest"]
+        );
     }
 }
 
@@ -204,7 +209,7 @@ async fn without_a_peer_a_forgotten_replica_serves_nothing_and_says_why() {
     let late = Node::launch(&mut replica_at(broker.address)).await;
     for node in [&a, &late] {
         let no_source = |status: &Value| status["state"] == "no-source";
-        let status = status_where(node, "no source", no_source).await;
+        let status = node.status_where("no source", no_source).await;
         let said = status["reason"].as_str().unwrap();
         assert!(said.contains("the log begins at batch"), "{said}");
         assert!(said.contains("start another replica"), "{said}");
@@ -230,15 +235,15 @@ async fn a_broker_that_lost_batches_is_not_followed() {
     let copy = broker.kill_and_copy();
     broker.restart().await;
     for node in [&restarted, &a] {
-        status_where(node, "ready", |status| status["state"] == "ready").await;
+        node.in_state("ready").await;
     }
     for _ in 0..3 {
         restarted.set(PATCH).await.position();
     }
     let proxy = Proxy::to(broker.address).await;
     let b = Node::start_with(&mut replica_at(proxy.address)).await;
-    let last = position(&b).await;
-    at(&a, last).await;
+    let last = b.applied_position().await;
+    a.ready_at(last).await;
     proxy.set(Rules::DEAD);
     proxy.cut();
     restarted.signal(Signal::TERM);
@@ -250,7 +255,7 @@ async fn a_broker_that_lost_batches_is_not_followed() {
     stopped(&a, &shorter).await;
     // As long as it was, with others in it.
     let c = broker.replica().await;
-    while position(&c).await <= last {
+    while c.applied_position().await <= last {
         c.set(PATCH).await.position();
     }
     proxy.set(Rules::default());
@@ -278,7 +283,7 @@ async fn a_message_that_is_no_batch_is_skipped_alike_and_a_strangers_batch_is_re
         sent.await.unwrap().await.unwrap()
     };
     let started = 2;
-    at(&a, started).await;
+    a.ready_at(started).await;
     publish("", "garbage").await;
     publish("", r#"[{"user_id":"x","spp":1},{"user_id":"x","spp":1.5}]"#).await;
     publish("none", r#"[{"user_id":"x","spp":2}]"#).await;
@@ -291,7 +296,7 @@ async fn a_message_that_is_no_batch_is_skipped_alike_and_a_strangers_batch_is_re
     let last = a.set(r#"{"user_id":"z","spp":5}"#).await.position();
     assert_eq!(last, started + 9);
     for node in [&a, &b] {
-        let y = get_at(node, "y", last).await;
+        let y = node.get_at("y", last).await;
         assert_eq!(
             (y["spp"].as_i64(), y["return_fee"].as_i64()),
             (Some(3), Some(4))
@@ -303,7 +308,7 @@ async fn a_message_that_is_no_batch_is_skipped_alike_and_a_strangers_batch_is_re
         let skipped = format!("skipped a message that is no batch seq={}", started + 1);
         assert!(said.contains(&skipped), "{said}");
     }
-    let statuses = [at(&a, last).await, at(&b, last).await];
+    let statuses = [a.ready_at(last).await, b.ready_at(last).await];
     assert_eq!(statuses[0]["digest"], statuses[1]["digest"]);
 }
 
@@ -319,7 +324,7 @@ async fn a_newer_format_stops_a_replica_before_it() {
     sent.await.unwrap().await.unwrap();
     let newer = format!("batch {} has format 3, newer than", last + 1);
     stopped(&a, &newer).await;
-    assert_eq!(position(&a).await, last);
+    assert_eq!(a.applied_position().await, last);
 }
 
 #[tokio::test]

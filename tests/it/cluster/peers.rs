@@ -4,15 +4,15 @@ use futures_util::StreamExt;
 use gradestore::log::{Announcement, ClusterKey};
 use serde_json::{Value, json};
 
-use crate::broker::{Broker, replica_at, status_where};
+use crate::harness::cluster::broker::{Broker, replica_at};
+use crate::harness::wire::{eventually, in_time};
 use crate::harness::{Node, PASSWORD, Ports, program};
-use crate::wire::{eventually, in_time};
 
 /// Waits until a node lists exactly these others as ready.
 async fn lists(node: &Ports, others: &[&Ports]) -> Value {
     let mut wanted: Vec<String> = others.iter().map(|other| url(other)).collect();
     wanted.sort();
-    status_where(node, "its peers", |status| {
+    node.status_where("its peers", |status| {
         let peers = status["peers"].as_array().unwrap();
         let ready = peers.iter().filter(|peer| peer["state"] == "ready");
         let mut urls: Vec<_> = ready.map(|peer| peer["url"].as_str().unwrap()).collect();
@@ -33,12 +33,13 @@ async fn replicas_list_each_other_and_forget_who_is_gone() {
     let position = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
     lists(&b, &[&a, &c]).await;
     lists(&c, &[&a, &b]).await;
-    let status = status_where(&a, "peers at its position", |status| {
-        let peers = status["peers"].as_array().unwrap();
-        peers.len() == 2 && peers.iter().all(|peer| peer["position"] == position)
-    })
-    .await;
-    let node = b.ops("/status").await.json()["node"].clone();
+    let status = a
+        .status_where("peers at its position", |status| {
+            let peers = status["peers"].as_array().unwrap();
+            peers.len() == 2 && peers.iter().all(|peer| peer["position"] == position)
+        })
+        .await;
+    let node = b.status().await["node"].clone();
     let peers = status["peers"].as_array().unwrap();
     let b_seen = peers.iter().find(|peer| peer["node"] == node).unwrap();
     assert_eq!(b_seen["url"], url(&b));
@@ -55,7 +56,7 @@ async fn the_brokers_own_tools_see_the_replicas() {
     let broker = Broker::start().await;
     let [a] = broker.replicas().await;
     let position = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
-    let status = a.ops("/status").await.json();
+    let status = a.status().await;
     let client = broker.client().await.client();
     let nonce = "a nonce";
     let ask = async |subject: String| {
@@ -126,10 +127,11 @@ async fn a_peer_given_by_hand_is_listed_as_well_and_nobody_twice() {
     let mut command = replica_at(broker.address);
     command.args(["--peer", away, "--peer", &url(&a)]);
     let b = Node::start_with(&mut command).await;
-    let status = status_where(&b, "both", |status| {
-        status["peers"].as_array().unwrap().len() == 2
-    })
-    .await;
+    let status = b
+        .status_where("both", |status| {
+            status["peers"].as_array().unwrap().len() == 2
+        })
+        .await;
     assert_eq!(status["peers"][0]["url"], url(&a));
     assert_eq!(status["peers"][0]["state"], "ready");
     assert_eq!(status["peers"][1]["url"], away);
@@ -152,15 +154,17 @@ async fn a_replica_tells_where_it_is_reached() {
     command.args(["--read-addr", "127.0.0.1:0", "--ops-addr", "127.0.0.1:0"]);
     let everywhere = Node::start_with(&mut command).await;
     let port = everywhere.write.port();
-    let status = status_where(&named, "the other", |status| {
-        status["peers"].as_array().unwrap().len() == 1
-    })
-    .await;
+    let status = named
+        .status_where("the other", |status| {
+            status["peers"].as_array().unwrap().len() == 1
+        })
+        .await;
     let reached = format!("http://127.0.0.1:{port}");
     assert_eq!(status["peers"][0]["url"], reached);
-    let status = status_where(&everywhere, "the other", |status| {
-        status["peers"].as_array().unwrap().len() == 1
-    })
-    .await;
+    let status = everywhere
+        .status_where("the other", |status| {
+            status["peers"].as_array().unwrap().len() == 1
+        })
+        .await;
     assert_eq!(status["peers"][0]["url"], "http://grades-0.example:8080");
 }

@@ -6,11 +6,11 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::net::TcpListener;
 
-use crate::broker::{Broker, Load, at, check, get_at, position, replica_at, replica_with};
-use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, Process, collected, program, run};
-use crate::proxy::{Proxy, Rules};
-use crate::wire::eventually;
-use crate::{harness, stall};
+use crate::harness;
+use crate::harness::cluster::broker::{Broker, Load, check, replica_at, replica_with};
+use crate::harness::cluster::proxy::{Proxy, Rules};
+use crate::harness::wire::eventually;
+use crate::harness::{Node, PASSWORD, Ports, Process, collected, program, run};
 
 /// A writer's; nine of them send 100,000 and some.
 const WRITES: usize = 11_112;
@@ -35,7 +35,7 @@ async fn a_write_is_read_on_every_replica_at_its_position() {
     for spp in 1..=20 {
         let answer = a.set(format!(r#"{{"user_id":"x","spp":{spp}}}"#)).await;
         for node in [&b, &c] {
-            assert_eq!(get_at(node, "x", answer.position()).await["spp"], spp);
+            assert_eq!(node.get_at("x", answer.position()).await["spp"], spp);
         }
     }
 }
@@ -51,29 +51,29 @@ async fn the_logs_order_decides_and_not_who_hears_of_it_first() {
         ..Rules::default()
     };
 
-    let started = position(&b).await;
-    at(&a, started).await;
+    let started = b.applied_position().await;
+    a.ready_at(started).await;
 
     // The other's comes first in the log; to A the broker's word on its own does.
     proxy.set(hold);
     let first = b.set(r#"{"user_id":"x","spp":1}"#).await.position();
     assert_eq!(first, started + 1);
-    let mut own = stall::waiting_set(&a, r#"{"user_id":"x","spp":2}"#).await;
-    at(&b, started + 2).await;
+    let mut own = harness::waiting_set(&a, r#"{"user_id":"x","spp":2}"#).await;
+    b.ready_at(started + 2).await;
     a.get("x").await.problem(404, "user-unknown");
     proxy.set(Rules::default());
     assert_eq!(own.answer().await.position(), started + 2);
 
     // Its own comes first in the log, and A hears of both late.
     proxy.set(hold);
-    let mut own = stall::waiting_set(&a, r#"{"user_id":"x","spp":3}"#).await;
-    at(&b, started + 3).await;
+    let mut own = harness::waiting_set(&a, r#"{"user_id":"x","spp":3}"#).await;
+    b.ready_at(started + 3).await;
     let last = b.set(r#"{"user_id":"x","spp":4}"#).await.position();
     assert_eq!(last, started + 4);
     assert_eq!(a.get("x").await.json()["spp"], 2);
     proxy.set(Rules::default());
     assert_eq!(own.answer().await.position(), started + 3);
-    assert_eq!(get_at(&a, "x", last).await["spp"], 4);
+    assert_eq!(a.get_at("x", last).await["spp"], 4);
     check(&broker.client().await, &[&a, &b], &[]).await;
 }
 
@@ -86,8 +86,8 @@ async fn a_replica_that_hung_for_half_a_minute_catches_up() {
     // The fault itself: long enough that whoever waits for the replica gives up on it.
     tokio::time::sleep(Duration::from_secs(30)).await;
     b.signal(Signal::CONT);
-    let behind = b.ops("/status").await.json();
-    assert!(behind["position"].as_u64() < a.ops("/status").await.json()["position"].as_u64());
+    let behind = b.status().await;
+    assert!(behind["position"].as_u64() < a.status().await["position"].as_u64());
     let answered = load.stop().await;
     check(&broker.client().await, &[&a, &b, &c], &answered).await;
 }
@@ -125,7 +125,7 @@ async fn a_replica_goes_on_from_its_snapshot() {
     assert!(a.exit().await.success());
     let last = b.set(r#"{"user_id":"x","return_fee":2}"#).await.position();
     let a = Node::start_with(&mut with_dir()).await;
-    let status = at(&a, last + 1).await;
+    let status = a.ready_at(last + 1).await;
     assert_eq!(status["restore"]["rows"], 1);
     check(&broker.client().await, &[&a, &b], &[]).await;
 }
@@ -140,7 +140,7 @@ async fn a_backup_seeds_a_new_stream_at_its_position() {
         let patch = format!(r#"{{"user_id":"x","spp":{spp}}}"#);
         a.set(patch).await.position();
     }
-    let last = position(&a).await;
+    let last = a.applied_position().await;
     let mut backup = program();
     backup.args(["backup", "--from", &format!("http://{}", a.write), "-o"]);
     let backup = backup
@@ -205,34 +205,4 @@ async fn a_replica_that_waits_for_its_broker_is_alive_and_can_be_stopped() {
     kill_process(Pid::from_child(&process.0), Signal::TERM).unwrap();
     let exit = eventually("the end", async || process.0.try_wait().unwrap()).await;
     assert!(exit.success());
-}
-
-#[test]
-fn replicas_need_a_password_and_a_broker_flag_needs_a_broker() {
-    let said = |arguments: &[&str]| {
-        let output = run(program().args(ANY_PORTS).args(arguments));
-        assert!(!output.status.success());
-        String::from_utf8(output.stderr).unwrap()
-    };
-    let alone = said(&["--nats-url", "127.0.0.1:1"]);
-    assert!(alone.contains("--nats-url needs a password"), "{alone}");
-    for flag in [
-        ["--stream", "X"],
-        ["--replicas", "3"],
-        ["--log-retention", "1h"],
-    ] {
-        let alone = said(&flag);
-        assert!(alone.contains("--nats-url"), "{alone}");
-    }
-    for flag in [
-        ["--stream", "a.b"],
-        ["--replicas", "6"],
-        ["--log-retention", "1s"],
-    ] {
-        let wrong = said(&flag);
-        assert!(
-            wrong.contains(flag[0]) && wrong.contains("GRADESTORE_"),
-            "{wrong}"
-        );
-    }
 }

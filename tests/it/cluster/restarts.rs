@@ -8,14 +8,14 @@ use gradestore::backup::Snapshots;
 use rustix::process::Signal;
 use tempfile::tempdir;
 
-use crate::broker::{Broker, at, check, replica_at, status_where};
-use crate::clients::Clients;
-use crate::disk::backup_of;
-use crate::fake_peer::{Act, FakePeer};
+use crate::cluster::clients::Clients;
+use crate::cluster::fake_peer::{Act, FakePeer};
 use crate::harness::Node;
-use crate::seeded::Cluster;
-use crate::throttle::Throttle;
-use crate::wire::eventually;
+use crate::harness::backup_files::backup_of;
+use crate::harness::cluster::broker::{Broker, check, replica_at};
+use crate::harness::cluster::seeded::Cluster;
+use crate::harness::cluster::throttle::Throttle;
+use crate::harness::wire::eventually;
 
 /// A replica with a data directory of its own, that writes snapshots all the time.
 fn keeping(broker: &Broker, root: &Path, index: usize) -> Command {
@@ -31,7 +31,7 @@ fn keeping(broker: &Broker, root: &Path, index: usize) -> Command {
 async fn started(clients: &Clients, index: usize, command: &mut Command) -> Node {
     let node = Node::launch(command).await;
     clients.replaced(index, &node);
-    status_where(&node, "ready", |status| status["state"] == "ready").await;
+    node.in_state("ready").await;
     node
 }
 
@@ -87,7 +87,7 @@ async fn replicas_that_are_all_killed_at_once_come_back_with_all_that_was_answer
     let nodes: Vec<&Node> = nodes.iter().collect();
     check(&broker.client().await, &nodes, &answered).await;
     for node in nodes {
-        let status = node.ops("/status").await.json();
+        let status = node.status().await;
         let source = status["restore"]["source"].as_str().unwrap();
         assert!(source.ends_with(".csv.gz"), "{source}");
     }
@@ -130,7 +130,7 @@ async fn one_survivor_serves_two_at_once() {
     // Each of the two appends an empty batch.
     let end = answered.last().unwrap().position + 2;
     for node in [&one, &other] {
-        let status = at(node, end).await;
+        let status = node.ready_at(end).await;
         assert_eq!(status["restore"]["source"], throttle.url());
     }
     cluster.check(&[&survivor, &one, &other], &answered).await;
@@ -150,7 +150,7 @@ async fn the_first_replica_of_a_new_log_waits_for_no_peer() {
     let mut command = replica_at(broker.address);
     let late = Node::launch(command.args(["--peer", &gone.url])).await;
     node.kill();
-    let status = status_where(&late, "ready", |status| status["state"] == "ready").await;
+    let status = late.in_state("ready").await;
     assert_eq!(
         (&status["position"], &status["records"]),
         (&(written + 1).into(), &1.into())

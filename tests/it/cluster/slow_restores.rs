@@ -11,11 +11,12 @@ use gradestore::log::{
 use gradestore::node::data_dir::Storage;
 use serde_json::Value;
 
-use crate::broker::{Broker, Load, STREAM, SUBJECT, Write, status_where};
-use crate::disk::backup_of;
-use crate::harness::{Local, Node, PASSWORD, Ports, client};
-use crate::seeded::{Cluster, serves_nothing};
-use crate::throttle::Throttle;
+use crate::harness::backup_files::backup_of;
+use crate::harness::cluster::broker::{Broker, Load, STREAM, SUBJECT, Write};
+use crate::harness::cluster::client;
+use crate::harness::cluster::seeded::{Cluster, serves_nothing};
+use crate::harness::cluster::throttle::Throttle;
+use crate::harness::{Local, Node, PASSWORD, Ports};
 
 /// What a read of the log may add beyond a full buffer: as many batches as are handed out at once.
 const GIVEN_AT_ONCE: u64 = 64;
@@ -72,9 +73,9 @@ async fn publish(broker: &Broker, count: i64) {
 /// Waits until the log has gone on by so many batches.
 async fn goes_on(node: &Ports, batches: u64) {
     let position = |status: &Value| status["position"].as_u64().unwrap();
-    let now = position(&node.ops("/status").await.json());
+    let now = position(&node.status().await);
     let further = |status: &Value| position(status) >= now + batches;
-    status_where(node, "more batches", further).await;
+    node.status_where("more batches", further).await;
 }
 
 /// A seeded cluster, and a replica that has half of its peer's backup.
@@ -117,7 +118,7 @@ async fn writes_that_outrun_a_restore_take_no_more_memory_than_they_may() {
     let (mut cluster, first, throttle, late) = halfway(BYTES_MAX).await;
     let load = Load::start(&[&first], 500, usize::MAX);
     let full = |status: &Value| buffered(status).1 >= BYTES_MAX;
-    status_where(&late, "a full buffer", full).await;
+    late.status_where("a full buffer", full).await;
     goes_on(&first, 50).await;
     let status = serves_nothing(&late, &["restoring"]).await;
     let (batches, bytes) = buffered(&status);
@@ -125,14 +126,14 @@ async fn writes_that_outrun_a_restore_take_no_more_memory_than_they_may() {
     assert!(bytes < BYTES_MAX + GIVEN_AT_ONCE * largest, "{bytes}");
     // The log goes on by as much again, and the buffer does not.
     goes_on(&first, batches).await;
-    let status = late.ops("/status").await.json();
+    let status = late.status().await;
     assert_eq!(buffered(&status), (batches, bytes));
 
     throttle.open();
-    status_where(&late, "ready", |status| status["state"] == "ready").await;
+    late.in_state("ready").await;
     let answered = load.stop().await;
     cluster.check(&[&first, &late], &answered).await;
-    let status = late.ops("/status").await.json();
+    let status = late.status().await;
     assert_eq!(buffered(&status), (0, 0));
     assert_eq!(late.metric("gradestore_resyncs_total").await, Some(0.0));
 }

@@ -11,12 +11,12 @@ use gradestore::log::Chain;
 use parking_lot::Mutex;
 use tempfile::tempdir;
 
-use crate::broker::{Broker, STREAM, copy_tree};
-use crate::disk::{Held, file_with, program_on, store_of};
+use crate::harness::backup_files::{Held, file_with, program_on, store_of};
+use crate::harness::bound_by_permissions;
+use crate::harness::cluster::broker::{Broker, STREAM, copy_tree};
+use crate::harness::cluster::nats::{NatsCluster, ReservedPort};
+use crate::harness::wire::eventually;
 use crate::harness::{Node, PASSWORD, Process, collected, program, run};
-use crate::nats::{NatsCluster, ReservedPort};
-use crate::recover::bound_by_permissions;
-use crate::wire::eventually;
 
 /// The command that starts a replica on `broker` with its data in `dir`.
 pub(crate) fn replica_on(broker: &Broker, dir: &Path) -> Command {

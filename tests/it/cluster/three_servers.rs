@@ -9,12 +9,12 @@ use async_nats::jetstream::Context;
 use futures_util::TryStreamExt;
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::broker::{Answered, Load, STREAM, Write, check, status_where};
+use crate::cluster::write_health::{not_writable, writable_again};
+use crate::harness::cluster::broker::{Answered, Load, STREAM, Write, check};
+use crate::harness::cluster::nats::{Gossip, NatsCluster};
+use crate::harness::cluster::throttle::Throttle;
+use crate::harness::wire::{Answer, eventually, in_time};
 use crate::harness::{Node, Ports};
-use crate::nats::{Gossip, NatsCluster};
-use crate::throttle::Throttle;
-use crate::wire::{Answer, eventually, in_time};
-use crate::write_health::{not_writable, writable_again};
 
 const RECONNECTS: &str = "gradestore_log_reconnects_total";
 /// Of one replica, because of one leader change.
@@ -128,7 +128,7 @@ async fn progress(nodes: &[&Node], more: f64) {
 
 async fn all_ready(nodes: &[&Node]) {
     for node in nodes {
-        status_where(node, "ready", |status| status["state"] == "ready").await;
+        node.in_state("ready").await;
     }
 }
 
@@ -269,10 +269,8 @@ async fn replicas_that_read_from_an_isolated_server_recover_once_it_is_back() {
     lead_to(isolated, &cluster);
     let mut said = serde_json::Value::Null;
     let seen_and_healed = async {
-        status_where(&b, "not ready for writes", |status| {
-            status["state"] != "ready"
-        })
-        .await;
+        b.status_where("not ready for writes", |status| status["state"] != "ready")
+            .await;
         for (way, before) in ways.iter().zip(connections) {
             eventually("a connection to the isolated server", async || {
                 (way.connections() > before).then_some(())
@@ -280,7 +278,7 @@ async fn replicas_that_read_from_an_isolated_server_recover_once_it_is_back() {
             .await;
         }
         progress(&[&a], 200.0).await;
-        said = b.ops("/status").await.json();
+        said = b.status().await;
         cluster.heal(isolated);
     };
     let (c, ()) = tokio::join!(Node::launch(&mut third), seen_and_healed);
@@ -289,7 +287,7 @@ async fn replicas_that_read_from_an_isolated_server_recover_once_it_is_back() {
         loop {
             states.clear();
             for node in [&a, &b, &c] {
-                states.push(node.ops("/status").await.json());
+                states.push(node.status().await);
             }
             if states.iter().all(|status| status["state"] == "ready") {
                 return;

@@ -10,9 +10,9 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 
-use crate::broker::{Broker, STREAM, SUBJECT, at, get_at, position, replica_at, status_where};
+use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_at};
+use crate::harness::wire::{eventually, in_time};
 use crate::harness::{Node, Ports};
-use crate::wire::{eventually, in_time};
 
 const POISONED: &str = "gradestore_log_poisoned_total";
 /// Average time for one message on three replicas and the two writes around it, on a busy machine.
@@ -129,7 +129,7 @@ fn patch(user: &str, spp: usize) -> String {
 async fn check_equal(nodes: &[&Ports], position: u64, poisoned: usize, records: usize) {
     let mut digests = Vec::new();
     for node in nodes {
-        let status = at(node, position).await;
+        let status = node.ready_at(position).await;
         assert_eq!(status["records"], records);
         assert_eq!(node.metric(POISONED).await, Some(poisoned as f64));
         digests.push(status["digest"].as_str().unwrap().to_owned());
@@ -160,7 +160,7 @@ async fn unreadable_headers_are_skipped_by_all_replicas_alike() {
         let after = b.set(patch("y", index)).await.position();
         assert_eq!(after, bad + 1, "{shown}");
         for node in [&a, &b, &c] {
-            assert_eq!(get_at(node, "y", after).await["spp"], index, "{shown}");
+            assert_eq!(node.get_at("y", after).await["spp"], index, "{shown}");
         }
         check_equal(&[&a, &b, &c], after, index + 1, 2).await;
     }
@@ -205,7 +205,7 @@ async fn a_replica_that_starts_later_reads_past_unreadable_headers() {
     let after = a.set(patch("z", 1)).await.position();
     assert_eq!(after, end + 4);
     for node in [&a, &b] {
-        assert_eq!(get_at(node, "z", after).await["spp"], 1);
+        assert_eq!(node.get_at("z", after).await["spp"], 1);
     }
 }
 
@@ -236,14 +236,14 @@ async fn many_unreadable_messages_cost_few_reconnects() {
     }
     let position = a.set(patch("x", 1)).await.position();
     check_equal(&[&a, &b], position, MANY, 2).await;
-    assert_eq!(get_at(&b, "y", position).await["spp"], good);
+    assert_eq!(b.get_at("y", position).await["spp"], good);
     for (node, before) in [&a, &b].into_iter().zip(before) {
         let more = reconnects(node).await - before;
         assert!(more <= RECONNECTS_MAX, "{more} reconnects");
     }
     // The consumers that follow are of use again.
     let position = b.set(patch("x", 2)).await.position();
-    assert_eq!(get_at(&a, "x", position).await["spp"], 2);
+    assert_eq!(a.get_at("x", position).await["spp"], 2);
 }
 
 async fn reconnects(node: &Ports) -> f64 {
@@ -262,11 +262,11 @@ async fn a_replica_reconnects_after_an_unreadable_header() {
         check_equal(&[&a, &b], bad, index + 1, index).await;
         broker.kill();
         for node in [&a, &b] {
-            status_where(node, "read-only", |status| status["state"] == "read-only").await;
+            node.in_state("read-only").await;
         }
         broker.restart().await;
         for node in [&a, &b] {
-            status_where(node, "ready", |status| status["state"] == "ready").await;
+            node.in_state("ready").await;
         }
         let after = a.set(patch(&index.to_string(), 1)).await.position();
         assert_eq!(after, bad + 1);
@@ -278,7 +278,7 @@ async fn a_replica_reconnects_after_an_unreadable_header() {
 async fn readable_but_unusual_headers_are_applied() {
     let broker = Broker::start().await;
     let [a, b] = broker.replicas().await;
-    let started = position(&b).await.max(position(&a).await);
+    let started = b.applied_position().await.max(a.applied_position().await);
     let mut publisher = Publisher::connect(broker.address).await;
     let status_removed = STATUS_REMOVED.map(|(block, _)| block);
     for (index, block) in READABLE.into_iter().chain(status_removed).enumerate() {
@@ -288,7 +288,7 @@ async fn readable_but_unusual_headers_are_applied() {
         assert_eq!(published, started + index as u64 + 1, "{shown}");
         for node in [&a, &b] {
             assert_eq!(
-                get_at(node, "x", published).await["spp"],
+                node.get_at("x", published).await["spp"],
                 index + 1,
                 "{shown}"
             );

@@ -13,13 +13,13 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::broker::{Broker, STREAM, SUBJECT, replica_with, status_where};
+use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_with};
+use crate::harness::cluster::nats::NatsServer;
+use crate::harness::cluster::proxy::{Proxy, Rules};
+use crate::harness::small_disk::SmallDisk;
+use crate::harness::waiting_set;
+use crate::harness::wire::{Raw, eventually};
 use crate::harness::{Node, set_request_of};
-use crate::nats::NatsServer;
-use crate::proxy::{Proxy, Rules};
-use crate::small_disk::SmallDisk;
-use crate::stall;
-use crate::wire::{Raw, eventually};
 
 /// Since a write was refused for a reason that the broker named.
 const REASON_MAX: Duration = Duration::from_secs(5);
@@ -143,7 +143,7 @@ async fn a_stream_that_has_no_storage_left() {
         let reason = status["reason"].as_str();
         reason.is_some_and(|reason| reason.contains("resources"))
     };
-    let status = status_where(&b, "that the stream is full", full).await;
+    let status = b.status_where("that the stream is full", full).await;
     assert_eq!(status["state"], "read-only");
     b.ops("/readyz/write").await.problem(503, "not-ready");
     assert_eq!(b.ops("/readyz").await.status, 200);
@@ -262,8 +262,8 @@ async fn a_server_that_dies() {
     let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
     a.set(PATCH).await.position();
     server.signal(Signal::STOP);
-    let mut in_flight = stall::waiting_set(&a, PATCH).await;
-    let mut queued = stall::waiting_set(&a, PATCH).await;
+    let mut in_flight = waiting_set(&a, PATCH).await;
+    let mut queued = waiting_set(&a, PATCH).await;
     server.kill();
     let detail = queued.answer().await.problem(503, "not-written");
     let reason = not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
@@ -292,7 +292,7 @@ async fn reading_that_is_stuck() {
     not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
     server.reload(ALL_RIGHTS).await;
     writable_again(&a).await;
-    status_where(&a, "ready", |status| status["state"] == "ready").await;
+    a.in_state("ready").await;
 }
 
 /// A consumer that delivers nothing makes reading slow: messages are fetched.

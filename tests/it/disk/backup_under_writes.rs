@@ -8,11 +8,11 @@ use gradestore::log::{DiskLog, Log};
 use gradestore::store::Store;
 use tempfile::tempdir;
 
-use crate::disk::{
+use crate::harness::backup_files::{
     Held, Rng, backup_of, file_of, program_on, replay, restored, store_of, write_file_of,
 };
+use crate::harness::wire::Raw;
 use crate::harness::{Node, delete_request, set_request_of};
-use crate::wire::Raw;
 
 const ROWS: u64 = 30_000;
 const WRITERS: u64 = 8;

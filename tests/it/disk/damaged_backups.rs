@@ -2,19 +2,19 @@
 //! of them is kept, and it is said why.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::ops::Range;
 use std::sync::LazyLock;
 
-use flate2::Compression;
-use flate2::write::GzEncoder;
 use gradestore::backup::{Progress, read, restore};
 use gradestore::store::{Piece, Store};
 use tempfile::tempdir;
 
-use crate::backup::verify;
-use crate::disk::{Rng, backup_of, program_from, restored, store_of, write_file_of};
+use crate::disk::backup::verify;
 use crate::harness::Node;
+use crate::harness::backup_files::{
+    Rng, backup_of, gzip, program_from, restored, store_of, write_file_of,
+};
 
 /// A node's own backup of 30,000 rows.
 async fn backup() -> Vec<u8> {
@@ -216,12 +216,6 @@ fn corpus(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
             "stands in the file twice",
         ),
     ]
-}
-
-pub(crate) fn gzip(text: &[u8]) -> Vec<u8> {
-    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
-    gzip.write_all(text).unwrap();
-    gzip.finish().unwrap()
 }
 
 fn foreign_cut() -> Vec<u8> {

@@ -6,19 +6,16 @@ use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::{Batch, DiskLog, Log};
 use tempfile::tempdir;
 
-use crate::disk::{Held, backup_of, names_in, program_on, restored, store_of, write_file_of};
-use crate::harness::{Node, run, run_by};
-use crate::lines::set_lines;
-use crate::small_disk::SmallDisk;
-use crate::wire::{eventually, in_time};
+use super::file_size_limit::{assert_takes_writes, set};
+use crate::harness::backup_files::{
+    Held, backup_of, program_on, restored, store_of, write_file_of,
+};
+use crate::harness::small_disk::SmallDisk;
+use crate::harness::wire::{eventually, in_time};
+use crate::harness::{Node, run};
 
 /// Small, and larger than a segment.
 const DISK_MIB: usize = 24;
-
-async fn set(node: &Node, value: u64) -> crate::wire::Answer {
-    node.set(format!(r#"{{"user_id":"user {value}","spp":{value}}}"#))
-        .await
-}
 
 async fn assert_read_only(node: &Node, data: &Path, held: &Held) {
     for _ in 0..10 {
@@ -32,7 +29,7 @@ async fn assert_read_only(node: &Node, data: &Path, held: &Held) {
     assert_eq!(node.ops("/readyz").await.status, 200);
     let reason = node.ops("/readyz/write").await.problem(503, "not-ready");
     assert!(reason.contains("full"), "{reason}");
-    assert_eq!(node.ops("/status").await.json()["state"], "read-only");
+    assert_eq!(node.status().await["state"], "read-only");
     assert_eq!(&Held::by(node).await, held);
     // What to do about a full disk may begin with a backup.
     let (store, _) = restored(&backup_of(node).await);
@@ -45,19 +42,6 @@ async fn has_room(node: &Node) -> bool {
     assert_eq!(size, Some((DISK_MIB << 20) as f64));
     let free = node.metric("gradestore_data_dir_free_bytes").await;
     free.unwrap() >= f64::from(1 << 20)
-}
-
-async fn assert_takes_writes(node: &Node, value: u64) -> Held {
-    eventually("writes", async || {
-        (node.ops("/readyz/write").await.status == 200).then_some(())
-    })
-    .await;
-    set(node, value).await.position();
-    assert_eq!(
-        node.get(&format!("user {value}")).await.json()["spp"],
-        value
-    );
-    Held::by(node).await
 }
 
 #[tokio::test]
@@ -213,26 +197,4 @@ async fn a_log_that_fills_its_disk_goes_on_after_a_trim() {
     let log = DiskLog::open(&dir, None).unwrap();
     assert_eq!(log.end(), end);
     assert_held(&log, log.first() - 1).await;
-}
-
-#[tokio::test]
-async fn files_that_may_not_grow_are_followed_by_others() {
-    let directory = tempdir().unwrap();
-    let dir = directory.path();
-    // A step that fails half way, and not for want of room on the disk.
-    let limited = "trap '' XFSZ; exec prlimit --fsize=2621440 \"$0\" \"$@\"";
-    let mut command = run_by(&["sh", "-c", limited], &program_on(dir));
-    let node = Node::start_with(&mut command).await;
-    for number in 0..30 {
-        let line = |user| format!("{{\"user_id\":\"{user:0>250}\",\"spp\":{number}}}\n");
-        let lines: String = (0..1000).map(line).collect();
-        assert_eq!(set_lines(&node, lines).await.status, 200);
-    }
-    let held = Held::by(&node).await;
-    node.kill();
-    let files = names_in(&dir.join("log"));
-    assert!(files.len() > 2, "{files:?}");
-    let node = Node::start_with(&mut program_on(dir)).await;
-    assert_eq!(Held::by(&node).await, held);
-    assert_takes_writes(&node, 99).await;
 }

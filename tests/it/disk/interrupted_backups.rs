@@ -16,12 +16,12 @@ use gradestore::store::Piece;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::{TempDir, tempdir};
 
-use crate::backup::{backup_command, verify};
-use crate::disk::{
+use crate::disk::backup::{backup_command, verify};
+use crate::harness::backup_files::{
     ask_backup, backup_of, file_of, make_pipe, names_in, program_from, restored, store_of,
 };
+use crate::harness::wire::{PATIENCE, Raw, eventually};
 use crate::harness::{AUTHORIZATION, Local, Node, Ports, Process, collected, run, set_request_of};
-use crate::wire::{PATIENCE, Raw, eventually};
 
 /// More than the kernel holds for a client that does not read: 3.5 MB.
 const ROWS: u64 = 100_000;
@@ -98,7 +98,7 @@ async fn two_clients_that_do_not_read_make_a_third_wait_and_nobody_else() {
     let first = stalled_backup(&node).await;
     let second = stalled_backup(&node).await;
     for value in 0..3 {
-        let answer = crate::wire::Answer::of(ask_backup(&node).await).await;
+        let answer = crate::harness::wire::Answer::of(ask_backup(&node).await).await;
         let detail = answer.problem(503, "backups-running");
         assert!(detail.contains("again"), "{detail}");
         write_and_read(&node, value).await;

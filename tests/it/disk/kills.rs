@@ -7,9 +7,11 @@ use tempfile::tempdir;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::disk::{Held, Rng, backup_of, names_in, program_on, restored, store_of, write_file_of};
+use crate::harness::backup_files::{
+    Held, Rng, backup_of, names_in, program_on, restored, store_of, write_file_of,
+};
+use crate::harness::wire::{PATIENCE, Raw, eventually};
 use crate::harness::{Node, Ports, set_request_of};
-use crate::wire::{PATIENCE, Raw, eventually};
 
 const ROUNDS: u64 = 50;
 const WRITERS: usize = 6;

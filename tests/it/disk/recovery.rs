@@ -4,17 +4,15 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::{Batch, DiskLog, Log};
 use serde_json::Value;
 use tempfile::tempdir;
 
-use crate::broker::status_where;
-use crate::disk::{Held, names_in, program_on, restored, store_of, write_file_of};
-use crate::harness::{AUTHORIZATION, Node, Ports, run, run_by};
-use crate::wire::{Answer, eventually};
+use crate::harness::backup_files::{Held, names_in, program_on, restored, store_of, write_file_of};
+use crate::harness::wire::{Answer, eventually};
+use crate::harness::{AUTHORIZATION, Node, Ports, bound_by_permissions, run};
 
 /// Sets some grades and stops.
 async fn write_and_end(dir: &Path, users: std::ops::Range<u64>) -> Held {
@@ -44,7 +42,7 @@ fn damage(file: &Path) {
 
 /// The file that a node says it was restored from.
 async fn restored_from(node: &Node) -> PathBuf {
-    let restore = &node.ops("/status").await.json()["restore"];
+    let restore = &node.status().await["restore"];
     assert_eq!(restore["done"], true, "{restore}");
     restore["source"].as_str().unwrap().into()
 }
@@ -115,7 +113,7 @@ async fn a_damaged_newest_snapshot_falls_back_to_the_one_before() {
 /// Waits until a node has come to an end with starting; its `/status`.
 async fn verdict(node: &Ports) -> Value {
     let begun = ["starting", "restoring", "catching-up"];
-    status_where(node, "a verdict", |status| {
+    node.status_where("a verdict", |status| {
         !begun.contains(&status["state"].as_str().unwrap())
     })
     .await
@@ -367,17 +365,6 @@ async fn a_data_directory_that_cannot_be_one_is_named() {
             said.contains(dir.to_str().unwrap()) && said.contains("--data-dir"),
             "{said}"
         );
-    }
-}
-
-/// `command` bound by permissions, as root is not.
-pub(crate) fn bound_by_permissions(command: &Command) -> Command {
-    match rustix::process::geteuid().is_root() {
-        true => run_by(
-            &["setpriv", "--bounding-set=-all", "--inh-caps=-all"],
-            command,
-        ),
-        false => run_by(&["env"], command),
     }
 }
 

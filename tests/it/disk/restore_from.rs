@@ -9,13 +9,13 @@ use flate2::write::GzEncoder;
 use flate2::{Compression, GzBuilder};
 use tempfile::tempdir;
 
-use crate::backup::verify;
-use crate::disk::{
+use crate::disk::backup::verify;
+use crate::harness::backup_files::{
     Held, backup_of, file_of, make_pipe, names_in, program_from, program_on, store_of,
     write_file_of,
 };
+use crate::harness::wire::eventually;
 use crate::harness::{Node, run};
-use crate::wire::eventually;
 
 /// Names of columns and values as another program may write them.
 const FOREIGN: &str = "spp,\"user_id\",return_fee\r\n\
@@ -68,7 +68,7 @@ async fn a_backup_seeds_an_empty_directory_and_stays() {
     let node = Node::start_with(program_on(&dir).arg("--restore-from").arg(&seed)).await;
     assert_eq!(Held::by(&node).await, Held::in_store(&store, 77));
     assert_eq!(node.metric("gradestore_restore_rows").await, Some(5000.0));
-    let restore = &node.ops("/status").await.json()["restore"];
+    let restore = &node.status().await["restore"];
     assert_eq!(restore["source"], seed.to_str().unwrap());
     assert_eq!(
         (&restore["done"], &restore["rows"]),
@@ -112,7 +112,7 @@ async fn a_file_of_another_program_seeds_too() {
     }
     let node = Node::launch(&mut program_on(&dir)).await;
     let reason = eventually("a verdict", async || {
-        let status = node.ops("/status").await.json();
+        let status = node.status().await;
         (status["state"] == "no-source").then(|| status["reason"].to_string())
     })
     .await;
@@ -233,7 +233,7 @@ async fn a_seed_that_a_kill_interrupts_is_begun_again() {
     // What there is does not pass for a store that is empty.
     let node = Node::launch(&mut program_on(&dir)).await;
     eventually("a verdict", async || {
-        (node.ops("/status").await.json()["state"] == "no-source").then_some(())
+        (node.status().await["state"] == "no-source").then_some(())
     })
     .await;
     node.end().await;
@@ -267,7 +267,7 @@ async fn nothing_is_answered_while_a_restore_runs() {
     });
     let node = Node::launch(&mut program_from(&pipe)).await;
     let restore = eventually("some of it", async || {
-        let restore = node.ops("/status").await.json()["restore"].clone();
+        let restore = node.status().await["restore"].clone();
         (restore["rows"].as_u64() > Some(0)).then_some(restore)
     })
     .await;

@@ -9,10 +9,10 @@ use gradestore::log::{Batch, DiskLog, Log};
 use gradestore::store::Store;
 use tempfile::tempdir;
 
-use crate::disk::{Held, names_in, program_on};
-use crate::durable::assert_consistent;
+use crate::disk::kills::assert_consistent;
 use crate::harness::Node;
-use crate::wire::eventually;
+use crate::harness::backup_files::{Held, names_in, program_on};
+use crate::harness::wire::eventually;
 
 /// Makes a log of many segments, with one snapshot; the store that is the log's sum.
 async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {

@@ -1,11 +1,13 @@
 //! Data directories, backups and what is in them.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write as _};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use gradestore::backup::{
     BackupWriter, ChunkSource, FORMAT, Head, Progress, Summary, restore, rfc3339,
 };
@@ -14,8 +16,8 @@ use gradestore::log::{Chain, DiskLog, Log, Position};
 use gradestore::store::Store;
 use rustix::fs::OFlags;
 
+use crate::harness::wire::{eventually, in_time};
 use crate::harness::{ANY_PORTS, AUTHORIZATION, PASSWORD, Ports, program, run};
-use crate::wire::{eventually, in_time};
 
 /// The program on the data directory `dir`.
 pub(crate) fn program_on(dir: &Path) -> Command {
@@ -50,7 +52,7 @@ pub(crate) struct Held {
 
 impl Held {
     pub(crate) async fn by(node: &Ports) -> Self {
-        let status = node.ops("/status").await.json();
+        let status = node.status().await;
         Self {
             position: status["position"].as_u64().unwrap(),
             records: status["records"].as_u64().unwrap(),
@@ -239,4 +241,11 @@ pub(crate) fn time_named(disposition: &str) -> String {
 pub(crate) fn now() -> String {
     let since = std::time::UNIX_EPOCH.elapsed().unwrap();
     rfc3339(u64::try_from(since.as_nanos()).unwrap())
+}
+
+/// `text` as one gzip member.
+pub(crate) fn gzip(text: &[u8]) -> Vec<u8> {
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
+    gzip.write_all(text).unwrap();
+    gzip.finish().unwrap()
 }

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -10,7 +11,13 @@ use gradestore::log::{
     AppendError, Batch, Entry, Log, LogId, MemoryLog, Position, RandomId, ReadError, Seq,
     Subscription,
 };
+use gradestore::node::config::Config;
 use tokio::sync::watch;
+
+use super::Local;
+
+/// Patches that wait in the queue of a node on a [`HeldLog`].
+pub(crate) const QUEUE_PATCHES_MAX: usize = 3;
 
 /// A memory log behind a gate.
 pub(crate) struct HeldLog {
@@ -120,4 +127,22 @@ impl Subscription for HeldSubscription {
         }
         .boxed()
     }
+}
+
+/// A node with room for few writes, on a log that gives nothing back yet.
+pub(crate) async fn start(wait_max: Duration) -> (Arc<HeldLog>, Local) {
+    start_with(|config| config.writer.wait_max = wait_max).await
+}
+
+/// The same with limits of the test's own.
+pub(crate) async fn start_with(adjust: impl FnOnce(&mut Config)) -> (Arc<HeldLog>, Local) {
+    let origin = RandomId::random().unwrap();
+    let log = HeldLog::new(origin);
+    let node = Local::run(log.clone(), origin, |config| {
+        config.writer.queue_requests_max = QUEUE_PATCHES_MAX;
+        config.writer.batch_patches_max = 1;
+        adjust(config);
+    });
+    let node = node.await;
+    (log, node)
 }

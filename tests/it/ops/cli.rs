@@ -3,9 +3,9 @@
 use std::net::TcpListener;
 use std::process::{Command, Output};
 
-use crate::disk::{names_in, program_on};
+use crate::harness::backup_files::{names_in, program_on};
+use crate::harness::wire::eventually;
 use crate::harness::{ANY_PORTS, Node, PASSWORD, program, run};
-use crate::wire::eventually;
 
 /// What a run that must fail to start says.
 #[track_caller]
@@ -106,7 +106,7 @@ async fn ephemeral_is_yes_or_no_and_nothing_is_no() {
     for (value, kind) in [("", "disk"), ("No", "disk"), ("1", "memory")] {
         let mut command = program_on(directory.path());
         let node = Node::start_with(command.env("GRADESTORE_EPHEMERAL", value)).await;
-        let status = node.ops("/status").await.json();
+        let status = node.status().await;
         assert_eq!(status["log_kind"], kind, "{value:?}");
     }
 }
@@ -214,35 +214,6 @@ async fn a_flag_beats_its_variable_and_a_file_may_hold_the_password() {
 }
 
 #[tokio::test]
-async fn a_password_that_was_made_is_shown_in_lines_that_work() {
-    // A name that a shell would read otherwise.
-    let name = "o'neill $HOME";
-    let node = Node::start_with(program().args(ANY_PORTS).args(["--username", name])).await;
-    let said = eventually("two curl lines", async || {
-        let said = node.stdout.lock().clone();
-        (said.matches("curl").count() == 2).then_some(said)
-    })
-    .await;
-    let lines = &said[said.find("  curl").unwrap()..];
-    let mut shell = Command::new("sh");
-    let sent = run(shell.args(["-e", "-c", lines]).env("NO_PROXY", "*"));
-    assert!(sent.status.success(), "{sent:?}");
-    let got = String::from_utf8(sent.stdout).unwrap();
-    assert_eq!(got, node.get("alice").await.body);
-    assert_eq!(node.get("alice").await.json()["spp"], 5);
-
-    let (_, password) = said.split_once("$HOME:").unwrap();
-    let password = password.split('\'').next().unwrap();
-    assert!(password.len() >= 20, "{password}");
-    assert!(!node.stderr.lock().contains(password));
-    let other = Node::start_with(program().args(ANY_PORTS)).await;
-    let said = eventually("a password", async || {
-        Some(other.stdout.lock().clone()).filter(|said| said.contains("admin:"))
-    });
-    assert!(!said.await.contains(password), "made again");
-}
-
-#[tokio::test]
 async fn the_password_is_said_nowhere() {
     let mut command = program();
     command
@@ -311,5 +282,35 @@ fn help_and_version_are_printed() {
     ];
     for flag in flags {
         assert_names(&said(&["serve", "--help"]), &flag);
+    }
+}
+
+#[test]
+fn replicas_need_a_password_and_a_broker_flag_needs_a_broker() {
+    let said = |arguments: &[&str]| {
+        let output = run(program().args(ANY_PORTS).args(arguments));
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let alone = said(&["--nats-url", "127.0.0.1:1"]);
+    assert!(alone.contains("--nats-url needs a password"), "{alone}");
+    for flag in [
+        ["--stream", "X"],
+        ["--replicas", "3"],
+        ["--log-retention", "1h"],
+    ] {
+        let alone = said(&flag);
+        assert!(alone.contains("--nats-url"), "{alone}");
+    }
+    for flag in [
+        ["--stream", "a.b"],
+        ["--replicas", "6"],
+        ["--log-retention", "1s"],
+    ] {
+        let wrong = said(&flag);
+        assert!(
+            wrong.contains(flag[0]) && wrong.contains("GRADESTORE_"),
+            "{wrong}"
+        );
     }
 }

@@ -2,9 +2,9 @@
 
 use tempfile::tempdir;
 
-use crate::disk::program_on;
 use crate::harness::Node;
-use crate::wire::{Answer, PATIENCE, eventually};
+use crate::harness::backup_files::program_on;
+use crate::harness::wire::{Answer, PATIENCE, eventually};
 
 #[tokio::test]
 async fn a_node_says_that_it_lives_and_is_ready() {
@@ -26,7 +26,7 @@ async fn a_node_says_that_it_lives_and_is_ready() {
 #[tokio::test]
 async fn status_tells_what_the_node_holds() {
     let node = Node::start().await;
-    let empty = node.ops("/status").await.json();
+    let empty = node.status().await;
     assert_eq!(empty["state"], "ready");
     assert_eq!(empty["log_kind"], "memory");
     assert_eq!(empty["version"], env!("CARGO_PKG_VERSION"));
@@ -37,7 +37,7 @@ async fn status_tells_what_the_node_holds() {
     ] {
         node.set(patch).await.position();
     }
-    let one = node.ops("/status").await.json();
+    let one = node.status().await;
     for (name, value) in [
         ("records", 1),
         ("position", 2),
@@ -160,7 +160,7 @@ async fn a_snapshot_has_no_age_before_it_is_there() {
     let age = async |node: &Node| {
         let name = "gradestore_snapshot_age_seconds";
         let age = node.metric(name).await.unwrap();
-        let snapshot = node.ops("/status").await.json()["snapshot"].clone();
+        let snapshot = node.status().await["snapshot"].clone();
         assert_eq!(snapshot.is_null(), age.is_nan(), "{age}: {snapshot}");
         age
     };
@@ -178,4 +178,41 @@ async fn a_snapshot_has_no_age_before_it_is_there() {
     assert!((0.0..PATIENCE.as_secs_f64()).contains(&young), "{young}");
     let older = async || (age(&node).await > young).then_some(());
     eventually("a greater age", older).await;
+}
+
+#[tokio::test]
+async fn the_page_is_small_and_is_all_there_is() {
+    let node = Node::start().await;
+    let answer = node.ops("/").await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.header("content-type"), "text/html; charset=utf-8");
+    assert_eq!(answer.header("cache-control"), "no-store");
+    assert_eq!(answer.header("x-content-type-options"), "nosniff");
+    assert!(answer.body.len() < 20_000, "{}", answer.body.len());
+    let policy = answer.header("content-security-policy");
+    let parts: Vec<&str> = policy.split("; ").collect();
+    for part in [
+        "default-src 'none'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ] {
+        assert!(parts.contains(&part), "{part} in {policy}");
+    }
+    assert!(
+        !policy.contains("unsafe") && !policy.contains('*'),
+        "{policy}"
+    );
+    for part in ["script-src 'sha256-", "style-src 'sha256-"] {
+        assert!(policy.contains(part), "{part} in {policy}");
+    }
+    // Nothing is fetched from anywhere but here.
+    for outside in ["http://", "https://", "//cdn", "@import", "url("] {
+        let namespace = "xmlns='http://www.w3.org/2000/svg'";
+        let body = answer.body.replace(namespace, "");
+        assert!(!body.contains(outside), "{outside}");
+    }
+    let request = node.client.post(format!("http://{}/", node.ops));
+    let answer = Answer::of(request.send().await.unwrap()).await;
+    answer.problem(405, "method-not-allowed");
 }

@@ -13,11 +13,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::spawn_blocking;
 
-use crate::broker::delete;
-use crate::damaged::gzip;
-use crate::disk::{Held, backup_of, file_of, program_on, store_of};
+use crate::harness::backup_files::gzip;
+use crate::harness::backup_files::{Held, backup_of, file_of, program_on, store_of};
+use crate::harness::wire::{eventually, in_time};
 use crate::harness::{Local, Node, PASSWORD, Ports, half_sent_lines, program, run};
-use crate::wire::{eventually, in_time};
 
 fn command(file: &Path, to: &str) -> Command {
     let mut command = program();
@@ -68,7 +67,7 @@ async fn a_backup_of_one_node_makes_another_equal() {
         let patch = json!({"user_id": user, "spp": i64::MIN, "return_fee": i64::MAX});
         one.set(patch.to_string()).await.position();
     }
-    delete(&one, "user+7").await.position();
+    one.delete("user+7").await.position();
     let held = Held::by(&one).await;
     assert_eq!(held.records, 10_003);
 

@@ -5,15 +5,14 @@ use std::collections::BTreeSet;
 use http::{HeaderMap, HeaderValue};
 use serde_json::Value;
 
-use crate::broker::{Broker, replica_at, status_where};
+use crate::harness::wire::{Answer, eventually};
 use crate::harness::{ANY_PORTS, AUTHORIZATION, Node, PASSWORD, program, run};
-use crate::wire::{Answer, eventually};
 
-const ID: &str = "x-request-id";
+pub(crate) const ID: &str = "x-request-id";
 const PATCH: &str = r#"{"user_id":"alice","spp":1}"#;
 
 /// Asks a node for `what`, a method, a port and a path; the answer.
-async fn ask(node: &Node, what: &str, headers: &HeaderMap) -> Answer {
+pub(crate) async fn ask(node: &Node, what: &str, headers: &HeaderMap) -> Answer {
     let [method, port, path] = what.split(' ').collect::<Vec<_>>().try_into().unwrap();
     let port = match port {
         "write" => node.write,
@@ -31,7 +30,7 @@ async fn ask(node: &Node, what: &str, headers: &HeaderMap) -> Answer {
     Answer::of(request.send().await.unwrap()).await
 }
 
-fn with(ids: &[&[u8]], authorized: bool) -> HeaderMap {
+pub(crate) fn with(ids: &[&[u8]], authorized: bool) -> HeaderMap {
     let mut headers = HeaderMap::new();
     for id in ids {
         headers.append(ID, HeaderValue::from_bytes(id).unwrap());
@@ -43,8 +42,8 @@ fn with(ids: &[&[u8]], authorized: bool) -> HeaderMap {
 }
 
 /// What succeeds where nobody asks for a name, and all else.
-const HOT: [&str; 2] = ["POST write /set", "GET read /get?user_id=alice"];
-const OTHERS: [&str; 9] = [
+pub(crate) const HOT: [&str; 2] = ["POST write /set", "GET read /get?user_id=alice"];
+pub(crate) const OTHERS: [&str; 9] = [
     "GET write /backup",
     "GET read /get?user_id=nobody",
     "GET read /get",
@@ -97,7 +96,7 @@ async fn a_request_that_has_a_name_keeps_it_and_others_get_one_where_it_is_of_us
 }
 
 /// Waits until a node has said a line with all of `parts`; the line.
-async fn line(node: &Node, parts: &[&str]) -> String {
+pub(crate) async fn line(node: &Node, parts: &[&str]) -> String {
     eventually(&format!("a line with {parts:?}"), async || {
         let said = node.stderr.lock();
         let mut lines = said.lines();
@@ -105,52 +104,6 @@ async fn line(node: &Node, parts: &[&str]) -> String {
         found.map(str::to_owned)
     })
     .await
-}
-
-#[tokio::test]
-async fn a_request_that_failed_is_in_the_log_under_its_name() {
-    let mut broker = Broker::start().await;
-    let node = Node::start_with(&mut replica_at(broker.address)).await;
-    broker.kill();
-    status_where(&node, "read-only", |status| status["state"] == "read-only").await;
-
-    ask(&node, HOT[0], &with(&[b"by-name"], true))
-        .await
-        .problem(503, "not-written");
-    let said = line(&node, &["request failed", r#"request_id="by-name""#]).await;
-    for part in [
-        "WARN",
-        r#"route="/set""#,
-        "status=503",
-        r#"problem="not-written""#,
-        // How it learnt that the broker is away is a race.
-        "detail=nothing was written: ",
-        "took_ms=",
-    ] {
-        assert!(said.contains(part), "{part}: {said}");
-    }
-    let answer = ask(&node, HOT[0], &with(&[], false)).await;
-    answer.problem(401, "unauthorized");
-    line(&node, &["request failed", answer.header(ID), "status=401"]).await;
-
-    // What is no failure of the node, or is asked to be told, is not logged.
-    for (what, status) in [(OTHERS[1], 404), ("GET ops /readyz/write", 503)] {
-        assert_eq!(
-            ask(&node, what, &with(&[b"unlogged"], false)).await.status,
-            status
-        );
-    }
-    // Another one that is, so that they would have been.
-    ask(&node, HOT[0], &with(&[b"last"], true))
-        .await
-        .problem(503, "not-written");
-    line(&node, &[r#"request_id="last""#]).await;
-    let said = node.stderr.lock();
-    assert!(!said.contains("request_id=\"unlogged\""), "{said}");
-    assert!(
-        !said.contains("alice") && !said.contains(PASSWORD),
-        "{said}"
-    );
 }
 
 #[tokio::test]

@@ -11,14 +11,12 @@ use gradestore::store::Store;
 use serde_json::Value;
 use tempfile::tempdir;
 
-use crate::broker::{Broker, SUBJECT, at, delete, get_at, replica_at, status_where};
-use crate::disk::{Held, file_with, program_on};
+use crate::harness::backup_files::{Held, file_with, program_on};
+use crate::harness::wire::Answer;
 use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, program, run, run_by};
-use crate::lines::set_lines;
-use crate::wire::{Answer, eventually, in_time};
 
 /// What a node may take beyond what it takes with no records.
-const ROOM_BYTES: u64 = 18 << 20;
+pub(crate) const ROOM_BYTES: u64 = 18 << 20;
 /// The program accepts no smaller limit.
 const MAX_BYTES_MIN: u64 = 16 << 20;
 /// More than have room in [`ROOM_BYTES`].
@@ -45,15 +43,15 @@ fn lines(users: Range<usize>) -> String {
 }
 
 /// What this build of the program takes with no records.
-async fn idle_bytes() -> u64 {
+pub(crate) async fn idle_bytes() -> u64 {
     let mut command = program();
     command.env("GRADESTORE_PASSWORD", PASSWORD).args(ANY_PORTS);
     let node = Node::start_with(at_once(&mut command)).await;
-    let status = node.ops("/status").await.json();
+    let status = node.status().await;
     status["memory_used_bytes"].as_u64().unwrap()
 }
 
-fn limited(command: &mut Command, bytes: u64) -> &mut Command {
+pub(crate) fn limited(command: &mut Command, bytes: u64) -> &mut Command {
     at_once(command).env("GRADESTORE_MEMORY_MAX", bytes.to_string())
 }
 
@@ -64,9 +62,9 @@ fn at_once(command: &mut Command) -> &mut Command {
 }
 
 /// Adds users until one is refused; how many there are then, and the refusal.
-async fn fill(node: &Ports, mut users: usize) -> (usize, Answer) {
+pub(crate) async fn fill(node: &Ports, mut users: usize) -> (usize, Answer) {
     for _ in 0..2 * USERS_MAX / USERS {
-        let answer = set_lines(node, lines(users..users + USERS)).await;
+        let answer = node.set_lines(lines(users..users + USERS)).await;
         users += answer.json()["accepted"].as_u64().unwrap() as usize;
         // After a timeout of the log, continue with the users that were not accepted.
         if ![200, 503, 504].contains(&answer.status) {
@@ -77,11 +75,11 @@ async fn fill(node: &Ports, mut users: usize) -> (usize, Answer) {
     panic!("never full, and only {users} users were accepted");
 }
 
-async fn create(node: &Ports, user: &str) -> Answer {
+pub(crate) async fn create(node: &Ports, user: &str) -> Answer {
     node.set(format!(r#"{{"user_id":"{user}","spp":1}}"#)).await
 }
 
-fn is_full(status: &Value) -> bool {
+pub(crate) fn is_full(status: &Value) -> bool {
     status["full"] == true && status["creates"] == false
 }
 
@@ -104,7 +102,7 @@ async fn above_its_limit_a_node_refuses_new_users_alone() {
     let held = Held::by(&node).await;
     assert_eq!(held.records, users as u64);
 
-    let status = status_where(&node, "full", is_full).await;
+    let status = node.status_where("full", is_full).await;
     assert_eq!(status["memory_max_bytes"], max_bytes);
     assert!(status["memory_used_bytes"].as_u64().unwrap() > max_bytes / 100 * 95);
     assert_eq!(
@@ -124,9 +122,9 @@ async fn above_its_limit_a_node_refuses_new_users_alone() {
     let detail = create(&node, "new").await.problem(507, "store-full");
     assert!(detail.contains("delete users"), "{detail}");
     create(&node, "user-1").await.position();
-    assert_eq!(set_lines(&node, self::lines(0..1500)).await.status, 200);
+    assert_eq!(node.set_lines(self::lines(0..1500)).await.status, 200);
     let mixed = "\n{\"user_id\":\"user-2\",\"spp\":77}\n{\"user_id\":\"new\",\"spp\":1}\n";
-    let refusal = set_lines(&node, mixed).await;
+    let refusal = node.set_lines(mixed).await;
     refusal.problem(507, "store-full");
     let problem = refusal.json();
     assert_eq!(
@@ -135,7 +133,7 @@ async fn above_its_limit_a_node_refuses_new_users_alone() {
     );
     assert_eq!(node.get("user-2").await.json()["spp"], i64::MIN);
     node.get("new").await.problem(404, "user-unknown");
-    delete(&node, "user-3").await.position();
+    node.delete("user-3").await.position();
     node.get("user-3").await.problem(404, "user-unknown");
     let refused = r#"gradestore_http_requests_total{route="/set",status="507"}"#;
     assert_eq!(node.metric(refused).await, Some(1.0));
@@ -146,85 +144,13 @@ async fn above_its_limit_a_node_refuses_new_users_alone() {
     let less = max_bytes - (ROOM_BYTES - MAX_BYTES_MIN);
     let node = Node::start_with(limited(&mut program_on(dir.path()), less)).await;
     assert_eq!(Held::by(&node).await, held);
-    status_where(&node, "full", is_full).await;
+    node.status_where("full", is_full).await;
     create(&node, "new").await.problem(507, "store-full");
     create(&node, "user-1").await.position();
     // Nothing but the limit keeps it from taking new users.
     node.kill();
     let node = Node::start_with(&mut program_on(dir.path())).await;
     create(&node, "new").await.position();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn replicas_refuse_new_users_while_a_ready_peer_is_full() {
-    let max_bytes = idle_bytes().await + ROOM_BYTES;
-    let broker = Broker::start().await;
-    let smallest = Node::start_with(limited(&mut replica_at(broker.address), max_bytes)).await;
-    let small = Node::start_with(limited(&mut replica_at(broker.address), 2 * max_bytes)).await;
-    let large = broker.replica().await;
-    let nodes = [&smallest, &small, &large];
-
-    // Through the largest one: it can know only from the smallest that there is no room.
-    let (users, refusal) = fill(&large, 0).await;
-    let detail = refusal.problem(507, "store-full");
-    let url = format!("http://{}", smallest.write);
-    assert!(detail.contains(&url), "{detail}");
-    for node in nodes {
-        status_where(node, "no creates", |status| status["creates"] == false).await;
-        create(node, "new").await.problem(507, "store-full");
-        create(node, "user-1").await.position();
-    }
-    let [full, ..] = nodes.map(|node| async { node.ops("/status").await.json() });
-    assert!(is_full(&full.await));
-    let status = large.ops("/status").await.json();
-    assert_eq!(status["full"], false);
-    let peers = status["peers"].as_array().unwrap();
-    let full: Vec<_> = peers.iter().filter(|peer| peer["full"] == true).collect();
-    assert_eq!(full.len(), 1, "{peers:?}");
-    assert_eq!(full[0]["url"], url);
-
-    // Nothing is refused when it is applied: all hold the same.
-    let position = create(&large, "user-2").await.position();
-    let mut digests = Vec::new();
-    for node in nodes {
-        digests.push(at(node, position).await["digest"].clone());
-    }
-    assert!(digests.iter().all(|digest| *digest == digests[0]));
-    assert_eq!(at(&large, position).await["records"], users);
-
-    // Deletes make room, on all. Nearly all users: on a busy machine many are added before the writer
-    // hears that there is no room.
-    let client = broker.client().await;
-    for first in (0..users / 10 * 9).step_by(1000) {
-        let delete = |user| format!(r#"{{"delete":"user-{user}"}}"#);
-        let deletes: Vec<String> = (first..first + 1000).map(delete).collect();
-        let payload = format!("[{}]", deletes.join(","));
-        let published = client.publish(SUBJECT, payload.into());
-        in_time("an ack", async { published.await.unwrap().await })
-            .await
-            .unwrap();
-    }
-    for (number, node) in nodes.into_iter().enumerate() {
-        let new = format!("new-{number}");
-        let position = eventually("a new user", async || {
-            let answer = create(node, &new).await;
-            (answer.status == 204).then(|| answer.position())
-        })
-        .await;
-        assert_eq!(get_at(&smallest, &new, position).await["spp"], 1);
-    }
-    let status = status_where(&smallest, "not full", |status| status["full"] == false).await;
-    assert!(status["memory_used_bytes"].as_u64() < status["memory_bytes"].as_u64());
-
-    // A peer that is gone is full no more.
-    fill(&small, users).await;
-    status_where(&large, "no creates", |status| status["creates"] == false).await;
-    create(&large, "newer").await.problem(507, "store-full");
-    smallest.kill();
-    eventually("a new user", async || {
-        (create(&large, "newer").await.status == 204).then_some(())
-    })
-    .await;
 }
 
 /// A backup that says that it has more rows than any machine has memory for.
@@ -284,7 +210,7 @@ async fn a_share_is_of_the_lowest_limit_and_what_is_limited_is_counted() {
     command.arg("--memory-max=50%");
     let limit = ["prlimit", "--as=4000000000"];
     let node = Node::start_with(&mut run_by(&limit, &command)).await;
-    let status = node.ops("/status").await.json();
+    let status = node.status().await;
     assert_eq!(status["memory_max_bytes"], 2_000_000_000_u64);
     let limit = node.metric("gradestore_memory_limit_bytes").await;
     assert_eq!(limit, Some(4e9));

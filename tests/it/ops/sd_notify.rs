@@ -2,32 +2,27 @@
 
 use std::process::{Command, Stdio};
 
-use rustix::process::Signal;
 use tempfile::TempDir;
 use tokio::net::UnixDatagram;
 
-use crate::broker::{replica_at, status_where};
-use crate::disk::backup_of;
+use crate::harness::wire::in_time;
 use crate::harness::{ANY_PORTS, Node, PASSWORD, Process, program};
-use crate::seeded::Cluster;
-use crate::throttle::Throttle;
-use crate::wire::in_time;
 
 /// Where systemd would listen.
-struct Supervisor {
+pub(crate) struct Supervisor {
     socket: UnixDatagram,
     dir: TempDir,
 }
 
 impl Supervisor {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = UnixDatagram::bind(dir.path().join("notify")).unwrap();
         Self { socket, dir }
     }
 
     /// Lets `command` know of it.
-    fn over<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+    pub(crate) fn over<'a>(&self, command: &'a mut Command) -> &'a mut Command {
         command.env("NOTIFY_SOCKET", self.dir.path().join("notify"))
     }
 
@@ -41,62 +36,13 @@ impl Supervisor {
     }
 
     /// All that is told until a line is `last`.
-    async fn until(&self, last: impl Fn(&str) -> bool) -> Vec<String> {
+    pub(crate) async fn until(&self, last: impl Fn(&str) -> bool) -> Vec<String> {
         let mut told = Vec::new();
         while !told.iter().any(|line: &String| last(line)) {
             told.extend(self.told().await);
         }
         told
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_node_is_started_when_it_answers_reads_and_asks_for_time_until_then() {
-    let mut cluster = Cluster::of(30_000).await;
-    let throttle = Throttle::to_nobody(u64::MAX).await;
-    let first = cluster.first_behind(&throttle).await;
-    cluster.write(&first, 3).await;
-    throttle.limit(backup_of(&first).await.len() as u64 / 2);
-    let supervisor = Supervisor::new();
-    let mut command = replica_at(cluster.broker.address);
-    let mut late = Node::launch(supervisor.over(&mut command)).await;
-    throttle.reached(1).await;
-    status_where(&late, "rows", |status| {
-        status["restore"]["rows"].as_u64() > Some(0)
-    })
-    .await;
-
-    let rows = |line: &str| {
-        line.starts_with("STATUS=restoring: ") && line.ends_with(" of about 30000 rows")
-    };
-    let told = supervisor.until(rows).await;
-    assert!(
-        told.iter()
-            .any(|line| line == "EXTEND_TIMEOUT_USEC=30000000"),
-        "{told:?}"
-    );
-    // Later ones too: the timeout is extended again and again.
-    let told = [
-        told,
-        supervisor.until(|line| line.starts_with("EXTEND_")).await,
-    ]
-    .concat();
-    assert!(
-        !told.iter().any(|line| line.starts_with("READY")),
-        "{told:?}"
-    );
-    assert_eq!(late.ops("/readyz").await.status, 503);
-
-    throttle.open();
-    supervisor.until(|line| line == "READY=1").await;
-    assert_eq!(late.ops("/readyz").await.status, 200);
-    late.signal(Signal::TERM);
-    let told = supervisor.until(|line| line == "STOPPING=1").await;
-    assert!(
-        told.iter().any(|line| line == "STATUS=stopping"),
-        "{told:?}"
-    );
-    assert_eq!(late.exit().await.code(), Some(0));
 }
 
 #[tokio::test]

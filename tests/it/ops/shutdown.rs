@@ -11,11 +11,14 @@ use rustix::process::Signal;
 use tempfile::tempdir;
 use tokio::net::TcpStream;
 
-use crate::disk::{names_in, open_pipe, rest_of, restored, store_of, write_file_of};
+use crate::harness::backup_files::{
+    names_in, open_pipe, rest_of, restored, store_of, write_file_of,
+};
+use crate::harness::held_log::HeldLog;
+use crate::harness::held_log::{start, start_with};
+use crate::harness::waiting_set;
+use crate::harness::wire::{PATIENCE, Raw, eventually};
 use crate::harness::{Local, Node, Ports, get_request, half_sent_set, opening};
-use crate::held_log::HeldLog;
-use crate::stall::{start, start_with, waiting_set};
-use crate::wire::{PATIENCE, Raw, eventually};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 

@@ -12,7 +12,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 
-use crate::broker::FIELDS;
+use crate::harness::cluster::broker::FIELDS;
 
 /// What a read sees, by field; 0 is a field that was never set.
 pub(crate) type Values = [i64; FIELDS.len()];

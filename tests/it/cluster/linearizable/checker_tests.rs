@@ -5,7 +5,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::checker::{Did, Op, State, keys, linearizable, shortest};
-use crate::broker::FIELDS;
+use crate::harness::cluster::broker::FIELDS;
 
 type Fields = [Option<i64>; FIELDS.len()];
 

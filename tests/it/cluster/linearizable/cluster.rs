@@ -11,11 +11,11 @@ use tempfile::TempDir;
 use super::checker::{Did, Op, linearizable, shortest};
 use super::history::{Asked, Outcome, REPLICAS, Record, Recorder, USERS, user_id};
 use super::order::Order;
-use crate::broker::{Broker, STREAM, replica_at};
 use crate::harness::Node;
-use crate::proxy::Proxy;
-use crate::seeded::Truth;
-use crate::wire::eventually;
+use crate::harness::cluster::broker::{Broker, STREAM, replica_at};
+use crate::harness::cluster::proxy::Proxy;
+use crate::harness::cluster::seeded::Truth;
+use crate::harness::wire::eventually;
 
 /// The replica that has a disk.
 pub(super) const KEEPS: usize = 2;
@@ -76,7 +76,7 @@ impl Cluster {
 
     /// Makes the stream forget what a replica that is cut off needs next.
     pub(super) async fn trim_beyond(&mut self, index: usize) {
-        let status = self.node(index).ops("/status").await.json();
+        let status = self.node(index).status().await;
         let position = status["position"].as_u64().unwrap();
         self.truth.read(&self.broker.client().await).await;
         let context = self.broker.client().await;

@@ -9,10 +9,10 @@ use serde_json::{Map, Value};
 use tokio::task::JoinSet;
 
 use super::checker::{State, keys};
-use crate::broker::FIELDS;
-use crate::disk::Rng;
+use crate::harness::backup_files::Rng;
+use crate::harness::cluster::broker::FIELDS;
+use crate::harness::wire::{Answer, eventually, in_time};
 use crate::harness::{AUTHORIZATION, Ports};
-use crate::wire::{Answer, eventually, in_time};
 
 pub(crate) const REPLICAS: usize = 3;
 /// Few, so that clients meet.

@@ -30,7 +30,7 @@ use rustix::process::Signal;
 
 use self::cluster::{Cluster, KEEPS};
 use self::history::REPLICAS;
-use crate::proxy::Rules;
+use crate::harness::cluster::proxy::Rules;
 
 /// So many answers between two faults.
 const SOME: usize = 100;

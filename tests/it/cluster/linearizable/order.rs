@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::checker::{State, keys};
 use super::history::{Asked, Outcome, REPLICAS, Record, USERS, user_id};
-use crate::broker::Logged;
+use crate::harness::cluster::broker::Logged;
 
 /// A log and what clients recorded of it.
 pub(crate) struct Order<'a> {

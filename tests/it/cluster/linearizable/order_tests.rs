@@ -6,7 +6,7 @@ use std::panic::catch_unwind;
 use super::checker::State;
 use super::history::{Asked, Outcome, Record, user_id};
 use super::order::Order;
-use crate::broker::{Logged, Write};
+use crate::harness::cluster::broker::{Logged, Write};
 
 fn set(replica: usize, begun: u64, value: i64, outcome: Outcome) -> Record {
     let fields = [Some(value), None, None, None];

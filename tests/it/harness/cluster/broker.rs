@@ -15,13 +15,14 @@ use async_nats::jetstream::{self, Context};
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 use gradestore::log::RandomId;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
-use crate::harness::{ANY_PORTS, AUTHORIZATION, Node, PASSWORD, Ports, program};
-use crate::nats::NatsServer;
-use crate::wire::{Answer, eventually, in_time};
+use crate::harness::cluster::nats::NatsServer;
+use crate::harness::wire::{Answer, in_time};
+use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, program};
 
 /// As tests/install-nats.sh puts it there.
 pub(crate) const NATS_SERVER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/.tools/bin/nats-server");
@@ -207,15 +208,6 @@ impl Write {
     }
 }
 
-/// `DELETE /set`, as it should be done.
-pub(crate) async fn delete(node: &Ports, user: &str) -> Answer {
-    let request = node
-        .client
-        .delete(format!("http://{}/set?user_id={user}", node.write))
-        .header("authorization", AUTHORIZATION);
-    Answer::of(in_time("DELETE /set", request.send()).await.unwrap()).await
-}
-
 /// Often enough that users go, seldom enough that there are some at any time.
 const DELETE_EVERY: usize = 29;
 
@@ -274,10 +266,7 @@ async fn write(
             value: (id * 1_000_000_000 + count) as i64,
         };
         let (answer, write) = match (count + id).is_multiple_of(DELETE_EVERY) {
-            true => (
-                delete(&ports, &write.user).await,
-                Logged::Delete(write.user),
-            ),
+            true => (ports.delete(&write.user).await, Logged::Delete(write.user)),
             false => (ports.set(write.json()).await, write.into()),
         };
         match answer.status {
@@ -291,18 +280,6 @@ async fn write(
         }
     }
     answered
-}
-
-/// `GET /get` that waits until the node has come to `position`.
-pub(crate) async fn get_at(node: &Ports, user: &str, position: u64) -> Value {
-    let request = node
-        .client
-        .get(format!("http://{}/get?user_id={user}", node.read))
-        .header("grade-position", position);
-    let answer = in_time("GET /get", request.send()).await.unwrap();
-    let answer = Answer::of(answer).await;
-    assert_eq!(answer.status, 200, "{}", answer.body);
-    answer.json()
 }
 
 /// The stream as a plain program reads it: each message's writes, the first one's first.
@@ -371,11 +348,11 @@ pub(crate) async fn check(broker: &Context, nodes: &[&Node], answered: &[Answere
     let end = log.len() as u64;
     let mut digests = BTreeSet::new();
     for node in nodes {
-        let status = at(node, end).await;
+        let status = node.ready_at(end).await;
         assert_eq!(status["records"], folded.len());
         digests.insert(status["digest"].as_str().unwrap().to_owned());
         for (user, values) in &folded {
-            let grade = get_at(node, user, end).await;
+            let grade = node.get_at(user, end).await;
             let found = FIELDS.map(|field| grade[field].as_i64().unwrap());
             assert_eq!(found, *values, "{user}");
         }
@@ -408,30 +385,34 @@ pub(crate) fn none_twice<'a>(log: impl Iterator<Item = &'a Logged>) {
     }
 }
 
-/// Waits until a node is ready and has come to `position` exactly; its `/status`.
-pub(crate) async fn at(node: &Ports, position: u64) -> Value {
-    status_where(node, "ready at the log's end", |status| {
-        status["position"] == position && status["state"] == "ready"
-    })
-    .await
-}
+impl Ports {
+    /// `GET /get` of a known user with `Grade-Position`: the node responds once it has applied
+    /// `position`.
+    pub(crate) async fn get_at(&self, user_id: &str, position: u64) -> Value {
+        let user_id = utf8_percent_encode(user_id, NON_ALPHANUMERIC);
+        let url = format!("http://{}/get?user_id={user_id}", self.read);
+        let request = self.client.get(url).header("grade-position", position);
+        let answer = Answer::of(in_time("GET /get", request.send()).await.unwrap()).await;
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        answer.json()
+    }
 
-/// The position that a node has applied. Each replica appends an empty batch when it has started.
-pub(crate) async fn position(node: &Ports) -> u64 {
-    node.ops("/status").await.json()["position"]
-        .as_u64()
-        .unwrap()
-}
+    /// Waits until the node is in `state`; returns its `/status`.
+    pub(crate) async fn in_state(&self, state: &str) -> Value {
+        self.status_where(state, |status| status["state"] == state)
+            .await
+    }
 
-/// Waits until `/status` is as it should be.
-pub(crate) async fn status_where(
-    node: &Ports,
-    what: &str,
-    right: impl Fn(&Value) -> bool,
-) -> Value {
-    eventually(what, async || {
-        let status = node.ops("/status").await.json();
-        right(&status).then_some(status)
-    })
-    .await
+    /// Waits until the node is ready and has applied exactly `position`; returns its `/status`.
+    pub(crate) async fn ready_at(&self, position: u64) -> Value {
+        self.status_where("ready at the end of the log", |status| {
+            status["position"] == position && status["state"] == "ready"
+        })
+        .await
+    }
+
+    /// The position that the node has applied. Each replica appends an empty batch when it starts.
+    pub(crate) async fn applied_position(&self) -> u64 {
+        self.status().await["position"].as_u64().unwrap()
+    }
 }

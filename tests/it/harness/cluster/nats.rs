@@ -16,10 +16,10 @@ use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::broker::{NATS_SERVER, STREAM, SUBJECT, replica_with};
+use crate::harness::cluster::broker::{NATS_SERVER, STREAM, SUBJECT, replica_with};
+use crate::harness::cluster::throttle::Throttle;
+use crate::harness::wire::{eventually, in_time};
 use crate::harness::{Process, collected};
-use crate::throttle::Throttle;
-use crate::wire::{eventually, in_time};
 
 /// Below the ports that Linux assigns by itself, so that no outgoing connection and no bind to port
 /// 0 takes the port of a server that is about to be started again.

@@ -15,14 +15,13 @@ use gradestore::store::Store;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::broker::{
-    Answered, Broker, FIELDS, Logged, STREAM, Write, all_there, delete, none_twice, replica_at,
-    writes_in,
+use crate::harness::backup_files::{store_of, write_file_of};
+use crate::harness::cluster::broker::{
+    Answered, Broker, FIELDS, Logged, STREAM, Write, all_there, none_twice, replica_at, writes_in,
 };
-use crate::disk::{store_of, write_file_of};
+use crate::harness::cluster::throttle::Throttle;
+use crate::harness::wire::eventually;
 use crate::harness::{Node, Ports};
-use crate::throttle::Throttle;
-use crate::wire::eventually;
 
 /// What the first replica is seeded with ends here.
 pub(crate) const SEED: u64 = 100;
@@ -93,7 +92,7 @@ impl Cluster {
             // A broker that is away refuses, and stores nothing of what it refused.
             let answer = eventually("an answered write", async || {
                 let answer = match deletes {
-                    true => delete(node, &write.user.replace(' ', "+")).await,
+                    true => node.delete(&write.user.replace(' ', "+")).await,
                     false => node.set(write.json()).await,
                 };
                 (answer.status != 503).then_some(answer)
@@ -178,7 +177,7 @@ impl Truth {
         for node in nodes {
             // Checkpoints may make the log longer meanwhile.
             let status = eventually("ready at the log's end", async || {
-                let status = node.ops("/status").await.json();
+                let status = node.status().await;
                 if status["position"].as_u64() > Some(self.position) {
                     self.read(client).await;
                 }
@@ -235,7 +234,7 @@ pub(crate) fn apply(store: &Store, write: &Logged) {
 /// Checks that a node serves nothing, and says with each refusal in which of `states` it is; its
 /// `/status`.
 pub(crate) async fn serves_nothing(node: &Ports, states: &[&str]) -> Value {
-    let status = node.ops("/status").await.json();
+    let status = node.status().await;
     assert!(
         states.iter().any(|state| status["state"] == *state),
         "{status}"
@@ -243,7 +242,7 @@ pub(crate) async fn serves_nothing(node: &Ports, states: &[&str]) -> Value {
     let refused = [
         node.get("user 1").await,
         node.set(r#"{"user_id":"user 1","spp":1}"#).await,
-        delete(node, "user+1").await,
+        node.delete("user+1").await,
         node.ops("/readyz").await,
         node.ops("/readyz/write").await,
     ];

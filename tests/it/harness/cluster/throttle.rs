@@ -7,7 +7,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::wire::in_time;
+use crate::harness::wire::in_time;
 
 /// What the kernel may hold before the throttle: little, so that who is throttled feels it.
 const KERNEL_BYTES: u32 = 16 * 1024;

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use tokio::sync::mpsc;
 
 use crate::harness::Process;
-use crate::wire::{eventually, in_time};
+use crate::harness::wire::{eventually, in_time};
 
 /// As tests/install.sh has it.
 const PROGRAMS: [&str; 3] = ["chromium", "chromium-browser", "google-chrome"];

@@ -1,20 +1,22 @@
 //! The page at `GET /` of the ops port, in a real browser: what a person reads in each state of a real
 //! node, with the script and without.
 
+mod browser;
+
 use std::net::TcpListener;
 use std::process::Stdio;
 
 use gradestore::log::{Announcement, ClusterKey};
 use serde_json::{Value, json};
 
-use crate::broker::{Broker, Load, STREAM, at, replica_at, status_where};
-use crate::browser::{Browser, Look};
-use crate::disk::backup_of;
+use self::browser::{Browser, Look};
+use crate::cluster::forged_messages::answering;
+use crate::harness::backup_files::backup_of;
+use crate::harness::cluster::broker::{Broker, Load, STREAM, replica_at};
+use crate::harness::cluster::seeded::Cluster;
+use crate::harness::cluster::throttle::Throttle;
+use crate::harness::wire::eventually;
 use crate::harness::{Node, PASSWORD, Ports, Process, program};
-use crate::seeded::Cluster;
-use crate::throttle::Throttle;
-use crate::votes::answering;
-use crate::wire::{Answer, eventually};
 
 const PHONE_AT_NIGHT: Look = Look {
     dark: true,
@@ -45,7 +47,7 @@ async fn reads(browser: &mut Browser, name: &str, node: &Ports, wanted: &[&str])
         // Nothing is cut off at the side, the text stands out, and no part of it is tiny.
         let wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth";
         assert_eq!(page.evaluate(wide).await, false, "{name} {look_name}");
-        let faint = page.evaluate(include_str!("page/faint.js")).await;
+        let faint = page.evaluate(include_str!("low_contrast.js")).await;
         assert_eq!(faint, json!([]), "{name} {look_name}");
         page.picture(&format!("{name}-{look_name}")).await;
         assert_eq!(page.complaints(), [] as [Value; 0]);
@@ -72,7 +74,7 @@ async fn a_ready_node_shows_what_it_holds_and_goes_on_showing_it() {
     for _ in 0..100 {
         a.get("user-1").await;
     }
-    status_where(&a, "traffic and peers", busy).await;
+    a.status_where("traffic and peers", busy).await;
     let mut browser = Browser::start().await;
     let urls = [&b, &c].map(|peer| format!("http://{}", peer.write));
     let all = [
@@ -105,8 +107,8 @@ async fn a_ready_node_shows_what_it_holds_and_goes_on_showing_it() {
     for node in [&b, &c] {
         node.set(r#"{"user_id":"x","spp":1}"#).await.position();
     }
-    let end = c.ops("/status").await.json()["log_end"].as_u64().unwrap();
-    let status = at(&a, end).await;
+    let end = c.status().await["log_end"].as_u64().unwrap();
+    let status = a.ready_at(end).await;
     let (position, records) = (grouped(&status["position"]), grouped(&status["records"]));
     let text = page.shows(&[&position, &records]).await;
     for key in ["node", "version", "digest", "log_id"] {
@@ -126,43 +128,6 @@ async fn a_ready_node_shows_what_it_holds_and_goes_on_showing_it() {
     page.shows(&[&later]).await;
 }
 
-#[tokio::test]
-async fn the_page_is_small_and_is_all_there_is() {
-    let node = Node::start().await;
-    let answer = node.ops("/").await;
-    assert_eq!(answer.status, 200);
-    assert_eq!(answer.header("content-type"), "text/html; charset=utf-8");
-    assert_eq!(answer.header("cache-control"), "no-store");
-    assert_eq!(answer.header("x-content-type-options"), "nosniff");
-    assert!(answer.body.len() < 20_000, "{}", answer.body.len());
-    let policy = answer.header("content-security-policy");
-    let parts: Vec<&str> = policy.split("; ").collect();
-    for part in [
-        "default-src 'none'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    ] {
-        assert!(parts.contains(&part), "{part} in {policy}");
-    }
-    assert!(
-        !policy.contains("unsafe") && !policy.contains('*'),
-        "{policy}"
-    );
-    for part in ["script-src 'sha256-", "style-src 'sha256-"] {
-        assert!(policy.contains(part), "{part} in {policy}");
-    }
-    // Nothing is fetched from anywhere but here.
-    for outside in ["http://", "https://", "//cdn", "@import", "url("] {
-        let namespace = "xmlns='http://www.w3.org/2000/svg'";
-        let body = answer.body.replace(namespace, "");
-        assert!(!body.contains(outside), "{outside}");
-    }
-    let request = node.client.post(format!("http://{}/", node.ops));
-    let answer = Answer::of(request.send().await.unwrap()).await;
-    answer.problem(405, "method-not-allowed");
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restore_is_shown_as_it_goes() {
     let mut cluster = Cluster::of(30_000).await;
@@ -173,7 +138,7 @@ async fn a_restore_is_shown_as_it_goes() {
     let late = Node::launch(&mut replica_at(cluster.broker.address)).await;
     throttle.reached(1).await;
     let answered = cluster.write(&first, 3).await;
-    status_where(&late, "rows and batches", |status| {
+    late.status_where("rows and batches", |status| {
         status["restore"]["rows"].as_u64() > Some(0) && status["restore"]["buffered_batches"] == 3
     })
     .await;
@@ -197,7 +162,7 @@ async fn a_restore_is_shown_as_it_goes() {
     let restore = page.evaluate(restore).await;
     assert!(restore.as_str().unwrap().contains(&from), "{restore}");
     eventually("the rows that /status tells of", async || {
-        let rows = grouped(&late.ops("/status").await.json()["restore"]["rows"]);
+        let rows = grouped(&late.status().await["restore"]["rows"]);
         let shown = format!("{rows} of about 30,000");
         page.text().await.contains(&shown).then_some(())
     })
@@ -208,7 +173,7 @@ async fn a_restore_is_shown_as_it_goes() {
 
     throttle.open();
     let end = answered.last().unwrap().position;
-    at(&late, end + 1).await;
+    late.ready_at(end + 1).await;
     page.shows(&["Ready", "Reads answered", "done", "30,000 of about 30,000"])
         .await;
     assert_eq!(
@@ -228,10 +193,7 @@ async fn a_broker_that_is_away_is_named() {
     broker.kill();
     page.shows(&["Read only", "Reads answered", "Writes refused"])
         .await;
-    let why = a.ops("/status").await.json()["reason"]
-        .as_str()
-        .unwrap()
-        .to_owned();
+    let why = a.status().await["reason"].as_str().unwrap().to_owned();
     reads(
         &mut browser,
         "broker-away",
@@ -247,7 +209,7 @@ async fn a_gap_is_told_with_its_reason() {
     let [a] = broker.replicas().await;
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
     broker.client().await.delete_stream(STREAM).await.unwrap();
-    status_where(&a, "a gap", |status| status["state"] == "gap").await;
+    a.in_state("gap").await;
     let mut browser = Browser::start().await;
     let all = ["Gap", "Reads refused", "Writes refused", "does not exist"];
     reads(&mut browser, "gap", &a, &all).await;
@@ -308,7 +270,7 @@ async fn a_node_that_does_not_answer_any_more_is_told_of() {
 async fn what_others_say_of_themselves_is_text() {
     let broker = Broker::start().await;
     let [a] = broker.replicas().await;
-    let status = a.ops("/status").await.json();
+    let status = a.status().await;
     let attack =
         "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>";
     // Another replica of the cluster, which has the password.
@@ -330,7 +292,7 @@ async fn what_others_say_of_themselves_is_text() {
         vec![serde_json::to_vec(&said).unwrap().into()]
     })
     .await;
-    status_where(&a, "the hostile peer", |status| {
+    a.status_where("the hostile peer", |status| {
         status["peers"][0]["node"] == hostile["node"]
     })
     .await;

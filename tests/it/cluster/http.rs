@@ -1,0 +1,158 @@
+//! The HTTP API of a replica, where it depends on NATS and on other replicas.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use crate::api::delete::{came_and_went, come_and_go};
+use crate::api::ndjson::{Body, lines, records};
+use crate::harness::cluster::broker::{Broker, Load, Logged, check, read_stream, replica_at};
+use crate::harness::wire::{Answer, eventually};
+use crate::harness::{Node, PASSWORD};
+use crate::ops::logs::{HOT, ID, OTHERS, ask, line, with};
+
+const APPLIED: &str = "gradestore_patches_applied_total";
+
+#[tokio::test]
+async fn a_group_is_one_batch_of_the_log() {
+    let broker = Broker::start().await;
+    let node = broker.replica().await;
+    // Single writes all the while.
+    let (bulk, single) = tokio::join!(node.set_lines(lines(0..4500)), async {
+        for spp in 0..50 {
+            let patch = format!(r#"{{"user_id":"single","shipping_fee":{spp}}}"#);
+            node.set(patch).await.position();
+        }
+    });
+    let () = single;
+    assert_eq!(bulk.json()["accepted"], 4500);
+    let mut groups: BTreeMap<i64, Vec<usize>> = BTreeMap::new();
+    for (index, batch) in read_stream(&broker.client().await).await.iter().enumerate() {
+        for write in batch.iter().filter_map(Logged::set) {
+            if write.user != "single" {
+                groups.entry(write.value / 1000).or_default().push(index);
+            }
+        }
+    }
+    let sizes: Vec<usize> = groups.values().map(Vec::len).collect();
+    assert_eq!(sizes, [1000, 1000, 1000, 1000, 500]);
+    for batches in groups.values() {
+        assert!(batches.iter().all(|batch| *batch == batches[0]));
+    }
+}
+
+#[tokio::test]
+async fn a_broker_that_goes_away_ends_it_and_the_rest_can_follow() {
+    let mut broker = Broker::start().await;
+    let node = broker.replica().await;
+    let mut body = Body::begin(&node).await;
+    body.send(&lines(0..2000)).await;
+    node.metric_reaches(APPLIED, 2000.0).await;
+    broker.kill();
+    node.in_state("read-only").await;
+    body.send(&lines(2000..3500)).await;
+    let answer = body.0.answer().await;
+    let detail = answer.problem(503, "not-written");
+    assert!(detail.contains("2000 lines were accepted"), "{detail}");
+    assert_eq!(answer.json()["accepted"], 2000);
+    assert_eq!(answer.json()["line"], Value::Null);
+    broker.restart().await;
+    node.in_state("ready").await;
+    let answer = node.set_lines(lines(2000..3500)).await;
+    // Empty batches that probe the broker may come before.
+    assert_eq!(answer.json()["accepted"], 1500);
+    assert!(answer.json()["position"].as_u64().unwrap() >= 4);
+    assert_eq!(records(&node).await, 3500);
+}
+
+#[tokio::test]
+async fn replicas_delete_in_the_logs_order() {
+    let broker = Broker::start().await;
+    let [a, b] = broker.replicas().await;
+    come_and_go(&a).await;
+    b.ready_at(a.applied_position().await).await;
+    came_and_went(&b).await;
+    // Through the other one, and back.
+    let deleted = b.delete("a+b").await.position();
+    let read = a
+        .client
+        .get(format!("http://{}/get?user_id=a+b", a.read))
+        .header("grade-position", deleted);
+    let answer = Answer::of(read.send().await.unwrap()).await;
+    answer.problem(404, "user-unknown");
+    let set = a.set(r#"{"user_id":"c","spp":1}"#).await.position();
+    assert_eq!(b.get_at("c", set).await["spp"], 1);
+    // One that comes late reads it all.
+    check(
+        &broker.client().await,
+        &[&a, &b, &broker.replica().await],
+        &[],
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_begins_with_a_backup_taken_among_deletions_is_as_the_others() {
+    let broker = Broker::start().await;
+    let [a, b] = broker.replicas().await;
+    let load = Load::start(&[&a, &b], 40, usize::MAX);
+    let mut late = Vec::new();
+    for _ in 0..3 {
+        let applied = "gradestore_deletions_applied_total";
+        let before = a.metric(applied).await.unwrap();
+        eventually("more deletions", async || {
+            (a.metric(applied).await? >= before + 20.0).then_some(())
+        })
+        .await;
+        late.push(broker.replica().await);
+    }
+    let answered = load.stop().await;
+    let nodes = [&a, &b, &late[0], &late[1], &late[2]];
+    check(&broker.client().await, &nodes, &answered).await;
+}
+
+#[tokio::test]
+async fn a_request_that_failed_is_in_the_log_under_its_name() {
+    let mut broker = Broker::start().await;
+    let node = Node::start_with(&mut replica_at(broker.address)).await;
+    broker.kill();
+    node.in_state("read-only").await;
+
+    ask(&node, HOT[0], &with(&[b"by-name"], true))
+        .await
+        .problem(503, "not-written");
+    let said = line(&node, &["request failed", r#"request_id="by-name""#]).await;
+    for part in [
+        "WARN",
+        r#"route="/set""#,
+        "status=503",
+        r#"problem="not-written""#,
+        // How it learnt that the broker is away is a race.
+        "detail=nothing was written: ",
+        "took_ms=",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    let answer = ask(&node, HOT[0], &with(&[], false)).await;
+    answer.problem(401, "unauthorized");
+    line(&node, &["request failed", answer.header(ID), "status=401"]).await;
+
+    // What is no failure of the node, or is asked to be told, is not logged.
+    for (what, status) in [(OTHERS[1], 404), ("GET ops /readyz/write", 503)] {
+        assert_eq!(
+            ask(&node, what, &with(&[b"unlogged"], false)).await.status,
+            status
+        );
+    }
+    // Another one that is, so that they would have been.
+    ask(&node, HOT[0], &with(&[b"last"], true))
+        .await
+        .problem(503, "not-written");
+    line(&node, &[r#"request_id="last""#]).await;
+    let said = node.stderr.lock();
+    assert!(!said.contains("request_id=\"unlogged\""), "{said}");
+    assert!(
+        !said.contains("alice") && !said.contains(PASSWORD),
+        "{said}"
+    );
+}

@@ -1,0 +1,72 @@
+//! Backups as Python and zcat read them, and a backup into a device, which takes a mount namespace.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::Command;
+
+use gradestore::grade::FIELDS;
+use tempfile::tempdir;
+
+use super::backup::{Grades, IDS, backup_command, set_odd_grades};
+use crate::harness::backup_files::backup_of;
+use crate::harness::{Node, run, run_by};
+
+/// What Python's own gzip and csv make of a file, as JSON.
+const PYTHON: &str = "
+import csv, gzip, json, sys
+with gzip.open(sys.argv[1], 'rt', encoding='utf-8', newline='') as file:
+    rows = [dict(row) for row in csv.DictReader(file, strict=True)]
+json.dump(rows, sys.stdout)
+";
+
+#[tokio::test]
+async fn other_tools_find_in_a_backup_what_was_set() {
+    let node = Node::start().await;
+    let grades = set_odd_grades(&node).await;
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("grades.csv.gz");
+    fs::write(&path, backup_of(&node).await).unwrap();
+
+    let python = run(Command::new("python3").args(["-c", PYTHON]).arg(&path));
+    assert!(python.status.success(), "{python:?}");
+    let rows: Vec<BTreeMap<String, String>> = serde_json::from_slice(&python.stdout).unwrap();
+    let found: Grades = rows
+        .iter()
+        .map(|row| {
+            assert_eq!(row.len(), 1 + FIELDS.len());
+            let values = FIELDS.iter().map(|field| row[*field].parse().unwrap());
+            (row["user_id"].clone(), values.collect())
+        })
+        .collect();
+    assert_eq!((found, rows.len()), (grades, IDS.len()));
+
+    let zcat = run(Command::new("zcat").arg(&path));
+    assert!(zcat.status.success() && zcat.stderr.is_empty(), "{zcat:?}");
+    let text = String::from_utf8(zcat.stdout).unwrap();
+    assert_eq!(text.lines().count(), 1 + IDS.len());
+    let header = format!("user_id,{}", FIELDS.join(","));
+    assert_eq!(text.lines().next(), Some(&*header));
+}
+
+#[tokio::test]
+async fn a_device_is_written_to_and_not_replaced() {
+    let node = Node::start().await;
+    set_odd_grades(&node).await;
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("null");
+    fs::write(&path, "").unwrap();
+    // The machine's own is not put at risk: this one is mounted over a file, for the command alone.
+    let mount = "mount --bind /dev/null \"$0\" && \"$@\" && test -c \"$0\" && ls -A \"${0%/*}\"";
+    let mut unshare = vec!["unshare", "--mount"];
+    if !rustix::process::geteuid().is_root() {
+        unshare.push("--map-root-user");
+    }
+    unshare.extend(["sh", "-c", mount, path.to_str().unwrap()]);
+    let command = backup_command(&format!("http://{}", node.write), &path);
+    let kept = run(&mut run_by(&unshare, &command));
+    assert!(kept.status.success(), "{kept:?}");
+    assert_eq!(kept.stdout, b"null\n");
+    let said = String::from_utf8(kept.stderr).unwrap();
+    let rows = format!("rows      {}", IDS.len());
+    assert!(said.lines().any(|line| line == rows), "{said}");
+}

@@ -1,0 +1,162 @@
+//! The three ports of a node, and requests for them.
+
+use std::net::SocketAddr;
+
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use serde_json::Value;
+
+use super::AUTHORIZATION;
+use super::wire::{Answer, Raw, eventually, in_time};
+
+/// A node's three ports, and a client for them.
+#[derive(Clone)]
+pub(crate) struct Ports {
+    pub(crate) write: SocketAddr,
+    pub(crate) read: SocketAddr,
+    pub(crate) ops: SocketAddr,
+    pub(crate) client: reqwest::Client,
+}
+
+impl Ports {
+    pub(crate) fn new(write: SocketAddr, read: SocketAddr, ops: SocketAddr) -> Self {
+        Self {
+            write,
+            read,
+            ops,
+            client: reqwest::Client::builder().no_proxy().build().unwrap(),
+        }
+    }
+
+    /// `POST /set`, as it should be done.
+    pub(crate) async fn set(&self, body: impl Into<reqwest::Body>) -> Answer {
+        let request = self.client.post(format!("http://{}/set", self.write));
+        let request = request
+            .header("authorization", AUTHORIZATION)
+            .header("content-type", "application/json")
+            .body(body);
+        Answer::of(in_time("POST /set", request.send()).await.unwrap()).await
+    }
+
+    /// `GET /get`, as it should be done.
+    pub(crate) async fn get(&self, user_id: &str) -> Answer {
+        let user_id = utf8_percent_encode(user_id, NON_ALPHANUMERIC);
+        let url = format!("http://{}/get?user_id={user_id}", self.read);
+        Answer::of(in_time(&url, self.client.get(&url).send()).await.unwrap()).await
+    }
+
+    /// `GET` on the ops port.
+    pub(crate) async fn ops(&self, path: &str) -> Answer {
+        let url = format!("http://{}{path}", self.ops);
+        Answer::of(in_time(&url, self.client.get(&url).send()).await.unwrap()).await
+    }
+
+    /// `DELETE /set` with the password.
+    pub(crate) async fn delete(&self, user_id: &str) -> Answer {
+        let user_id = utf8_percent_encode(user_id, NON_ALPHANUMERIC);
+        let url = format!("http://{}/set?user_id={user_id}", self.write);
+        let request = self
+            .client
+            .delete(url)
+            .header("authorization", AUTHORIZATION);
+        Answer::of(in_time("DELETE /set", request.send()).await.unwrap()).await
+    }
+
+    /// `POST /set` with one patch a line.
+    pub(crate) async fn set_lines(&self, body: impl Into<reqwest::Body>) -> Answer {
+        let request = self.client.post(format!("http://{}/set", self.write));
+        let request = request
+            .header("authorization", AUTHORIZATION)
+            .header("content-type", "application/x-ndjson")
+            .body(body);
+        Answer::of(in_time("POST /set", request.send()).await.unwrap()).await
+    }
+
+    /// `GET /status`.
+    pub(crate) async fn status(&self) -> Value {
+        self.ops("/status").await.json()
+    }
+
+    /// Waits until `/status` satisfies `condition`.
+    pub(crate) async fn status_where(
+        &self,
+        what: &str,
+        condition: impl Fn(&Value) -> bool,
+    ) -> Value {
+        eventually(what, async || {
+            let status = self.status().await;
+            condition(&status).then_some(status)
+        })
+        .await
+    }
+
+    /// The value of one line of `/metrics`, named with its labels.
+    pub(crate) async fn metric(&self, name: &str) -> Option<f64> {
+        let metrics = self.ops("/metrics").await.body;
+        let mut lines = metrics.lines();
+        let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+        Some(value.parse().unwrap())
+    }
+
+    /// Waits until a line of `/metrics` has a value.
+    pub(crate) async fn metric_reaches(&self, name: &str, value: f64) {
+        eventually(&format!("{name} {value}"), async || {
+            self.metric(name).await.filter(|now| *now == value)
+        })
+        .await;
+    }
+}
+
+/// A request for `POST /set` in bytes; `framing` is the header lines that frame the body.
+pub(crate) fn set_request(framing: &str, body: &str) -> String {
+    format!(
+        "POST /set HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\
+         content-type: application/json\r\n{framing}\r\n\r\n{body}"
+    )
+}
+
+/// The same with the length of `body`.
+pub(crate) fn set_request_of(body: &str) -> String {
+    set_request(&format!("content-length: {}", body.len()), body)
+}
+
+/// A request for `DELETE /set` in bytes.
+pub(crate) fn delete_request(query: &str) -> String {
+    format!("DELETE /set{query} HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\r\n")
+}
+
+/// A request for `GET /get` in bytes.
+pub(crate) fn get_request(query: &str, headers: &str) -> String {
+    format!("GET /get{query} HTTP/1.1\r\nhost: x\r\n{headers}\r\n")
+}
+
+/// A connection on which lines are to come, and none has yet.
+pub(crate) async fn half_sent_lines(node: &Ports) -> Raw {
+    let mut connection = Raw::connect(node.write).await;
+    let framing = "transfer-encoding: chunked";
+    let request = set_request(framing, "").replace("/json", "/x-ndjson");
+    connection.send(request).await;
+    node.metric_reaches("gradestore_http_requests_in_flight", 2.0)
+        .await;
+    connection
+}
+
+/// A connection on which a request's header has arrived and its body has not.
+pub(crate) async fn half_sent_set(node: &Ports, body: &str) -> Raw {
+    let mut connection = Raw::connect(node.write).await;
+    connection
+        .send(set_request_of(body).strip_suffix(body).unwrap())
+        .await;
+    node.metric_reaches("gradestore_http_requests_in_flight", 2.0)
+        .await;
+    connection
+}
+
+/// Sends a write that will have to wait; returns once the node works on it.
+pub(crate) async fn waiting_set(node: &Ports, body: &str) -> Raw {
+    let name = "gradestore_http_requests_in_flight";
+    let running = node.metric(name).await.unwrap();
+    let mut connection = Raw::connect(node.write).await;
+    connection.send(set_request_of(body)).await;
+    node.metric_reaches(name, running + 1.0).await;
+    connection
+}

@@ -1,0 +1,100 @@
+//! The program and other commands as child processes.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, mpsc};
+
+use parking_lot::Mutex;
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::wire::PATIENCE;
+
+/// The program, with an environment that holds nothing of ours.
+pub(crate) fn program() -> Command {
+    program_at(Path::new(env!("CARGO_BIN_EXE_gradestore")))
+}
+
+/// Another build of it.
+pub(crate) fn program_at(path: &Path) -> Command {
+    let mut command = Command::new(path);
+    for (name, _) in std::env::vars_os() {
+        let of_ours = name
+            .to_str()
+            .is_some_and(|name| name.starts_with("GRADESTORE_"));
+        if of_ours || name == "RUST_LOG" {
+            command.env_remove(name);
+        }
+    }
+    // A test that wants a disk says which.
+    command.env("GRADESTORE_EPHEMERAL", "true");
+    command
+}
+
+/// What `command` runs, run by `runner`, which takes a command line as its last arguments.
+pub(crate) fn run_by(runner: &[&str], command: &Command) -> Command {
+    let mut run = Command::new(runner[0]);
+    run.args(&runner[1..])
+        .arg(command.get_program())
+        .args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => run.env(name, value),
+            None => run.env_remove(name),
+        };
+    }
+    run
+}
+
+/// Runs a command that must end by itself.
+pub(crate) fn run(command: &mut Command) -> Output {
+    let command = command.stdin(Stdio::null());
+    let child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pid = Pid::from_child(&child);
+    let (ended, end) = mpsc::channel();
+    std::thread::spawn(move || ended.send(child.wait_with_output()));
+    match end.recv_timeout(PATIENCE) {
+        Ok(output) => output.unwrap(),
+        Err(_) => {
+            kill_process(pid, Signal::KILL).unwrap();
+            panic!("does not end: {command:?}");
+        }
+    }
+}
+
+/// A child process that is killed when dropped.
+pub(crate) struct Process(pub(crate) Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Collects what a child says, whole lines at a time.
+pub(crate) fn collected(pipe: impl Read + Send + 'static) -> Arc<Mutex<String>> {
+    let said = Arc::new(Mutex::new(String::new()));
+    let lines = Arc::clone(&said);
+    std::thread::spawn(move || {
+        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+            lines.lock().push_str(&format!("{line}\n"));
+        }
+    });
+    said
+}
+
+/// `command` bound by permissions, as root is not.
+pub(crate) fn bound_by_permissions(command: &Command) -> Command {
+    match rustix::process::geteuid().is_root() {
+        true => run_by(
+            &["setpriv", "--bounding-set=-all", "--inh-caps=-all"],
+            command,
+        ),
+        false => run_by(&["env"], command),
+    }
+}

@@ -1,0 +1,35 @@
+//! The curl commands that a node prints with a generated password.
+
+use std::process::Command;
+
+use crate::harness::wire::eventually;
+use crate::harness::{ANY_PORTS, Node, program, run};
+
+#[tokio::test]
+async fn a_password_that_was_made_is_shown_in_lines_that_work() {
+    // A name that a shell would read otherwise.
+    let name = "o'neill $HOME";
+    let node = Node::start_with(program().args(ANY_PORTS).args(["--username", name])).await;
+    let said = eventually("two curl lines", async || {
+        let said = node.stdout.lock().clone();
+        (said.matches("curl").count() == 2).then_some(said)
+    })
+    .await;
+    let lines = &said[said.find("  curl").unwrap()..];
+    let mut shell = Command::new("sh");
+    let sent = run(shell.args(["-e", "-c", lines]).env("NO_PROXY", "*"));
+    assert!(sent.status.success(), "{sent:?}");
+    let got = String::from_utf8(sent.stdout).unwrap();
+    assert_eq!(got, node.get("alice").await.body);
+    assert_eq!(node.get("alice").await.json()["spp"], 5);
+
+    let (_, password) = said.split_once("$HOME:").unwrap();
+    let password = password.split('\'').next().unwrap();
+    assert!(password.len() >= 20, "{password}");
+    assert!(!node.stderr.lock().contains(password));
+    let other = Node::start_with(program().args(ANY_PORTS)).await;
+    let said = eventually("a password", async || {
+        Some(other.stdout.lock().clone()).filter(|said| said.contains("admin:"))
+    });
+    assert!(!said.await.contains(password), "made again");
+}
