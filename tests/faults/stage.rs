@@ -7,10 +7,10 @@ use rustix::process::Signal;
 use tokio::task::JoinHandle;
 
 use crate::harness::Ports;
-use crate::harness::backup_files::{ask_backup, open_pipe, rest_of};
-use crate::harness::cluster::seeded::serves_nothing;
+use crate::harness::backup_files::{open_pipe, read_pipe_to_end, request_backup};
+use crate::harness::cluster::seeded::assert_serves_nothing;
 use crate::harness::cluster::throttle::Throttle;
-use crate::harness::wire::{eventually, in_time};
+use crate::harness::wire::{eventually, with_timeout};
 use crate::scene::{A, B, C, Scene};
 
 /// What a client takes of a backup before it stops: with what the system holds it is less than all.
@@ -140,14 +140,14 @@ async fn snapshot(scene: &mut Scene) -> Hold {
 
 async fn backup(scene: &mut Scene) -> Hold {
     steady(scene).await;
-    let throttle = Throttle::to_nobody(TAKEN_BYTES).await;
-    throttle.lead_to(scene.node(A).write);
+    let throttle = Throttle::without_target(TAKEN_BYTES).await;
+    throttle.set_target(scene.node(A).write);
     let through = Ports::new(throttle.address, throttle.address, throttle.address);
     let client = tokio::spawn(async move {
-        let answer = ask_backup(&through).await.error_for_status()?;
-        Ok(answer.bytes().await?.to_vec())
+        let response = request_backup(&through).await.error_for_status()?;
+        Ok(response.bytes().await?.to_vec())
     });
-    throttle.reached(1).await;
+    throttle.wait_until_limited(1).await;
     let running = scene.node(A).metric("gradestore_backups_running").await;
     assert_eq!(running, Some(1.0));
     Hold::Backup(throttle, client)
@@ -163,8 +163,8 @@ async fn restoring(scene: &mut Scene) {
     scene.start(A).await;
     let [one, other] = &scene.ways;
     tokio::select! {
-        () = one.reached(1) => {}
-        () = other.reached(1) => {}
+        () = one.wait_until_limited(1) => {}
+        () = other.wait_until_limited(1) => {}
     }
     scene
         .node(A)
@@ -175,7 +175,7 @@ async fn restoring(scene: &mut Scene) {
                 && restore["buffered_batches"].as_u64() > Some(10)
         })
         .await;
-    serves_nothing(scene.node(A), &["restoring"]).await;
+    assert_serves_nothing(scene.node(A), &["restoring"]).await;
 }
 
 async fn draining(scene: &mut Scene) -> Hold {
@@ -191,7 +191,7 @@ async fn draining(scene: &mut Scene) -> Hold {
         .await;
     // And it stays so, however much the others answer.
     scene.load.progress(&[B, C], 10).await;
-    serves_nothing(scene.node(A), &["catching-up"]).await;
+    assert_serves_nothing(scene.node(A), &["catching-up"]).await;
     Hold::Batches
 }
 
@@ -226,11 +226,11 @@ impl Hold {
         match self {
             Self::Nothing => {}
             Self::Snapshot(mut pipe) => {
-                rest_of(&mut pipe).await;
+                read_pipe_to_end(&mut pipe).await;
             }
             Self::Backup(throttle, client) => {
                 throttle.open();
-                let ended = in_time("the backup's end", client).await.unwrap();
+                let ended = with_timeout("the backup's end", client).await.unwrap();
                 scene.backup = Some(ended.ok());
             }
             Self::Restoring => scene.open_ways(),

@@ -106,8 +106,9 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
         .current_dir(&crate_copy)
         .output()
         .unwrap();
-    let said = String::from_utf8(tests.stdout).unwrap() + &String::from_utf8(tests.stderr).unwrap();
-    assert!(tests.status.success(), "{said}");
+    let printed =
+        String::from_utf8(tests.stdout).unwrap() + &String::from_utf8(tests.stderr).unwrap();
+    assert!(tests.status.success(), "{printed}");
 
     let program = target.join("debug").join(PACKAGE);
     let mut command = program_at(&program);
@@ -123,6 +124,6 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
     let detail = node
         .set(r#"{"user_id":"a","fifth_fee":1.5}"#)
         .await
-        .problem(422, "not-a-patch");
+        .expect_problem(422, "not-a-patch");
     assert!(detail.contains("fifth_fee"), "{detail}");
 }

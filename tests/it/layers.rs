@@ -91,7 +91,7 @@ fn without_tests(text: &str) -> String {
         }
         let indent = &line[..line.len() - line.trim_start().len()];
         let end = format!("{indent}}}");
-        let mut rest = lines.by_ref();
+        let rest = &mut lines;
         let is_last = |line: &&str| {
             *line == end || (line.ends_with(';') && !line[indent.len()..].starts_with(' '))
         };

@@ -3,8 +3,8 @@
 use futures_util::future::join_all;
 use gradestore::grade::FIELDS;
 
-use crate::harness::wire::Raw;
-use crate::harness::{ANY_PORTS, Node, PASSWORD, get_request, program, set_request_of};
+use crate::harness::wire::RawConnection;
+use crate::harness::{ANY_PORTS, Node, PASSWORD, get_request, program, set_request};
 
 const CLIENTS: usize = 64;
 const USERS: usize = 100;
@@ -20,15 +20,15 @@ struct Written {
 /// Sets one field of every user, over one connection.
 async fn set_one_field(node: &Node, client: usize) -> Vec<Written> {
     let field = client % FIELDS.len();
-    let mut connection = Raw::connect(node.write).await;
+    let mut connection = RawConnection::connect(node.write).await;
     let mut written = Vec::new();
     let mut last = 0;
     // Each begins at another user, so that all meet all.
     for user in (0..USERS).map(|turn| (client * 7 + turn) % USERS) {
         let value = 1 + client * USERS + user;
         let patch = format!(r#"{{"user_id":"user {user}","{}":{value}}}"#, FIELDS[field]);
-        connection.send(set_request_of(&patch)).await;
-        let position = connection.answer().await.position();
+        connection.send(set_request(&patch)).await;
+        let position = connection.response().await.position();
         assert!(position > last, "{position} after {last}");
         last = position;
         written.push(Written {
@@ -85,16 +85,16 @@ async fn fields_stay(node: &Node) {
 async fn an_answered_write_is_read_back_at_once() {
     let node = Node::start().await;
     let clients = (0..16).map(async |client| {
-        let mut writer = Raw::connect(node.write).await;
-        let mut reader = Raw::connect(node.read).await;
+        let mut writer = RawConnection::connect(node.write).await;
+        let mut reader = RawConnection::connect(node.read).await;
         for value in 0..100 {
             let patch = format!(r#"{{"user_id":"{client}","spp":{value}}}"#);
-            writer.send(set_request_of(&patch)).await;
-            writer.answer().await.position();
+            writer.send(set_request(&patch)).await;
+            writer.response().await.position();
             reader
                 .send(get_request(&format!("?user_id={client}"), ""))
                 .await;
-            assert_eq!(reader.answer().await.json()["spp"], value);
+            assert_eq!(reader.response().await.json()["spp"], value);
         }
     });
     join_all(clients).await;
@@ -104,19 +104,19 @@ async fn an_answered_write_is_read_back_at_once() {
 async fn a_patch_of_two_fields_is_seen_whole_or_not_at_all() {
     let node = node_with(3).await;
     let clients = (0..8).map(async |client| {
-        let mut writer = Raw::connect(node.write).await;
-        let mut reader = Raw::connect(node.read).await;
+        let mut writer = RawConnection::connect(node.write).await;
+        let mut reader = RawConnection::connect(node.read).await;
         for turn in 0..100 {
             let value = client * 100 + turn;
             let patch = format!(r#"{{"user_id":"a","spp":{value},"return_fee":{value}}}"#);
-            writer.send(set_request_of(&patch)).await;
+            writer.send(set_request(&patch)).await;
             reader.send(get_request("?user_id=a", "")).await;
-            let answer = reader.answer().await;
-            if answer.status == 200 {
-                let grade = answer.json();
+            let response = reader.response().await;
+            if response.status == 200 {
+                let grade = response.json();
                 assert_eq!(grade["spp"], grade["return_fee"]);
             }
-            writer.answer().await.position();
+            writer.response().await.position();
         }
     });
     join_all(clients).await;

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 
-use crate::harness::wire::{Raw, eventually, in_time};
-use crate::harness::{Local, Node, get_request, half_sent_set, set_request_of};
+use crate::harness::wire::{RawConnection, eventually, with_timeout};
+use crate::harness::{InProcessNode, Node, get_request, incomplete_set_request, set_request};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 const CUT: &str = r#"gradestore_http_connections_cut_total{port="read"}"#;
@@ -13,21 +13,24 @@ const OPEN: &str = r#"gradestore_http_connections{port="read"}"#;
 
 #[tokio::test]
 async fn a_new_client_takes_the_place_of_an_idle_one() {
-    let node = Local::start(|config| config.http.data.connections_max = 4).await;
+    let node = InProcessNode::start(|config| config.http.data.connections_max = 4).await;
     let mut idle = Vec::new();
     for open in 1..=4 {
-        idle.push(Raw::connect(node.read).await);
+        idle.push(RawConnection::connect(node.read).await);
         node.metric_reaches(OPEN, open as f64).await;
     }
     assert_eq!(node.metric(CUT).await, Some(0.0));
-    let mut new = Raw::connect(node.read).await;
-    assert_eq!(new.ask(get_request("?user_id=a", "")).await.status, 404);
+    let mut new = RawConnection::connect(node.read).await;
+    assert_eq!(new.request(get_request("?user_id=a", "")).await.status, 404);
     // The one idle longest made room, and no other.
-    idle[0].closed().await;
+    idle[0].expect_closed().await;
     assert_eq!(node.metric(CUT).await, Some(1.0));
     for connection in [&mut idle[1], &mut new] {
         assert_eq!(
-            connection.ask(get_request("?user_id=a", "")).await.status,
+            connection
+                .request(get_request("?user_id=a", ""))
+                .await
+                .status,
             404
         );
     }
@@ -35,32 +38,35 @@ async fn a_new_client_takes_the_place_of_an_idle_one() {
 
 #[tokio::test]
 async fn a_new_client_waits_while_all_places_are_at_work() {
-    let node = Local::start(|config| config.http.data.connections_max = 1).await;
-    let mut running = half_sent_set(&node, PATCH).await;
-    let mut new = Raw::connect(node.write).await;
-    new.send(set_request_of(PATCH)).await;
+    let node = InProcessNode::start(|config| config.http.data.connections_max = 1).await;
+    let mut running = incomplete_set_request(&node, PATCH).await;
+    let mut new = RawConnection::connect(node.write).await;
+    new.send(set_request(PATCH)).await;
     running.send(PATCH).await;
     // Not cut to make room, and the other one's turn comes.
-    assert_eq!(running.answer().await.position(), 1);
-    assert_eq!(new.answer().await.position(), 2);
+    assert_eq!(running.response().await.position(), 1);
+    assert_eq!(new.response().await.position(), 2);
 }
 
 #[tokio::test]
 async fn a_header_that_does_not_end_and_a_connection_that_idles_are_cut() {
-    let node = Local::start(|config| {
+    let node = InProcessNode::start(|config| {
         config.http.data.header_wait_max = Duration::from_millis(500);
         config.http.data.idle_max = Duration::from_millis(500);
     })
     .await;
-    let (mut silent, mut slow) = (Raw::connect(node.read).await, Raw::connect(node.read).await);
+    let (mut silent, mut slow) = (
+        RawConnection::connect(node.read).await,
+        RawConnection::connect(node.read).await,
+    );
     slow.send("GET /get?user_id=a HTTP/1.1\r\nhost: x\r\n")
         .await;
-    let mut idle = Raw::connect(node.read).await;
-    idle.ask(get_request("?user_id=a", ""))
+    let mut idle = RawConnection::connect(node.read).await;
+    idle.request(get_request("?user_id=a", ""))
         .await
-        .problem(404, "user-unknown");
+        .expect_problem(404, "user-unknown");
     for connection in [&mut silent, &mut slow, &mut idle] {
-        connection.closed().await;
+        connection.expect_closed().await;
     }
     assert_eq!(node.metric(CUT).await, Some(3.0));
     node.metric_reaches(OPEN, 0.0).await;
@@ -68,16 +74,19 @@ async fn a_header_that_does_not_end_and_a_connection_that_idles_are_cut() {
 
 #[tokio::test]
 async fn a_request_that_runs_is_not_cut_for_being_idle() {
-    let node = Local::start(|config| {
+    let node = InProcessNode::start(|config| {
         config.http.data.header_wait_max = Duration::from_millis(500);
         config.http.data.idle_max = Duration::from_millis(500);
     })
     .await;
-    let mut running = half_sent_set(&node, PATCH).await;
+    let mut running = incomplete_set_request(&node, PATCH).await;
     // Cut in a sweep that would have cut the other as well.
-    Raw::connect(node.write).await.closed().await;
+    RawConnection::connect(node.write)
+        .await
+        .expect_closed()
+        .await;
     running.send(PATCH).await;
-    running.answer().await.position();
+    running.response().await.position();
 }
 
 #[tokio::test]
@@ -88,16 +97,16 @@ async fn thousands_of_idle_and_slow_connections_stand_in_nobodys_way() {
     node.set(PATCH).await.position();
     let mut open = Vec::new();
     for _ in 0..EACH {
-        open.push(Raw::connect(node.read).await);
-        let mut slow = Raw::connect(node.read).await;
+        open.push(RawConnection::connect(node.read).await);
+        let mut slow = RawConnection::connect(node.read).await;
         slow.send("GET /get?user_id=a HTTP/1.1\r\n").await;
         open.push(slow);
     }
     node.metric_reaches(OPEN, (2 * EACH) as f64).await;
     for _ in 0..20 {
-        let answers = join_all((0..10).map(|_| node.get("a")));
-        let answers = in_time("answers", answers).await;
-        assert!(answers.iter().all(|answer| answer.status == 200));
+        let responses = join_all((0..10).map(|_| node.get("a")));
+        let responses = with_timeout("answers", responses).await;
+        assert!(responses.iter().all(|response| response.status == 200));
         assert!(
             node.ops("/metrics")
                 .await

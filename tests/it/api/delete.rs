@@ -3,18 +3,20 @@
 use serde_json::json;
 use tempfile::tempdir;
 
-use crate::harness::backup_files::{Held, backup_of, program_from, program_on, restored};
-use crate::harness::wire::{Answer, Raw};
+use crate::harness::backup_files::{
+    NodeState, fetch_backup, program_restoring, program_with_data_dir, read_backup,
+};
+use crate::harness::wire::{RawConnection, Response};
 use crate::harness::{AUTHORIZATION, Node, Ports, delete_request};
 
-async fn ask(node: &Ports, request: String) -> Answer {
-    let mut connection = Raw::connect(node.write).await;
+async fn ask(node: &Ports, request: String) -> Response {
+    let mut connection = RawConnection::connect(node.write).await;
     connection.send(request).await;
-    connection.answer().await
+    connection.response().await
 }
 
 /// Two users, one of whom has been deleted and set again, with one field.
-pub(crate) async fn come_and_go(node: &Ports) {
+pub(crate) async fn write_and_delete(node: &Ports) {
     for body in [
         r#"{"user_id":"a b","spp":5,"return_fee":7}"#,
         r#"{"user_id":"b","spp":6}"#,
@@ -30,28 +32,28 @@ pub(crate) async fn come_and_go(node: &Ports) {
 }
 
 /// What must be there then.
-pub(crate) async fn came_and_went(node: &Ports) {
+pub(crate) async fn assert_written_and_deleted(node: &Ports) {
     let a = json!({
         "user_id": "a b", "postpaid_limit": 0, "spp": 0, "shipping_fee": 1, "return_fee": 0,
     });
     assert_eq!(node.get("a b").await.json(), a);
-    node.get("b").await.problem(404, "user-unknown");
+    node.get("b").await.expect_problem(404, "user-unknown");
     assert_eq!(node.status().await["records"], 1);
 }
 
 #[tokio::test]
 async fn a_deletion_is_answered_with_its_position_and_nothing_is_left() {
     let node = Node::start().await;
-    let empty = Held::by(&node).await;
-    come_and_go(&node).await;
-    came_and_went(&node).await;
-    let answer = node.delete("a+b").await;
-    assert_eq!((answer.position(), answer.body.as_str()), (6, ""));
-    node.get("a b").await.problem(404, "user-unknown");
+    let empty = NodeState::of(&node).await;
+    write_and_delete(&node).await;
+    assert_written_and_deleted(&node).await;
+    let response = node.delete("a+b").await;
+    assert_eq!((response.position(), response.body.as_str()), (6, ""));
+    node.get("a b").await.expect_problem(404, "user-unknown");
     // One who is not there is deleted all the same: the log decides who is.
     assert_eq!(node.delete("a+b").await.position(), 7);
     assert_eq!(node.delete("nobody").await.position(), 8);
-    let held = Held::by(&node).await;
+    let held = NodeState::of(&node).await;
     assert_eq!((held.records, held.digest), (0, empty.digest));
     for (name, value) in [
         ("gradestore_patches_applied_total", 3.0),
@@ -72,7 +74,9 @@ async fn it_needs_the_password_and_one_user() {
     let ours = format!("authorization: {AUTHORIZATION}\r\n");
     for wrong in ["", "authorization: Basic YWRtaW46d3Jvbmc=\r\n"] {
         let request = delete_request("?user_id=a").replace(&ours, wrong);
-        ask(&node, request).await.problem(401, "unauthorized");
+        ask(&node, request)
+            .await
+            .expect_problem(401, "unauthorized");
     }
     let long = format!("?user_id={}", "x".repeat(257));
     for (query, cause) in [
@@ -86,9 +90,11 @@ async fn it_needs_the_password_and_one_user() {
         ("?user_id=%", "query-encoding"),
         ("?user_id=%ff", "query-encoding"),
     ] {
-        ask(&node, delete_request(query)).await.problem(400, cause);
+        ask(&node, delete_request(query))
+            .await
+            .expect_problem(400, cause);
     }
-    let held = Held::by(&node).await;
+    let held = NodeState::of(&node).await;
     assert_eq!((held.position, held.records), (1, 1));
 }
 
@@ -96,26 +102,26 @@ async fn it_needs_the_password_and_one_user() {
 async fn a_deletion_outlives_the_process_in_the_log_in_snapshots_and_in_backups() {
     let root = tempdir().unwrap();
     let dir = root.path().join("data");
-    let node = Node::start_with(&mut program_on(&dir)).await;
-    come_and_go(&node).await;
-    let held = Held::by(&node).await;
-    let file = backup_of(&node).await;
+    let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
+    write_and_delete(&node).await;
+    let held = NodeState::of(&node).await;
+    let file = fetch_backup(&node).await;
     node.kill();
     // From the log alone, then from a snapshot alone.
-    let node = Node::start_with(&mut program_on(&dir)).await;
-    came_and_went(&node).await;
+    let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
+    assert_written_and_deleted(&node).await;
     assert_eq!(node.status().await["restore"], json!(null));
-    node.end().await;
-    let node = Node::start_with(&mut program_on(&dir)).await;
-    came_and_went(&node).await;
+    node.stop().await;
+    let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
+    assert_written_and_deleted(&node).await;
     assert_eq!(node.status().await["restore"]["rows"], 1);
-    assert_eq!(Held::by(&node).await, held);
+    assert_eq!(NodeState::of(&node).await, held);
 
-    let (store, summary) = restored(&file);
+    let (store, summary) = read_backup(&file);
     assert_eq!(summary.rows, 1);
-    assert_eq!(Held::in_store(&store, held.position), held);
+    assert_eq!(NodeState::of_store(&store, held.position), held);
     let path = root.path().join("grades.csv.gz");
     std::fs::write(&path, file).unwrap();
-    let node = Node::start_with(&mut program_from(&path)).await;
-    came_and_went(&node).await;
+    let node = Node::start_with(&mut program_restoring(&path)).await;
+    assert_written_and_deleted(&node).await;
 }

@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 
-use crate::harness::wire::{Raw, eventually, in_time};
+use crate::harness::wire::{RawConnection, eventually, with_timeout};
 use crate::harness::{
-    AUTHORIZATION, Local, Node, Ports, delete_request, get_request, set_request_of,
+    AUTHORIZATION, InProcessNode, Node, Ports, delete_request, get_request, set_request,
 };
 
 /// A header line that the fast path does not handle, and that changes nothing.
@@ -23,24 +23,24 @@ async fn fast(node: &Ports) -> u64 {
 }
 
 /// All bytes of the response to `request`, without the values of the date and of a request id.
-async fn bytes_of(port: SocketAddr, request: &str) -> String {
-    let mut connection = Raw::connect(port).await;
+async fn response_bytes(port: SocketAddr, request: &str) -> String {
+    let mut connection = RawConnection::connect(port).await;
     connection.send(request).await;
-    connection.send_no_more().await;
-    let answer = String::from_utf8(connection.rest().await).unwrap();
-    let (before, date) = answer.split_once("date: ").unwrap();
+    connection.shutdown_write().await;
+    let response = String::from_utf8(connection.read_to_end().await).unwrap();
+    let (before, date) = response.split_once("date: ").unwrap();
     let (date, after) = date.split_once("\r\n").unwrap();
     // RFC 9110's form.
     let date = httpdate::parse_http_date(date).expect(date);
     assert!(date.elapsed().unwrap().as_secs() < 60);
-    let answer = format!("{before}date: ?\r\n{after}");
-    match answer.split_once("x-request-id: ") {
+    let response = format!("{before}date: ?\r\n{after}");
+    match response.split_once("x-request-id: ") {
         Some((before, rest)) => {
             let (id, after) = rest.split_once("\r\n").unwrap();
             assert_eq!(id.len(), 16);
             format!("{before}x-request-id: ?\r\n{after}")
         }
-        None => answer,
+        None => response,
     }
 }
 
@@ -69,22 +69,23 @@ async fn reads_are_answered_as_by_the_router() {
         ("?user_id=a", proxied, 200),
     ] {
         let before = fast(&node).await;
-        let answer = bytes_of(node.read, &get_request(query, lines)).await;
+        let response = response_bytes(node.read, &get_request(query, lines)).await;
         assert_eq!(fast(&node).await, before + 1, "{query} {lines}");
-        let routed = bytes_of(node.read, &get_request(query, &format!("{lines}{ROUTER}"))).await;
+        let routed =
+            response_bytes(node.read, &get_request(query, &format!("{lines}{ROUTER}"))).await;
         assert_eq!(fast(&node).await, before + 1, "{query} {lines}");
-        assert_eq!(answer, routed);
+        assert_eq!(response, routed);
         assert!(
-            answer.starts_with(&format!("HTTP/1.1 {status} ")),
-            "{answer}"
+            response.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{response}"
         );
     }
     assert_eq!(node.metric(READS).await, Some(16.0));
     // The router answers these.
     let before = fast(&node).await;
     for query in ["?user_id=a%2", "?user_id=a%00", "?user_id=%ff", "?user_id="] {
-        let answer = bytes_of(node.read, &get_request(query, "")).await;
-        assert!(answer.starts_with("HTTP/1.1 400 "), "{query}: {answer}");
+        let response = response_bytes(node.read, &get_request(query, "")).await;
+        assert!(response.starts_with("HTTP/1.1 400 "), "{query}: {response}");
     }
     assert_eq!(fast(&node).await, before);
 }
@@ -93,13 +94,13 @@ async fn reads_are_answered_as_by_the_router() {
 async fn writes_are_answered_as_by_the_router() {
     let node = Node::start().await;
     let body = r#"{"user_id":"a","spp":1}"#;
-    let answer = bytes_of(node.write, &set_request_of(body)).await;
+    let response = response_bytes(node.write, &set_request(body)).await;
     assert_eq!(fast(&node).await, 1);
     let with_another_line =
-        set_request_of(body).replace("host: x\r\n", &format!("host: x\r\n{ROUTER}"));
-    let routed = bytes_of(node.write, &with_another_line).await;
+        set_request(body).replace("host: x\r\n", &format!("host: x\r\n{ROUTER}"));
+    let routed = response_bytes(node.write, &with_another_line).await;
     assert_eq!(fast(&node).await, 1);
-    assert_eq!(answer.replace("position: 1", "position: 2"), routed);
+    assert_eq!(response.replace("position: 1", "position: 2"), routed);
     assert_eq!(node.metric(WRITES).await, Some(2.0));
     let in_flight = "gradestore_http_requests_in_flight";
     // The scrape itself.
@@ -112,7 +113,7 @@ async fn a_connection_comes_back_to_the_fast_path() {
     let node = Node::start().await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
     let read = get_request("?user_id=a", "");
-    let mut connection = Raw::connect(node.read).await;
+    let mut connection = RawConnection::connect(node.read).await;
     for (request, status) in [
         (get_request("?user_id=a", "x-request-id: b\r\n"), 200),
         (get_request("?user_ids=a&user_ids=b", ""), 200),
@@ -122,20 +123,20 @@ async fn a_connection_comes_back_to_the_fast_path() {
     ] {
         let before = fast(&node).await;
         connection.send(&request).await;
-        assert_eq!(connection.answer().await.status, status, "{request}");
+        assert_eq!(connection.response().await.status, status, "{request}");
         assert_eq!(fast(&node).await, before, "{request}");
         connection.send(&read).await;
-        assert_eq!(connection.answer().await.status, 200);
+        assert_eq!(connection.response().await.status, 200);
         assert_eq!(fast(&node).await, before + 1, "{request}");
     }
     let body = r#"{"user_id":"a","spp":1}"#;
-    let write = set_request_of(body);
+    let write = set_request(body);
     let chunked = write.replace(
         &format!("content-length: {}", body.len()),
         "transfer-encoding: chunked",
     );
     let chunked = chunked.replace(body, &format!("{:x}\r\n{body}\r\n0\r\n\r\n", body.len()));
-    let mut connection = Raw::connect(node.write).await;
+    let mut connection = RawConnection::connect(node.write).await;
     for (request, status) in [
         (chunked, 204),
         (write.replace("/json", "/x-ndjson"), 200),
@@ -145,9 +146,9 @@ async fn a_connection_comes_back_to_the_fast_path() {
     ] {
         let before = fast(&node).await;
         connection.send(&request).await;
-        assert_eq!(connection.answer().await.status, status, "{request}");
+        assert_eq!(connection.response().await.status, status, "{request}");
         connection.send(&write).await;
-        assert_eq!(connection.answer().await.status, 204, "{request}");
+        assert_eq!(connection.response().await.status, 204, "{request}");
         assert_eq!(fast(&node).await, before + 1, "{request}");
     }
 }
@@ -156,29 +157,29 @@ async fn a_connection_comes_back_to_the_fast_path() {
 async fn a_body_that_comes_later_is_waited_for() {
     let node = Node::start().await;
     let body = r#"{"user_id":"a","spp":1}"#;
-    let request = set_request_of(body);
+    let request = set_request(body);
     let header = request.strip_suffix(body).unwrap();
-    let mut connection = Raw::connect(node.write).await;
+    let mut connection = RawConnection::connect(node.write).await;
     for round in 1..=3 {
         connection.send(header).await;
         node.metric_reaches("gradestore_http_requests_in_flight", 2.0)
             .await;
         connection.send(&body[..5]).await;
         connection.send(&body[5..]).await;
-        connection.answer().await.position();
+        connection.response().await.position();
         assert_eq!(fast(&node).await, round);
     }
     // With a wrong password nothing is waited for.
     connection
         .send(header.replace(AUTHORIZATION, "Basic eDp5"))
         .await;
-    assert_eq!(connection.answer().await.status, 401);
+    assert_eq!(connection.response().await.status, 401);
 }
 
 #[tokio::test]
 async fn writes_on_both_paths_are_applied_in_order() {
     let node = Node::start().await;
-    let set = |spp: u32| set_request_of(&format!(r#"{{"user_id":"a","spp":{spp}}}"#));
+    let set = |spp: u32| set_request(&format!(r#"{{"user_id":"a","spp":{spp}}}"#));
     let requests = [
         (set(1), 204),
         (set(2), 204),
@@ -194,7 +195,7 @@ async fn writes_on_both_paths_are_applied_in_order() {
         (set(9).replace("host: x", "connection: close"), 204),
     ];
     for first in 0..requests.len() {
-        let mut connection = Raw::connect(node.write).await;
+        let mut connection = RawConnection::connect(node.write).await;
         let bytes: String = requests[first..]
             .iter()
             .map(|(bytes, _)| &**bytes)
@@ -202,14 +203,14 @@ async fn writes_on_both_paths_are_applied_in_order() {
         connection.send(bytes).await;
         let mut before = 0;
         for (request, status) in &requests[first..] {
-            let answer = connection.answer().await;
-            assert_eq!(answer.status, *status, "{request}: {}", answer.body);
+            let response = connection.response().await;
+            assert_eq!(response.status, *status, "{request}: {}", response.body);
             if *status == 204 {
-                assert!(answer.position() > before, "{request}");
-                before = answer.position();
+                assert!(response.position() > before, "{request}");
+                before = response.position();
             }
         }
-        connection.closed().await;
+        connection.expect_closed().await;
         assert_eq!(node.get("a").await.json()["spp"], 9);
     }
 }
@@ -246,18 +247,18 @@ async fn reads_on_both_paths_are_answered_in_order() {
     ];
     // At once, from each of them on: so each is the first that comes to a new connection.
     for first in 0..requests.len() {
-        let mut connection = Raw::connect(node.read).await;
+        let mut connection = RawConnection::connect(node.read).await;
         let bytes: String = requests[first..]
             .iter()
             .map(|(bytes, ..)| &**bytes)
             .collect();
         connection.send(bytes).await;
         for (request, status, part) in &requests[first..] {
-            let answer = connection.answer().await;
-            assert_eq!(answer.status, *status, "{request}: {}", answer.body);
-            assert!(answer.body.contains(part), "{request}: {}", answer.body);
+            let response = connection.response().await;
+            assert_eq!(response.status, *status, "{request}: {}", response.body);
+            assert!(response.body.contains(part), "{request}: {}", response.body);
         }
-        connection.closed().await;
+        connection.expect_closed().await;
     }
 }
 
@@ -265,29 +266,29 @@ async fn reads_on_both_paths_are_answered_in_order() {
 async fn a_request_in_two_parts_is_answered_wherever_it_is_cut() {
     let node = Node::start().await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
-    let write = set_request_of(r#"{"user_id":"a","spp":1}"#);
+    let write = set_request(r#"{"user_id":"a","spp":1}"#);
     for cut in 1..write.len() {
-        let mut connection = Raw::connect(node.write).await;
+        let mut connection = RawConnection::connect(node.write).await;
         let before = node.metric(WRITES).await.unwrap();
         let (begin, end) = write.split_at(cut);
         connection.send(format!("{write}{begin}")).await;
-        let first = connection.answer().await.position();
+        let first = connection.response().await.position();
         connection.send(end).await;
-        assert_eq!(connection.answer().await.position(), first + 1, "{cut}");
+        assert_eq!(connection.response().await.position(), first + 1, "{cut}");
         let more = node.metric(WRITES).await.unwrap() - before;
         assert!((more - 2.0).abs() < 0.5, "{cut}: {more}");
     }
     let request = get_request("?user_id=a", "");
     for cut in 1..request.len() {
-        let mut connection = Raw::connect(node.read).await;
+        let mut connection = RawConnection::connect(node.read).await;
         let before = node.metric(READS).await;
         // The first one's answer says that the second one's beginning has come as well.
         let (begin, end) = request.split_at(cut);
         connection.send(format!("{request}{begin}")).await;
-        assert!(connection.answer().await.body.contains(r#""spp":1"#));
+        assert!(connection.response().await.body.contains(r#""spp":1"#));
         connection.send(end).await;
         assert!(
-            connection.answer().await.body.contains(r#""spp":1"#),
+            connection.response().await.body.contains(r#""spp":1"#),
             "{cut}"
         );
         let more = node.metric(READS).await.unwrap() - before.unwrap_or_default();
@@ -310,7 +311,9 @@ async fn a_client_that_does_not_read_gets_all_responses_later() {
 
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(4096).unwrap();
-    let stream = in_time("connect", socket.connect(node.read)).await.unwrap();
+    let stream = with_timeout("connect", socket.connect(node.read))
+        .await
+        .unwrap();
     let (mut incoming, mut outgoing) = stream.into_split();
     let sending = tokio::spawn(async move { outgoing.write_all(bytes.as_bytes()).await });
     // Until the node can send no more, and so reads no more.
@@ -324,14 +327,17 @@ async fn a_client_that_does_not_read_gets_all_responses_later() {
     .await;
     let mut received = Vec::new();
     let all = incoming.read_to_end(&mut received);
-    in_time("all answers", all).await.unwrap();
-    in_time("all requests", sending).await.unwrap().unwrap();
+    with_timeout("all answers", all).await.unwrap();
+    with_timeout("all requests", sending)
+        .await
+        .unwrap()
+        .unwrap();
     let received = String::from_utf8(received).unwrap();
-    let answers: Vec<_> = received.split("HTTP/1.1 ").skip(1).collect();
-    assert_eq!(answers.len(), REQUESTS);
-    let (last, others) = answers.split_last().unwrap();
+    let responses: Vec<_> = received.split("HTTP/1.1 ").skip(1).collect();
+    assert_eq!(responses.len(), REQUESTS);
+    let (last, others) = responses.split_last().unwrap();
     assert!(last.starts_with("404 "));
-    let whole = |answer: &&&str| answer.starts_with("200 OK\r\n") && answer.ends_with("0}");
+    let whole = |response: &&&str| response.starts_with("200 OK\r\n") && response.ends_with("0}");
     assert_eq!(others.iter().filter(whole).count(), REQUESTS - 1);
     assert!(
         before.unwrap() < REQUESTS as f64 - 1.0,
@@ -340,9 +346,9 @@ async fn a_client_that_does_not_read_gets_all_responses_later() {
 }
 
 /// Numbers that come out the same each time (Knuth's 64-bit linear congruential generator).
-struct Numbers(u64);
+struct Lcg(u64);
 
-impl Numbers {
+impl Lcg {
     fn below(&mut self, bound: usize) -> usize {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005);
         self.0 = self.0.wrapping_add(1_442_695_040_888_963_407);
@@ -351,7 +357,7 @@ impl Numbers {
 }
 
 /// `request`, changed in one to three places.
-fn changed(request: &[u8], numbers: &mut Numbers) -> Vec<u8> {
+fn mutated(request: &[u8], rng: &mut Lcg) -> Vec<u8> {
     const BYTES: &[u8] = b"\r\n\0\t :;,/?=&%+#\"{}a0A1-_\x7f\xc3\xff";
     const LINES: [&str; 15] = [
         "via: 1.1 proxy\r\n",
@@ -371,14 +377,14 @@ fn changed(request: &[u8], numbers: &mut Numbers) -> Vec<u8> {
         "\r\n",
     ];
     let mut bytes = request.to_vec();
-    for _ in 0..=numbers.below(3) {
-        let at = numbers.below(bytes.len());
-        match numbers.below(6) {
+    for _ in 0..=rng.below(3) {
+        let at = rng.below(bytes.len());
+        match rng.below(6) {
             0 => {
                 bytes.remove(at);
             }
-            1 => bytes.insert(at, BYTES[numbers.below(BYTES.len())]),
-            2 => bytes[at] = BYTES[numbers.below(BYTES.len())],
+            1 => bytes.insert(at, BYTES[rng.below(BYTES.len())]),
+            2 => bytes[at] = BYTES[rng.below(BYTES.len())],
             3 => bytes[at] ^= 0x20,
             4 => bytes.truncate(at.max(1)),
             _ => {
@@ -388,8 +394,8 @@ fn changed(request: &[u8], numbers: &mut Numbers) -> Vec<u8> {
                     .filter(|(_, end)| end == b"\r\n");
                 let ends: Vec<_> = ends.map(|(at, _)| at + 2).collect();
                 if !ends.is_empty() {
-                    let at = ends[numbers.below(ends.len())];
-                    let line = LINES[numbers.below(LINES.len())].bytes();
+                    let at = ends[rng.below(ends.len())];
+                    let line = LINES[rng.below(LINES.len())].bytes();
                     bytes.splice(at..at, line);
                 }
             }
@@ -399,15 +405,15 @@ fn changed(request: &[u8], numbers: &mut Numbers) -> Vec<u8> {
 }
 
 /// All that comes back for `bytes`, without dates and made names.
-async fn all_said(port: SocketAddr, bytes: &[u8]) -> String {
-    let mut connection = Raw::connect(port).await;
+async fn exchange(port: SocketAddr, bytes: &[u8]) -> String {
+    let mut connection = RawConnection::connect(port).await;
     // A node that has refused the beginning may have hung up.
     if connection.try_send(bytes).await.is_ok() {
-        connection.send_no_more().await;
+        connection.shutdown_write().await;
     }
-    let said = connection.rest().await;
-    let said = String::from_utf8(said).unwrap();
-    let lines = said.split_inclusive("\r\n");
+    let printed = connection.read_to_end().await;
+    let printed = String::from_utf8(printed).unwrap();
+    let lines = printed.split_inclusive("\r\n");
     let lines = lines.filter(|line| !line.starts_with("date: "));
     lines
         .filter(|line| !line.starts_with("x-request-id: "))
@@ -417,25 +423,22 @@ async fn all_said(port: SocketAddr, bytes: &[u8]) -> String {
 #[tokio::test]
 async fn altered_requests_are_answered_as_without_the_fast_path() {
     const ROUNDS: usize = 1500;
-    let node = Local::start(|_| {}).await;
-    let without = Local::start(|config| config.http.fast_path = false).await;
+    let node = InProcessNode::start(|_| {}).await;
+    let without = InProcessNode::start(|config| config.http.fast_path = false).await;
     let read = get_request("?user_id=ab", "user-agent: x\r\n");
-    let write = set_request_of(r#"{"user_id":"ab","spp":1}"#);
-    let mut numbers = Numbers(1);
+    let write = set_request(r#"{"user_id":"ab","spp":1}"#);
+    let mut rng = Lcg(1);
     let mut answered = [0, 0];
     for _ in 0..ROUNDS {
-        let (ports, request) = match numbers.below(2) {
-            0 => ([node.read, without.read], read.repeat(1 + numbers.below(2))),
-            _ => (
-                [node.write, without.write],
-                write.repeat(1 + numbers.below(2)),
-            ),
+        let (ports, request) = match rng.below(2) {
+            0 => ([node.read, without.read], read.repeat(1 + rng.below(2))),
+            _ => ([node.write, without.write], write.repeat(1 + rng.below(2))),
         };
-        let request = changed(request.as_bytes(), &mut numbers);
-        let said = all_said(ports[0], &request).await;
-        let routed = all_said(ports[1], &request).await;
-        assert_eq!(said, routed, "{}", request.escape_ascii());
-        answered[usize::from(said.starts_with("HTTP/1.1 20"))] += 1;
+        let request = mutated(request.as_bytes(), &mut rng);
+        let printed = exchange(ports[0], &request).await;
+        let routed = exchange(ports[1], &request).await;
+        assert_eq!(printed, routed, "{}", request.escape_ascii());
+        answered[usize::from(printed.starts_with("HTTP/1.1 20"))] += 1;
     }
     // Neither is rare.
     assert!(

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use crate::harness::wire::{Answer, Raw};
-use crate::harness::{Local, Node, Ports, get_request};
+use crate::harness::wire::{RawConnection, Response};
+use crate::harness::{InProcessNode, Node, Ports, get_request};
 
-async fn ask(node: &Ports, query: &str, headers: &str) -> Answer {
-    let mut connection = Raw::connect(node.read).await;
+async fn ask(node: &Ports, query: &str, headers: &str) -> Response {
+    let mut connection = RawConnection::connect(node.read).await;
     connection.send(get_request(query, headers)).await;
-    connection.answer().await
+    connection.response().await
 }
 
 #[tokio::test]
@@ -22,9 +22,9 @@ async fn the_user_id_is_decoded_as_forms_encode_it() {
         "?user_id=a+b%2b%c3%a9%F0%9F%98%80",
         "?x=1&user%5Fid=%61+b%2B%C3%A9%F0%9F%98%80&y",
     ] {
-        let answer = ask(&node, query, "").await;
-        assert_eq!(answer.status, 200, "{query}: {}", answer.body);
-        assert_eq!(answer.json()["user_id"], "a b+é😀");
+        let response = ask(&node, query, "").await;
+        assert_eq!(response.status, 200, "{query}: {}", response.body);
+        assert_eq!(response.json()["user_id"], "a b+é😀");
     }
 }
 
@@ -50,7 +50,7 @@ async fn a_query_that_names_no_one_user_is_refused() {
         ("?user_id=%ed%a0%80", 400, "query-encoding"),
         ("?user_id=nobody", 404, "user-unknown"),
     ] {
-        ask(&node, query, "").await.problem(status, cause);
+        ask(&node, query, "").await.expect_problem(status, cause);
     }
 }
 
@@ -61,26 +61,26 @@ async fn many_are_answered_in_the_order_asked_with_null_for_who_is_not_there() {
         let patch = serde_json::json!({ "user_id": user, "spp": spp });
         node.set(patch.to_string()).await.position();
     }
-    let answer = ask(
+    let response = ask(
         &node,
         "?user_ids=b+%2b%C3%A9&x=1&user_ids=nobody&user%5Fids=a&user_ids=%22c%22&user_ids=a",
         "",
     )
     .await;
-    assert_eq!(answer.status, 200, "{}", answer.body);
-    assert_eq!(answer.header("content-type"), "application/json");
+    assert_eq!(response.status, 200, "{}", response.body);
+    assert_eq!(response.header("content-type"), "application/json");
     let rest = r#""shipping_fee":0,"return_fee":0}"#;
     let grade = |user: &str, spp: u8| {
         format!(r#"{{"user_id":"{user}","postpaid_limit":0,"spp":{spp},{rest}"#)
     };
-    let wanted = [
+    let expected = [
         grade("b +é", 2),
         "null".to_owned(),
         grade("a", 1),
         grade(r#"\"c\""#, 3),
         grade("a", 1),
     ];
-    assert_eq!(answer.body, format!("[{}]", wanted.join(",")));
+    assert_eq!(response.body, format!("[{}]", expected.join(",")));
     assert_eq!(ask(&node, "?user_ids=nobody", "").await.body, "[null]");
     let most = format!("?{}", ["user_ids=a"; 1000].join("&"));
     let all = ask(&node, &most, "").await.json();
@@ -96,14 +96,14 @@ async fn many_are_answered_in_the_order_asked_with_null_for_who_is_not_there() {
         ("?user_ids=%zz", "query-encoding"),
         (&more, "user-ids-too-many"),
     ] {
-        ask(&node, query, "").await.problem(400, cause);
+        ask(&node, query, "").await.expect_problem(400, cause);
     }
 }
 
 #[tokio::test]
 async fn many_wait_for_the_position_they_ask_for_and_are_not_read_before_the_node_is_ready() {
     let node = Node::start().await;
-    let mut reader = Raw::connect(node.read).await;
+    let mut reader = RawConnection::connect(node.read).await;
     let query = "?user_ids=a&user_ids=b";
     reader
         .send(get_request(query, "grade-position: 2\r\n"))
@@ -115,12 +115,12 @@ async fn many_wait_for_the_position_they_ask_for_and_are_not_read_before_the_nod
             .await
             .position();
     }
-    let both = reader.answer().await.json();
+    let both = reader.response().await.json();
     assert_eq!((&both[0]["spp"], &both[1]["spp"]), (&1.into(), &1.into()));
     let headers = "grade-position: x\r\n";
     ask(&node, query, headers)
         .await
-        .problem(400, "position-invalid");
+        .expect_problem(400, "position-invalid");
 }
 
 #[tokio::test]
@@ -129,7 +129,7 @@ async fn head_answers_as_get_does_without_the_body() {
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
     let head = async |user_id: &str| {
         let url = format!("http://{}/get?user_id={user_id}", node.read);
-        Answer::of(node.client.head(url).send().await.unwrap()).await
+        Response::of(node.client.head(url).send().await.unwrap()).await
     };
     let (got, asked) = (node.get("a").await, head("a").await);
     assert_eq!((asked.status, asked.body.as_str()), (200, ""));
@@ -143,15 +143,15 @@ async fn other_methods_and_paths_are_told_what_there_is() {
     for method in ["POST", "PUT", "PATCH", "DELETE"] {
         let url = format!("http://{}/get?user_id=a", node.read);
         let request = node.client.request(method.parse().unwrap(), url);
-        let answer = Answer::of(request.send().await.unwrap()).await;
-        answer.problem(405, "method-not-allowed");
-        assert_eq!(answer.header("allow"), "GET, HEAD");
+        let response = Response::of(request.send().await.unwrap()).await;
+        response.expect_problem(405, "method-not-allowed");
+        assert_eq!(response.header("allow"), "GET, HEAD");
     }
     for path in ["/", "/set", "/get/", "/metrics"] {
         let request = node.client.get(format!("http://{}{path}", node.read));
-        let detail = Answer::of(request.send().await.unwrap())
+        let detail = Response::of(request.send().await.unwrap())
             .await
-            .problem(404, "route-unknown");
+            .expect_problem(404, "route-unknown");
         assert!(detail.contains("GET /get"), "{detail}");
     }
 }
@@ -159,7 +159,7 @@ async fn other_methods_and_paths_are_told_what_there_is() {
 #[tokio::test]
 async fn a_read_waits_for_the_position_it_asks_for() {
     let node = Node::start().await;
-    let mut reader = Raw::connect(node.read).await;
+    let mut reader = RawConnection::connect(node.read).await;
     reader
         .send(get_request("?user_id=a", "grade-position: 2\r\n"))
         .await;
@@ -167,22 +167,22 @@ async fn a_read_waits_for_the_position_it_asks_for() {
         .await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
     node.set(r#"{"user_id":"a","spp":2}"#).await.position();
-    assert_eq!(reader.answer().await.json()["spp"], 2);
+    assert_eq!(reader.response().await.json()["spp"], 2);
     // What is reached already is not waited for.
     for position in ["0", "2", "0002"] {
-        let answer = ask(
+        let response = ask(
             &node,
             "?user_id=a",
             &format!("Grade-Position: {position}\r\n"),
         )
         .await;
-        assert_eq!(answer.json()["spp"], 2);
+        assert_eq!(response.json()["spp"], 2);
     }
 }
 
 #[tokio::test]
 async fn a_position_that_is_not_reached_in_time_is_a_503() {
-    let node = Local::start(|config| {
+    let node = InProcessNode::start(|config| {
         config.http.position_wait_max = Duration::from_millis(50);
         // A read that timed out makes room for the next.
         config.http.position_waits_max = 1;
@@ -194,9 +194,9 @@ async fn a_position_that_is_not_reached_in_time_is_a_503() {
         let headers = format!("grade-position: {position}\r\n");
         let detail = ask(&node, "?user_id=a", &headers)
             .await
-            .problem(503, "position-not-reached");
-        let wanted = format!("this replica has applied 1 and not yet {position};");
-        assert!(detail.starts_with(&wanted), "{detail}");
+            .expect_problem(503, "position-not-reached");
+        let expected = format!("this replica has applied 1 and not yet {position};");
+        assert!(detail.starts_with(&expected), "{detail}");
     }
 }
 
@@ -204,17 +204,18 @@ async fn a_position_that_is_not_reached_in_time_is_a_503() {
 async fn a_position_far_past_the_end_of_the_log_is_refused_at_once() {
     // Longer than the test waits for a response.
     let node =
-        Local::start(|config| config.http.position_wait_max = Duration::from_secs(3600)).await;
+        InProcessNode::start(|config| config.http.position_wait_max = Duration::from_secs(3600))
+            .await;
     for end in 0..2 {
         for position in [1_000_001 + end, u64::MAX] {
             let headers = format!("grade-position: {position}\r\n");
             let detail = ask(&node, "?user_id=a", &headers)
                 .await
-                .problem(503, "position-not-reached");
-            let wanted = format!(
+                .expect_problem(503, "position-not-reached");
+            let expected = format!(
                 "Grade-Position {position} is more than 1000000 past the end of the log, {end};"
             );
-            assert!(detail.starts_with(&wanted), "{detail}");
+            assert!(detail.starts_with(&expected), "{detail}");
         }
         node.set(r#"{"user_id":"a","spp":1}"#).await.position();
     }
@@ -222,13 +223,13 @@ async fn a_position_far_past_the_end_of_the_log_is_refused_at_once() {
 
 #[tokio::test]
 async fn a_waiting_read_beyond_the_limit_is_refused_at_once() {
-    let node = Local::start(|config| {
+    let node = InProcessNode::start(|config| {
         config.http.position_wait_max = Duration::from_secs(3600);
         config.http.position_waits_max = 2;
     })
     .await;
     let wait = async |position: u64| {
-        let mut reader = Raw::connect(node.read).await;
+        let mut reader = RawConnection::connect(node.read).await;
         let headers = format!("grade-position: {position}\r\n");
         reader.send(get_request("?user_id=a", &headers)).await;
         reader
@@ -243,9 +244,9 @@ async fn a_waiting_read_beyond_the_limit_is_refused_at_once() {
     in_flight(3.0).await;
     let detail = wait(1)
         .await
-        .answer()
+        .response()
         .await
-        .problem(503, "position-not-reached");
+        .expect_problem(503, "position-not-reached");
     assert!(
         detail.starts_with("too many reads wait for a Grade-Position (limit 2);"),
         "{detail}"
@@ -255,15 +256,15 @@ async fn a_waiting_read_beyond_the_limit_is_refused_at_once() {
         assert_eq!(node.set(patch).await.position(), spp);
     };
     set(1).await;
-    assert_eq!(first.answer().await.json()["spp"], 1);
+    assert_eq!(first.response().await.json()["spp"], 1);
     in_flight(2.0).await;
     // A read that was answered makes room for another.
     let mut third = wait(2).await;
     in_flight(3.0).await;
     set(2).await;
-    assert_eq!(third.answer().await.json()["spp"], 2);
+    assert_eq!(third.response().await.json()["spp"], 2);
     set(3).await;
-    assert_eq!(second.answer().await.json()["spp"], 3);
+    assert_eq!(second.response().await.json()["spp"], 3);
 }
 
 #[tokio::test]
@@ -283,6 +284,6 @@ async fn a_position_that_is_no_number_is_refused() {
     ] {
         ask(&node, "?user_id=a", headers)
             .await
-            .problem(400, "position-invalid");
+            .expect_problem(400, "position-invalid");
     }
 }

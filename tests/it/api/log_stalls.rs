@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::harness::held_log::{QUEUE_PATCHES_MAX, start};
-use crate::harness::wire::{Raw, eventually};
-use crate::harness::{set_request_of, waiting_set};
+use crate::harness::wire::{RawConnection, eventually};
+use crate::harness::{pending_set, set_request};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 
@@ -14,20 +14,20 @@ async fn a_full_queue_refuses_and_what_waits_is_written_in_order() {
     let mut waiting = Vec::new();
     // Two batches are under way at most; the others queue.
     for spp in 0..2 + QUEUE_PATCHES_MAX {
-        waiting.push(waiting_set(&node, &format!(r#"{{"user_id":"a","spp":{spp}}}"#)).await);
+        waiting.push(pending_set(&node, &format!(r#"{{"user_id":"a","spp":{spp}}}"#)).await);
         node.metric_reaches(
             "gradestore_write_queue_patches",
             spp.saturating_sub(1) as f64,
         )
         .await;
     }
-    let detail = node.set(PATCH).await.problem(503, "queue-full");
+    let detail = node.set(PATCH).await.expect_problem(503, "queue-full");
     assert!(detail.contains("nothing was written"), "{detail}");
-    node.get("a").await.problem(404, "user-unknown");
+    node.get("a").await.expect_problem(404, "user-unknown");
 
     log.release();
     for (before, connection) in waiting.iter_mut().enumerate() {
-        assert_eq!(connection.answer().await.position(), before as u64 + 1);
+        assert_eq!(connection.response().await.position(), before as u64 + 1);
     }
     assert_eq!(node.get("a").await.json()["spp"], 1 + QUEUE_PATCHES_MAX);
     node.set(PATCH).await.position();
@@ -38,18 +38,21 @@ async fn a_batch_that_does_not_come_back_has_an_unknown_outcome_and_may_still_la
     let (log, node) = start(Duration::from_secs(1)).await;
     let mut sent = Vec::new();
     for spp in [6, 7] {
-        let mut connection = Raw::connect(node.write).await;
+        let mut connection = RawConnection::connect(node.write).await;
         let patch = format!(r#"{{"user_id":"a","spp":{spp}}}"#);
-        connection.send(set_request_of(&patch)).await;
+        connection.send(set_request(&patch)).await;
         sent.push(connection);
         node.metric_reaches("gradestore_log_end", (spp - 5) as f64)
             .await;
     }
     // What was never sent is refused for certain.
-    let detail = node.set(PATCH).await.problem(503, "not-written");
+    let detail = node.set(PATCH).await.expect_problem(503, "not-written");
     assert!(detail.contains("nothing was written"), "{detail}");
     for connection in &mut sent {
-        let detail = connection.answer().await.problem(504, "outcome-unknown");
+        let detail = connection
+            .response()
+            .await
+            .expect_problem(504, "outcome-unknown");
         assert!(detail.contains("read the grade back"), "{detail}");
     }
     log.release();
@@ -65,7 +68,7 @@ async fn a_log_that_takes_nothing_is_told_to_the_client() {
     node.set(PATCH).await.position();
     log.refuse();
     for _ in 0..10 {
-        node.set(PATCH).await.problem(503, "not-written");
+        node.set(PATCH).await.expect_problem(503, "not-written");
     }
     assert_eq!(node.get("a").await.status, 200);
 }
@@ -76,19 +79,21 @@ async fn a_node_that_misses_a_batch_answers_no_more() {
     log.release();
     node.set(PATCH).await.position();
     log.lose();
-    node.set(PATCH).await.problem(504, "outcome-unknown");
+    node.set(PATCH).await.expect_problem(504, "outcome-unknown");
     let reason = eventually("unready", async || {
-        let answer = node.ops("/readyz").await;
-        (answer.status != 200).then(|| answer.problem(503, "not-ready"))
+        let response = node.ops("/readyz").await;
+        (response.status != 200).then(|| response.expect_problem(503, "not-ready"))
     })
     .await;
     assert!(
         reason.contains("batch 3 was delivered after batch 1"),
         "{reason}"
     );
-    node.ops("/readyz/write").await.problem(503, "not-ready");
-    node.get("a").await.problem(503, "not-ready");
-    node.set(PATCH).await.problem(503, "not-ready");
+    node.ops("/readyz/write")
+        .await
+        .expect_problem(503, "not-ready");
+    node.get("a").await.expect_problem(503, "not-ready");
+    node.set(PATCH).await.expect_problem(503, "not-ready");
     assert_eq!(node.status().await["state"], "gap");
     assert_eq!(node.ops("/livez").await.status, 200);
 }
@@ -99,8 +104,8 @@ async fn a_panic_in_the_task_that_applies_ends_the_process() {
     log.release();
     node.set(PATCH).await.position();
     log.crash();
-    let _waiting = waiting_set(&node, PATCH).await;
-    let why = node.failed().await;
+    let _waiting = pending_set(&node, PATCH).await;
+    let why = node.wait_for_error().await;
     assert!(why.contains("task driver ended"), "{why}");
     assert!(why.contains("a broken invariant"), "{why}");
 }
@@ -110,7 +115,7 @@ async fn a_write_whose_client_went_away_is_applied_once_in_its_place() {
     let (log, node) = start(Duration::from_secs(60)).await;
     for spp in 1..=2 + QUEUE_PATCHES_MAX {
         let patch = format!(r#"{{"user_id":"a","spp":{spp},"shipping_fee":{spp}}}"#);
-        drop(waiting_set(&node, &patch).await);
+        drop(pending_set(&node, &patch).await);
     }
     log.release();
     node.metric_reaches("gradestore_write_queue_patches", 0.0)

@@ -1,16 +1,16 @@
 //! Clients that break the protocol, send too much or hang up.
 
 use crate::api::set::bad_bodies;
-use crate::harness::wire::{PATIENCE, Raw};
-use crate::harness::{Node, get_request, set_request, set_request_of};
-use crate::harness::{held_log, waiting_set};
+use crate::harness::wire::{RawConnection, TIMEOUT};
+use crate::harness::{Node, get_request, set_request, set_request_framed};
+use crate::harness::{held_log, pending_set};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 
 #[tokio::test]
 async fn a_request_of_unclear_length_is_refused_and_the_connection_ends() {
     let node = Node::start().await;
-    let hidden = set_request_of(r#"{"user_id":"smuggled","spp":1}"#);
+    let hidden = set_request(r#"{"user_id":"smuggled","spp":1}"#);
     let chunked = format!("{:x}\r\n{PATCH}\r\n0\r\n\r\n", PATCH.len());
     for (framing, body) in [
         ("content-length: 23\r\ncontent-length: 24", PATCH),
@@ -24,10 +24,12 @@ async fn a_request_of_unclear_length_is_refused_and_the_connection_ends() {
         ("transfer-encoding: chunked, gzip", &chunked),
         ("transfer-encoding : chunked", &chunked),
     ] {
-        let mut connection = Raw::connect(node.write).await;
-        connection.send(set_request(framing, body) + &hidden).await;
-        assert_eq!(connection.answer().await.status, 400, "{framing}");
-        connection.closed().await;
+        let mut connection = RawConnection::connect(node.write).await;
+        connection
+            .send(set_request_framed(framing, body) + &hidden)
+            .await;
+        assert_eq!(connection.response().await.status, 400, "{framing}");
+        connection.expect_closed().await;
     }
     assert_eq!(node.status().await["position"], 0);
 }
@@ -35,19 +37,21 @@ async fn a_request_of_unclear_length_is_refused_and_the_connection_ends() {
 #[tokio::test]
 async fn a_chunked_request_with_a_length_hides_no_second_one() {
     let node = Node::start().await;
-    let hidden = set_request_of(r#"{"user_id":"smuggled","spp":1}"#);
+    let hidden = set_request(r#"{"user_id":"smuggled","spp":1}"#);
     let body = format!("{:x}\r\n{PATCH}\r\n0\r\n\r\n", PATCH.len());
     // A proxy that goes by the length takes `hidden` for a part of this body.
     let length = body.len() + hidden.len();
     let framing = format!("content-length: {length}\r\ntransfer-encoding: chunked");
-    let mut connection = Raw::connect(node.write).await;
+    let mut connection = RawConnection::connect(node.write).await;
     connection
-        .send(set_request(&framing, &body) + &hidden)
+        .send(set_request_framed(&framing, &body) + &hidden)
         .await;
     // It is framed by its chunks, and nothing is taken from after it.
-    assert_eq!(connection.answer().await.position(), 1);
-    connection.closed().await;
-    node.get("smuggled").await.problem(404, "user-unknown");
+    assert_eq!(connection.response().await.position(), 1);
+    connection.expect_closed().await;
+    node.get("smuggled")
+        .await
+        .expect_problem(404, "user-unknown");
 }
 
 #[tokio::test]
@@ -65,11 +69,11 @@ async fn a_header_that_is_too_large_or_no_header_is_answered() {
         ("bad name: x\r\n".to_owned(), 400),
         ("x: \0\r\n".to_owned(), 400),
     ] {
-        let mut connection = Raw::connect(node.read).await;
-        let answer = connection
-            .ask(get_request("?user_id=nobody", &headers))
+        let mut connection = RawConnection::connect(node.read).await;
+        let response = connection
+            .request(get_request("?user_id=nobody", &headers))
             .await;
-        assert_eq!(answer.status, status, "{:.20}", headers);
+        assert_eq!(response.status, status, "{:.20}", headers);
     }
 }
 
@@ -83,26 +87,26 @@ async fn what_is_no_request_is_answered_or_dropped() {
         b"GET /\r\n\r\n",
         b"\0\0\0\0",
     ] {
-        let mut connection = Raw::connect(node.read).await;
-        assert_eq!(connection.ask(bytes).await.status, 400);
-        connection.closed().await;
+        let mut connection = RawConnection::connect(node.read).await;
+        assert_eq!(connection.request(bytes).await.status, 400);
+        connection.expect_closed().await;
     }
     // A preface of HTTP/2, which is not spoken here.
-    let mut connection = Raw::connect(node.read).await;
+    let mut connection = RawConnection::connect(node.read).await;
     connection.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
-    connection.closed().await;
+    connection.expect_closed().await;
 }
 
 #[tokio::test]
 async fn pipelined_requests_are_answered_in_order() {
     let node = Node::start().await;
     let requests: String = (1..=50)
-        .map(|spp| set_request_of(&format!(r#"{{"user_id":"a","spp":{spp}}}"#)))
+        .map(|spp| set_request(&format!(r#"{{"user_id":"a","spp":{spp}}}"#)))
         .collect();
-    let mut connection = Raw::connect(node.write).await;
+    let mut connection = RawConnection::connect(node.write).await;
     connection.send(requests).await;
     for position in 1..=50 {
-        assert_eq!(connection.answer().await.position(), position);
+        assert_eq!(connection.response().await.position(), position);
     }
     assert_eq!(node.get("a").await.json()["spp"], 50);
 }
@@ -113,9 +117,9 @@ async fn a_refusal_can_be_read_while_the_body_still_comes() {
     // More than the system keeps for a reader that does not read.
     let body = " ".repeat(12 * 1024 * 1024);
     for (request, status, cause) in [
-        (set_request_of(&body), 413, "body-too-large"),
+        (set_request(&body), 413, "body-too-large"),
         (
-            set_request(
+            set_request_framed(
                 "transfer-encoding: chunked",
                 &format!("c00000\r\n{body}\r\n0\r\n\r\n"),
             ),
@@ -123,60 +127,63 @@ async fn a_refusal_can_be_read_while_the_body_still_comes() {
             "body-too-large",
         ),
         (
-            set_request_of(&body).replace("authorization", "x"),
+            set_request(&body).replace("authorization", "x"),
             401,
             "unauthorized",
         ),
         (
-            set_request_of(&body).replace("application/json", "x"),
+            set_request(&body).replace("application/json", "x"),
             415,
             "unsupported-media-type",
         ),
         (
-            set_request_of(&body).replace("/set", "/"),
+            set_request(&body).replace("/set", "/"),
             404,
             "route-unknown",
         ),
     ] {
-        let mut connection = Raw::connect(node.write).await;
+        let mut connection = RawConnection::connect(node.write).await;
         // First all of it, then the answer, as plain clients do.
         connection.send(&request).await;
-        connection.answer().await.problem(status, cause);
+        connection.response().await.expect_problem(status, cause);
     }
 }
 
 #[tokio::test]
 async fn a_client_that_sends_no_more_still_gets_its_answer() {
-    let (log, node) = held_log::start(PATIENCE).await;
-    let mut connection = waiting_set(&node, PATCH).await;
-    connection.send_no_more().await;
+    let (log, node) = held_log::start(TIMEOUT).await;
+    let mut connection = pending_set(&node, PATCH).await;
+    connection.shutdown_write().await;
     log.release();
-    assert_eq!(connection.answer().await.position(), 1);
-    connection.closed().await;
+    assert_eq!(connection.response().await.position(), 1);
+    connection.expect_closed().await;
 
-    let mut connection = Raw::connect(node.write).await;
+    let mut connection = RawConnection::connect(node.write).await;
     connection
-        .send(set_request("content-length: 50", PATCH))
+        .send(set_request_framed("content-length: 50", PATCH))
         .await;
-    connection.send_no_more().await;
-    connection.answer().await.problem(400, "body-broken");
-    connection.closed().await;
+    connection.shutdown_write().await;
+    connection
+        .response()
+        .await
+        .expect_problem(400, "body-broken");
+    connection.expect_closed().await;
 }
 
 #[tokio::test]
 async fn bad_requests_leave_no_memory_behind() {
     let node = Node::start().await;
     let bodies = bad_bodies();
-    let round = async |connection: &mut Raw| {
+    let round = async |connection: &mut RawConnection| {
         for (body, status, cause) in &bodies {
             let framing = format!("content-length: {}", body.len());
-            connection.send(set_request(&framing, "")).await;
+            connection.send(set_request_framed(&framing, "")).await;
             connection.send(body).await;
-            connection.answer().await.problem(*status, cause);
+            connection.response().await.expect_problem(*status, cause);
         }
     };
     let rss = async || node.metric("process_resident_memory_bytes").await.unwrap();
-    let mut connection = Raw::connect(node.write).await;
+    let mut connection = RawConnection::connect(node.write).await;
     round(&mut connection).await;
     let before = rss().await;
     for _ in 0..200 {

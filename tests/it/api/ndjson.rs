@@ -8,9 +8,9 @@ use serde_json::json;
 use tempfile::tempdir;
 
 use crate::api::set::bad_bodies;
-use crate::harness::backup_files::program_on;
-use crate::harness::wire::{Answer, Raw, eventually};
-use crate::harness::{AUTHORIZATION, Local, Node, Ports};
+use crate::harness::backup_files::program_with_data_dir;
+use crate::harness::wire::{RawConnection, Response, eventually};
+use crate::harness::{AUTHORIZATION, InProcessNode, Node, Ports};
 
 const APPLIED: &str = "gradestore_patches_applied_total";
 
@@ -25,14 +25,14 @@ pub(crate) fn lines(users: std::ops::Range<usize>) -> String {
 
 /// Checks that all of a body was written, up to `position`.
 #[track_caller]
-fn accepted(answer: &Answer, lines: u64, position: u64) {
-    assert_eq!(answer.status, 200, "{}", answer.body);
-    assert_eq!(answer.header("content-type"), "application/json");
+fn accepted(response: &Response, lines: u64, position: u64) {
+    assert_eq!(response.status, 200, "{}", response.body);
+    assert_eq!(response.header("content-type"), "application/json");
     assert_eq!(
-        answer.body,
+        response.body,
         format!(r#"{{"accepted":{lines},"position":{position}}}"#)
     );
-    assert_eq!(answer.header("grade-position"), position.to_string());
+    assert_eq!(response.header("grade-position"), position.to_string());
 }
 
 pub(crate) async fn records(node: &Ports) -> u64 {
@@ -40,11 +40,11 @@ pub(crate) async fn records(node: &Ports) -> u64 {
 }
 
 /// A body that is sent part by part.
-pub(crate) struct Body(pub(crate) Raw);
+pub(crate) struct Body(pub(crate) RawConnection);
 
 impl Body {
     pub(crate) async fn begin(node: &Ports) -> Self {
-        let mut connection = Raw::connect(node.write).await;
+        let mut connection = RawConnection::connect(node.write).await;
         let head = format!(
             "POST /set HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\
              content-type: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -58,9 +58,9 @@ impl Body {
         self.0.send(chunk).await;
     }
 
-    pub(crate) async fn end(mut self) -> Answer {
+    pub(crate) async fn end(mut self) -> Response {
         self.0.send("0\r\n\r\n").await;
-        self.0.answer().await
+        self.0.response().await
     }
 }
 
@@ -85,7 +85,7 @@ async fn all_lines_are_written_and_read_back() {
     // Nothing to write is no fault, and waits for nothing.
     accepted(&node.set_lines("").await, 0, 4);
     accepted(&node.set_lines("\n\r\n\n").await, 3, 4);
-    node.set_lines("x").await.problem(422, "bad-line");
+    node.set_lines("x").await.expect_problem(422, "bad-line");
     // They are counted beside single writes, since they take as long as they are.
     node.set(r#"{"user_id":"a"}"#).await.position();
     for (name, value) in [
@@ -122,21 +122,21 @@ async fn a_bad_line_is_named_and_what_is_before_its_group_stays() {
         lines(0..2500).replace(&good, line)
     };
     let bad = with(1499, r#"{"user_id":"x","spp":1.5}"#);
-    let answer = node.set_lines(bad).await;
-    let detail = answer.problem(422, "bad-line");
-    let problem = answer.json();
+    let response = node.set_lines(bad).await;
+    let detail = response.expect_problem(422, "bad-line");
+    let problem = response.json();
     assert_eq!(
         (&problem["line"], &problem["accepted"]),
         (&1500.into(), &1000.into())
     );
-    for said in [
+    for printed in [
         "line 1500: ",
         "spp",
         "fraction",
         "1000 lines were accepted",
         "from line 1001",
     ] {
-        assert!(detail.contains(said), "{said} in {detail}");
+        assert!(detail.contains(printed), "{printed} in {detail}");
     }
     assert!(!detail.contains("line 1 "), "{detail}");
     assert_eq!(records(&node).await, 1000);
@@ -147,9 +147,9 @@ async fn a_bad_line_is_named_and_what_is_before_its_group_stays() {
     // The first group, the last one, and one that ends with the bad line.
     for (user, left) in [(0, 0), (2499, 2000), (999, 0), (1000, 1000)] {
         let node = Node::start().await;
-        let answer = node.set_lines(with(user, "x")).await;
-        answer.problem(422, "bad-line");
-        let problem = answer.json();
+        let response = node.set_lines(with(user, "x")).await;
+        response.expect_problem(422, "bad-line");
+        let problem = response.json();
         assert_eq!(
             (&problem["line"], &problem["accepted"]),
             (&(user + 1).into(), &left.into())
@@ -168,23 +168,23 @@ async fn whatever_is_no_patch_is_no_line() {
         }
         tried += 1;
         let good = br#"{"user_id":"good","spp":1}"#;
-        let answer = node
+        let response = node
             .set_lines([good, &b"\n"[..], &line, b"\n", good].concat())
             .await;
-        let detail = answer.problem(422, "bad-line");
+        let detail = response.expect_problem(422, "bad-line");
         assert!(detail.starts_with("line 2: it "), "{detail}");
-        let said = match cause {
+        let printed = match cause {
             "not-json" => "it is not JSON",
             "body-not-utf8" => "it is not UTF-8",
             _ => "it is no patch",
         };
-        assert!(detail.contains(said), "{detail}");
-        assert_eq!(answer.json()["accepted"], 0);
+        assert!(detail.contains(printed), "{detail}");
+        assert_eq!(response.json()["accepted"], 0);
     }
     assert!(tried > 40, "{tried}");
     // A deletion is no patch either.
-    let answer = node.set_lines(r#"{"delete":"good"}"#).await;
-    assert!(answer.problem(422, "bad-line").contains("delete"));
+    let response = node.set_lines(r#"{"delete":"good"}"#).await;
+    assert!(response.expect_problem(422, "bad-line").contains("delete"));
     assert_eq!(node.status().await["position"], 0);
 }
 
@@ -203,24 +203,24 @@ async fn a_line_of_64_kib_is_the_longest_and_a_group_holds_four() {
         // One that does not end.
         padded(0, 1 << 20),
     ] {
-        let answer = node
+        let response = node
             .set_lines(format!("{}\n{body}", longest.join("\n")))
             .await;
-        let detail = answer.problem(422, "bad-line");
+        let detail = response.expect_problem(422, "bad-line");
         assert!(
             detail.contains("line 10: it has more than 65536 bytes"),
             "{detail}"
         );
-        assert_eq!(answer.json()["accepted"], 8);
+        assert_eq!(response.json()["accepted"], 8);
     }
 }
 
 #[tokio::test]
 async fn a_body_may_go_on_for_as_long_as_it_does_not_stand_still() {
     let silence_max = Duration::from_secs(2);
-    let node = Local::start(|config| config.http.body_wait_max = silence_max).await;
-    let (begun, mut body, mut groups) = (Instant::now(), Body::begin(&node).await, 0);
-    while begun.elapsed() < 2 * silence_max {
+    let node = InProcessNode::start(|config| config.http.body_wait_max = silence_max).await;
+    let (started_at, mut body, mut groups) = (Instant::now(), Body::begin(&node).await, 0);
+    while started_at.elapsed() < 2 * silence_max {
         body.send(&lines(0..1000)).await;
         groups += 1;
         node.metric_reaches(APPLIED, groups as f64 * 1000.0).await;
@@ -231,30 +231,30 @@ async fn a_body_may_go_on_for_as_long_as_it_does_not_stand_still() {
     // One that does loses what has not made a group.
     let mut body = Body::begin(&node).await;
     body.send(&lines(0..1500)).await;
-    let answer = body.0.answer().await;
-    answer.problem(408, "body-slow");
-    assert_eq!(answer.json()["accepted"], 1000);
-    body.0.closed().await;
+    let response = body.0.response().await;
+    response.expect_problem(408, "body-slow");
+    assert_eq!(response.json()["accepted"], 1000);
+    body.0.expect_closed().await;
 
     let mut body = Body::begin(&node).await;
     body.send(&lines(0..1001)).await;
     body.0.send("xyz\r\n").await;
-    let answer = body.0.answer().await;
-    answer.problem(400, "body-broken");
-    assert_eq!(answer.json()["accepted"], 1000);
+    let response = body.0.response().await;
+    response.expect_problem(400, "body-broken");
+    assert_eq!(response.json()["accepted"], 1000);
 }
 
 #[tokio::test]
 async fn so_many_at_once_and_one_more_is_told_to_wait() {
-    let node = Local::start(|config| config.writer.bulks_max = 2).await;
+    let node = InProcessNode::start(|config| config.writer.bulks_max = 2).await;
     let mut bodies = [Body::begin(&node).await, Body::begin(&node).await];
     for body in &mut bodies {
         body.send(&lines(0..1000)).await;
     }
     node.metric_reaches(APPLIED, 2000.0).await;
-    let answer = node.set_lines(lines(0..1)).await;
-    answer.problem(503, "queue-full");
-    assert_eq!(answer.json()["accepted"], 0);
+    let response = node.set_lines(lines(0..1)).await;
+    response.expect_problem(503, "queue-full");
+    assert_eq!(response.json()["accepted"], 0);
     // Single writes have nothing to do with it.
     node.set(r#"{"user_id":"a"}"#).await.position();
     let [one, other] = bodies;
@@ -296,14 +296,14 @@ async fn a_long_body_takes_no_more_memory_than_a_short_one() {
 #[tokio::test]
 async fn a_kill_leaves_whole_groups() {
     let dir = tempdir().unwrap();
-    let node = Node::start_with(&mut program_on(dir.path())).await;
+    let node = Node::start_with(&mut program_with_data_dir(dir.path())).await;
     let mut body = Body::begin(&node).await;
     body.send(&lines(0..3000)).await;
     node.metric_reaches(APPLIED, 3000.0).await;
     // The next ones are somewhere on their way.
     body.send(&lines(3000..9500)).await;
     node.kill();
-    let node = Node::start_with(&mut program_on(dir.path())).await;
+    let node = Node::start_with(&mut program_with_data_dir(dir.path())).await;
     let records = records(&node).await;
     assert!(records >= 3000 && records.is_multiple_of(1000), "{records}");
 }
@@ -320,10 +320,10 @@ async fn a_node_that_stops_says_how_far_it_came() {
     })
     .await;
     body.send(&lines(1000..2000)).await;
-    let answer = body.0.answer().await;
-    answer.problem(503, "not-ready");
-    assert_eq!(answer.json()["accepted"], 1000);
-    assert!(node.exit().await.success());
+    let response = body.0.response().await;
+    response.expect_problem(503, "not-ready");
+    assert_eq!(response.json()["accepted"], 1000);
+    assert!(node.wait_for_exit().await.success());
 }
 
 #[tokio::test]
@@ -334,23 +334,27 @@ async fn it_needs_the_password_and_its_name() {
         .client
         .post(&url)
         .header("content-type", "application/x-ndjson");
-    let answer = Answer::of(request.body(lines(0..2)).send().await.unwrap()).await;
-    answer.problem(401, "unauthorized");
+    let response = Response::of(request.body(lines(0..2)).send().await.unwrap()).await;
+    response.expect_problem(401, "unauthorized");
     let send = async |name: &str| {
         let request = node
             .client
             .post(&url)
             .header("authorization", AUTHORIZATION);
         let request = request.header("content-type", name).body(lines(0..2));
-        Answer::of(request.send().await.unwrap()).await
+        Response::of(request.send().await.unwrap()).await
     };
     for wrong in ["application/ndjson", "text/plain", "application/x-ndjson2"] {
-        let detail = send(wrong).await.problem(415, "unsupported-media-type");
+        let detail = send(wrong)
+            .await
+            .expect_problem(415, "unsupported-media-type");
         for name in ["application/json", "application/x-ndjson"] {
             assert!(detail.contains(name), "{detail}");
         }
     }
-    send("application/json").await.problem(400, "not-json");
+    send("application/json")
+        .await
+        .expect_problem(400, "not-json");
     assert_eq!(records(&node).await, 0);
     for right in [
         "application/x-ndjson",

@@ -5,17 +5,17 @@
 use serde_json::json;
 
 use crate::harness::Node;
-use crate::harness::wire::Answer;
+use crate::harness::wire::Response;
 
 #[tokio::test]
 async fn the_document_says_where_what_is() {
     let node = Node::start().await;
-    let answer = node.ops("/openapi.json").await;
+    let response = node.ops("/openapi.json").await;
     assert_eq!(
-        (answer.status, answer.header("content-type")),
+        (response.status, response.header("content-type")),
         (200, "application/json")
     );
-    let document = answer.json();
+    let document = response.json();
     assert_eq!(document["openapi"], "3.1.0");
     assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
     for (path, port) in [
@@ -41,7 +41,7 @@ async fn the_document_says_where_what_is() {
     let request = node
         .client
         .post(format!("http://{}/openapi.json", node.ops));
-    Answer::of(request.send().await.unwrap())
+    Response::of(request.send().await.unwrap())
         .await
-        .problem(405, "method-not-allowed");
+        .expect_problem(405, "method-not-allowed");
 }

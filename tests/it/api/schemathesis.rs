@@ -6,24 +6,24 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::harness::cluster::broker::{Broker, STREAM};
-use crate::harness::{Local, Node, PASSWORD, Ports, run};
+use crate::harness::{InProcessNode, Node, PASSWORD, Ports, run};
 
 /// As tests/install.sh puts it there.
 const SCHEMATHESIS: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/.tools/schemathesis/bin/schemathesis"
 );
-const HERE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/openapi");
+const OPENAPI_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/openapi");
 
 /// Asks a node's port for those of the document's paths that `paths` names, `examples` times each at most
 /// beside the edges of each parameter; how many requests that made.
-fn conforms(node: &Ports, port: SocketAddr, paths: &str, examples: usize) -> usize {
+fn run_schemathesis(node: &Ports, port: SocketAddr, paths: &str, examples: usize) -> usize {
     // Where it may leave what it likes.
     let dir = tempfile::tempdir().unwrap();
-    let mut tester = Command::new(SCHEMATHESIS);
-    tester
+    let mut command = Command::new(SCHEMATHESIS);
+    command
         .current_dir(&dir)
-        .args(["--config-file", &format!("{HERE}/schemathesis.toml")])
+        .args(["--config-file", &format!("{OPENAPI_DIR}/schemathesis.toml")])
         .args(["run", &format!("http://{}/openapi.json", node.ops)])
         .args(["--url", &format!("http://{port}")])
         .args(["--include-path-regex", paths])
@@ -35,16 +35,16 @@ fn conforms(node: &Ports, port: SocketAddr, paths: &str, examples: usize) -> usi
             "--continue-on-failure",
             "--no-color",
         ])
-        .envs([("SCHEMATHESIS_HOOKS", "hooks"), ("PYTHONPATH", HERE)])
+        .envs([("SCHEMATHESIS_HOOKS", "hooks"), ("PYTHONPATH", OPENAPI_DIR)])
         .envs([("PYTHONDONTWRITEBYTECODE", "1"), ("NO_PROXY", "*")]);
     assert!(
         std::path::Path::new(SCHEMATHESIS).exists(),
         "{SCHEMATHESIS} is missing; tests/install.sh gets it"
     );
-    let output = run(&mut tester);
-    let said = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{said}");
-    let (_, counted) = said.split_once("Test cases:\n").unwrap();
+    let output = run(&mut command);
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{printed}");
+    let (_, counted) = printed.split_once("Test cases:\n").unwrap();
     let (made, _) = counted.trim_start().split_once(" generated").unwrap();
     println!("{paths}: {}", counted.trim_start().lines().next().unwrap());
     made.replace(',', "").parse().unwrap()
@@ -54,7 +54,7 @@ fn conforms(node: &Ports, port: SocketAddr, paths: &str, examples: usize) -> usi
 async fn a_node_answers_as_its_document_says() {
     // Some requests wait for a position that never comes.
     let wait_max = Duration::from_millis(10);
-    let node = Local::start(|config| config.http.position_wait_max = wait_max).await;
+    let node = InProcessNode::start(|config| config.http.position_wait_max = wait_max).await;
     for (port, paths) in [
         (node.write, "^/set$"),
         (node.read, "^/get$"),
@@ -64,7 +64,7 @@ async fn a_node_answers_as_its_document_says() {
             "^/(livez|readyz|readyz/write|status|metrics|openapi.json|)$",
         ),
     ] {
-        let made = conforms(&node, port, paths, 60);
+        let made = run_schemathesis(&node, port, paths, 60);
         assert!(made > 50, "{paths}: {made} requests");
     }
     // Some of those that were to succeed did.
@@ -82,7 +82,7 @@ async fn a_node_that_may_not_answer_says_so_as_its_document_says() {
         (node.read, "^/get$"),
         (node.ops, "^/(readyz|readyz/write|status)$"),
     ] {
-        let made = conforms(&node, port, paths, 10);
+        let made = run_schemathesis(&node, port, paths, 10);
         assert!(made > 10, "{paths}: {made} requests");
     }
 }

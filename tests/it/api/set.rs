@@ -2,21 +2,21 @@
 
 use std::time::Duration;
 
-use crate::harness::wire::{Answer, Raw};
-use crate::harness::{AUTHORIZATION, Local, Node, set_request, set_request_of};
+use crate::harness::wire::{RawConnection, Response};
+use crate::harness::{AUTHORIZATION, InProcessNode, Node, set_request, set_request_framed};
 
 #[tokio::test]
 async fn a_write_is_answered_with_its_position_and_read_back() {
     let node = Node::start().await;
-    let answer = node.set(r#"{"user_id":"alice","spp":5}"#).await;
-    assert_eq!((answer.position(), answer.body.as_str()), (1, ""));
-    let answer = node.set(r#"{"user_id":"alice","return_fee":-7}"#).await;
-    assert_eq!(answer.position(), 2);
-    let answer = node.get("alice").await;
-    assert_eq!(answer.status, 200);
-    assert_eq!(answer.header("content-type"), "application/json");
+    let response = node.set(r#"{"user_id":"alice","spp":5}"#).await;
+    assert_eq!((response.position(), response.body.as_str()), (1, ""));
+    let response = node.set(r#"{"user_id":"alice","return_fee":-7}"#).await;
+    assert_eq!(response.position(), 2);
+    let response = node.get("alice").await;
+    assert_eq!(response.status, 200);
+    assert_eq!(response.header("content-type"), "application/json");
     assert_eq!(
-        answer.body,
+        response.body,
         r#"{"user_id":"alice","postpaid_limit":0,"spp":5,"shipping_fee":0,"return_fee":-7}"#
     );
 }
@@ -55,7 +55,7 @@ async fn patches_merge_and_zero_and_the_extremes_are_values() {
 }
 
 /// Bodies of JSON that are no patch, each with what its `detail` has to name.
-fn no_patches() -> Vec<(String, &'static str)> {
+fn invalid_patches() -> Vec<(String, &'static str)> {
     let nested = "[".repeat(20_000) + &"]".repeat(20_000);
     let long = "x".repeat(257);
     [
@@ -110,7 +110,7 @@ fn no_patches() -> Vec<(String, &'static str)> {
 }
 
 /// Bodies that are no JSON at all.
-fn no_json() -> Vec<(Vec<u8>, &'static str)> {
+fn invalid_json() -> Vec<(Vec<u8>, &'static str)> {
     let open = "[".repeat(60_000).into_bytes();
     [
         (&b""[..], "not-json"),
@@ -139,26 +139,29 @@ fn no_json() -> Vec<(Vec<u8>, &'static str)> {
 
 /// Every bad body, with the status and the cause it must be answered with.
 pub(crate) fn bad_bodies() -> Vec<(Vec<u8>, u16, &'static str)> {
-    let no_patches = no_patches().into_iter();
-    let no_patches = no_patches.map(|(body, _)| (body.into_bytes(), 422, "not-a-patch"));
-    let no_json = no_json().into_iter();
-    no_patches
-        .chain(no_json.map(|(body, cause)| (body, 400, cause)))
+    let invalid_patches = invalid_patches().into_iter();
+    let invalid_patches = invalid_patches.map(|(body, _)| (body.into_bytes(), 422, "not-a-patch"));
+    let invalid_json = invalid_json().into_iter();
+    invalid_patches
+        .chain(invalid_json.map(|(body, cause)| (body, 400, cause)))
         .collect()
 }
 
 #[tokio::test]
 async fn a_bad_body_is_answered_with_its_cause_and_stores_nothing() {
     let node = Node::start().await;
-    for (body, named) in no_patches() {
-        let detail = node.set(body.clone()).await.problem(422, "not-a-patch");
+    for (body, named) in invalid_patches() {
+        let detail = node
+            .set(body.clone())
+            .await
+            .expect_problem(422, "not-a-patch");
         assert!(detail.contains(named), "{detail} for {:.60}", body);
         assert!(detail.len() < 400, "{detail}");
     }
-    for (body, cause) in no_json() {
-        node.set(body).await.problem(400, cause);
+    for (body, cause) in invalid_json() {
+        node.set(body).await.expect_problem(400, cause);
     }
-    node.get("a").await.problem(404, "user-unknown");
+    node.get("a").await.expect_problem(404, "user-unknown");
     assert_eq!(node.status().await["position"], 0);
 }
 
@@ -187,11 +190,11 @@ async fn credentials_must_be_right_and_readable() {
     let node = Node::start().await;
     let send = async |authorization: &str| {
         let body = r#"{"user_id":"a","spp":1}"#;
-        let request = set_request_of(body);
+        let request = set_request(body);
         let ours = format!("authorization: {AUTHORIZATION}\r\n");
-        let mut connection = Raw::connect(node.write).await;
+        let mut connection = RawConnection::connect(node.write).await;
         connection.send(request.replace(&ours, authorization)).await;
-        connection.answer().await
+        connection.response().await
     };
     let long = format!("authorization: Basic {}\r\n", "YWFh".repeat(6000));
     for wrong in [
@@ -210,12 +213,12 @@ async fn credentials_must_be_right_and_readable() {
         "authorization: Bearer YWRtaW46Y29ycmVjdCBob3JzZQ==\r\n",
         &long,
     ] {
-        let answer = send(wrong).await;
-        answer.problem(401, "unauthorized");
-        let challenge = answer.header("www-authenticate");
+        let response = send(wrong).await;
+        response.expect_problem(401, "unauthorized");
+        let challenge = response.header("www-authenticate");
         assert!(challenge.starts_with("Basic realm="), "{challenge}");
     }
-    node.get("a").await.problem(404, "user-unknown");
+    node.get("a").await.expect_problem(404, "user-unknown");
     send(&format!(
         "Authorization: {}\r\n",
         AUTHORIZATION.replace("Basic", "bASIC")
@@ -229,12 +232,12 @@ async fn the_body_must_be_called_json() {
     let node = Node::start().await;
     let body = r#"{"user_id":"a","spp":1}"#;
     let send = async |content_type: &str| {
-        let request = set_request_of(body);
-        let mut connection = Raw::connect(node.write).await;
+        let request = set_request(body);
+        let mut connection = RawConnection::connect(node.write).await;
         connection
             .send(request.replace("content-type: application/json\r\n", content_type))
             .await;
-        connection.answer().await
+        connection.response().await
     };
     for wrong in [
         "",
@@ -244,9 +247,11 @@ async fn the_body_must_be_called_json() {
         "content-type: application/jsonp\r\n",
         "content-type: application/merge-patch+json\r\n",
     ] {
-        send(wrong).await.problem(415, "unsupported-media-type");
+        send(wrong)
+            .await
+            .expect_problem(415, "unsupported-media-type");
     }
-    node.get("a").await.problem(404, "user-unknown");
+    node.get("a").await.expect_problem(404, "user-unknown");
     for right in [
         "content-type: application/json\r\n",
         "Content-Type: Application/JSON\r\n",
@@ -266,43 +271,49 @@ async fn a_body_of_64_kib_is_the_largest() {
     let detail = node
         .set(padded(64 * 1024 + 1))
         .await
-        .problem(413, "body-too-large");
+        .expect_problem(413, "body-too-large");
     assert!(detail.contains("65536"), "{detail}");
 
-    let chunked = async |bytes: usize| -> Answer {
+    let chunked = async |bytes: usize| -> Response {
         let (first, second) = (padded(bytes), " ".repeat(1024));
         let body = format!(
             "{:x}\r\n{first}\r\n{:x}\r\n{second}\r\n0\r\n\r\n",
             first.len(),
             second.len()
         );
-        let mut connection = Raw::connect(node.write).await;
+        let mut connection = RawConnection::connect(node.write).await;
         connection
-            .send(set_request("transfer-encoding: chunked", &body))
+            .send(set_request_framed("transfer-encoding: chunked", &body))
             .await;
-        connection.answer().await
+        connection.response().await
     };
     chunked(63 * 1024).await.position();
-    chunked(63 * 1024 + 1).await.problem(413, "body-too-large");
+    chunked(63 * 1024 + 1)
+        .await
+        .expect_problem(413, "body-too-large");
     assert_eq!(node.status().await["position"], 2);
 }
 
 #[tokio::test]
 async fn a_body_that_does_not_come_or_breaks_off_is_answered() {
-    let node = Local::start(|config| config.http.body_wait_max = Duration::from_millis(50)).await;
-    let mut connection = Raw::connect(node.write).await;
+    let node =
+        InProcessNode::start(|config| config.http.body_wait_max = Duration::from_millis(50)).await;
+    let mut connection = RawConnection::connect(node.write).await;
     connection
-        .send(set_request("content-length: 20", r#"{"user_id":"#))
+        .send(set_request_framed("content-length: 20", r#"{"user_id":"#))
         .await;
-    connection.answer().await.problem(408, "body-slow");
-    connection.closed().await;
+    connection.response().await.expect_problem(408, "body-slow");
+    connection.expect_closed().await;
 
-    let mut connection = Raw::connect(node.write).await;
+    let mut connection = RawConnection::connect(node.write).await;
     connection
-        .send(set_request("transfer-encoding: chunked", "xyz\r\n"))
+        .send(set_request_framed("transfer-encoding: chunked", "xyz\r\n"))
         .await;
-    connection.answer().await.problem(400, "body-broken");
-    connection.closed().await;
+    connection
+        .response()
+        .await
+        .expect_problem(400, "body-broken");
+    connection.expect_closed().await;
     assert_eq!(node.status().await["position"], 0);
 }
 
@@ -314,15 +325,15 @@ async fn other_methods_and_paths_are_told_what_there_is() {
             method.parse().unwrap(),
             format!("http://{}/set", node.write),
         );
-        let answer = Answer::of(request.send().await.unwrap()).await;
-        answer.problem(405, "method-not-allowed");
-        assert_eq!(answer.header("allow"), "POST, DELETE");
+        let response = Response::of(request.send().await.unwrap()).await;
+        response.expect_problem(405, "method-not-allowed");
+        assert_eq!(response.header("allow"), "POST, DELETE");
     }
     for path in ["/", "/get?user_id=a", "/set/", "/SET", "/backups"] {
         let request = node.client.post(format!("http://{}{path}", node.write));
-        let detail = Answer::of(request.send().await.unwrap())
+        let detail = Response::of(request.send().await.unwrap())
             .await
-            .problem(404, "route-unknown");
+            .expect_problem(404, "route-unknown");
         assert!(detail.contains("POST /set, DELETE /set"), "{detail}");
     }
 }

@@ -7,16 +7,16 @@ use futures_util::future::join_all;
 use serde_json::Value;
 use tokio::net::TcpListener;
 
-use crate::cluster::fake_peer::{FAULTS, FakePeer, Fault, Good, SILENT};
-use crate::harness::backup_files::{backup_of, restored};
+use crate::cluster::fake_peer::{FAULTS, FakePeer, Fault, SILENT_FAULTS, ValidBackup};
+use crate::harness::backup_files::{fetch_backup, read_backup};
 use crate::harness::cluster::broker::{STREAM, copy_tree, replica_at};
-use crate::harness::cluster::seeded::{Cluster, serves_nothing};
+use crate::harness::cluster::seeded::{SeededCluster, assert_serves_nothing};
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::eventually;
 use crate::harness::{Node, PASSWORD, Ports, program};
 
 /// Waits until a replica says that it has no way to a whole state; its `/status`.
-async fn no_source(node: &Ports, what: &str) -> Value {
+async fn in_no_source_state(node: &Ports, what: &str) -> Value {
     // The numbers may be a moment older than the word.
     node.status_where(what, |status| {
         status["state"] == "no-source" && status["records"] == 0 && status["position"] == 0
@@ -25,14 +25,14 @@ async fn no_source(node: &Ports, what: &str) -> Value {
 }
 
 /// A replica that has been told of a peer that does wrong.
-struct Led {
+struct FaultyPeerCase {
     fault: Fault,
     peer: FakePeer,
     node: Node,
 }
 
-impl Led {
-    async fn launch(cluster: &Cluster, good: &Good, fault: Fault) -> Self {
+impl FaultyPeerCase {
+    async fn launch(cluster: &SeededCluster, good: &ValidBackup, fault: Fault) -> Self {
         let (_, act, _) = fault;
         let peer = FakePeer::start(act(good)).await;
         let mut command = replica_at(cluster.broker.address);
@@ -43,13 +43,13 @@ impl Led {
     /// It serves nothing, and says what is wrong with the peer.
     async fn refused(&self) {
         let (name, _, why) = self.fault;
-        let status = no_source(&self.node, name).await;
-        let said = status["reason"].as_str().unwrap();
-        let (_, of_peer) = said.split_once(&format!("{}: ", self.peer.url)).unwrap();
+        let status = in_no_source_state(&self.node, name).await;
+        let printed = status["reason"].as_str().unwrap();
+        let (_, of_peer) = printed.split_once(&format!("{}: ", self.peer.url)).unwrap();
         let of_peer = of_peer.split("; http").next().unwrap();
         assert!(of_peer.contains(why), "{name}: {of_peer}");
-        assert!(said.contains("the log begins at batch 101"), "{said}");
-        serves_nothing(&self.node, &["no-source", "restoring"]).await;
+        assert!(printed.contains("the log begins at batch 101"), "{printed}");
+        assert_serves_nothing(&self.node, &["no-source", "restoring"]).await;
     }
 
     /// It is ready, after it has asked the peer first and another one then.
@@ -70,68 +70,69 @@ impl Led {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_does_wrong_is_named_and_the_next_one_is_asked() {
-    let mut cluster = Cluster::of(3000).await;
+    let mut cluster = SeededCluster::with_rows(3000).await;
     let first = cluster.first().await;
     let mut answered = cluster.write(&first, 3).await;
-    let good = Good::new(backup_of(&first).await);
+    let good = ValidBackup::new(fetch_backup(&first).await);
     first.kill();
 
-    let led = FAULTS.map(|fault| Led::launch(&cluster, &good, fault));
-    let led = join_all(led).await;
-    join_all(led.iter().map(Led::refused)).await;
+    let cases = FAULTS.map(|fault| FaultyPeerCase::launch(&cluster, &good, fault));
+    let cases = join_all(cases).await;
+    join_all(cases.iter().map(FaultyPeerCase::refused)).await;
 
-    let first = Node::start_with(&mut cluster.with_dir("first")).await;
+    let first = Node::start_with(&mut cluster.replica("first")).await;
     answered.extend(cluster.write(&first, 3).await);
     let end = answered.last().unwrap().position;
-    join_all(led.iter().map(|led| led.passed_by(end))).await;
+    join_all(cases.iter().map(|cases| cases.passed_by(end))).await;
     let mut nodes = vec![&*first];
-    nodes.extend(led.iter().map(|led| &*led.node));
+    nodes.extend(cases.iter().map(|cases| &*cases.node));
     cluster.check(&nodes, &answered).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_falls_silent_is_given_up() {
-    let mut cluster = Cluster::of(3000).await;
+    let mut cluster = SeededCluster::with_rows(3000).await;
     let first = cluster.first().await;
-    let good = Good::new(backup_of(&first).await);
-    let led = SILENT.map(|fault| Led::launch(&cluster, &good, fault));
-    let led = join_all(led).await;
+    let good = ValidBackup::new(fetch_backup(&first).await);
+    let cases = SILENT_FAULTS.map(|fault| FaultyPeerCase::launch(&cluster, &good, fault));
+    let cases = join_all(cases).await;
     let answered = cluster.write(&first, 3).await;
-    for led in &led {
-        led.passed_by(answered.last().unwrap().position).await;
-        let (name, _, why) = led.fault;
-        assert!(led.node.stderr.lock().contains(why), "{name}");
+    for cases in &cases {
+        cases.passed_by(answered.last().unwrap().position).await;
+        let (name, _, why) = cases.fault;
+        assert!(cases.node.stderr.lock().contains(why), "{name}");
     }
-    let nodes = [&*first, &*led[0].node, &*led[1].node];
+    let nodes = [&*first, &*cases[0].node, &*cases[1].node];
     cluster.check(&nodes, &answered).await;
 }
 
 /// The log holds another batch where the backup ends: only a copy from elsewhere will do.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_with_a_batch_that_the_log_lost_is_discarded() {
-    let mut cluster = Cluster::of(3000).await;
+    let mut cluster = SeededCluster::with_rows(3000).await;
     let first = cluster.first().await;
-    let good = Good::new(backup_of(&first).await);
+    let good = ValidBackup::new(fetch_backup(&first).await);
     let answered = cluster.write(&first, 3).await;
     let peer = FakePeer::start(good.with_a_lost_batch()).await;
     let mut command = replica_at(cluster.broker.address);
     let node = Node::launch(command.args(["--peer", &peer.url])).await;
     eventually("that it says so", async || {
-        let said = node.stderr.lock();
-        said.contains("the broker lost batches that the restored state includes")
+        let printed = node.stderr.lock();
+        printed
+            .contains("the broker lost batches that the restored state includes")
             .then_some(())
     })
     .await;
-    serves_nothing(&node, &["gap", "restoring", "catching-up"]).await;
+    assert_serves_nothing(&node, &["gap", "restoring", "catching-up"]).await;
     drop(peer);
     node.in_state("ready").await;
-    node.get("lost").await.problem(404, "user-unknown");
+    node.get("lost").await.expect_problem(404, "user-unknown");
     cluster.check(&[&first, &node], &answered).await;
 }
 
 #[tokio::test]
 async fn a_replica_is_no_peer_of_itself() {
-    let mut cluster = Cluster::of(10).await;
+    let mut cluster = SeededCluster::with_rows(10).await;
     cluster.first().await.kill();
     let own = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = own.local_addr().unwrap().to_string();
@@ -144,10 +145,10 @@ async fn a_replica_is_no_peer_of_itself() {
         .arg(format!("http://{address}"))
         .args(["--read-addr=127.0.0.1:0", "--ops-addr=127.0.0.1:0"]);
     let node = Node::launch(&mut command).await;
-    let status = no_source(&node, "itself").await;
-    let said = status["reason"].as_str().unwrap();
-    assert!(said.contains("answered 503"), "{said}");
-    let first = Node::start_with(&mut cluster.with_dir("first")).await;
+    let status = in_no_source_state(&node, "itself").await;
+    let printed = status["reason"].as_str().unwrap();
+    assert!(printed.contains("answered 503"), "{printed}");
+    let first = Node::start_with(&mut cluster.replica("first")).await;
     cluster.check(&[&first, &node], &[]).await;
     // Now that it would answer itself, it still does not count.
     eventually("the other one alone", async || {
@@ -160,7 +161,7 @@ async fn a_replica_is_no_peer_of_itself() {
 
 #[tokio::test]
 async fn a_backups_time_is_that_of_the_broker_and_no_replicas() {
-    let mut cluster = Cluster::of(10).await;
+    let mut cluster = SeededCluster::with_rows(10).await;
     let first = cluster.first().await;
     let late = cluster.broker.replica().await;
     let answered = cluster.write(&first, 3).await;
@@ -170,7 +171,7 @@ async fn a_backups_time_is_that_of_the_broker_and_no_replicas() {
     let stream = client.get_stream(STREAM).await.unwrap();
     let time = stream.get_raw_message(position).await.unwrap().time;
     for node in [&first, &late] {
-        let (head, _) = restored(&backup_of(node).await).1.records.unwrap();
+        let (head, _) = read_backup(&fetch_backup(node).await).1.records.unwrap();
         assert_eq!(head.position, position);
         assert_eq!(i128::from(head.time_ns), time.unix_timestamp_nanos());
     }
@@ -178,19 +179,19 @@ async fn a_backups_time_is_that_of_the_broker_and_no_replicas() {
 
 /// A peer that dies when it has sent so many hundredths of its backup, or another one that is there.
 async fn dies_at(percent: u64, another: bool) {
-    let mut cluster = Cluster::of(30_000).await;
-    let throttle = Throttle::to_nobody(u64::MAX).await;
-    let first = cluster.first_behind(&throttle).await;
-    let size = backup_of(&first).await.len() as u64;
+    let mut cluster = SeededCluster::with_rows(30_000).await;
+    let throttle = Throttle::without_target(u64::MAX).await;
+    let first = cluster.start_first_behind(&throttle).await;
+    let size = fetch_backup(&first).await.len() as u64;
     throttle.limit(size * percent / 100);
     let late = Node::launch(&mut replica_at(cluster.broker.address)).await;
-    throttle.reached(1).await;
+    throttle.wait_until_limited(1).await;
 
     // Writes go on, and what is to be known of the restore is told.
     let mut answered = cluster.write(&first, 20).await;
     let buffered = |status: &Value| status["restore"]["buffered_batches"] == 20;
     late.status_where("20 batches", buffered).await;
-    let status = serves_nothing(&late, &["restoring"]).await;
+    let status = assert_serves_nothing(&late, &["restoring"]).await;
     let restore = &status["restore"];
     assert_eq!(restore["source"], throttle.url());
     assert_eq!(
@@ -218,18 +219,18 @@ async fn dies_at(percent: u64, another: bool) {
         let (from, to) = (dir.join("first/snapshots"), dir.join("other/snapshots"));
         fs::create_dir_all(&to).unwrap();
         copy_tree(&from, &to);
-        nodes.push(Node::start_with(&mut cluster.with_dir("other")).await);
+        nodes.push(Node::start_with(&mut cluster.replica("other")).await);
     }
     first.kill();
     throttle.cut();
     if !another {
-        let status = no_source(&late, "no source").await;
-        let said = status["reason"].as_str().unwrap();
+        let status = in_no_source_state(&late, "no source").await;
+        let printed = status["reason"].as_str().unwrap();
         assert!(
-            said.contains("no peer is known") || said.contains(&throttle.url()),
-            "{said}"
+            printed.contains("no peer is known") || printed.contains(&throttle.url()),
+            "{printed}"
         );
-        nodes.push(Node::start_with(&mut cluster.with_dir("first")).await);
+        nodes.push(Node::start_with(&mut cluster.replica("first")).await);
     }
     answered.extend(cluster.write(&nodes[0], 20).await);
     let source = format!("http://{}", nodes[0].write);

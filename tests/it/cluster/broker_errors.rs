@@ -13,9 +13,9 @@ fn refused_start(nats_url: &str) -> String {
     let mut command = replica_with(nats_url);
     command.env("GRADESTORE_EPHEMERAL", "false");
     let output = run(command.arg("--data-dir").arg(dir.path()));
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success(), "{said}");
-    said
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success(), "{printed}");
+    printed
 }
 
 /// A server whose user `u` may not do that.
@@ -36,12 +36,12 @@ async fn a_start_without_a_right_that_it_needs_names_it() {
         (r#"{ subscribe: { deny: ["_INBOX.>"] } }"#, "_INBOX."),
     ] {
         let (_server, url) = server_that_denies(permissions).await;
-        let said = tokio::task::spawn_blocking(move || refused_start(&url))
+        let printed = tokio::task::spawn_blocking(move || refused_start(&url))
             .await
             .unwrap();
-        let error = said.lines().last().unwrap();
+        let error = printed.lines().last().unwrap();
         for part in ["Permissions Violation", denied] {
-            assert!(error.contains(part), "{said}");
+            assert!(error.contains(part), "{printed}");
         }
     }
 }
@@ -61,21 +61,21 @@ async fn the_missing_right_to_pull_messages_is_logged_once() {
             .await
             .position();
     }
-    let said = node.stderr.lock().clone();
-    let lines = said.lines().filter(|line| line.contains(DENIED));
-    assert_eq!(lines.count(), 1, "{said}");
+    let printed = node.stderr.lock().clone();
+    let lines = printed.lines().filter(|line| line.contains(DENIED));
+    assert_eq!(lines.count(), 1, "{printed}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_on_a_server_that_takes_no_full_batch_says_what_to_set() {
     let server = NatsServer::start("max_payload: 65536").await;
     let url = server.url();
-    let said = tokio::task::spawn_blocking(move || refused_start(&url))
+    let printed = tokio::task::spawn_blocking(move || refused_start(&url))
         .await
         .unwrap();
-    let error = said.lines().last().unwrap();
+    let error = printed.lines().last().unwrap();
     for part in ["max_payload", "65536", "set"] {
-        assert!(error.contains(part), "{said}");
+        assert!(error.contains(part), "{printed}");
     }
 }
 
@@ -103,7 +103,7 @@ async fn a_guessed_message_id_costs_one_write() {
             .await;
         assert!(!sent.unwrap().await.unwrap().duplicate);
         let refused = a.set(r#"{"user_id":"x","return_fee":1}"#).await;
-        refused.problem(503, "not-written");
+        refused.expect_problem(503, "not-written");
     }
     let last = a
         .set(r#"{"user_id":"x","shipping_fee":5}"#)

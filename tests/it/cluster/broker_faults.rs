@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::harness::Node;
 use crate::harness::cluster::broker::{Broker, Load, STREAM, check, replica_at};
 use crate::harness::cluster::proxy::{Proxy, Rules};
-use crate::harness::waiting_set;
+use crate::harness::pending_set;
 use crate::harness::wire::eventually;
 use futures_util::TryStreamExt;
 
@@ -51,15 +51,17 @@ async fn while_the_broker_is_away_writes_are_refused_at_once_and_reads_go_on() {
     a.set(PATCH).await.position();
     broker.kill();
     a.in_state("read-only").await;
-    let begun = Instant::now();
+    let started_at = Instant::now();
     for _ in 0..20 {
-        let detail = a.set(PATCH).await.problem(503, "not-written");
+        let detail = a.set(PATCH).await.expect_problem(503, "not-written");
         assert!(detail.contains("NATS"), "{detail}");
     }
-    assert!(begun.elapsed() < Duration::from_secs(1));
+    assert!(started_at.elapsed() < Duration::from_secs(1));
     assert_eq!(a.get("x").await.json()["spp"], 1);
     assert_eq!(a.ops("/readyz").await.status, 200);
-    a.ops("/readyz/write").await.problem(503, "not-ready");
+    a.ops("/readyz/write")
+        .await
+        .expect_problem(503, "not-ready");
     broker.restart().await;
     a.in_state("ready").await;
     assert!(a.set(PATCH).await.position() >= 2);
@@ -72,18 +74,18 @@ async fn a_connection_that_dies_in_silence_or_is_cut_is_replaced() {
     let a = Node::start_with(&mut replica_at(proxy.address)).await;
     let b = broker.replica().await;
     let load = Load::start(&[&a, &b], 50, usize::MAX);
-    let dead = Rules::DEAD;
-    let (deaf, mute) = (
+    let dead = Rules::BLACKHOLE;
+    let (drop_requests, drop_replies) = (
         Rules {
-            mute: false,
+            drop_replies: false,
             ..dead
         },
         Rules {
-            deaf: false,
+            drop_requests: false,
             ..dead
         },
     );
-    for rules in [dead, deaf, mute] {
+    for rules in [dead, drop_requests, drop_replies] {
         writable(&a).await;
         proxy.set(rules);
         a.in_state("read-only").await;
@@ -125,7 +127,7 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
     let started = a.applied_position().await;
     // The batch itself is word enough.
     proxy.set(Rules {
-        lose_acks: true,
+        drop_acks: true,
         ..Rules::default()
     });
     let first = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
@@ -134,12 +136,12 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
 
     // Neither comes: it is sent again, and is in the log once.
     let silent = Rules {
-        lose_acks: true,
-        lose_batches: true,
+        drop_acks: true,
+        drop_batches: true,
         ..Rules::default()
     };
     proxy.set(silent);
-    let mut waiting = waiting_set(&a, r#"{"user_id":"x","spp":2}"#).await;
+    let mut waiting = pending_set(&a, r#"{"user_id":"x","spp":2}"#).await;
     // The batch, and the fence after it.
     let client = broker.client().await;
     let ends_at = async |end: u64| {
@@ -152,7 +154,7 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
     };
     ends_at(first + 2).await;
     proxy.set(Rules::default());
-    assert_eq!(waiting.answer().await.position(), first + 1);
+    assert_eq!(waiting.response().await.position(), first + 1);
     let third = a.set(r#"{"user_id":"x","spp":3}"#).await.position();
     assert!(third > first + 2);
 
@@ -162,13 +164,13 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
     assert_eq!(started, third + 1);
     a.ready_at(started).await;
     proxy.set(silent);
-    let mut waiting = waiting_set(&a, r#"{"user_id":"x","spp":4}"#).await;
+    let mut waiting = pending_set(&a, r#"{"user_id":"x","spp":4}"#).await;
     let fourth = started + 1;
     b.ready_at(fourth).await;
     broker.kill();
     broker.restart().await;
     proxy.set(Rules::default());
-    assert_eq!(waiting.answer().await.position(), fourth);
+    assert_eq!(waiting.response().await.position(), fourth);
     a.set(r#"{"user_id":"x","spp":5}"#).await.position();
     check(&broker.client().await, &[&a, &b], &[]).await;
 }
@@ -180,23 +182,23 @@ async fn a_batch_that_was_lost_silently_is_soon_sent_again() {
     let a = Node::start_with(&mut replica_at(proxy.address)).await;
     a.set(PATCH).await.position();
     let lose = Rules {
-        lose_publishes: true,
+        drop_publishes: true,
         ..Rules::default()
     };
     // The quickest of some: the machine may be busy.
     let mut quickest = Duration::MAX;
     for spp in 2..5 {
         proxy.set(lose);
-        let before = proxy.lost_publishes();
+        let before = proxy.dropped_publishes();
         let patch = format!(r#"{{"user_id":"x","spp":{spp}}}"#);
-        let mut waiting = waiting_set(&a, &patch).await;
+        let mut waiting = pending_set(&a, &patch).await;
         eventually("a lost batch", async || {
-            (proxy.lost_publishes() > before).then_some(())
+            (proxy.dropped_publishes() > before).then_some(())
         })
         .await;
         proxy.set(Rules::default());
         let start = Instant::now();
-        waiting.answer().await.position();
+        waiting.response().await.position();
         quickest = quickest.min(start.elapsed());
         assert_eq!(a.get("x").await.json()["spp"], spp);
     }

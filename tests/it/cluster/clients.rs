@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use parking_lot::Mutex;
 use tokio::task::JoinSet;
 
-use crate::harness::cluster::broker::{Answered, FIELDS, Write};
-use crate::harness::wire::{Answer, in_time};
+use crate::harness::cluster::broker::{AckedWrite, FIELDS, Write};
+use crate::harness::wire::{Response, with_timeout};
 use crate::harness::{AUTHORIZATION, Ports};
 
 /// Where the replicas are now.
@@ -20,7 +20,7 @@ pub(crate) struct Clients {
     replicas: Replicas,
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicUsize>,
-    clients: JoinSet<Vec<Answered>>,
+    clients: JoinSet<Vec<AckedWrite>>,
 }
 
 impl Clients {
@@ -37,7 +37,7 @@ impl Clients {
                 replicas: Arc::clone(&replicas),
                 always,
                 written: BTreeMap::new(),
-                doubtful: BTreeMap::new(),
+                unacked: BTreeMap::new(),
             };
             clients.spawn(client.run(Arc::clone(&stop), Arc::clone(&answered)));
         }
@@ -50,7 +50,7 @@ impl Clients {
     }
 
     /// The replica at `index` is there now.
-    pub(crate) fn replaced(&self, index: usize, ports: &Ports) {
+    pub(crate) fn set_replica(&self, index: usize, ports: &Ports) {
         self.replicas.lock()[index] = ports.clone();
     }
 
@@ -60,9 +60,9 @@ impl Clients {
     }
 
     /// Stops them; what was answered.
-    pub(crate) async fn stop(self) -> Vec<Answered> {
+    pub(crate) async fn stop(self) -> Vec<AckedWrite> {
         self.stop.store(true, Ordering::Relaxed);
-        let all = in_time("the clients' end", self.clients.join_all()).await;
+        let all = with_timeout("the clients' end", self.clients.join_all()).await;
         all.into_iter().flatten().collect()
     }
 }
@@ -74,11 +74,11 @@ struct Client {
     /// What was answered last.
     written: BTreeMap<(String, usize), i64>,
     /// What was sent since and not answered: it may have been stored, or be stored later.
-    doubtful: BTreeMap<(String, usize), Vec<i64>>,
+    unacked: BTreeMap<(String, usize), Vec<i64>>,
 }
 
 impl Client {
-    async fn run(mut self, stop: Arc<AtomicBool>, count: Arc<AtomicUsize>) -> Vec<Answered> {
+    async fn run(mut self, stop: Arc<AtomicBool>, count: Arc<AtomicUsize>) -> Vec<AckedWrite> {
         let mut answered = Vec::new();
         for number in 0.. {
             if stop.load(Ordering::Relaxed) {
@@ -93,15 +93,15 @@ impl Client {
             if let Some(position) = self.write(&write).await {
                 self.written.insert(key.clone(), write.value);
                 let write = write.into();
-                answered.push(Answered { position, write });
+                answered.push(AckedWrite { position, write });
                 count.fetch_add(1, Ordering::Relaxed);
             } else {
-                self.doubtful
+                self.unacked
                     .entry(key.clone())
                     .or_default()
                     .push(write.value);
             }
-            if let Some(Answered { position, .. }) = answered.last() {
+            if let Some(AckedWrite { position, .. }) = answered.last() {
                 self.read(&key, *position).await;
             }
         }
@@ -118,7 +118,7 @@ impl Client {
             let asked = replica
                 .client
                 .get(format!("http://{}/readyz/write", replica.ops));
-            if matches!(asked.send().await, Ok(answer) if answer.status() == 200) {
+            if matches!(asked.send().await, Ok(response) if response.status() == 200) {
                 ready.push(replica);
             }
         }
@@ -134,12 +134,12 @@ impl Client {
             .header("authorization", AUTHORIZATION)
             .header("content-type", "application/json")
             .body(write.json());
-        let answer = in_time("POST /set", request.send()).await.ok()?;
-        let answer = Answer::of(answer).await;
-        match answer.status {
-            204 => Some(answer.position()),
+        let response = with_timeout("POST /set", request.send()).await.ok()?;
+        let response = Response::of(response).await;
+        match response.status {
+            204 => Some(response.position()),
             503 | 504 => None,
-            _ => panic!("{answer:?}"),
+            _ => panic!("{response:?}"),
         }
     }
 
@@ -151,16 +151,19 @@ impl Client {
             let url = format!("http://{}/get?user_id={user}", replica.read);
             let request = replica.client.get(url).header("grade-position", position);
             // One that went away between two requests.
-            let Ok(answer) = in_time("GET /get", request.send()).await else {
+            let Ok(response) = with_timeout("GET /get", request.send()).await else {
                 continue;
             };
-            let answer = Answer::of(answer).await;
-            match answer.status {
-                200 => return self.compare(key, answer.json()[FIELDS[*field]].as_i64().unwrap()),
+            let response = Response::of(response).await;
+            match response.status {
+                200 => return self.compare(key, response.json()[FIELDS[*field]].as_i64().unwrap()),
                 404 if !self.written.keys().any(|(written, _)| written == user) => return,
                 // It said that it was ready, so it is on its way out.
-                503 => assert!(answer.body.contains("not ready (stopping)"), "{answer:?}"),
-                _ => panic!("{answer:?}"),
+                503 => assert!(
+                    response.body.contains("not ready (stopping)"),
+                    "{response:?}"
+                ),
+                _ => panic!("{response:?}"),
             }
         }
         assert!(!self.always, "no replica answers a read");
@@ -168,8 +171,8 @@ impl Client {
 
     fn compare(&self, key: &(String, usize), found: i64) {
         let written = self.written.get(key).copied().unwrap_or(0);
-        let mut doubtful = self.doubtful.get(key).into_iter().flatten();
-        let known = found == written || doubtful.any(|value| *value == found);
+        let mut unacked = self.unacked.get(key).into_iter().flatten();
+        let known = found == written || unacked.any(|value| *value == found);
         assert!(known, "{key:?}: {found} in place of {written}");
     }
 }

@@ -11,7 +11,7 @@ use gradestore::log::Position;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::harness::backup_files::{backup_of, names_in, restored};
+use crate::harness::backup_files::{fetch_backup, file_names, read_backup};
 use crate::harness::cluster::broker::{Broker, Load, replica_at};
 use crate::harness::wire::eventually;
 use crate::harness::{Node, Ports};
@@ -23,14 +23,16 @@ const RESYNCS: &str = "gradestore_resyncs_total";
 pub(crate) const IN_DOUBT: &str = "the state may be wrong";
 
 /// A replica that votes often.
-pub(crate) fn talkative(broker: &Broker) -> Command {
+pub(crate) fn replica_with_frequent_votes(broker: &Broker) -> Command {
     let mut command = replica_at(broker.address);
     command.env("GRADESTORE_CHECKPOINT_INTERVAL", "200ms");
     command
 }
 
-pub(crate) async fn talkative_replicas<const N: usize>(broker: &Broker) -> [Node; N] {
-    let mut commands: Vec<_> = (0..N).map(|_| talkative(broker)).collect();
+pub(crate) async fn replicas_with_frequent_votes<const N: usize>(broker: &Broker) -> [Node; N] {
+    let mut commands: Vec<_> = (0..N)
+        .map(|_| replica_with_frequent_votes(broker))
+        .collect();
     let nodes = futures_util::future::join_all(commands.iter_mut().map(Node::start_with)).await;
     nodes.try_into().ok().unwrap()
 }
@@ -61,7 +63,7 @@ async fn equal(nodes: &[&Ports]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn equal_replicas_agree_under_load() {
     let broker = Broker::start().await;
-    let [a, b, c] = talkative_replicas(&broker).await;
+    let [a, b, c] = replicas_with_frequent_votes(&broker).await;
     let load = Load::start(&[&a, &b, &c], 20, usize::MAX);
     for node in [&a, &b, &c] {
         counted(node, COMPARED, 10.0).await;
@@ -75,7 +77,7 @@ async fn equal_replicas_agree_under_load() {
 
 /// A data directory with a snapshot of what `node` holds, but for one grade.
 async fn wrong_snapshot(node: &Ports) -> TempDir {
-    let (store, summary) = restored(&backup_of(node).await);
+    let (store, summary) = read_backup(&fetch_backup(node).await);
     let (head, end) = summary.records.unwrap();
     let mut changes = Changes::default();
     changes.set(1, 666);
@@ -96,8 +98,8 @@ async fn wrong_snapshot(node: &Ports) -> TempDir {
 }
 
 /// A replica with this data directory.
-pub(crate) async fn in_dir(broker: &Broker, dir: &TempDir) -> Node {
-    let mut command = talkative(broker);
+pub(crate) async fn start_with_dir(broker: &Broker, dir: &TempDir) -> Node {
+    let mut command = replica_with_frequent_votes(broker);
     command.env("GRADESTORE_EPHEMERAL", "false");
     command.arg("--data-dir").arg(dir.path());
     Node::start_with(&mut command).await
@@ -115,12 +117,12 @@ async fn in_state(node: &Ports, state: &'static str) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_of_three_that_is_wrong_is_overruled_and_bootstraps_again() {
     let broker = Broker::start().await;
-    let [a, b] = talkative_replicas(&broker).await;
+    let [a, b] = replicas_with_frequent_votes(&broker).await;
     for spp in 1..=3 {
         a.set(set(spp)).await.position();
     }
     let dir = wrong_snapshot(&a).await;
-    let wrong = in_dir(&broker, &dir).await;
+    let wrong = start_with_dir(&broker, &dir).await;
     // Writers go on all the while, at the wrong one too.
     let load = Load::start(&[&a, &b, &wrong], 5, usize::MAX);
     wrong.metric_reaches(RESYNCS, 1.0).await;
@@ -145,7 +147,7 @@ async fn one_of_three_that_is_wrong_is_overruled_and_bootstraps_again() {
     }
     equal(&[&a, &b, &wrong]).await;
     // It does not start from its old snapshots again.
-    let names = names_in(&dir.path().join("snapshots"));
+    let names = file_names(&dir.path().join("snapshots"));
     assert!(
         names.iter().any(|name| name.ends_with(".diverged")),
         "{names:?}"
@@ -160,12 +162,12 @@ async fn one_of_three_that_is_wrong_is_overruled_and_bootstraps_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_data() {
     let broker = Broker::start().await;
-    let [a] = talkative_replicas(&broker).await;
+    let [a] = replicas_with_frequent_votes(&broker).await;
     for spp in 1..=3 {
         a.set(set(spp)).await.position();
     }
     let dir = wrong_snapshot(&a).await;
-    let wrong = in_dir(&broker, &dir).await;
+    let wrong = start_with_dir(&broker, &dir).await;
     // Nobody writes: what came out of a file is compared all the same.
     for node in [&a, &wrong] {
         let status = in_state(node, "diverged").await;
@@ -174,8 +176,8 @@ async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_dat
             reason.contains("there is no majority for either"),
             "{reason}"
         );
-        node.get("x").await.problem(503, "not-ready");
-        node.set(set(2)).await.problem(503, "not-ready");
+        node.get("x").await.expect_problem(503, "not-ready");
+        node.set(set(2)).await.expect_problem(503, "not-ready");
     }
     // They stay so, whatever they vote.
     let votes = a.metric(DIVERGENCES).await.unwrap();
@@ -184,11 +186,11 @@ async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_dat
         in_state(node, "diverged").await;
         assert_eq!(node.metric(RESYNCS).await, Some(0.0));
     }
-    wrong.end().await;
+    wrong.stop().await;
     fs::remove_dir_all(dir.path().join("snapshots")).unwrap();
     fs::remove_file(dir.path().join("replica-id")).unwrap();
     in_state(&a, "ready").await;
-    let again = in_dir(&broker, &dir).await;
+    let again = start_with_dir(&broker, &dir).await;
     for node in [&a, &again] {
         in_state(node, "ready").await;
         node.set(set(5)).await.position();
@@ -196,7 +198,7 @@ async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_dat
     equal(&[&a, &again]).await;
     assert_eq!(again.get("y").await.status, 404);
     // A restart replays all those votes.
-    let replayed = talkative_replicas::<1>(&broker).await;
+    let replayed = replicas_with_frequent_votes::<1>(&broker).await;
     let logged = replayed[0].stderr.lock().clone();
     assert!(!logged.contains(IN_DOUBT), "{logged}");
 }
@@ -204,16 +206,16 @@ async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_dat
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_that_differ_a_third_one_decides_that_reads_the_whole_log() {
     let broker = Broker::start().await;
-    let [a] = talkative_replicas(&broker).await;
+    let [a] = replicas_with_frequent_votes(&broker).await;
     for spp in 1..=3 {
         a.set(set(spp)).await.position();
     }
     let dir = wrong_snapshot(&a).await;
-    let wrong = in_dir(&broker, &dir).await;
+    let wrong = start_with_dir(&broker, &dir).await;
     for node in [&a, &wrong] {
         in_state(node, "diverged").await;
     }
-    let [third] = talkative_replicas(&broker).await;
+    let [third] = replicas_with_frequent_votes(&broker).await;
     wrong.metric_reaches(RESYNCS, 1.0).await;
     for node in [&a, &wrong, &third] {
         in_state(node, "ready").await;

@@ -13,33 +13,33 @@ use tokio::task::JoinSet;
 
 use crate::harness::AUTHORIZATION;
 use crate::harness::backup_files::gzip;
-use crate::harness::backup_files::{file_until, file_with, restored};
+use crate::harness::backup_files::{backup_file_ending_at, backup_file_with_head, read_backup};
 
 /// A good backup to do wrong with.
-pub(crate) struct Good {
+pub(crate) struct ValidBackup {
     file: Vec<u8>,
     store: Store,
     head: Head,
 }
 
-impl Good {
+impl ValidBackup {
     pub(crate) fn new(file: Vec<u8>) -> Self {
-        let (store, Summary { records, .. }) = restored(&file);
+        let (store, Summary { records, .. }) = read_backup(&file);
         let (head, _) = records.unwrap();
         assert_eq!(head.format, FORMAT);
         Self { file, store, head }
     }
 
     /// The same that says something else of itself.
-    fn but(&self, change: impl FnOnce(&mut Head)) -> Act {
+    fn but(&self, change: impl FnOnce(&mut Head)) -> PeerBehavior {
         let mut head = self.head.clone();
         change(&mut head);
-        whole(&file_with(&self.store, &head))
+        whole(&backup_file_with_head(&self.store, &head))
     }
 
     /// The same, but while it was made one more batch was applied, which the log then lost: it
     /// created the user `lost`.
-    pub(crate) fn with_a_lost_batch(self) -> Act {
+    pub(crate) fn with_a_lost_batch(self) -> PeerBehavior {
         self.store.apply(&Patch {
             user_id: "lost".to_owned(),
             changes: Changes::all([1; FIELD_COUNT]),
@@ -48,12 +48,12 @@ impl Good {
             seq: self.head.position + 1,
             ..self.head.position()
         };
-        whole(&file_until(&self.store, &self.head, &end))
+        whole(&backup_file_ending_at(&self.store, &self.head, &end))
     }
 }
 
 /// What a peer does when it is asked for its backup.
-pub(crate) enum Act {
+pub(crate) enum PeerBehavior {
     /// Nobody listens, from the start.
     Refuse,
     /// Sends these bytes and hangs up.
@@ -63,14 +63,14 @@ pub(crate) enum Act {
 }
 
 /// A name, what the peer does, what the replica says of it.
-pub(crate) type Fault = (&'static str, fn(&Good) -> Act, &'static str);
+pub(crate) type Fault = (&'static str, fn(&ValidBackup) -> PeerBehavior, &'static str);
 
 /// All that is noticed at once.
 #[rustfmt::skip]
 pub(crate) const FAULTS: [Fault; 20] = [
-    ("nobody listens", |_| Act::Refuse, "onnection refused"),
-    ("hangs up", |_| Act::Send(Vec::new()), "connection closed before message completed"),
-    ("no HTTP", |_| Act::Send(b"220 ready\r\n".to_vec()), "invalid HTTP"),
+    ("nobody listens", |_| PeerBehavior::Refuse, "onnection refused"),
+    ("hangs up", |_| PeerBehavior::Send(Vec::new()), "connection closed before message completed"),
+    ("no HTTP", |_| PeerBehavior::Send(b"220 ready\r\n".to_vec()), "invalid HTTP"),
     ("another password", |_| error("401 Unauthorized", ""), "answered 401: why"),
     ("no such route", |_| error("404 Not Found", ""), "answered 404: why"),
     ("not ready", |_| error("503 Service Unavailable", ""), "answered 503: why"),
@@ -92,45 +92,45 @@ pub(crate) const FAULTS: [Fault; 20] = [
 
 /// What is noticed by how long it takes only.
 #[rustfmt::skip]
-pub(crate) const SILENT: [Fault; 2] = [
-    ("says nothing", |_| Act::Stall(Vec::new()), "operation timed out"),
+pub(crate) const SILENT_FAULTS: [Fault; 2] = [
+    ("says nothing", |_| PeerBehavior::Stall(Vec::new()), "operation timed out"),
     ("stops in the middle", |good| stalled(&good.file), "operation timed out"),
 ];
 
-fn answer(status: &str, headers: &str, body: &[u8]) -> Vec<u8> {
+fn response(status: &str, headers: &str, body: &[u8]) -> Vec<u8> {
     let head = format!("HTTP/1.1 {status}\r\nconnection: close\r\n{headers}\r\n");
     [head.as_bytes(), body].concat()
 }
 
-fn error(status: &str, headers: &str) -> Act {
+fn error(status: &str, headers: &str) -> PeerBehavior {
     let headers = format!("{headers}content-length: 3\r\n");
-    Act::Send(answer(status, &headers, b"why"))
+    PeerBehavior::Send(response(status, &headers, b"why"))
 }
 
 fn sized(length: usize, body: &[u8]) -> Vec<u8> {
-    answer("200 OK", &format!("content-length: {length}\r\n"), body)
+    response("200 OK", &format!("content-length: {length}\r\n"), body)
 }
 
-fn whole(body: &[u8]) -> Act {
-    Act::Send(sized(body.len(), body))
+fn whole(body: &[u8]) -> PeerBehavior {
+    PeerBehavior::Send(sized(body.len(), body))
 }
 
 fn half(file: &[u8]) -> &[u8] {
     &file[..file.len() / 2]
 }
 
-fn cut(file: &[u8]) -> Act {
-    Act::Send(sized(file.len(), half(file)))
+fn cut(file: &[u8]) -> PeerBehavior {
+    PeerBehavior::Send(sized(file.len(), half(file)))
 }
 
-fn stalled(file: &[u8]) -> Act {
-    Act::Stall(sized(file.len(), half(file)))
+fn stalled(file: &[u8]) -> PeerBehavior {
+    PeerBehavior::Stall(sized(file.len(), half(file)))
 }
 
-fn cut_chunk(file: &[u8]) -> Act {
+fn cut_chunk(file: &[u8]) -> PeerBehavior {
     let chunk = format!("{:x}\r\n", file.len());
     let body = [chunk.as_bytes(), half(file)].concat();
-    Act::Send(answer("200 OK", "transfer-encoding: chunked\r\n", &body))
+    PeerBehavior::Send(response("200 OK", "transfer-encoding: chunked\r\n", &body))
 }
 
 fn flipped(file: &[u8]) -> Vec<u8> {
@@ -148,12 +148,12 @@ pub(crate) struct FakePeer {
 }
 
 impl FakePeer {
-    pub(crate) async fn start(act: Act) -> Self {
+    pub(crate) async fn start(act: PeerBehavior) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let asked = Arc::<AtomicUsize>::default();
         let (act, mut serving) = (Arc::new(act), JoinSet::new());
-        if !matches!(*act, Act::Refuse) {
+        if !matches!(*act, PeerBehavior::Refuse) {
             serving.spawn(serve(listener, act, Arc::clone(&asked)));
         }
         Self {
@@ -169,7 +169,7 @@ impl FakePeer {
     }
 }
 
-async fn serve(listener: TcpListener, act: Arc<Act>, asked: Arc<AtomicUsize>) {
+async fn serve(listener: TcpListener, act: Arc<PeerBehavior>, asked: Arc<AtomicUsize>) {
     let mut connections = JoinSet::new();
     loop {
         let (connection, _) = listener.accept().await.unwrap();
@@ -178,7 +178,7 @@ async fn serve(listener: TcpListener, act: Arc<Act>, asked: Arc<AtomicUsize>) {
     }
 }
 
-async fn respond(connection: TcpStream, act: Arc<Act>, asked: Arc<AtomicUsize>) {
+async fn respond(connection: TcpStream, act: Arc<PeerBehavior>, asked: Arc<AtomicUsize>) {
     let mut connection = BufReader::new(connection);
     let mut request = String::new();
     while !request.ends_with("\r\n\r\n") {
@@ -188,12 +188,12 @@ async fn respond(connection: TcpStream, act: Arc<Act>, asked: Arc<AtomicUsize>) 
     }
     assert!(request.contains(AUTHORIZATION), "{request}");
     let far = "grade-position: 1000000\r\ncontent-length: 0\r\n";
-    let offer = answer("200 OK", far, b"");
+    let offer = response("200 OK", far, b"");
     let (bytes, stay) = match (request.starts_with("HEAD "), &*act) {
         (true, _) => (&offer, false),
-        (false, Act::Stall(bytes)) => (bytes, true),
-        (false, Act::Send(bytes)) => (bytes, false),
-        (false, Act::Refuse) => return,
+        (false, PeerBehavior::Stall(bytes)) => (bytes, true),
+        (false, PeerBehavior::Send(bytes)) => (bytes, false),
+        (false, PeerBehavior::Refuse) => return,
     };
     if !request.starts_with("HEAD ") {
         asked.fetch_add(1, Ordering::Relaxed);

@@ -11,8 +11,10 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use crate::cluster::divergence::{IN_DOUBT, in_dir, talkative, talkative_replicas};
-use crate::cluster::stream_creation::{expecting_two, replica_on};
+use crate::cluster::divergence::{
+    IN_DOUBT, replica_with_frequent_votes, replicas_with_frequent_votes, start_with_dir,
+};
+use crate::cluster::stream_creation::{replica_expecting_two, replica_with_data};
 use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT};
 use crate::harness::wire::eventually;
 use crate::harness::{Node, PASSWORD, Ports};
@@ -62,11 +64,11 @@ async fn vote(broker: &Broker) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
     let broker = Broker::start().await;
-    let [a, b] = talkative_replicas(&broker).await;
+    let [a, b] = replicas_with_frequent_votes(&broker).await;
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
     // One that keeps a snapshot from before.
     let dir = tempfile::tempdir().unwrap();
-    in_dir(&broker, &dir).await.end().await;
+    start_with_dir(&broker, &dir).await.stop().await;
     let vote = vote(&broker).await;
     let forge = |replica: &str, round: u32, mac: &str| {
         let [position, chain] = [&vote[1], &vote[2]];
@@ -76,8 +78,8 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
     // Ids that nobody knows, with no code, with that of another vote and with that of another
     // password; and an altered vote.
     let mut forged = Vec::new();
-    for stranger in 1..=4_u128 {
-        let replica = RandomId::of(stranger).to_string();
+    for forger in 1..=4_u128 {
+        let replica = RandomId::of(forger).to_string();
         for round in 1..=5 {
             forged.push(forge(&replica, round, &Mac::default().to_string()));
             forged.push(forge(&replica, round, &vote[5]));
@@ -106,7 +108,7 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
     }
     let written = b.set(r#"{"user_id":"x","spp":2}"#).await.position();
     // All are in the log before this write, and one that starts from its snapshot replays them.
-    let c = in_dir(&broker, &dir).await;
+    let c = start_with_dir(&broker, &dir).await;
     for node in [&a, &b, &c] {
         assert_eq!(node.get_at("x", written).await["spp"], 2);
         assert_eq!(node.metric(DIVERGENCES).await, Some(0.0));
@@ -119,8 +121,8 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
         assert!(!logged.contains(IN_DOUBT), "{logged}");
         assert_eq!(node.metric(REJECTED).await, Some(forged.len() as f64));
         // A few lines, however many there are.
-        let said = "ignored a checkpoint that is not signed";
-        let lines = logged.matches(said).count();
+        let printed = "ignored a checkpoint that is not signed";
+        let lines = logged.matches(printed).count();
         assert!((1..forged.len()).contains(&lines), "{logged}");
     }
 }
@@ -128,8 +130,8 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_with_another_password_has_no_vote() {
     let broker = Broker::start().await;
-    let [a] = talkative_replicas(&broker).await;
-    let mut command = talkative(&broker);
+    let [a] = replicas_with_frequent_votes(&broker).await;
+    let mut command = replica_with_frequent_votes(&broker);
     let other = Node::start_with(command.env("GRADESTORE_PASSWORD", "other")).await;
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
     for node in [&a, &other] {
@@ -141,36 +143,36 @@ async fn a_replica_with_another_password_has_no_vote() {
 }
 
 /// Answers all questions for announcements, given their nonces, until it is dropped.
-pub(crate) async fn answering(
+pub(crate) async fn respond_to_queries(
     broker: &Broker,
-    mut answers: impl FnMut(&str) -> Vec<Bytes> + Send + 'static,
+    mut responses: impl FnMut(&str) -> Vec<Bytes> + Send + 'static,
 ) -> JoinSet<()> {
     let client = broker.client().await.client();
     let mut questions = client.subscribe(ASK_ALL).await.unwrap();
     client.flush().await.unwrap();
-    let mut answering = JoinSet::new();
-    answering.spawn(async move {
+    let mut respond_to_queries = JoinSet::new();
+    respond_to_queries.spawn(async move {
         while let Some(question) = questions.next().await {
-            for answer in answers(str::from_utf8(&question.payload).unwrap()) {
+            for response in responses(str::from_utf8(&question.payload).unwrap()) {
                 let inbox = question.reply.clone().unwrap();
-                client.publish(inbox, answer).await.unwrap();
+                client.publish(inbox, response).await.unwrap();
             }
         }
     });
-    answering
+    respond_to_queries
 }
 
 /// Answers questions for announcements, and counts who connects to its URL.
-async fn stranger(
+async fn forger(
     broker: &Broker,
     announcements: Vec<Announcement>,
 ) -> (JoinSet<()>, Arc<AtomicUsize>) {
-    let mut answers = Vec::new();
+    let mut responses = Vec::new();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url: Box<str> = format!("http://{}", listener.local_addr().unwrap()).into();
     for mut announcement in announcements {
         announcement.url.clone_from(&url);
-        answers.push(serde_json::to_vec(&announcement).unwrap().into());
+        responses.push(serde_json::to_vec(&announcement).unwrap().into());
     }
     let connections = Arc::<AtomicUsize>::default();
     let counted = Arc::clone(&connections);
@@ -179,11 +181,11 @@ async fn stranger(
             counted.fetch_add(1, Ordering::Relaxed);
         }
     });
-    let answering = answering(broker, move |_| answers.clone()).await;
-    (answering, connections)
+    let respond_to_queries = respond_to_queries(broker, move |_| responses.clone()).await;
+    (respond_to_queries, connections)
 }
 
-fn announced(node: &str, log_id: &str, state: &str) -> Announcement {
+fn unsigned_announcement(node: &str, log_id: &str, state: &str) -> Announcement {
     Announcement {
         node: node.into(),
         replica: node.into(),
@@ -207,10 +209,10 @@ async fn a_forged_announcement_gets_no_password_and_hides_nobody() {
     let [node, log_id] = ["node", "log_id"].map(|name| status[name].as_str().unwrap());
     // An unknown process, and the known one with another URL.
     let announcements = vec![
-        announced("stranger", log_id, "ready"),
-        announced(node, log_id, "ready"),
+        unsigned_announcement("stranger", log_id, "ready"),
+        unsigned_announcement(node, log_id, "ready"),
     ];
-    let (_answering, connections) = stranger(&broker, announcements).await;
+    let (_answering, connections) = forger(&broker, announcements).await;
     // It bootstraps from a peer, the furthest one first.
     let [b] = broker.replicas().await;
     assert_eq!(b.get_at("x", written).await["spp"], 1);
@@ -222,25 +224,25 @@ async fn a_forged_announcement_gets_no_password_and_hides_nobody() {
     assert_eq!(status["peers"].as_array().unwrap().len(), 1);
     assert_eq!(connections.load(Ordering::Relaxed), 0);
     let logged = b.stderr.lock().clone();
-    let said = "ignored an announcement that is not signed";
-    assert_eq!(logged.matches(said).count(), 1, "{logged}");
+    let printed = "ignored an announcement that is not signed";
+    assert_eq!(logged.matches(printed).count(), 1, "{logged}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn forged_announcements_neither_prevent_nor_allow_the_creation_of_a_stream() {
     let broker = Broker::start_with(&[]).await;
-    let holds_data = vec![announced("stranger", "some log", "ready")];
-    let (prevents, _) = stranger(&broker, holds_data).await;
+    let holds_data = vec![unsigned_announcement("stranger", "some log", "ready")];
+    let (prevents, _) = forger(&broker, holds_data).await;
     let dir = tempfile::tempdir().unwrap();
-    let alone = Node::start_with(&mut replica_on(&broker, dir.path())).await;
+    let alone = Node::start_with(&mut replica_with_data(&broker, dir.path())).await;
     alone.kill();
     drop(prevents);
 
     let broker = Broker::start_with(&[]).await;
-    let holds_none = vec![announced("stranger", "none", "starting")];
-    let (_allows, _) = stranger(&broker, holds_none).await;
+    let holds_none = vec![unsigned_announcement("stranger", "none", "starting")];
+    let (_allows, _) = forger(&broker, holds_none).await;
     let dir = tempfile::tempdir().unwrap();
-    let waiting = expecting_two(&broker, dir.path());
+    let waiting = replica_expecting_two(&broker, dir.path());
     waiting.logs(&["ignored an announcement that is not"]).await;
     waiting.logs(&["1 of 2 replicas (--expect-peers)"]).await;
     let client = broker.client().await;
@@ -252,7 +254,7 @@ async fn a_recorded_announcement_answers_no_other_question() {
     let broker = Broker::start_with(&[]).await;
     let client = broker.client().await;
     let dir = tempfile::tempdir().unwrap();
-    let former = expecting_two(&broker, &dir.path().join("former"));
+    let former = replica_expecting_two(&broker, &dir.path().join("former"));
     former.logs(&["1 of 2 replicas (--expect-peers)"]).await;
     let recorded = client.client().request(ASK_ALL, "recorded".into()).await;
     let recorded = recorded.unwrap().payload;
@@ -262,8 +264,8 @@ async fn a_recorded_announcement_answers_no_other_question() {
     assert!(key.verify_announcement(&announcement, "recorded"));
     drop(former);
 
-    let _replaying = answering(&broker, move |_| vec![recorded.clone()]).await;
-    let waiting = expecting_two(&broker, &dir.path().join("waiting"));
+    let _replaying = respond_to_queries(&broker, move |_| vec![recorded.clone()]).await;
+    let waiting = replica_expecting_two(&broker, &dir.path().join("waiting"));
     waiting.logs(&["ignored an announcement that is not"]).await;
     waiting.logs(&["1 of 2 replicas (--expect-peers)"]).await;
     client.get_stream(STREAM).await.unwrap_err();

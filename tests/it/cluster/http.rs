@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::api::delete::{came_and_went, come_and_go};
+use crate::api::delete::{assert_written_and_deleted, write_and_delete};
 use crate::api::ndjson::{Body, lines, records};
-use crate::harness::cluster::broker::{Broker, Load, Logged, check, read_stream, replica_at};
-use crate::harness::wire::{Answer, eventually};
+use crate::harness::cluster::broker::{Broker, Load, LoggedWrite, check, read_stream, replica_at};
+use crate::harness::wire::{Response, eventually};
 use crate::harness::{Node, PASSWORD};
-use crate::ops::logs::{HOT, ID, OTHERS, ask, line, with};
+use crate::ops::logs::{FAST_PATH_REQUESTS, ID, OTHER_REQUESTS, ask, line, with};
 
 const APPLIED: &str = "gradestore_patches_applied_total";
 
@@ -28,7 +28,7 @@ async fn a_group_is_one_batch_of_the_log() {
     assert_eq!(bulk.json()["accepted"], 4500);
     let mut groups: BTreeMap<i64, Vec<usize>> = BTreeMap::new();
     for (index, batch) in read_stream(&broker.client().await).await.iter().enumerate() {
-        for write in batch.iter().filter_map(Logged::set) {
+        for write in batch.iter().filter_map(LoggedWrite::set) {
             if write.user != "single" {
                 groups.entry(write.value / 1000).or_default().push(index);
             }
@@ -51,17 +51,17 @@ async fn a_broker_that_goes_away_ends_it_and_the_rest_can_follow() {
     broker.kill();
     node.in_state("read-only").await;
     body.send(&lines(2000..3500)).await;
-    let answer = body.0.answer().await;
-    let detail = answer.problem(503, "not-written");
+    let response = body.0.response().await;
+    let detail = response.expect_problem(503, "not-written");
     assert!(detail.contains("2000 lines were accepted"), "{detail}");
-    assert_eq!(answer.json()["accepted"], 2000);
-    assert_eq!(answer.json()["line"], Value::Null);
+    assert_eq!(response.json()["accepted"], 2000);
+    assert_eq!(response.json()["line"], Value::Null);
     broker.restart().await;
     node.in_state("ready").await;
-    let answer = node.set_lines(lines(2000..3500)).await;
+    let response = node.set_lines(lines(2000..3500)).await;
     // Empty batches that probe the broker may come before.
-    assert_eq!(answer.json()["accepted"], 1500);
-    assert!(answer.json()["position"].as_u64().unwrap() >= 4);
+    assert_eq!(response.json()["accepted"], 1500);
+    assert!(response.json()["position"].as_u64().unwrap() >= 4);
     assert_eq!(records(&node).await, 3500);
 }
 
@@ -69,17 +69,17 @@ async fn a_broker_that_goes_away_ends_it_and_the_rest_can_follow() {
 async fn replicas_delete_in_the_logs_order() {
     let broker = Broker::start().await;
     let [a, b] = broker.replicas().await;
-    come_and_go(&a).await;
+    write_and_delete(&a).await;
     b.ready_at(a.applied_position().await).await;
-    came_and_went(&b).await;
+    assert_written_and_deleted(&b).await;
     // Through the other one, and back.
     let deleted = b.delete("a+b").await.position();
     let read = a
         .client
         .get(format!("http://{}/get?user_id=a+b", a.read))
         .header("grade-position", deleted);
-    let answer = Answer::of(read.send().await.unwrap()).await;
-    answer.problem(404, "user-unknown");
+    let response = Response::of(read.send().await.unwrap()).await;
+    response.expect_problem(404, "user-unknown");
     let set = a.set(r#"{"user_id":"c","spp":1}"#).await.position();
     assert_eq!(b.get_at("c", set).await["spp"], 1);
     // One that comes late reads it all.
@@ -118,10 +118,10 @@ async fn a_request_that_failed_is_in_the_log_under_its_name() {
     broker.kill();
     node.in_state("read-only").await;
 
-    ask(&node, HOT[0], &with(&[b"by-name"], true))
+    ask(&node, FAST_PATH_REQUESTS[0], &with(&[b"by-name"], true))
         .await
-        .problem(503, "not-written");
-    let said = line(&node, &["request failed", r#"request_id="by-name""#]).await;
+        .expect_problem(503, "not-written");
+    let printed = line(&node, &["request failed", r#"request_id="by-name""#]).await;
     for part in [
         "WARN",
         r#"route="/set""#,
@@ -131,28 +131,32 @@ async fn a_request_that_failed_is_in_the_log_under_its_name() {
         "detail=nothing was written: ",
         "took_ms=",
     ] {
-        assert!(said.contains(part), "{part}: {said}");
+        assert!(printed.contains(part), "{part}: {printed}");
     }
-    let answer = ask(&node, HOT[0], &with(&[], false)).await;
-    answer.problem(401, "unauthorized");
-    line(&node, &["request failed", answer.header(ID), "status=401"]).await;
+    let response = ask(&node, FAST_PATH_REQUESTS[0], &with(&[], false)).await;
+    response.expect_problem(401, "unauthorized");
+    line(
+        &node,
+        &["request failed", response.header(ID), "status=401"],
+    )
+    .await;
 
     // What is no failure of the node, or is asked to be told, is not logged.
-    for (what, status) in [(OTHERS[1], 404), ("GET ops /readyz/write", 503)] {
+    for (what, status) in [(OTHER_REQUESTS[1], 404), ("GET ops /readyz/write", 503)] {
         assert_eq!(
             ask(&node, what, &with(&[b"unlogged"], false)).await.status,
             status
         );
     }
     // Another one that is, so that they would have been.
-    ask(&node, HOT[0], &with(&[b"last"], true))
+    ask(&node, FAST_PATH_REQUESTS[0], &with(&[b"last"], true))
         .await
-        .problem(503, "not-written");
+        .expect_problem(503, "not-written");
     line(&node, &[r#"request_id="last""#]).await;
-    let said = node.stderr.lock();
-    assert!(!said.contains("request_id=\"unlogged\""), "{said}");
+    let printed = node.stderr.lock();
+    assert!(!printed.contains("request_id=\"unlogged\""), "{printed}");
     assert!(
-        !said.contains("alice") && !said.contains(PASSWORD),
-        "{said}"
+        !printed.contains("alice") && !printed.contains(PASSWORD),
+        "{printed}"
     );
 }

@@ -1,15 +1,15 @@
 //! The broker, the replica or both killed in each stage of a start from nothing.
 
 use crate::harness::Node;
-use crate::harness::backup_files::backup_of;
-use crate::harness::cluster::broker::Answered;
+use crate::harness::backup_files::fetch_backup;
+use crate::harness::cluster::broker::AckedWrite;
 use crate::harness::cluster::proxy::{Proxy, Rules};
-use crate::harness::cluster::seeded::{Cluster, serves_nothing};
+use crate::harness::cluster::seeded::{SeededCluster, assert_serves_nothing};
 use crate::harness::cluster::throttle::Throttle;
 
 /// Where the replica is held.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
+enum BootstrapStage {
     /// Half of the rows are in.
     Rows,
     /// And batches wait for them.
@@ -22,38 +22,38 @@ enum Stage {
 
 /// Who is killed.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Killed {
+enum Victim {
     Broker,
     Replica,
     Both,
 }
 
 /// A replica that is held in a stage.
-struct Held {
-    cluster: Cluster,
+struct Scenario {
+    cluster: SeededCluster,
     first: Node,
-    to_peer: Throttle,
-    to_broker: Proxy,
+    peer_throttle: Throttle,
+    broker_proxy: Proxy,
     late: Node,
-    answered: Vec<Answered>,
+    answered: Vec<AckedWrite>,
 }
 
-impl Held {
-    async fn launch(cluster: &Cluster, to_broker: &Proxy) -> Node {
-        Node::launch(&mut cluster.with_dir_at("late", to_broker.address)).await
+impl Scenario {
+    async fn launch(cluster: &SeededCluster, broker_proxy: &Proxy) -> Node {
+        Node::launch(&mut cluster.replica_through("late", broker_proxy.address)).await
     }
 
-    async fn at(stage: Stage) -> Self {
-        let mut cluster = Cluster::of(8000).await;
-        let to_peer = Throttle::to_nobody(u64::MAX).await;
-        let first = cluster.first_behind(&to_peer).await;
+    async fn at(stage: BootstrapStage) -> Self {
+        let mut cluster = SeededCluster::with_rows(8000).await;
+        let peer_throttle = Throttle::without_target(u64::MAX).await;
+        let first = cluster.start_first_behind(&peer_throttle).await;
         let mut answered = cluster.write(&first, 5).await;
-        let size = backup_of(&first).await.len() as u64;
-        to_peer.limit(size / 2);
-        let to_broker = Proxy::to(cluster.broker.address).await;
-        let late = Self::launch(&cluster, &to_broker).await;
-        to_peer.reached(1).await;
-        if stage != Stage::Rows {
+        let size = fetch_backup(&first).await.len() as u64;
+        peer_throttle.limit(size / 2);
+        let broker_proxy = Proxy::to(cluster.broker.address).await;
+        let late = Self::launch(&cluster, &broker_proxy).await;
+        peer_throttle.wait_until_limited(1).await;
+        if stage != BootstrapStage::Rows {
             answered.extend(cluster.write(&first, 10).await);
             late.status_where("10 batches", |status| {
                 status["restore"]["buffered_batches"] == 10
@@ -61,58 +61,61 @@ impl Held {
             .await;
         }
         let rules = Rules {
-            hold_batches: stage == Stage::CatchingUp,
-            mute: stage == Stage::BeforeReady,
+            hold_batches: stage == BootstrapStage::CatchingUp,
+            drop_replies: stage == BootstrapStage::BeforeReady,
             ..Rules::default()
         };
-        to_broker.set(rules);
-        if stage == Stage::CatchingUp {
+        broker_proxy.set(rules);
+        if stage == BootstrapStage::CatchingUp {
             answered.extend(cluster.write(&first, 5).await);
         }
         let position = answered.last().unwrap().position;
-        let stages = match stage {
-            Stage::Rows | Stage::Buffering => ("restoring", "restoring", 0),
-            Stage::CatchingUp => ("catching-up", "catching-up", position - 5),
-            Stage::BeforeReady => ("catching-up", "catching-up", position),
+        let expected = match stage {
+            BootstrapStage::Rows | BootstrapStage::Buffering => ("restoring", "restoring", 0),
+            BootstrapStage::CatchingUp => ("catching-up", "catching-up", position - 5),
+            BootstrapStage::BeforeReady => ("catching-up", "catching-up", position),
         };
-        if matches!(stage, Stage::CatchingUp | Stage::BeforeReady) {
-            to_peer.open();
+        if matches!(
+            stage,
+            BootstrapStage::CatchingUp | BootstrapStage::BeforeReady
+        ) {
+            peer_throttle.open();
         }
         late.status_where("the stage", |status| {
-            let (state, restore, position) = stages;
+            let (state, restore, position) = expected;
             status["state"] == state
                 && status["restore"]["stage"] == restore
                 && status["position"] == position
         })
         .await;
-        serves_nothing(&late, &[stages.0]).await;
+        assert_serves_nothing(&late, &[expected.0]).await;
         Self {
             cluster,
             first,
-            to_peer,
-            to_broker,
+            peer_throttle,
+            broker_proxy,
             late,
             answered,
         }
     }
 
-    async fn survives(mut self, killed: Killed) {
-        let alive = match killed {
-            Killed::Broker => Some(self.late),
-            Killed::Replica | Killed::Both => {
+    async fn recovers_after_kill_of(mut self, scenarios: Victim) {
+        let alive = match scenarios {
+            Victim::Broker => Some(self.late),
+            Victim::Replica | Victim::Both => {
                 self.late.kill();
                 None
             }
         };
-        if killed != Killed::Replica {
+        if scenarios != Victim::Replica {
             self.cluster.broker.kill();
             self.cluster.broker.restart().await;
         }
-        self.to_broker.set(Rules::default());
-        self.to_peer.open();
+        self.broker_proxy.set(Rules::default());
+        self.peer_throttle.open();
         let late = match alive {
             Some(late) => late,
-            None => Self::launch(&self.cluster, &self.to_broker).await,
+            None => Self::launch(&self.cluster, &self.broker_proxy).await,
         };
         let answered = self.cluster.write(&self.first, 5).await;
         self.answered.extend(answered);
@@ -121,18 +124,18 @@ impl Held {
     }
 }
 
-macro_rules! killed {
-    ($($name:ident: $killed:ident, $stage:ident;)*) => {
+macro_rules! scenarios {
+    ($($name:ident: $scenarios:ident, $stage:ident;)*) => {
         $(
             #[tokio::test(flavor = "multi_thread")]
             async fn $name() {
-                Held::at(Stage::$stage).await.survives(Killed::$killed).await;
+                Scenario::at(BootstrapStage::$stage).await.recovers_after_kill_of(Victim::$scenarios).await;
             }
         )*
     };
 }
 
-killed! {
+scenarios! {
     the_broker_dies_while_rows_come_in: Broker, Rows;
     the_broker_dies_while_batches_wait: Broker, Buffering;
     the_broker_dies_while_the_log_is_caught_up_with: Broker, CatchingUp;

@@ -9,11 +9,11 @@ use async_nats::jetstream::stream::{Config, StorageType};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::harness::backup_files::Held;
+use crate::harness::backup_files::NodeState;
 use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_at};
 use crate::harness::cluster::proxy::{Proxy, Rules};
 use crate::harness::wire::eventually;
-use crate::harness::{Node, Ports, Process, collected, run};
+use crate::harness::{Node, Ports, Process, collect_output, run};
 
 const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
 
@@ -26,19 +26,19 @@ async fn stopped_in(node: &Ports, state: &str, reason: &str) {
     let status = node
         .status_where(reason, |status| status["state"] == state)
         .await;
-    let said = status["reason"].as_str().unwrap();
-    assert!(said.contains(reason), "{said}");
-    node.get("x").await.problem(503, "not-ready");
-    node.set(PATCH).await.problem(503, "not-ready");
+    let printed = status["reason"].as_str().unwrap();
+    assert!(printed.contains(reason), "{printed}");
+    node.get("x").await.expect_problem(503, "not-ready");
+    node.set(PATCH).await.expect_problem(503, "not-ready");
     assert_eq!(node.ops("/livez").await.status, 200);
 }
 
 /// A replica behind a proxy, cut off when it has applied two batches: that of its start, and a write.
-async fn cut_off(broker: &Broker) -> (Node, Proxy) {
+async fn disconnected_replica(broker: &Broker) -> (Node, Proxy) {
     let proxy = Proxy::to(broker.address).await;
     let node = Node::start_with(&mut replica_at(proxy.address)).await;
     assert_eq!(node.set(PATCH).await.position(), 2);
-    proxy.set(Rules::DEAD);
+    proxy.set(Rules::BLACKHOLE);
     proxy.cut();
     node.in_state("read-only").await;
     (node, proxy)
@@ -67,7 +67,7 @@ async fn a_stream_that_is_removed_ends_serving() {
 #[tokio::test]
 async fn a_stream_that_is_made_anew_is_another_log() {
     let broker = Broker::start().await;
-    let (a, proxy) = cut_off(&broker).await;
+    let (a, proxy) = disconnected_replica(&broker).await;
     let client = broker.client().await;
     client.delete_stream(STREAM).await.unwrap();
     broker.create_stream().await;
@@ -95,12 +95,12 @@ async fn what_was_answered_outlives_its_log() {
         let patch = format!(r#"{{"user_id":"x","spp":{spp}}}"#);
         a.set(patch).await.position();
     }
-    let held = Held::by(&a).await;
+    let held = NodeState::of(&a).await;
     broker.roll_back(tempfile::tempdir().unwrap()).await;
     stopped(&a, "does not exist").await;
     let kept = |status: &Value| status["snapshot"]["position"] == 4;
     a.status_where("a snapshot", kept).await;
-    a.end().await;
+    a.stop().await;
 
     // Neither it nor an empty replica creates a stream in the place of the lost one.
     let waiting = |dir: &str| {
@@ -110,15 +110,15 @@ async fn what_was_answered_outlives_its_log() {
                 .spawn()
                 .unwrap(),
         );
-        let said = collected(process.0.stderr.take().unwrap());
-        (process, said)
+        let printed = collect_output(process.0.stderr.take().unwrap());
+        (process, printed)
     };
     let (holder, empty) = (waiting("data"), waiting("empty"));
-    for ((_, said), why) in [
+    for ((_, printed), why) in [
         (&holder, "this replica holds data of log"),
         (&empty, "holds data of log"),
     ] {
-        eventually(why, async || said.lock().contains(why).then_some(())).await;
+        eventually(why, async || printed.lock().contains(why).then_some(())).await;
     }
     let client = broker.client().await;
     client.get_stream(STREAM).await.unwrap_err();
@@ -130,7 +130,7 @@ async fn what_was_answered_outlives_its_log() {
     stopped_in(&a, "other-log", "--abandon-log").await;
     let status = a.status().await;
     let (_, old) = status["reason"].as_str().unwrap().rsplit_once(' ').unwrap();
-    a.end().await;
+    a.stop().await;
     let snapshots = root.path().join("data/snapshots");
     let snapshot = snapshots.join("grades-00000000000000000004.csv.gz");
     assert!(snapshot.exists());
@@ -141,12 +141,12 @@ async fn what_was_answered_outlives_its_log() {
         command.arg("--restore-from").arg(&snapshot);
         command
     };
-    let said = String::from_utf8(run(&mut seeded()).stderr).unwrap();
-    assert!(said.contains("nats stream rm GRADES"), "{said}");
+    let printed = String::from_utf8(run(&mut seeded()).stderr).unwrap();
+    assert!(printed.contains("nats stream rm GRADES"), "{printed}");
     client.delete_stream(STREAM).await.unwrap();
     let b = Node::start_with(&mut seeded()).await;
     let position = held.position + 1;
-    assert_eq!(Held::by(&b).await, Held { position, ..held });
+    assert_eq!(NodeState::of(&b).await, NodeState { position, ..held });
     assert_eq!(b.set(PATCH).await.position(), 6);
     // And a replica with data of the lost log follows it once it is told to.
     let mut follows = on(broker.address, "data");
@@ -161,8 +161,8 @@ async fn what_was_answered_outlives_its_log() {
 }
 
 /// Cuts `behind` off, lets `b` write on, and makes the stream forget what came first.
-async fn forgotten(broker: &Broker) -> (Node, Proxy, Node) {
-    let (behind, proxy) = cut_off(broker).await;
+async fn replica_behind_trimmed_log(broker: &Broker) -> (Node, Proxy, Node) {
+    let (behind, proxy) = disconnected_replica(broker).await;
     let b = broker.replica().await;
     for spp in 2..7 {
         b.set(format!(r#"{{"user_id":"x","spp":{spp}}}"#))
@@ -182,7 +182,7 @@ async fn forgotten(broker: &Broker) -> (Node, Proxy, Node) {
 #[tokio::test]
 async fn a_replica_that_the_log_has_forgotten_begins_anew_from_a_peer() {
     let broker = Broker::start().await;
-    let (a, proxy, b) = forgotten(&broker).await;
+    let (a, proxy, b) = replica_behind_trimmed_log(&broker).await;
     proxy.set(Rules::default());
     let status = a.ready_at(b.applied_position().await).await;
     assert_eq!(status["restore"]["source"], format!("http://{}", b.write));
@@ -203,18 +203,18 @@ async fn a_replica_that_the_log_has_forgotten_begins_anew_from_a_peer() {
 #[tokio::test]
 async fn without_a_peer_a_forgotten_replica_serves_nothing_and_says_why() {
     let broker = Broker::start().await;
-    let (a, proxy, b) = forgotten(&broker).await;
+    let (a, proxy, b) = replica_behind_trimmed_log(&broker).await;
     b.kill();
     proxy.set(Rules::default());
     let late = Node::launch(&mut replica_at(broker.address)).await;
     for node in [&a, &late] {
-        let no_source = |status: &Value| status["state"] == "no-source";
-        let status = node.status_where("no source", no_source).await;
-        let said = status["reason"].as_str().unwrap();
-        assert!(said.contains("the log begins at batch"), "{said}");
-        assert!(said.contains("start another replica"), "{said}");
-        node.get("x").await.problem(503, "not-ready");
-        node.set(PATCH).await.problem(503, "not-ready");
+        let in_no_source_state = |status: &Value| status["state"] == "no-source";
+        let status = node.status_where("no source", in_no_source_state).await;
+        let printed = status["reason"].as_str().unwrap();
+        assert!(printed.contains("the log begins at batch"), "{printed}");
+        assert!(printed.contains("start another replica"), "{printed}");
+        node.get("x").await.expect_problem(503, "not-ready");
+        node.set(PATCH).await.expect_problem(503, "not-ready");
         assert_eq!(node.ops("/livez").await.status, 200);
     }
 }
@@ -244,10 +244,10 @@ async fn a_broker_that_lost_batches_is_not_followed() {
     let b = Node::start_with(&mut replica_at(proxy.address)).await;
     let last = b.applied_position().await;
     a.ready_at(last).await;
-    proxy.set(Rules::DEAD);
+    proxy.set(Rules::BLACKHOLE);
     proxy.cut();
     restarted.signal(Signal::TERM);
-    assert!(restarted.exit().await.success());
+    assert!(restarted.wait_for_exit().await.success());
 
     broker.roll_back(copy).await;
     let shorter =
@@ -301,12 +301,12 @@ async fn a_message_that_is_no_batch_is_skipped_alike_and_a_strangers_batch_is_re
             (y["spp"].as_i64(), y["return_fee"].as_i64()),
             (Some(3), Some(4))
         );
-        node.get("x").await.problem(404, "user-unknown");
+        node.get("x").await.expect_problem(404, "user-unknown");
         node.metric_reaches("gradestore_log_poisoned_total", 5.0)
             .await;
-        let said = node.stderr.lock().clone();
+        let printed = node.stderr.lock().clone();
         let skipped = format!("skipped a message that is no batch seq={}", started + 1);
-        assert!(said.contains(&skipped), "{said}");
+        assert!(printed.contains(&skipped), "{printed}");
     }
     let statuses = [a.ready_at(last).await, b.ready_at(last).await];
     assert_eq!(statuses[0]["digest"], statuses[1]["digest"]);
@@ -341,10 +341,10 @@ async fn a_stream_of_another_shape_stops_the_start_and_is_named() {
     made.await.unwrap();
     let output = run(&mut replica_at(broker.address));
     assert!(!output.status.success());
-    let said = String::from_utf8(output.stderr).unwrap();
+    let printed = String::from_utf8(output.stderr).unwrap();
     assert!(
-        said.contains("GRADES has storage Memory where File is needed"),
-        "{said}"
+        printed.contains("GRADES has storage Memory where File is needed"),
+        "{printed}"
     );
     // Another name gets a stream of its own, but not the same subject.
     let dir = tempfile::tempdir().unwrap();
@@ -353,6 +353,6 @@ async fn a_stream_of_another_shape_stops_the_start_and_is_named() {
     let output = run(other
         .args(["--stream", "OTHER", "--data-dir"])
         .arg(dir.path()));
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("refuses stream OTHER"), "{said}");
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert!(printed.contains("refuses stream OTHER"), "{printed}");
 }

@@ -2,7 +2,7 @@
 
 use crate::harness::Node;
 use crate::harness::cluster::broker::{Broker, SUBJECT, replica_at};
-use crate::harness::wire::{eventually, in_time};
+use crate::harness::wire::{eventually, with_timeout};
 use crate::ops::memory_max::{ROOM_BYTES, create, fill, idle_bytes, is_full, limited};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -16,13 +16,13 @@ async fn replicas_refuse_new_users_while_a_ready_peer_is_full() {
 
     // Through the largest one: it can know only from the smallest that there is no room.
     let (users, refusal) = fill(&large, 0).await;
-    let detail = refusal.problem(507, "store-full");
+    let detail = refusal.expect_problem(507, "store-full");
     let url = format!("http://{}", smallest.write);
     assert!(detail.contains(&url), "{detail}");
     for node in nodes {
         node.status_where("no creates", |status| status["creates"] == false)
             .await;
-        create(node, "new").await.problem(507, "store-full");
+        create(node, "new").await.expect_problem(507, "store-full");
         create(node, "user-1").await.position();
     }
     let [full, ..] = nodes.map(|node| async { node.status().await });
@@ -51,15 +51,15 @@ async fn replicas_refuse_new_users_while_a_ready_peer_is_full() {
         let deletes: Vec<String> = (first..first + 1000).map(delete).collect();
         let payload = format!("[{}]", deletes.join(","));
         let published = client.publish(SUBJECT, payload.into());
-        in_time("an ack", async { published.await.unwrap().await })
+        with_timeout("an ack", async { published.await.unwrap().await })
             .await
             .unwrap();
     }
     for (number, node) in nodes.into_iter().enumerate() {
         let new = format!("new-{number}");
         let position = eventually("a new user", async || {
-            let answer = create(node, &new).await;
-            (answer.status == 204).then(|| answer.position())
+            let response = create(node, &new).await;
+            (response.status == 204).then(|| response.position())
         })
         .await;
         assert_eq!(smallest.get_at(&new, position).await["spp"], 1);
@@ -74,7 +74,9 @@ async fn replicas_refuse_new_users_while_a_ready_peer_is_full() {
     large
         .status_where("no creates", |status| status["creates"] == false)
         .await;
-    create(&large, "newer").await.problem(507, "store-full");
+    create(&large, "newer")
+        .await
+        .expect_problem(507, "store-full");
     smallest.kill();
     eventually("a new user", async || {
         (create(&large, "newer").await.status == 204).then_some(())

@@ -5,19 +5,19 @@ use gradestore::log::{Announcement, ClusterKey};
 use serde_json::{Value, json};
 
 use crate::harness::cluster::broker::{Broker, replica_at};
-use crate::harness::wire::{eventually, in_time};
+use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{Node, PASSWORD, Ports, program};
 
 /// Waits until a node lists exactly these others as ready.
 async fn lists(node: &Ports, others: &[&Ports]) -> Value {
-    let mut wanted: Vec<String> = others.iter().map(|other| url(other)).collect();
-    wanted.sort();
+    let mut expected: Vec<String> = others.iter().map(|other| url(other)).collect();
+    expected.sort();
     node.status_where("its peers", |status| {
         let peers = status["peers"].as_array().unwrap();
         let ready = peers.iter().filter(|peer| peer["state"] == "ready");
         let mut urls: Vec<_> = ready.map(|peer| peer["url"].as_str().unwrap()).collect();
         urls.sort_unstable();
-        urls == wanted && peers.len() == wanted.len()
+        urls == expected && peers.len() == expected.len()
     })
     .await
 }
@@ -47,7 +47,7 @@ async fn replicas_list_each_other_and_forget_who_is_gone() {
     assert_eq!(a.metric("gradestore_peers_ready").await, Some(2.0));
     c.kill();
     lists(&a, &[&b]).await;
-    b.end().await;
+    b.stop().await;
     lists(&a, &[]).await;
 }
 
@@ -60,17 +60,17 @@ async fn the_brokers_own_tools_see_the_replicas() {
     let client = broker.client().await.client();
     let nonce = "a nonce";
     let ask = async |subject: String| {
-        let answer = in_time(&subject, client.request(subject.clone(), nonce.into())).await;
-        serde_json::from_slice::<Value>(&answer.unwrap().payload).unwrap()
+        let response = with_timeout(&subject, client.request(subject.clone(), nonce.into())).await;
+        serde_json::from_slice::<Value>(&response.unwrap().payload).unwrap()
     };
     // As `nats micro ls`, `info` and `stats` do.
     let info = eventually("an answer", async || {
         let inbox = client.new_inbox();
-        let mut answers = client.subscribe(inbox.clone()).await.unwrap();
+        let mut responses = client.subscribe(inbox.clone()).await.unwrap();
         let asked = client.publish_with_reply("$SRV.INFO.gradestore", inbox, "".into());
         asked.await.unwrap();
-        let answer = in_time("an answer", answers.next()).await.unwrap();
-        serde_json::from_slice::<Value>(&answer.payload).ok()
+        let response = with_timeout("an answer", responses.next()).await.unwrap();
+        serde_json::from_slice::<Value>(&response.payload).ok()
     })
     .await;
     assert_eq!(info["name"], "gradestore");
@@ -78,7 +78,7 @@ async fn the_brokers_own_tools_see_the_replicas() {
     assert_eq!(info["metadata"]["url"], url(&a));
     assert_eq!(info["metadata"]["node"], status["node"]);
     assert_eq!(info["metadata"]["log"], status["log_id"]);
-    let said = json!({
+    let printed = json!({
         "node": status["node"],
         "version": env!("CARGO_PKG_VERSION"),
         "log_id": status["log_id"],
@@ -95,7 +95,7 @@ async fn the_brokers_own_tools_see_the_replicas() {
         let verified = key.verify_announcement(&signed, nonce);
         assert_eq!(verified, is_signed, "{announced}");
         announced.as_object_mut().unwrap().remove("mac");
-        assert_eq!(announced, said);
+        assert_eq!(announced, printed);
     };
     let mut stats = ask("$SRV.STATS.gradestore".to_owned()).await;
     for endpoint in stats["endpoints"].as_array_mut().unwrap() {

@@ -10,7 +10,7 @@ use crate::harness;
 use crate::harness::cluster::broker::{Broker, Load, check, replica_at, replica_with};
 use crate::harness::cluster::proxy::{Proxy, Rules};
 use crate::harness::wire::eventually;
-use crate::harness::{Node, PASSWORD, Ports, Process, collected, program, run};
+use crate::harness::{Node, PASSWORD, Ports, Process, collect_output, program, run};
 
 /// A writer's; nine of them send 100,000 and some.
 const WRITES: usize = 11_112;
@@ -33,9 +33,9 @@ async fn a_write_is_read_on_every_replica_at_its_position() {
     let broker = Broker::start().await;
     let [a, b, c] = broker.replicas().await;
     for spp in 1..=20 {
-        let answer = a.set(format!(r#"{{"user_id":"x","spp":{spp}}}"#)).await;
+        let response = a.set(format!(r#"{{"user_id":"x","spp":{spp}}}"#)).await;
         for node in [&b, &c] {
-            assert_eq!(node.get_at("x", answer.position()).await["spp"], spp);
+            assert_eq!(node.get_at("x", response.position()).await["spp"], spp);
         }
     }
 }
@@ -58,21 +58,21 @@ async fn the_logs_order_decides_and_not_who_hears_of_it_first() {
     proxy.set(hold);
     let first = b.set(r#"{"user_id":"x","spp":1}"#).await.position();
     assert_eq!(first, started + 1);
-    let mut own = harness::waiting_set(&a, r#"{"user_id":"x","spp":2}"#).await;
+    let mut own = harness::pending_set(&a, r#"{"user_id":"x","spp":2}"#).await;
     b.ready_at(started + 2).await;
-    a.get("x").await.problem(404, "user-unknown");
+    a.get("x").await.expect_problem(404, "user-unknown");
     proxy.set(Rules::default());
-    assert_eq!(own.answer().await.position(), started + 2);
+    assert_eq!(own.response().await.position(), started + 2);
 
     // Its own comes first in the log, and A hears of both late.
     proxy.set(hold);
-    let mut own = harness::waiting_set(&a, r#"{"user_id":"x","spp":3}"#).await;
+    let mut own = harness::pending_set(&a, r#"{"user_id":"x","spp":3}"#).await;
     b.ready_at(started + 3).await;
     let last = b.set(r#"{"user_id":"x","spp":4}"#).await.position();
     assert_eq!(last, started + 4);
     assert_eq!(a.get("x").await.json()["spp"], 2);
     proxy.set(Rules::default());
-    assert_eq!(own.answer().await.position(), started + 3);
+    assert_eq!(own.response().await.position(), started + 3);
     assert_eq!(a.get_at("x", last).await["spp"], 4);
     check(&broker.client().await, &[&a, &b], &[]).await;
 }
@@ -122,7 +122,7 @@ async fn a_replica_goes_on_from_its_snapshot() {
     let b = broker.replica().await;
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
     a.signal(Signal::TERM);
-    assert!(a.exit().await.success());
+    assert!(a.wait_for_exit().await.success());
     let last = b.set(r#"{"user_id":"x","return_fee":2}"#).await.position();
     let a = Node::start_with(&mut with_dir()).await;
     let status = a.ready_at(last + 1).await;
@@ -156,9 +156,12 @@ async fn a_backup_seeds_a_new_stream_at_its_position() {
 
     let mut again = replica_at(second.address);
     let output = run(again.arg("--restore-from").arg(&file));
-    let said = String::from_utf8(output.stderr).unwrap();
+    let printed = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success());
-    assert!(said.contains("--restore-from starts a new one"), "{said}");
+    assert!(
+        printed.contains("--restore-from starts a new one"),
+        "{printed}"
+    );
 }
 
 #[tokio::test]
@@ -167,10 +170,10 @@ async fn the_broker_may_want_a_name_and_a_password() {
     let url = |user: &str| format!("nats://{user}@{}", broker.address);
     let mut output = replica_with(&url("u:wrong"));
     let output = run(&mut output);
-    let said = String::from_utf8(output.stderr).unwrap();
+    let printed = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success());
-    assert!(said.contains("refuses this replica"), "{said}");
-    assert!(!said.contains("wrong"), "{said}");
+    assert!(printed.contains("refuses this replica"), "{printed}");
+    assert!(!printed.contains("wrong"), "{printed}");
     let dir = tempfile::tempdir().unwrap();
     let mut command = replica_with(&url("u:p%20w"));
     command.env("GRADESTORE_EPHEMERAL", "false");
@@ -191,15 +194,15 @@ async fn a_replica_that_waits_for_its_broker_is_alive_and_can_be_stopped() {
         .args(["--ops-addr", &ops_addr.to_string()]);
     drop((nobody, ops));
     let mut process = Process(command.stderr(Stdio::piped()).spawn().unwrap());
-    let said = collected(process.0.stderr.take().unwrap());
+    let printed = collect_output(process.0.stderr.take().unwrap());
     eventually("waiting", async || {
-        said.lock().contains("waiting for NATS").then_some(())
+        printed.lock().contains("waiting for NATS").then_some(())
     })
     .await;
     let node = Ports::new(ops_addr, ops_addr, ops_addr);
     assert_eq!(node.ops("/livez").await.status, 200);
     for path in ["/readyz", "/readyz/write", "/status"] {
-        let why = node.ops(path).await.problem(503, "not-ready");
+        let why = node.ops(path).await.expect_problem(503, "not-ready");
         assert!(why.contains("starting"), "{why}");
     }
     kill_process(Pid::from_child(&process.0), Signal::TERM).unwrap();

@@ -9,16 +9,16 @@ use rustix::process::Signal;
 use tempfile::tempdir;
 
 use crate::cluster::clients::Clients;
-use crate::cluster::fake_peer::{Act, FakePeer};
+use crate::cluster::fake_peer::{FakePeer, PeerBehavior};
 use crate::harness::Node;
-use crate::harness::backup_files::backup_of;
+use crate::harness::backup_files::fetch_backup;
 use crate::harness::cluster::broker::{Broker, check, replica_at};
-use crate::harness::cluster::seeded::Cluster;
+use crate::harness::cluster::seeded::SeededCluster;
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::eventually;
 
 /// A replica with a data directory of its own, that writes snapshots all the time.
-fn keeping(broker: &Broker, root: &Path, index: usize) -> Command {
+fn replica_with_snapshots(broker: &Broker, root: &Path, index: usize) -> Command {
     let mut command = replica_at(broker.address);
     command
         .env("GRADESTORE_EPHEMERAL", "false")
@@ -30,15 +30,15 @@ fn keeping(broker: &Broker, root: &Path, index: usize) -> Command {
 /// Starts a replica again; clients know of it before it is ready.
 async fn started(clients: &Clients, index: usize, command: &mut Command) -> Node {
     let node = Node::launch(command).await;
-    clients.replaced(index, &node);
+    clients.set_replica(index, &node);
     node.in_state("ready").await;
     node
 }
 
-async fn answers(clients: &Clients, more: usize) {
-    let wanted = clients.answered() + more;
+async fn responses(clients: &Clients, more: usize) {
+    let expected = clients.answered() + more;
     eventually("more writes", async || {
-        (clients.answered() >= wanted).then_some(())
+        (clients.answered() >= expected).then_some(())
     })
     .await;
 }
@@ -57,10 +57,10 @@ async fn three_with_clients(
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_that_are_all_killed_at_once_come_back_with_all_that_was_answered() {
     let (broker, root) = (Broker::start().await, tempdir().unwrap());
-    let command = |index| keeping(&broker, root.path(), index);
+    let command = |index| replica_with_snapshots(&broker, root.path(), index);
     let (mut nodes, clients) = three_with_clients(command, false).await;
     for order in [[2, 0, 1], [1, 2, 0]] {
-        answers(&clients, 100).await;
+        responses(&clients, 100).await;
         // A snapshot that is behind is the point.
         for index in 0..3 {
             let snapshots = Snapshots::open(&root.path().join(index.to_string()).join("snapshots"));
@@ -77,7 +77,7 @@ async fn replicas_that_are_all_killed_at_once_come_back_with_all_that_was_answer
         let mut back = Vec::new();
         for index in order {
             let node = started(&clients, index, &mut command(index)).await;
-            answers(&clients, 20).await;
+            responses(&clients, 20).await;
             back.push((index, node));
         }
         back.sort_by_key(|(index, _)| *index);
@@ -96,16 +96,16 @@ async fn replicas_that_are_all_killed_at_once_come_back_with_all_that_was_answer
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_restarted_one_by_one_lose_no_write_and_fail_no_read() {
     let (broker, root) = (Broker::start().await, tempdir().unwrap());
-    let command = |index| keeping(&broker, root.path(), index);
+    let command = |index| replica_with_snapshots(&broker, root.path(), index);
     let (mut nodes, clients) = three_with_clients(command, true).await;
     for index in 0..3 {
-        answers(&clients, 100).await;
-        nodes.remove(index).end().await;
-        answers(&clients, 50).await;
+        responses(&clients, 100).await;
+        nodes.remove(index).stop().await;
+        responses(&clients, 50).await;
         let node = started(&clients, index, &mut command(index)).await;
         nodes.insert(index, node);
     }
-    answers(&clients, 100).await;
+    responses(&clients, 100).await;
     let answered = clients.stop().await;
     let nodes: Vec<&Node> = nodes.iter().collect();
     check(&broker.client().await, &nodes, &answered).await;
@@ -114,14 +114,14 @@ async fn replicas_restarted_one_by_one_lose_no_write_and_fail_no_read() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_survivor_serves_two_at_once() {
     // More than the kernel holds for a connection.
-    let mut cluster = Cluster::of(30_000).await;
-    let throttle = Throttle::to_nobody(u64::MAX).await;
-    let survivor = cluster.first_behind(&throttle).await;
-    let size = backup_of(&survivor).await.len() as u64;
+    let mut cluster = SeededCluster::with_rows(30_000).await;
+    let throttle = Throttle::without_target(u64::MAX).await;
+    let survivor = cluster.start_first_behind(&throttle).await;
+    let size = fetch_backup(&survivor).await.len() as u64;
     throttle.limit(size / 10);
     let launch = async || Node::launch(&mut replica_at(cluster.broker.address)).await;
     let (one, other) = tokio::join!(launch(), launch());
-    throttle.reached(2).await;
+    throttle.wait_until_limited(2).await;
     survivor
         .metric_reaches("gradestore_backups_running", 2.0)
         .await;
@@ -139,8 +139,8 @@ async fn one_survivor_serves_two_at_once() {
 #[tokio::test]
 async fn the_first_replica_of_a_new_log_waits_for_no_peer() {
     let broker = Broker::start().await;
-    let silent = FakePeer::start(Act::Stall(Vec::new())).await;
-    let gone = FakePeer::start(Act::Refuse).await;
+    let silent = FakePeer::start(PeerBehavior::Stall(Vec::new())).await;
+    let gone = FakePeer::start(PeerBehavior::Refuse).await;
     let mut command = replica_at(broker.address);
     command.args(["--peer", &silent.url, "--peer", &gone.url]);
     let node = Node::start_with(&mut command).await;

@@ -11,18 +11,18 @@ use gradestore::log::{
 use gradestore::node::data_dir::Storage;
 use serde_json::Value;
 
-use crate::harness::backup_files::backup_of;
+use crate::harness::backup_files::fetch_backup;
 use crate::harness::cluster::broker::{Broker, Load, STREAM, SUBJECT, Write};
 use crate::harness::cluster::client;
-use crate::harness::cluster::seeded::{Cluster, serves_nothing};
+use crate::harness::cluster::seeded::{SeededCluster, assert_serves_nothing};
 use crate::harness::cluster::throttle::Throttle;
-use crate::harness::{Local, Node, PASSWORD, Ports};
+use crate::harness::{InProcessNode, Node, PASSWORD, Ports};
 
 /// What a read of the log may add beyond a full buffer: as many batches as are handed out at once.
-const GIVEN_AT_ONCE: u64 = 64;
+const BATCHES_PER_READ: u64 = 64;
 
 /// A replica in this process whose buffer is small.
-async fn late(broker: &Broker, buffer_bytes_max: u64) -> Local {
+async fn late(broker: &Broker, buffer_bytes_max: u64) -> InProcessNode {
     let origin = RandomId::random().unwrap();
     let config = JetStreamConfig {
         servers: broker.address.to_string().parse().unwrap(),
@@ -47,7 +47,7 @@ async fn late(broker: &Broker, buffer_bytes_max: u64) -> Local {
     let in_flight = storage.in_flight.clone();
     let log = JetStreamLog::open(config, identity, in_flight, None, Arc::new(|_| {}));
     storage.log = Arc::new(log.await.unwrap());
-    Local::launch(storage, origin, |config| {
+    InProcessNode::launch(storage, origin, |config| {
         config.cluster.restore_buffer_bytes_max = buffer_bytes_max;
     })
 }
@@ -79,13 +79,13 @@ async fn goes_on(node: &Ports, batches: u64) {
 }
 
 /// A seeded cluster, and a replica that has half of its peer's backup.
-async fn halfway(buffer_bytes_max: u64) -> (Cluster, Node, Throttle, Local) {
-    let cluster = Cluster::of(3000).await;
-    let throttle = Throttle::to_nobody(u64::MAX).await;
-    let first = cluster.first_behind(&throttle).await;
-    throttle.limit(backup_of(&first).await.len() as u64 / 2);
+async fn halfway(buffer_bytes_max: u64) -> (SeededCluster, Node, Throttle, InProcessNode) {
+    let cluster = SeededCluster::with_rows(3000).await;
+    let throttle = Throttle::without_target(u64::MAX).await;
+    let first = cluster.start_first_behind(&throttle).await;
+    throttle.limit(fetch_backup(&first).await.len() as u64 / 2);
     let late = late(&cluster.broker, buffer_bytes_max).await;
-    throttle.reached(1).await;
+    throttle.wait_until_limited(1).await;
     (cluster, first, throttle, late)
 }
 
@@ -94,7 +94,7 @@ async fn a_log_trimmed_beyond_a_restore_is_noticed_and_it_begins_anew() {
     let (mut cluster, first, throttle, late) = halfway(1).await;
     // More than the buffer, and what the broker has sent ahead of it, hold.
     publish(&cluster.broker, 3000).await;
-    cluster.truth.read(&cluster.broker.client().await).await;
+    cluster.reference.read(&cluster.broker.client().await).await;
     let context = cluster.broker.client().await;
     let stream = context.get_stream(STREAM).await.unwrap();
     let config = Config {
@@ -104,8 +104,8 @@ async fn a_log_trimmed_beyond_a_restore_is_noticed_and_it_begins_anew() {
     context.update_stream(config).await.unwrap();
     let trimmed = context.get_stream(STREAM).await.unwrap();
     assert_eq!(trimmed.cached_info().state.messages, 10);
-    let (batches, _) = buffered(&serves_nothing(&late, &["restoring"]).await);
-    assert!((1..=GIVEN_AT_ONCE).contains(&batches), "{batches}");
+    let (batches, _) = buffered(&assert_serves_nothing(&late, &["restoring"]).await);
+    assert!((1..=BATCHES_PER_READ).contains(&batches), "{batches}");
 
     throttle.open();
     cluster.check(&[&first, &late], &[]).await;
@@ -120,10 +120,10 @@ async fn writes_that_outrun_a_restore_take_no_more_memory_than_they_may() {
     let full = |status: &Value| buffered(status).1 >= BYTES_MAX;
     late.status_where("a full buffer", full).await;
     goes_on(&first, 50).await;
-    let status = serves_nothing(&late, &["restoring"]).await;
+    let status = assert_serves_nothing(&late, &["restoring"]).await;
     let (batches, bytes) = buffered(&status);
     let largest = 3 * (bytes / batches);
-    assert!(bytes < BYTES_MAX + GIVEN_AT_ONCE * largest, "{bytes}");
+    assert!(bytes < BYTES_MAX + BATCHES_PER_READ * largest, "{bytes}");
     // The log goes on by as much again, and the buffer does not.
     goes_on(&first, batches).await;
     let status = late.status().await;

@@ -11,16 +11,18 @@ use gradestore::log::Chain;
 use parking_lot::Mutex;
 use tempfile::tempdir;
 
-use crate::harness::backup_files::{Held, file_with, program_on, store_of};
-use crate::harness::bound_by_permissions;
+use crate::harness::backup_files::{
+    NodeState, backup_file_with_head, program_with_data_dir, random_store,
+};
 use crate::harness::cluster::broker::{Broker, STREAM, copy_tree};
 use crate::harness::cluster::nats::{NatsCluster, ReservedPort};
 use crate::harness::wire::eventually;
-use crate::harness::{Node, PASSWORD, Process, collected, program, run};
+use crate::harness::without_root_capabilities;
+use crate::harness::{Node, PASSWORD, Process, collect_output, program, run};
 
 /// The command that starts a replica on `broker` with its data in `dir`.
-pub(crate) fn replica_on(broker: &Broker, dir: &Path) -> Command {
-    let mut command = program_on(dir);
+pub(crate) fn replica_with_data(broker: &Broker, dir: &Path) -> Command {
+    let mut command = program_with_data_dir(dir);
     command.args(["--nats-url", &broker.address.to_string()]);
     command
 }
@@ -35,7 +37,7 @@ impl Starting {
     fn spawn(mut command: Command) -> Self {
         let command = command.stdin(Stdio::null()).stdout(Stdio::null());
         let mut process = Process(command.stderr(Stdio::piped()).spawn().unwrap());
-        let logged = collected(process.0.stderr.take().unwrap());
+        let logged = collect_output(process.0.stderr.take().unwrap());
         Self {
             _process: process,
             logged,
@@ -54,8 +56,8 @@ impl Starting {
 }
 
 /// One that creates the stream together with another one only.
-pub(crate) fn expecting_two(broker: &Broker, dir: &Path) -> Starting {
-    let mut command = replica_on(broker, dir);
+pub(crate) fn replica_expecting_two(broker: &Broker, dir: &Path) -> Starting {
+    let mut command = replica_with_data(broker, dir);
     command.args(["--expect-peers", "2"]);
     Starting::spawn(command)
 }
@@ -73,15 +75,19 @@ async fn a_snapshot_that_cannot_be_read_counts_as_data() {
         previous_chain: Chain::default(),
         rows_expected: 10,
     };
-    let file_of = |format| file_with(&store_of(10, 50), &head(format));
-    let mut damaged = file_of(FORMAT);
+    let backup_file = |format| backup_file_with_head(&random_store(10, 50), &head(format));
+    let mut damaged = backup_file(FORMAT);
     damaged[12..60].fill(0);
     for (file, mode, why) in [
         (damaged, 0o600, "it names no log"),
-        (file_of(FORMAT + 1), 0o600, "use a newer gradestore"),
-        (file_of(FORMAT)[..20].to_vec(), 0o600, "cut off at byte 20"),
+        (backup_file(FORMAT + 1), 0o600, "use a newer gradestore"),
+        (
+            backup_file(FORMAT)[..20].to_vec(),
+            0o600,
+            "cut off at byte 20",
+        ),
         (Vec::new(), 0o600, "cut off at byte 0"),
-        (file_of(FORMAT), 0o000, "Permission denied"),
+        (backup_file(FORMAT), 0o000, "Permission denied"),
     ] {
         let (holder, empty) = (tempdir().unwrap(), tempdir().unwrap());
         let snapshots = holder.path().join("snapshots");
@@ -90,13 +96,13 @@ async fn a_snapshot_that_cannot_be_read_counts_as_data() {
         fs::write(&snapshot, file).unwrap();
         fs::set_permissions(&snapshot, Permissions::from_mode(mode)).unwrap();
 
-        let command = replica_on(&broker, holder.path());
-        let holder = Starting::spawn(bound_by_permissions(&command));
+        let command = replica_with_data(&broker, holder.path());
+        let holder = Starting::spawn(without_root_capabilities(&command));
         let name = snapshot.to_str().unwrap();
         let fix = "move the file out of the data directory";
         holder.logs(&[name, why, fix]).await;
         // Nor does another one create the stream meanwhile.
-        let empty = Starting::spawn(replica_on(&broker, empty.path()));
+        let empty = Starting::spawn(replica_with_data(&broker, empty.path()));
         empty.logs(&["holds data of log unknown"]).await;
         client.get_stream(STREAM).await.unwrap_err();
     }
@@ -107,33 +113,33 @@ async fn a_copied_data_directory_is_refused_while_the_other_one_runs() {
     let broker = Broker::start_with(&[]).await;
     let root = tempdir().unwrap();
     let [original, copy] = ["original", "copy"].map(|name| root.path().join(name));
-    Node::start_with(&mut replica_on(&broker, &original))
+    Node::start_with(&mut replica_with_data(&broker, &original))
         .await
-        .end()
+        .stop()
         .await;
     fs::create_dir(&copy).unwrap();
     copy_tree(&original, &copy);
 
-    let node = Node::start_with(&mut replica_on(&broker, &original)).await;
-    let output = run(&mut replica_on(&broker, &copy));
+    let node = Node::start_with(&mut replica_with_data(&broker, &original)).await;
+    let output = run(&mut replica_with_data(&broker, &copy));
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    let said = String::from_utf8(output.stderr).unwrap();
+    let printed = String::from_utf8(output.stderr).unwrap();
     let replica = fs::read_to_string(original.join("replica-id")).unwrap();
     for part in [
         replica.trim(),
         &format!("http://{}", node.write),
         "remove the file replica-id",
     ] {
-        assert!(said.contains(part), "{said}");
+        assert!(printed.contains(part), "{printed}");
     }
     node.set(r#"{"user_id":"x","spp":1}"#).await.position();
 
     // As the message says; and a replica whose process is gone may start again at once.
     fs::remove_file(copy.join("replica-id")).unwrap();
-    let copy = Node::start_with(&mut replica_on(&broker, &copy)).await;
+    let copy = Node::start_with(&mut replica_with_data(&broker, &copy)).await;
     node.kill();
-    let node = Node::start_with(&mut replica_on(&broker, &original)).await;
-    assert_eq!(Held::by(&node).await, Held::by(&copy).await);
+    let node = Node::start_with(&mut replica_with_data(&broker, &original)).await;
+    assert_eq!(NodeState::of(&node).await, NodeState::of(&copy).await);
 }
 
 /// A start gives up 30 s after the last answer about the stream, not after its own beginning.
@@ -141,7 +147,7 @@ async fn a_copied_data_directory_is_refused_while_the_other_one_runs() {
 async fn a_start_that_waits_for_replicas_outlives_a_restart_of_the_server() {
     let mut broker = Broker::start_with(&[]).await;
     let dir = tempdir().unwrap();
-    let a = expecting_two(&broker, &dir.path().join("a"));
+    let a = replica_expecting_two(&broker, &dir.path().join("a"));
     a.logs(&["1 of 2 replicas (--expect-peers)"]).await;
 
     // One server of three is left. This start gives up, and the other one has lasted as long then.
@@ -152,20 +158,20 @@ async fn a_start_that_waits_for_replicas_outlives_a_restart_of_the_server() {
     let output = tokio::task::spawn_blocking(move || run(&mut command));
     let output = output.await.unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    let said = String::from_utf8(output.stderr).unwrap();
-    let error = said.lines().last().unwrap();
+    let printed = String::from_utf8(output.stderr).unwrap();
+    let error = printed.lines().last().unwrap();
     for part in [
         "JetStream has no leader",
         "temporarily unavailable",
         "more than half of the servers",
     ] {
-        assert!(error.contains(part), "{said}");
+        assert!(error.contains(part), "{printed}");
     }
 
     broker.kill();
     a.logs(&["waiting for NATS at"]).await;
     broker.restart().await;
-    let b = expecting_two(&broker, &dir.path().join("b"));
+    let b = replica_expecting_two(&broker, &dir.path().join("b"));
     for replica in [&a, &b] {
         replica.logs(&["listening"]).await;
     }

@@ -10,10 +10,10 @@ use futures_util::TryStreamExt;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::cluster::write_health::{not_writable, writable_again};
-use crate::harness::cluster::broker::{Answered, Load, STREAM, Write, check};
+use crate::harness::cluster::broker::{AckedWrite, Load, STREAM, Write, check};
 use crate::harness::cluster::nats::{Gossip, NatsCluster};
 use crate::harness::cluster::throttle::Throttle;
-use crate::harness::wire::{Answer, eventually, in_time};
+use crate::harness::wire::{Response, eventually, with_timeout};
 use crate::harness::{Node, Ports};
 
 const RECONNECTS: &str = "gradestore_log_reconnects_total";
@@ -37,7 +37,7 @@ struct Sent {
     at: Instant,
     took: Duration,
     write: Write,
-    answer: Answer,
+    response: Response,
 }
 
 const WRITE_EVERY: Duration = Duration::from_millis(5);
@@ -53,7 +53,7 @@ impl SteadyLoad {
 
     async fn stop(mut self) -> Vec<Sent> {
         self.stop.store(true, Ordering::Relaxed);
-        let ended = in_time("the writers' end", self.writing.join_next()).await;
+        let ended = with_timeout("the writers' end", self.writing.join_next()).await;
         ended.unwrap().unwrap()
     }
 }
@@ -74,12 +74,12 @@ async fn write_steadily(ports: Vec<Ports>, stop: Arc<AtomicBool>) -> Vec<Sent> {
         };
         writes.spawn(async move {
             let at = Instant::now();
-            let answer = node.set(write.json()).await;
+            let response = node.set(write.json()).await;
             Sent {
                 at,
                 took: at.elapsed(),
                 write,
-                answer,
+                response,
             }
         });
     }
@@ -110,7 +110,7 @@ impl ConsumersWatch {
 
     async fn most(self) -> usize {
         self.1.store(true, Ordering::Relaxed);
-        in_time("the consumers' names", self.0).await.unwrap()
+        with_timeout("the consumers' names", self.0).await.unwrap()
     }
 }
 
@@ -134,7 +134,7 @@ async fn all_ready(nodes: &[&Node]) {
 
 /// How a server that leads the stream goes away.
 #[derive(Debug, Clone, Copy)]
-enum Gone {
+enum ServerExit {
     Killed,
     Terminated,
     LameDuck,
@@ -151,7 +151,7 @@ async fn writes_wait_while_the_stream_has_no_leader_and_are_stored_once_it_has()
         Node::start_with(command.args(["--write-timeout", "60s"])).await
     };
     let a = replica(&cluster, "a", &cluster.url()).await;
-    let leader = cluster.settled().await;
+    let leader = cluster.leader_with_current_followers().await;
     let only_leader = cluster.servers[leader].url();
     let b = replica(&cluster, "b", &only_leader).await;
     let c = replica(&cluster, "c", &only_leader).await;
@@ -162,66 +162,70 @@ async fn writes_wait_while_the_stream_has_no_leader_and_are_stored_once_it_has()
     // All that goes wrong, so that a failure shows the whole of it.
     let mut wrong = Vec::new();
     let mut changes = Vec::new();
-    for gone in [Gone::Killed, Gone::Terminated, Gone::LameDuck] {
-        let leader = cluster.settled().await;
+    for exit in [
+        ServerExit::Killed,
+        ServerExit::Terminated,
+        ServerExit::LameDuck,
+    ] {
+        let leader = cluster.leader_with_current_followers().await;
         let before = so_far(&nodes).await;
         let survivor = cluster.other_than(&[leader]);
         let consumers = ConsumersWatch::start(cluster.client_of(survivor).clone());
-        changes.push((gone, Instant::now()));
-        match gone {
-            Gone::Killed => cluster.kill(leader),
-            Gone::Terminated => cluster.end(leader).await,
-            Gone::LameDuck => cluster.lame_duck(leader),
+        changes.push((exit, Instant::now()));
+        match exit {
+            ServerExit::Killed => cluster.kill(leader),
+            ServerExit::Terminated => cluster.end(leader).await,
+            ServerExit::LameDuck => cluster.lame_duck(leader),
         }
         cluster.leader().await;
         if tokio::time::timeout(PROGRESS_MAX, progress(&nodes, 20.0))
             .await
             .is_err()
         {
-            wrong.push(format!("{gone:?}: writes do not go on at every replica"));
+            wrong.push(format!("{exit:?}: writes do not go on at every replica"));
         }
         let after = so_far(&nodes).await;
         for (index, (before, after)) in before.into_iter().zip(after).enumerate() {
             let (reconnects, lines) = (after.0 - before.0, after.1 - before.1);
             if reconnects > RECONNECTS_MAX || lines > LOG_LINES_MAX {
                 wrong.push(format!(
-                    "{gone:?}: replica {index}: {reconnects} reconnects, {lines} log lines"
+                    "{exit:?}: replica {index}: {reconnects} reconnects, {lines} log lines"
                 ));
             }
         }
         let consumers = consumers.most().await;
         if consumers > nodes.len() {
-            wrong.push(format!("{gone:?}: {consumers} consumers at one time"));
+            wrong.push(format!("{exit:?}: {consumers} consumers at one time"));
         }
-        if matches!(gone, Gone::LameDuck) {
+        if matches!(exit, ServerExit::LameDuck) {
             cluster.kill(leader);
         }
         cluster.restart(leader).await;
     }
     let sent = load.stop().await;
 
-    let refused = sent.iter().filter(|sent| sent.answer.status != 204);
-    for (index, (gone, since)) in changes.iter().enumerate() {
+    let refused = sent.iter().filter(|sent| sent.response.status != 204);
+    for (index, (exit, since)) in changes.iter().enumerate() {
         let until = changes.get(index + 1).map(|(_, until)| *until);
         let during = |sent: &&&Sent| sent.at >= *since && until.is_none_or(|until| sent.at < until);
         let refused: Vec<&Sent> = refused.clone().filter(|sent| during(&sent)).collect();
         let sent = sent.iter().filter(|sent| during(&sent));
         let longest = sent.clone().map(|sent| sent.took).max();
         if let Some(first) = refused.first() {
-            let (count, all, body) = (refused.len(), sent.count(), &first.answer.body);
+            let (count, all, body) = (refused.len(), sent.count(), &first.response.body);
             wrong.push(format!(
-                "{gone:?}: {count} of {all} writes failed, longest {longest:?}, first: {body}"
+                "{exit:?}: {count} of {all} writes failed, longest {longest:?}, first: {body}"
             ));
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
 
-    let answered = sent.into_iter().map(|sent| Answered {
-        position: sent.answer.position(),
+    let answered = sent.into_iter().map(|sent| AckedWrite {
+        position: sent.response.position(),
         write: sent.write.into(),
     });
-    let answered: Vec<Answered> = answered.collect();
-    cluster.settled().await;
+    let answered: Vec<AckedWrite> = answered.collect();
+    cluster.leader_with_current_followers().await;
     all_ready(&nodes).await;
     check(&cluster.client().await, &nodes, &answered).await;
 }
@@ -242,16 +246,16 @@ async fn so_far(nodes: &[&Node]) -> Vec<(f64, usize)> {
 async fn replicas_that_read_from_an_isolated_server_recover_once_it_is_back() {
     let mut cluster = NatsCluster::start_with(Gossip::Nothing, "").await;
     let ways = [
-        Throttle::to_nobody(u64::MAX).await,
-        Throttle::to_nobody(u64::MAX).await,
+        Throttle::without_target(u64::MAX).await,
+        Throttle::without_target(u64::MAX).await,
     ];
-    let lead_to = |index: usize, cluster: &NatsCluster| {
+    let set_target = |index: usize, cluster: &NatsCluster| {
         for way in &ways {
             way.cut();
-            way.lead_to(cluster.servers[index].address);
+            way.set_target(cluster.servers[index].address);
         }
     };
-    lead_to(0, &cluster);
+    set_target(0, &cluster);
     let through = |way: &Throttle| format!("nats://{}", way.address);
     let a = Node::start_with(&mut cluster.replica_at("a", &cluster.servers[0].url())).await;
     let b = Node::start_with(&mut cluster.replica_at("b", &through(&ways[0]))).await;
@@ -260,14 +264,14 @@ async fn replicas_that_read_from_an_isolated_server_recover_once_it_is_back() {
     let load = Load::start(&[&a], 20, usize::MAX);
     progress(&[&a, &b, &c], 20.0).await;
 
-    let leader = cluster.settled().await;
+    let leader = cluster.leader_with_current_followers().await;
     let isolated = cluster.other_than(&[0, leader]);
     cluster.isolate(isolated);
     progress(&[&a, &b, &c], 100.0).await;
-    c.end().await;
+    c.stop().await;
     let connections = ways.each_ref().map(Throttle::connections);
-    lead_to(isolated, &cluster);
-    let mut said = serde_json::Value::Null;
+    set_target(isolated, &cluster);
+    let mut printed = serde_json::Value::Null;
     let seen_and_healed = async {
         b.status_where("not ready for writes", |status| status["state"] != "ready")
             .await;
@@ -278,7 +282,7 @@ async fn replicas_that_read_from_an_isolated_server_recover_once_it_is_back() {
             .await;
         }
         progress(&[&a], 200.0).await;
-        said = b.status().await;
+        printed = b.status().await;
         cluster.heal(isolated);
     };
     let (c, ()) = tokio::join!(Node::launch(&mut third), seen_and_healed);
@@ -299,7 +303,7 @@ async fn replicas_that_read_from_an_isolated_server_recover_once_it_is_back() {
         .await
         .is_err()
     {
-        panic!("not all ready again: {states:#?}; while the server was isolated: {said}");
+        panic!("not all ready again: {states:#?}; while the server was isolated: {printed}");
     }
     let answered = load.stop().await;
     check(&cluster.client().await, &[&a, &b, &c], &answered).await;
@@ -313,7 +317,7 @@ async fn a_replica_is_not_writable_while_the_stream_has_no_quorum() {
     let mut command = cluster.replica("a");
     let a = Node::start_with(command.args(["--write-timeout", "3s"])).await;
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
-    let leader = cluster.settled().await;
+    let leader = cluster.leader_with_current_followers().await;
     let lost = [0, 1, 2].map(|index| (leader + index) % 3);
 
     // The leader and a follower die.
@@ -326,11 +330,11 @@ async fn a_replica_is_not_writable_while_the_stream_has_no_quorum() {
     for index in &lost[..2] {
         cluster.restart(*index).await;
     }
-    cluster.stores().await;
+    cluster.wait_until_writable().await;
     writable_again(&a).await;
 
     // Both followers freeze.
-    let leader = cluster.settled().await;
+    let leader = cluster.leader_with_current_followers().await;
     let lost = [1, 2].map(|index| (leader + index) % 3);
     for index in lost {
         cluster.freeze(index);
@@ -340,7 +344,7 @@ async fn a_replica_is_not_writable_while_the_stream_has_no_quorum() {
     for index in lost {
         cluster.thaw(index);
     }
-    cluster.stores().await;
+    cluster.wait_until_writable().await;
     writable_again(&a).await;
     a.set(r#"{"user_id":"x","spp":2}"#).await.position();
 }

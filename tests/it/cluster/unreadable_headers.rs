@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 
 use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_at};
-use crate::harness::wire::{eventually, in_time};
+use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{Node, Ports};
 
 const POISONED: &str = "gradestore_log_poisoned_total";
@@ -85,7 +85,7 @@ struct Publisher {
 
 impl Publisher {
     async fn connect(address: SocketAddr) -> Self {
-        let stream = in_time("connect", TcpStream::connect(address)).await;
+        let stream = with_timeout("connect", TcpStream::connect(address)).await;
         let (incoming, mut outgoing) = stream.unwrap().into_split();
         let hello = b"CONNECT {\"headers\":true,\"verbose\":false}\r\nSUB ack 1\r\n";
         outgoing.write_all(hello).await.unwrap();
@@ -116,7 +116,7 @@ impl Publisher {
     }
 
     async fn line(&mut self) -> String {
-        let line = in_time("a line of the broker", self.incoming.next_line()).await;
+        let line = with_timeout("a line of the broker", self.incoming.next_line()).await;
         line.unwrap().expect("the broker has ended the connection")
     }
 }
@@ -143,7 +143,7 @@ async fn unreadable_headers_are_skipped_by_all_replicas_alike() {
     let broker = Broker::start().await;
     let [a, b, c] = broker.replicas().await;
     let mut publisher = Publisher::connect(broker.address).await;
-    let begun = Instant::now();
+    let started_at = Instant::now();
     for (index, block) in UNREADABLE.into_iter().enumerate() {
         let shown = block.escape_ascii();
         let before = a.set(patch("x", index)).await.position();
@@ -164,7 +164,7 @@ async fn unreadable_headers_are_skipped_by_all_replicas_alike() {
         }
         check_equal(&[&a, &b, &c], after, index + 1, 2).await;
     }
-    let took = begun.elapsed();
+    let took = started_at.elapsed();
     assert!(took < SKIP_WAIT_MAX * UNREADABLE.len() as u32, "{took:?}");
 }
 
@@ -180,7 +180,7 @@ async fn a_replica_that_starts_later_reads_past_unreadable_headers() {
     };
     let a = Node::start_with(&mut with_dir()).await;
     let before = a.set(patch("x", 0)).await.position();
-    a.end().await;
+    a.stop().await;
     // Some right after the snapshot, some in a row, one at the end.
     let mut publisher = Publisher::connect(broker.address).await;
     let mut end = before;
@@ -199,7 +199,7 @@ async fn a_replica_that_starts_later_reads_past_unreadable_headers() {
     // Each start appends an empty batch.
     check_equal(&[&a, &b], end + 2, poisoned as usize, 2).await;
     // And once more from the snapshot, with nothing to skip.
-    a.end().await;
+    a.stop().await;
     let a = Node::start_with(&mut with_dir()).await;
     check_equal(&[&a], end + 3, 0, 2).await;
     let after = a.set(patch("z", 1)).await.position();
@@ -303,7 +303,7 @@ async fn stored_header_blocks_are_fetched_as_they_are() {
     let broker = Broker::start().await;
     // It creates the stream.
     let node = broker.replica().await;
-    node.end().await;
+    node.stop().await;
     let context = broker.client().await;
     let client = context.client();
     let get = async |seq| {

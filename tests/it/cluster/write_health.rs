@@ -16,10 +16,10 @@ use tempfile::TempDir;
 use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_with};
 use crate::harness::cluster::nats::NatsServer;
 use crate::harness::cluster::proxy::{Proxy, Rules};
+use crate::harness::pending_set;
 use crate::harness::small_disk::SmallDisk;
-use crate::harness::waiting_set;
-use crate::harness::wire::{Raw, eventually};
-use crate::harness::{Node, set_request_of};
+use crate::harness::wire::{RawConnection, eventually};
+use crate::harness::{Node, set_request};
 
 /// Since a write was refused for a reason that the broker named.
 const REASON_MAX: Duration = Duration::from_secs(5);
@@ -35,27 +35,27 @@ const BALLAST_BYTES: usize = 500_000;
 /// Writes until the replica is not ready for writes, which must come in time; the reason that it
 /// gives.
 pub(crate) async fn not_writable(node: &Node, within: Duration) -> String {
-    let begun = Instant::now();
+    let started_at = Instant::now();
     let (mut last, mut ready) = (String::new(), None);
     let writing = async {
         loop {
-            let answer = node.set(PATCH).await;
-            last = format!("{} {}", answer.status, answer.body);
+            let response = node.set(PATCH).await;
+            last = format!("{} {}", response.status, response.body);
         }
     };
     let asking = eventually("not ready for writes", async || {
-        let answer = node.ops("/readyz/write").await;
-        ready = Some(answer.status);
-        if begun.elapsed() > within + Duration::from_secs(10) {
+        let response = node.ops("/readyz/write").await;
+        ready = Some(response.status);
+        if started_at.elapsed() > within + Duration::from_secs(10) {
             return Some(Err(()));
         }
-        (answer.status != 200).then(|| Ok(answer.problem(503, "not-ready")))
+        (response.status != 200).then(|| Ok(response.expect_problem(503, "not-ready")))
     });
     let reason = tokio::select! {
         () = writing => unreachable!(),
         reason = asking => reason,
     };
-    let took = begun.elapsed();
+    let took = started_at.elapsed();
     let reason = reason.unwrap_or_else(|()| {
         panic!("/readyz/write still {ready:?} after {took:?}; the last write: {last}")
     });
@@ -63,9 +63,11 @@ pub(crate) async fn not_writable(node: &Node, within: Duration) -> String {
     assert_eq!(node.metric("gradestore_log_writable").await, Some(0.0));
     // And it stays so.
     for _ in 0..10 {
-        let answer = node.set(PATCH).await;
-        assert!(matches!(answer.status, 503 | 504), "{answer:?}");
-        node.ops("/readyz/write").await.problem(503, "not-ready");
+        let response = node.set(PATCH).await;
+        assert!(matches!(response.status, 503 | 504), "{response:?}");
+        node.ops("/readyz/write")
+            .await
+            .expect_problem(503, "not-ready");
     }
     reason
 }
@@ -73,12 +75,12 @@ pub(crate) async fn not_writable(node: &Node, within: Duration) -> String {
 /// Waits until the replica is ready for writes, which nobody sends meanwhile, in time; then one is
 /// stored.
 pub(crate) async fn writable_again(node: &Node) {
-    let begun = Instant::now();
+    let started_at = Instant::now();
     eventually("ready for writes", async || {
         (node.ops("/readyz/write").await.status == 200).then_some(())
     })
     .await;
-    let took = begun.elapsed();
+    let took = started_at.elapsed();
     assert!(took <= PROBED_MAX, "ready for writes after {took:?}");
     assert_eq!(node.metric("gradestore_log_writable").await, Some(1.0));
     node.set(PATCH).await.position();
@@ -126,13 +128,13 @@ async fn a_stream_that_has_no_storage_left() {
     let a = Node::start_with(&mut replica(&server.url(), dir.path())).await;
     a.set(PATCH).await.position();
     let client = server.client(ConnectOptions::new()).await;
-    let said = fill(&client).await;
-    let detail = a.set(PATCH).await.problem(503, "not-written");
+    let printed = fill(&client).await;
+    let detail = a.set(PATCH).await.expect_problem(503, "not-written");
     let reason = not_writable(&a, REASON_MAX).await;
     for said_so in [&detail, &reason] {
         assert!(
             said_so.contains("resources"),
-            "{said_so}; the broker said {said}"
+            "{said_so}; the broker said {printed}"
         );
     }
     assert_eq!(a.get("x").await.status, 200);
@@ -145,7 +147,9 @@ async fn a_stream_that_has_no_storage_left() {
     };
     let status = b.status_where("that the stream is full", full).await;
     assert_eq!(status["state"], "read-only");
-    b.ops("/readyz/write").await.problem(503, "not-ready");
+    b.ops("/readyz/write")
+        .await
+        .expect_problem(503, "not-ready");
     assert_eq!(b.ops("/readyz").await.status, 200);
     assert_eq!(b.get("x").await.status, 200);
     trim(&client).await;
@@ -192,18 +196,18 @@ async fn no_right_to_publish() {
     server.reload(NO_PUBLISH).await;
     // The server may have ended the connection.
     let refused = eventually("a connection", async || {
-        let begun = Instant::now();
-        let answer = a.set(PATCH).await;
-        let away = answer.body.contains("connection to the broker") || answer.status == 204;
-        (!away).then(|| (answer, begun.elapsed()))
+        let started_at = Instant::now();
+        let response = a.set(PATCH).await;
+        let away = response.body.contains("connection to the broker") || response.status == 204;
+        (!away).then(|| (response, started_at.elapsed()))
     });
-    let (answer, took) = refused.await;
-    let detail = answer.problem(503, "not-written");
+    let (response, took) = refused.await;
+    let detail = response.expect_problem(503, "not-written");
     let reason = not_writable(&a, REASON_MAX).await;
-    for said in [&detail, &reason] {
+    for printed in [&detail, &reason] {
         assert!(
-            said.contains("Permissions Violation") && said.contains(SUBJECT),
-            "{said}"
+            printed.contains("Permissions Violation") && printed.contains(SUBJECT),
+            "{printed}"
         );
     }
     assert!(took < Duration::from_secs(1), "refused after {took:?}");
@@ -222,11 +226,11 @@ async fn a_revoked_user() {
     a.set(PATCH).await.position();
     server.reload(OTHER_PASSWORD).await;
     let reason = not_writable(&a, REASON_MAX).await;
-    let detail = a.set(PATCH).await.problem(503, "not-written");
-    for said in [&detail, &reason] {
+    let detail = a.set(PATCH).await.expect_problem(503, "not-written");
+    for printed in [&detail, &reason] {
         assert!(
-            said.to_lowercase().contains("authorization violation"),
-            "{said}"
+            printed.to_lowercase().contains("authorization violation"),
+            "{printed}"
         );
     }
     server.reload(ALL_RIGHTS).await;
@@ -244,8 +248,8 @@ async fn a_max_payload_that_is_lowered() {
     let long = "x".repeat(200);
     let lines = (0..900).map(|index| format!("{{\"user_id\":\"{index}{long}\",\"spp\":1}}\n"));
     let lines: String = lines.collect();
-    let mut bulk = Raw::connect(a.write).await;
-    bulk.send(set_request_of(&lines).replace("/json", "/x-ndjson"))
+    let mut bulk = RawConnection::connect(a.write).await;
+    bulk.send(set_request(&lines).replace("/json", "/x-ndjson"))
         .await;
     let reason = not_writable(&a, REASON_MAX).await;
     assert!(reason.contains("max_payload"), "{reason}");
@@ -262,15 +266,18 @@ async fn a_server_that_dies() {
     let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
     a.set(PATCH).await.position();
     server.signal(Signal::STOP);
-    let mut in_flight = waiting_set(&a, PATCH).await;
-    let mut queued = waiting_set(&a, PATCH).await;
+    let mut in_flight = pending_set(&a, PATCH).await;
+    let mut queued = pending_set(&a, PATCH).await;
     server.kill();
-    let detail = queued.answer().await.problem(503, "not-written");
+    let detail = queued.response().await.expect_problem(503, "not-written");
     let reason = not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
-    for said in [&detail, &reason] {
-        assert!(said.contains("no connection to NATS"), "{said}");
+    for printed in [&detail, &reason] {
+        assert!(printed.contains("no connection to NATS"), "{printed}");
     }
-    in_flight.answer().await.problem(504, "outcome-unknown");
+    in_flight
+        .response()
+        .await
+        .expect_problem(504, "outcome-unknown");
     server.restart().await;
     writable_again(&a).await;
 }
@@ -304,7 +311,7 @@ async fn a_consumer_that_delivers_nothing_stops_no_writes() {
     let a = Node::start_with(&mut replica(&proxy.address.to_string(), dir.path())).await;
     a.set(PATCH).await.position();
     proxy.set(Rules {
-        lose_batches: true,
+        drop_batches: true,
         ..Rules::default()
     });
     a.set(PATCH).await.position();

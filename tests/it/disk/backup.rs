@@ -13,10 +13,10 @@ use gradestore::grade::FIELDS;
 use tempfile::tempdir;
 
 use crate::harness::backup_files::{
-    Held, ask_backup, backup_of, make_pipe, names_in, now, program_from, restored, store_of,
-    time_named, write_file_of,
+    NodeState, fetch_backup, file_names, make_pipe, now, program_restoring, random_store,
+    read_backup, request_backup, time_in_file_name, write_backup_file,
 };
-use crate::harness::wire::{Answer, PATIENCE, in_time};
+use crate::harness::wire::{Response, TIMEOUT, with_timeout};
 use crate::harness::{AUTHORIZATION, Node, PASSWORD, Ports, program, run};
 
 /// Ids that a tool that reads CSV may stumble over.
@@ -36,7 +36,7 @@ pub(crate) const IDS: [&str; 10] = [
 pub(crate) type Grades = BTreeMap<String, Vec<i64>>;
 
 /// Sets odd grades; what was set.
-pub(crate) async fn set_odd_grades(node: &Ports) -> Grades {
+pub(crate) async fn set_edge_case_grades(node: &Ports) -> Grades {
     let mut grades = Grades::new();
     for (index, id) in IDS.iter().enumerate() {
         let mut values = vec![i64::MIN, i64::MAX, -1, index as i64];
@@ -78,31 +78,31 @@ async fn a_backup_says_what_it_is() {
     let url = format!("http://{}/backup", node.write);
     for method in ["GET", "HEAD"] {
         let request = node.client.request(method.parse().unwrap(), &url);
-        let answer = request.header("authorization", AUTHORIZATION).send().await;
-        let answer = answer.unwrap();
-        assert_eq!(answer.status(), 200);
-        let header = |name: &str| answer.headers()[name].to_str().unwrap().to_owned();
+        let response = request.header("authorization", AUTHORIZATION).send().await;
+        let response = response.unwrap();
+        assert_eq!(response.status(), 200);
+        let header = |name: &str| response.headers()[name].to_str().unwrap().to_owned();
         assert_eq!(header("content-type"), "application/gzip");
         assert_eq!(header("grade-position"), last.to_string());
-        let time = time_named(&header("content-disposition"));
+        let time = time_in_file_name(&header("content-disposition"));
         assert!(before <= time && time <= now(), "{time}");
         let body = if method == "GET" {
             assert_eq!(header("transfer-encoding"), "chunked");
-            let body = answer.bytes().await.unwrap();
-            let (head, end) = restored(&body).1.records.unwrap();
+            let body = response.bytes().await.unwrap();
+            let (head, end) = read_backup(&body).1.records.unwrap();
             assert_eq!((head.position, end.position, end.rows), (last, last, 20));
             // gunzip -N gives it the same name.
             let name = format!("grades-{time}.csv\0");
             assert!(body.windows(name.len()).any(|at| at == name.as_bytes()));
             continue;
         } else {
-            answer.bytes().await.unwrap()
+            response.bytes().await.unwrap()
         };
         assert!(body.is_empty());
     }
     // HEAD took no place for good.
     for _ in 0..3 {
-        backup_of(&node).await;
+        fetch_backup(&node).await;
     }
 }
 
@@ -115,33 +115,35 @@ async fn a_backup_is_for_who_has_the_password_and_asks_with_get() {
         if let Some(authorization) = authorization {
             request = request.header("authorization", authorization);
         }
-        Answer::of(in_time(&url, request.send()).await.unwrap()).await
+        Response::of(with_timeout(&url, request.send()).await.unwrap()).await
     };
-    ask("GET", None).await.problem(401, "unauthorized");
+    ask("GET", None).await.expect_problem(401, "unauthorized");
     let wrong = "Basic YWRtaW46d3Jvbmc=";
-    ask("GET", Some(wrong)).await.problem(401, "unauthorized");
+    ask("GET", Some(wrong))
+        .await
+        .expect_problem(401, "unauthorized");
     let refused = ask("HEAD", None).await;
     assert_eq!((refused.status, &*refused.body), (401, ""));
     for method in ["POST", "PUT", "DELETE", "PATCH"] {
-        let answer = ask(method, Some(AUTHORIZATION)).await;
-        answer.problem(405, "method-not-allowed");
-        assert_eq!(answer.header("allow"), "GET, HEAD");
+        let response = ask(method, Some(AUTHORIZATION)).await;
+        response.expect_problem(405, "method-not-allowed");
+        assert_eq!(response.header("allow"), "GET, HEAD");
     }
 }
 
 #[tokio::test]
 async fn the_command_keeps_a_backup_that_verify_approves() {
     let node = Node::start().await;
-    set_odd_grades(&node).await;
+    set_edge_case_grades(&node).await;
     let directory = tempdir().unwrap();
     let path = directory.path().join("grades.csv.gz");
     fs::write(&path, "an older one").unwrap();
     let url = format!("http://{}", node.write);
     let kept = run(&mut backup_command(&url, &path));
     assert!(kept.status.success() && kept.stdout.is_empty(), "{kept:?}");
-    assert_eq!(names_in(directory.path()), ["grades.csv.gz"]);
+    assert_eq!(file_names(directory.path()), ["grades.csv.gz"]);
     let file = fs::read(&path).unwrap();
-    assert_eq!(file, backup_of(&node).await);
+    assert_eq!(file, fetch_backup(&node).await);
 
     // All in one pipe, and what people read beside it.
     let piped = run(&mut backup_command(
@@ -155,9 +157,9 @@ async fn the_command_keeps_a_backup_that_verify_approves() {
     let verified = verify(&path);
     assert!(verified.status.success(), "{verified:?}");
     assert_eq!(verified.stdout, kept.stderr);
-    let said = String::from_utf8(verified.stdout).unwrap();
-    let held = Held::by(&node).await;
-    let end = restored(&file).1.records.unwrap().1;
+    let printed = String::from_utf8(verified.stdout).unwrap();
+    let held = NodeState::of(&node).await;
+    let end = read_backup(&file).1.records.unwrap().1;
     let lines = [
         format!("rows      {}", held.records),
         format!("bytes     {}", file.len()),
@@ -167,8 +169,8 @@ async fn the_command_keeps_a_backup_that_verify_approves() {
     ];
     for line in lines {
         assert!(
-            said.lines().any(|has| has == line),
-            "{line:?} not in {said}"
+            printed.lines().any(|has| has == line),
+            "{line:?} not in {printed}"
         );
     }
 }
@@ -193,7 +195,7 @@ async fn the_command_asks_as_its_variables_say() {
 #[tokio::test]
 async fn a_pipe_gets_the_backup_and_stays_a_pipe() {
     let node = Node::start().await;
-    set_odd_grades(&node).await;
+    set_edge_case_grades(&node).await;
     let directory = tempdir().unwrap();
     let pipe = directory.path().join("pipe");
     make_pipe(&pipe);
@@ -205,16 +207,16 @@ async fn a_pipe_gets_the_backup_and_stays_a_pipe() {
         &pipe,
     ));
     assert!(kept.status.success(), "{kept:?}");
-    let got = got.recv_timeout(PATIENCE).unwrap().unwrap();
-    assert_eq!(got, backup_of(&node).await);
-    assert_eq!(names_in(directory.path()), ["pipe"]);
+    let got = got.recv_timeout(TIMEOUT).unwrap().unwrap();
+    assert_eq!(got, fetch_backup(&node).await);
+    assert_eq!(file_names(directory.path()), ["pipe"]);
     assert!(fs::metadata(&pipe).unwrap().file_type().is_fifo());
 }
 
 #[tokio::test]
 async fn what_a_link_leads_to_is_replaced_and_the_link_stays() {
     let node = Node::start().await;
-    set_odd_grades(&node).await;
+    set_edge_case_grades(&node).await;
     let directory = tempdir().unwrap();
     let (kept_in, link) = (directory.path().join("kept"), directory.path().join("link"));
     fs::create_dir(&kept_in).unwrap();
@@ -229,23 +231,23 @@ async fn what_a_link_leads_to_is_replaced_and_the_link_stays() {
         assert_eq!(fs::read_link(&link).unwrap(), Path::new("kept/file"));
         assert_eq!(
             fs::read(kept_in.join("file")).unwrap(),
-            backup_of(&node).await
+            fetch_backup(&node).await
         );
-        assert_eq!(names_in(&kept_in), ["file"]);
-        assert_eq!(names_in(directory.path()), ["kept", "link"]);
+        assert_eq!(file_names(&kept_in), ["file"]);
+        assert_eq!(file_names(directory.path()), ["kept", "link"]);
         node.set(r#"{"user_id":"new","spp":1}"#).await.position();
     }
 }
 
-/// Answers one request with `answer`, whatever it asks.
-fn serve_once(answer: &'static str) -> String {
+/// Answers one request with `response`, whatever it asks.
+fn serve_once(response: &'static str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     std::thread::spawn(move || {
         let mut stream = listener.accept().unwrap().0;
         let mut request = [0; 4096];
         let _ = stream.read(&mut request).unwrap();
-        stream.write_all(answer.as_bytes()).unwrap();
+        stream.write_all(response.as_bytes()).unwrap();
     });
     url
 }
@@ -291,14 +293,14 @@ async fn what_is_no_backup_is_not_kept_and_what_was_there_stays() {
             let output = run(command.env("GRADESTORE_PASSWORD", password));
             assert_eq!(output.status.code(), Some(1), "{output:?}");
             assert!(output.stdout.is_empty(), "{output:?}");
-            let said = String::from_utf8(output.stderr).unwrap();
+            let printed = String::from_utf8(output.stderr).unwrap();
             for word in words {
-                assert!(said.contains(word), "{word:?} is not in {said}");
+                assert!(printed.contains(word), "{word:?} is not in {printed}");
             }
-            assert!(!said.contains("panicked"), "{said}");
+            assert!(!printed.contains("panicked"), "{printed}");
             assert_eq!(fs::read_to_string(&path).ok().as_deref(), before);
             let left = if before.is_some() { 1 } else { 0 };
-            assert_eq!(names_in(directory.path()).len(), left);
+            assert_eq!(file_names(directory.path()).len(), left);
         }
     }
 }
@@ -312,8 +314,8 @@ async fn a_backup_that_cannot_be_written_says_where() {
         Path::new("/nowhere/grades.csv.gz"),
     ));
     assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("/nowhere/grades.csv.gz"), "{said}");
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert!(printed.contains("/nowhere/grades.csv.gz"), "{printed}");
 
     // Who reads the pipe has gone.
     let mut command = backup_command(&url, Path::new("-"));
@@ -322,15 +324,15 @@ async fn a_backup_that_cannot_be_written_says_where() {
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    assert_eq!(ask_backup(&node).await.status(), 200);
+    assert_eq!(request_backup(&node).await.status(), 200);
 }
 
 #[tokio::test]
 async fn who_reads_it_at_once_may_have_it_without_compression() {
     let directory = tempdir().unwrap();
-    let seed = write_file_of(directory.path(), &store_of(5_000, 1_000), 10);
-    let node = Node::start_with(&mut program_from(&seed)).await;
-    let small = backup_of(&node).await;
+    let seed = write_backup_file(directory.path(), &random_store(5_000, 1_000), 10);
+    let node = Node::start_with(&mut program_restoring(&seed)).await;
+    let small = fetch_backup(&node).await;
     let url = format!("http://{}/backup", node.write);
     let asked = node.client.get(url).header("authorization", AUTHORIZATION);
     let asked = asked.header("grade-compression", "if-slow").send().await;
@@ -341,5 +343,5 @@ async fn who_reads_it_at_once_may_have_it_without_compression() {
         large.len(),
         small.len()
     );
-    assert_eq!(restored(&large).1.digest, restored(&small).1.digest);
+    assert_eq!(read_backup(&large).1.digest, read_backup(&small).1.digest);
 }

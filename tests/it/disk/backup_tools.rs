@@ -7,9 +7,9 @@ use std::process::Command;
 use gradestore::grade::FIELDS;
 use tempfile::tempdir;
 
-use super::backup::{Grades, IDS, backup_command, set_odd_grades};
-use crate::harness::backup_files::backup_of;
-use crate::harness::{Node, run, run_by};
+use super::backup::{Grades, IDS, backup_command, set_edge_case_grades};
+use crate::harness::backup_files::fetch_backup;
+use crate::harness::{Node, run, wrapped_by};
 
 /// What Python's own gzip and csv make of a file, as JSON.
 const PYTHON: &str = "
@@ -22,10 +22,10 @@ json.dump(rows, sys.stdout)
 #[tokio::test]
 async fn other_tools_find_in_a_backup_what_was_set() {
     let node = Node::start().await;
-    let grades = set_odd_grades(&node).await;
+    let grades = set_edge_case_grades(&node).await;
     let directory = tempdir().unwrap();
     let path = directory.path().join("grades.csv.gz");
-    fs::write(&path, backup_of(&node).await).unwrap();
+    fs::write(&path, fetch_backup(&node).await).unwrap();
 
     let python = run(Command::new("python3").args(["-c", PYTHON]).arg(&path));
     assert!(python.status.success(), "{python:?}");
@@ -51,7 +51,7 @@ async fn other_tools_find_in_a_backup_what_was_set() {
 #[tokio::test]
 async fn a_device_is_written_to_and_not_replaced() {
     let node = Node::start().await;
-    set_odd_grades(&node).await;
+    set_edge_case_grades(&node).await;
     let directory = tempdir().unwrap();
     let path = directory.path().join("null");
     fs::write(&path, "").unwrap();
@@ -63,10 +63,10 @@ async fn a_device_is_written_to_and_not_replaced() {
     }
     unshare.extend(["sh", "-c", mount, path.to_str().unwrap()]);
     let command = backup_command(&format!("http://{}", node.write), &path);
-    let kept = run(&mut run_by(&unshare, &command));
+    let kept = run(&mut wrapped_by(&unshare, &command));
     assert!(kept.status.success(), "{kept:?}");
     assert_eq!(kept.stdout, b"null\n");
-    let said = String::from_utf8(kept.stderr).unwrap();
+    let printed = String::from_utf8(kept.stderr).unwrap();
     let rows = format!("rows      {}", IDS.len());
-    assert!(said.lines().any(|line| line == rows), "{said}");
+    assert!(printed.lines().any(|line| line == rows), "{printed}");
 }

@@ -9,10 +9,11 @@ use gradestore::store::Store;
 use tempfile::tempdir;
 
 use crate::harness::backup_files::{
-    Held, Rng, backup_of, file_of, program_on, replay, restored, store_of, write_file_of,
+    NodeState, Rng, backup_file, fetch_backup, program_with_data_dir, random_store, read_backup,
+    replay, write_backup_file,
 };
-use crate::harness::wire::Raw;
-use crate::harness::{Node, delete_request, set_request_of};
+use crate::harness::wire::RawConnection;
+use crate::harness::{Node, delete_request, set_request};
 
 const ROWS: u64 = 30_000;
 const WRITERS: u64 = 8;
@@ -20,17 +21,17 @@ const BACKUPS: usize = 4;
 
 /// Writes to users old and new, and deletes some, until told to stop.
 async fn write_until(node: &Node, writer: u64, stop: &AtomicBool) {
-    let (mut rng, mut connection) = (Rng(writer + 1), Raw::connect(node.write).await);
+    let (mut rng, mut connection) = (Rng(writer + 1), RawConnection::connect(node.write).await);
     while !stop.load(Ordering::Relaxed) {
         let field = FIELDS[rng.below(FIELDS.len() as u64) as usize];
         let (user, value) = (rng.below(ROWS + 1000), rng.next() as i64);
         let patch = format!(r#"{{"user_id":"user {user}","{field}":{value}}}"#);
         let request = match rng.below(4) {
             0 => delete_request(&format!("?user_id=user+{user}")),
-            _ => set_request_of(&patch),
+            _ => set_request(&patch),
         };
         connection.send(request).await;
-        connection.answer().await.position();
+        connection.response().await.position();
     }
 }
 
@@ -38,31 +39,31 @@ async fn write_until(node: &Node, writer: u64, stop: &AtomicBool) {
 async fn a_backup_under_writes_and_the_log_after_it_are_the_whole_state() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
-    let before = store_of(ROWS, u64::MAX);
-    let seed = write_file_of(directory.path(), &before, 1000);
-    let node = Node::start_with(program_on(&dir).arg("--restore-from").arg(&seed)).await;
+    let before = random_store(ROWS, u64::MAX);
+    let seed = write_backup_file(directory.path(), &before, 1000);
+    let node = Node::start_with(program_with_data_dir(&dir).arg("--restore-from").arg(&seed)).await;
 
     let stop = AtomicBool::new(false);
     let backing_up = async {
         let mut backups = Vec::new();
         for _ in 0..BACKUPS {
-            backups.push(backup_of(&node).await);
+            backups.push(fetch_backup(&node).await);
         }
         stop.store(true, Ordering::Relaxed);
         backups
     };
     let writing = join_all((0..WRITERS).map(|writer| write_until(&node, writer, &stop)));
     let (backups, _) = tokio::join!(backing_up, writing);
-    let held = Held::by(&node).await;
-    node.end().await;
+    let held = NodeState::of(&node).await;
+    node.stop().await;
 
     let log = DiskLog::open(&dir.join("log"), None).unwrap();
     assert_eq!((log.first(), log.end()), (1001, held.position));
     // What the log alone makes of what was there before, as far as each backup.
-    let (folded, mut folded_to) = (restored(&file_of(&before, 0)).0, 1000);
+    let (folded, mut folded_to) = (read_backup(&backup_file(&before, 0)).0, 1000);
     let mut scans_met_writes = 0;
     for backup in &backups {
-        let (store, summary) = restored(backup);
+        let (store, summary) = read_backup(backup);
         let (head, end) = summary.records.unwrap();
         assert_eq!(head.log_id, log.id().0);
         let in_order = folded_to <= head.position && head.position <= end.position;
@@ -79,12 +80,12 @@ async fn a_backup_under_writes_and_the_log_after_it_are_the_whole_state() {
         assert_same(&store, &folded, end.position);
 
         replay(&log, &store, end.position, held.position).await;
-        assert_eq!(Held::in_store(&store, held.position), held);
+        assert_eq!(NodeState::of_store(&store, held.position), held);
     }
     // Else nothing was to be repaired, and this shows nothing.
     assert!(scans_met_writes > 0);
 }
 
 fn assert_same(one: &Store, other: &Store, at: u64) {
-    assert_eq!(Held::in_store(one, at), Held::in_store(other, at));
+    assert_eq!(NodeState::of_store(one, at), NodeState::of_store(other, at));
 }

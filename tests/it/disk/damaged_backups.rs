@@ -13,16 +13,16 @@ use tempfile::tempdir;
 use crate::disk::backup::verify;
 use crate::harness::Node;
 use crate::harness::backup_files::{
-    Rng, backup_of, gzip, program_from, restored, store_of, write_file_of,
+    Rng, fetch_backup, gzip, program_restoring, random_store, read_backup, write_backup_file,
 };
 
 /// A node's own backup of 30,000 rows.
 async fn backup() -> Vec<u8> {
     let directory = tempdir().unwrap();
-    let file = write_file_of(directory.path(), &store_of(30_000, 1000), 7);
-    let node = Node::start_with(&mut program_from(&file)).await;
-    let backup = backup_of(&node).await;
-    assert_eq!(restored(&backup).1.rows, 30_000);
+    let file = write_backup_file(directory.path(), &random_store(30_000, 1000), 7);
+    let node = Node::start_with(&mut program_restoring(&file)).await;
+    let backup = fetch_backup(&node).await;
+    assert_eq!(read_backup(&backup).1.rows, 30_000);
     backup
 }
 
@@ -228,7 +228,7 @@ fn foreign_cut() -> Vec<u8> {
 async fn each_kind_of_damage_is_refused_and_named() {
     let file = backup().await;
     let directory = tempdir().unwrap();
-    for (name, damaged, wanted) in corpus(&file) {
+    for (name, damaged, expected) in corpus(&file) {
         if name != "foreign-twice" {
             // A file alone does not know its users.
             let path = directory.path().join(name);
@@ -236,16 +236,16 @@ async fn each_kind_of_damage_is_refused_and_named() {
             let output = verify(&path);
             assert_eq!(output.status.code(), Some(1), "{name}: {output:?}");
             assert!(output.stdout.is_empty(), "{name}: {output:?}");
-            let said = String::from_utf8(output.stderr).unwrap();
+            let printed = String::from_utf8(output.stderr).unwrap();
             let named = format!("gradestore: {}: ", path.display());
             assert!(
-                said.contains(&named) && said.contains(wanted),
-                "{name}: {said}"
+                printed.contains(&named) && printed.contains(expected),
+                "{name}: {printed}"
             );
-            assert!(!said.contains("panicked"), "{name}: {said}");
+            assert!(!printed.contains("panicked"), "{name}: {printed}");
         }
         let why = refused(&damaged, name);
-        assert!(why.contains(wanted), "{name}: {why}");
+        assert!(why.contains(expected), "{name}: {why}");
     }
     let path = directory.path().join("there-is-none");
     let output = verify(&path);
@@ -293,9 +293,9 @@ fn a_bomb_is_refused_before_it_bursts() {
     fs::write(&path, BOMB_MEMBER.repeat(4096)).unwrap();
     let output = verify(&path);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    let said = String::from_utf8(output.stderr).unwrap();
+    let printed = String::from_utf8(output.stderr).unwrap();
     assert!(
-        said.contains("bomb.csv.gz") && said.contains("longer than"),
-        "{said}"
+        printed.contains("bomb.csv.gz") && printed.contains("longer than"),
+        "{printed}"
     );
 }

@@ -8,18 +8,18 @@ use tempfile::tempdir;
 
 use super::file_size_limit::{assert_takes_writes, set};
 use crate::harness::backup_files::{
-    Held, backup_of, program_on, restored, store_of, write_file_of,
+    NodeState, fetch_backup, program_with_data_dir, random_store, read_backup, write_backup_file,
 };
 use crate::harness::small_disk::SmallDisk;
-use crate::harness::wire::{eventually, in_time};
+use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{Node, run};
 
 /// Small, and larger than a segment.
 const DISK_MIB: usize = 24;
 
-async fn assert_read_only(node: &Node, data: &Path, held: &Held) {
+async fn assert_read_only(node: &Node, data: &Path, held: &NodeState) {
     for _ in 0..10 {
-        let detail = set(node, 0).await.problem(503, "not-written");
+        let detail = set(node, 0).await.expect_problem(503, "not-written");
         assert!(
             detail.contains("full") && detail.contains(data.to_str().unwrap()),
             "{detail}"
@@ -27,13 +27,16 @@ async fn assert_read_only(node: &Node, data: &Path, held: &Held) {
     }
     assert_eq!(node.get("user 1").await.json()["spp"], 1);
     assert_eq!(node.ops("/readyz").await.status, 200);
-    let reason = node.ops("/readyz/write").await.problem(503, "not-ready");
+    let reason = node
+        .ops("/readyz/write")
+        .await
+        .expect_problem(503, "not-ready");
     assert!(reason.contains("full"), "{reason}");
     assert_eq!(node.status().await["state"], "read-only");
-    assert_eq!(&Held::by(node).await, held);
+    assert_eq!(&NodeState::of(node).await, held);
     // What to do about a full disk may begin with a backup.
-    let (store, _) = restored(&backup_of(node).await);
-    assert_eq!(&Held::in_store(&store, held.position), held);
+    let (store, _) = read_backup(&fetch_backup(node).await);
+    assert_eq!(&NodeState::of_store(&store, held.position), held);
 }
 
 /// Whether a node says that its data directory has room.
@@ -48,7 +51,7 @@ async fn has_room(node: &Node) -> bool {
 async fn a_full_disk_refuses_writes_until_there_is_room() {
     let disk = SmallDisk::new(DISK_MIB);
     let data = disk.data();
-    let node = Node::start_with(program_on(&data).arg("--snapshot-interval=1s")).await;
+    let node = Node::start_with(program_with_data_dir(&data).arg("--snapshot-interval=1s")).await;
     let mut held;
     for round in 0..3 {
         for value in 1..20 {
@@ -56,7 +59,7 @@ async fn a_full_disk_refuses_writes_until_there_is_room() {
         }
         assert!(has_room(&node).await);
         let ballast = disk.fill(0);
-        held = Held::by(&node).await;
+        held = NodeState::of(&node).await;
         assert_read_only(&node, &data, &held).await;
         assert!(!has_room(&node).await);
         drop(ballast);
@@ -65,34 +68,34 @@ async fn a_full_disk_refuses_writes_until_there_is_room() {
     }
 
     let ballast = disk.fill(0);
-    held = Held::by(&node).await;
+    held = NodeState::of(&node).await;
     assert_read_only(&node, &data, &held).await;
     node.kill();
     drop(ballast);
-    let node = Node::start_with(&mut program_on(&data)).await;
-    assert_eq!(Held::by(&node).await, held);
+    let node = Node::start_with(&mut program_with_data_dir(&data)).await;
+    assert_eq!(NodeState::of(&node).await, held);
     held = assert_takes_writes(&node, 99).await;
     node.kill();
-    let node = Node::start_with(&mut program_on(&data)).await;
-    assert_eq!(Held::by(&node).await, held);
+    let node = Node::start_with(&mut program_with_data_dir(&data)).await;
+    assert_eq!(NodeState::of(&node).await, held);
 }
 
 #[tokio::test]
 async fn a_node_starts_on_a_full_disk_and_answers_reads() {
     let disk = SmallDisk::new(DISK_MIB);
     let data = disk.data();
-    let node = Node::start_with(&mut program_on(&data)).await;
+    let node = Node::start_with(&mut program_with_data_dir(&data)).await;
     for value in 1..20 {
         set(&node, value).await.position();
     }
     let ballast = disk.fill(0);
-    let held = Held::by(&node).await;
+    let held = NodeState::of(&node).await;
     node.kill();
-    let node = Node::start_with(&mut program_on(&data)).await;
+    let node = Node::start_with(&mut program_with_data_dir(&data)).await;
     assert_read_only(&node, &data, &held).await;
     // There is no room for a last snapshot either: the log has it all.
-    node.end().await;
-    let node = Node::start_with(&mut program_on(&data)).await;
+    node.stop().await;
+    let node = Node::start_with(&mut program_with_data_dir(&data)).await;
     assert_read_only(&node, &data, &held).await;
     drop(ballast);
     // The log looks now and then.
@@ -102,29 +105,36 @@ async fn a_node_starts_on_a_full_disk_and_answers_reads() {
     .await;
     let held = assert_takes_writes(&node, 99).await;
     node.kill();
-    let node = Node::start_with(&mut program_on(&data)).await;
-    assert_eq!(Held::by(&node).await, held);
+    let node = Node::start_with(&mut program_with_data_dir(&data)).await;
+    assert_eq!(NodeState::of(&node).await, held);
 }
 
 #[tokio::test]
 async fn a_seed_that_does_not_fit_on_the_disk_is_no_start() {
     let directory = tempdir().unwrap();
-    let store = store_of(100_000, u64::MAX);
-    let seed = write_file_of(directory.path(), &store, 9);
+    let store = random_store(100_000, u64::MAX);
+    let seed = write_backup_file(directory.path(), &store, 9);
     let disk = SmallDisk::new(40);
     let ballast = disk.fill(3 << 20);
-    let output = run(program_on(&disk.data()).arg("--restore-from").arg(&seed));
+    let output = run(program_with_data_dir(&disk.data())
+        .arg("--restore-from")
+        .arg(&seed));
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    let said = String::from_utf8(output.stderr).unwrap();
-    let last = said.lines().last().unwrap();
+    let printed = String::from_utf8(output.stderr).unwrap();
+    let last = printed.lines().last().unwrap();
     assert!(
         last.contains("snapshot") && last.contains("No space left"),
-        "{said}"
+        "{printed}"
     );
     // Room is all it lacks.
     drop(ballast);
-    let node = Node::start_with(program_on(&disk.data()).arg("--restore-from").arg(&seed)).await;
-    assert_eq!(Held::by(&node).await, Held::in_store(&store, 9));
+    let node = Node::start_with(
+        program_with_data_dir(&disk.data())
+            .arg("--restore-from")
+            .arg(&seed),
+    )
+    .await;
+    assert_eq!(NodeState::of(&node).await, NodeState::of_store(&store, 9));
 }
 
 /// A quarter of a MiB in the log.
@@ -147,7 +157,7 @@ async fn append_until_full(log: &DiskLog) -> u64 {
     loop {
         let before = log.end();
         let append = log.append(large_batch());
-        if let Err(error) = in_time("a verdict", append).await {
+        if let Err(error) = with_timeout("a verdict", append).await {
             assert!(error.to_string().contains("is full"), "{error}");
             assert!(log.unwritable().is_some());
             assert_eq!(log.end(), before);
@@ -163,14 +173,14 @@ async fn assert_held(log: &DiskLog, after: u64) {
         .await
         .unwrap();
     let (mut read, mut entries) = (after, Vec::new());
-    let wanted = large_batch().writes;
+    let expected = large_batch().writes;
     while read < log.end() {
         let next = subscription.next(&mut entries);
-        in_time("the next batches", next).await.unwrap();
+        with_timeout("the next batches", next).await.unwrap();
         for entry in entries.drain(..) {
             read += 1;
             assert_eq!(entry.position.seq, read);
-            assert_eq!(entry.batch.writes, wanted);
+            assert_eq!(entry.batch.writes, expected);
         }
     }
 }

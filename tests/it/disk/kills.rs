@@ -8,10 +8,11 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::harness::backup_files::{
-    Held, Rng, backup_of, names_in, program_on, restored, store_of, write_file_of,
+    NodeState, Rng, fetch_backup, file_names, program_with_data_dir, random_store, read_backup,
+    write_backup_file,
 };
-use crate::harness::wire::{PATIENCE, Raw, eventually};
-use crate::harness::{Node, Ports, set_request_of};
+use crate::harness::wire::{RawConnection, TIMEOUT, eventually};
+use crate::harness::{Node, Ports, set_request};
 
 const ROUNDS: u64 = 50;
 const WRITERS: usize = 6;
@@ -46,7 +47,11 @@ impl Writer {
     }
 
     /// Writes until the node is gone; counts what was answered.
-    async fn write(mut self, mut connection: Raw, answered: Arc<watch::Sender<u64>>) -> Self {
+    async fn write(
+        mut self,
+        mut connection: RawConnection,
+        answered: Arc<watch::Sender<u64>>,
+    ) -> Self {
         for user in (0..USERS).cycle() {
             self.sent[user] += 1;
             let patch = format!(
@@ -55,13 +60,13 @@ impl Writer {
                 self.field(),
                 self.sent[user]
             );
-            if connection.try_send(set_request_of(&patch)).await.is_err() {
+            if connection.try_send(set_request(&patch)).await.is_err() {
                 break;
             }
-            let Some(answer) = connection.try_answer().await else {
+            let Some(response) = connection.try_response().await else {
                 break;
             };
-            let position = answer.position();
+            let position = response.position();
             assert!(
                 position > self.position,
                 "{position} after {}",
@@ -75,17 +80,17 @@ impl Writer {
 
     /// Checks that nothing answered is lost and nothing is there that was never sent.
     async fn check(&mut self, node: &Ports) {
-        let held = Held::by(node).await;
+        let held = NodeState::of(node).await;
         assert!(
             held.position >= self.position,
             "{held:?}: {} was answered",
             self.position
         );
         for user in 0..USERS {
-            let answer = node.get(&self.user(user)).await;
-            let value = match answer.status {
+            let response = node.get(&self.user(user)).await;
+            let value = match response.status {
                 404 => 0,
-                _ => answer.json()[self.field()].as_u64().unwrap(),
+                _ => response.json()[self.field()].as_u64().unwrap(),
             };
             let (answered, sent) = (self.answered[user], self.sent[user]);
             let fits = answered <= value && value <= sent;
@@ -99,11 +104,11 @@ impl Writer {
 }
 
 /// What a node says of itself is what a backup of it holds.
-pub(crate) async fn assert_consistent(node: &Ports) -> Held {
-    let held = Held::by(node).await;
-    let (store, summary) = restored(&backup_of(node).await);
+pub(crate) async fn assert_consistent(node: &Ports) -> NodeState {
+    let held = NodeState::of(node).await;
+    let (store, summary) = read_backup(&fetch_backup(node).await);
     assert_eq!(summary.records.unwrap().1.position, held.position);
-    assert_eq!(Held::in_store(&store, held.position), held);
+    assert_eq!(NodeState::of_store(&store, held.position), held);
     held
 }
 
@@ -115,7 +120,7 @@ async fn start_writing(
     let count = Arc::new(count);
     let mut writing = Vec::new();
     for writer in writers {
-        let connection = Raw::connect(node.write).await;
+        let connection = RawConnection::connect(node.write).await;
         writing.push(tokio::spawn(writer.write(connection, Arc::clone(&count))));
     }
     (writing, answered)
@@ -138,7 +143,8 @@ async fn what_was_answered_survives_fifty_kills() {
     let mut position = 0;
     for round in 0..ROUNDS {
         let node =
-            Node::start_with(program_on(directory.path()).arg("--snapshot-interval=1s")).await;
+            Node::start_with(program_with_data_dir(directory.path()).arg("--snapshot-interval=1s"))
+                .await;
         for writer in &mut writers {
             writer.check(&node).await;
         }
@@ -146,30 +152,30 @@ async fn what_was_answered_survives_fifty_kills() {
         assert!(held.position >= position);
         position = held.position;
 
-        let before = names_in(&snapshots);
+        let before = file_names(&snapshots);
         let (writing, mut answered) = start_writing(writers, &node).await;
         if round % 7 == 3 {
             eventually("another snapshot", async || {
-                (names_in(&snapshots) != before).then_some(())
+                (file_names(&snapshots) != before).then_some(())
             })
             .await;
         }
         let moment = *answered.borrow_and_update() + 1 + rng.below(150);
         let reached = answered.wait_for(|count| *count >= moment);
-        tokio::time::timeout(PATIENCE, reached)
+        tokio::time::timeout(TIMEOUT, reached)
             .await
             .unwrap()
             .unwrap();
         node.kill();
         writers = ended(writing).await;
     }
-    let node = Node::start_with(&mut program_on(directory.path())).await;
+    let node = Node::start_with(&mut program_with_data_dir(directory.path())).await;
     for writer in &mut writers {
         writer.check(&node).await;
     }
     assert_consistent(&node).await;
     // Two are kept; a kill between a new one and the removal of the oldest leaves that one.
-    assert!((2..=3).contains(&names_in(&snapshots).len()));
+    assert!((2..=3).contains(&file_names(&snapshots).len()));
 }
 
 #[tokio::test]
@@ -177,19 +183,21 @@ async fn a_kill_in_the_middle_of_a_snapshot_loses_nothing() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
     let snapshots = dir.join("snapshots");
-    let seed = write_file_of(directory.path(), &store_of(60_000, u64::MAX), 1);
-    let seeded = Node::start_with(program_on(&dir).arg("--restore-from").arg(&seed)).await;
+    let seed = write_backup_file(directory.path(), &random_store(60_000, u64::MAX), 1);
+    let seeded =
+        Node::start_with(program_with_data_dir(&dir).arg("--restore-from").arg(&seed)).await;
     seeded.kill();
     let mut writers: Vec<Writer> = (0..WRITERS).map(Writer::new).collect();
     for _ in 0..3 {
-        let node = Node::start_with(program_on(&dir).arg("--snapshot-interval=1s")).await;
+        let node =
+            Node::start_with(program_with_data_dir(&dir).arg("--snapshot-interval=1s")).await;
         for writer in &mut writers {
             writer.check(&node).await;
         }
         assert_consistent(&node).await;
         let (writing, _) = start_writing(writers, &node).await;
         eventually("a snapshot under way", async || {
-            names_in(&snapshots)
+            file_names(&snapshots)
                 .iter()
                 .any(|name| name.ends_with(".partial"))
                 .then_some(())
@@ -198,19 +206,19 @@ async fn a_kill_in_the_middle_of_a_snapshot_loses_nothing() {
         node.kill();
         writers = ended(writing).await;
         // It was in the middle indeed.
-        let left = names_in(&snapshots);
+        let left = file_names(&snapshots);
         assert!(
             left.iter().any(|name| name.ends_with(".partial")),
             "{left:?}"
         );
     }
-    let node = Node::start_with(&mut program_on(&dir)).await;
+    let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
     for writer in &mut writers {
         writer.check(&node).await;
     }
     let held = assert_consistent(&node).await;
     assert!(held.records > 60_000);
-    let left = names_in(&snapshots);
+    let left = file_names(&snapshots);
     assert!(
         !left.iter().any(|name| name.ends_with(".partial")),
         "{left:?}"

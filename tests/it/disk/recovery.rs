@@ -10,26 +10,28 @@ use gradestore::log::{Batch, DiskLog, Log};
 use serde_json::Value;
 use tempfile::tempdir;
 
-use crate::harness::backup_files::{Held, names_in, program_on, restored, store_of, write_file_of};
-use crate::harness::wire::{Answer, eventually};
-use crate::harness::{AUTHORIZATION, Node, Ports, bound_by_permissions, run};
+use crate::harness::backup_files::{
+    NodeState, file_names, program_with_data_dir, random_store, read_backup, write_backup_file,
+};
+use crate::harness::wire::{Response, eventually};
+use crate::harness::{AUTHORIZATION, Node, Ports, run, without_root_capabilities};
 
 /// Sets some grades and stops.
-async fn write_and_end(dir: &Path, users: std::ops::Range<u64>) -> Held {
-    let node = Node::start_with(&mut program_on(dir)).await;
+async fn write_and_end(dir: &Path, users: std::ops::Range<u64>) -> NodeState {
+    let node = Node::start_with(&mut program_with_data_dir(dir)).await;
     for user in users {
         let patch = format!(r#"{{"user_id":"{user}","spp":{user}}}"#);
         node.set(patch).await.position();
     }
-    let held = Held::by(&node).await;
-    node.end().await;
+    let held = NodeState::of(&node).await;
+    node.stop().await;
     held
 }
 
 /// A directory's snapshots, oldest first.
 fn snapshots(dir: &Path) -> Vec<PathBuf> {
     let dir = dir.join("snapshots");
-    names_in(&dir).iter().map(|name| dir.join(name)).collect()
+    file_names(&dir).iter().map(|name| dir.join(name)).collect()
 }
 
 /// Changes one bit in the middle.
@@ -54,12 +56,12 @@ async fn a_clean_stop_leaves_a_snapshot_that_the_next_start_uses() {
     let held = write_and_end(dir, 0..10).await;
     let first = snapshots(dir);
     assert_eq!(first.len(), 1);
-    let (store, summary) = restored(&fs::read(&first[0]).unwrap());
+    let (store, summary) = read_backup(&fs::read(&first[0]).unwrap());
     assert_eq!(summary.records.unwrap().0.position, held.position);
-    assert_eq!(Held::in_store(&store, held.position), held);
+    assert_eq!(NodeState::of_store(&store, held.position), held);
 
-    let node = Node::start_with(&mut program_on(dir)).await;
-    assert_eq!(Held::by(&node).await, held);
+    let node = Node::start_with(&mut program_with_data_dir(dir)).await;
+    assert_eq!(NodeState::of(&node).await, held);
     assert_eq!(restored_from(&node).await, first[0]);
     let path = first[0].display().to_string();
     eventually("a log line", async || {
@@ -67,7 +69,7 @@ async fn a_clean_stop_leaves_a_snapshot_that_the_next_start_uses() {
     })
     .await;
     // Nothing was written since: nothing is to be kept anew.
-    node.end().await;
+    node.stop().await;
     assert_eq!(snapshots(dir), first);
 
     for last in [20, 30, 40] {
@@ -88,13 +90,14 @@ async fn a_damaged_newest_snapshot_falls_back_to_the_one_before() {
     swapped.reverse();
     for wrong in [&whole[..whole.len() - 1], &whole[..9], &[], &swapped] {
         fs::write(&both[1], wrong).unwrap();
-        let node = Node::start_with(&mut program_on(dir)).await;
-        assert_eq!(Held::by(&node).await, held);
+        let node = Node::start_with(&mut program_with_data_dir(dir)).await;
+        assert_eq!(NodeState::of(&node).await, held);
         assert_eq!(restored_from(&node).await, both[0]);
         let path = both[1].display().to_string();
         eventually("a warning", async || {
-            let said = node.stderr.lock();
-            said.lines()
+            let printed = node.stderr.lock();
+            printed
+                .lines()
                 .any(|line| line.contains("refused") && line.contains(&path))
                 .then_some(())
         })
@@ -106,15 +109,15 @@ async fn a_damaged_newest_snapshot_falls_back_to_the_one_before() {
     // The log is whole: it does without either.
     fs::write(&both[1], whole).unwrap();
     both.iter().for_each(|file| damage(file));
-    let node = Node::start_with(&mut program_on(dir)).await;
-    assert_eq!(Held::by(&node).await, held);
+    let node = Node::start_with(&mut program_with_data_dir(dir)).await;
+    assert_eq!(NodeState::of(&node).await, held);
 }
 
 /// Waits until a node has come to an end with starting; its `/status`.
 async fn verdict(node: &Ports) -> Value {
-    let begun = ["starting", "restoring", "catching-up"];
+    let started_at = ["starting", "restoring", "catching-up"];
     node.status_where("a verdict", |status| {
-        !begun.contains(&status["state"].as_str().unwrap())
+        !started_at.contains(&status["state"].as_str().unwrap())
     })
     .await
 }
@@ -122,40 +125,44 @@ async fn verdict(node: &Ports) -> Value {
 /// Starts a node that must not serve; why not.
 async fn unready(dir: &Path) -> String {
     let names = || {
-        let names = names_in(&dir.join("snapshots"));
+        let names = file_names(&dir.join("snapshots"));
         let name = |name: &String| name.trim_end_matches(".damaged").to_owned();
         names.iter().map(name).collect::<Vec<_>>()
     };
     let before = names();
-    let node = Node::launch(&mut program_on(dir)).await;
+    let node = Node::launch(&mut program_with_data_dir(dir)).await;
     let state = verdict(&node).await;
     assert!(["no-source", "other-log"].contains(&state["state"].as_str().unwrap()));
-    let reason = node.ops("/readyz").await.problem(503, "not-ready");
+    let reason = node.ops("/readyz").await.expect_problem(503, "not-ready");
     assert!(
         reason.contains(state["reason"].as_str().unwrap()),
         "{reason}"
     );
-    node.ops("/readyz/write").await.problem(503, "not-ready");
-    node.get("1").await.problem(503, "not-ready");
+    node.ops("/readyz/write")
+        .await
+        .expect_problem(503, "not-ready");
+    node.get("1").await.expect_problem(503, "not-ready");
     let patch = r#"{"user_id":"1","spp":5}"#;
-    node.set(patch).await.problem(503, "not-ready");
+    node.set(patch).await.expect_problem(503, "not-ready");
     let backup = node.client.get(format!("http://{}/backup", node.write));
     let backup = backup.header("authorization", AUTHORIZATION).send().await;
-    Answer::of(backup.unwrap()).await.problem(503, "not-ready");
+    Response::of(backup.unwrap())
+        .await
+        .expect_problem(503, "not-ready");
     assert_eq!(node.ops("/livez").await.status, 200);
     // What it does not have must not take a snapshot's place.
-    node.end().await;
+    node.stop().await;
     assert_eq!(names(), before);
     reason
 }
 
 /// A data directory whose log does not begin at its first batch, as after a trim.
-async fn seeded(root: &Path, name: &str, position: u64) -> (PathBuf, Held) {
+async fn seeded(root: &Path, name: &str, position: u64) -> (PathBuf, NodeState) {
     let dir = root.join(name);
-    let seed = write_file_of(root, &store_of(100, 50), position);
-    let node = Node::start_with(program_on(&dir).arg("--restore-from").arg(&seed)).await;
+    let seed = write_backup_file(root, &random_store(100, 50), position);
+    let node = Node::start_with(program_with_data_dir(&dir).arg("--restore-from").arg(&seed)).await;
     node.set(r#"{"user_id":"new","spp":1}"#).await.position();
-    let held = Held::by(&node).await;
+    let held = NodeState::of(&node).await;
     node.kill();
     (dir, held)
 }
@@ -174,8 +181,8 @@ async fn without_a_good_snapshot_and_a_whole_log_a_node_serves_nothing() {
     unready(&dir).await;
     // As the reason says.
     fs::write(&snapshot, good).unwrap();
-    let node = Node::start_with(&mut program_on(&dir)).await;
-    assert_eq!(Held::by(&node).await, held);
+    let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
+    assert_eq!(NodeState::of(&node).await, held);
 }
 
 #[tokio::test]
@@ -191,8 +198,8 @@ async fn snapshots_of_another_log_are_not_used() {
 
     fs::remove_dir_all(other.join("snapshots")).unwrap();
     fs::rename(&kept, other.join("snapshots")).unwrap();
-    let node = Node::start_with(&mut program_on(&other)).await;
-    assert_eq!(Held::by(&node).await, held);
+    let node = Node::start_with(&mut program_with_data_dir(&other)).await;
+    assert_eq!(NodeState::of(&node).await, held);
 }
 
 #[tokio::test]
@@ -229,7 +236,7 @@ async fn long_log(dir: &Path) -> PathBuf {
         .await
         .unwrap();
     }
-    let files = names_in(&dir.join("log"));
+    let files = file_names(&dir.join("log"));
     assert!(files.len() > 1, "{files:?}");
     dir.join("log").join(&files[0])
 }
@@ -248,20 +255,22 @@ async fn a_log_that_cannot_be_read_to_its_end_is_told_at_the_start() {
     let dir = directory.path();
     let file = long_log(dir).await;
     change(&file, 51_500, |bytes| bytes[0] ^= 1);
-    let node = Node::launch(&mut program_on(dir)).await;
+    let node = Node::launch(&mut program_with_data_dir(dir)).await;
     let status = verdict(&node).await;
     assert_eq!(status["state"], "gap", "{status}");
     assert_eq!(status["log_end"], 100);
     let reason = status["reason"].as_str().unwrap();
     let why = reason.contains("batch 51") && reason.contains("checksum");
     assert!(why, "{reason}");
-    let detail = node.ops("/readyz").await.problem(503, "not-ready");
+    let detail = node.ops("/readyz").await.expect_problem(503, "not-ready");
     let same = detail.contains("(gap)") && detail.contains(reason);
     assert!(same, "{detail}");
-    node.get(&long_id(1_500)).await.problem(503, "not-ready");
+    node.get(&long_id(1_500))
+        .await
+        .expect_problem(503, "not-ready");
     assert_eq!(node.ops("/livez").await.status, 200);
     // What it could read is no snapshot of all that there is.
-    node.end().await;
+    node.stop().await;
     assert!(snapshots(dir).is_empty());
 }
 
@@ -270,7 +279,7 @@ async fn a_log_that_lacks_batches_is_no_start_and_is_left_as_it_is() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
     let file = long_log(dir).await;
-    let files = names_in(&dir.join("log"));
+    let files = file_names(&dir.join("log"));
     let missing = format!(
         "to {} are missing",
         files[1][..20].parse::<u64>().unwrap() - 1
@@ -278,14 +287,14 @@ async fn a_log_that_lacks_batches_is_no_start_and_is_left_as_it_is() {
     change(&file, 51_500, |bytes| bytes.fill(0));
     let before = fs::read(&file).unwrap();
     for _ in 0..2 {
-        let output = run(&mut program_on(dir));
+        let output = run(&mut program_with_data_dir(dir));
         assert_eq!(output.status.code(), Some(1), "{output:?}");
-        let said = String::from_utf8(output.stderr).unwrap();
+        let printed = String::from_utf8(output.stderr).unwrap();
         assert!(
-            said.contains("batches 52") && said.contains(&missing),
-            "{said}"
+            printed.contains("batches 52") && printed.contains(&missing),
+            "{printed}"
         );
-        assert!(said.contains("restore from a backup"), "{said}");
+        assert!(printed.contains("restore from a backup"), "{printed}");
     }
     assert!(before == fs::read(&file).unwrap());
 }
@@ -296,12 +305,12 @@ async fn what_is_no_log_is_no_start_and_is_left_as_it_is() {
     let log = directory.path().join("log");
     fs::create_dir(&log).unwrap();
     fs::write(log.join("0.jnl"), "kept").unwrap();
-    let output = run(&mut program_on(directory.path()));
+    let output = run(&mut program_with_data_dir(directory.path()));
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    let said = String::from_utf8(output.stderr).unwrap();
-    let named = said.contains(log.to_str().unwrap()) && said.contains("no segment");
-    assert!(named && said.contains("move it away"), "{said}");
-    assert_eq!(names_in(&log), ["0.jnl"]);
+    let printed = String::from_utf8(output.stderr).unwrap();
+    let named = printed.contains(log.to_str().unwrap()) && printed.contains("no segment");
+    assert!(named && printed.contains("move it away"), "{printed}");
+    assert_eq!(file_names(&log), ["0.jnl"]);
 }
 
 #[tokio::test]
@@ -315,13 +324,13 @@ async fn a_directory_named_like_a_snapshot_is_none() {
     }
     let mut held = write_and_end(dir, 0..1).await;
     for last in [10, 20, 30] {
-        let node = Node::start_with(&mut program_on(dir)).await;
-        assert_eq!(Held::by(&node).await, held);
-        node.end().await;
+        let node = Node::start_with(&mut program_with_data_dir(dir)).await;
+        assert_eq!(NodeState::of(&node).await, held);
+        node.stop().await;
         held = write_and_end(dir, last - 10..last).await;
     }
-    let node = Node::start_with(&mut program_on(dir)).await;
-    assert_eq!(Held::by(&node).await, held);
+    let node = Node::start_with(&mut program_with_data_dir(dir)).await;
+    assert_eq!(NodeState::of(&node).await, held);
     let from = restored_from(&node).await;
     assert!(from.is_file(), "{from:?}");
     // They are not among the two that are kept, nor in the way of removing others.
@@ -333,23 +342,23 @@ async fn a_directory_named_like_a_snapshot_is_none() {
 #[tokio::test]
 async fn one_process_uses_a_data_directory_at_a_time() {
     let directory = tempdir().unwrap();
-    let node = Node::start_with(&mut program_on(directory.path())).await;
+    let node = Node::start_with(&mut program_with_data_dir(directory.path())).await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
-    let second = run(&mut program_on(directory.path()));
+    let second = run(&mut program_with_data_dir(directory.path()));
     assert_eq!(second.status.code(), Some(1), "{second:?}");
-    let said = String::from_utf8(second.stderr).unwrap();
+    let printed = String::from_utf8(second.stderr).unwrap();
     let name = directory.path().to_str().unwrap();
     assert!(
-        said.contains(name) && said.contains("another gradestore"),
-        "{said}"
+        printed.contains(name) && printed.contains("another gradestore"),
+        "{printed}"
     );
     assert!(second.stdout.is_empty());
     node.set(r#"{"user_id":"a","spp":2}"#).await.position();
-    let held = Held::by(&node).await;
+    let held = NodeState::of(&node).await;
     // The system lets go of it, however the process ends.
     node.kill();
-    let node = Node::start_with(&mut program_on(directory.path())).await;
-    assert_eq!(Held::by(&node).await, held);
+    let node = Node::start_with(&mut program_with_data_dir(directory.path())).await;
+    assert_eq!(NodeState::of(&node).await, held);
 }
 
 #[tokio::test]
@@ -358,12 +367,12 @@ async fn a_data_directory_that_cannot_be_one_is_named() {
     let file = directory.path().join("file");
     fs::write(&file, "").unwrap();
     for dir in [file.clone(), file.join("below")] {
-        let output = run(&mut program_on(&dir));
+        let output = run(&mut program_with_data_dir(&dir));
         assert_eq!(output.status.code(), Some(1), "{output:?}");
-        let said = String::from_utf8(output.stderr).unwrap();
+        let printed = String::from_utf8(output.stderr).unwrap();
         assert!(
-            said.contains(dir.to_str().unwrap()) && said.contains("--data-dir"),
-            "{said}"
+            printed.contains(dir.to_str().unwrap()) && printed.contains("--data-dir"),
+            "{printed}"
         );
     }
 }
@@ -378,27 +387,32 @@ async fn a_data_directory_below_one_that_permits_nothing_is_named_with_the_fix()
     let parent = directory.path().join("parent");
     let dir = parent.join("data");
     // Those that are missing are made.
-    let mut command = bound_by_permissions(&program_on(&dir));
+    let mut command = without_root_capabilities(&program_with_data_dir(&dir));
     let node = Node::start_with(&mut command).await;
-    let held = Held::by(&node).await;
-    node.end().await;
+    let held = NodeState::of(&node).await;
+    node.stop().await;
 
     let below = dir.join("another").join("data");
     for mode in [0o000, 0o444, 0o555] {
         permit(&dir, mode);
-        let output = run(&mut bound_by_permissions(&program_on(&below)));
+        let output = run(&mut without_root_capabilities(&program_with_data_dir(
+            &below,
+        )));
         permit(&dir, 0o755);
         assert_eq!(output.status.code(), Some(1), "{output:?}");
-        let said = String::from_utf8(output.stderr).unwrap();
+        let printed = String::from_utf8(output.stderr).unwrap();
         let named = format!("cannot use --data-dir {}: ", below.display());
         let fix = "choose a directory that this user may write to";
-        assert!(said.contains(&named) && said.contains(fix), "{said}");
-        assert!(said.contains("Permission denied"), "{said}");
+        assert!(
+            printed.contains(&named) && printed.contains(fix),
+            "{printed}"
+        );
+        assert!(printed.contains("Permission denied"), "{printed}");
     }
 
     // It is enough that the way to it is open.
     permit(&parent, 0o111);
     let node = Node::start_with(&mut command).await;
     permit(&parent, 0o755);
-    assert_eq!(Held::by(&node).await, held);
+    assert_eq!(NodeState::of(&node).await, held);
 }

@@ -11,8 +11,8 @@ use tempfile::tempdir;
 
 use crate::disk::backup::verify;
 use crate::harness::backup_files::{
-    Held, backup_of, file_of, make_pipe, names_in, program_from, program_on, store_of,
-    write_file_of,
+    NodeState, backup_file, fetch_backup, file_names, make_pipe, program_restoring,
+    program_with_data_dir, random_store, write_backup_file,
 };
 use crate::harness::wire::eventually;
 use crate::harness::{Node, run};
@@ -51,22 +51,22 @@ async fn assert_foreign(node: &Node) {
 fn refused(command: &mut Command, words: &[&str]) {
     let output = run(command);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    let said = String::from_utf8(output.stderr).unwrap();
-    let last = said.lines().last().unwrap();
+    let printed = String::from_utf8(output.stderr).unwrap();
+    let last = printed.lines().last().unwrap();
     for word in words {
-        assert!(last.contains(word), "{word:?} is not in {said}");
+        assert!(last.contains(word), "{word:?} is not in {printed}");
     }
-    assert!(!said.contains("panicked"), "{said}");
+    assert!(!printed.contains("panicked"), "{printed}");
 }
 
 #[tokio::test]
 async fn a_backup_seeds_an_empty_directory_and_stays() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
-    let store = store_of(5000, 100);
-    let seed = write_file_of(directory.path(), &store, 77);
-    let node = Node::start_with(program_on(&dir).arg("--restore-from").arg(&seed)).await;
-    assert_eq!(Held::by(&node).await, Held::in_store(&store, 77));
+    let store = random_store(5000, 100);
+    let seed = write_backup_file(directory.path(), &store, 77);
+    let node = Node::start_with(program_with_data_dir(&dir).arg("--restore-from").arg(&seed)).await;
+    assert_eq!(NodeState::of(&node).await, NodeState::of_store(&store, 77));
     assert_eq!(node.metric("gradestore_restore_rows").await, Some(5000.0));
     let restore = &node.status().await["restore"];
     assert_eq!(restore["source"], seed.to_str().unwrap());
@@ -77,16 +77,16 @@ async fn a_backup_seeds_an_empty_directory_and_stays() {
     // Who saw a position before does not see it go back.
     let next = node.set(r#"{"user_id":"user 1","spp":7}"#).await.position();
     assert_eq!(next, 78);
-    let held = Held::by(&node).await;
+    let held = NodeState::of(&node).await;
     node.kill();
 
-    let node = Node::start_with(&mut program_on(&dir)).await;
-    assert_eq!(Held::by(&node).await, held);
+    let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
+    assert_eq!(NodeState::of(&node).await, held);
     // A backup of it seeds another, however often.
     let path = directory.path().join("again.csv.gz");
-    fs::write(&path, backup_of(&node).await).unwrap();
-    let again = Node::start_with(&mut program_from(&path)).await;
-    assert_eq!(Held::by(&again).await, held);
+    fs::write(&path, fetch_backup(&node).await).unwrap();
+    let again = Node::start_with(&mut program_restoring(&path)).await;
+    assert_eq!(NodeState::of(&again).await, held);
 }
 
 #[tokio::test]
@@ -94,23 +94,23 @@ async fn a_file_of_another_program_seeds_too() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
     let file = foreign_file(directory.path());
-    let node = Node::start_with(program_on(&dir).arg("--restore-from").arg(&file)).await;
+    let node = Node::start_with(program_with_data_dir(&dir).arg("--restore-from").arg(&file)).await;
     assert_foreign(&node).await;
     node.set(r#"{"user_id":"plain","shipping_fee":3}"#)
         .await
         .position();
-    let held = Held::by(&node).await;
+    let held = NodeState::of(&node).await;
     node.kill();
-    let node = Node::start_with(&mut program_on(&dir)).await;
-    assert_eq!(Held::by(&node).await, held);
+    let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
+    assert_eq!(NodeState::of(&node).await, held);
     assert_eq!(node.get("plain").await.json()["spp"], 1);
-    node.end().await;
+    node.stop().await;
 
     // The log never held those rows: without a snapshot it must not pass for all there is.
-    for name in names_in(&dir.join("snapshots")) {
+    for name in file_names(&dir.join("snapshots")) {
         fs::remove_file(dir.join("snapshots").join(name)).unwrap();
     }
-    let node = Node::launch(&mut program_on(&dir)).await;
+    let node = Node::launch(&mut program_with_data_dir(&dir)).await;
     let reason = eventually("a verdict", async || {
         let status = node.status().await;
         (status["state"] == "no-source").then(|| status["reason"].to_string())
@@ -137,9 +137,12 @@ async fn other_programs_may_keep_what_they_like_in_gzip_headers() {
         gzip.finish().unwrap();
         let verified = verify(&path);
         assert!(verified.status.success(), "{name}: {verified:?}");
-        let said = String::from_utf8(verified.stdout).unwrap();
-        assert!(said.contains("not made by gradestore"), "{name}: {said}");
-        let node = Node::start_with(&mut program_from(&path)).await;
+        let printed = String::from_utf8(verified.stdout).unwrap();
+        assert!(
+            printed.contains("not made by gradestore"),
+            "{name}: {printed}"
+        );
+        let node = Node::start_with(&mut program_restoring(&path)).await;
         assert_foreign(&node).await;
     }
 }
@@ -147,13 +150,13 @@ async fn other_programs_may_keep_what_they_like_in_gzip_headers() {
 #[tokio::test]
 async fn a_node_without_a_disk_begins_from_a_file() {
     let directory = tempdir().unwrap();
-    let store = store_of(100, 10);
-    let own = write_file_of(directory.path(), &store, 40);
-    let node = Node::start_with(&mut program_from(&own)).await;
-    assert_eq!(Held::by(&node).await, Held::in_store(&store, 40));
+    let store = random_store(100, 10);
+    let own = write_backup_file(directory.path(), &store, 40);
+    let node = Node::start_with(&mut program_restoring(&own)).await;
+    assert_eq!(NodeState::of(&node).await, NodeState::of_store(&store, 40));
     let next = node.set(r#"{"user_id":"a","spp":7}"#).await.position();
     assert_eq!(next, 41);
-    let node = Node::start_with(&mut program_from(&foreign_file(directory.path()))).await;
+    let node = Node::start_with(&mut program_restoring(&foreign_file(directory.path()))).await;
     assert_foreign(&node).await;
 }
 
@@ -161,8 +164,8 @@ async fn a_node_without_a_disk_begins_from_a_file() {
 async fn a_file_that_is_no_good_leaves_the_directory_as_it_was() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
-    let store = store_of(5000, 100);
-    let good = write_file_of(directory.path(), &store, 77);
+    let store = random_store(5000, 100);
+    let good = write_backup_file(directory.path(), &store, 77);
     let whole = fs::read(&good).unwrap();
     let mut flipped = whole.clone();
     flipped[whole.len() / 2] ^= 1;
@@ -174,42 +177,55 @@ async fn a_file_that_is_no_good_leaves_the_directory_as_it_was() {
     ] {
         fs::write(&bad, content).unwrap();
         let words = [bad.to_str().unwrap(), "cannot restore from", reason];
-        refused(program_on(&dir).arg("--restore-from").arg(&bad), &words);
-        refused(&mut program_from(&bad), &words);
+        refused(
+            program_with_data_dir(&dir).arg("--restore-from").arg(&bad),
+            &words,
+        );
+        refused(&mut program_restoring(&bad), &words);
     }
     let none = directory.path().join("none");
     let words = [none.to_str().unwrap(), "No such file"];
-    refused(program_on(&dir).arg("--restore-from").arg(&none), &words);
+    refused(
+        program_with_data_dir(&dir).arg("--restore-from").arg(&none),
+        &words,
+    );
 
-    let node = Node::start_with(program_on(&dir).arg("--restore-from").arg(&good)).await;
-    assert_eq!(Held::by(&node).await, Held::in_store(&store, 77));
+    let node = Node::start_with(program_with_data_dir(&dir).arg("--restore-from").arg(&good)).await;
+    assert_eq!(NodeState::of(&node).await, NodeState::of_store(&store, 77));
 }
 
 #[tokio::test]
 async fn a_directory_that_was_written_to_is_not_seeded() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
-    let seed = write_file_of(directory.path(), &store_of(10, 10), 5);
-    let node = Node::start_with(&mut program_on(&dir)).await;
+    let seed = write_backup_file(directory.path(), &random_store(10, 10), 5);
+    let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
-    let held = Held::by(&node).await;
+    let held = NodeState::of(&node).await;
     node.kill();
     for _ in 0..2 {
         refused(
-            program_on(&dir).arg("--restore-from").arg(&seed),
+            program_with_data_dir(&dir).arg("--restore-from").arg(&seed),
             &["empty", "data"],
         );
-        let node = Node::start_with(&mut program_on(&dir)).await;
-        assert_eq!(Held::by(&node).await, held);
+        let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
+        assert_eq!(NodeState::of(&node).await, held);
         // With a snapshot beside the log the second time.
-        node.end().await;
+        node.stop().await;
     }
     // Nor one that was seeded, or a restart with the same flags would undo what came after.
     let seeded = directory.path().join("seeded");
-    let node = Node::start_with(program_on(&seeded).arg("--restore-from").arg(&seed)).await;
+    let node = Node::start_with(
+        program_with_data_dir(&seeded)
+            .arg("--restore-from")
+            .arg(&seed),
+    )
+    .await;
     node.kill();
     refused(
-        program_on(&seeded).arg("--restore-from").arg(&seed),
+        program_with_data_dir(&seeded)
+            .arg("--restore-from")
+            .arg(&seed),
         &["empty"],
     );
 }
@@ -218,11 +234,11 @@ async fn a_directory_that_was_written_to_is_not_seeded() {
 async fn a_seed_that_a_kill_interrupts_is_begun_again() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
-    let store = store_of(60_000, u64::MAX);
-    let seed = write_file_of(directory.path(), &store, 77);
-    let node = Node::launch(program_on(&dir).arg("--restore-from").arg(&seed)).await;
+    let store = random_store(60_000, u64::MAX);
+    let seed = write_backup_file(directory.path(), &store, 77);
+    let node = Node::launch(program_with_data_dir(&dir).arg("--restore-from").arg(&seed)).await;
     eventually("the snapshot under way", async || {
-        let names = names_in(&dir.join("snapshots"));
+        let names = file_names(&dir.join("snapshots"));
         names
             .iter()
             .any(|name| name.ends_with(".partial"))
@@ -231,14 +247,14 @@ async fn a_seed_that_a_kill_interrupts_is_begun_again() {
     .await;
     node.kill();
     // What there is does not pass for a store that is empty.
-    let node = Node::launch(&mut program_on(&dir)).await;
+    let node = Node::launch(&mut program_with_data_dir(&dir)).await;
     eventually("a verdict", async || {
         (node.status().await["state"] == "no-source").then_some(())
     })
     .await;
-    node.end().await;
-    let node = Node::start_with(program_on(&dir).arg("--restore-from").arg(&seed)).await;
-    assert_eq!(Held::by(&node).await, Held::in_store(&store, 77));
+    node.stop().await;
+    let node = Node::start_with(program_with_data_dir(&dir).arg("--restore-from").arg(&seed)).await;
+    assert_eq!(NodeState::of(&node).await, NodeState::of_store(&store, 77));
 }
 
 #[tokio::test]
@@ -246,8 +262,8 @@ async fn nothing_is_answered_while_a_restore_runs() {
     let directory = tempdir().unwrap();
     let pipe = directory.path().join("pipe");
     make_pipe(&pipe);
-    let store = store_of(20_000, u64::MAX);
-    let file = file_of(&store, 12);
+    let store = random_store(20_000, u64::MAX);
+    let file = backup_file(&store, 12);
     let half = file.len() / 2;
     // With both ends open here, the pipe outlives each of the two times that the node opens it.
     let mut feed = OpenOptions::new()
@@ -255,17 +271,17 @@ async fn nothing_is_answered_while_a_restore_runs() {
         .write(true)
         .open(&pipe)
         .unwrap();
-    let (go_on, going_on) = std::sync::mpsc::channel();
+    let (resume, resumed) = std::sync::mpsc::channel();
     let fed = file.clone();
     let feeding = std::thread::spawn(move || {
         // First it looks for the position, up to the last header: deflated nothing and a trailer
         // come after that.
         feed.write_all(&fed[..fed.len() - 10]).unwrap();
         feed.write_all(&fed[..half]).unwrap();
-        going_on.recv().unwrap();
+        resumed.recv().unwrap();
         feed.write_all(&fed[half..]).unwrap();
     });
-    let node = Node::launch(&mut program_from(&pipe)).await;
+    let node = Node::launch(&mut program_restoring(&pipe)).await;
     let restore = eventually("some of it", async || {
         let restore = node.status().await["restore"].clone();
         (restore["rows"].as_u64() > Some(0)).then_some(restore)
@@ -275,17 +291,17 @@ async fn nothing_is_answered_while_a_restore_runs() {
     assert_eq!(restore["rows_expected"], 20_000);
     assert!(restore["rows"].as_u64().unwrap() < 20_000);
     assert_eq!(node.ops("/livez").await.status, 200);
-    let detail = node.ops("/readyz").await.problem(503, "not-ready");
+    let detail = node.ops("/readyz").await.expect_problem(503, "not-ready");
     assert!(detail.contains("loading backup"), "{detail}");
-    node.get("user 1").await.problem(503, "not-ready");
+    node.get("user 1").await.expect_problem(503, "not-ready");
     node.set(r#"{"user_id":"a","spp":1}"#)
         .await
-        .problem(503, "not-ready");
-    go_on.send(()).unwrap();
+        .expect_problem(503, "not-ready");
+    resume.send(()).unwrap();
     feeding.join().unwrap();
     eventually("ready", async || {
         (node.ops("/readyz").await.status == 200).then_some(())
     })
     .await;
-    assert_eq!(Held::by(&node).await, Held::in_store(&store, 12));
+    assert_eq!(NodeState::of(&node).await, NodeState::of_store(&store, 12));
 }

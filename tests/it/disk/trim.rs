@@ -11,7 +11,7 @@ use tempfile::tempdir;
 
 use crate::disk::kills::assert_consistent;
 use crate::harness::Node;
-use crate::harness::backup_files::{Held, names_in, program_on};
+use crate::harness::backup_files::{NodeState, file_names, program_with_data_dir};
 use crate::harness::wire::eventually;
 
 /// Makes a log of many segments, with one snapshot; the store that is the log's sum.
@@ -57,7 +57,7 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
 
 /// How many files the log has.
 fn segments(dir: &Path) -> usize {
-    names_in(&dir.join("log")).len()
+    file_names(&dir.join("log")).len()
 }
 
 #[tokio::test]
@@ -68,10 +68,10 @@ async fn a_kill_in_the_middle_of_a_trim_loses_nothing() {
     assert!(segments(dir) > 4, "{} are too few to trim", segments(dir));
     let mut answered = 18;
     loop {
-        let node = Node::start_with(program_on(dir).arg("--snapshot-interval=1s")).await;
+        let node = Node::start_with(program_with_data_dir(dir).arg("--snapshot-interval=1s")).await;
         let held = assert_consistent(&node).await;
         assert!(held.position >= answered, "{held:?}");
-        assert_eq!(held, Held::in_store(&store, held.position));
+        assert_eq!(held, NodeState::of_store(&store, held.position));
         let before = segments(dir);
         if before < 3 {
             break;
@@ -92,21 +92,21 @@ async fn a_trimmed_log_still_covers_the_snapshot_before_the_newest() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
     let store = long_log(dir, 14, 8).await;
-    let held = Held::in_store(&store, 14);
+    let held = NodeState::of_store(&store, 14);
     let snapshots = dir.join("snapshots");
     let before = segments(dir);
-    let node = Node::start_with(program_on(dir).arg("--snapshot-interval=1s")).await;
+    let node = Node::start_with(program_with_data_dir(dir).arg("--snapshot-interval=1s")).await;
     eventually("a second snapshot", async || {
-        let names = names_in(&snapshots);
+        let names = file_names(&snapshots);
         (names.len() == 2 && names[1].ends_with(".gz")).then_some(())
     })
     .await;
     // It ends when the trim has.
-    node.end().await;
+    node.stop().await;
     assert!(segments(dir) < before, "nothing was trimmed");
 
-    let newest = snapshots.join(&names_in(&snapshots)[1]);
+    let newest = snapshots.join(&file_names(&snapshots)[1]);
     fs::write(newest, "no snapshot").unwrap();
-    let node = Node::start_with(&mut program_on(dir)).await;
+    let node = Node::start_with(&mut program_with_data_dir(dir)).await;
     assert_eq!(assert_consistent(&node).await, held);
 }

@@ -16,11 +16,11 @@ use gradestore::log::{Chain, DiskLog, Log, Position};
 use gradestore::store::Store;
 use rustix::fs::OFlags;
 
-use crate::harness::wire::{eventually, in_time};
+use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{ANY_PORTS, AUTHORIZATION, PASSWORD, Ports, program, run};
 
 /// The program on the data directory `dir`.
-pub(crate) fn program_on(dir: &Path) -> Command {
+pub(crate) fn program_with_data_dir(dir: &Path) -> Command {
     let mut command = program();
     command
         .env_remove("GRADESTORE_EPHEMERAL")
@@ -32,7 +32,7 @@ pub(crate) fn program_on(dir: &Path) -> Command {
 }
 
 /// The program without a disk, begun from `file`.
-pub(crate) fn program_from(file: &Path) -> Command {
+pub(crate) fn program_restoring(file: &Path) -> Command {
     let mut command = program();
     command
         .env("GRADESTORE_PASSWORD", PASSWORD)
@@ -44,14 +44,14 @@ pub(crate) fn program_from(file: &Path) -> Command {
 
 /// What a node holds.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Held {
+pub(crate) struct NodeState {
     pub(crate) position: u64,
     pub(crate) records: u64,
     pub(crate) digest: String,
 }
 
-impl Held {
-    pub(crate) async fn by(node: &Ports) -> Self {
+impl NodeState {
+    pub(crate) async fn of(node: &Ports) -> Self {
         let status = node.status().await;
         Self {
             position: status["position"].as_u64().unwrap(),
@@ -60,7 +60,7 @@ impl Held {
         }
     }
 
-    pub(crate) fn in_store(store: &Store, position: u64) -> Self {
+    pub(crate) fn of_store(store: &Store, position: u64) -> Self {
         Self {
             position,
             records: store.len() as u64,
@@ -70,17 +70,17 @@ impl Held {
 }
 
 /// `GET /backup`, as it should be done.
-pub(crate) async fn ask_backup(node: &Ports) -> reqwest::Response {
+pub(crate) async fn request_backup(node: &Ports) -> reqwest::Response {
     let request = node.client.get(format!("http://{}/backup", node.write));
     let request = request.header("authorization", AUTHORIZATION);
-    in_time("GET /backup", request.send()).await.unwrap()
+    with_timeout("GET /backup", request.send()).await.unwrap()
 }
 
 /// A whole backup of `node`.
-pub(crate) async fn backup_of(node: &Ports) -> Vec<u8> {
-    let response = ask_backup(node).await;
+pub(crate) async fn fetch_backup(node: &Ports) -> Vec<u8> {
+    let response = request_backup(node).await;
     assert_eq!(response.status(), 200);
-    in_time("a backup", response.bytes())
+    with_timeout("a backup", response.bytes())
         .await
         .unwrap()
         .to_vec()
@@ -88,7 +88,7 @@ pub(crate) async fn backup_of(node: &Ports) -> Vec<u8> {
 
 /// The store that a good backup holds, and what it says of itself.
 #[track_caller]
-pub(crate) fn restored(file: &[u8]) -> (Store, Summary) {
+pub(crate) fn read_backup(file: &[u8]) -> (Store, Summary) {
     let store = Store::new();
     let summary = restore(file, &store, &Progress::default()).unwrap();
     (store, summary)
@@ -104,7 +104,7 @@ pub(crate) async fn replay(log: &DiskLog, store: &Store, after: u64, through: u6
     while applied < through {
         let mut entries = Vec::new();
         let next = subscription.next(&mut entries);
-        in_time("the next batches", next).await.unwrap();
+        with_timeout("the next batches", next).await.unwrap();
         for entry in entries
             .iter()
             .take_while(|entry| entry.position.seq <= through)
@@ -140,7 +140,7 @@ impl Rng {
 
 /// A store with values below `bound`; the larger that is, the larger are its backups: 35 bytes a
 /// row with all of `u64`.
-pub(crate) fn store_of(rows: u64, bound: u64) -> Store {
+pub(crate) fn random_store(rows: u64, bound: u64) -> Store {
     let (store, mut rng) = (Store::new(), Rng(rows));
     for row in 0..rows {
         let values: Values = std::array::from_fn::<_, FIELD_COUNT, _>(|_| rng.below(bound) as i64);
@@ -153,8 +153,8 @@ pub(crate) fn store_of(rows: u64, bound: u64) -> Store {
 }
 
 /// A backup of `store`, as if taken at `position` of another log.
-pub(crate) fn file_of(store: &Store, position: u64) -> Vec<u8> {
-    file_with(
+pub(crate) fn backup_file(store: &Store, position: u64) -> Vec<u8> {
+    backup_file_with_head(
         store,
         &Head {
             format: FORMAT,
@@ -169,12 +169,12 @@ pub(crate) fn file_of(store: &Store, position: u64) -> Vec<u8> {
 }
 
 /// A backup of `store` that begins so; it was made while nothing was applied.
-pub(crate) fn file_with(store: &Store, head: &Head) -> Vec<u8> {
-    file_until(store, head, &head.position())
+pub(crate) fn backup_file_with_head(store: &Store, head: &Head) -> Vec<u8> {
+    backup_file_ending_at(store, head, &head.position())
 }
 
 /// A backup of `store` that begins so and was made until `end` was applied.
-pub(crate) fn file_until(store: &Store, head: &Head, end: &Position) -> Vec<u8> {
+pub(crate) fn backup_file_ending_at(store: &Store, head: &Head, end: &Position) -> Vec<u8> {
     let (mut writer, mut file) = BackupWriter::begin(head);
     let source = ChunkSource::new(store);
     while let Some(chunk) = source.next() {
@@ -186,14 +186,14 @@ pub(crate) fn file_until(store: &Store, head: &Head, end: &Position) -> Vec<u8> 
 }
 
 /// The same as a file in `dir`.
-pub(crate) fn write_file_of(dir: &Path, store: &Store, position: u64) -> PathBuf {
+pub(crate) fn write_backup_file(dir: &Path, store: &Store, position: u64) -> PathBuf {
     let path = dir.join(format!("at-{position}.csv.gz"));
-    std::fs::write(&path, file_of(store, position)).unwrap();
+    std::fs::write(&path, backup_file(store, position)).unwrap();
     path
 }
 
 /// The names in a directory, in order.
-pub(crate) fn names_in(dir: &Path) -> Vec<String> {
+pub(crate) fn file_names(dir: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(dir).unwrap();
     let name = |entry: std::io::Result<std::fs::DirEntry>| {
         entry.unwrap().file_name().into_string().unwrap()
@@ -219,7 +219,7 @@ pub(crate) fn open_pipe(path: &Path) -> File {
 }
 
 /// All that comes through `pipe` until nobody has it open for writing.
-pub(crate) async fn rest_of(pipe: &mut File) -> Vec<u8> {
+pub(crate) async fn read_pipe_to_end(pipe: &mut File) -> Vec<u8> {
     let mut bytes = Vec::new();
     eventually("the pipe's end", async || {
         // `WouldBlock` while there is no end.
@@ -231,7 +231,7 @@ pub(crate) async fn rest_of(pipe: &mut File) -> Vec<u8> {
 
 /// The time of a file name such as `grades-2026-01-31T23:59:59Z.csv.gz`.
 #[track_caller]
-pub(crate) fn time_named(disposition: &str) -> String {
+pub(crate) fn time_in_file_name(disposition: &str) -> String {
     let name = disposition.strip_prefix("attachment; filename=\"grades-");
     let time = name.and_then(|name| name.strip_suffix(".csv.gz\""));
     time.unwrap_or_else(|| panic!("{disposition}")).to_owned()

@@ -14,13 +14,13 @@ use gradestore::log::{
 use gradestore::node::config::Config;
 use tokio::sync::watch;
 
-use super::Local;
+use super::InProcessNode;
 
-/// Patches that wait in the queue of a node on a [`HeldLog`].
+/// Patches that wait in the queue of a node on a [`GatedLog`].
 pub(crate) const QUEUE_PATCHES_MAX: usize = 3;
 
 /// A memory log behind a gate.
-pub(crate) struct HeldLog {
+pub(crate) struct GatedLog {
     inner: MemoryLog,
     open: watch::Sender<bool>,
     refusing: AtomicBool,
@@ -28,7 +28,7 @@ pub(crate) struct HeldLog {
     crashing: Arc<AtomicBool>,
 }
 
-impl HeldLog {
+impl GatedLog {
     pub(crate) fn new(origin: RandomId) -> Arc<Self> {
         Arc::new(Self {
             inner: MemoryLog::new(origin, 0),
@@ -60,7 +60,7 @@ impl HeldLog {
     }
 }
 
-impl Log for HeldLog {
+impl Log for GatedLog {
     fn kind(&self) -> &'static str {
         self.inner.kind()
     }
@@ -93,7 +93,7 @@ impl Log for HeldLog {
         after: Position,
     ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
         async move {
-            Ok(Box::new(HeldSubscription {
+            Ok(Box::new(GatedSubscription {
                 inner: self.inner.subscribe(after).await?,
                 open: self.open.subscribe(),
                 losing: Arc::clone(&self.losing),
@@ -104,14 +104,14 @@ impl Log for HeldLog {
     }
 }
 
-struct HeldSubscription {
+struct GatedSubscription {
     inner: Box<dyn Subscription>,
     open: watch::Receiver<bool>,
     losing: Arc<AtomicBool>,
     crashing: Arc<AtomicBool>,
 }
 
-impl Subscription for HeldSubscription {
+impl Subscription for GatedSubscription {
     fn next<'a>(&'a mut self, entries: &'a mut Vec<Entry>) -> BoxFuture<'a, Result<(), ReadError>> {
         async {
             let opened = self.open.wait_for(|open| *open).await;
@@ -130,15 +130,15 @@ impl Subscription for HeldSubscription {
 }
 
 /// A node with room for few writes, on a log that gives nothing back yet.
-pub(crate) async fn start(wait_max: Duration) -> (Arc<HeldLog>, Local) {
+pub(crate) async fn start(wait_max: Duration) -> (Arc<GatedLog>, InProcessNode) {
     start_with(|config| config.writer.wait_max = wait_max).await
 }
 
 /// The same with limits of the test's own.
-pub(crate) async fn start_with(adjust: impl FnOnce(&mut Config)) -> (Arc<HeldLog>, Local) {
+pub(crate) async fn start_with(adjust: impl FnOnce(&mut Config)) -> (Arc<GatedLog>, InProcessNode) {
     let origin = RandomId::random().unwrap();
-    let log = HeldLog::new(origin);
-    let node = Local::run(log.clone(), origin, |config| {
+    let log = GatedLog::new(origin);
+    let node = InProcessNode::start_on_log(log.clone(), origin, |config| {
         config.writer.queue_requests_max = QUEUE_PATCHES_MAX;
         config.writer.batch_patches_max = 1;
         adjust(config);

@@ -12,13 +12,13 @@ pub(crate) mod held_log;
 pub(crate) mod small_disk;
 pub(crate) mod wire;
 
-pub(crate) use node::{Local, Node, opening};
+pub(crate) use node::{InProcessNode, Node, opening};
 pub(crate) use ports::{
-    Ports, delete_request, get_request, half_sent_lines, half_sent_set, set_request,
-    set_request_of, waiting_set,
+    Ports, delete_request, get_request, incomplete_ndjson_request, incomplete_set_request,
+    pending_set, set_request, set_request_framed,
 };
 pub(crate) use process::{
-    Process, bound_by_permissions, collected, program, program_at, run, run_by,
+    Process, collect_output, program, program_at, run, without_root_capabilities, wrapped_by,
 };
 
 pub(crate) const PASSWORD: &str = "correct horse";

@@ -20,9 +20,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::{ANY_PORTS, PASSWORD, Ports, Process, collected, program};
+use super::{ANY_PORTS, PASSWORD, Ports, Process, collect_output, program};
 
-use crate::harness::wire::{eventually, in_time};
+use crate::harness::wire::{eventually, with_timeout};
 
 /// The program as a child process.
 pub(crate) struct Node {
@@ -67,8 +67,8 @@ impl Node {
         let command = command.stdin(Stdio::null());
         let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = Process(command.spawn().unwrap());
-        let stdout = collected(process.0.stdout.take().unwrap());
-        let stderr = collected(process.0.stderr.take().unwrap());
+        let stdout = collect_output(process.0.stdout.take().unwrap());
+        let stderr = collect_output(process.0.stderr.take().unwrap());
         let listening = eventually("the log line that names the ports", async || {
             let ended = process.0.try_wait().unwrap();
             let stderr = stderr.lock();
@@ -101,9 +101,9 @@ impl Node {
     }
 
     /// Stops it as an operator would.
-    pub(crate) async fn end(mut self) {
+    pub(crate) async fn stop(mut self) {
         self.signal(Signal::TERM);
-        assert_eq!(self.exit().await.code(), Some(0));
+        assert_eq!(self.wait_for_exit().await.code(), Some(0));
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
@@ -111,7 +111,7 @@ impl Node {
     }
 
     /// Waits until it has ended by itself.
-    pub(crate) async fn exit(&mut self) -> ExitStatus {
+    pub(crate) async fn wait_for_exit(&mut self) -> ExitStatus {
         eventually("the process's end", async || {
             self.process.0.try_wait().unwrap()
         })
@@ -120,13 +120,13 @@ impl Node {
 }
 
 /// A node in this process.
-pub(crate) struct Local {
+pub(crate) struct InProcessNode {
     ports: Ports,
     stop: Option<oneshot::Sender<()>>,
     running: JoinHandle<Result<(), AppError>>,
 }
 
-impl Deref for Local {
+impl Deref for InProcessNode {
     type Target = Ports;
 
     fn deref(&self) -> &Ports {
@@ -152,24 +152,24 @@ pub(crate) fn opening(node: RandomId, restore_from: Option<PathBuf>) -> Opening 
     }
 }
 
-impl Local {
+impl InProcessNode {
     /// One with a memory log and the limits that `adjust` makes.
     pub(crate) async fn start(adjust: impl FnOnce(&mut Config)) -> Self {
         let origin = RandomId::random().unwrap();
-        Self::run(Arc::new(MemoryLog::new(origin, 0)), origin, adjust).await
+        Self::start_on_log(Arc::new(MemoryLog::new(origin, 0)), origin, adjust).await
     }
 
     /// One on `log`.
-    pub(crate) async fn run(
+    pub(crate) async fn start_on_log(
         log: Arc<dyn Log>,
         origin: RandomId,
         adjust: impl FnOnce(&mut Config),
     ) -> Self {
-        Self::run_on(Storage::of(log, origin), origin, adjust).await
+        Self::start_on_storage(Storage::of(log, origin), origin, adjust).await
     }
 
     /// One on `storage`, ready.
-    pub(crate) async fn run_on(
+    pub(crate) async fn start_on_storage(
         storage: Storage,
         origin: RandomId,
         adjust: impl FnOnce(&mut Config),
@@ -222,21 +222,21 @@ impl Local {
     }
 
     /// Tells it to stop, as a signal would.
-    pub(crate) fn stop(&mut self) {
+    pub(crate) fn request_stop(&mut self) {
         self.stop.take().unwrap().send(()).unwrap();
     }
 
     /// Waits until it has stopped.
-    pub(crate) async fn stopped(self) {
-        in_time("the node's end", self.running)
+    pub(crate) async fn wait_until_stopped(self) {
+        with_timeout("the node's end", self.running)
             .await
             .unwrap()
             .unwrap();
     }
 
     /// Waits until it has ended by itself; why.
-    pub(crate) async fn failed(self) -> String {
-        let ended = in_time("the node's end", self.running).await.unwrap();
+    pub(crate) async fn wait_for_error(self) -> String {
+        let ended = with_timeout("the node's end", self.running).await.unwrap();
         ended.unwrap_err().to_string()
     }
 }

@@ -6,7 +6,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 
 use super::AUTHORIZATION;
-use super::wire::{Answer, Raw, eventually, in_time};
+use super::wire::{RawConnection, Response, eventually, with_timeout};
 
 /// A node's three ports, and a client for them.
 #[derive(Clone)]
@@ -28,47 +28,57 @@ impl Ports {
     }
 
     /// `POST /set`, as it should be done.
-    pub(crate) async fn set(&self, body: impl Into<reqwest::Body>) -> Answer {
+    pub(crate) async fn set(&self, body: impl Into<reqwest::Body>) -> Response {
         let request = self.client.post(format!("http://{}/set", self.write));
         let request = request
             .header("authorization", AUTHORIZATION)
             .header("content-type", "application/json")
             .body(body);
-        Answer::of(in_time("POST /set", request.send()).await.unwrap()).await
+        Response::of(with_timeout("POST /set", request.send()).await.unwrap()).await
     }
 
     /// `GET /get`, as it should be done.
-    pub(crate) async fn get(&self, user_id: &str) -> Answer {
+    pub(crate) async fn get(&self, user_id: &str) -> Response {
         let user_id = utf8_percent_encode(user_id, NON_ALPHANUMERIC);
         let url = format!("http://{}/get?user_id={user_id}", self.read);
-        Answer::of(in_time(&url, self.client.get(&url).send()).await.unwrap()).await
+        Response::of(
+            with_timeout(&url, self.client.get(&url).send())
+                .await
+                .unwrap(),
+        )
+        .await
     }
 
     /// `GET` on the ops port.
-    pub(crate) async fn ops(&self, path: &str) -> Answer {
+    pub(crate) async fn ops(&self, path: &str) -> Response {
         let url = format!("http://{}{path}", self.ops);
-        Answer::of(in_time(&url, self.client.get(&url).send()).await.unwrap()).await
+        Response::of(
+            with_timeout(&url, self.client.get(&url).send())
+                .await
+                .unwrap(),
+        )
+        .await
     }
 
     /// `DELETE /set` with the password.
-    pub(crate) async fn delete(&self, user_id: &str) -> Answer {
+    pub(crate) async fn delete(&self, user_id: &str) -> Response {
         let user_id = utf8_percent_encode(user_id, NON_ALPHANUMERIC);
         let url = format!("http://{}/set?user_id={user_id}", self.write);
         let request = self
             .client
             .delete(url)
             .header("authorization", AUTHORIZATION);
-        Answer::of(in_time("DELETE /set", request.send()).await.unwrap()).await
+        Response::of(with_timeout("DELETE /set", request.send()).await.unwrap()).await
     }
 
     /// `POST /set` with one patch a line.
-    pub(crate) async fn set_lines(&self, body: impl Into<reqwest::Body>) -> Answer {
+    pub(crate) async fn set_lines(&self, body: impl Into<reqwest::Body>) -> Response {
         let request = self.client.post(format!("http://{}/set", self.write));
         let request = request
             .header("authorization", AUTHORIZATION)
             .header("content-type", "application/x-ndjson")
             .body(body);
-        Answer::of(in_time("POST /set", request.send()).await.unwrap()).await
+        Response::of(with_timeout("POST /set", request.send()).await.unwrap()).await
     }
 
     /// `GET /status`.
@@ -107,7 +117,7 @@ impl Ports {
 }
 
 /// A request for `POST /set` in bytes; `framing` is the header lines that frame the body.
-pub(crate) fn set_request(framing: &str, body: &str) -> String {
+pub(crate) fn set_request_framed(framing: &str, body: &str) -> String {
     format!(
         "POST /set HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\
          content-type: application/json\r\n{framing}\r\n\r\n{body}"
@@ -115,8 +125,8 @@ pub(crate) fn set_request(framing: &str, body: &str) -> String {
 }
 
 /// The same with the length of `body`.
-pub(crate) fn set_request_of(body: &str) -> String {
-    set_request(&format!("content-length: {}", body.len()), body)
+pub(crate) fn set_request(body: &str) -> String {
+    set_request_framed(&format!("content-length: {}", body.len()), body)
 }
 
 /// A request for `DELETE /set` in bytes.
@@ -130,10 +140,10 @@ pub(crate) fn get_request(query: &str, headers: &str) -> String {
 }
 
 /// A connection on which lines are to come, and none has yet.
-pub(crate) async fn half_sent_lines(node: &Ports) -> Raw {
-    let mut connection = Raw::connect(node.write).await;
+pub(crate) async fn incomplete_ndjson_request(node: &Ports) -> RawConnection {
+    let mut connection = RawConnection::connect(node.write).await;
     let framing = "transfer-encoding: chunked";
-    let request = set_request(framing, "").replace("/json", "/x-ndjson");
+    let request = set_request_framed(framing, "").replace("/json", "/x-ndjson");
     connection.send(request).await;
     node.metric_reaches("gradestore_http_requests_in_flight", 2.0)
         .await;
@@ -141,10 +151,10 @@ pub(crate) async fn half_sent_lines(node: &Ports) -> Raw {
 }
 
 /// A connection on which a request's header has arrived and its body has not.
-pub(crate) async fn half_sent_set(node: &Ports, body: &str) -> Raw {
-    let mut connection = Raw::connect(node.write).await;
+pub(crate) async fn incomplete_set_request(node: &Ports, body: &str) -> RawConnection {
+    let mut connection = RawConnection::connect(node.write).await;
     connection
-        .send(set_request_of(body).strip_suffix(body).unwrap())
+        .send(set_request(body).strip_suffix(body).unwrap())
         .await;
     node.metric_reaches("gradestore_http_requests_in_flight", 2.0)
         .await;
@@ -152,11 +162,11 @@ pub(crate) async fn half_sent_set(node: &Ports, body: &str) -> Raw {
 }
 
 /// Sends a write that will have to wait; returns once the node works on it.
-pub(crate) async fn waiting_set(node: &Ports, body: &str) -> Raw {
+pub(crate) async fn pending_set(node: &Ports, body: &str) -> RawConnection {
     let name = "gradestore_http_requests_in_flight";
     let running = node.metric(name).await.unwrap();
-    let mut connection = Raw::connect(node.write).await;
-    connection.send(set_request_of(body)).await;
+    let mut connection = RawConnection::connect(node.write).await;
+    connection.send(set_request(body)).await;
     node.metric_reaches(name, running + 1.0).await;
     connection
 }

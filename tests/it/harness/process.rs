@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::wire::PATIENCE;
+use super::wire::TIMEOUT;
 
 /// The program, with an environment that holds nothing of ours.
 pub(crate) fn program() -> Command {
@@ -32,7 +32,7 @@ pub(crate) fn program_at(path: &Path) -> Command {
 }
 
 /// What `command` runs, run by `runner`, which takes a command line as its last arguments.
-pub(crate) fn run_by(runner: &[&str], command: &Command) -> Command {
+pub(crate) fn wrapped_by(runner: &[&str], command: &Command) -> Command {
     let mut run = Command::new(runner[0]);
     run.args(&runner[1..])
         .arg(command.get_program())
@@ -57,7 +57,7 @@ pub(crate) fn run(command: &mut Command) -> Output {
     let pid = Pid::from_child(&child);
     let (ended, end) = mpsc::channel();
     std::thread::spawn(move || ended.send(child.wait_with_output()));
-    match end.recv_timeout(PATIENCE) {
+    match end.recv_timeout(TIMEOUT) {
         Ok(output) => output.unwrap(),
         Err(_) => {
             kill_process(pid, Signal::KILL).unwrap();
@@ -77,24 +77,24 @@ impl Drop for Process {
 }
 
 /// Collects what a child says, whole lines at a time.
-pub(crate) fn collected(pipe: impl Read + Send + 'static) -> Arc<Mutex<String>> {
-    let said = Arc::new(Mutex::new(String::new()));
-    let lines = Arc::clone(&said);
+pub(crate) fn collect_output(pipe: impl Read + Send + 'static) -> Arc<Mutex<String>> {
+    let printed = Arc::new(Mutex::new(String::new()));
+    let lines = Arc::clone(&printed);
     std::thread::spawn(move || {
         for line in BufReader::new(pipe).lines().map_while(Result::ok) {
             lines.lock().push_str(&format!("{line}\n"));
         }
     });
-    said
+    printed
 }
 
 /// `command` bound by permissions, as root is not.
-pub(crate) fn bound_by_permissions(command: &Command) -> Command {
+pub(crate) fn without_root_capabilities(command: &Command) -> Command {
     match rustix::process::geteuid().is_root() {
-        true => run_by(
+        true => wrapped_by(
             &["setpriv", "--bounding-set=-all", "--inh-caps=-all"],
             command,
         ),
-        false => run_by(&["env"], command),
+        false => wrapped_by(&["env"], command),
     }
 }

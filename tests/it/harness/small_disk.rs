@@ -23,8 +23,8 @@ impl SmallDisk {
         let unshare = unshare.args(["--mount", "sh", "-c", &mount]);
         let unshare = unshare.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut holder = unshare.spawn().unwrap();
-        let mut said = [0; 8];
-        let mounted = holder.stdout.as_mut().unwrap().read_exact(&mut said);
+        let mut printed = [0; 8];
+        let mounted = holder.stdout.as_mut().unwrap().read_exact(&mut printed);
         mounted
             .expect("this test needs a disk of its own: run it as root or allow user namespaces");
         // The way into its namespace from outside.

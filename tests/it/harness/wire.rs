@@ -10,35 +10,35 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 
 /// How long anything may take before a test gives up on it. Long: it only decides how soon a test
 /// fails, and machines may be busy.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Looks again and again until `look` finds what it looks for.
 pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
-    let begun = Instant::now();
+    let started_at = Instant::now();
     loop {
         if let Some(found) = look().await {
             return found;
         }
-        assert!(begun.elapsed() < PATIENCE, "not in time: {what}");
+        assert!(started_at.elapsed() < TIMEOUT, "not in time: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
 /// `task`, which must end in time.
-pub(crate) async fn in_time<T>(what: &str, task: impl Future<Output = T>) -> T {
-    let ended = tokio::time::timeout(PATIENCE, task).await;
+pub(crate) async fn with_timeout<T>(what: &str, task: impl Future<Output = T>) -> T {
+    let ended = tokio::time::timeout(TIMEOUT, task).await;
     ended.unwrap_or_else(|_| panic!("not in time: {what}"))
 }
 
 /// One answer, whole.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub(crate) struct Response {
     pub(crate) status: u16,
     pub(crate) headers: HeaderMap,
     pub(crate) body: String,
 }
 
-impl Answer {
+impl Response {
     /// A header's value; empty without it.
     pub(crate) fn header(&self, name: &str) -> &str {
         let value = self.headers.get(name);
@@ -58,7 +58,7 @@ impl Answer {
 
     /// Checks that this is the problem `cause` in all that the contract says of one; its `detail`.
     #[track_caller]
-    pub(crate) fn problem(&self, status: u16, cause: &str) -> String {
+    pub(crate) fn expect_problem(&self, status: u16, cause: &str) -> String {
         assert_eq!(self.status, status, "{cause}: {}", self.body);
         assert_eq!(self.header("content-type"), "application/problem+json");
         let problem = self.json();
@@ -88,7 +88,7 @@ impl Answer {
 }
 
 /// A connection on which a test says every byte.
-pub(crate) struct Raw {
+pub(crate) struct RawConnection {
     incoming: Incoming,
     outgoing: OwnedWriteHalf,
 }
@@ -98,9 +98,9 @@ struct Incoming {
     received: Vec<u8>,
 }
 
-impl Raw {
+impl RawConnection {
     pub(crate) async fn connect(address: SocketAddr) -> Self {
-        let stream = in_time("connect", TcpStream::connect(address)).await;
+        let stream = with_timeout("connect", TcpStream::connect(address)).await;
         let stream = stream.unwrap();
         // Else a second small write waits 40 ms for the answer to the first.
         stream.set_nodelay(true).unwrap();
@@ -114,61 +114,61 @@ impl Raw {
 
     pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
         let sent = self.outgoing.write_all(bytes.as_ref());
-        in_time("send", sent).await.unwrap();
+        with_timeout("send", sent).await.unwrap();
     }
 
     /// The same to a node that may be gone.
     pub(crate) async fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> std::io::Result<()> {
-        in_time("send", self.outgoing.write_all(bytes.as_ref())).await
+        with_timeout("send", self.outgoing.write_all(bytes.as_ref())).await
     }
 
     /// Says that nothing more will be sent.
-    pub(crate) async fn send_no_more(&mut self) {
+    pub(crate) async fn shutdown_write(&mut self) {
         self.outgoing.shutdown().await.unwrap();
     }
 
     /// The next answer.
-    pub(crate) async fn answer(&mut self) -> Answer {
-        self.try_answer().await.unwrap()
+    pub(crate) async fn response(&mut self) -> Response {
+        self.try_response().await.unwrap()
     }
 
     /// The next answer; `None` if the connection ends first.
-    pub(crate) async fn try_answer(&mut self) -> Option<Answer> {
-        self.incoming.answer().await
+    pub(crate) async fn try_response(&mut self) -> Option<Response> {
+        self.incoming.response().await
     }
 
     /// Sends `request` and reads the answer meanwhile: the node may answer before it has all.
-    pub(crate) async fn ask(&mut self, request: impl AsRef<[u8]>) -> Answer {
+    pub(crate) async fn request(&mut self, request: impl AsRef<[u8]>) -> Response {
         let sent = self.outgoing.write_all(request.as_ref());
-        let (_, answer) = tokio::join!(in_time("send", sent), self.incoming.answer());
-        answer.unwrap()
+        let (_, response) = tokio::join!(with_timeout("send", sent), self.incoming.response());
+        response.unwrap()
     }
 
     /// All that comes until the node ends the connection.
-    pub(crate) async fn rest(&mut self) -> Vec<u8> {
+    pub(crate) async fn read_to_end(&mut self) -> Vec<u8> {
         while self.incoming.receive().await > 0 {}
         std::mem::take(&mut self.incoming.received)
     }
 
     /// Moves what comes next into `into`, `bytes_max` of it at most; 0 at the connection's end.
-    pub(crate) async fn some(&mut self, bytes_max: usize, into: &mut Vec<u8>) -> usize {
+    pub(crate) async fn read_some(&mut self, bytes_max: usize, into: &mut Vec<u8>) -> usize {
         into.append(&mut self.incoming.received);
         let mut room = vec![0; bytes_max];
-        let read = in_time("something to read", self.incoming.stream.read(&mut room)).await;
+        let read = with_timeout("something to read", self.incoming.stream.read(&mut room)).await;
         let bytes = read.unwrap_or(0);
         into.extend_from_slice(&room[..bytes]);
         bytes
     }
 
     /// Waits until the node ends the connection; nothing more may come.
-    pub(crate) async fn closed(&mut self) {
+    pub(crate) async fn expect_closed(&mut self) {
         let more = self.incoming.receive().await;
         assert_eq!((more, self.incoming.received.len()), (0, 0), "not the end");
     }
 }
 
 impl Incoming {
-    async fn answer(&mut self) -> Option<Answer> {
+    async fn response(&mut self) -> Option<Response> {
         let head_end = loop {
             let end = self.received.windows(4).position(|at| at == b"\r\n\r\n");
             match end {
@@ -193,7 +193,7 @@ impl Incoming {
             assert_ne!(self.receive().await, 0, "the answer is cut off: {head}");
         }
         let body = self.received.drain(..body_len).collect();
-        Some(Answer {
+        Some(Response {
             status,
             headers,
             body: String::from_utf8(body).unwrap(),
@@ -204,6 +204,8 @@ impl Incoming {
     async fn receive(&mut self) -> usize {
         let received = self.stream.read_buf(&mut self.received);
         // A reset ends it, too.
-        in_time("something to read", received).await.unwrap_or(0)
+        with_timeout("something to read", received)
+            .await
+            .unwrap_or(0)
     }
 }

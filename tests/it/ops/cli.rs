@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::process::{Command, Output};
 
-use crate::harness::backup_files::{names_in, program_on};
+use crate::harness::backup_files::{file_names, program_with_data_dir};
 use crate::harness::wire::eventually;
 use crate::harness::{ANY_PORTS, Node, PASSWORD, program, run};
 
@@ -36,10 +36,10 @@ fn a_wrong_flag_or_variable_is_named_with_its_value_and_the_fix() {
         ("--ops-addr", "GRADESTORE_OPS_ADDR", "127.0.0.1:8082"),
     ] {
         for value in ["nowhere", "8080", "127.0.0.1", "127.0.0.1:99999", "::1:80"] {
-            let said = refused(program().args([flag, value]));
-            assert_names(&said, &[flag, value, example]);
-            let said = refused(program().env(variable, value));
-            assert_names(&said, &[variable, value, example]);
+            let printed = refused(program().args([flag, value]));
+            assert_names(&printed, &[flag, value, example]);
+            let printed = refused(program().env(variable, value));
+            assert_names(&printed, &[variable, value, example]);
         }
     }
     assert_names(
@@ -51,17 +51,17 @@ fn a_wrong_flag_or_variable_is_named_with_its_value_and_the_fix() {
         &["--username", "empty"],
     );
     for value in ["0", "-1", "two", "1025"] {
-        let said = refused(program().arg(format!("--threads={value}")));
-        assert_names(&said, &["--threads", value, "from 1 to 1024"]);
+        let printed = refused(program().arg(format!("--threads={value}")));
+        assert_names(&printed, &["--threads", value, "from 1 to 1024"]);
     }
     for (value, why) in [
         ("8G", "unit"),
         ("1MiB", "at least 16MiB"),
         ("0%", "1% to 100%"),
     ] {
-        let said = refused(program().arg(format!("--memory-max={value}")));
+        let printed = refused(program().arg(format!("--memory-max={value}")));
         assert_names(
-            &said,
+            &printed,
             &["--memory-max", value, why, "GRADESTORE_MEMORY_MAX"],
         );
     }
@@ -70,8 +70,8 @@ fn a_wrong_flag_or_variable_is_named_with_its_value_and_the_fix() {
         &["--wirte-addr", "--write-addr"],
     );
     assert_names(&refused(program().arg("serv")), &["serv", "serve"]);
-    let said = refused(program().env("GRADESTORE_USER_NAME", "x"));
-    assert_names(&said, &["GRADESTORE_USER_NAME", "GRADESTORE_USERNAME"]);
+    let printed = refused(program().env("GRADESTORE_USER_NAME", "x"));
+    assert_names(&printed, &["GRADESTORE_USER_NAME", "GRADESTORE_USERNAME"]);
 }
 
 #[test]
@@ -85,11 +85,11 @@ fn a_misspelt_variable_stops_every_command() {
         &["verify", to],
         &["health", "--ops-addr", "127.0.0.1:1"],
     ] {
-        let said = refused(program().args(args).env("GRADESTORE_X", "1"));
+        let printed = refused(program().args(args).env("GRADESTORE_X", "1"));
         let unknown = "unknown environment variable GRADESTORE_X;";
-        assert_names(&said, &[unknown, "GRADESTORE_PASSWORD_FILE"]);
+        assert_names(&printed, &[unknown, "GRADESTORE_PASSWORD_FILE"]);
         // Before anything is done.
-        assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
+        assert_eq!(printed.lines().count(), 1, "{args:?}: {printed}");
     }
     assert!(!output.exists());
 }
@@ -98,13 +98,14 @@ fn a_misspelt_variable_stops_every_command() {
 async fn ephemeral_is_yes_or_no_and_nothing_is_no() {
     let directory = tempfile::tempdir().unwrap();
     for value in ["maybe", "2", " "] {
-        let said = refused(program_on(directory.path()).env("GRADESTORE_EPHEMERAL", value));
+        let printed =
+            refused(program_with_data_dir(directory.path()).env("GRADESTORE_EPHEMERAL", value));
         let fix = "set GRADESTORE_EPHEMERAL to true or false";
-        assert_names(&said, &[&format!("'{value}'"), fix]);
+        assert_names(&printed, &[&format!("'{value}'"), fix]);
     }
-    assert!(names_in(directory.path()).is_empty());
+    assert!(file_names(directory.path()).is_empty());
     for (value, kind) in [("", "disk"), ("No", "disk"), ("1", "memory")] {
-        let mut command = program_on(directory.path());
+        let mut command = program_with_data_dir(directory.path());
         let node = Node::start_with(command.env("GRADESTORE_EPHEMERAL", value)).await;
         let status = node.status().await;
         assert_eq!(status["log_kind"], kind, "{value:?}");
@@ -121,27 +122,27 @@ fn a_password_that_cannot_be_one_is_refused_and_not_shown() {
     assert_names(&missing, &["--password-file", file, "make the file"]);
     for content in ["", "\n", "secret\nsecond", "secret\0"] {
         std::fs::write(&path, content).unwrap();
-        let said = refused(program().args(["--password-file", file]));
-        assert_names(&said, &[file, "at least one character"]);
-        assert!(!said.contains("secret"), "{said}");
+        let printed = refused(program().args(["--password-file", file]));
+        assert_names(&printed, &[file, "at least one character"]);
+        assert!(!printed.contains("secret"), "{printed}");
     }
-    let said = refused(program().env("GRADESTORE_PASSWORD", ""));
-    assert_names(&said, &["GRADESTORE_PASSWORD", "empty"]);
+    let printed = refused(program().env("GRADESTORE_PASSWORD", ""));
+    assert_names(&printed, &["GRADESTORE_PASSWORD", "empty"]);
 
     std::fs::write(&path, "secret").unwrap();
     let mut both = program();
     both.env("GRADESTORE_PASSWORD", "secret")
         .env("GRADESTORE_PASSWORD_FILE", file);
-    let said = refused(&mut both);
+    let printed = refused(&mut both);
     assert_names(
-        &said,
+        &printed,
         &[
             "GRADESTORE_PASSWORD ",
             "GRADESTORE_PASSWORD_FILE",
             "remove one",
         ],
     );
-    assert!(!said.contains("secret"), "{said}");
+    assert!(!printed.contains("secret"), "{printed}");
 }
 
 #[test]
@@ -164,17 +165,17 @@ fn the_error_for_a_wrong_nats_url_names_the_fix_and_shows_no_password() {
             program().args(["--nats-url", urls]),
             program().env("GRADESTORE_NATS_URL", urls),
         ] {
-            let said = refused(command);
-            assert_names(&said, &["--nats-url", "GRADESTORE_NATS_URL", fix]);
-            assert!(!said.contains("SECRET"), "{said}");
+            let printed = refused(command);
+            assert_names(&printed, &["--nats-url", "GRADESTORE_NATS_URL", fix]);
+            assert!(!printed.contains("SECRET"), "{printed}");
         }
     }
     let mut help = program();
     let help = help.args(["serve", "--help"]);
     let output = run(help.env("GRADESTORE_NATS_URL", "nats://u:SECRET@127.0.0.1"));
-    let said = String::from_utf8(output.stdout).unwrap();
-    assert_names(&said, &["--nats-url", "GRADESTORE_NATS_URL"]);
-    assert!(!said.contains("SECRET"), "{said}");
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert_names(&printed, &["--nats-url", "GRADESTORE_NATS_URL"]);
+    assert!(!printed.contains("SECRET"), "{printed}");
 }
 
 #[test]
@@ -186,12 +187,12 @@ fn an_address_must_be_free_and_each_its_own() {
         &same,
         &["--write-addr", "--ops-addr", &address, "its own port"],
     );
-    let said = refused(
+    let printed = refused(
         program()
             .args(&ANY_PORTS[..2])
             .args(["--ops-addr", &address]),
     );
-    assert_names(&said, &["--ops-addr", &address, "choose another"]);
+    assert_names(&printed, &["--ops-addr", &address, "choose another"]);
 }
 
 #[tokio::test]
@@ -222,13 +223,13 @@ async fn the_password_is_said_nowhere() {
         .env("RUST_LOG", "trace");
     let mut node = Node::start_with(&mut command).await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
-    node.set("{").await.problem(400, "not-json");
+    node.set("{").await.expect_problem(400, "not-json");
     for path in ["/metrics", "/status", "/readyz", "/livez"] {
-        let said = node.ops(path).await.body;
-        assert!(!said.contains(PASSWORD), "{path}: {said}");
+        let printed = node.ops(path).await.body;
+        assert!(!printed.contains(PASSWORD), "{path}: {printed}");
     }
     node.signal(rustix::process::Signal::TERM);
-    node.exit().await;
+    node.wait_for_exit().await;
     let encoded = crate::harness::AUTHORIZATION.trim_start_matches("Basic ");
     let logs = eventually("the last log line", async || {
         Some(node.stderr.lock().clone()).filter(|logs| logs.contains("stopped"))
@@ -256,21 +257,21 @@ async fn health_asks_whether_a_node_is_ready() {
     drop(node);
     let nobody = health(&address);
     assert_eq!(nobody.status.code(), Some(1));
-    let said = String::from_utf8(nobody.stderr).unwrap();
-    assert_names(&said, &[&address, "no answer", "--ops-addr"]);
+    let printed = String::from_utf8(nobody.stderr).unwrap();
+    assert_names(&printed, &[&address, "no answer", "--ops-addr"]);
 }
 
 #[test]
 fn help_and_version_are_printed() {
-    let said = |args: &[&str]| {
+    let printed = |args: &[&str]| {
         let output = run(program().args(args));
         assert!(output.status.success(), "{args:?}");
         String::from_utf8(output.stdout).unwrap()
     };
     let version = env!("CARGO_PKG_VERSION");
-    assert_eq!(said(&["--version"]), format!("gradestore {version}\n"));
+    assert_eq!(printed(&["--version"]), format!("gradestore {version}\n"));
     assert_names(
-        &said(&["--help"]),
+        &printed(&["--help"]),
         &["serve", "health", "Without a command"],
     );
     let flags = [
@@ -281,25 +282,25 @@ fn help_and_version_are_printed() {
         ["--password-file", "GRADESTORE_PASSWORD_FILE"],
     ];
     for flag in flags {
-        assert_names(&said(&["serve", "--help"]), &flag);
+        assert_names(&printed(&["serve", "--help"]), &flag);
     }
 }
 
 #[test]
 fn replicas_need_a_password_and_a_broker_flag_needs_a_broker() {
-    let said = |arguments: &[&str]| {
+    let printed = |arguments: &[&str]| {
         let output = run(program().args(ANY_PORTS).args(arguments));
         assert!(!output.status.success());
         String::from_utf8(output.stderr).unwrap()
     };
-    let alone = said(&["--nats-url", "127.0.0.1:1"]);
+    let alone = printed(&["--nats-url", "127.0.0.1:1"]);
     assert!(alone.contains("--nats-url needs a password"), "{alone}");
     for flag in [
         ["--stream", "X"],
         ["--replicas", "3"],
         ["--log-retention", "1h"],
     ] {
-        let alone = said(&flag);
+        let alone = printed(&flag);
         assert!(alone.contains("--nats-url"), "{alone}");
     }
     for flag in [
@@ -307,7 +308,7 @@ fn replicas_need_a_password_and_a_broker_flag_needs_a_broker() {
         ["--replicas", "6"],
         ["--log-retention", "1s"],
     ] {
-        let wrong = said(&flag);
+        let wrong = printed(&flag);
         assert!(
             wrong.contains(flag[0]) && wrong.contains("GRADESTORE_"),
             "{wrong}"

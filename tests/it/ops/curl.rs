@@ -10,12 +10,12 @@ async fn a_password_that_was_made_is_shown_in_lines_that_work() {
     // A name that a shell would read otherwise.
     let name = "o'neill $HOME";
     let node = Node::start_with(program().args(ANY_PORTS).args(["--username", name])).await;
-    let said = eventually("two curl lines", async || {
-        let said = node.stdout.lock().clone();
-        (said.matches("curl").count() == 2).then_some(said)
+    let printed = eventually("two curl lines", async || {
+        let printed = node.stdout.lock().clone();
+        (printed.matches("curl").count() == 2).then_some(printed)
     })
     .await;
-    let lines = &said[said.find("  curl").unwrap()..];
+    let lines = &printed[printed.find("  curl").unwrap()..];
     let mut shell = Command::new("sh");
     let sent = run(shell.args(["-e", "-c", lines]).env("NO_PROXY", "*"));
     assert!(sent.status.success(), "{sent:?}");
@@ -23,13 +23,13 @@ async fn a_password_that_was_made_is_shown_in_lines_that_work() {
     assert_eq!(got, node.get("alice").await.body);
     assert_eq!(node.get("alice").await.json()["spp"], 5);
 
-    let (_, password) = said.split_once("$HOME:").unwrap();
+    let (_, password) = printed.split_once("$HOME:").unwrap();
     let password = password.split('\'').next().unwrap();
     assert!(password.len() >= 20, "{password}");
     assert!(!node.stderr.lock().contains(password));
     let other = Node::start_with(program().args(ANY_PORTS)).await;
-    let said = eventually("a password", async || {
-        Some(other.stdout.lock().clone()).filter(|said| said.contains("admin:"))
+    let printed = eventually("a password", async || {
+        Some(other.stdout.lock().clone()).filter(|printed| printed.contains("admin:"))
     });
-    assert!(!said.await.contains(password), "made again");
+    assert!(!printed.await.contains(password), "made again");
 }

@@ -3,8 +3,8 @@
 use tempfile::tempdir;
 
 use crate::harness::Node;
-use crate::harness::backup_files::program_on;
-use crate::harness::wire::{Answer, PATIENCE, eventually};
+use crate::harness::backup_files::program_with_data_dir;
+use crate::harness::wire::{Response, TIMEOUT, eventually};
 
 #[tokio::test]
 async fn a_node_says_that_it_lives_and_is_ready() {
@@ -13,13 +13,13 @@ async fn a_node_says_that_it_lives_and_is_ready() {
         assert_eq!(node.ops(path).await.status, 200, "{path}");
     }
     for path in ["/index.html", "/get?user_id=a", "/readyz/read"] {
-        node.ops(path).await.problem(404, "route-unknown");
+        node.ops(path).await.expect_problem(404, "route-unknown");
     }
     for path in ["/livez", "/readyz", "/readyz/write", "/metrics", "/status"] {
         let request = node.client.post(format!("http://{}{path}", node.ops));
-        let answer = Answer::of(request.send().await.unwrap()).await;
-        answer.problem(405, "method-not-allowed");
-        assert_eq!(answer.header("allow"), "GET, HEAD");
+        let response = Response::of(request.send().await.unwrap()).await;
+        response.expect_problem(405, "method-not-allowed");
+        assert_eq!(response.header("allow"), "GET, HEAD");
     }
 }
 
@@ -112,13 +112,13 @@ async fn metrics_count_and_time_and_name_no_user() {
     ] {
         assert_eq!(node.metric(name).await, Some(value), "{name}");
     }
-    let answer = node.ops("/metrics").await;
+    let response = node.ops("/metrics").await;
     assert!(
-        answer
+        response
             .header("content-type")
             .starts_with("text/plain; version=0.0.4")
     );
-    let metrics = answer.body;
+    let metrics = response.body;
     assert!(!metrics.contains("secret"), "{metrics}");
     let version = env!("CARGO_PKG_VERSION");
     for name in [
@@ -168,14 +168,14 @@ async fn a_snapshot_has_no_age_before_it_is_there() {
     assert!(age(&Node::start().await).await.is_nan());
 
     let directory = tempdir().unwrap();
-    let mut command = program_on(directory.path());
+    let mut command = program_with_data_dir(directory.path());
     let node = Node::start_with(command.arg("--snapshot-interval=1s")).await;
     assert!(age(&node).await.is_nan());
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
     node.metric_reaches("gradestore_snapshot_position", 1.0)
         .await;
     let young = age(&node).await;
-    assert!((0.0..PATIENCE.as_secs_f64()).contains(&young), "{young}");
+    assert!((0.0..TIMEOUT.as_secs_f64()).contains(&young), "{young}");
     let older = async || (age(&node).await > young).then_some(());
     eventually("a greater age", older).await;
 }
@@ -183,13 +183,13 @@ async fn a_snapshot_has_no_age_before_it_is_there() {
 #[tokio::test]
 async fn the_page_is_small_and_is_all_there_is() {
     let node = Node::start().await;
-    let answer = node.ops("/").await;
-    assert_eq!(answer.status, 200);
-    assert_eq!(answer.header("content-type"), "text/html; charset=utf-8");
-    assert_eq!(answer.header("cache-control"), "no-store");
-    assert_eq!(answer.header("x-content-type-options"), "nosniff");
-    assert!(answer.body.len() < 20_000, "{}", answer.body.len());
-    let policy = answer.header("content-security-policy");
+    let response = node.ops("/").await;
+    assert_eq!(response.status, 200);
+    assert_eq!(response.header("content-type"), "text/html; charset=utf-8");
+    assert_eq!(response.header("cache-control"), "no-store");
+    assert_eq!(response.header("x-content-type-options"), "nosniff");
+    assert!(response.body.len() < 20_000, "{}", response.body.len());
+    let policy = response.header("content-security-policy");
     let parts: Vec<&str> = policy.split("; ").collect();
     for part in [
         "default-src 'none'",
@@ -209,10 +209,10 @@ async fn the_page_is_small_and_is_all_there_is() {
     // Nothing is fetched from anywhere but here.
     for outside in ["http://", "https://", "//cdn", "@import", "url("] {
         let namespace = "xmlns='http://www.w3.org/2000/svg'";
-        let body = answer.body.replace(namespace, "");
+        let body = response.body.replace(namespace, "");
         assert!(!body.contains(outside), "{outside}");
     }
     let request = node.client.post(format!("http://{}/", node.ops));
-    let answer = Answer::of(request.send().await.unwrap()).await;
-    answer.problem(405, "method-not-allowed");
+    let response = Response::of(request.send().await.unwrap()).await;
+    response.expect_problem(405, "method-not-allowed");
 }

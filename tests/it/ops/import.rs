@@ -14,9 +14,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::spawn_blocking;
 
 use crate::harness::backup_files::gzip;
-use crate::harness::backup_files::{Held, backup_of, file_of, program_on, store_of};
-use crate::harness::wire::{eventually, in_time};
-use crate::harness::{Local, Node, PASSWORD, Ports, half_sent_lines, program, run};
+use crate::harness::backup_files::{
+    NodeState, backup_file, fetch_backup, program_with_data_dir, random_store,
+};
+use crate::harness::wire::{eventually, with_timeout};
+use crate::harness::{
+    InProcessNode, Node, PASSWORD, Ports, incomplete_ndjson_request, program, run,
+};
 
 fn command(file: &Path, to: &str) -> Command {
     let mut command = program();
@@ -50,8 +54,8 @@ fn failed(output: &Output) -> String {
 
 /// How many rows it said that the node has.
 #[track_caller]
-fn accepted_in(said: &str) -> u64 {
-    let mut parts = said.split("; ");
+fn accepted_in(printed: &str) -> u64 {
+    let mut parts = printed.split("; ");
     let rows = parts.find_map(|part| part.split_once(" rows before were accepted and stay"));
     rows.unwrap().0.parse().unwrap()
 }
@@ -61,28 +65,32 @@ async fn a_backup_of_one_node_makes_another_equal() {
     let dir = tempdir().unwrap();
     let (one, other) = tokio::join!(Node::start(), Node::start());
     // Enough for some parts, with ids that need quotes, and a user who has gone.
-    let file = written(dir.path(), "seed", &file_of(&store_of(10_000, u64::MAX), 1));
+    let file = written(
+        dir.path(),
+        "seed",
+        &backup_file(&random_store(10_000, u64::MAX), 1),
+    );
     assert!(import(&file, &one).await.status.success());
     for user in ["\"q\", 'r'", "a\\nb\u{2028}c", " =1+1 ", "привет 😀"] {
         let patch = json!({"user_id": user, "spp": i64::MIN, "return_fee": i64::MAX});
         one.set(patch.to_string()).await.position();
     }
     one.delete("user+7").await.position();
-    let held = Held::by(&one).await;
+    let held = NodeState::of(&one).await;
     assert_eq!(held.records, 10_003);
 
-    let file = written(dir.path(), "grades.csv.gz", &backup_of(&one).await);
+    let file = written(dir.path(), "grades.csv.gz", &fetch_backup(&one).await);
     let output = import(&file, &other).await;
     assert!(output.status.success(), "{output:?}");
-    let found = Held::by(&other).await;
+    let found = NodeState::of(&other).await;
     assert_eq!((found.records, &found.digest), (held.records, &held.digest));
-    let said = String::from_utf8(output.stdout).unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
     let position = found.position;
-    assert_eq!(said, format!("rows      10003\nposition  {position}\n"));
+    assert_eq!(printed, format!("rows      10003\nposition  {position}\n"));
     assert_eq!(output.stderr, b"");
     // Once more changes nothing.
     assert!(import(&file, &other).await.status.success());
-    assert_eq!(Held::by(&other).await.digest, held.digest);
+    assert_eq!(NodeState::of(&other).await.digest, held.digest);
 }
 
 #[tokio::test]
@@ -122,8 +130,8 @@ async fn standard_input_will_do_and_a_file_without_rows_as_well() {
     let dir = tempdir().unwrap();
     let file = written(dir.path(), "empty.csv.gz", &gzip(b"user_id\n"));
     let output = import(&file, &node).await;
-    let said = String::from_utf8(output.stdout).unwrap();
-    assert_eq!(said, "rows      0\nposition  none, there was no row\n");
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(printed, "rows      0\nposition  none, there was no row\n");
 }
 
 #[tokio::test]
@@ -140,12 +148,12 @@ async fn a_bad_row_is_named_with_its_line() {
         }
     }
     let file = written(dir.path(), "bad.csv.gz", &gzip(text.as_bytes()));
-    let said = failed(&import(&file, &node).await);
-    let wanted = "bad.csv.gz: row 8765, column spp (line 8768): ";
-    assert!(said.contains(wanted), "{said}");
-    let accepted = accepted_in(&said);
-    assert!((4000..8765).contains(&accepted), "{said}");
-    assert_eq!(Held::by(&node).await.records, accepted);
+    let printed = failed(&import(&file, &node).await);
+    let expected = "bad.csv.gz: row 8765, column spp (line 8768): ";
+    assert!(printed.contains(expected), "{printed}");
+    let accepted = accepted_in(&printed);
+    assert!((4000..8765).contains(&accepted), "{printed}");
+    assert_eq!(NodeState::of(&node).await.records, accepted);
 }
 
 #[tokio::test]
@@ -161,28 +169,28 @@ async fn a_row_that_the_node_refuses_is_named_with_its_line() {
     }
     let file = written(dir.path(), "good.csv.gz", &gzip(text.as_bytes()));
     // As a node would that does not know one of the file's columns.
-    let spoiling = spoiling_proxy(
+    let rewriting = rewriting_proxy(
         node.write,
         b"\"user-6500\",\"spp\":1}",
         b"\"user-6500\",\"xpp\":1}",
     );
-    let to = format!("http://{}", spoiling.await);
+    let to = format!("http://{}", rewriting.await);
     let mut command = command(&file, &to);
     let output = spawn_blocking(move || run(&mut command)).await.unwrap();
-    let said = failed(&output);
+    let printed = failed(&output);
     for part in [
         "good.csv.gz: row 6500, line 6502, was refused: line ",
         "unknown field \"xpp\"",
     ] {
-        assert!(said.contains(part), "{part} in {said}");
+        assert!(printed.contains(part), "{part} in {printed}");
     }
-    let accepted = accepted_in(&said);
-    assert!((5500..6500).contains(&accepted), "{said}");
-    assert_eq!(Held::by(&node).await.records, accepted);
+    let accepted = accepted_in(&printed);
+    assert!((5500..6500).contains(&accepted), "{printed}");
+    assert_eq!(NodeState::of(&node).await.records, accepted);
 }
 
 /// Passes bytes on both ways, and puts `new` in place of `old` on the way there.
-async fn spoiling_proxy(to: SocketAddr, old: &'static [u8], new: &'static [u8]) -> SocketAddr {
+async fn rewriting_proxy(to: SocketAddr, old: &'static [u8], new: &'static [u8]) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -219,27 +227,30 @@ async fn spoiling_proxy(to: SocketAddr, old: &'static [u8], new: &'static [u8]) 
 async fn a_damaged_file_is_found_out_and_what_was_sent_stays() {
     let dir = tempdir().unwrap();
     let node = Node::start().await;
-    let whole = file_of(&store_of(30_000, u64::MAX), 1);
+    let whole = backup_file(&random_store(30_000, u64::MAX), 1);
     // One that was cut, in the middle of its last members.
     let cut = written(dir.path(), "cut.csv.gz", &whole[..whole.len() - 100]);
-    let said = failed(&import(&cut, &node).await);
-    assert!(said.contains("cut.csv.gz: cut off at byte"), "{said}");
-    let accepted = Held::by(&node).await.records;
+    let printed = failed(&import(&cut, &node).await);
+    assert!(printed.contains("cut.csv.gz: cut off at byte"), "{printed}");
+    let accepted = NodeState::of(&node).await.records;
     assert!((10_000..30_000).contains(&accepted), "{accepted}");
     let stay = format!("{accepted} rows before were accepted and stay");
-    assert!(said.contains(&stay), "{said}");
+    assert!(printed.contains(&stay), "{printed}");
     // And one that says another checksum.
     let mut changed = whole.clone();
     let at = whole.len() / 2;
     changed[at] ^= 1;
     let changed = written(dir.path(), "changed.csv.gz", &changed);
-    let said = failed(&import(&changed, &node).await);
-    assert!(said.contains("changed.csv.gz: damaged at byte"), "{said}");
+    let printed = failed(&import(&changed, &node).await);
+    assert!(
+        printed.contains("changed.csv.gz: damaged at byte"),
+        "{printed}"
+    );
     // The whole one mends it.
     let whole = written(dir.path(), "whole.csv.gz", &whole);
     assert!(import(&whole, &node).await.status.success());
-    let held = Held::in_store(&store_of(30_000, u64::MAX), 0);
-    assert_eq!(Held::by(&node).await.digest, held.digest);
+    let held = NodeState::of_store(&random_store(30_000, u64::MAX), 0);
+    assert_eq!(NodeState::of(&node).await.digest, held.digest);
 }
 
 fn begin(file: &Path, to: &str, wait: &str) -> Child {
@@ -260,8 +271,8 @@ async fn ended(child: Child) -> Output {
 async fn a_node_that_dies_in_the_middle_is_told_with_what_is_known() {
     let dir = tempdir().unwrap();
     let data = dir.path().join("data");
-    let node = Node::start_with(&mut program_on(&data)).await;
-    let file = file_of(&store_of(30_000, u64::MAX), 1);
+    let node = Node::start_with(&mut program_with_data_dir(&data)).await;
+    let file = backup_file(&random_store(30_000, u64::MAX), 1);
     let mut command = command(Path::new("-"), &format!("http://{}", node.write));
     let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
@@ -269,27 +280,27 @@ async fn a_node_that_dies_in_the_middle_is_told_with_what_is_known() {
     let (first, second) = file.split_at(file.len() / 2);
     stdin.write_all(first).unwrap();
     eventually("some rows", async || {
-        (Held::by(&node).await.records >= 8000).then_some(())
+        (NodeState::of(&node).await.records >= 8000).then_some(())
     })
     .await;
     node.kill();
     // It may have seen enough by now.
     let _ = stdin.write_all(second);
     drop(stdin);
-    let said = failed(&ended(child).await);
-    let accepted = accepted_in(&said);
-    let node = Node::start_with(&mut program_on(&data)).await;
-    let held = Held::by(&node).await.records;
-    let until = said.split_once(&format!("; of rows {} to ", accepted + 1));
+    let printed = failed(&ended(child).await);
+    let accepted = accepted_in(&printed);
+    let node = Node::start_with(&mut program_with_data_dir(&data)).await;
+    let held = NodeState::of(&node).await.records;
+    let until = printed.split_once(&format!("; of rows {} to ", accepted + 1));
     let until = until.map_or(accepted, |(_, rest)| {
         let (until, rest) = rest.split_once(' ').unwrap();
         assert!(
             rest.starts_with("some or all may be there as well"),
-            "{said}"
+            "{printed}"
         );
         until.parse().unwrap()
     });
-    assert!((accepted..=until).contains(&held), "{held}: {said}");
+    assert!((accepted..=until).contains(&held), "{held}: {printed}");
 }
 
 #[tokio::test]
@@ -299,38 +310,38 @@ async fn an_answer_that_does_not_come_and_nobody_there_are_told_apart() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let to = format!("http://{}", listener.local_addr().unwrap());
     let child = begin(&file, &to, "1m");
-    let (mut connection, _) = in_time("a request", listener.accept()).await.unwrap();
+    let (mut connection, _) = with_timeout("a request", listener.accept()).await.unwrap();
     let mut request = Vec::new();
     while !request.ends_with(b"{\"user_id\":\"b\"}\n") {
-        in_time("its end", connection.read_buf(&mut request))
+        with_timeout("its end", connection.read_buf(&mut request))
             .await
             .unwrap();
     }
     drop((connection, listener));
-    let said = failed(&ended(child).await);
-    let wanted = "no row was accepted before; of rows 1 to 2 some or all may be there as well";
-    assert!(said.contains(wanted), "{said}");
-    let said = failed(&ended(begin(&file, &to, "1m")).await);
-    assert!(said.contains("no row was accepted before"), "{said}");
-    assert!(!said.contains("may be there"), "{said}");
+    let printed = failed(&ended(child).await);
+    let expected = "no row was accepted before; of rows 1 to 2 some or all may be there as well";
+    assert!(printed.contains(expected), "{printed}");
+    let printed = failed(&ended(begin(&file, &to, "1m")).await);
+    assert!(printed.contains("no row was accepted before"), "{printed}");
+    assert!(!printed.contains("may be there"), "{printed}");
 }
 
 #[tokio::test]
 async fn a_node_that_is_full_is_waited_for_and_not_for_ever() {
     let dir = tempdir().unwrap();
-    let node = Local::start(|config| config.writer.bulks_max = 1).await;
+    let node = InProcessNode::start(|config| config.writer.bulks_max = 1).await;
     let file = written(
         dir.path(),
         "grades.csv.gz",
-        &file_of(&store_of(3000, u64::MAX), 1),
+        &backup_file(&random_store(3000, u64::MAX), 1),
     );
     let to = format!("http://{}", node.write);
     let refused = r#"gradestore_http_requests_total{route="/set lines",status="503"}"#;
-    let held = half_sent_lines(&node).await;
+    let held = incomplete_ndjson_request(&node).await;
 
-    let said = failed(&ended(begin(&file, &to, "0s")).await);
+    let printed = failed(&ended(begin(&file, &to, "0s")).await);
     for part in ["answered 503: ", "queue is full", "no row was accepted"] {
-        assert!(said.contains(part), "{part} in {said}");
+        assert!(printed.contains(part), "{part} in {printed}");
     }
     assert_eq!(node.metric(refused).await, Some(1.0));
 
@@ -339,7 +350,7 @@ async fn a_node_that_is_full_is_waited_for_and_not_for_ever() {
     drop(held);
     let output = ended(waiting).await;
     assert!(output.status.success(), "{output:?}");
-    assert_eq!(Held::by(&node).await.records, 3000);
+    assert_eq!(NodeState::of(&node).await.records, 3000);
 }
 
 #[tokio::test]
@@ -349,15 +360,18 @@ async fn who_may_not_is_told_and_so_is_who_asks_for_nothing() {
     let file = written(dir.path(), "grades.csv.gz", &gzip(b"user_id\na\n"));
     let to = format!("http://{}", node.write);
     let mut wrong = command(&file, &to);
-    let said = failed(&run(wrong.env("GRADESTORE_PASSWORD", "wrong")));
-    assert!(said.contains("answered 401: "), "{said}");
+    let printed = failed(&run(wrong.env("GRADESTORE_PASSWORD", "wrong")));
+    assert!(printed.contains("answered 401: "), "{printed}");
     let mut none = command(&file, &to);
-    let said = failed(&run(none.env_remove("GRADESTORE_PASSWORD")));
-    assert!(said.contains("no password"), "{said}");
-    let said = failed(&run(&mut command(&dir.path().join("nothing"), &to)));
-    assert!(said.contains("nothing: cannot read on at byte 0"), "{said}");
+    let printed = failed(&run(none.env_remove("GRADESTORE_PASSWORD")));
+    assert!(printed.contains("no password"), "{printed}");
+    let printed = failed(&run(&mut command(&dir.path().join("nothing"), &to)));
+    assert!(
+        printed.contains("nothing: cannot read on at byte 0"),
+        "{printed}"
+    );
     let text = written(dir.path(), "text", b"user_id\na\n");
-    let said = failed(&run(&mut command(&text, &to)));
-    assert!(said.contains("not a gzip file"), "{said}");
-    assert_eq!(Held::by(&node).await.records, 0);
+    let printed = failed(&run(&mut command(&text, &to)));
+    assert!(printed.contains("not a gzip file"), "{printed}");
+    assert_eq!(NodeState::of(&node).await.records, 0);
 }

@@ -5,14 +5,14 @@ use std::collections::BTreeSet;
 use http::{HeaderMap, HeaderValue};
 use serde_json::Value;
 
-use crate::harness::wire::{Answer, eventually};
+use crate::harness::wire::{Response, eventually};
 use crate::harness::{ANY_PORTS, AUTHORIZATION, Node, PASSWORD, program, run};
 
 pub(crate) const ID: &str = "x-request-id";
 const PATCH: &str = r#"{"user_id":"alice","spp":1}"#;
 
 /// Asks a node for `what`, a method, a port and a path; the answer.
-pub(crate) async fn ask(node: &Node, what: &str, headers: &HeaderMap) -> Answer {
+pub(crate) async fn ask(node: &Node, what: &str, headers: &HeaderMap) -> Response {
     let [method, port, path] = what.split(' ').collect::<Vec<_>>().try_into().unwrap();
     let port = match port {
         "write" => node.write,
@@ -27,7 +27,7 @@ pub(crate) async fn ask(node: &Node, what: &str, headers: &HeaderMap) -> Answer 
             .header("content-type", "application/json")
             .body(PATCH);
     }
-    Answer::of(request.send().await.unwrap()).await
+    Response::of(request.send().await.unwrap()).await
 }
 
 pub(crate) fn with(ids: &[&[u8]], authorized: bool) -> HeaderMap {
@@ -42,8 +42,8 @@ pub(crate) fn with(ids: &[&[u8]], authorized: bool) -> HeaderMap {
 }
 
 /// What succeeds where nobody asks for a name, and all else.
-pub(crate) const HOT: [&str; 2] = ["POST write /set", "GET read /get?user_id=alice"];
-pub(crate) const OTHERS: [&str; 9] = [
+pub(crate) const FAST_PATH_REQUESTS: [&str; 2] = ["POST write /set", "GET read /get?user_id=alice"];
+pub(crate) const OTHER_REQUESTS: [&str; 9] = [
     "GET write /backup",
     "GET read /get?user_id=nobody",
     "GET read /get",
@@ -59,9 +59,9 @@ pub(crate) const OTHERS: [&str; 9] = [
 async fn a_request_that_has_a_name_keeps_it_and_others_get_one_where_it_is_of_use() {
     let node = Node::start().await;
     let own = "!a~0b-4f_#1";
-    for what in HOT.iter().chain(&OTHERS) {
-        let answer = ask(&node, what, &with(&[own.as_bytes()], true)).await;
-        assert_eq!(answer.header(ID), own, "{what}");
+    for what in FAST_PATH_REQUESTS.iter().chain(&OTHER_REQUESTS) {
+        let response = ask(&node, what, &with(&[own.as_bytes()], true)).await;
+        assert_eq!(response.header(ID), own, "{what}");
     }
     let mut made = BTreeSet::new();
     let long = [b'a'; 129];
@@ -73,33 +73,33 @@ async fn a_request_that_has_a_name_keeps_it_and_others_get_one_where_it_is_of_us
         &[b"a", b"b"],
     ];
     for ids in wrong {
-        for what in HOT {
-            let answer = ask(&node, what, &with(ids, true)).await;
+        for what in FAST_PATH_REQUESTS {
+            let response = ask(&node, what, &with(ids, true)).await;
             assert!(
-                answer.status < 300 && answer.headers.get(ID).is_none(),
+                response.status < 300 && response.headers.get(ID).is_none(),
                 "{what}"
             );
         }
-        for what in OTHERS {
-            let answer = ask(&node, what, &with(ids, true)).await;
-            let id = answer.header(ID);
+        for what in OTHER_REQUESTS {
+            let response = ask(&node, what, &with(ids, true)).await;
+            let id = response.header(ID);
             let hex = id.len() == 16 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
             assert!(hex && made.insert(id.to_owned()), "{what} {ids:?}: {id}");
         }
     }
     let longest = [b'a'; 128];
-    let answer = ask(&node, HOT[1], &with(&[&longest], false)).await;
-    assert_eq!(answer.header(ID).as_bytes(), longest);
-    let refused = ask(&node, HOT[0], &with(&[], false)).await;
-    refused.problem(401, "unauthorized");
+    let response = ask(&node, FAST_PATH_REQUESTS[1], &with(&[&longest], false)).await;
+    assert_eq!(response.header(ID).as_bytes(), longest);
+    let refused = ask(&node, FAST_PATH_REQUESTS[0], &with(&[], false)).await;
+    refused.expect_problem(401, "unauthorized");
     assert!(made.insert(refused.header(ID).to_owned()));
 }
 
 /// Waits until a node has said a line with all of `parts`; the line.
 pub(crate) async fn line(node: &Node, parts: &[&str]) -> String {
     eventually(&format!("a line with {parts:?}"), async || {
-        let said = node.stderr.lock();
-        let mut lines = said.lines();
+        let printed = node.stderr.lock();
+        let mut lines = printed.lines();
         let found = lines.find(|line| parts.iter().all(|part| line.contains(part)));
         found.map(str::to_owned)
     })
@@ -116,13 +116,15 @@ async fn more_failures_than_anybody_can_read_are_counted() {
     let mut sent = 0;
     let lines = eventually("a line that counts others", async || {
         for _ in 0..50 {
-            ask(&node, HOT[0], &with(&[], false))
+            ask(&node, FAST_PATH_REQUESTS[0], &with(&[], false))
                 .await
-                .problem(401, "unauthorized");
+                .expect_problem(401, "unauthorized");
             sent += 1;
         }
-        let said = node.stderr.lock();
-        let lines = said.lines().filter(|line| line.contains("request failed"));
+        let printed = node.stderr.lock();
+        let lines = printed
+            .lines()
+            .filter(|line| line.contains("request failed"));
         let lines: Vec<String> = lines.map(str::to_owned).collect();
         let counts = lines.iter().any(|line| number(line, "unlogged") > 0);
         counts.then_some(lines)
@@ -146,11 +148,11 @@ async fn lines_are_json_where_that_is_wanted_and_as_many_as_rust_log_says() {
             .env("GRADESTORE_PASSWORD", PASSWORD)
             .env("RUST_LOG", "gradestore=debug");
         let node = Node::start_with(command.args(ANY_PORTS)).await;
-        ask(&node, OTHERS[1], &with(&[b"in\"json"], false))
+        ask(&node, OTHER_REQUESTS[1], &with(&[b"in\"json"], false))
             .await
-            .problem(404, "user-unknown");
-        let said = line(&node, &["request failed", "in\\\"json"]).await;
-        let failed: Value = serde_json::from_str(&said).unwrap();
+            .expect_problem(404, "user-unknown");
+        let printed = line(&node, &["request failed", "in\\\"json"]).await;
+        let failed: Value = serde_json::from_str(&printed).unwrap();
         for (field, value) in [
             ("level", "DEBUG"),
             ("message", "request failed"),
@@ -158,23 +160,23 @@ async fn lines_are_json_where_that_is_wanted_and_as_many_as_rust_log_says() {
             ("route", "/get"),
             ("problem", "user-unknown"),
         ] {
-            assert_eq!(failed[field], value, "{said}");
+            assert_eq!(failed[field], value, "{printed}");
         }
         assert_eq!(failed["status"], 404);
-        assert!(failed["took_ms"].is_u64(), "{said}");
-        let said = node.stderr.lock().clone();
-        for line in said.lines() {
+        assert!(failed["took_ms"].is_u64(), "{printed}");
+        let printed = node.stderr.lock().clone();
+        for line in printed.lines() {
             let line: Value = serde_json::from_str(line).unwrap();
             for field in ["timestamp", "level", "target", "message"] {
                 assert!(line[field].is_string(), "{field}: {line}");
             }
         }
-        node.end().await;
+        node.stop().await;
     }
     let refused = run(program().args(["--log-format", "xml"]));
-    let said = String::from_utf8(refused.stderr).unwrap();
+    let printed = String::from_utf8(refused.stderr).unwrap();
     assert!(!refused.status.success());
     for part in ["--log-format", "xml", "text", "json"] {
-        assert!(said.contains(part), "{said}");
+        assert!(printed.contains(part), "{printed}");
     }
 }

@@ -11,9 +11,9 @@ use gradestore::store::Store;
 use serde_json::Value;
 use tempfile::tempdir;
 
-use crate::harness::backup_files::{Held, file_with, program_on};
-use crate::harness::wire::Answer;
-use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, program, run, run_by};
+use crate::harness::backup_files::{NodeState, backup_file_with_head, program_with_data_dir};
+use crate::harness::wire::Response;
+use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, program, run, wrapped_by};
 
 /// What a node may take beyond what it takes with no records.
 pub(crate) const ROOM_BYTES: u64 = 18 << 20;
@@ -46,36 +46,36 @@ fn lines(users: Range<usize>) -> String {
 pub(crate) async fn idle_bytes() -> u64 {
     let mut command = program();
     command.env("GRADESTORE_PASSWORD", PASSWORD).args(ANY_PORTS);
-    let node = Node::start_with(at_once(&mut command)).await;
+    let node = Node::start_with(with_immediate_decay(&mut command)).await;
     let status = node.status().await;
     status["memory_used_bytes"].as_u64().unwrap()
 }
 
 pub(crate) fn limited(command: &mut Command, bytes: u64) -> &mut Command {
-    at_once(command).env("GRADESTORE_MEMORY_MAX", bytes.to_string())
+    with_immediate_decay(command).env("GRADESTORE_MEMORY_MAX", bytes.to_string())
 }
 
 /// Lets the allocator return memory when it is freed and not up to ten seconds later: a node that
 /// has become full then stays so.
-fn at_once(command: &mut Command) -> &mut Command {
+fn with_immediate_decay(command: &mut Command) -> &mut Command {
     command.env("_RJEM_MALLOC_CONF", "dirty_decay_ms:0")
 }
 
 /// Adds users until one is refused; how many there are then, and the refusal.
-pub(crate) async fn fill(node: &Ports, mut users: usize) -> (usize, Answer) {
+pub(crate) async fn fill(node: &Ports, mut users: usize) -> (usize, Response) {
     for _ in 0..2 * USERS_MAX / USERS {
-        let answer = node.set_lines(lines(users..users + USERS)).await;
-        users += answer.json()["accepted"].as_u64().unwrap() as usize;
+        let response = node.set_lines(lines(users..users + USERS)).await;
+        users += response.json()["accepted"].as_u64().unwrap() as usize;
         // After a timeout of the log, continue with the users that were not accepted.
-        if ![200, 503, 504].contains(&answer.status) {
-            return (users, answer);
+        if ![200, 503, 504].contains(&response.status) {
+            return (users, response);
         }
         assert!(users < USERS_MAX, "never full");
     }
     panic!("never full, and only {users} users were accepted");
 }
 
-pub(crate) async fn create(node: &Ports, user: &str) -> Answer {
+pub(crate) async fn create(node: &Ports, user: &str) -> Response {
     node.set(format!(r#"{{"user_id":"{user}","spp":1}}"#)).await
 }
 
@@ -87,19 +87,19 @@ pub(crate) fn is_full(status: &Value) -> bool {
 async fn above_its_limit_a_node_refuses_new_users_alone() {
     let max_bytes = idle_bytes().await + ROOM_BYTES;
     let dir = tempdir().unwrap();
-    let node = Node::start_with(limited(&mut program_on(dir.path()), max_bytes)).await;
+    let node = Node::start_with(limited(&mut program_with_data_dir(dir.path()), max_bytes)).await;
     assert_eq!(node.metric("gradestore_store_full").await, Some(0.0));
     let (users, refusal) = fill(&node, 0).await;
 
     // Whole groups were written, and nothing of the one with the line that was refused.
-    let detail = refusal.problem(507, "store-full");
+    let detail = refusal.expect_problem(507, "store-full");
     assert!(detail.contains("--memory-max"), "{detail}");
     let problem = refusal.json();
     let accepted = problem["accepted"].as_u64().unwrap();
     let line = problem["line"].as_u64().unwrap();
     assert!(accepted.is_multiple_of(1000), "{accepted}");
     assert!((accepted + 1..=accepted + 1000).contains(&line), "{line}");
-    let held = Held::by(&node).await;
+    let held = NodeState::of(&node).await;
     assert_eq!(held.records, users as u64);
 
     let status = node.status_where("full", is_full).await;
@@ -115,41 +115,41 @@ async fn above_its_limit_a_node_refuses_new_users_alone() {
         Some(max_bytes as f64)
     );
     assert!(node.ops("/").await.body.contains("New users refused"));
-    let said = node.stderr.lock().clone();
-    assert_eq!(said.matches("store full").count(), 1, "{said}");
+    let printed = node.stderr.lock().clone();
+    assert_eq!(printed.matches("store full").count(), 1, "{printed}");
 
     // One by one and by the line: a known user passes, a new one does not.
-    let detail = create(&node, "new").await.problem(507, "store-full");
+    let detail = create(&node, "new").await.expect_problem(507, "store-full");
     assert!(detail.contains("delete users"), "{detail}");
     create(&node, "user-1").await.position();
     assert_eq!(node.set_lines(self::lines(0..1500)).await.status, 200);
     let mixed = "\n{\"user_id\":\"user-2\",\"spp\":77}\n{\"user_id\":\"new\",\"spp\":1}\n";
     let refusal = node.set_lines(mixed).await;
-    refusal.problem(507, "store-full");
+    refusal.expect_problem(507, "store-full");
     let problem = refusal.json();
     assert_eq!(
         (&problem["line"], &problem["accepted"]),
         (&3.into(), &0.into())
     );
     assert_eq!(node.get("user-2").await.json()["spp"], i64::MIN);
-    node.get("new").await.problem(404, "user-unknown");
+    node.get("new").await.expect_problem(404, "user-unknown");
     node.delete("user-3").await.position();
-    node.get("user-3").await.problem(404, "user-unknown");
+    node.get("user-3").await.expect_problem(404, "user-unknown");
     let refused = r#"gradestore_http_requests_total{route="/set",status="507"}"#;
     assert_eq!(node.metric(refused).await, Some(1.0));
 
     // It comes back with all it had, and is full at once where that is above the limit.
-    let held = Held::by(&node).await;
+    let held = NodeState::of(&node).await;
     node.kill();
     let less = max_bytes - (ROOM_BYTES - MAX_BYTES_MIN);
-    let node = Node::start_with(limited(&mut program_on(dir.path()), less)).await;
-    assert_eq!(Held::by(&node).await, held);
+    let node = Node::start_with(limited(&mut program_with_data_dir(dir.path()), less)).await;
+    assert_eq!(NodeState::of(&node).await, held);
     node.status_where("full", is_full).await;
-    create(&node, "new").await.problem(507, "store-full");
+    create(&node, "new").await.expect_problem(507, "store-full");
     create(&node, "user-1").await.position();
     // Nothing but the limit keeps it from taking new users.
     node.kill();
-    let node = Node::start_with(&mut program_on(dir.path())).await;
+    let node = Node::start_with(&mut program_with_data_dir(dir.path())).await;
     create(&node, "new").await.position();
 }
 
@@ -164,17 +164,17 @@ fn oversized() -> Vec<u8> {
         previous_chain: gradestore::log::Chain::default(),
         rows_expected: ROWS,
     };
-    file_with(&Store::new(), &head)
+    backup_file_with_head(&Store::new(), &head)
 }
 
 fn assert_does_not_fit(command: &mut Command, path: &str, limit: &str) {
     let output = run(command);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    let said = String::from_utf8(output.stderr).unwrap();
-    let last = said.lines().last().unwrap();
+    let printed = String::from_utf8(output.stderr).unwrap();
+    let last = printed.lines().last().unwrap();
     let rows = ROWS.to_string();
-    for wanted in [path, &rows, "memory", limit] {
-        assert!(last.contains(wanted), "{wanted}: {last}");
+    for expected in [path, &rows, "memory", limit] {
+        assert!(last.contains(expected), "{expected}: {last}");
     }
 }
 
@@ -196,7 +196,7 @@ async fn what_does_not_fit_into_memory_ends_the_start_with_what_it_needs() {
     let name = format!("grades-{:020}.csv.gz", 5);
     fs::write(snapshots.join(&name), oversized()).unwrap();
     let limit = ["prlimit", "--as=4000000000"];
-    let mut command = run_by(&limit, &program_on(&data));
+    let mut command = wrapped_by(&limit, &program_with_data_dir(&data));
     assert_does_not_fit(&mut command, &name, "ulimit -v");
     // And again: nothing was quarantined.
     assert_does_not_fit(&mut command, &name, "ulimit -v");
@@ -209,7 +209,7 @@ async fn a_share_is_of_the_lowest_limit_and_what_is_limited_is_counted() {
     command.args(ANY_PORTS);
     command.arg("--memory-max=50%");
     let limit = ["prlimit", "--as=4000000000"];
-    let node = Node::start_with(&mut run_by(&limit, &command)).await;
+    let node = Node::start_with(&mut wrapped_by(&limit, &command)).await;
     let status = node.status().await;
     assert_eq!(status["memory_max_bytes"], 2_000_000_000_u64);
     let limit = node.metric("gradestore_memory_limit_bytes").await;

@@ -5,16 +5,16 @@ use std::process::{Command, Stdio};
 use tempfile::TempDir;
 use tokio::net::UnixDatagram;
 
-use crate::harness::wire::in_time;
+use crate::harness::wire::with_timeout;
 use crate::harness::{ANY_PORTS, Node, PASSWORD, Process, program};
 
 /// Where systemd would listen.
-pub(crate) struct Supervisor {
+pub(crate) struct NotifySocket {
     socket: UnixDatagram,
     dir: TempDir,
 }
 
-impl Supervisor {
+impl NotifySocket {
     pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = UnixDatagram::bind(dir.path().join("notify")).unwrap();
@@ -27,9 +27,9 @@ impl Supervisor {
     }
 
     /// What is told next, a line each.
-    async fn told(&self) -> Vec<String> {
+    async fn messages(&self) -> Vec<String> {
         let mut message = vec![0; 64 * 1024];
-        let received = in_time("a message", self.socket.recv(&mut message));
+        let received = with_timeout("a message", self.socket.recv(&mut message));
         let length = received.await.unwrap();
         let message = std::str::from_utf8(&message[..length]).unwrap();
         message.lines().map(str::to_owned).collect()
@@ -37,46 +37,49 @@ impl Supervisor {
 
     /// All that is told until a line is `last`.
     pub(crate) async fn until(&self, last: impl Fn(&str) -> bool) -> Vec<String> {
-        let mut told = Vec::new();
-        while !told.iter().any(|line: &String| last(line)) {
-            told.extend(self.told().await);
+        let mut messages = Vec::new();
+        while !messages.iter().any(|line: &String| last(line)) {
+            messages.extend(self.messages().await);
         }
-        told
+        messages
     }
 }
 
 #[tokio::test]
 async fn a_node_that_waits_for_its_broker_asks_for_time() {
-    let supervisor = Supervisor::new();
+    let notify_socket = NotifySocket::new();
     let mut command = program();
     command
         .env("GRADESTORE_PASSWORD", PASSWORD)
         .args(["--nats-url", "127.0.0.1:1"])
         .args(ANY_PORTS)
         .stderr(Stdio::null());
-    let _process = Process(supervisor.over(&mut command).spawn().unwrap());
-    let wanted = [
+    let _process = Process(notify_socket.over(&mut command).spawn().unwrap());
+    let expected = [
         "EXTEND_TIMEOUT_USEC=30000000",
         "STATUS=starting: the log is being opened",
     ];
     for _ in 0..2 {
-        assert_eq!(supervisor.told().await, wanted);
+        assert_eq!(notify_socket.messages().await, expected);
     }
 }
 
 #[tokio::test]
 async fn a_watchdog_is_fed() {
-    let supervisor = Supervisor::new();
+    let notify_socket = NotifySocket::new();
     let mut command = program();
     command
         .env("GRADESTORE_PASSWORD", PASSWORD)
         .env("WATCHDOG_USEC", "300000")
         .args(ANY_PORTS);
-    let node = Node::start_with(supervisor.over(&mut command)).await;
-    let told = supervisor.until(|line| line == "READY=1").await;
-    assert!(told.iter().any(|line| line == "STATUS=ready"), "{told:?}");
+    let node = Node::start_with(notify_socket.over(&mut command)).await;
+    let messages = notify_socket.until(|line| line == "READY=1").await;
+    assert!(
+        messages.iter().any(|line| line == "STATUS=ready"),
+        "{messages:?}"
+    );
     for _ in 0..3 {
-        assert_eq!(supervisor.told().await, ["WATCHDOG=1"]);
+        assert_eq!(notify_socket.messages().await, ["WATCHDOG=1"]);
     }
-    node.end().await;
+    node.stop().await;
 }

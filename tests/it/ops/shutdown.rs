@@ -12,20 +12,20 @@ use tempfile::tempdir;
 use tokio::net::TcpStream;
 
 use crate::harness::backup_files::{
-    names_in, open_pipe, rest_of, restored, store_of, write_file_of,
+    file_names, open_pipe, random_store, read_backup, read_pipe_to_end, write_backup_file,
 };
-use crate::harness::held_log::HeldLog;
+use crate::harness::held_log::GatedLog;
 use crate::harness::held_log::{start, start_with};
-use crate::harness::waiting_set;
-use crate::harness::wire::{PATIENCE, Raw, eventually};
-use crate::harness::{Local, Node, Ports, get_request, half_sent_set, opening};
+use crate::harness::pending_set;
+use crate::harness::wire::{RawConnection, TIMEOUT, eventually};
+use crate::harness::{InProcessNode, Node, Ports, get_request, incomplete_set_request, opening};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 
 async fn unready(node: &Ports) {
     let detail = eventually("unready", async || {
-        let answer = node.ops("/readyz").await;
-        (answer.status != 200).then(|| answer.problem(503, "not-ready"))
+        let response = node.ops("/readyz").await;
+        (response.status != 200).then(|| response.expect_problem(503, "not-ready"))
     })
     .await;
     assert!(detail.contains("stopping"), "{detail}");
@@ -44,21 +44,21 @@ async fn refused(node: &Ports) {
 async fn a_signal_lets_the_running_request_finish_and_takes_no_other() {
     for signal in [Signal::TERM, Signal::INT] {
         let mut node = Node::start().await;
-        let mut idle = Raw::connect(node.read).await;
-        let mut running = half_sent_set(&node, PATCH).await;
+        let mut idle = RawConnection::connect(node.read).await;
+        let mut running = incomplete_set_request(&node, PATCH).await;
         node.signal(signal);
         unready(&node).await;
         refused(&node).await;
-        idle.closed().await;
+        idle.expect_closed().await;
         assert_eq!(node.ops("/livez").await.status, 200);
 
         running.send(PATCH).await;
         // It came before the stop, so it is as good as any.
-        let answer = running.answer().await;
-        assert_eq!(answer.position(), 1);
-        assert_eq!(answer.header("connection"), "close");
-        running.closed().await;
-        assert_eq!(node.exit().await.code(), Some(0));
+        let response = running.response().await;
+        assert_eq!(response.position(), 1);
+        assert_eq!(response.header("connection"), "close");
+        running.expect_closed().await;
+        assert_eq!(node.wait_for_exit().await.code(), Some(0));
     }
 }
 
@@ -68,52 +68,56 @@ async fn a_header_of_which_a_part_has_come_is_heard_to_its_end() {
     node.set(PATCH).await.position();
     let request = get_request("?user_id=a", "");
     let (begin, end) = request.split_at(request.len() / 2);
-    let mut connection = Raw::connect(node.read).await;
+    let mut connection = RawConnection::connect(node.read).await;
     connection.send(format!("{request}{begin}")).await;
     // So what came behind that request has been read as well.
-    assert_eq!(connection.answer().await.status, 200);
+    assert_eq!(connection.response().await.status, 200);
     node.signal(Signal::TERM);
     unready(&node).await;
     connection.send(end).await;
-    let answer = connection.answer().await;
-    assert!(answer.problem(503, "not-ready").contains("stopping"));
-    assert_eq!(answer.header("connection"), "close");
-    connection.closed().await;
-    assert_eq!(node.exit().await.code(), Some(0));
+    let response = connection.response().await;
+    assert!(
+        response
+            .expect_problem(503, "not-ready")
+            .contains("stopping")
+    );
+    assert_eq!(response.header("connection"), "close");
+    connection.expect_closed().await;
+    assert_eq!(node.wait_for_exit().await.code(), Some(0));
 }
 
 #[tokio::test]
 async fn a_node_that_does_nothing_stops_at_once() {
     let mut node = Node::start().await;
     node.get("a").await;
-    let begun = Instant::now();
+    let started_at = Instant::now();
     node.signal(Signal::TERM);
-    assert_eq!(node.exit().await.code(), Some(0));
+    assert_eq!(node.wait_for_exit().await.code(), Some(0));
     assert!(
-        begun.elapsed() < Duration::from_secs(5),
+        started_at.elapsed() < Duration::from_secs(5),
         "{:?}",
-        begun.elapsed()
+        started_at.elapsed()
     );
 }
 
 #[tokio::test]
 async fn a_second_signal_ends_the_process_at_once() {
     let mut node = Node::start().await;
-    let _running = half_sent_set(&node, PATCH).await;
+    let _running = incomplete_set_request(&node, PATCH).await;
     node.signal(Signal::TERM);
     unready(&node).await;
     node.signal(Signal::INT);
-    assert_eq!(node.exit().await.code(), Some(130));
+    assert_eq!(node.wait_for_exit().await.code(), Some(130));
 }
 
 /// A node that is stopping and its log, with four writes under way.
-async fn stopping_with_writes() -> (Arc<HeldLog>, Local, Vec<Raw>) {
+async fn stopping_with_writes() -> (Arc<GatedLog>, InProcessNode, Vec<RawConnection>) {
     let (log, mut node) = start(Duration::from_secs(60)).await;
     let mut running = Vec::new();
     for _ in 0..4 {
-        running.push(waiting_set(&node, PATCH).await);
+        running.push(pending_set(&node, PATCH).await);
     }
-    node.stop();
+    node.request_stop();
     unready(&node).await;
     (log, node, running)
 }
@@ -124,13 +128,13 @@ async fn writes_under_way_are_answered_before_the_node_ends() {
     refused(&node).await;
     log.release();
     for (before, connection) in running.iter_mut().enumerate() {
-        let answer = connection.answer().await;
-        assert_eq!(answer.position(), before as u64 + 1);
+        let response = connection.response().await;
+        assert_eq!(response.position(), before as u64 + 1);
         // Or its client might send another one on it.
-        assert_eq!(answer.header("connection"), "close");
-        connection.closed().await;
+        assert_eq!(response.header("connection"), "close");
+        connection.expect_closed().await;
     }
-    node.stopped().await;
+    node.wait_until_stopped().await;
 }
 
 #[tokio::test]
@@ -140,15 +144,15 @@ async fn writes_that_the_log_refuses_at_the_end_are_told_so() {
     log.refuse();
     log.release();
     for (before, connection) in running.iter_mut().enumerate() {
-        let answer = connection.answer().await;
+        let response = connection.response().await;
         match before {
-            0 | 1 => assert_eq!(answer.position(), before as u64 + 1),
-            _ => drop(answer.problem(503, "not-written")),
+            0 | 1 => assert_eq!(response.position(), before as u64 + 1),
+            _ => drop(response.expect_problem(503, "not-written")),
         }
-        assert_eq!(answer.header("connection"), "close");
-        connection.closed().await;
+        assert_eq!(response.header("connection"), "close");
+        connection.expect_closed().await;
     }
-    node.stopped().await;
+    node.wait_until_stopped().await;
 }
 
 #[tokio::test]
@@ -157,13 +161,13 @@ async fn a_request_that_does_not_end_keeps_the_node_until_the_deadline_only() {
         config.http.drain_max = Duration::from_millis(200);
     })
     .await;
-    let _running = waiting_set(&node, PATCH).await;
-    let begun = Instant::now();
-    node.stop();
-    node.stopped().await;
-    let took = begun.elapsed();
+    let _running = pending_set(&node, PATCH).await;
+    let started_at = Instant::now();
+    node.request_stop();
+    node.wait_until_stopped().await;
+    let took = started_at.elapsed();
     assert!(
-        took >= Duration::from_millis(200) && took < PATIENCE / 2,
+        took >= Duration::from_millis(200) && took < TIMEOUT / 2,
         "{took:?}"
     );
 }
@@ -172,14 +176,14 @@ async fn a_request_that_does_not_end_keeps_the_node_until_the_deadline_only() {
 async fn a_stop_that_comes_into_a_snapshot_writes_none_beside_it() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
-    let seed = write_file_of(directory.path(), &store_of(60_000, u64::MAX), 6);
+    let seed = write_backup_file(directory.path(), &random_store(60_000, u64::MAX), 6);
     let origin = RandomId::random().unwrap();
     let config = StorageConfig::Disk(DataDir {
         dir: dir.clone(),
         snapshot_interval: Duration::from_millis(20),
     });
     let storage = Storage::open(&config, opening(origin, Some(seed.clone()))).unwrap();
-    let mut node = Local::run_on(storage, origin, |config| {
+    let mut node = InProcessNode::start_on_storage(storage, origin, |config| {
         config.restore_from = Some(seed);
         // The stop waits for nothing that it need not wait for.
         config.http.drain_max = Duration::ZERO;
@@ -193,20 +197,20 @@ async fn a_stop_that_comes_into_a_snapshot_writes_none_beside_it() {
     let mut pipe = open_pipe(&partial);
     node.set(PATCH).await.position();
     let mut bytes = vec![0; 1024];
-    let begun = eventually("a snapshot under way", async || {
+    let started_at = eventually("a snapshot under way", async || {
         pipe.read(&mut bytes).ok().filter(|read| *read > 0)
     })
     .await;
-    bytes.truncate(begun);
-    node.stop();
+    bytes.truncate(started_at);
+    node.request_stop();
     unready(&node).await;
-    bytes.extend(rest_of(&mut pipe).await);
-    let whole = restored(&bytes).1;
+    bytes.extend(read_pipe_to_end(&mut pipe).await);
+    let whole = read_backup(&bytes).1;
     assert_eq!((whole.records.unwrap().0.position, whole.rows), (7, 60_001));
 
     // A pipe can't be synced, so this one was no snapshot, and the stop wrote it itself after.
-    node.stopped().await;
-    assert_eq!(names_in(&snapshots), [snapshot(6), snapshot(7)]);
+    node.wait_until_stopped().await;
+    assert_eq!(file_names(&snapshots), [snapshot(6), snapshot(7)]);
     let kept = fs::read(snapshots.join(snapshot(7))).unwrap();
-    assert_eq!(restored(&kept).1.digest, whole.digest);
+    assert_eq!(read_backup(&kept).1.digest, whole.digest);
 }

@@ -25,7 +25,7 @@ const STEPS_MAX: usize = 500_000;
 
 /// What an operation did.
 #[derive(Clone, PartialEq, Eq)]
-pub(crate) enum Did {
+pub(crate) enum Effect {
     /// Sets at least one field, none of them to 0.
     Set([Option<i64>; FIELDS.len()]),
     /// Removes the record.
@@ -37,12 +37,12 @@ pub(crate) enum Did {
 /// One operation on one user. Times are of one clock.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Op {
-    pub(crate) begun: u64,
+    pub(crate) invoked: u64,
     /// `None` for a write that may happen at any time after it has begun, or never.
-    pub(crate) ended: Option<u64>,
-    pub(crate) did: Did,
+    pub(crate) returned: Option<u64>,
+    pub(crate) effect: Effect,
     /// Who it was, for who reads a failure.
-    pub(crate) who: String,
+    pub(crate) label: String,
 }
 
 /// Whether there is an order, beginning with no record, in which all of it makes sense.
@@ -52,10 +52,10 @@ pub(crate) fn linearizable(ops: &[Op]) -> bool {
 
 /// An operation that has its place in every order.
 struct Placed<'a> {
-    begun: u64,
+    invoked: u64,
     /// The end of the time in which it must have happened.
     until: u64,
-    did: &'a Did,
+    effect: &'a Effect,
 }
 
 struct Search<'a> {
@@ -103,44 +103,50 @@ impl<'a> Search<'a> {
         let mut wanted: HashMap<(usize, i64), usize> = HashMap::new();
         let mut absent_wanted = 0;
         for op in ops {
-            let Did::Get(found) = &op.did else { continue };
-            let ended = op.ended.expect("a read without an end has seen nothing");
+            let Effect::Get(found) = &op.effect else {
+                continue;
+            };
+            let returned = op.returned.expect("a read without an end has seen nothing");
             absent_wanted += usize::from(found.is_none());
             for (field, value) in found.iter().flatten().enumerate() {
                 *wanted.entry((field, *value)).or_default() += 1;
-                let until = seen_until.entry((field, *value)).or_insert(ended);
-                *until = ended.min(*until);
+                let until = seen_until.entry((field, *value)).or_insert(returned);
+                *until = returned.min(*until);
             }
         }
         let (mut placed, mut spare) = (Vec::new(), Vec::new());
         let mut written = HashSet::new();
         for op in ops {
-            let mut until = op.ended;
-            if let Did::Set(fields) = &op.did {
+            let mut until = op.returned;
+            if let Effect::Set(fields) = &op.effect {
                 for key in keys(fields) {
                     assert!(written.insert(key), "{key:?} is written twice");
                     let seen = seen_until.get(&key).copied();
                     until = seen.into_iter().chain(until).min();
                 }
             }
-            if op.did == Did::Delete && until.is_none() {
-                spare.push(op.begun);
+            if op.effect == Effect::Delete && until.is_none() {
+                spare.push(op.invoked);
             }
             // A write that may never have happened and that nobody has seen: as well it did not.
             let Some(until) = until else { continue };
-            if until < op.begun {
+            if until < op.invoked {
                 return None;
             }
-            let (begun, did) = (op.begun, &op.did);
-            placed.push(Placed { begun, until, did });
+            let (invoked, effect) = (op.invoked, &op.effect);
+            placed.push(Placed {
+                invoked,
+                until,
+                effect,
+            });
         }
         let nobodys = |key: &&(usize, i64)| key.1 != 0 && !written.contains(*key);
         if wanted.keys().any(|key| nobodys(&key)) {
             return None;
         }
-        placed.sort_by_key(|op| op.begun);
+        placed.sort_by_key(|op| op.invoked);
         spare.sort_unstable();
-        let deletions = placed.iter().filter(|op| *op.did == Did::Delete);
+        let deletions = placed.iter().filter(|op| *op.effect == Effect::Delete);
         Some(Self {
             deletions_left: deletions.count(),
             spare,
@@ -185,15 +191,15 @@ impl<'a> Search<'a> {
         };
         match write {
             Some(Choice::Op(write)) => {
-                match self.ops[write].did {
-                    Did::Set(fields) => {
+                match self.ops[write].effect {
+                    Effect::Set(fields) => {
                         let state = self.state.get_or_insert_default();
                         for (field, value) in keys(fields) {
                             state[field] = value;
                         }
                     }
-                    Did::Delete => self.state = None,
-                    Did::Get(_) => {}
+                    Effect::Delete => self.state = None,
+                    Effect::Get(_) => {}
                 }
                 self.happens(write, &mut step);
             }
@@ -211,7 +217,7 @@ impl<'a> Search<'a> {
         }
         let soonest = next.iter().map(|op| self.ops[*op].until).min();
         let ahead = (self.first_left..self.ops.len())
-            .take_while(|op| Some(self.ops[*op].begun) <= soonest)
+            .take_while(|op| Some(self.ops[*op].invoked) <= soonest)
             .filter(|op| self.happened[*op])
             .collect();
         let key = (self.first_left, ahead, self.spare_happened, self.state);
@@ -235,7 +241,7 @@ impl<'a> Search<'a> {
 
     /// Whether this is a read that finds less than there is, which only a deletion can bring about.
     fn wants_less(&self, op: usize) -> bool {
-        let (Did::Get(found), Some(values)) = (self.ops[op].did, self.state) else {
+        let (Effect::Get(found), Some(values)) = (self.ops[op].effect, self.state) else {
             return false;
         };
         found.is_none_or(|found| (0..FIELDS.len()).any(|at| found[at] == 0 && values[at] != 0))
@@ -244,13 +250,13 @@ impl<'a> Search<'a> {
     /// Whether a deletion that nothing demands may be next, and is of use: what is left finds less
     /// than there is.
     fn may_spare(&self, soonest: Option<u64>) -> bool {
-        let begun = self.spare.get(self.spare_happened);
-        let (Some(begun), Some(values)) = (begun, self.state) else {
+        let invoked = self.spare.get(self.spare_happened);
+        let (Some(invoked), Some(values)) = (invoked, self.state) else {
             return false;
         };
         let lost = |(field, value): (usize, &i64)| *value != 0 && self.is_wanted(field, 0);
         let of_use = self.absent_wanted > 0 || values.iter().enumerate().any(lost);
-        of_use && soonest.is_none_or(|soonest| *begun <= soonest) && self.may_delete()
+        of_use && soonest.is_none_or(|soonest| *invoked <= soonest) && self.may_delete()
     }
 
     fn is_wanted(&self, field: usize, value: i64) -> bool {
@@ -269,7 +275,7 @@ impl<'a> Search<'a> {
         let mut soonest = u64::MAX;
         let mut next = Vec::new();
         for (index, op) in self.ops.iter().enumerate().skip(self.first_left) {
-            if op.begun > soonest {
+            if op.invoked > soonest {
                 break;
             }
             if !self.happened[index] {
@@ -281,16 +287,16 @@ impl<'a> Search<'a> {
     }
 
     fn reads_state(&self, op: usize) -> bool {
-        matches!(self.ops[op].did, Did::Get(found) if *found == self.state)
+        matches!(self.ops[op].effect, Effect::Get(found) if *found == self.state)
     }
 
     /// Whether this is a write, and overwrites nothing that is still to be read and does not come
     /// back.
     fn may_write(&self, op: usize) -> bool {
-        let fields = match self.ops[op].did {
-            Did::Set(fields) => fields,
-            Did::Delete => return self.may_delete(),
-            Did::Get(_) => return false,
+        let fields = match self.ops[op].effect {
+            Effect::Set(fields) => fields,
+            Effect::Delete => return self.may_delete(),
+            Effect::Get(_) => return false,
         };
         // What was never set, and no record at all, come back with a deletion.
         let comes_back = self.deletions_left > 0 || self.spare_happened < self.spare.len();
@@ -305,7 +311,7 @@ impl<'a> Search<'a> {
 
     fn happens(&mut self, op: usize, step: &mut Step) {
         self.count(op, |reads| *reads -= 1);
-        self.deletions_left -= usize::from(*self.ops[op].did == Did::Delete);
+        self.deletions_left -= usize::from(*self.ops[op].effect == Effect::Delete);
         self.happened[op] = true;
         self.left -= 1;
         step.happened.push(op);
@@ -317,7 +323,7 @@ impl<'a> Search<'a> {
     fn take_back(&mut self, step: Step) {
         for op in step.happened {
             self.count(op, |reads| *reads += 1);
-            self.deletions_left += usize::from(*self.ops[op].did == Did::Delete);
+            self.deletions_left += usize::from(*self.ops[op].effect == Effect::Delete);
             self.happened[op] = false;
             self.left += 1;
             self.first_left = self.first_left.min(op);
@@ -327,10 +333,10 @@ impl<'a> Search<'a> {
     }
 
     fn count(&mut self, op: usize, change: impl Fn(&mut usize)) {
-        match self.ops[op].did {
-            Did::Set(_) | Did::Delete => {}
-            Did::Get(None) => change(&mut self.absent_wanted),
-            Did::Get(Some(values)) => {
+        match self.ops[op].effect {
+            Effect::Set(_) | Effect::Delete => {}
+            Effect::Get(None) => change(&mut self.absent_wanted),
+            Effect::Get(Some(values)) => {
                 for key in values.iter().copied().enumerate() {
                     change(self.wanted.get_mut(&key).expect("counted before"));
                 }
@@ -348,25 +354,25 @@ pub(crate) fn keys(fields: &[Option<i64>; FIELDS.len()]) -> impl Iterator<Item =
 /// The least of a history that fails: what had begun when it first failed, without all that can be
 /// left out and it still fails.
 pub(crate) fn shortest(ops: &[Op]) -> Vec<Op> {
-    let mut ends: Vec<u64> = ops.iter().filter_map(|op| op.ended).collect();
+    let mut ends: Vec<u64> = ops.iter().filter_map(|op| op.returned).collect();
     ends.sort_unstable();
     let at = ends.partition_point(|end| linearizable(&until(ops, *end)));
-    let mut least = ends.get(at).map_or(ops.to_vec(), |end| until(ops, *end));
-    least.sort_by_key(|op| op.begun);
-    let mut share = least.len().div_ceil(2);
+    let mut shortest_history = ends.get(at).map_or(ops.to_vec(), |end| until(ops, *end));
+    shortest_history.sort_by_key(|op| op.invoked);
+    let mut share = shortest_history.len().div_ceil(2);
     while share > 0 {
-        let (mut from, before) = (0, least.len());
-        while from < least.len() {
-            let fewer = without(&least, from, from + share);
-            match fewer.len() < least.len() && !linearizable(&fewer) {
-                true => least = fewer,
+        let (mut from, before) = (0, shortest_history.len());
+        while from < shortest_history.len() {
+            let fewer = without(&shortest_history, from, from + share);
+            match fewer.len() < shortest_history.len() && !linearizable(&fewer) {
+                true => shortest_history = fewer,
                 false => from += share,
             }
         }
-        let again = share == 1 && least.len() < before;
+        let again = share == 1 && shortest_history.len() < before;
         share = if again { 1 } else { share / 2 };
     }
-    least
+    shortest_history
 }
 
 /// A history without a part of it; but what the rest has seen stays. If the whole makes sense, so
@@ -377,18 +383,18 @@ fn without(ops: &[Op], from: usize, to: usize) -> Vec<Op> {
     let mut seen = HashSet::new();
     let mut less_seen = false;
     for (index, op) in ops.iter().enumerate() {
-        if let Did::Get(found) = op.did
+        if let Effect::Get(found) = op.effect
             && !within(index)
         {
             less_seen |= found.is_none_or(|values| values.contains(&0));
             seen.extend(found.into_iter().flatten().enumerate());
         }
     }
-    let stays = |(index, op): &(usize, &Op)| match op.did {
+    let stays = |(index, op): &(usize, &Op)| match op.effect {
         _ if !within(*index) => true,
-        Did::Set(fields) => keys(&fields).any(|key| seen.contains(&key)),
-        Did::Delete => less_seen,
-        Did::Get(_) => false,
+        Effect::Set(fields) => keys(&fields).any(|key| seen.contains(&key)),
+        Effect::Delete => less_seen,
+        Effect::Get(_) => false,
     };
     let rest = ops.iter().enumerate().filter(stays);
     rest.map(|(_, op)| op.clone()).collect()
@@ -396,12 +402,12 @@ fn without(ops: &[Op], from: usize, to: usize) -> Vec<Op> {
 
 /// A history as it was at some time.
 fn until(ops: &[Op], time: u64) -> Vec<Op> {
-    let begun = ops.iter().filter(|op| op.begun <= time).cloned();
-    let known = begun.filter_map(|mut op| {
-        if op.ended.is_some_and(|end| end > time) {
-            op.ended = None;
+    let invoked = ops.iter().filter(|op| op.invoked <= time).cloned();
+    let known = invoked.filter_map(|mut op| {
+        if op.returned.is_some_and(|end| end > time) {
+            op.returned = None;
         }
-        (op.ended.is_some() || !matches!(op.did, Did::Get(_))).then_some(op)
+        (op.returned.is_some() || !matches!(op.effect, Effect::Get(_))).then_some(op)
     });
     known.collect()
 }
@@ -409,21 +415,21 @@ fn until(ops: &[Op], time: u64) -> Vec<Op> {
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let us = |ns: u64| ns as f64 / 1e3;
-        match self.ended {
-            Some(ended) => write!(f, "{:12.1} to {:12.1} us", us(self.begun), us(ended))?,
-            None => write!(f, "{:12.1} to {:>12} us", us(self.begun), "?")?,
+        match self.returned {
+            Some(returned) => write!(f, "{:12.1} to {:12.1} us", us(self.invoked), us(returned))?,
+            None => write!(f, "{:12.1} to {:>12} us", us(self.invoked), "?")?,
         }
-        write!(f, "  {:24} ", self.who)?;
-        match &self.did {
-            Did::Set(fields) => {
+        write!(f, "  {:24} ", self.label)?;
+        match &self.effect {
+            Effect::Set(fields) => {
                 write!(f, "sets ")?;
                 f.debug_map()
                     .entries(keys(fields).map(|(field, value)| (FIELDS[field], value)))
                     .finish()
             }
-            Did::Delete => write!(f, "deletes"),
-            Did::Get(None) => write!(f, "finds no record"),
-            Did::Get(Some(values)) => write!(f, "finds {values:?}"),
+            Effect::Delete => write!(f, "deletes"),
+            Effect::Get(None) => write!(f, "finds no record"),
+            Effect::Get(Some(values)) => write!(f, "finds {values:?}"),
         }
     }
 }

@@ -4,38 +4,42 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use super::checker::{Did, Op, State, keys, linearizable, shortest};
+use super::checker::{Effect, Op, State, keys, linearizable, shortest};
 use crate::harness::cluster::broker::FIELDS;
 
 type Fields = [Option<i64>; FIELDS.len()];
 
-fn op(begun: u64, ended: impl Into<Option<u64>>, did: Did) -> Op {
+fn op(invoked: u64, returned: impl Into<Option<u64>>, effect: Effect) -> Op {
     Op {
-        begun,
-        ended: ended.into(),
-        did,
-        who: String::new(),
+        invoked,
+        returned: returned.into(),
+        effect,
+        label: String::new(),
     }
 }
 
 /// Sets the first field.
-fn set(begun: u64, ended: impl Into<Option<u64>>, value: i64) -> Op {
-    op(begun, ended, Did::Set([Some(value), None, None, None]))
+fn set(invoked: u64, returned: impl Into<Option<u64>>, value: i64) -> Op {
+    op(
+        invoked,
+        returned,
+        Effect::Set([Some(value), None, None, None]),
+    )
 }
 
-fn delete(begun: u64, ended: impl Into<Option<u64>>) -> Op {
-    op(begun, ended, Did::Delete)
+fn delete(invoked: u64, returned: impl Into<Option<u64>>) -> Op {
+    op(invoked, returned, Effect::Delete)
 }
 
 /// Finds the first field, and 0 in the others; 0 is no record.
-fn get(begun: u64, ended: u64, value: i64) -> Op {
+fn get(invoked: u64, returned: u64, value: i64) -> Op {
     let found = (value != 0).then_some([value, 0, 0, 0]);
-    op(begun, ended, Did::Get(found))
+    op(invoked, returned, Effect::Get(found))
 }
 
 #[test]
 fn histories_that_make_sense_are_accepted() {
-    let both = Did::Set([Some(7), Some(8), None, None]);
+    let both = Effect::Set([Some(7), Some(8), None, None]);
     let histories = [
         vec![],
         vec![get(0, 1, 0), set(2, 3, 1), get(4, 5, 1), get(6, 7, 1)],
@@ -59,7 +63,7 @@ fn histories_that_make_sense_are_accepted() {
         vec![
             op(0, 9, both),
             set(0, 9, 1),
-            op(10, 11, Did::Get(Some([1, 8, 0, 0]))),
+            op(10, 11, Effect::Get(Some([1, 8, 0, 0]))),
         ],
         // A deletion, beside a write and after it; one of what is not there.
         vec![set(0, 1, 1), delete(2, 3), get(4, 5, 0), delete(6, 7)],
@@ -67,7 +71,7 @@ fn histories_that_make_sense_are_accepted() {
         vec![delete(0, 9), set(0, 9, 1), get(2, 3, 0), get(10, 11, 1)],
         // What was set before it does not show through what is set after it.
         vec![
-            op(0, 1, Did::Set([Some(7), Some(8), None, None])),
+            op(0, 1, Effect::Set([Some(7), Some(8), None, None])),
             delete(2, 3),
             set(4, 5, 1),
             get(6, 7, 1),
@@ -92,9 +96,20 @@ fn histories_that_make_sense_are_accepted() {
 
 #[test]
 fn histories_that_make_no_sense_are_found_and_told_in_short() {
-    let both = |begun, ended| op(begun, ended, Did::Set([Some(7), Some(8), None, None]));
-    let finds = |begun, values| op(begun, begun + 1, Did::Get(Some(values)));
-    let after = |begun| vec![both(begun, Some(begun + 1)), delete(begun + 2, begun + 3)];
+    let both = |invoked, returned| {
+        op(
+            invoked,
+            returned,
+            Effect::Set([Some(7), Some(8), None, None]),
+        )
+    };
+    let finds = |invoked, values| op(invoked, invoked + 1, Effect::Get(Some(values)));
+    let after = |invoked| {
+        vec![
+            both(invoked, Some(invoked + 1)),
+            delete(invoked + 2, invoked + 3),
+        ]
+    };
     // Each with how many of its operations it takes to see it.
     let histories = [
         // What was answered is lost.
@@ -152,9 +167,9 @@ fn histories_that_make_no_sense_are_found_and_told_in_short() {
     ];
     for (history, enough) in histories {
         assert!(!linearizable(&history), "{history:#?}");
-        let least = shortest(&history);
-        assert!(!linearizable(&least));
-        assert_eq!(least.len(), enough, "{least:#?}");
+        let shortest_history = shortest(&history);
+        assert!(!linearizable(&shortest_history));
+        assert_eq!(shortest_history.len(), enough, "{shortest_history:#?}");
     }
 }
 
@@ -162,36 +177,42 @@ fn histories_that_make_no_sense_are_found_and_told_in_short() {
 fn one_wrong_read_in_a_long_history_is_told_with_what_it_takes() {
     let mut history = Vec::new();
     for n in 1..=500 {
-        let begun = 10 * n as u64;
-        history.extend([set(begun, begun + 12, n), get(begun + 13, begun + 14, n)]);
+        let invoked = 10 * n as u64;
+        history.extend([
+            set(invoked, invoked + 12, n),
+            get(invoked + 13, invoked + 14, n),
+        ]);
     }
     assert!(linearizable(&history));
     history.push(get(3018, 3019, 298));
     assert!(!linearizable(&history));
-    let told: Vec<String> = shortest(&history).iter().map(Op::to_string).collect();
-    assert_eq!(told.len(), 3, "{told:#?}");
+    let describe: Vec<String> = shortest(&history).iter().map(Op::to_string).collect();
+    assert_eq!(describe.len(), 3, "{describe:#?}");
     assert!(
-        told[0].contains("sets {\"postpaid_limit\": 298}"),
-        "{told:#?}"
+        describe[0].contains("sets {\"postpaid_limit\": 298}"),
+        "{describe:#?}"
     );
-    assert!(told[2].contains("finds [298, 0, 0, 0]"), "{told:#?}");
+    assert!(
+        describe[2].contains("finds [298, 0, 0, 0]"),
+        "{describe:#?}"
+    );
 }
 
 /// Every order, one by one.
 fn by_all_orders(left: &mut Vec<Op>, state: State) -> bool {
-    if left.iter().all(|op| op.ended.is_none()) {
+    if left.iter().all(|op| op.returned.is_none()) {
         return true;
     }
     for index in 0..left.len() {
         let first = left.remove(index);
         let too_late = left
             .iter()
-            .any(|op| op.ended.is_some_and(|end| end < first.begun));
-        let next = match &first.did {
+            .any(|op| op.returned.is_some_and(|end| end < first.invoked));
+        let next = match &first.effect {
             _ if too_late => None,
-            Did::Get(found) => (*found == state).then_some(state),
-            Did::Set(fields) => Some(Some(applied(state, fields))),
-            Did::Delete => Some(None),
+            Effect::Get(found) => (*found == state).then_some(state),
+            Effect::Set(fields) => Some(Some(applied(state, fields))),
+            Effect::Delete => Some(None),
         };
         let found = next.is_some_and(|next| by_all_orders(left, next));
         left.insert(index, first);
@@ -230,17 +251,17 @@ fn small_history() -> impl Strategy<Value = Vec<Op>> {
         let writes = writes
             .into_iter()
             .enumerate()
-            .map(|(n, (begun, took, known, which))| {
+            .map(|(n, (invoked, took, known, which))| {
                 let value = |bit| (which & bit != 0).then_some(n as i64 + 1);
-                let did = match which {
-                    0 => Did::Delete,
-                    _ => Did::Set([value(1), value(2), None, None]),
+                let effect = match which {
+                    0 => Effect::Delete,
+                    _ => Effect::Set([value(1), value(2), None, None]),
                 };
-                op(begun, known.then_some(begun + took), did)
+                op(invoked, known.then_some(invoked + took), effect)
             });
-        let reads = reads.into_iter().map(|(begun, took, one, other)| {
+        let reads = reads.into_iter().map(|(invoked, took, one, other)| {
             let found = (one != 0 || other != 0).then_some([one, other, 0, 0]);
-            op(begun, begun + took, Did::Get(found))
+            op(invoked, invoked + took, Effect::Get(found))
         });
         writes.chain(reads).collect()
     })
@@ -255,24 +276,24 @@ fn real_history() -> impl Strategy<Value = Vec<Op>> {
         let mut history = Vec::new();
         for (n, (write, before, after, fate)) in all.into_iter().enumerate() {
             let moment = 100 + n as u64 * 10;
-            let ended = (fate > 1).then_some(moment + after);
-            let (ended, did) = match write {
+            let returned = (fate > 1).then_some(moment + after);
+            let (returned, effect) = match write {
                 Some(_) if fate >= 10 => {
                     if fate > 10 {
                         state = None;
                     }
-                    ((fate > 10).then_some(moment + after), Did::Delete)
+                    ((fate > 10).then_some(moment + after), Effect::Delete)
                 }
                 Some(which) => {
                     let fields = which.map(|set| set.then_some(n as i64 + 1));
                     if fate > 0 {
                         state = Some(applied(state, &fields));
                     }
-                    (ended, Did::Set(fields))
+                    (returned, Effect::Set(fields))
                 }
-                None => (Some(moment + after), Did::Get(state)),
+                None => (Some(moment + after), Effect::Get(state)),
             };
-            history.push(op(moment - before, ended, did));
+            history.push(op(moment - before, returned, effect));
         }
         history
     })
@@ -286,8 +307,8 @@ proptest! {
         let wanted = by_all_orders(&mut history.clone(), None);
         prop_assert_eq!(linearizable(&history), wanted);
         if !wanted {
-            let least = shortest(&history);
-            prop_assert!(!by_all_orders(&mut least.clone(), None), "{:#?}", least);
+            let shortest_history = shortest(&history);
+            prop_assert!(!by_all_orders(&mut shortest_history.clone(), None), "{:#?}", shortest_history);
         }
     }
 }
@@ -300,12 +321,12 @@ proptest! {
         prop_assert!(linearizable(&history));
         // A read that finds what was overwritten for certain before it began.
         let end = 100 + 10 * history.len() as u64 + 60;
-        let known = |op: &&Op| matches!(op.did, Did::Set(_)) && op.ended.is_some();
+        let known = |op: &&Op| matches!(op.effect, Effect::Set(_)) && op.returned.is_some();
         let mut overwritten = None;
         for old in history.iter().filter(known) {
             for new in history.iter().filter(known) {
-                if let (Did::Set(before), Did::Set(after)) = (&old.did, &new.did)
-                    && old.ended < Some(new.begun)
+                if let (Effect::Set(before), Effect::Set(after)) = (&old.effect, &new.effect)
+                    && old.returned < Some(new.invoked)
                     && let Some((field, value)) = keys(before).find(|(field, _)| after[*field].is_some())
                 {
                     overwritten = Some((field, value));
@@ -316,7 +337,7 @@ proptest! {
             let mut values = [0; FIELDS.len()];
             values[field] = value;
             let mut wrong = history.clone();
-            wrong.push(op(end, end + 1, Did::Get(Some(values))));
+            wrong.push(op(end, end + 1, Effect::Get(Some(values))));
             prop_assert!(!linearizable(&wrong));
         }
     }

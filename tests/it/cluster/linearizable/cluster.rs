@@ -8,28 +8,28 @@ use async_nats::jetstream::stream::Config;
 use futures_util::future::join_all;
 use tempfile::TempDir;
 
-use super::checker::{Did, Op, linearizable, shortest};
-use super::history::{Asked, Outcome, REPLICAS, Record, Recorder, USERS, user_id};
+use super::checker::{Effect, Op, linearizable, shortest};
+use super::history::{Operation, Outcome, REPLICAS, Record, Recorder, USERS, user_id};
 use super::order::Order;
 use crate::harness::Node;
 use crate::harness::cluster::broker::{Broker, STREAM, replica_at};
 use crate::harness::cluster::proxy::Proxy;
-use crate::harness::cluster::seeded::Truth;
+use crate::harness::cluster::seeded::ReferenceState;
 use crate::harness::wire::eventually;
 
 /// The replica that has a disk.
 pub(super) const KEEPS: usize = 2;
 
-pub(super) struct Cluster {
+pub(super) struct RecordedCluster {
     pub(super) broker: Broker,
     pub(super) proxies: Vec<Proxy>,
     pub(super) clients: Recorder,
     nodes: Vec<Option<Node>>,
-    truth: Truth,
+    reference: ReferenceState,
     dir: TempDir,
 }
 
-impl Cluster {
+impl RecordedCluster {
     pub(super) async fn start() -> Self {
         let (broker, dir) = (Broker::start().await, tempfile::tempdir().unwrap());
         let proxies = join_all((0..REPLICAS).map(|_| Proxy::to(broker.address))).await;
@@ -42,7 +42,7 @@ impl Cluster {
             proxies,
             clients,
             nodes: nodes.into_iter().map(Some).collect(),
-            truth: Truth::new(),
+            reference: ReferenceState::new(),
             dir,
         }
     }
@@ -58,7 +58,7 @@ impl Cluster {
     /// Starts a replica again. Clients ask it from when it listens, long before it is ready.
     pub(super) async fn launch(&mut self, index: usize) {
         let node = Node::launch(&mut command(&self.dir, &self.proxies, index)).await;
-        self.clients.replaced(index, &node);
+        self.clients.set_replica(index, &node);
         self.nodes[index] = Some(node);
     }
 
@@ -78,7 +78,7 @@ impl Cluster {
     pub(super) async fn trim_beyond(&mut self, index: usize) {
         let status = self.node(index).status().await;
         let position = status["position"].as_u64().unwrap();
-        self.truth.read(&self.broker.client().await).await;
+        self.reference.read(&self.broker.client().await).await;
         let context = self.broker.client().await;
         let mut stream = context.get_stream(STREAM).await.unwrap();
         let last = stream.info().await.unwrap().state.last_sequence;
@@ -106,17 +106,17 @@ impl Cluster {
         let records = self.clients.stop().await;
         let nodes: Vec<_> = self.nodes.iter().flatten().map(|node| &**node).collect();
         let client = self.broker.client().await;
-        self.truth.check(&client, &nodes, &[]).await;
-        tell(&records);
+        self.reference.check(&client, &nodes, &[]).await;
+        print_summary(&records);
         for replica in 0..REPLICAS {
             for user in 0..USERS {
                 let history = history_of(&records, replica, user);
                 if !linearizable(&history) {
-                    panic!("{}", told(&history, replica, user));
+                    panic!("{}", describe(&history, replica, user));
                 }
             }
         }
-        Order::new(&records, &self.truth.log).check();
+        Order::new(&records, &self.reference.log).check();
     }
 }
 
@@ -132,20 +132,30 @@ fn command(dir: &TempDir, proxies: &[Proxy], index: usize) -> Command {
 }
 
 /// How much was recorded, for who reads the output.
-fn tell(records: &[Record]) {
-    let count = |of: fn(&Asked) -> bool| records.iter().filter(|record| of(&record.asked)).count();
+fn print_summary(records: &[Record]) {
+    let count = |of: fn(&Operation) -> bool| {
+        records
+            .iter()
+            .filter(|record| of(&record.operation))
+            .count()
+    };
     let outcome = |is: fn(&Outcome) -> bool| {
-        let of = |record: &&Record| record.asked.outcome().is_some_and(|outcome| is(&outcome));
+        let of = |record: &&Record| {
+            record
+                .operation
+                .outcome()
+                .is_some_and(|outcome| is(&outcome))
+        };
         records.iter().filter(of).count()
     };
-    let reads = count(|asked| matches!(asked, Asked::Get { .. }));
+    let reads = count(|operation| matches!(operation, Operation::Get { .. }));
     let written = outcome(|outcome| matches!(outcome, Outcome::Written(_)));
     let refused = outcome(|outcome| *outcome == Outcome::NotWritten);
     let unknown = outcome(|outcome| *outcome == Outcome::Unknown);
     let deletions = count(
-        |asked| matches!(asked, Asked::Delete { outcome } if matches!(outcome, Outcome::Written(_))),
+        |operation| matches!(operation, Operation::Delete { outcome } if matches!(outcome, Outcome::Written(_))),
     );
-    let absent = count(|asked| matches!(asked, Asked::Get { found: None, .. }));
+    let absent = count(|operation| matches!(operation, Operation::Get { found: None, .. }));
     println!(
         "{reads} reads, {absent} of them of no record, {written} writes, {deletions} of them \
          deletions, {refused} refused, {unknown} without an answer"
@@ -162,38 +172,38 @@ fn history_of(records: &[Record], replica: usize, user: usize) -> Vec<Op> {
     let op = |record: &Record| {
         let here = record.replica == replica;
         // `None` for a write that never happens.
-        let ended = |outcome| match outcome {
+        let returned = |outcome| match outcome {
             Outcome::NotWritten => None,
-            Outcome::Written(_) if here => Some(Some(record.ended)),
+            Outcome::Written(_) if here => Some(Some(record.returned)),
             Outcome::Written(_) | Outcome::Unknown => Some(None),
         };
-        let (ended, did) = match &record.asked {
-            Asked::Set { fields, outcome } => (ended(*outcome)?, Did::Set(*fields)),
-            Asked::Delete { outcome } => (ended(*outcome)?, Did::Delete),
-            Asked::Get { found, .. } if here => (Some(record.ended), Did::Get(*found)),
-            Asked::Get { .. } => return None,
+        let (returned, effect) = match &record.operation {
+            Operation::Set { fields, outcome } => (returned(*outcome)?, Effect::Set(*fields)),
+            Operation::Delete { outcome } => (returned(*outcome)?, Effect::Delete),
+            Operation::Get { found, .. } if here => (Some(record.returned), Effect::Get(*found)),
+            Operation::Get { .. } => return None,
         };
         Some(Op {
-            begun: record.begun,
-            ended,
-            did,
-            who: format!("client {:2}, replica {}", record.client, record.replica),
+            invoked: record.invoked,
+            returned,
+            effect,
+            label: format!("client {:2}, replica {}", record.client, record.replica),
         })
     };
     of_user.filter_map(op).collect()
 }
 
 /// What is wrong with a history, as short as it gets.
-fn told(history: &[Op], replica: usize, user: usize) -> String {
-    let least = shortest(history);
-    let mut told = format!(
+fn describe(history: &[Op], replica: usize, user: usize) -> String {
+    let shortest_history = shortest(history);
+    let mut describe = format!(
         "replica {replica} is not linearizable for {}; of {} operations these {} are enough to see it:\n",
         user_id(user),
         history.len(),
-        least.len()
+        shortest_history.len()
     );
-    for op in least {
-        let _ = writeln!(told, "{op}");
+    for op in shortest_history {
+        let _ = writeln!(describe, "{op}");
     }
-    told
+    describe
 }

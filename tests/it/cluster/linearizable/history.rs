@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use super::checker::{State, keys};
 use crate::harness::backup_files::Rng;
 use crate::harness::cluster::broker::FIELDS;
-use crate::harness::wire::{Answer, eventually, in_time};
+use crate::harness::wire::{Response, eventually, with_timeout};
 use crate::harness::{AUTHORIZATION, Ports};
 
 pub(crate) const REPLICAS: usize = 3;
@@ -25,7 +25,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 /// What was asked, and what came of it.
 #[derive(Debug, Clone)]
-pub(crate) enum Asked {
+pub(crate) enum Operation {
     Set {
         fields: [Option<i64>; FIELDS.len()],
         outcome: Outcome,
@@ -40,7 +40,7 @@ pub(crate) enum Asked {
     },
 }
 
-impl Asked {
+impl Operation {
     /// What is known of a write.
     pub(crate) fn outcome(&self) -> Option<Outcome> {
         match self {
@@ -67,9 +67,9 @@ pub(crate) struct Record {
     pub(crate) client: usize,
     pub(crate) replica: usize,
     pub(crate) user: usize,
-    pub(crate) begun: u64,
-    pub(crate) ended: u64,
-    pub(crate) asked: Asked,
+    pub(crate) invoked: u64,
+    pub(crate) returned: u64,
+    pub(crate) operation: Operation,
 }
 
 /// A user's id.
@@ -112,12 +112,12 @@ impl Recorder {
     }
 
     /// The replica at `index` is there now.
-    pub(crate) fn replaced(&self, index: usize, ports: &Ports) {
+    pub(crate) fn set_replica(&self, index: usize, ports: &Ports) {
         self.replicas.lock()[index] = ports.clone();
     }
 
     /// Waits until one replica, or all of them, have answered so many requests more.
-    pub(crate) async fn more(&self, replica: Option<usize>, answers: usize) {
+    pub(crate) async fn wait_for_responses(&self, replica: Option<usize>, responses: usize) {
         let now = || match replica {
             Some(replica) => self.answered[replica].load(Ordering::Relaxed),
             None => self
@@ -126,14 +126,14 @@ impl Recorder {
                 .map(|one| one.load(Ordering::Relaxed))
                 .sum(),
         };
-        let wanted = now() + answers;
-        eventually("more answers", async || (now() >= wanted).then_some(())).await;
+        let expected = now() + responses;
+        eventually("more answers", async || (now() >= expected).then_some(())).await;
     }
 
     /// Stops them; what they recorded.
     pub(crate) async fn stop(self) -> Vec<Record> {
         self.stop.store(true, Ordering::Relaxed);
-        let all = in_time("the clients' end", self.clients.join_all()).await;
+        let all = with_timeout("the clients' end", self.clients.join_all()).await;
         all.into_iter().flatten().collect()
     }
 }
@@ -160,25 +160,25 @@ impl Client {
             let user = self.random.below(USERS as u64) as usize;
             let ports = self.replicas.lock()[replica].clone();
             let write = self.random.below(2) == 0;
-            let begun = self.now();
-            let asked = match write {
+            let invoked = self.now();
+            let operation = match write {
                 true if self.random.below(6) == 0 => Some(self.delete(&ports, user).await),
                 true => Some(self.set(&ports, user).await),
                 false => self.get(&ports, user).await,
             };
-            let ended = self.now();
-            let was_answered = asked.as_ref().is_some_and(|asked| {
-                let outcome = asked.outcome();
+            let returned = self.now();
+            let was_answered = operation.as_ref().is_some_and(|operation| {
+                let outcome = operation.outcome();
                 outcome.is_none_or(|outcome| matches!(outcome, Outcome::Written(_)))
             });
-            if let Some(asked) = asked {
+            if let Some(operation) = operation {
                 records.push(Record {
                     client: self.id,
                     replica,
                     user,
-                    begun,
-                    ended,
-                    asked,
+                    invoked,
+                    returned,
+                    operation,
                 });
             }
             match was_answered {
@@ -210,7 +210,7 @@ impl Client {
         std::array::from_fn(|field| (which >> field & 1 == 1).then_some(value))
     }
 
-    async fn set(&mut self, ports: &Ports, user: usize) -> Asked {
+    async fn set(&mut self, ports: &Ports, user: usize) -> Operation {
         let fields = self.fields();
         let mut patch = Map::from_iter([("user_id".to_owned(), Value::from(user_id(user)))]);
         patch.extend(keys(&fields).map(|(field, value)| (FIELDS[field].to_owned(), value.into())));
@@ -220,24 +220,24 @@ impl Client {
             .header("content-type", "application/json")
             .body(Value::from(patch).to_string());
         let outcome = self.write(request).await;
-        Asked::Set { fields, outcome }
+        Operation::Set { fields, outcome }
     }
 
-    async fn delete(&mut self, ports: &Ports, user: usize) -> Asked {
+    async fn delete(&mut self, ports: &Ports, user: usize) -> Operation {
         let url = format!("http://{}/set?user_id={}", ports.write, user_id(user));
         let request = ports.client.delete(url);
         let request = request.header("authorization", AUTHORIZATION);
         let outcome = self.write(request).await;
-        Asked::Delete { outcome }
+        Operation::Delete { outcome }
     }
 
     async fn write(&mut self, request: reqwest::RequestBuilder) -> Outcome {
-        let outcome = match answer(request).await {
-            Ok(Some(answer)) => match answer.status {
-                204 => Outcome::Written(answer.position()),
+        let outcome = match response(request).await {
+            Ok(Some(response)) => match response.status {
+                204 => Outcome::Written(response.position()),
                 503 => Outcome::NotWritten,
                 504 => Outcome::Unknown,
-                _ => panic!("{answer:?}"),
+                _ => panic!("{response:?}"),
             },
             // There was nobody to send it to.
             Err(error) if error.is_connect() => Outcome::NotWritten,
@@ -251,40 +251,40 @@ impl Client {
 
     /// A read; every other one at the position of this client's last write. `None` if it was not
     /// answered.
-    async fn get(&mut self, ports: &Ports, user: usize) -> Option<Asked> {
+    async fn get(&mut self, ports: &Ports, user: usize) -> Option<Operation> {
         let url = format!("http://{}/get?user_id={}", ports.read, user_id(user));
         let mut request = ports.client.get(url);
         let position = self.position.filter(|_| self.random.below(2) == 0);
         if let Some(position) = position {
             request = request.header("grade-position", position);
         }
-        let answer = answer(request).await.ok()??;
-        let found = match answer.status {
+        let response = response(request).await.ok()??;
+        let found = match response.status {
             200 => {
-                let grade = answer.json();
+                let grade = response.json();
                 Some(FIELDS.map(|field| grade[field].as_i64().unwrap()))
             }
             404 => None,
             503 => return None,
-            _ => panic!("{answer:?}"),
+            _ => panic!("{response:?}"),
         };
-        Some(Asked::Get { position, found })
+        Some(Operation::Get { position, found })
     }
 }
 
 /// The answer to a request, whole; `None` if it takes too long.
-async fn answer(request: reqwest::RequestBuilder) -> Result<Option<Answer>, reqwest::Error> {
-    let asked = async {
+async fn response(request: reqwest::RequestBuilder) -> Result<Option<Response>, reqwest::Error> {
+    let operation = async {
         let response = request.send().await?;
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let body = response.text().await?;
-        Ok(Answer {
+        Ok(Response {
             status,
             headers,
             body,
         })
     };
-    match tokio::time::timeout(ANSWER_MAX, asked).await {
+    match tokio::time::timeout(ANSWER_MAX, operation).await {
         Ok(answered) => answered.map(Some),
         Err(_elapsed) => Ok(None),
     }

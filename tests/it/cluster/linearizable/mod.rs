@@ -28,7 +28,7 @@ mod order_tests;
 
 use rustix::process::Signal;
 
-use self::cluster::{Cluster, KEEPS};
+use self::cluster::{KEEPS, RecordedCluster};
 use self::history::REPLICAS;
 use crate::harness::cluster::proxy::Rules;
 
@@ -37,33 +37,36 @@ const SOME: usize = 100;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_that_are_killed_and_begin_again_never_go_back() {
-    let mut cluster = Cluster::start().await;
+    let mut cluster = RecordedCluster::start().await;
     // One has a snapshot, the others begin from nothing.
     for replica in [0, KEEPS, 1, KEEPS] {
-        cluster.clients.more(None, SOME).await;
+        cluster.clients.wait_for_responses(None, SOME).await;
         cluster.kill(replica);
-        cluster.clients.more(None, SOME).await;
+        cluster.clients.wait_for_responses(None, SOME).await;
         // What it begins from is old, and what came since is slow to arrive.
         cluster.proxies[replica].set(Rules {
             hold_batches: true,
             ..Rules::default()
         });
         cluster.launch(replica).await;
-        cluster.clients.more(None, SOME).await;
+        cluster.clients.wait_for_responses(None, SOME).await;
         cluster.proxies[replica].set(Rules::default());
-        cluster.clients.more(Some(replica), SOME).await;
+        cluster
+            .clients
+            .wait_for_responses(Some(replica), SOME)
+            .await;
     }
     cluster.check().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_is_killed_changes_no_order() {
-    let mut cluster = Cluster::start().await;
+    let mut cluster = RecordedCluster::start().await;
     for _ in 0..4 {
         cluster.all_write().await;
-        cluster.clients.more(None, SOME).await;
+        cluster.clients.wait_for_responses(None, SOME).await;
         cluster.broker.kill();
-        cluster.clients.more(None, SOME).await;
+        cluster.clients.wait_for_responses(None, SOME).await;
         cluster.broker.restart().await;
     }
     cluster.all_write().await;
@@ -72,45 +75,57 @@ async fn a_broker_that_is_killed_changes_no_order() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_that_stand_still_go_on_where_they_were() {
-    let cluster = Cluster::start().await;
+    let cluster = RecordedCluster::start().await;
     for replica in 0..REPLICAS {
         cluster.node(replica).signal(Signal::STOP);
         for other in (0..REPLICAS).filter(|other| *other != replica) {
-            cluster.clients.more(Some(other), SOME).await;
+            cluster.clients.wait_for_responses(Some(other), SOME).await;
         }
         cluster.node(replica).signal(Signal::CONT);
-        cluster.clients.more(Some(replica), SOME).await;
+        cluster
+            .clients
+            .wait_for_responses(Some(replica), SOME)
+            .await;
     }
     cluster.check().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_lose_or_delay_words_change_no_order() {
-    let cluster = Cluster::start().await;
+    let cluster = RecordedCluster::start().await;
     let none = Rules::default();
     let all = [
-        Rules { deaf: true, ..none },
-        Rules { mute: true, ..none },
+        Rules {
+            drop_requests: true,
+            ..none
+        },
+        Rules {
+            drop_replies: true,
+            ..none
+        },
         Rules {
             hold_batches: true,
             ..none
         },
         Rules {
-            lose_acks: true,
+            drop_acks: true,
             ..none
         },
         Rules {
-            lose_batches: true,
+            drop_batches: true,
             ..none
         },
     ];
     for (round, rules) in all.into_iter().enumerate() {
         let replica = round % REPLICAS;
-        cluster.clients.more(Some(replica), SOME).await;
+        cluster
+            .clients
+            .wait_for_responses(Some(replica), SOME)
+            .await;
         cluster.proxies[replica].set(rules);
         cluster
             .clients
-            .more(Some((replica + 1) % REPLICAS), SOME)
+            .wait_for_responses(Some((replica + 1) % REPLICAS), SOME)
             .await;
         cluster.proxies[replica].set(none);
     }
@@ -123,23 +138,29 @@ async fn connections_that_lose_or_delay_words_change_no_order() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_that_forgets_what_a_replica_needs_is_not_served_across() {
-    let mut cluster = Cluster::start().await;
-    cluster.clients.more(None, SOME).await;
+    let mut cluster = RecordedCluster::start().await;
+    cluster.clients.wait_for_responses(None, SOME).await;
     // One is cut off, one is not there: what they lack is soon forgotten.
     cluster.kill(1);
     let dead = Rules {
-        deaf: true,
-        mute: true,
+        drop_requests: true,
+        drop_replies: true,
         ..Rules::default()
     };
     cluster.proxies[0].set(dead);
     cluster.proxies[0].cut();
-    cluster.clients.more(Some(KEEPS), 2 * SOME).await;
+    cluster
+        .clients
+        .wait_for_responses(Some(KEEPS), 2 * SOME)
+        .await;
     cluster.trim_beyond(0).await;
     cluster.proxies[0].set(Rules::default());
     cluster.launch(1).await;
     for replica in 0..REPLICAS {
-        cluster.clients.more(Some(replica), SOME).await;
+        cluster
+            .clients
+            .wait_for_responses(Some(replica), SOME)
+            .await;
     }
     let resyncs = cluster.node(0).metric("gradestore_resyncs_total").await;
     assert_eq!(resyncs, Some(1.0));

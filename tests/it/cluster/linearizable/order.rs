@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::checker::{State, keys};
-use super::history::{Asked, Outcome, REPLICAS, Record, USERS, user_id};
-use crate::harness::cluster::broker::Logged;
+use super::history::{Operation, Outcome, REPLICAS, Record, USERS, user_id};
+use crate::harness::cluster::broker::LoggedWrite;
 
 /// A log and what clients recorded of it.
 pub(crate) struct Order<'a> {
@@ -30,10 +30,10 @@ struct Deletions {
 impl Deletions {
     fn of(records: &[Record]) -> Self {
         let mut deletions = Self::default();
-        let mut by_begin: Vec<usize> = (0..records.len()).collect();
-        by_begin.sort_by_key(|index| records[*index].begun);
-        for index in by_begin {
-            let Asked::Delete { outcome } = records[index].asked else {
+        let mut by_invocation: Vec<usize> = (0..records.len()).collect();
+        by_invocation.sort_by_key(|index| records[*index].invoked);
+        for index in by_invocation {
+            let Operation::Delete { outcome } = records[index].operation else {
                 continue;
             };
             let user = user_id(records[index].user);
@@ -69,10 +69,10 @@ struct Span {
 
 impl<'a> Order<'a> {
     /// Finds each of the log's writes among the records: whole, once, and none that was refused.
-    pub(crate) fn new(records: &'a [Record], log: &BTreeMap<u64, Vec<Logged>>) -> Self {
+    pub(crate) fn new(records: &'a [Record], log: &BTreeMap<u64, Vec<LoggedWrite>>) -> Self {
         let mut sent = HashMap::new();
         for (index, record) in records.iter().enumerate() {
-            if let Asked::Set { fields, .. } = &record.asked {
+            if let Operation::Set { fields, .. } = &record.operation {
                 sent.extend(keys(fields).map(|key| (key, index)));
             }
         }
@@ -84,8 +84,8 @@ impl<'a> Order<'a> {
             .flat_map(|(at, writes)| writes.iter().map(move |w| (*at, w)))
         {
             let index = match write {
-                Logged::Set(set) => sent.get(&(set.field, set.value)).copied(),
-                Logged::Delete(user) => deletions.next(user, position),
+                LoggedWrite::Set(set) => sent.get(&(set.field, set.value)).copied(),
+                LoggedWrite::Delete(user) => deletions.next(user, position),
             };
             let index = index.unwrap_or_else(|| panic!("nobody sent {write:?} at {position}"));
             if let Some(set) = write.set() {
@@ -104,10 +104,10 @@ impl<'a> Order<'a> {
             states: vec![HashMap::new(); USERS],
         };
         for (index, record) in records.iter().enumerate() {
-            let (whole, outcome) = match &record.asked {
-                Asked::Set { fields, outcome } => (keys(fields).count(), outcome),
-                Asked::Delete { outcome } => (1, outcome),
-                Asked::Get { .. } => continue,
+            let (whole, outcome) = match &record.operation {
+                Operation::Set { fields, outcome } => (keys(fields).count(), outcome),
+                Operation::Delete { outcome } => (1, outcome),
+                Operation::Get { .. } => continue,
             };
             match outcome {
                 Outcome::NotWritten => {
@@ -138,16 +138,16 @@ impl<'a> Order<'a> {
         for (place, (_, index)) in self.places.iter().enumerate() {
             let record = &self.records[*index];
             let (state, from) = &mut now[record.user];
-            let after = match &record.asked {
-                Asked::Set { fields, .. } => {
+            let after = match &record.operation {
+                Operation::Set { fields, .. } => {
                     let mut values = state.unwrap_or_default();
                     for (field, value) in keys(fields) {
                         values[field] = value;
                     }
                     Some(values)
                 }
-                Asked::Delete { .. } => None,
-                Asked::Get { .. } => unreachable!("only writes are in the log"),
+                Operation::Delete { .. } => None,
+                Operation::Get { .. } => unreachable!("only writes are in the log"),
             };
             if after == *state {
                 continue;
@@ -186,12 +186,12 @@ impl<'a> Order<'a> {
                 && written(record).is_some()
             {
                 assert!(
-                    record.ended >= latest.begun,
+                    record.returned >= latest.invoked,
                     "the log has the first behind the second: {record:?} {latest:?}"
                 );
             }
             latest = latest
-                .filter(|latest| latest.begun >= record.begun)
+                .filter(|latest| latest.invoked >= record.invoked)
                 .or(Some(record));
         }
     }
@@ -202,7 +202,7 @@ impl<'a> Order<'a> {
             by_client.entry(record.client).or_default().push(record);
         }
         for records in by_client.values_mut() {
-            records.sort_by_key(|record| record.begun);
+            records.sort_by_key(|record| record.invoked);
             let positions: Vec<u64> = records
                 .iter()
                 .filter_map(|record| written(record))
@@ -226,42 +226,45 @@ impl<'a> Order<'a> {
     fn a_replica_shows_a_growing_prefix(&self, replica: usize) {
         let here = |record: &&(usize, &Record)| record.1.replica == replica;
         let all: Vec<(usize, &Record)> = self.records.iter().enumerate().collect();
-        let mut by_end: Vec<_> = all.iter().filter(here).copied().collect();
-        by_end.sort_by_key(|(_, record)| record.ended);
-        let mut by_begin = by_end.clone();
-        by_begin.sort_by_key(|(_, record)| record.begun);
+        let mut by_return: Vec<_> = all.iter().filter(here).copied().collect();
+        by_return.sort_by_key(|(_, record)| record.returned);
+        let mut by_invocation = by_return.clone();
+        by_invocation.sort_by_key(|(_, record)| record.invoked);
         // How far the replica must have come, and who says so.
-        let mut least: Option<(usize, &Record)> = None;
+        let mut shortest_history: Option<(usize, &Record)> = None;
         // Where what a read has found begins.
         let mut found_from: HashMap<usize, Option<usize>> = HashMap::new();
-        let mut ended = by_end.into_iter().peekable();
-        for (index, record) in by_begin {
+        let mut returned = by_return.into_iter().peekable();
+        for (index, record) in by_invocation {
             while let Some((index, before)) =
-                ended.next_if(|(_, before)| before.ended < record.begun)
+                returned.next_if(|(_, before)| before.returned < record.invoked)
             {
                 let shown = match written(before) {
                     Some(_) => Some(self.place_of[&index]),
                     None => found_from.get(&index).copied().flatten(),
                 };
-                let further = |place: &usize| least.is_none_or(|(least, _)| *place > least);
+                let further = |place: &usize| {
+                    shortest_history.is_none_or(|(shortest_history, _)| *place > shortest_history)
+                };
                 if let Some(place) = shown.filter(further) {
-                    least = Some((place, before));
+                    shortest_history = Some((place, before));
                 }
             }
-            let Asked::Get { found, .. } = &record.asked else {
+            let Operation::Get { found, .. } = &record.operation else {
                 continue;
             };
             let spans = self.spans(record, found).iter();
-            let late_enough = |span: &&Span| least.is_none_or(|(place, _)| place < span.until);
+            let late_enough =
+                |span: &&Span| shortest_history.is_none_or(|(place, _)| place < span.until);
             let Some(span) = spans.copied().find(|span| late_enough(&span)) else {
-                let (_, before) = least.expect("something is later");
+                let (_, before) = shortest_history.expect("something is later");
                 panic!("the second is of an earlier state of the replica: {before:?} {record:?}");
             };
             // The first one that it may be: it has been sent if any of them has.
             if let Some(from) = span.from {
                 let write = &self.records[self.places[from].1];
                 assert!(
-                    write.begun < record.ended,
+                    write.invoked < record.returned,
                     "read before it was sent: {write:?} {record:?}"
                 );
             }
@@ -273,10 +276,10 @@ impl<'a> Order<'a> {
     /// whichever replica it asks.
     fn reads_see_the_position_they_asked_for(&self) {
         for record in self.records {
-            let Asked::Get {
+            let Operation::Get {
                 position: Some(position),
                 found,
-            } = &record.asked
+            } = &record.operation
             else {
                 continue;
             };
@@ -292,7 +295,7 @@ impl<'a> Order<'a> {
 
 /// The position of a write that was answered.
 fn written(record: &Record) -> Option<u64> {
-    match record.asked.outcome() {
+    match record.operation.outcome() {
         Some(Outcome::Written(position)) => Some(position),
         _ => None,
     }

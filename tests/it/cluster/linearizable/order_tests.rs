@@ -4,107 +4,109 @@ use std::collections::BTreeMap;
 use std::panic::catch_unwind;
 
 use super::checker::State;
-use super::history::{Asked, Outcome, Record, user_id};
+use super::history::{Operation, Outcome, Record, user_id};
 use super::order::Order;
-use crate::harness::cluster::broker::{Logged, Write};
+use crate::harness::cluster::broker::{LoggedWrite, Write};
 
-fn set(replica: usize, begun: u64, value: i64, outcome: Outcome) -> Record {
+fn set(replica: usize, invoked: u64, value: i64, outcome: Outcome) -> Record {
     let fields = [Some(value), None, None, None];
-    record(replica, begun, Asked::Set { fields, outcome })
+    record(replica, invoked, Operation::Set { fields, outcome })
 }
 
-fn delete(replica: usize, begun: u64, outcome: Outcome) -> Record {
-    record(replica, begun, Asked::Delete { outcome })
+fn delete(replica: usize, invoked: u64, outcome: Outcome) -> Record {
+    record(replica, invoked, Operation::Delete { outcome })
 }
 
-fn get(replica: usize, begun: u64, position: Option<u64>, value: i64) -> Record {
+fn get(replica: usize, invoked: u64, position: Option<u64>, value: i64) -> Record {
     let found: State = (value != 0).then_some([value, 0, 0, 0]);
-    record(replica, begun, Asked::Get { position, found })
+    record(replica, invoked, Operation::Get { position, found })
 }
 
-fn record(replica: usize, begun: u64, asked: Asked) -> Record {
+fn record(replica: usize, invoked: u64, operation: Operation) -> Record {
     Record {
         client: 0,
         replica,
         user: 0,
-        begun,
-        ended: begun + 1,
-        asked,
+        invoked,
+        returned: invoked + 1,
+        operation,
     }
 }
 
 /// Whether the log with these values, a batch each, tells `records`; 0 is a deletion.
-fn tells(values: &[i64], records: Vec<Record>) -> bool {
+fn is_explained_by(values: &[i64], records: Vec<Record>) -> bool {
     let batch = |(index, value): (usize, &i64)| {
         let (user, field, value) = (user_id(0), 0, *value);
         let logged = match value {
-            0 => Logged::Delete(user),
+            0 => LoggedWrite::Delete(user),
             _ => Write { user, field, value }.into(),
         };
         (index as u64 + 1, vec![logged])
     };
-    let log: BTreeMap<u64, Vec<Logged>> = values.iter().enumerate().map(batch).collect();
+    let log: BTreeMap<u64, Vec<LoggedWrite>> = values.iter().enumerate().map(batch).collect();
     catch_unwind(|| Order::new(&records, &log).check()).is_ok()
 }
 
 #[test]
 fn what_the_log_does_not_tell_is_found() {
-    let written =
-        |replica, begun, value, position| set(replica, begun, value, Outcome::Written(position));
-    let unknown = |replica, begun, value| set(replica, begun, value, Outcome::Unknown);
+    let written = |replica, invoked, value, position| {
+        set(replica, invoked, value, Outcome::Written(position))
+    };
+    let unknown = |replica, invoked, value| set(replica, invoked, value, Outcome::Unknown);
     let two = || vec![written(0, 0, 1, 1), written(1, 10, 2, 2)];
     let with = |more: &[Record]| [two(), more.to_vec()].concat();
 
-    assert!(tells(&[1, 2], two()));
+    assert!(is_explained_by(&[1, 2], two()));
     // A replica that was not written to may be behind, but does not go back.
-    assert!(tells(
+    assert!(is_explained_by(
         &[1, 2],
         with(&[get(2, 20, None, 0), get(2, 30, None, 2)])
     ));
-    assert!(!tells(
+    assert!(!is_explained_by(
         &[1, 2],
         with(&[get(2, 20, None, 2), get(2, 30, None, 1)])
     ));
     // It holds what it has answered, and what it is asked for.
-    assert!(!tells(&[1, 2], with(&[get(1, 20, None, 1)])));
-    assert!(tells(&[1, 2], with(&[get(2, 20, Some(1), 1)])));
-    assert!(!tells(&[1, 2], with(&[get(2, 20, Some(2), 1)])));
+    assert!(!is_explained_by(&[1, 2], with(&[get(1, 20, None, 1)])));
+    assert!(is_explained_by(&[1, 2], with(&[get(2, 20, Some(1), 1)])));
+    assert!(!is_explained_by(&[1, 2], with(&[get(2, 20, Some(2), 1)])));
     // Nothing is seen before it is sent, nor what the log does not have.
-    assert!(!tells(&[1, 2], with(&[get(2, 5, None, 2)])));
-    assert!(!tells(
+    assert!(!is_explained_by(&[1, 2], with(&[get(2, 5, None, 2)])));
+    assert!(!is_explained_by(
         &[1, 2],
         with(&[unknown(0, 20, 3), get(2, 30, None, 3)])
     ));
     // What has no answer may be there or not, and anywhere behind where it began.
-    assert!(tells(&[1, 2, 3], with(&[unknown(0, 5, 3)])));
+    assert!(is_explained_by(&[1, 2, 3], with(&[unknown(0, 5, 3)])));
     let between = [written(0, 0, 1, 1), unknown(0, 5, 3), written(1, 10, 2, 3)];
-    assert!(tells(&[1, 3, 2], between.to_vec()));
-    assert!(!tells(&[1, 2, 3, 3], with(&[unknown(0, 5, 3)])));
+    assert!(is_explained_by(&[1, 3, 2], between.to_vec()));
+    assert!(!is_explained_by(&[1, 2, 3, 3], with(&[unknown(0, 5, 3)])));
     // What was refused is not there.
-    assert!(!tells(
+    assert!(!is_explained_by(
         &[1, 2, 3],
         with(&[set(0, 5, 3, Outcome::NotWritten)])
     ));
     // What was answered is, in its place, and in the order of time.
-    assert!(!tells(&[1], two()));
-    assert!(!tells(&[2, 1], two()));
+    assert!(!is_explained_by(&[1], two()));
+    assert!(!is_explained_by(&[2, 1], two()));
     let swapped = vec![written(0, 0, 1, 2), written(1, 10, 2, 1)];
-    assert!(!tells(&[2, 1], swapped));
+    assert!(!is_explained_by(&[2, 1], swapped));
 }
 
 #[test]
 fn deletions_are_told_by_the_log_too() {
-    let written =
-        |replica, begun, value, position| set(replica, begun, value, Outcome::Written(position));
-    let deleted = |replica, begun, position| delete(replica, begun, Outcome::Written(position));
-    let maybe = |begun| delete(0, begun, Outcome::Unknown);
+    let written = |replica, invoked, value, position| {
+        set(replica, invoked, value, Outcome::Written(position))
+    };
+    let deleted = |replica, invoked, position| delete(replica, invoked, Outcome::Written(position));
+    let maybe = |invoked| delete(0, invoked, Outcome::Unknown);
     let three = || vec![written(0, 0, 1, 1), deleted(1, 10, 2), written(0, 20, 2, 3)];
     let with = |more: &[Record]| [three(), more.to_vec()].concat();
     let log = [1, 0, 2];
 
-    assert!(tells(&log, three()));
+    assert!(is_explained_by(&log, three()));
     // No record before the first write, and after the deletion; not after the second write.
-    assert!(tells(
+    assert!(is_explained_by(
         &log,
         with(&[
             get(2, 30, None, 0),
@@ -113,11 +115,11 @@ fn deletions_are_told_by_the_log_too() {
             get(2, 60, None, 2)
         ])
     ));
-    assert!(!tells(
+    assert!(!is_explained_by(
         &log,
         with(&[get(2, 30, None, 2), get(2, 40, None, 0)])
     ));
-    assert!(!tells(
+    assert!(!is_explained_by(
         &log,
         with(&[
             get(2, 30, None, 1),
@@ -126,28 +128,28 @@ fn deletions_are_told_by_the_log_too() {
         ])
     ));
     // Whoever answered the deletion does not show what was before it, nor does who is asked for it.
-    assert!(!tells(&log, with(&[get(1, 30, None, 1)])));
-    assert!(tells(&log, with(&[get(1, 30, None, 0)])));
-    assert!(tells(&log, with(&[get(2, 30, Some(2), 0)])));
-    assert!(!tells(&log, with(&[get(2, 30, Some(2), 1)])));
-    assert!(!tells(&log, with(&[get(2, 30, Some(3), 0)])));
+    assert!(!is_explained_by(&log, with(&[get(1, 30, None, 1)])));
+    assert!(is_explained_by(&log, with(&[get(1, 30, None, 0)])));
+    assert!(is_explained_by(&log, with(&[get(2, 30, Some(2), 0)])));
+    assert!(!is_explained_by(&log, with(&[get(2, 30, Some(2), 1)])));
+    assert!(!is_explained_by(&log, with(&[get(2, 30, Some(3), 0)])));
     // It is not seen before it is sent.
-    assert!(!tells(
+    assert!(!is_explained_by(
         &log,
         with(&[get(2, 4, None, 1), get(2, 6, None, 0)])
     ));
     // It is there, where it was said to be, and once.
-    assert!(!tells(&[1, 2], three()));
-    assert!(!tells(&[0, 1, 2], three()));
-    assert!(!tells(&[1, 0, 2, 0], three()));
-    assert!(tells(&[1, 0, 2, 0], with(&[maybe(15)])));
-    assert!(tells(&log, with(&[maybe(15)])));
-    assert!(!tells(&[1, 0, 2, 0, 0], with(&[maybe(15)])));
-    assert!(!tells(
+    assert!(!is_explained_by(&[1, 2], three()));
+    assert!(!is_explained_by(&[0, 1, 2], three()));
+    assert!(!is_explained_by(&[1, 0, 2, 0], three()));
+    assert!(is_explained_by(&[1, 0, 2, 0], with(&[maybe(15)])));
+    assert!(is_explained_by(&log, with(&[maybe(15)])));
+    assert!(!is_explained_by(&[1, 0, 2, 0, 0], with(&[maybe(15)])));
+    assert!(!is_explained_by(
         &[1, 0, 2, 0],
         with(&[delete(0, 15, Outcome::NotWritten)])
     ));
     // What was answered before another was begun is before it.
     let swapped = vec![deleted(0, 0, 2), written(1, 10, 1, 1)];
-    assert!(!tells(&[1, 0], swapped));
+    assert!(!is_explained_by(&[1, 0], swapped));
 }

@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
 use crate::harness::cluster::nats::NatsServer;
-use crate::harness::wire::{Answer, in_time};
+use crate::harness::wire::{Response, with_timeout};
 use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, program};
 
 /// As tests/install-nats.sh puts it there.
@@ -163,20 +163,20 @@ pub(crate) fn replica_with(nats_url: &str) -> Command {
 
 /// One write that was answered with 204.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Answered {
+pub(crate) struct AckedWrite {
     pub(crate) position: u64,
-    pub(crate) write: Logged,
+    pub(crate) write: LoggedWrite,
 }
 
 /// What the log says of one user.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Logged {
+pub(crate) enum LoggedWrite {
     Set(Write),
     /// The user's record is removed.
     Delete(String),
 }
 
-impl Logged {
+impl LoggedWrite {
     /// What it sets, if it does.
     pub(crate) fn set(&self) -> Option<&Write> {
         match self {
@@ -186,7 +186,7 @@ impl Logged {
     }
 }
 
-impl From<Write> for Logged {
+impl From<Write> for LoggedWrite {
     fn from(write: Write) -> Self {
         Self::Set(write)
     }
@@ -214,7 +214,7 @@ const DELETE_EVERY: usize = 29;
 /// Writers that work until they are told to stop.
 pub(crate) struct Load {
     stop: Arc<AtomicBool>,
-    writers: Vec<JoinHandle<Vec<Answered>>>,
+    writers: Vec<JoinHandle<Vec<AckedWrite>>>,
 }
 
 impl Load {
@@ -233,7 +233,7 @@ impl Load {
     }
 
     /// Waits until they have sent all; what was answered.
-    pub(crate) async fn done(self) -> Vec<Answered> {
+    pub(crate) async fn done(self) -> Vec<AckedWrite> {
         let mut answered = Vec::new();
         for writer in self.writers {
             answered.extend(writer.await.unwrap());
@@ -242,9 +242,9 @@ impl Load {
     }
 
     /// Stops them; what was answered.
-    pub(crate) async fn stop(self) -> Vec<Answered> {
+    pub(crate) async fn stop(self) -> Vec<AckedWrite> {
         self.stop.store(true, Ordering::Relaxed);
-        in_time("the writers' end", self.done()).await
+        with_timeout("the writers' end", self.done()).await
     }
 }
 
@@ -254,7 +254,7 @@ async fn write(
     users: usize,
     writes: usize,
     stop: Arc<AtomicBool>,
-) -> Vec<Answered> {
+) -> Vec<AckedWrite> {
     let mut answered = Vec::new();
     for count in 0..writes {
         if stop.load(Ordering::Relaxed) {
@@ -265,25 +265,28 @@ async fn write(
             field: (count / 3 + id) % FIELDS.len(),
             value: (id * 1_000_000_000 + count) as i64,
         };
-        let (answer, write) = match (count + id).is_multiple_of(DELETE_EVERY) {
-            true => (ports.delete(&write.user).await, Logged::Delete(write.user)),
+        let (response, write) = match (count + id).is_multiple_of(DELETE_EVERY) {
+            true => (
+                ports.delete(&write.user).await,
+                LoggedWrite::Delete(write.user),
+            ),
             false => (ports.set(write.json()).await, write.into()),
         };
-        match answer.status {
-            204 => answered.push(Answered {
-                position: answer.position(),
+        match response.status {
+            204 => answered.push(AckedWrite {
+                position: response.position(),
                 write,
             }),
             // A client that is refused does not insist at once.
             503 | 504 => tokio::time::sleep(Duration::from_millis(10)).await,
-            _ => panic!("{answer:?}"),
+            _ => panic!("{response:?}"),
         }
     }
     answered
 }
 
 /// The stream as a plain program reads it: each message's writes, the first one's first.
-pub(crate) async fn read_stream(broker: &Context) -> Vec<Vec<Logged>> {
+pub(crate) async fn read_stream(broker: &Context) -> Vec<Vec<LoggedWrite>> {
     let mut stream = broker.get_stream(STREAM).await.unwrap();
     let messages = stream.info().await.unwrap().state.messages as usize;
     let config = pull::Config {
@@ -293,26 +296,26 @@ pub(crate) async fn read_stream(broker: &Context) -> Vec<Vec<Logged>> {
     let consumer = stream.create_consumer(config).await.unwrap();
     let mut stream = consumer.messages().await.unwrap().take(messages);
     let mut read = Vec::new();
-    while let Some(message) = in_time("the stream", stream.next()).await {
+    while let Some(message) = with_timeout("the stream", stream.next()).await {
         let message = message.unwrap();
         assert_eq!(
             message.info().unwrap().stream_sequence,
             read.len() as u64 + 1
         );
-        read.push(writes_in(&message.payload));
+        read.push(parse_batch(&message.payload));
     }
     read
 }
 
 /// What a message sets and deletes.
-pub(crate) fn writes_in(payload: &[u8]) -> Vec<Logged> {
+pub(crate) fn parse_batch(payload: &[u8]) -> Vec<LoggedWrite> {
     let Ok(Value::Array(patches)) = serde_json::from_slice(payload) else {
         return Vec::new();
     };
     let mut writes = Vec::new();
     for patch in patches {
         if let Some(user) = patch["delete"].as_str() {
-            writes.push(Logged::Delete(user.to_owned()));
+            writes.push(LoggedWrite::Delete(user.to_owned()));
         }
         for (field, name) in FIELDS.iter().enumerate() {
             if let Some(value) = patch[name].as_i64() {
@@ -327,19 +330,19 @@ pub(crate) fn writes_in(payload: &[u8]) -> Vec<Logged> {
 /// What must hold of replicas and their log, whatever has happened: what was answered is in the log
 /// at the place that the answer named, nothing is there twice, and every replica holds exactly what
 /// a plain fold of the log gives.
-pub(crate) async fn check(broker: &Context, nodes: &[&Node], answered: &[Answered]) {
+pub(crate) async fn check(broker: &Context, nodes: &[&Node], answered: &[AckedWrite]) {
     let log = read_stream(broker).await;
-    all_there(answered, |position| log.get(position as usize - 1));
-    none_twice(log.iter().flatten());
+    assert_acked_writes_in_log(answered, |position| log.get(position as usize - 1));
+    assert_no_duplicates(log.iter().flatten());
     let mut folded: BTreeMap<&str, [i64; 4]> = BTreeMap::new();
     let mut deleted = BTreeSet::new();
     for write in log.iter().flatten() {
         match write {
-            Logged::Set(write) => {
+            LoggedWrite::Set(write) => {
                 folded.entry(&write.user).or_default()[write.field] = write.value;
                 deleted.remove(&*write.user);
             }
-            Logged::Delete(user) => {
+            LoggedWrite::Delete(user) => {
                 folded.remove(&**user);
                 deleted.insert(&**user);
             }
@@ -357,7 +360,7 @@ pub(crate) async fn check(broker: &Context, nodes: &[&Node], answered: &[Answere
             assert_eq!(found, *values, "{user}");
         }
         for user in &deleted {
-            node.get(user).await.problem(404, "user-unknown");
+            node.get(user).await.expect_problem(404, "user-unknown");
         }
     }
     assert_eq!(digests.len(), 1, "{digests:?}");
@@ -365,12 +368,15 @@ pub(crate) async fn check(broker: &Context, nodes: &[&Node], answered: &[Answere
 
 /// Checks that each answered write is in the batch that its answer named; a deletion, which may be
 /// of a user that others deleted as well, as often as it was answered.
-pub(crate) fn all_there<'a>(answered: &[Answered], batch: impl Fn(u64) -> Option<&'a Vec<Logged>>) {
-    let mut wanted: BTreeMap<(u64, &Logged), usize> = BTreeMap::new();
-    for Answered { position, write } in answered {
-        *wanted.entry((*position, write)).or_default() += 1;
+pub(crate) fn assert_acked_writes_in_log<'a>(
+    answered: &[AckedWrite],
+    batch: impl Fn(u64) -> Option<&'a Vec<LoggedWrite>>,
+) {
+    let mut expected: BTreeMap<(u64, &LoggedWrite), usize> = BTreeMap::new();
+    for AckedWrite { position, write } in answered {
+        *expected.entry((*position, write)).or_default() += 1;
     }
-    for ((position, write), times) in wanted {
+    for ((position, write), times) in expected {
         let there = batch(position).into_iter().flatten();
         let there = there.filter(|there| *there == write).count();
         assert!(there >= times, "{position} lacks {write:?}");
@@ -378,9 +384,9 @@ pub(crate) fn all_there<'a>(answered: &[Answered], batch: impl Fn(u64) -> Option
 }
 
 /// Checks that nothing is set twice, since no two writes set the same.
-pub(crate) fn none_twice<'a>(log: impl Iterator<Item = &'a Logged>) {
+pub(crate) fn assert_no_duplicates<'a>(log: impl Iterator<Item = &'a LoggedWrite>) {
     let mut seen = BTreeSet::new();
-    for write in log.filter_map(Logged::set) {
+    for write in log.filter_map(LoggedWrite::set) {
         assert!(seen.insert(write), "twice: {write:?}");
     }
 }
@@ -392,9 +398,9 @@ impl Ports {
         let user_id = utf8_percent_encode(user_id, NON_ALPHANUMERIC);
         let url = format!("http://{}/get?user_id={user_id}", self.read);
         let request = self.client.get(url).header("grade-position", position);
-        let answer = Answer::of(in_time("GET /get", request.send()).await.unwrap()).await;
-        assert_eq!(answer.status, 200, "{}", answer.body);
-        answer.json()
+        let response = Response::of(with_timeout("GET /get", request.send()).await.unwrap()).await;
+        assert_eq!(response.status, 200, "{}", response.body);
+        response.json()
     }
 
     /// Waits until the node is in `state`; returns its `/status`.

@@ -18,8 +18,8 @@ use tempfile::TempDir;
 
 use crate::harness::cluster::broker::{NATS_SERVER, STREAM, SUBJECT, replica_with};
 use crate::harness::cluster::throttle::Throttle;
-use crate::harness::wire::{eventually, in_time};
-use crate::harness::{Process, collected};
+use crate::harness::wire::{eventually, with_timeout};
+use crate::harness::{Process, collect_output};
 
 /// Below the ports that Linux assigns by itself, so that no outgoing connection and no bind to port
 /// 0 takes the port of a server that is about to be started again.
@@ -134,7 +134,7 @@ impl NatsServer {
     }
 
     /// Waits until it has ended by itself.
-    pub(crate) async fn ended(&mut self) {
+    pub(crate) async fn wait_for_exit(&mut self) {
         eventually("nats-server's end", async || {
             self.process.0.try_wait().unwrap()
         })
@@ -173,7 +173,7 @@ impl NatsServer {
     pub(crate) async fn client(&self, options: ConnectOptions) -> Context {
         let options = options.ignore_discovered_servers();
         let options = options.request_timeout(Some(ANSWER_WAIT_MAX));
-        let client = in_time("a client", options.connect(self.url())).await;
+        let client = with_timeout("a client", options.connect(self.url())).await;
         let builder = ContextBuilder::new().timeout(ANSWER_WAIT_MAX);
         builder.build(client.unwrap())
     }
@@ -190,7 +190,7 @@ fn spawn(config: &Path, port: &ReservedPort, args: &[OsString]) -> (Process, Arc
         .spawn();
     let missing = |error| panic!("{NATS_SERVER}: {error}; tests/install-nats.sh gets it");
     let mut process = Process(spawned.unwrap_or_else(missing));
-    let log = collected(process.0.stderr.take().unwrap());
+    let log = collect_output(process.0.stderr.take().unwrap());
     (process, log)
 }
 
@@ -240,8 +240,11 @@ impl NatsCluster {
         let mut routes = Vec::new();
         for (from, to) in (0..SERVERS).flat_map(|from| (0..SERVERS).map(move |to| (from, to))) {
             if from != to {
-                let (proxy, target) = (Throttle::to_nobody(u64::MAX).await, ports[to].address());
-                proxy.lead_to(target);
+                let (proxy, target) = (
+                    Throttle::without_target(u64::MAX).await,
+                    ports[to].address(),
+                );
+                proxy.set_target(target);
                 routes.push(Route {
                     from,
                     to,
@@ -310,7 +313,7 @@ impl NatsCluster {
     pub(crate) async fn client(&self) -> Context {
         let urls = self.servers.each_ref().map(NatsServer::url);
         jetstream::new(
-            in_time("a client", async_nats::connect(&urls[..]))
+            with_timeout("a client", async_nats::connect(&urls[..]))
                 .await
                 .unwrap(),
         )
@@ -347,7 +350,7 @@ impl NatsCluster {
     }
 
     /// The same once both others follow without lag.
-    pub(crate) async fn settled(&self) -> usize {
+    pub(crate) async fn leader_with_current_followers(&self) -> usize {
         eventually("a stream leader and two current followers", async || {
             let cluster = self.info().await?.cluster?;
             let current = cluster
@@ -361,7 +364,7 @@ impl NatsCluster {
     }
 
     /// Waits until the stream stores a message: a server may report a leader that is about to change.
-    pub(crate) async fn stores(&self) {
+    pub(crate) async fn wait_until_writable(&self) {
         let client = self.client().await;
         eventually("a stored message", async || {
             client.publish(SUBJECT, "[]".into()).await.ok()?.await.ok()
@@ -386,7 +389,7 @@ impl NatsCluster {
     pub(crate) fn heal(&mut self, index: usize) {
         self.isolated[index] = false;
         for route in self.routes_of(index) {
-            route.proxy.lead_to(route.target);
+            route.proxy.set_target(route.target);
         }
     }
 
@@ -412,7 +415,7 @@ impl NatsCluster {
     pub(crate) async fn end(&mut self, index: usize) {
         self.down[index] = true;
         self.servers[index].signal(Signal::TERM);
-        self.servers[index].ended().await;
+        self.servers[index].wait_for_exit().await;
     }
 
     /// SIGUSR2: it hands over and then hangs up on its clients.

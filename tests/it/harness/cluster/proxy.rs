@@ -16,45 +16,45 @@ use tokio::task::JoinSet;
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Rules {
     /// What goes to the broker vanishes.
-    pub(crate) deaf: bool,
+    pub(crate) drop_requests: bool,
     /// What comes from the broker vanishes.
-    pub(crate) mute: bool,
+    pub(crate) drop_replies: bool,
     /// Batches from the broker are kept until this is over; all else passes them by.
     pub(crate) hold_batches: bool,
     /// Batches from the broker vanish.
-    pub(crate) lose_batches: bool,
+    pub(crate) drop_batches: bool,
     /// The broker's word that it has stored a batch vanishes.
-    pub(crate) lose_acks: bool,
+    pub(crate) drop_acks: bool,
     /// What is published to the stream's subject vanishes without a word, as it does while the stream
     /// has no leader and somebody else subscribes to the subject.
-    pub(crate) lose_publishes: bool,
+    pub(crate) drop_publishes: bool,
     /// What passes takes its time, and not much passes at once, both ways.
     pub(crate) slow: bool,
 }
 
 impl Rules {
     /// Nothing passes, and nobody is told.
-    pub(crate) const DEAD: Self = Self {
-        deaf: true,
-        mute: true,
+    pub(crate) const BLACKHOLE: Self = Self {
+        drop_requests: true,
+        drop_replies: true,
         hold_batches: false,
-        lose_batches: false,
-        lose_acks: false,
-        lose_publishes: false,
+        drop_batches: false,
+        drop_acks: false,
+        drop_publishes: false,
         slow: false,
     };
 }
 
 /// What a slow connection passes at once, and how long that takes.
 const SLOW_BYTES: usize = 64 * 1024;
-const SLOW_WAIT: Duration = Duration::from_millis(100);
+const SLOW_DELAY: Duration = Duration::from_millis(100);
 
 /// Stands between a replica and its broker. Ends when dropped.
 pub(crate) struct Proxy {
     pub(crate) address: SocketAddr,
     rules: watch::Sender<Rules>,
     cut: watch::Sender<u64>,
-    lost_publishes: Arc<AtomicUsize>,
+    dropped_publishes: Arc<AtomicUsize>,
     _tasks: JoinSet<()>,
 }
 
@@ -63,27 +63,27 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (rules, cut) = (watch::Sender::default(), watch::Sender::new(0));
-        let lost_publishes = Arc::default();
+        let dropped_publishes = Arc::default();
         let mut tasks = JoinSet::new();
         tasks.spawn(accept(
             listener,
             broker,
             rules.clone(),
             cut.clone(),
-            Arc::clone(&lost_publishes),
+            Arc::clone(&dropped_publishes),
         ));
         Self {
             address,
             rules,
             cut,
-            lost_publishes,
+            dropped_publishes,
             _tasks: tasks,
         }
     }
 
     /// How often something was published that vanished.
-    pub(crate) fn lost_publishes(&self) -> usize {
-        self.lost_publishes.load(Ordering::Relaxed)
+    pub(crate) fn dropped_publishes(&self) -> usize {
+        self.dropped_publishes.load(Ordering::Relaxed)
     }
 
     /// From now on. Connections stay.
@@ -102,13 +102,13 @@ async fn accept(
     broker: SocketAddr,
     rules: watch::Sender<Rules>,
     cut: watch::Sender<u64>,
-    lost_publishes: Arc<AtomicUsize>,
+    dropped_publishes: Arc<AtomicUsize>,
 ) {
     let mut connections = JoinSet::new();
     loop {
         let (client, _) = listener.accept().await.unwrap();
         let (rules, mut cut) = (rules.clone(), cut.subscribe());
-        let lost_publishes = Arc::clone(&lost_publishes);
+        let dropped_publishes = Arc::clone(&dropped_publishes);
         connections.spawn(async move {
             // A broker that is away is one that hangs up.
             let Ok(server) = TcpStream::connect(broker).await else {
@@ -118,7 +118,7 @@ async fn accept(
             let (from_server, to_server) = server.into_split();
             let (frames, received) = mpsc::channel(1024);
             tokio::select! {
-                () = to_broker(from_client, to_server, rules.subscribe(), &lost_publishes) => {}
+                () = to_broker(from_client, to_server, rules.subscribe(), &dropped_publishes) => {}
                 () = read_frames(from_server, frames) => {}
                 () = from_broker(received, to_client, rules.subscribe()) => {}
                 _ = cut.changed() => {}
@@ -132,20 +132,20 @@ async fn to_broker(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     rules: watch::Receiver<Rules>,
-    lost_publishes: &AtomicUsize,
+    dropped_publishes: &AtomicUsize,
 ) {
     let publish = b"HPUB grades.set ";
     let mut bytes = vec![0; SLOW_BYTES];
     while let Ok(read @ 1..) = from.read(&mut bytes).await {
         let now = *rules.borrow();
-        if now.lose_publishes && bytes[..read].windows(publish.len()).any(|at| at == publish) {
-            lost_publishes.fetch_add(1, Ordering::Relaxed);
+        if now.drop_publishes && bytes[..read].windows(publish.len()).any(|at| at == publish) {
+            dropped_publishes.fetch_add(1, Ordering::Relaxed);
             continue;
         }
         if now.slow {
-            tokio::time::sleep(SLOW_WAIT).await;
+            tokio::time::sleep(SLOW_DELAY).await;
         }
-        if !now.deaf && to.write_all(&bytes[..read]).await.is_err() {
+        if !now.drop_requests && to.write_all(&bytes[..read]).await.is_err() {
             return;
         }
     }
@@ -200,7 +200,7 @@ async fn from_broker(
                 let now = *rules.borrow();
                 if !now.hold_batches {
                     let released = std::mem::take(&mut held);
-                    if !now.mute && to.write_all(&released).await.is_err() {
+                    if !now.drop_replies && to.write_all(&released).await.is_err() {
                         return;
                     }
                 }
@@ -210,9 +210,9 @@ async fn from_broker(
         let now = *rules.borrow();
         let pass = match frame {
             None => return,
-            _ if now.mute => continue,
-            Some(Frame::Batch(_)) if now.lose_batches => continue,
-            Some(Frame::Ack(_)) if now.lose_acks => continue,
+            _ if now.drop_replies => continue,
+            Some(Frame::Batch(_)) if now.drop_batches => continue,
+            Some(Frame::Ack(_)) if now.drop_acks => continue,
             Some(Frame::Batch(bytes)) if now.hold_batches => {
                 held.extend(bytes);
                 continue;
@@ -220,7 +220,7 @@ async fn from_broker(
             Some(Frame::Batch(bytes) | Frame::Ack(bytes) | Frame::Other(bytes)) => bytes,
         };
         if now.slow && (frames.is_empty() || slow_left < pass.len()) {
-            tokio::time::sleep(SLOW_WAIT).await;
+            tokio::time::sleep(SLOW_DELAY).await;
             slow_left = SLOW_BYTES;
         }
         slow_left = slow_left.saturating_sub(pass.len());

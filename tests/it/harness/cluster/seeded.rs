@@ -15,35 +15,36 @@ use gradestore::store::Store;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::harness::backup_files::{store_of, write_file_of};
+use crate::harness::backup_files::{random_store, write_backup_file};
 use crate::harness::cluster::broker::{
-    Answered, Broker, FIELDS, Logged, STREAM, Write, all_there, none_twice, replica_at, writes_in,
+    AckedWrite, Broker, FIELDS, LoggedWrite, STREAM, Write, assert_acked_writes_in_log,
+    assert_no_duplicates, parse_batch, replica_at,
 };
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::eventually;
 use crate::harness::{Node, Ports};
 
 /// What the first replica is seeded with ends here.
-pub(crate) const SEED: u64 = 100;
+pub(crate) const SEED_POSITION: u64 = 100;
 /// Messages of the stream that are asked for at once.
 const READ_AT_ONCE: usize = 64;
 
 /// A broker, what its first replica is seeded with, and directories for all.
-pub(crate) struct Cluster {
+pub(crate) struct SeededCluster {
     pub(crate) broker: Broker,
-    pub(crate) truth: Truth,
+    pub(crate) reference: ReferenceState,
     pub(crate) seed: PathBuf,
     pub(crate) dir: TempDir,
     written: u64,
 }
 
-impl Cluster {
+impl SeededCluster {
     /// With `rows` of 35 bytes in the seed.
-    pub(crate) async fn of(rows: u64) -> Self {
-        let (truth, seed, dir) = seed(rows);
+    pub(crate) async fn with_rows(rows: u64) -> Self {
+        let (reference, seed, dir) = seed(rows);
         Self {
             broker: Broker::start_with(&[]).await,
-            truth,
+            reference,
             seed,
             dir,
             written: 0,
@@ -51,12 +52,12 @@ impl Cluster {
     }
 
     /// A replica that keeps its snapshots in a directory of this name.
-    pub(crate) fn with_dir(&self, name: &str) -> Command {
-        self.with_dir_at(name, self.broker.address)
+    pub(crate) fn replica(&self, name: &str) -> Command {
+        self.replica_through(name, self.broker.address)
     }
 
     /// The same that meets the broker at `address`.
-    pub(crate) fn with_dir_at(&self, name: &str, address: SocketAddr) -> Command {
+    pub(crate) fn replica_through(&self, name: &str, address: SocketAddr) -> Command {
         let mut command = replica_at(address);
         command.env("GRADESTORE_EPHEMERAL", "false");
         command.arg("--data-dir").arg(self.dir.path().join(name));
@@ -65,21 +66,21 @@ impl Cluster {
 
     /// The replica that makes the stream.
     pub(crate) async fn first(&self) -> Node {
-        let mut command = self.with_dir("first");
+        let mut command = self.replica("first");
         Node::start_with(command.arg("--restore-from").arg(&self.seed)).await
     }
 
     /// The same; the others reach it through `throttle`.
-    pub(crate) async fn first_behind(&self, throttle: &Throttle) -> Node {
-        let mut command = self.with_dir("first");
+    pub(crate) async fn start_first_behind(&self, throttle: &Throttle) -> Node {
+        let mut command = self.replica("first");
         command.args(["--advertise-url", &throttle.url()]);
         let node = Node::start_with(command.arg("--restore-from").arg(&self.seed)).await;
-        throttle.lead_to(node.write);
+        throttle.set_target(node.write);
         node
     }
 
     /// Writes through `node` that must be answered, one after the other.
-    pub(crate) async fn write(&mut self, node: &Ports, count: usize) -> Vec<Answered> {
+    pub(crate) async fn write(&mut self, node: &Ports, count: usize) -> Vec<AckedWrite> {
         let mut answered = Vec::new();
         for _ in 0..count {
             self.written += 1;
@@ -90,52 +91,52 @@ impl Cluster {
             };
             let deletes = self.written.is_multiple_of(11);
             // A broker that is away refuses, and stores nothing of what it refused.
-            let answer = eventually("an answered write", async || {
-                let answer = match deletes {
+            let response = eventually("an answered write", async || {
+                let response = match deletes {
                     true => node.delete(&write.user.replace(' ', "+")).await,
                     false => node.set(write.json()).await,
                 };
-                (answer.status != 503).then_some(answer)
+                (response.status != 503).then_some(response)
             });
-            let position = answer.await.position();
+            let position = response.await.position();
             let write = match deletes {
-                true => Logged::Delete(write.user),
+                true => LoggedWrite::Delete(write.user),
                 false => write.into(),
             };
-            answered.push(Answered { position, write });
+            answered.push(AckedWrite { position, write });
         }
         answered
     }
 
     /// What must hold of replicas, whatever has happened.
-    pub(crate) async fn check(&mut self, nodes: &[&Ports], answered: &[Answered]) {
+    pub(crate) async fn check(&mut self, nodes: &[&Ports], answered: &[AckedWrite]) {
         let client = self.broker.client().await;
-        self.truth.check(&client, nodes, answered).await;
+        self.reference.check(&client, nodes, answered).await;
     }
 }
 
 /// A backup of `rows` rows that a first replica begins from, in a directory for all replicas; what
 /// they then hold.
-pub(crate) fn seed(rows: u64) -> (Truth, PathBuf, TempDir) {
-    let (dir, store) = (tempfile::tempdir().unwrap(), store_of(rows, u64::MAX));
-    let seed = write_file_of(dir.path(), &store, SEED);
-    let truth = Truth {
+pub(crate) fn seed(rows: u64) -> (ReferenceState, PathBuf, TempDir) {
+    let (dir, store) = (tempfile::tempdir().unwrap(), random_store(rows, u64::MAX));
+    let seed = write_backup_file(dir.path(), &store, SEED_POSITION);
+    let reference = ReferenceState {
         store,
-        position: SEED,
+        position: SEED_POSITION,
         log: BTreeMap::new(),
     };
-    (truth, seed, dir)
+    (reference, seed, dir)
 }
 
 /// What a plain fold of the log gives, so far.
-pub(crate) struct Truth {
+pub(crate) struct ReferenceState {
     pub(crate) store: Store,
     pub(crate) position: u64,
     /// What each batch sets and deletes.
-    pub(crate) log: BTreeMap<u64, Vec<Logged>>,
+    pub(crate) log: BTreeMap<u64, Vec<LoggedWrite>>,
 }
 
-impl Truth {
+impl ReferenceState {
     /// Of a log that begins with nothing.
     pub(crate) fn new() -> Self {
         Self {
@@ -158,7 +159,7 @@ impl Truth {
             .buffered(READ_AT_ONCE);
         while let Some(payload) = payloads.next().await {
             self.position += 1;
-            let writes = writes_in(&payload);
+            let writes = parse_batch(&payload);
             writes.iter().for_each(|write| apply(&self.store, write));
             self.log.insert(self.position, writes);
         }
@@ -169,11 +170,11 @@ impl Truth {
         &mut self,
         client: &Context,
         nodes: &[&Ports],
-        answered: &[Answered],
+        answered: &[AckedWrite],
     ) {
         self.read(client).await;
-        all_there(answered, |position| self.log.get(&position));
-        none_twice(self.log.values().flatten());
+        assert_acked_writes_in_log(answered, |position| self.log.get(&position));
+        assert_no_duplicates(self.log.values().flatten());
         for node in nodes {
             // Checkpoints may make the log longer meanwhile.
             let status = eventually("ready at the log's end", async || {
@@ -197,15 +198,15 @@ pub(crate) async fn message_at(client: &Context, position: u64) -> Value {
     eventually("a message of the stream", async || {
         let subject = format!("$JS.API.STREAM.MSG.GET.{STREAM}");
         let request = format!(r#"{{"seq":{position}}}"#);
-        let answer = client
+        let response = client
             .client()
             .request(subject, request.into())
             .await
             .ok()?;
-        let mut answer: Value = serde_json::from_slice(&answer.payload).unwrap();
-        answer["message"]
+        let mut response: Value = serde_json::from_slice(&response.payload).unwrap();
+        response["message"]
             .is_object()
-            .then(|| answer["message"].take())
+            .then(|| response["message"].take())
     })
     .await
 }
@@ -219,21 +220,21 @@ async fn payload_at(client: &Context, position: u64) -> Vec<u8> {
 }
 
 /// Does what the log says.
-pub(crate) fn apply(store: &Store, write: &Logged) {
+pub(crate) fn apply(store: &Store, write: &LoggedWrite) {
     match write {
-        Logged::Set(write) => {
+        LoggedWrite::Set(write) => {
             let mut changes = Changes::default();
             changes.set(write.field, write.value);
             let user_id = write.user.as_str();
             store.apply(&Patch { user_id, changes });
         }
-        Logged::Delete(user) => drop(store.remove(user)),
+        LoggedWrite::Delete(user) => drop(store.remove(user)),
     }
 }
 
 /// Checks that a node serves nothing, and says with each refusal in which of `states` it is; its
 /// `/status`.
-pub(crate) async fn serves_nothing(node: &Ports, states: &[&str]) -> Value {
+pub(crate) async fn assert_serves_nothing(node: &Ports, states: &[&str]) -> Value {
     let status = node.status().await;
     assert!(
         states.iter().any(|state| status["state"] == *state),
@@ -246,10 +247,10 @@ pub(crate) async fn serves_nothing(node: &Ports, states: &[&str]) -> Value {
         node.ops("/readyz").await,
         node.ops("/readyz/write").await,
     ];
-    for answer in refused {
-        let detail = answer.problem(503, "not-ready");
-        let said = |state: &&str| detail.starts_with(&format!("not ready ({state}): "));
-        assert!(states.iter().any(said), "{detail}");
+    for response in refused {
+        let detail = response.expect_problem(503, "not-ready");
+        let printed = |state: &&str| detail.starts_with(&format!("not ready ({state}): "));
+        assert!(states.iter().any(printed), "{detail}");
     }
     assert_eq!(node.ops("/livez").await.status, 200);
     status

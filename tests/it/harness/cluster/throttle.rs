@@ -7,7 +7,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::harness::wire::in_time;
+use crate::harness::wire::with_timeout;
 
 /// What the kernel may hold before the throttle: little, so that who is throttled feels it.
 const KERNEL_BYTES: u32 = 16 * 1024;
@@ -32,7 +32,7 @@ struct Shared {
 
 impl Throttle {
     /// One that passes `limit` bytes of each answer; nobody is behind it yet.
-    pub(crate) async fn to_nobody(limit: u64) -> Self {
+    pub(crate) async fn without_target(limit: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shared = Shared::default();
@@ -50,7 +50,7 @@ impl Throttle {
         format!("http://{}", self.address)
     }
 
-    pub(crate) fn lead_to(&self, peer: SocketAddr) {
+    pub(crate) fn set_target(&self, peer: SocketAddr) {
         self.shared.target.send_replace(Some(peer));
     }
 
@@ -76,14 +76,14 @@ impl Throttle {
     }
 
     /// Waits until `connections` of them have got all that they may.
-    pub(crate) async fn reached(&self, connections: usize) {
+    pub(crate) async fn wait_until_limited(&self, connections: usize) {
         let limit = *self.shared.limit.borrow();
         let mut passed = self.shared.passed.subscribe();
         let full = |passed: &Vec<u64>| {
             let full = passed.iter().filter(|passed| **passed == limit);
             full.count() == connections
         };
-        in_time("the throttle's limit", passed.wait_for(full))
+        with_timeout("the throttle's limit", passed.wait_for(full))
             .await
             .unwrap();
     }
@@ -122,7 +122,7 @@ async fn pass(mut client: TcpStream, peer: SocketAddr, shared: &Shared, index: u
     };
     let (mut from_client, mut to_client) = client.split();
     let (mut from_peer, mut to_peer) = peer.split();
-    let answers = async {
+    let responses = async {
         let (mut passed, mut limit) = (0, shared.limit.subscribe());
         let mut bytes = vec![0; 8 * 1024];
         loop {
@@ -139,7 +139,7 @@ async fn pass(mut client: TcpStream, peer: SocketAddr, shared: &Shared, index: u
         }
     };
     tokio::select! {
-        () = answers => {}
+        () = responses => {}
         _ = copy(&mut from_client, &mut to_peer) => {}
     }
 }

@@ -12,15 +12,15 @@ use tempfile::TempDir;
 use tokio::sync::mpsc;
 
 use crate::harness::Process;
-use crate::harness::wire::{eventually, in_time};
+use crate::harness::wire::{eventually, with_timeout};
 
 /// As tests/install.sh has it.
 const PROGRAMS: [&str; 3] = ["chromium", "chromium-browser", "google-chrome"];
 /// The protocol is spoken on the file descriptors 3 and 4.
-const ON_A_PIPE: &str = r#"exec "$@" 3<&0 4>&1 </dev/null >/dev/null"#;
+const PIPE_SCRIPT: &str = r#"exec "$@" 3<&0 4>&1 </dev/null >/dev/null"#;
 /// A phone held upright, in CSS pixels.
 const PHONE: (u32, u32) = (390, 844);
-const DESK: (u32, u32) = (1000, 800);
+const DESKTOP: (u32, u32) = (1000, 800);
 
 /// Chromium as a child process, with a profile of its own.
 pub(crate) struct Browser {
@@ -28,7 +28,7 @@ pub(crate) struct Browser {
     from: mpsc::UnboundedReceiver<Value>,
     calls: u64,
     /// What went wrong in a page: exceptions, and what the browser refused.
-    complaints: Vec<Value>,
+    browser_errors: Vec<Value>,
     /// Ends before the profile goes.
     _process: Process,
     _profile: TempDir,
@@ -36,13 +36,13 @@ pub(crate) struct Browser {
 
 /// How a page is looked at.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Look {
+pub(crate) struct PageMode {
     pub(crate) script: bool,
     pub(crate) dark: bool,
     pub(crate) phone: bool,
 }
 
-impl Look {
+impl PageMode {
     pub(crate) const LIGHT: Self = Self {
         script: true,
         dark: false,
@@ -68,7 +68,7 @@ impl Browser {
         let profile = tempfile::tempdir().unwrap();
         let mut command = Command::new("sh");
         command
-            .args(["-c", ON_A_PIPE, "sh", program])
+            .args(["-c", PIPE_SCRIPT, "sh", program])
             .args(["--headless=new", "--no-sandbox", "--remote-debugging-pipe"])
             .args([
                 "--disable-gpu",
@@ -86,10 +86,10 @@ impl Browser {
         let mut process = Process(command.stderr(Stdio::null()).spawn().unwrap());
         let to = process.0.stdin.take().unwrap();
         let messages = BufReader::new(process.0.stdout.take().unwrap()).split(0);
-        let (said, from) = mpsc::unbounded_channel();
+        let (printed, from) = mpsc::unbounded_channel();
         std::thread::spawn(move || {
             for message in messages.map_while(Result::ok) {
-                if said
+                if printed
                     .send(serde_json::from_slice(&message).unwrap())
                     .is_err()
                 {
@@ -101,14 +101,14 @@ impl Browser {
             to,
             from,
             calls: 0,
-            complaints: Vec::new(),
+            browser_errors: Vec::new(),
             _process: process,
             _profile: profile,
         }
     }
 
     /// Opens `url` and waits until it is there.
-    pub(crate) async fn open(&mut self, url: &str, look: Look) -> Page<'_> {
+    pub(crate) async fn open(&mut self, url: &str, mode: PageMode) -> Page<'_> {
         let context = self
             .call(None, "Target.createBrowserContext", json!({}))
             .await;
@@ -123,8 +123,8 @@ impl Browser {
             browser: self,
             session,
         };
-        let (width, height) = if look.phone { PHONE } else { DESK };
-        let scheme = if look.dark { "dark" } else { "light" };
+        let (width, height) = if mode.phone { PHONE } else { DESKTOP };
+        let scheme = if mode.dark { "dark" } else { "light" };
         for (method, params) in [
             ("Page.enable", json!({})),
             ("Runtime.enable", json!({})),
@@ -132,7 +132,7 @@ impl Browser {
             (
                 "Emulation.setDeviceMetricsOverride",
                 json!({
-                    "width": width, "height": height, "deviceScaleFactor": 1, "mobile": look.phone,
+                    "width": width, "height": height, "deviceScaleFactor": 1, "mobile": mode.phone,
                 }),
             ),
             (
@@ -143,7 +143,7 @@ impl Browser {
             ),
             (
                 "Emulation.setScriptExecutionDisabled",
-                json!({"value": !look.script}),
+                json!({"value": !mode.script}),
             ),
             ("Page.navigate", json!({"url": url})),
         ] {
@@ -158,8 +158,8 @@ impl Browser {
     }
 
     async fn call(&mut self, session: Option<&str>, method: &str, params: Value) -> Value {
-        let answer = self.try_call(session, method, params).await;
-        answer.unwrap_or_else(|error| panic!("{method}: {error}"))
+        let response = self.try_call(session, method, params).await;
+        response.unwrap_or_else(|error| panic!("{method}: {error}"))
     }
 
     async fn try_call(
@@ -176,18 +176,18 @@ impl Browser {
         }
         self.to.write_all(format!("{call}\0").as_bytes()).unwrap();
         loop {
-            let mut said = in_time(method, self.from.recv())
+            let mut printed = with_timeout(method, self.from.recv())
                 .await
                 .expect("Chromium ended");
-            if said["id"] == id {
-                return match said["error"]["message"].as_str() {
+            if printed["id"] == id {
+                return match printed["error"]["message"].as_str() {
                     Some(error) => Err(error.to_owned()),
-                    None => Ok(said["result"].take()),
+                    None => Ok(printed["result"].take()),
                 };
             }
-            let event = said["method"].as_str().unwrap_or_default();
+            let event = printed["method"].as_str().unwrap_or_default();
             if matches!(event, "Runtime.exceptionThrown" | "Log.entryAdded") {
-                self.complaints.push(said["params"].take());
+                self.browser_errors.push(printed["params"].take());
             }
         }
     }
@@ -211,9 +211,9 @@ impl Page<'_> {
                 .browser
                 .try_call(session, "Runtime.evaluate", params.clone());
             match evaluated.await {
-                Ok(mut answer) => {
-                    assert!(answer["exceptionDetails"].is_null(), "{answer}");
-                    let found = answer["result"]["value"].take();
+                Ok(mut response) => {
+                    assert!(response["exceptionDetails"].is_null(), "{response}");
+                    let found = response["result"]["value"].take();
                     found.is_object().then(|| found["value"].clone())
                 }
                 Err(error) => {
@@ -232,20 +232,20 @@ impl Page<'_> {
         text.as_str().unwrap().to_owned()
     }
 
-    /// Waits until a person can read all of `wanted`; the text.
-    pub(crate) async fn shows(&mut self, wanted: &[&str]) -> String {
-        eventually(&format!("{wanted:?}"), async || {
+    /// Waits until a person can read all of `expected`; the text.
+    pub(crate) async fn wait_for_text(&mut self, expected: &[&str]) -> String {
+        eventually(&format!("{expected:?}"), async || {
             let text = self.text().await;
-            wanted
+            expected
                 .iter()
-                .all(|wanted| text.contains(wanted))
+                .all(|expected| text.contains(expected))
                 .then_some(text)
         })
         .await
     }
 
     /// Keeps a picture of the whole page, to look at: `target/tmp/page/NAME.png`.
-    pub(crate) async fn picture(&mut self, name: &str) -> PathBuf {
+    pub(crate) async fn screenshot(&mut self, name: &str) -> PathBuf {
         let params = json!({"format": "png", "captureBeyondViewport": true});
         let picture = self.call("Page.captureScreenshot", params).await;
         let png = STANDARD.decode(picture["data"].as_str().unwrap()).unwrap();
@@ -257,7 +257,7 @@ impl Page<'_> {
     }
 
     /// What the browser complained of so far: exceptions, and what the page's policy forbade.
-    pub(crate) fn complaints(&self) -> &[Value] {
-        &self.browser.complaints
+    pub(crate) fn browser_errors(&self) -> &[Value] {
+        &self.browser.browser_errors
     }
 }

@@ -9,28 +9,28 @@ use std::process::Stdio;
 use gradestore::log::{Announcement, ClusterKey};
 use serde_json::{Value, json};
 
-use self::browser::{Browser, Look};
-use crate::cluster::forged_messages::answering;
-use crate::harness::backup_files::backup_of;
+use self::browser::{Browser, PageMode};
+use crate::cluster::forged_messages::respond_to_queries;
+use crate::harness::backup_files::fetch_backup;
 use crate::harness::cluster::broker::{Broker, Load, STREAM, replica_at};
-use crate::harness::cluster::seeded::Cluster;
+use crate::harness::cluster::seeded::SeededCluster;
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::eventually;
 use crate::harness::{Node, PASSWORD, Ports, Process, program};
 
-const PHONE_AT_NIGHT: Look = Look {
+const DARK_PHONE: PageMode = PageMode {
     dark: true,
     phone: true,
-    ..Look::LIGHT
+    ..PageMode::LIGHT
 };
-const NO_SCRIPT: Look = Look {
+const NO_SCRIPT: PageMode = PageMode {
     script: false,
-    ..Look::LIGHT
+    ..PageMode::LIGHT
 };
 /// Each look that a picture is kept of.
-const LOOKS: [(&str, Look); 3] = [
-    ("light", Look::LIGHT),
-    ("night", PHONE_AT_NIGHT),
+const MODES: [(&str, PageMode); 3] = [
+    ("light", PageMode::LIGHT),
+    ("night", DARK_PHONE),
     ("no-script", NO_SCRIPT),
 ];
 
@@ -38,19 +38,19 @@ fn url(node: &Ports) -> String {
     format!("http://{}/", node.ops)
 }
 
-/// Checks that the page says all of `wanted` as it is served, and in each look, each without a
+/// Checks that the page says all of `expected` as it is served, and in each look, each without a
 /// complaint of the browser's; keeps pictures.
-async fn reads(browser: &mut Browser, name: &str, node: &Ports, wanted: &[&str]) {
-    for (look_name, look) in LOOKS {
-        let mut page = browser.open(&url(node), look).await;
-        page.shows(wanted).await;
+async fn reads(browser: &mut Browser, name: &str, node: &Ports, expected: &[&str]) {
+    for (mode_name, mode) in MODES {
+        let mut page = browser.open(&url(node), mode).await;
+        page.wait_for_text(expected).await;
         // Nothing is cut off at the side, the text stands out, and no part of it is tiny.
         let wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth";
-        assert_eq!(page.evaluate(wide).await, false, "{name} {look_name}");
+        assert_eq!(page.evaluate(wide).await, false, "{name} {mode_name}");
         let faint = page.evaluate(include_str!("low_contrast.js")).await;
-        assert_eq!(faint, json!([]), "{name} {look_name}");
-        page.picture(&format!("{name}-{look_name}")).await;
-        assert_eq!(page.complaints(), [] as [Value; 0]);
+        assert_eq!(faint, json!([]), "{name} {mode_name}");
+        page.screenshot(&format!("{name}-{mode_name}")).await;
+        assert_eq!(page.browser_errors(), [] as [Value; 0]);
     }
 }
 
@@ -99,7 +99,7 @@ async fn a_ready_node_shows_what_it_holds_and_goes_on_showing_it() {
 
     // What it says is what /status says, and it follows without being loaded again.
     load.stop().await;
-    let mut page = browser.open(&url(&a), Look::LIGHT).await;
+    let mut page = browser.open(&url(&a), PageMode::LIGHT).await;
     page.evaluate("window.loaded = 'once'").await;
     a.set(r#"{"user_id":"somebody new","spp":1}"#)
         .await
@@ -110,33 +110,33 @@ async fn a_ready_node_shows_what_it_holds_and_goes_on_showing_it() {
     let end = c.status().await["log_end"].as_u64().unwrap();
     let status = a.ready_at(end).await;
     let (position, records) = (grouped(&status["position"]), grouped(&status["records"]));
-    let text = page.shows(&[&position, &records]).await;
+    let text = page.wait_for_text(&[&position, &records]).await;
     for key in ["node", "version", "digest", "log_id"] {
-        let said = status[key].as_str().unwrap();
-        assert!(text.contains(said), "{key} {said}: {text}");
+        let printed = status[key].as_str().unwrap();
+        assert!(text.contains(printed), "{key} {printed}: {text}");
     }
     assert!(text.contains(&format!("log ends at {position}")), "{text}");
     assert_eq!(page.evaluate("window.loaded").await, "once");
-    assert_eq!(page.complaints(), [] as [Value; 0]);
+    assert_eq!(page.browser_errors(), [] as [Value; 0]);
 
     // Nor does that need the script.
     let mut page = browser.open(&url(&a), NO_SCRIPT).await;
-    let before = page.shows(&["Ready", &position]).await;
+    let before = page.wait_for_text(&["Ready", &position]).await;
     let later = a.set(r#"{"user_id":"x","spp":2}"#).await.position();
     let later = grouped(&later.into());
     assert!(!before.contains(&later));
-    page.shows(&[&later]).await;
+    page.wait_for_text(&[&later]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restore_is_shown_as_it_goes() {
-    let mut cluster = Cluster::of(30_000).await;
-    let throttle = Throttle::to_nobody(u64::MAX).await;
-    let first = cluster.first_behind(&throttle).await;
-    let size = backup_of(&first).await.len() as u64;
+    let mut cluster = SeededCluster::with_rows(30_000).await;
+    let throttle = Throttle::without_target(u64::MAX).await;
+    let first = cluster.start_first_behind(&throttle).await;
+    let size = fetch_backup(&first).await.len() as u64;
     throttle.limit(size / 2);
     let late = Node::launch(&mut replica_at(cluster.broker.address)).await;
-    throttle.reached(1).await;
+    throttle.wait_until_limited(1).await;
     let answered = cluster.write(&first, 3).await;
     late.status_where("rows and batches", |status| {
         status["restore"]["rows"].as_u64() > Some(0) && status["restore"]["buffered_batches"] == 3
@@ -157,7 +157,7 @@ async fn a_restore_is_shown_as_it_goes() {
         "Left\nabout",
     ];
     reads(&mut browser, "restoring", &late, &all).await;
-    let mut page = browser.open(&url(&late), Look::LIGHT).await;
+    let mut page = browser.open(&url(&late), PageMode::LIGHT).await;
     let restore = "document.getElementById('restore').innerText";
     let restore = page.evaluate(restore).await;
     assert!(restore.as_str().unwrap().contains(&from), "{restore}");
@@ -174,7 +174,7 @@ async fn a_restore_is_shown_as_it_goes() {
     throttle.open();
     let end = answered.last().unwrap().position;
     late.ready_at(end + 1).await;
-    page.shows(&["Ready", "Reads answered", "done", "30,000 of about 30,000"])
+    page.wait_for_text(&["Ready", "Reads answered", "done", "30,000 of about 30,000"])
         .await;
     assert_eq!(
         page.evaluate("document.querySelector('progress')").await,
@@ -188,10 +188,10 @@ async fn a_broker_that_is_away_is_named() {
     let [a] = broker.replicas().await;
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
     let mut browser = Browser::start().await;
-    let mut page = browser.open(&url(&a), Look::LIGHT).await;
-    page.shows(&["Ready", "Writes answered"]).await;
+    let mut page = browser.open(&url(&a), PageMode::LIGHT).await;
+    page.wait_for_text(&["Ready", "Writes answered"]).await;
     broker.kill();
-    page.shows(&["Read only", "Reads answered", "Writes refused"])
+    page.wait_for_text(&["Read only", "Reads answered", "Writes refused"])
         .await;
     let why = a.status().await["reason"].as_str().unwrap().to_owned();
     reads(
@@ -236,7 +236,7 @@ async fn a_node_that_still_opens_its_log_has_a_page_too() {
     let node = Ports::new(free, free, free);
     eventually("a page", async || {
         let asked = node.client.get(format!("http://{free}/livez")).send().await;
-        asked.ok().filter(|answer| answer.status() == 200)
+        asked.ok().filter(|response| response.status() == 200)
     })
     .await;
     let mut browser = Browser::start().await;
@@ -253,17 +253,17 @@ async fn a_node_that_still_opens_its_log_has_a_page_too() {
 async fn a_node_that_does_not_answer_any_more_is_told_of() {
     let node = Node::start().await;
     let mut browser = Browser::start().await;
-    let mut page = browser.open(&url(&node), PHONE_AT_NIGHT).await;
-    let text = page.shows(&["Ready"]).await;
+    let mut page = browser.open(&url(&node), DARK_PHONE).await;
+    let text = page.wait_for_text(&["Ready"]).await;
     assert!(!text.contains("No answer"), "{text}");
     node.kill();
-    page.shows(&["No answer since", "What is shown is older", "Ready"])
+    page.wait_for_text(&["No answer since", "What is shown is older", "Ready"])
         .await;
     assert_eq!(
         page.evaluate("document.title").await,
         "No answer · gradestore"
     );
-    page.picture("silent-night").await;
+    page.screenshot("silent-night").await;
 }
 
 #[tokio::test]
@@ -285,11 +285,11 @@ async fn what_others_say_of_themselves_is_text() {
         "chain": status["chain"],
     }))
     .unwrap();
-    let (key, mut said) = (ClusterKey::derive(PASSWORD), hostile.clone());
+    let (key, mut printed) = (ClusterKey::derive(PASSWORD), hostile.clone());
     let hostile = serde_json::to_value(hostile).unwrap();
-    let _answering = answering(&broker, move |nonce| {
-        said.mac = Some(key.sign_announcement(&said, nonce));
-        vec![serde_json::to_vec(&said).unwrap().into()]
+    let _answering = respond_to_queries(&broker, move |nonce| {
+        printed.mac = Some(key.sign_announcement(&printed, nonce));
+        vec![serde_json::to_vec(&printed).unwrap().into()]
     })
     .await;
     a.status_where("the hostile peer", |status| {
@@ -299,9 +299,9 @@ async fn what_others_say_of_themselves_is_text() {
 
     let words = ["node", "version", "url", "state"].map(|key| hostile[key].as_str().unwrap());
     let mut browser = Browser::start().await;
-    for (name, look) in LOOKS {
-        let mut page = browser.open(&url(&a), look).await;
-        page.shows(&words).await;
+    for (name, mode) in MODES {
+        let mut page = browser.open(&url(&a), mode).await;
+        page.wait_for_text(&words).await;
         let elements =
             "document.querySelectorAll('img, iframe, td script, th script, main style').length";
         assert_eq!(page.evaluate(elements).await, 0, "{name}");
@@ -309,13 +309,13 @@ async fn what_others_say_of_themselves_is_text() {
         assert_eq!(page.evaluate(headings).await, 1, "{name}");
         let title = page.evaluate("document.title").await;
         assert!(title.as_str().unwrap().starts_with("Ready"), "{title}");
-        page.picture(&format!("hostile-{name}")).await;
-        assert_eq!(page.complaints(), [] as [Value; 0]);
+        page.screenshot(&format!("hostile-{name}")).await;
+        assert_eq!(page.browser_errors(), [] as [Value; 0]);
     }
     // Taken over by the script, it is text as well.
-    let mut page = browser.open(&url(&a), Look::LIGHT).await;
+    let mut page = browser.open(&url(&a), PageMode::LIGHT).await;
     let position = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
-    page.shows(&[&format!("log ends at {position}"), words[0]])
+    page.wait_for_text(&[&format!("log ends at {position}"), words[0]])
         .await;
     assert_eq!(
         page.evaluate("document.querySelectorAll('img').length")
