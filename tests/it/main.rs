@@ -1,4 +1,5 @@
-//! A node as its clients and operators meet it: through sockets, signals and its command line.
+//! Integration tests: nodes as child processes or in this process, used through sockets, signals
+//! and the command line.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,

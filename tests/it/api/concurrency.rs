@@ -1,4 +1,4 @@
-//! Many clients at once: no field is lost, and who got an answer reads it back.
+//! Concurrent clients: no field is lost, and each client reads its own acknowledged writes.
 
 use futures_util::future::join_all;
 use gradestore::grade::FIELDS;
@@ -9,7 +9,7 @@ use crate::harness::{ANY_PORTS, Node, PASSWORD, get_request, program, set_reques
 const CLIENTS: usize = 64;
 const USERS: usize = 100;
 
-/// A write that was answered.
+/// An acknowledged write.
 struct Written {
     user: usize,
     field: usize,
@@ -17,13 +17,13 @@ struct Written {
     position: u64,
 }
 
-/// Sets one field of every user, over one connection.
+/// Sets one field of every user over one connection.
 async fn set_one_field(node: &Node, client: usize) -> Vec<Written> {
     let field = client % FIELDS.len();
     let mut connection = RawConnection::connect(node.write).await;
     let mut written = Vec::new();
     let mut last = 0;
-    // Each begins at another user, so that all meet all.
+    // Each client starts with another user, so that all clients conflict.
     for user in (0..USERS).map(|turn| (client * 7 + turn) % USERS) {
         let value = 1 + client * USERS + user;
         let patch = format!(r#"{{"user_id":"user {user}","{}":{value}}}"#, FIELDS[field]);
@@ -41,7 +41,7 @@ async fn set_one_field(node: &Node, client: usize) -> Vec<Written> {
     written
 }
 
-/// A node with so many threads, ready.
+/// A ready node with this number of threads.
 async fn node_with(threads: usize) -> Node {
     let mut command = program();
     let command = command.env("GRADESTORE_PASSWORD", PASSWORD).args(ANY_PORTS);
@@ -49,7 +49,7 @@ async fn node_with(threads: usize) -> Node {
 }
 
 #[tokio::test]
-async fn fields_set_by_64_clients_at_once_all_stay() {
+async fn fields_set_by_64_concurrent_clients_are_all_kept() {
     for threads in [1, 3] {
         fields_stay(&node_with(threads).await).await;
     }
@@ -82,7 +82,7 @@ async fn fields_stay(node: &Node) {
 }
 
 #[tokio::test]
-async fn an_answered_write_is_read_back_at_once() {
+async fn an_acknowledged_write_is_readable_immediately() {
     let node = Node::start().await;
     let clients = (0..16).map(async |client| {
         let mut writer = RawConnection::connect(node.write).await;
@@ -101,7 +101,7 @@ async fn an_answered_write_is_read_back_at_once() {
 }
 
 #[tokio::test]
-async fn a_patch_of_two_fields_is_seen_whole_or_not_at_all() {
+async fn a_patch_of_two_fields_is_applied_atomically() {
     let node = node_with(3).await;
     let clients = (0..8).map(async |client| {
         let mut writer = RawConnection::connect(node.write).await;

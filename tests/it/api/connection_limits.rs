@@ -1,4 +1,4 @@
-//! Bounds of connections: how many, how long in the header, how long idle.
+//! Limits of connections: their number, the time for a header, and the idle time.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ const CUT: &str = r#"gradestore_http_connections_cut_total{port="read"}"#;
 const OPEN: &str = r#"gradestore_http_connections{port="read"}"#;
 
 #[tokio::test]
-async fn a_new_client_takes_the_place_of_an_idle_one() {
+async fn a_new_connection_at_the_limit_evicts_the_longest_idle_one() {
     let node = InProcessNode::start(|config| config.http.data.connections_max = 4).await;
     let mut idle = Vec::new();
     for open in 1..=4 {
@@ -22,7 +22,7 @@ async fn a_new_client_takes_the_place_of_an_idle_one() {
     assert_eq!(node.metric(CUT).await, Some(0.0));
     let mut new = RawConnection::connect(node.read).await;
     assert_eq!(new.request(get_request("?user_id=a", "")).await.status, 404);
-    // The one idle longest made room, and no other.
+    // Only the connection that was idle longest is closed.
     idle[0].expect_closed().await;
     assert_eq!(node.metric(CUT).await, Some(1.0));
     for connection in [&mut idle[1], &mut new] {
@@ -37,19 +37,19 @@ async fn a_new_client_takes_the_place_of_an_idle_one() {
 }
 
 #[tokio::test]
-async fn a_new_client_waits_while_all_places_are_at_work() {
+async fn a_new_connection_at_the_limit_waits_while_all_others_are_busy() {
     let node = InProcessNode::start(|config| config.http.data.connections_max = 1).await;
     let mut running = incomplete_set_request(&node, PATCH).await;
     let mut new = RawConnection::connect(node.write).await;
     new.send(set_request(PATCH)).await;
     running.send(PATCH).await;
-    // Not cut to make room, and the other one's turn comes.
+    // The busy connection is not evicted, and the new one is served after it.
     assert_eq!(running.response().await.position(), 1);
     assert_eq!(new.response().await.position(), 2);
 }
 
 #[tokio::test]
-async fn a_header_that_does_not_end_and_a_connection_that_idles_are_cut() {
+async fn slow_headers_and_idle_connections_are_closed() {
     let node = InProcessNode::start(|config| {
         config.http.data.header_wait_max = Duration::from_millis(500);
         config.http.data.idle_max = Duration::from_millis(500);
@@ -73,14 +73,14 @@ async fn a_header_that_does_not_end_and_a_connection_that_idles_are_cut() {
 }
 
 #[tokio::test]
-async fn a_request_that_runs_is_not_cut_for_being_idle() {
+async fn a_running_request_is_not_closed_as_idle() {
     let node = InProcessNode::start(|config| {
         config.http.data.header_wait_max = Duration::from_millis(500);
         config.http.data.idle_max = Duration::from_millis(500);
     })
     .await;
     let mut running = incomplete_set_request(&node, PATCH).await;
-    // Cut in a sweep that would have cut the other as well.
+    // The sweep that closes this connection would have closed the other one too.
     RawConnection::connect(node.write)
         .await
         .expect_closed()
@@ -90,7 +90,7 @@ async fn a_request_that_runs_is_not_cut_for_being_idle() {
 }
 
 #[tokio::test]
-async fn thousands_of_idle_and_slow_connections_stand_in_nobodys_way() {
+async fn thousands_of_idle_and_slow_connections_do_not_block_requests() {
     const EACH: usize = 1500;
     rlimit::increase_nofile_limit(u64::MAX).unwrap();
     let node = Node::start().await;
@@ -115,7 +115,7 @@ async fn thousands_of_idle_and_slow_connections_stand_in_nobodys_way() {
         );
     }
     drop(open);
-    // What is left is what this test reads through.
+    // The connections of this test's own client remain.
     eventually("closed", async || {
         node.metric(OPEN).await.filter(|open| *open <= 10.0)
     })

@@ -1,4 +1,4 @@
-//! The contract of `DELETE /set`, and that what was deleted stays so.
+//! `DELETE /set`.
 
 use serde_json::json;
 use tempfile::tempdir;
@@ -15,7 +15,7 @@ async fn ask(node: &Ports, request: String) -> Response {
     connection.response().await
 }
 
-/// Two users, one of whom has been deleted and set again, with one field.
+/// Writes two users, deletes both, and sets one field of the first again.
 pub(crate) async fn write_and_delete(node: &Ports) {
     for body in [
         r#"{"user_id":"a b","spp":5,"return_fee":7}"#,
@@ -23,7 +23,7 @@ pub(crate) async fn write_and_delete(node: &Ports) {
     ] {
         node.set(body).await.position();
     }
-    for user in ["a+b", "b"] {
+    for user in ["a b", "b"] {
         node.delete(user).await.position();
     }
     node.set(r#"{"user_id":"a b","shipping_fee":1}"#)
@@ -31,7 +31,7 @@ pub(crate) async fn write_and_delete(node: &Ports) {
         .position();
 }
 
-/// What must be there then.
+/// Checks the result of [`write_and_delete`].
 pub(crate) async fn assert_written_and_deleted(node: &Ports) {
     let a = json!({
         "user_id": "a b", "postpaid_limit": 0, "spp": 0, "shipping_fee": 1, "return_fee": 0,
@@ -42,16 +42,16 @@ pub(crate) async fn assert_written_and_deleted(node: &Ports) {
 }
 
 #[tokio::test]
-async fn a_deletion_is_answered_with_its_position_and_nothing_is_left() {
+async fn a_delete_returns_its_position_and_removes_the_record() {
     let node = Node::start().await;
     let empty = NodeState::of(&node).await;
     write_and_delete(&node).await;
     assert_written_and_deleted(&node).await;
-    let response = node.delete("a+b").await;
+    let response = node.delete("a b").await;
     assert_eq!((response.position(), response.body.as_str()), (6, ""));
     node.get("a b").await.expect_problem(404, "user-unknown");
-    // One who is not there is deleted all the same: the log decides who is.
-    assert_eq!(node.delete("a+b").await.position(), 7);
+    // Deleting an unknown user succeeds: only the log's order decides whether the user exists.
+    assert_eq!(node.delete("a b").await.position(), 7);
     assert_eq!(node.delete("nobody").await.position(), 8);
     let held = NodeState::of(&node).await;
     assert_eq!((held.records, held.digest), (0, empty.digest));
@@ -68,7 +68,7 @@ async fn a_deletion_is_answered_with_its_position_and_nothing_is_left() {
 }
 
 #[tokio::test]
-async fn it_needs_the_password_and_one_user() {
+async fn a_delete_needs_the_password_and_one_user() {
     let node = Node::start().await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
     let ours = format!("authorization: {AUTHORIZATION}\r\n");
@@ -99,7 +99,7 @@ async fn it_needs_the_password_and_one_user() {
 }
 
 #[tokio::test]
-async fn a_deletion_outlives_the_process_in_the_log_in_snapshots_and_in_backups() {
+async fn a_delete_survives_restarts_snapshots_and_backups() {
     let root = tempdir().unwrap();
     let dir = root.path().join("data");
     let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
@@ -107,7 +107,7 @@ async fn a_deletion_outlives_the_process_in_the_log_in_snapshots_and_in_backups(
     let held = NodeState::of(&node).await;
     let file = fetch_backup(&node).await;
     node.kill();
-    // From the log alone, then from a snapshot alone.
+    // First from the log alone, then from a snapshot alone.
     let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
     assert_written_and_deleted(&node).await;
     assert_eq!(node.status().await["restore"], json!(null));

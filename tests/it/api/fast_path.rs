@@ -1,4 +1,4 @@
-//! The responses of the fast path are those of hyper and the router, byte for byte.
+//! The fast path returns the same bytes as hyper and the router.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -11,18 +11,18 @@ use crate::harness::{
     AUTHORIZATION, InProcessNode, Node, Ports, delete_request, get_request, set_request,
 };
 
-/// A header line that the fast path does not handle, and that changes nothing.
+/// A header that the fast path does not handle, and that has no effect.
 const ROUTER: &str = "connection: keep-alive, x\r\n";
 const READS: &str = r#"gradestore_http_requests_total{route="/get",status="200"}"#;
 const WRITES: &str = r#"gradestore_http_requests_total{route="/set",status="204"}"#;
 const FAST: &str = r#"gradestore_http_path_total{path="fast"}"#;
 
-/// How many requests the fast path has answered.
+/// The number of requests that the fast path has handled.
 async fn fast(node: &Ports) -> u64 {
     node.metric(FAST).await.unwrap_or_default() as u64
 }
 
-/// All bytes of the response to `request`, without the values of the date and of a request id.
+/// All bytes of the response to `request`, with the values of its date and request id replaced.
 async fn response_bytes(port: SocketAddr, request: &str) -> String {
     let mut connection = RawConnection::connect(port).await;
     connection.send(request).await;
@@ -30,7 +30,7 @@ async fn response_bytes(port: SocketAddr, request: &str) -> String {
     let response = String::from_utf8(connection.read_to_end().await).unwrap();
     let (before, date) = response.split_once("date: ").unwrap();
     let (date, after) = date.split_once("\r\n").unwrap();
-    // RFC 9110's form.
+    // The format of RFC 9110.
     let date = httpdate::parse_http_date(date).expect(date);
     assert!(date.elapsed().unwrap().as_secs() < 60);
     let response = format!("{before}date: ?\r\n{after}");
@@ -45,7 +45,7 @@ async fn response_bytes(port: SocketAddr, request: &str) -> String {
 }
 
 #[tokio::test]
-async fn reads_are_answered_as_by_the_router() {
+async fn reads_have_the_same_responses_as_from_the_router() {
     let node = Node::start().await;
     let most = "m".repeat(256);
     let position = node.set(r#"{"user_id":"a b","spp":1}"#).await.position();
@@ -81,7 +81,7 @@ async fn reads_are_answered_as_by_the_router() {
         );
     }
     assert_eq!(node.metric(READS).await, Some(16.0));
-    // The router answers these.
+    // The router handles these.
     let before = fast(&node).await;
     for query in ["?user_id=a%2", "?user_id=a%00", "?user_id=%ff", "?user_id="] {
         let response = response_bytes(node.read, &get_request(query, "")).await;
@@ -91,7 +91,7 @@ async fn reads_are_answered_as_by_the_router() {
 }
 
 #[tokio::test]
-async fn writes_are_answered_as_by_the_router() {
+async fn writes_have_the_same_responses_as_from_the_router() {
     let node = Node::start().await;
     let body = r#"{"user_id":"a","spp":1}"#;
     let response = response_bytes(node.write, &set_request(body)).await;
@@ -103,13 +103,13 @@ async fn writes_are_answered_as_by_the_router() {
     assert_eq!(response.replace("position: 1", "position: 2"), routed);
     assert_eq!(node.metric(WRITES).await, Some(2.0));
     let in_flight = "gradestore_http_requests_in_flight";
-    // The scrape itself.
+    // The request for the metrics itself.
     assert_eq!(node.metric(in_flight).await, Some(1.0));
 }
 
-/// Sends a request that the fast path answers after each of those that the router answers.
+/// After each request that the router handles, one follows that the fast path handles.
 #[tokio::test]
-async fn a_connection_comes_back_to_the_fast_path() {
+async fn a_connection_returns_to_the_fast_path() {
     let node = Node::start().await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
     let read = get_request("?user_id=a", "");
@@ -154,7 +154,7 @@ async fn a_connection_comes_back_to_the_fast_path() {
 }
 
 #[tokio::test]
-async fn a_body_that_comes_later_is_waited_for() {
+async fn the_fast_path_waits_for_a_delayed_body() {
     let node = Node::start().await;
     let body = r#"{"user_id":"a","spp":1}"#;
     let request = set_request(body);
@@ -169,7 +169,7 @@ async fn a_body_that_comes_later_is_waited_for() {
         connection.response().await.position();
         assert_eq!(fast(&node).await, round);
     }
-    // With a wrong password nothing is waited for.
+    // A wrong password is rejected before the body arrives.
     connection
         .send(header.replace(AUTHORIZATION, "Basic eDp5"))
         .await;
@@ -245,7 +245,8 @@ async fn reads_on_both_paths_are_answered_in_order() {
             r#""spp":1"#,
         ),
     ];
-    // At once, from each of them on: so each is the first that comes to a new connection.
+    // In one write, starting from each request in turn, so that each is once the first of its
+    // connection.
     for first in 0..requests.len() {
         let mut connection = RawConnection::connect(node.read).await;
         let bytes: String = requests[first..]
@@ -263,7 +264,7 @@ async fn reads_on_both_paths_are_answered_in_order() {
 }
 
 #[tokio::test]
-async fn a_request_in_two_parts_is_answered_wherever_it_is_cut() {
+async fn a_request_split_at_any_byte_is_answered() {
     let node = Node::start().await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
     let write = set_request(r#"{"user_id":"a","spp":1}"#);
@@ -282,7 +283,7 @@ async fn a_request_in_two_parts_is_answered_wherever_it_is_cut() {
     for cut in 1..request.len() {
         let mut connection = RawConnection::connect(node.read).await;
         let before = node.metric(READS).await;
-        // The first one's answer says that the second one's beginning has come as well.
+        // The first response shows that the beginning of the second request has arrived too.
         let (begin, end) = request.split_at(cut);
         connection.send(format!("{request}{begin}")).await;
         assert!(connection.response().await.body.contains(r#""spp":1"#));
@@ -297,12 +298,12 @@ async fn a_request_in_two_parts_is_answered_wherever_it_is_cut() {
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_read_gets_all_responses_later() {
+async fn a_client_that_reads_late_gets_all_responses() {
     const REQUESTS: usize = 60_000;
     let node = Node::start().await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
     let mut bytes = get_request("?user_id=a", "").repeat(REQUESTS - 1);
-    // The router's response comes after all that were not sent yet.
+    // The router's response must come after all responses of the fast path.
     let _ = write!(
         bytes,
         "{}",
@@ -316,7 +317,7 @@ async fn a_client_that_does_not_read_gets_all_responses_later() {
         .unwrap();
     let (mut incoming, mut outgoing) = stream.into_split();
     let sending = tokio::spawn(async move { outgoing.write_all(bytes.as_bytes()).await });
-    // Until the node can send no more, and so reads no more.
+    // The node's send buffer is full, so it stops reading.
     let mut before = None;
     eventually("the node waits for its client", async || {
         let now = node.metric(READS).await;
@@ -345,7 +346,7 @@ async fn a_client_that_does_not_read_gets_all_responses_later() {
     );
 }
 
-/// Numbers that come out the same each time (Knuth's 64-bit linear congruential generator).
+/// Reproducible random numbers (Knuth's 64-bit linear congruential generator).
 struct Lcg(u64);
 
 impl Lcg {
@@ -356,7 +357,7 @@ impl Lcg {
     }
 }
 
-/// `request`, changed in one to three places.
+/// `request` with one to three random changes.
 fn mutated(request: &[u8], rng: &mut Lcg) -> Vec<u8> {
     const BYTES: &[u8] = b"\r\n\0\t :;,/?=&%+#\"{}a0A1-_\x7f\xc3\xff";
     const LINES: [&str; 15] = [
@@ -404,10 +405,10 @@ fn mutated(request: &[u8], rng: &mut Lcg) -> Vec<u8> {
     bytes
 }
 
-/// All that comes back for `bytes`, without dates and made names.
+/// The whole response to `bytes`, without dates and generated request ids.
 async fn exchange(port: SocketAddr, bytes: &[u8]) -> String {
     let mut connection = RawConnection::connect(port).await;
-    // A node that has refused the beginning may have hung up.
+    // The node may have closed the connection after a bad beginning.
     if connection.try_send(bytes).await.is_ok() {
         connection.shutdown_write().await;
     }
@@ -421,7 +422,7 @@ async fn exchange(port: SocketAddr, bytes: &[u8]) -> String {
 }
 
 #[tokio::test]
-async fn altered_requests_are_answered_as_without_the_fast_path() {
+async fn altered_requests_have_the_same_responses_as_without_the_fast_path() {
     const ROUNDS: usize = 1500;
     let node = InProcessNode::start(|_| {}).await;
     let without = InProcessNode::start(|config| config.http.fast_path = false).await;
@@ -440,7 +441,7 @@ async fn altered_requests_are_answered_as_without_the_fast_path() {
         assert_eq!(printed, routed, "{}", request.escape_ascii());
         answered[usize::from(printed.starts_with("HTTP/1.1 20"))] += 1;
     }
-    // Neither is rare.
+    // Both successes and errors are frequent.
     assert!(
         answered.iter().all(|count| count * 5 > ROUNDS),
         "{answered:?}"

@@ -1,4 +1,4 @@
-//! The contract of `GET /get`.
+//! `GET /get`.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ async fn ask(node: &Ports, query: &str, headers: &str) -> Response {
 }
 
 #[tokio::test]
-async fn the_user_id_is_decoded_as_forms_encode_it() {
+async fn the_user_id_is_form_decoded() {
     let node = Node::start().await;
     node.set(r#"{"user_id":"a b+é😀","spp":1}"#)
         .await
@@ -29,7 +29,7 @@ async fn the_user_id_is_decoded_as_forms_encode_it() {
 }
 
 #[tokio::test]
-async fn a_query_that_names_no_one_user_is_refused() {
+async fn a_query_without_exactly_one_user_is_rejected() {
     let node = Node::start().await;
     let long = format!("?user_id={}", "x".repeat(257));
     for (query, status, cause) in [
@@ -55,7 +55,7 @@ async fn a_query_that_names_no_one_user_is_refused() {
 }
 
 #[tokio::test]
-async fn many_are_answered_in_the_order_asked_with_null_for_who_is_not_there() {
+async fn user_ids_are_answered_in_request_order_with_null_for_unknown_users() {
     let node = Node::start().await;
     for (user, spp) in [("a", 1), ("b +é", 2), ("\"c\"", 3)] {
         let patch = serde_json::json!({ "user_id": user, "spp": spp });
@@ -101,7 +101,7 @@ async fn many_are_answered_in_the_order_asked_with_null_for_who_is_not_there() {
 }
 
 #[tokio::test]
-async fn many_wait_for_the_position_they_ask_for_and_are_not_read_before_the_node_is_ready() {
+async fn a_read_of_many_users_waits_for_its_position() {
     let node = Node::start().await;
     let mut reader = RawConnection::connect(node.read).await;
     let query = "?user_ids=a&user_ids=b";
@@ -124,7 +124,7 @@ async fn many_wait_for_the_position_they_ask_for_and_are_not_read_before_the_nod
 }
 
 #[tokio::test]
-async fn head_answers_as_get_does_without_the_body() {
+async fn head_returns_the_headers_of_get_without_a_body() {
     let node = Node::start().await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
     let head = async |user_id: &str| {
@@ -138,7 +138,7 @@ async fn head_answers_as_get_does_without_the_body() {
 }
 
 #[tokio::test]
-async fn other_methods_and_paths_are_told_what_there_is() {
+async fn other_methods_and_paths_are_rejected_with_the_allowed_ones() {
     let node = Node::start().await;
     for method in ["POST", "PUT", "PATCH", "DELETE"] {
         let url = format!("http://{}/get?user_id=a", node.read);
@@ -157,7 +157,7 @@ async fn other_methods_and_paths_are_told_what_there_is() {
 }
 
 #[tokio::test]
-async fn a_read_waits_for_the_position_it_asks_for() {
+async fn a_read_waits_for_its_position() {
     let node = Node::start().await;
     let mut reader = RawConnection::connect(node.read).await;
     reader
@@ -168,7 +168,7 @@ async fn a_read_waits_for_the_position_it_asks_for() {
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
     node.set(r#"{"user_id":"a","spp":2}"#).await.position();
     assert_eq!(reader.response().await.json()["spp"], 2);
-    // What is reached already is not waited for.
+    // An applied position is not waited for.
     for position in ["0", "2", "0002"] {
         let response = ask(
             &node,
@@ -181,10 +181,10 @@ async fn a_read_waits_for_the_position_it_asks_for() {
 }
 
 #[tokio::test]
-async fn a_position_that_is_not_reached_in_time_is_a_503() {
+async fn a_position_that_is_not_reached_in_time_returns_503() {
     let node = InProcessNode::start(|config| {
         config.http.position_wait_max = Duration::from_millis(50);
-        // A read that timed out makes room for the next.
+        // A read that timed out frees its place.
         config.http.position_waits_max = 1;
     })
     .await;
@@ -201,7 +201,7 @@ async fn a_position_that_is_not_reached_in_time_is_a_503() {
 }
 
 #[tokio::test]
-async fn a_position_far_past_the_end_of_the_log_is_refused_at_once() {
+async fn a_position_far_past_the_end_of_the_log_is_rejected_immediately() {
     // Longer than the test waits for a response.
     let node =
         InProcessNode::start(|config| config.http.position_wait_max = Duration::from_secs(3600))
@@ -222,7 +222,7 @@ async fn a_position_far_past_the_end_of_the_log_is_refused_at_once() {
 }
 
 #[tokio::test]
-async fn a_waiting_read_beyond_the_limit_is_refused_at_once() {
+async fn waiting_reads_beyond_the_limit_are_rejected_immediately() {
     let node = InProcessNode::start(|config| {
         config.http.position_wait_max = Duration::from_secs(3600);
         config.http.position_waits_max = 2;
@@ -258,7 +258,7 @@ async fn a_waiting_read_beyond_the_limit_is_refused_at_once() {
     set(1).await;
     assert_eq!(first.response().await.json()["spp"], 1);
     in_flight(2.0).await;
-    // A read that was answered makes room for another.
+    // An answered read frees its place.
     let mut third = wait(2).await;
     in_flight(3.0).await;
     set(2).await;
@@ -268,7 +268,7 @@ async fn a_waiting_read_beyond_the_limit_is_refused_at_once() {
 }
 
 #[tokio::test]
-async fn a_position_that_is_no_number_is_refused() {
+async fn an_invalid_position_is_rejected() {
     let node = Node::start().await;
     for headers in [
         "grade-position:\r\n",

@@ -1,4 +1,4 @@
-//! A log that stalls, refuses or loses batches, as clients of the node see it.
+//! A log that stalls, rejects or loses batches, as clients see it.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use crate::harness::{pending_set, set_request};
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 
 #[tokio::test]
-async fn a_full_queue_refuses_and_what_waits_is_written_in_order() {
+async fn a_full_queue_rejects_writes_and_keeps_the_order_of_queued_ones() {
     let (log, node) = start(Duration::from_secs(60)).await;
     let mut waiting = Vec::new();
-    // Two batches are under way at most; the others queue.
+    // At most two batches are in flight; the others are queued.
     for spp in 0..2 + QUEUE_PATCHES_MAX {
         waiting.push(pending_set(&node, &format!(r#"{{"user_id":"a","spp":{spp}}}"#)).await);
         node.metric_reaches(
@@ -34,7 +34,7 @@ async fn a_full_queue_refuses_and_what_waits_is_written_in_order() {
 }
 
 #[tokio::test]
-async fn a_batch_that_does_not_come_back_has_an_unknown_outcome_and_may_still_land() {
+async fn an_unacknowledged_write_returns_504_and_may_still_be_applied() {
     let (log, node) = start(Duration::from_secs(1)).await;
     let mut sent = Vec::new();
     for spp in [6, 7] {
@@ -45,7 +45,7 @@ async fn a_batch_that_does_not_come_back_has_an_unknown_outcome_and_may_still_la
         node.metric_reaches("gradestore_log_end", (spp - 5) as f64)
             .await;
     }
-    // What was never sent is refused for certain.
+    // A write that was never sent is rejected as not written.
     let detail = node.set(PATCH).await.expect_problem(503, "not-written");
     assert!(detail.contains("nothing was written"), "{detail}");
     for connection in &mut sent {
@@ -62,7 +62,7 @@ async fn a_batch_that_does_not_come_back_has_an_unknown_outcome_and_may_still_la
 }
 
 #[tokio::test]
-async fn a_log_that_takes_nothing_is_told_to_the_client() {
+async fn a_rejecting_log_returns_503() {
     let (log, node) = start(Duration::from_secs(60)).await;
     log.release();
     node.set(PATCH).await.position();
@@ -74,7 +74,7 @@ async fn a_log_that_takes_nothing_is_told_to_the_client() {
 }
 
 #[tokio::test]
-async fn a_node_that_misses_a_batch_answers_no_more() {
+async fn a_node_that_misses_a_batch_stops_serving() {
     let (log, node) = start(Duration::from_secs(1)).await;
     log.release();
     node.set(PATCH).await.position();
@@ -99,7 +99,7 @@ async fn a_node_that_misses_a_batch_answers_no_more() {
 }
 
 #[tokio::test]
-async fn a_panic_in_the_task_that_applies_ends_the_process() {
+async fn a_panic_while_applying_ends_the_process() {
     let (log, node) = start(Duration::from_secs(60)).await;
     log.release();
     node.set(PATCH).await.position();
@@ -111,7 +111,7 @@ async fn a_panic_in_the_task_that_applies_ends_the_process() {
 }
 
 #[tokio::test]
-async fn a_write_whose_client_went_away_is_applied_once_in_its_place() {
+async fn a_write_of_a_disconnected_client_is_applied_once_and_in_order() {
     let (log, node) = start(Duration::from_secs(60)).await;
     for spp in 1..=2 + QUEUE_PATCHES_MAX {
         let patch = format!(r#"{{"user_id":"a","spp":{spp},"shipping_fee":{spp}}}"#);
@@ -132,7 +132,7 @@ async fn a_write_whose_client_went_away_is_applied_once_in_its_place() {
     );
     let applied = node.metric("gradestore_patches_applied_total").await;
     assert_eq!(applied, Some(last as f64));
-    // Nothing is left of those who went away but the request that asks.
+    // Only the request for the metrics is in flight.
     node.metric_reaches("gradestore_http_requests_in_flight", 1.0)
         .await;
 }

@@ -1,4 +1,4 @@
-//! Clients that break the protocol, send too much or hang up.
+//! Clients that violate HTTP, send too much or disconnect.
 
 use crate::api::set::bad_bodies;
 use crate::harness::wire::{RawConnection, TIMEOUT};
@@ -8,7 +8,7 @@ use crate::harness::{held_log, pending_set};
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 
 #[tokio::test]
-async fn a_request_of_unclear_length_is_refused_and_the_connection_ends() {
+async fn ambiguous_framing_is_rejected_and_the_connection_closed() {
     let node = Node::start().await;
     let hidden = set_request(r#"{"user_id":"smuggled","spp":1}"#);
     let chunked = format!("{:x}\r\n{PATCH}\r\n0\r\n\r\n", PATCH.len());
@@ -35,18 +35,18 @@ async fn a_request_of_unclear_length_is_refused_and_the_connection_ends() {
 }
 
 #[tokio::test]
-async fn a_chunked_request_with_a_length_hides_no_second_one() {
+async fn a_chunked_request_with_a_content_length_smuggles_no_request() {
     let node = Node::start().await;
     let hidden = set_request(r#"{"user_id":"smuggled","spp":1}"#);
     let body = format!("{:x}\r\n{PATCH}\r\n0\r\n\r\n", PATCH.len());
-    // A proxy that goes by the length takes `hidden` for a part of this body.
+    // A proxy that uses the length takes `hidden` for a part of this body.
     let length = body.len() + hidden.len();
     let framing = format!("content-length: {length}\r\ntransfer-encoding: chunked");
     let mut connection = RawConnection::connect(node.write).await;
     connection
         .send(set_request_framed(&framing, &body) + &hidden)
         .await;
-    // It is framed by its chunks, and nothing is taken from after it.
+    // The node uses the chunks and ignores what follows them.
     assert_eq!(connection.response().await.position(), 1);
     connection.expect_closed().await;
     node.get("smuggled")
@@ -55,7 +55,7 @@ async fn a_chunked_request_with_a_length_hides_no_second_one() {
 }
 
 #[tokio::test]
-async fn a_header_that_is_too_large_or_no_header_is_answered() {
+async fn oversized_and_malformed_headers_are_rejected() {
     let node = Node::start().await;
     let line = |bytes: usize| format!("x-long: {}\r\n", "x".repeat(bytes));
     let lines = |count: usize| "x: y\r\n".repeat(count);
@@ -78,7 +78,7 @@ async fn a_header_that_is_too_large_or_no_header_is_answered() {
 }
 
 #[tokio::test]
-async fn what_is_no_request_is_answered_or_dropped() {
+async fn bytes_that_are_not_http_are_rejected_or_dropped() {
     let node = Node::start().await;
     let tls_hello = &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"[..];
     for bytes in [
@@ -91,7 +91,7 @@ async fn what_is_no_request_is_answered_or_dropped() {
         assert_eq!(connection.request(bytes).await.status, 400);
         connection.expect_closed().await;
     }
-    // A preface of HTTP/2, which is not spoken here.
+    // The preface of HTTP/2, which the node does not support.
     let mut connection = RawConnection::connect(node.read).await;
     connection.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
     connection.expect_closed().await;
@@ -112,9 +112,9 @@ async fn pipelined_requests_are_answered_in_order() {
 }
 
 #[tokio::test]
-async fn a_refusal_can_be_read_while_the_body_still_comes() {
+async fn an_error_response_is_readable_before_the_body_is_sent() {
     let node = Node::start().await;
-    // More than the system keeps for a reader that does not read.
+    // More than the socket buffers hold.
     let body = " ".repeat(12 * 1024 * 1024);
     for (request, status, cause) in [
         (set_request(&body), 413, "body-too-large"),
@@ -143,14 +143,14 @@ async fn a_refusal_can_be_read_while_the_body_still_comes() {
         ),
     ] {
         let mut connection = RawConnection::connect(node.write).await;
-        // First all of it, then the answer, as plain clients do.
+        // Like simple clients: all of the request first, then the response.
         connection.send(&request).await;
         connection.response().await.expect_problem(status, cause);
     }
 }
 
 #[tokio::test]
-async fn a_client_that_sends_no_more_still_gets_its_answer() {
+async fn a_client_that_closes_its_sending_side_gets_its_response() {
     let (log, node) = held_log::start(TIMEOUT).await;
     let mut connection = pending_set(&node, PATCH).await;
     connection.shutdown_write().await;
@@ -171,7 +171,7 @@ async fn a_client_that_sends_no_more_still_gets_its_answer() {
 }
 
 #[tokio::test]
-async fn bad_requests_leave_no_memory_behind() {
+async fn malformed_requests_leak_no_memory() {
     let node = Node::start().await;
     let bodies = bad_bodies();
     let round = async |connection: &mut RawConnection| {

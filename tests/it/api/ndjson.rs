@@ -1,4 +1,4 @@
-//! The contract of `POST /set` with many lines.
+//! `POST /set` with newline-delimited JSON.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use crate::harness::{AUTHORIZATION, InProcessNode, Node, Ports};
 
 const APPLIED: &str = "gradestore_patches_applied_total";
 
-/// A patch a line, of users by their numbers.
+/// One patch a line, for these user numbers.
 pub(crate) fn lines(users: std::ops::Range<usize>) -> String {
     let mut lines = String::new();
     for user in users {
@@ -23,7 +23,7 @@ pub(crate) fn lines(users: std::ops::Range<usize>) -> String {
     lines
 }
 
-/// Checks that all of a body was written, up to `position`.
+/// Checks that all lines were accepted, with `position` as the last position.
 #[track_caller]
 fn accepted(response: &Response, lines: u64, position: u64) {
     assert_eq!(response.status, 200, "{}", response.body);
@@ -39,7 +39,7 @@ pub(crate) async fn records(node: &Ports) -> u64 {
     node.status().await["records"].as_u64().unwrap()
 }
 
-/// A body that is sent part by part.
+/// A chunked body that a test sends in parts.
 pub(crate) struct Body(pub(crate) RawConnection);
 
 impl Body {
@@ -65,7 +65,7 @@ impl Body {
 }
 
 #[tokio::test]
-async fn all_lines_are_written_and_read_back() {
+async fn all_lines_are_written_and_readable() {
     let node = Node::start().await;
     accepted(&node.set_lines(lines(0..2500)).await, 2500, 3);
     for user in [0, 999, 1000, 2499] {
@@ -74,7 +74,7 @@ async fn all_lines_are_written_and_read_back() {
     }
     assert_eq!(records(&node).await, 2500);
     assert_eq!(node.metric(APPLIED).await, Some(2500.0));
-    // Lines of other programs; the last one without its end. Who comes later holds.
+    // CRLF, empty lines and no newline at the end. The later of two patches wins.
     let body = "\r\n {\"user_id\":\"a\",\"spp\":1}\r\n\n \t\n{\"user_id\":\"a\",\"spp\":2,\"return_fee\":3}";
     accepted(&node.set_lines(body).await, 5, 4);
     let grade = node.get("a").await.json();
@@ -82,11 +82,11 @@ async fn all_lines_are_written_and_read_back() {
         (&grade["spp"], &grade["return_fee"]),
         (&2.into(), &3.into())
     );
-    // Nothing to write is no fault, and waits for nothing.
+    // An empty body succeeds without a batch.
     accepted(&node.set_lines("").await, 0, 4);
     accepted(&node.set_lines("\n\r\n\n").await, 3, 4);
     node.set_lines("x").await.expect_problem(422, "bad-line");
-    // They are counted beside single writes, since they take as long as they are.
+    // Counted apart from single writes, because their durations are not comparable.
     node.set(r#"{"user_id":"a"}"#).await.position();
     for (name, value) in [
         (r#"requests_total{route="/set lines",status="200"}"#, 4.0),
@@ -100,7 +100,7 @@ async fn all_lines_are_written_and_read_back() {
 }
 
 #[tokio::test]
-async fn lines_may_be_cut_anywhere_on_their_way() {
+async fn lines_may_be_split_at_any_byte() {
     let node = Node::start().await;
     let text = "{\"user_id\":\"é\",\"spp\":1}\r\n\r\n{\"user_id\":\"b\"}\n";
     let mut body = Body::begin(&node).await;
@@ -115,7 +115,7 @@ async fn lines_may_be_cut_anywhere_on_their_way() {
 }
 
 #[tokio::test]
-async fn a_bad_line_is_named_and_what_is_before_its_group_stays() {
+async fn a_bad_line_is_named_and_groups_before_it_stay() {
     let node = Node::start().await;
     let with = |user: usize, line: &str| {
         let good = format!(r#"{{"user_id":"user-{user}","spp":{user}}}"#);
@@ -140,11 +140,11 @@ async fn a_bad_line_is_named_and_what_is_before_its_group_stays() {
     }
     assert!(!detail.contains("line 1 "), "{detail}");
     assert_eq!(records(&node).await, 1000);
-    // Going on from there does what the whole would have done.
+    // Resuming from there gives the same result as one complete body.
     accepted(&node.set_lines(lines(1000..2500)).await, 1500, 3);
     assert_eq!(records(&node).await, 2500);
 
-    // The first group, the last one, and one that ends with the bad line.
+    // The bad line in the first group, in the last, at the end of a group, and at the start of one.
     for (user, left) in [(0, 0), (2499, 2000), (999, 0), (1000, 1000)] {
         let node = Node::start().await;
         let response = node.set_lines(with(user, "x")).await;
@@ -159,7 +159,7 @@ async fn a_bad_line_is_named_and_what_is_before_its_group_stays() {
 }
 
 #[tokio::test]
-async fn whatever_is_no_patch_is_no_line() {
+async fn every_invalid_patch_is_a_bad_line() {
     let node = Node::start().await;
     let mut tried = 0;
     for (line, _, cause) in bad_bodies() {
@@ -182,14 +182,14 @@ async fn whatever_is_no_patch_is_no_line() {
         assert_eq!(response.json()["accepted"], 0);
     }
     assert!(tried > 40, "{tried}");
-    // A deletion is no patch either.
+    // A deletion is not a patch.
     let response = node.set_lines(r#"{"delete":"good"}"#).await;
     assert!(response.expect_problem(422, "bad-line").contains("delete"));
     assert_eq!(node.status().await["position"], 0);
 }
 
 #[tokio::test]
-async fn a_line_of_64_kib_is_the_longest_and_a_group_holds_four() {
+async fn the_largest_line_has_64_kib_and_a_group_holds_four_of_them() {
     let node = Node::start().await;
     let padded = |user: usize, bytes: usize| {
         let patch = format!(r#"{{"user_id":"user-{user}"}}"#);
@@ -200,7 +200,7 @@ async fn a_line_of_64_kib_is_the_longest_and_a_group_holds_four() {
     for body in [
         padded(0, 64 * 1024 + 1),
         format!("{}\n", padded(0, 64 * 1024 + 1)),
-        // One that does not end.
+        // A line without an end.
         padded(0, 1 << 20),
     ] {
         let response = node
@@ -216,7 +216,7 @@ async fn a_line_of_64_kib_is_the_longest_and_a_group_holds_four() {
 }
 
 #[tokio::test]
-async fn a_body_may_go_on_for_as_long_as_it_does_not_stand_still() {
+async fn a_body_may_take_any_time_while_it_makes_progress() {
     let silence_max = Duration::from_secs(2);
     let node = InProcessNode::start(|config| config.http.body_wait_max = silence_max).await;
     let (started_at, mut body, mut groups) = (Instant::now(), Body::begin(&node).await, 0);
@@ -228,7 +228,7 @@ async fn a_body_may_go_on_for_as_long_as_it_does_not_stand_still() {
     body.send(&lines(0..1)).await;
     accepted(&body.end().await, groups * 1000 + 1, groups + 1);
 
-    // One that does loses what has not made a group.
+    // A stalled body loses only the incomplete group.
     let mut body = Body::begin(&node).await;
     body.send(&lines(0..1500)).await;
     let response = body.0.response().await;
@@ -245,7 +245,7 @@ async fn a_body_may_go_on_for_as_long_as_it_does_not_stand_still() {
 }
 
 #[tokio::test]
-async fn so_many_at_once_and_one_more_is_told_to_wait() {
+async fn bulk_writes_beyond_the_limit_are_rejected() {
     let node = InProcessNode::start(|config| config.writer.bulks_max = 2).await;
     let mut bodies = [Body::begin(&node).await, Body::begin(&node).await];
     for body in &mut bodies {
@@ -255,12 +255,12 @@ async fn so_many_at_once_and_one_more_is_told_to_wait() {
     let response = node.set_lines(lines(0..1)).await;
     response.expect_problem(503, "queue-full");
     assert_eq!(response.json()["accepted"], 0);
-    // Single writes have nothing to do with it.
+    // The limit does not apply to single writes.
     node.set(r#"{"user_id":"a"}"#).await.position();
     let [one, other] = bodies;
     assert_eq!(one.end().await.json()["accepted"], 1000);
     accepted(&node.set_lines(lines(0..1)).await, 1, 4);
-    // Who hangs up makes room, too.
+    // A client that disconnects frees its place.
     drop(other);
     eventually("two places", async || {
         let mut bodies = [Body::begin(&node).await, Body::begin(&node).await];
@@ -275,7 +275,7 @@ async fn so_many_at_once_and_one_more_is_told_to_wait() {
 }
 
 #[tokio::test]
-async fn a_long_body_takes_no_more_memory_than_a_short_one() {
+async fn memory_does_not_grow_with_the_length_of_a_body() {
     let node = Node::start().await;
     let line = format!("{{\"user_id\":\"a\"}}{}\n", " ".repeat(60_000));
     let mut body = Body::begin(&node).await;
@@ -289,18 +289,18 @@ async fn a_long_body_takes_no_more_memory_than_a_short_one() {
     }
     let grown = node.metric(name).await.unwrap() - before;
     assert_eq!(body.end().await.json()["accepted"], 1600);
-    // 96 MB went through.
+    // 96 MB were sent.
     assert!(grown < 24e6, "{grown}");
 }
 
 #[tokio::test]
-async fn a_kill_leaves_whole_groups() {
+async fn a_kill_leaves_only_complete_groups() {
     let dir = tempdir().unwrap();
     let node = Node::start_with(&mut program_with_data_dir(dir.path())).await;
     let mut body = Body::begin(&node).await;
     body.send(&lines(0..3000)).await;
     node.metric_reaches(APPLIED, 3000.0).await;
-    // The next ones are somewhere on their way.
+    // The node may have received any part of these.
     body.send(&lines(3000..9500)).await;
     node.kill();
     let node = Node::start_with(&mut program_with_data_dir(dir.path())).await;
@@ -309,7 +309,7 @@ async fn a_kill_leaves_whole_groups() {
 }
 
 #[tokio::test]
-async fn a_node_that_stops_says_how_far_it_came() {
+async fn a_stopping_node_reports_how_many_lines_it_accepted() {
     let mut node = Node::start().await;
     let mut body = Body::begin(&node).await;
     body.send(&lines(0..1000)).await;
@@ -327,7 +327,7 @@ async fn a_node_that_stops_says_how_far_it_came() {
 }
 
 #[tokio::test]
-async fn it_needs_the_password_and_its_name() {
+async fn bulk_writes_need_the_password_and_the_media_type() {
     let node = Node::start().await;
     let url = format!("http://{}/set", node.write);
     let request = node

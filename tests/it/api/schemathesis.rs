@@ -8,17 +8,17 @@ use std::time::Duration;
 use crate::harness::cluster::broker::{Broker, STREAM};
 use crate::harness::{InProcessNode, Node, PASSWORD, Ports, run};
 
-/// As tests/install.sh puts it there.
+/// Installed by tests/install.sh.
 const SCHEMATHESIS: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/.tools/schemathesis/bin/schemathesis"
 );
 const OPENAPI_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/openapi");
 
-/// Asks a node's port for those of the document's paths that `paths` names, `examples` times each at most
-/// beside the edges of each parameter; how many requests that made.
+/// Tests the paths of the document that match `paths` on one port of a node, with `examples` random
+/// requests for each operation at most. Returns the number of requests.
 fn run_schemathesis(node: &Ports, port: SocketAddr, paths: &str, examples: usize) -> usize {
-    // Where it may leave what it likes.
+    // schemathesis writes its files here.
     let dir = tempfile::tempdir().unwrap();
     let mut command = Command::new(SCHEMATHESIS);
     command
@@ -51,7 +51,7 @@ fn run_schemathesis(node: &Ports, port: SocketAddr, paths: &str, examples: usize
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_answers_as_its_document_says() {
+async fn responses_of_a_ready_node_match_the_document() {
     // Some requests wait for a position that never comes.
     let wait_max = Duration::from_millis(10);
     let node = InProcessNode::start(|config| config.http.position_wait_max = wait_max).await;
@@ -67,12 +67,12 @@ async fn a_node_answers_as_its_document_says() {
         let made = run_schemathesis(&node, port, paths, 60);
         assert!(made > 50, "{paths}: {made} requests");
     }
-    // Some of those that were to succeed did.
+    // Some of the writes succeeded.
     assert_ne!(node.status().await["records"], 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_may_not_answer_says_so_as_its_document_says() {
+async fn responses_of_an_unready_node_match_the_document() {
     let broker = Broker::start().await;
     let node: Node = broker.replica().await;
     broker.client().await.delete_stream(STREAM).await.unwrap();

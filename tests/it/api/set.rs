@@ -1,4 +1,4 @@
-//! The contract of `POST /set`.
+//! `POST /set`.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use crate::harness::wire::{RawConnection, Response};
 use crate::harness::{AUTHORIZATION, InProcessNode, Node, set_request, set_request_framed};
 
 #[tokio::test]
-async fn a_write_is_answered_with_its_position_and_read_back() {
+async fn a_write_returns_its_position_and_is_readable() {
     let node = Node::start().await;
     let response = node.set(r#"{"user_id":"alice","spp":5}"#).await;
     assert_eq!((response.position(), response.body.as_str()), (1, ""));
@@ -22,7 +22,7 @@ async fn a_write_is_answered_with_its_position_and_read_back() {
 }
 
 #[tokio::test]
-async fn patches_merge_and_zero_and_the_extremes_are_values() {
+async fn patches_merge_and_may_set_zero_and_the_extreme_values() {
     let node = Node::start().await;
     for (patch, values) in [
         (r#"{"user_id":"a"}"#, [0, 0, 0, 0]),
@@ -54,7 +54,7 @@ async fn patches_merge_and_zero_and_the_extremes_are_values() {
     assert_eq!(node.status().await["records"], 1);
 }
 
-/// Bodies of JSON that are no patch, each with what its `detail` has to name.
+/// JSON bodies that are not a patch, each with a part of the expected `detail`.
 fn invalid_patches() -> Vec<(String, &'static str)> {
     let nested = "[".repeat(20_000) + &"]".repeat(20_000);
     let long = "x".repeat(257);
@@ -80,7 +80,7 @@ fn invalid_patches() -> Vec<(String, &'static str)> {
         (r#"{"user_id":"a","spp":{}}"#, "spp"),
         (r#"{"user_id":"a","spp":1.0}"#, "spp"),
         (r#"{"user_id":"a","spp":1e2}"#, "spp"),
-        // No float holds these, so not every parser takes them for numbers.
+        // Out of the range of f64, so some parsers do not accept them as numbers.
         (r#"{"user_id":"a","spp":1e400}"#, "integers of 64 bits"),
         (r#"{"user_id":"a","spp":-1E400}"#, "integers of 64 bits"),
         (r#"{"user_id":"a","spp":9223372036854775808}"#, "spp"),
@@ -109,7 +109,7 @@ fn invalid_patches() -> Vec<(String, &'static str)> {
     .collect()
 }
 
-/// Bodies that are no JSON at all.
+/// Bodies that are not JSON.
 fn invalid_json() -> Vec<(Vec<u8>, &'static str)> {
     let open = "[".repeat(60_000).into_bytes();
     [
@@ -137,7 +137,7 @@ fn invalid_json() -> Vec<(Vec<u8>, &'static str)> {
     .collect()
 }
 
-/// Every bad body, with the status and the cause it must be answered with.
+/// Every bad body, with the expected status and problem.
 pub(crate) fn bad_bodies() -> Vec<(Vec<u8>, u16, &'static str)> {
     let invalid_patches = invalid_patches().into_iter();
     let invalid_patches = invalid_patches.map(|(body, _)| (body.into_bytes(), 422, "not-a-patch"));
@@ -148,7 +148,7 @@ pub(crate) fn bad_bodies() -> Vec<(Vec<u8>, u16, &'static str)> {
 }
 
 #[tokio::test]
-async fn a_bad_body_is_answered_with_its_cause_and_stores_nothing() {
+async fn a_bad_body_is_rejected_with_its_problem_and_stores_nothing() {
     let node = Node::start().await;
     for (body, named) in invalid_patches() {
         let detail = node
@@ -166,7 +166,7 @@ async fn a_bad_body_is_answered_with_its_cause_and_stores_nothing() {
 }
 
 #[tokio::test]
-async fn ids_of_any_script_up_to_256_bytes_are_kept_as_they_are() {
+async fn user_ids_of_any_script_up_to_256_bytes_are_kept_unchanged() {
     let node = Node::start().await;
     let longest = "é".repeat(128);
     for user_id in [
@@ -186,7 +186,7 @@ async fn ids_of_any_script_up_to_256_bytes_are_kept_as_they_are() {
 }
 
 #[tokio::test]
-async fn credentials_must_be_right_and_readable() {
+async fn credentials_must_be_correct_and_well_formed() {
     let node = Node::start().await;
     let send = async |authorization: &str| {
         let body = r#"{"user_id":"a","spp":1}"#;
@@ -205,7 +205,7 @@ async fn credentials_must_be_right_and_readable() {
         "authorization: Basic bm9ib2R5OmNvcnJlY3QgaG9yc2U=\r\n",
         "authorization: Basic YWRtaW46\r\n",
         "authorization: Basic OmNvcnJlY3QgaG9yc2U=\r\n",
-        // No colon; no UTF-8; no base64.
+        // No colon, not UTF-8, not base64.
         "authorization: Basic YWRtaW4=\r\n",
         "authorization: Basic //8=\r\n",
         "authorization: Basic !!!\r\n",
@@ -228,7 +228,7 @@ async fn credentials_must_be_right_and_readable() {
 }
 
 #[tokio::test]
-async fn the_body_must_be_called_json() {
+async fn the_media_type_must_be_json() {
     let node = Node::start().await;
     let body = r#"{"user_id":"a","spp":1}"#;
     let send = async |content_type: &str| {
@@ -263,7 +263,7 @@ async fn the_body_must_be_called_json() {
 }
 
 #[tokio::test]
-async fn a_body_of_64_kib_is_the_largest() {
+async fn the_largest_body_has_64_kib() {
     let node = Node::start().await;
     let patch = r#"{"user_id":"a","spp":1}"#;
     let padded = |bytes: usize| format!("{patch}{}", " ".repeat(bytes - patch.len()));
@@ -295,7 +295,7 @@ async fn a_body_of_64_kib_is_the_largest() {
 }
 
 #[tokio::test]
-async fn a_body_that_does_not_come_or_breaks_off_is_answered() {
+async fn slow_and_broken_bodies_are_answered_with_their_problem() {
     let node =
         InProcessNode::start(|config| config.http.body_wait_max = Duration::from_millis(50)).await;
     let mut connection = RawConnection::connect(node.write).await;
@@ -318,7 +318,7 @@ async fn a_body_that_does_not_come_or_breaks_off_is_answered() {
 }
 
 #[tokio::test]
-async fn other_methods_and_paths_are_told_what_there_is() {
+async fn other_methods_and_paths_are_rejected_with_the_allowed_ones() {
     let node = Node::start().await;
     for method in ["GET", "PUT", "PATCH", "OPTIONS"] {
         let request = node.client.request(

@@ -1,5 +1,5 @@
-//! From nothing to ready, whatever the peers do: ready with all that the log holds, or not ready and
-//! it is said why.
+//! Bootstrap of a replica without data, from peers that fail: it either becomes ready with the
+//! complete state, or stays unready with the reason.
 
 use std::fs;
 
@@ -15,16 +15,16 @@ use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::eventually;
 use crate::harness::{Node, PASSWORD, Ports, program};
 
-/// Waits until a replica says that it has no way to a whole state; its `/status`.
+/// Waits until a replica reports that it has no source of a complete state; returns its `/status`.
 async fn in_no_source_state(node: &Ports, what: &str) -> Value {
-    // The numbers may be a moment older than the word.
+    // The state may be newer than the counts.
     node.status_where(what, |status| {
         status["state"] == "no-source" && status["records"] == 0 && status["position"] == 0
     })
     .await
 }
 
-/// A replica that has been told of a peer that does wrong.
+/// A replica whose `--peer` has a fault.
 struct FaultyPeerCase {
     fault: Fault,
     peer: FakePeer,
@@ -40,7 +40,7 @@ impl FaultyPeerCase {
         Self { fault, peer, node }
     }
 
-    /// It serves nothing, and says what is wrong with the peer.
+    /// Checks that the replica serves nothing and names the fault of the peer.
     async fn refused(&self) {
         let (name, _, why) = self.fault;
         let status = in_no_source_state(&self.node, name).await;
@@ -52,7 +52,7 @@ impl FaultyPeerCase {
         assert_serves_nothing(&self.node, &["no-source", "restoring"]).await;
     }
 
-    /// It is ready, after it has asked the peer first and another one then.
+    /// Checks that the replica is ready, after it asked the faulty peer and then another one.
     async fn passed_by(&self, position: u64) {
         let (name, ..) = self.fault;
         let status = self.node.status_where(name, |status| {
@@ -69,7 +69,7 @@ impl FaultyPeerCase {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_peer_that_does_wrong_is_named_and_the_next_one_is_asked() {
+async fn a_faulty_peer_is_named_and_the_next_peer_is_asked() {
     let mut cluster = SeededCluster::with_rows(3000).await;
     let first = cluster.first().await;
     let mut answered = cluster.write(&first, 3).await;
@@ -90,7 +90,7 @@ async fn a_peer_that_does_wrong_is_named_and_the_next_one_is_asked() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_peer_that_falls_silent_is_given_up() {
+async fn a_peer_that_stops_sending_times_out() {
     let mut cluster = SeededCluster::with_rows(3000).await;
     let first = cluster.first().await;
     let good = ValidBackup::new(fetch_backup(&first).await);
@@ -106,7 +106,7 @@ async fn a_peer_that_falls_silent_is_given_up() {
     cluster.check(&nodes, &answered).await;
 }
 
-/// The log holds another batch where the backup ends: only a copy from elsewhere will do.
+/// The log has another batch at the end of the backup, so the replica needs another backup.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_with_a_batch_that_the_log_lost_is_discarded() {
     let mut cluster = SeededCluster::with_rows(3000).await;
@@ -131,7 +131,7 @@ async fn a_backup_with_a_batch_that_the_log_lost_is_discarded() {
 }
 
 #[tokio::test]
-async fn a_replica_is_no_peer_of_itself() {
+async fn a_replica_is_not_its_own_peer() {
     let mut cluster = SeededCluster::with_rows(10).await;
     cluster.first().await.kill();
     let own = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -150,7 +150,7 @@ async fn a_replica_is_no_peer_of_itself() {
     assert!(printed.contains("answered 503"), "{printed}");
     let first = Node::start_with(&mut cluster.replica("first")).await;
     cluster.check(&[&first, &node], &[]).await;
-    // Now that it would answer itself, it still does not count.
+    // It is ready now, and still does not list itself.
     eventually("the other one alone", async || {
         let peers = node.status().await["peers"].take();
         let urls: Vec<&Value> = peers.as_array()?.iter().map(|peer| &peer["url"]).collect();
@@ -160,7 +160,7 @@ async fn a_replica_is_no_peer_of_itself() {
 }
 
 #[tokio::test]
-async fn a_backups_time_is_that_of_the_broker_and_no_replicas() {
+async fn the_time_of_a_backup_is_the_brokers() {
     let mut cluster = SeededCluster::with_rows(10).await;
     let first = cluster.first().await;
     let late = cluster.broker.replica().await;
@@ -177,7 +177,8 @@ async fn a_backups_time_is_that_of_the_broker_and_no_replicas() {
     }
 }
 
-/// A peer that dies when it has sent so many hundredths of its backup, or another one that is there.
+/// The peer dies after it sent this share of its backup; with `another`, another peer is ready
+/// then.
 async fn dies_at(percent: u64, another: bool) {
     let mut cluster = SeededCluster::with_rows(30_000).await;
     let throttle = Throttle::without_target(u64::MAX).await;
@@ -187,7 +188,7 @@ async fn dies_at(percent: u64, another: bool) {
     let late = Node::launch(&mut replica_at(cluster.broker.address)).await;
     throttle.wait_until_limited(1).await;
 
-    // Writes go on, and what is to be known of the restore is told.
+    // Writes continue, and `/status` shows the progress of the restore.
     let mut answered = cluster.write(&first, 20).await;
     let buffered = |status: &Value| status["restore"]["buffered_batches"] == 20;
     late.status_where("20 batches", buffered).await;
@@ -200,7 +201,7 @@ async fn dies_at(percent: u64, another: bool) {
     );
     let rows = restore["rows"].as_u64().unwrap();
     assert!(rows < 30_000, "{rows}");
-    // A chunk of rows comes in when it is whole.
+    // Rows count once their chunk is complete.
     assert_eq!(rows > 0, percent > 10, "{rows}");
     assert_eq!(restore["rows_expected"], 30_000);
     assert!(restore["bytes"].as_u64().unwrap() <= size * percent / 100);
@@ -214,7 +215,8 @@ async fn dies_at(percent: u64, another: bool) {
 
     let mut nodes = Vec::new();
     if another {
-        // It has come so far by the only other way: a snapshot.
+        // Another peer that bootstraps from the first would be throttled too, so it gets a
+        // snapshot.
         let dir = cluster.dir.path();
         let (from, to) = (dir.join("first/snapshots"), dir.join("other/snapshots"));
         fs::create_dir_all(&to).unwrap();

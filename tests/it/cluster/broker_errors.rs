@@ -1,5 +1,5 @@
-//! What the broker refuses a replica, and what others send to the stream: the replica names the
-//! broker's reason, and goes on with the next write.
+//! Errors that NATS returns to a replica, and foreign messages in the stream: the replica reports
+//! the reason of NATS and continues with the next write.
 
 use async_nats::HeaderMap;
 
@@ -7,7 +7,7 @@ use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, check, replica_wi
 use crate::harness::cluster::nats::NatsServer;
 use crate::harness::{Node, run};
 
-/// Runs a replica that must refuse to start; what it says.
+/// Runs a replica that must refuse to start; returns its stderr.
 fn refused_start(nats_url: &str) -> String {
     let dir = tempfile::tempdir().unwrap();
     let mut command = replica_with(nats_url);
@@ -18,7 +18,7 @@ fn refused_start(nats_url: &str) -> String {
     printed
 }
 
-/// A server whose user `u` may not do that.
+/// A server with these permissions for its user `u`.
 async fn server_that_denies(permissions: &str) -> (NatsServer, String) {
     let user = format!("{{ user: u, password: p, permissions: {permissions} }}");
     let server = NatsServer::start(&format!("authorization {{ users: [{user}] }}")).await;
@@ -27,7 +27,7 @@ async fn server_that_denies(permissions: &str) -> (NatsServer, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_start_without_a_right_that_it_needs_names_it() {
+async fn a_missing_permission_at_the_start_is_named() {
     for (permissions, denied) in [
         (
             r#"{ publish: { deny: ["$JS.API.STREAM.CREATE.>"] } }"#,
@@ -46,9 +46,9 @@ async fn a_start_without_a_right_that_it_needs_names_it() {
     }
 }
 
-/// Messages are fetched one by one then, which is slow.
+/// The replica then fetches messages one by one, which is slow.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_missing_right_to_pull_messages_is_logged_once() {
+async fn a_missing_permission_to_pull_messages_is_logged_once() {
     const DENIED: &str = "$JS.API.CONSUMER.MSG.NEXT";
     let permissions = format!(r#"{{ publish: {{ deny: ["{DENIED}.>"] }} }}"#);
     let (_server, url) = server_that_denies(&permissions).await;
@@ -67,7 +67,7 @@ async fn the_missing_right_to_pull_messages_is_logged_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_start_on_a_server_that_takes_no_full_batch_says_what_to_set() {
+async fn a_max_payload_below_a_full_batch_stops_the_start_with_the_setting() {
     let server = NatsServer::start("max_payload: 65536").await;
     let url = server.url();
     let printed = tokio::task::spawn_blocking(move || refused_start(&url))
@@ -79,7 +79,7 @@ async fn a_start_on_a_server_that_takes_no_full_batch_says_what_to_set() {
     }
 }
 
-/// A message that takes the id of the next batch makes the broker drop that batch as a duplicate.
+/// A message with the id of the next batch makes the broker drop that batch as a duplicate.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guessed_message_id_costs_one_write() {
     let broker = Broker::start().await;

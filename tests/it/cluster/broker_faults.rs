@@ -1,5 +1,5 @@
-//! The broker dies, the connection to it fails, its words get lost: nothing that was answered is
-//! lost, nothing is applied twice, and all end equal.
+//! NATS is killed, connections to it fail, acknowledgements get lost: no acknowledged write is
+//! lost, none is applied twice, and all replicas end with the same state.
 
 use std::time::{Duration, Instant};
 
@@ -11,11 +11,11 @@ use crate::harness::wire::eventually;
 use futures_util::TryStreamExt;
 
 const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
-/// Since the stream stores batches again until one that was lost is stored, on a busy machine. NATS'
-/// client waits 2 s for an answer.
+/// From when the stream stores messages again until it has stored the lost batch, on a busy
+/// machine. The NATS client waits 2 s for an acknowledgement.
 const LOST_MAX: Duration = Duration::from_secs(1);
 
-/// Waits until a write is taken.
+/// Waits until a write is applied.
 async fn writable(node: &Node) {
     node.in_state("ready").await;
     let before = node.metric("gradestore_log_position").await.unwrap();
@@ -26,7 +26,7 @@ async fn writable(node: &Node) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_that_is_killed_again_and_again_loses_nothing_that_was_answered() {
+async fn a_repeatedly_killed_broker_loses_no_acknowledged_write() {
     let mut broker = Broker::start().await;
     let [a, b, c] = broker.replicas().await;
     let load = Load::start(&[&a, &b, &c], 50, usize::MAX);
@@ -45,7 +45,7 @@ async fn a_broker_that_is_killed_again_and_again_loses_nothing_that_was_answered
 }
 
 #[tokio::test]
-async fn while_the_broker_is_away_writes_are_refused_at_once_and_reads_go_on() {
+async fn without_the_broker_writes_are_rejected_immediately_and_reads_continue() {
     let mut broker = Broker::start().await;
     let a = broker.replica().await;
     a.set(PATCH).await.position();
@@ -68,7 +68,7 @@ async fn while_the_broker_is_away_writes_are_refused_at_once_and_reads_go_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_that_dies_in_silence_or_is_cut_is_replaced() {
+async fn a_silent_or_closed_connection_is_replaced() {
     let broker = Broker::start().await;
     let proxy = Proxy::to(broker.address).await;
     let a = Node::start_with(&mut replica_at(proxy.address)).await;
@@ -89,7 +89,7 @@ async fn a_connection_that_dies_in_silence_or_is_cut_is_replaced() {
         writable(&a).await;
         proxy.set(rules);
         a.in_state("read-only").await;
-        // The others do not notice.
+        // The other replica is not affected.
         writable(&b).await;
         proxy.set(Rules::default());
     }
@@ -101,7 +101,7 @@ async fn a_connection_that_dies_in_silence_or_is_cut_is_replaced() {
 }
 
 #[tokio::test]
-async fn a_consumer_that_is_deleted_is_made_anew() {
+async fn a_deleted_consumer_is_recreated() {
     let broker = Broker::start().await;
     let a = broker.replica().await;
     let client = broker.client().await;
@@ -119,13 +119,13 @@ async fn a_consumer_that_is_deleted_is_made_anew() {
 }
 
 #[tokio::test]
-async fn a_broker_whose_word_got_lost_is_not_told_twice() {
+async fn a_batch_with_a_lost_acknowledgement_is_stored_once() {
     let mut broker = Broker::start().await;
     let proxy = Proxy::to(broker.address).await;
     let mut command = replica_at(proxy.address);
     let a = Node::start_with(command.env("GRADESTORE_WRITE_TIMEOUT", "30s")).await;
     let started = a.applied_position().await;
-    // The batch itself is word enough.
+    // Without the acknowledgement, the delivered batch confirms the write.
     proxy.set(Rules {
         drop_acks: true,
         ..Rules::default()
@@ -134,7 +134,7 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
     assert_eq!(first, started + 1);
     a.metric_reaches("gradestore_log_resends_total", 0.0).await;
 
-    // Neither comes: it is sent again, and is in the log once.
+    // With neither, the replica sends the batch again, and the log stores it once.
     let silent = Rules {
         drop_acks: true,
         drop_batches: true,
@@ -142,7 +142,7 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
     };
     proxy.set(silent);
     let mut waiting = pending_set(&a, r#"{"user_id":"x","spp":2}"#).await;
-    // The batch, and the fence after it.
+    // The batch and the fence after it.
     let client = broker.client().await;
     let ends_at = async |end: u64| {
         eventually("a fence", async || {
@@ -158,7 +158,7 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
     let third = a.set(r#"{"user_id":"x","spp":3}"#).await.position();
     assert!(third > first + 2);
 
-    // The broker dies having stored it and having told nobody but another replica.
+    // The broker dies after it stored the batch and delivered it to the other replica only.
     let b = broker.replica().await;
     let started = b.applied_position().await;
     assert_eq!(started, third + 1);
@@ -176,7 +176,7 @@ async fn a_broker_whose_word_got_lost_is_not_told_twice() {
 }
 
 #[tokio::test]
-async fn a_batch_that_was_lost_silently_is_soon_sent_again() {
+async fn a_silently_dropped_batch_is_soon_sent_again() {
     let broker = Broker::start().await;
     let proxy = Proxy::to(broker.address).await;
     let a = Node::start_with(&mut replica_at(proxy.address)).await;
@@ -185,7 +185,7 @@ async fn a_batch_that_was_lost_silently_is_soon_sent_again() {
         drop_publishes: true,
         ..Rules::default()
     };
-    // The quickest of some: the machine may be busy.
+    // The fastest of three, because the machine may be busy.
     let mut quickest = Duration::MAX;
     for spp in 2..5 {
         proxy.set(lose);

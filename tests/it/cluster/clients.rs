@@ -1,5 +1,5 @@
-//! Clients that follow readiness: each goes to whichever replica says that it is ready, and to the
-//! next one where that is not so any more.
+//! Clients that follow readiness: each uses a replica that is ready, and fails over to the next
+//! one.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use crate::harness::cluster::broker::{AckedWrite, FIELDS, Write};
 use crate::harness::wire::{Response, with_timeout};
 use crate::harness::{AUTHORIZATION, Ports};
 
-/// Where the replicas are now.
+/// The current ports of each replica.
 type Replicas = Arc<Mutex<Vec<Ports>>>;
 
-/// Clients that work until they are told to stop.
+/// Clients that run until [`Clients::stop`].
 pub(crate) struct Clients {
     replicas: Replicas,
     stop: Arc<AtomicBool>,
@@ -24,9 +24,8 @@ pub(crate) struct Clients {
 }
 
 impl Clients {
-    /// Six that write, and read back what they have written: each its own users, so it knows what
-    /// must be there. With `always` some replica must answer each read, and each with what was
-    /// written; else replicas may be gone.
+    /// Starts six clients that write and read their own users, so that each knows the expected
+    /// values. With `always`, some replica must answer each read.
     pub(crate) fn start(replicas: Vec<Ports>, always: bool) -> Self {
         let replicas = Arc::new(Mutex::new(replicas));
         let (stop, answered) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
@@ -49,17 +48,17 @@ impl Clients {
         }
     }
 
-    /// The replica at `index` is there now.
+    /// Makes the clients use these ports for the replica at `index`.
     pub(crate) fn set_replica(&self, index: usize, ports: &Ports) {
         self.replicas.lock()[index] = ports.clone();
     }
 
-    /// Writes that have been answered so far.
+    /// The number of acknowledged writes so far.
     pub(crate) fn answered(&self) -> usize {
         self.answered.load(Ordering::Relaxed)
     }
 
-    /// Stops them; what was answered.
+    /// Stops the clients; returns the acknowledged writes.
     pub(crate) async fn stop(self) -> Vec<AckedWrite> {
         self.stop.store(true, Ordering::Relaxed);
         let all = with_timeout("the clients' end", self.clients.join_all()).await;
@@ -71,9 +70,9 @@ struct Client {
     id: usize,
     replicas: Replicas,
     always: bool,
-    /// What was answered last.
+    /// The last acknowledged value.
     written: BTreeMap<(String, usize), i64>,
-    /// What was sent since and not answered: it may have been stored, or be stored later.
+    /// Values that were sent since and not acknowledged: they may be stored now or later.
     unacked: BTreeMap<(String, usize), Vec<i64>>,
 }
 
@@ -108,7 +107,7 @@ impl Client {
         answered
     }
 
-    /// The replicas that are ready, each client's `nth` first.
+    /// The ready replicas, starting with the `nth` after this client's own.
     async fn replicas(&self, nth: usize) -> Vec<Ports> {
         let mut replicas = self.replicas.lock().clone();
         let count = replicas.len();
@@ -125,7 +124,7 @@ impl Client {
         ready
     }
 
-    /// Tries once; the position if that was answered.
+    /// Sends a write once; returns its position if it was acknowledged.
     async fn write(&self, write: &Write) -> Option<u64> {
         let replicas = self.replicas(0).await;
         let replica = replicas.first()?;
@@ -143,14 +142,14 @@ impl Client {
         }
     }
 
-    /// Reads at `position` from the first that answers, which is not the one that was written to if
-    /// there are two.
+    /// Reads at `position` from the first replica that responds: not the one that was written to,
+    /// if another is ready.
     async fn read(&self, key: &(String, usize), position: u64) {
         let (user, field) = key;
         for replica in self.replicas(1).await {
             let url = format!("http://{}/get?user_id={user}", replica.read);
             let request = replica.client.get(url).header("grade-position", position);
-            // One that went away between two requests.
+            // The replica stopped after it said that it was ready.
             let Ok(response) = with_timeout("GET /get", request.send()).await else {
                 continue;
             };
@@ -158,7 +157,7 @@ impl Client {
             match response.status {
                 200 => return self.compare(key, response.json()[FIELDS[*field]].as_i64().unwrap()),
                 404 if !self.written.keys().any(|(written, _)| written == user) => return,
-                // It said that it was ready, so it is on its way out.
+                // It was ready a moment ago, so it must be stopping.
                 503 => assert!(
                     response.body.contains("not ready (stopping)"),
                     "{response:?}"

@@ -1,5 +1,5 @@
-//! Replicas vote on what their state is: the one that a majority contradicts is not ready and
-//! bootstraps again. Without a majority an operator chooses.
+//! Replicas vote on the digest of their state. A replica that a majority contradicts becomes
+//! unready and bootstraps again. Without a majority an operator decides.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,10 +19,10 @@ use crate::harness::{Node, Ports};
 const COMPARED: &str = "gradestore_checkpoints_compared_total";
 const DIVERGENCES: &str = "gradestore_divergences_total";
 const RESYNCS: &str = "gradestore_resyncs_total";
-/// What a replica logs when it stops being ready because of votes.
+/// Logged by a replica that becomes unready because of votes.
 pub(crate) const IN_DOUBT: &str = "the state may be wrong";
 
-/// A replica that votes often.
+/// A replica that votes every 200 ms.
 pub(crate) fn replica_with_frequent_votes(broker: &Broker) -> Command {
     let mut command = replica_at(broker.address);
     command.env("GRADESTORE_CHECKPOINT_INTERVAL", "200ms");
@@ -47,7 +47,7 @@ async fn counted(node: &Ports, counter: &str, at_least: f64) {
     .await;
 }
 
-/// Waits until all hold the same at the same position.
+/// Waits until all nodes have the same digest at the same position.
 async fn equal(nodes: &[&Ports]) {
     eventually("the same at one position", async || {
         let mut seen = BTreeSet::new();
@@ -75,7 +75,7 @@ async fn equal_replicas_agree_under_load() {
     }
 }
 
-/// A data directory with a snapshot of what `node` holds, but for one grade.
+/// A data directory with a snapshot of the state of `node`, with one grade changed.
 async fn wrong_snapshot(node: &Ports) -> TempDir {
     let (store, summary) = read_backup(&fetch_backup(node).await);
     let (head, end) = summary.records.unwrap();
@@ -115,7 +115,7 @@ async fn in_state(node: &Ports, state: &'static str) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_of_three_that_is_wrong_is_overruled_and_bootstraps_again() {
+async fn one_diverged_replica_of_three_bootstraps_again() {
     let broker = Broker::start().await;
     let [a, b] = replicas_with_frequent_votes(&broker).await;
     for spp in 1..=3 {
@@ -123,7 +123,7 @@ async fn one_of_three_that_is_wrong_is_overruled_and_bootstraps_again() {
     }
     let dir = wrong_snapshot(&a).await;
     let wrong = start_with_dir(&broker, &dir).await;
-    // Writers go on all the while, at the wrong one too.
+    // Writes continue, also through the diverged replica.
     let load = Load::start(&[&a, &b, &wrong], 5, usize::MAX);
     wrong.metric_reaches(RESYNCS, 1.0).await;
     for node in [&a, &b, &wrong] {
@@ -135,7 +135,7 @@ async fn one_of_three_that_is_wrong_is_overruled_and_bootstraps_again() {
         assert_eq!(node.get_at("x", written).await["spp"], 9);
         assert!(node.metric(DIVERGENCES).await.unwrap() >= 1.0);
     }
-    // The majority has not been unready for a moment.
+    // The majority stayed ready.
     for node in [&a, &b] {
         assert_eq!(node.metric(RESYNCS).await, Some(0.0));
         let logged = node.stderr.lock().clone();
@@ -146,13 +146,13 @@ async fn one_of_three_that_is_wrong_is_overruled_and_bootstraps_again() {
         assert!(!logged.contains(IN_DOUBT), "{logged}");
     }
     equal(&[&a, &b, &wrong]).await;
-    // It does not start from its old snapshots again.
+    // The old snapshots are quarantined.
     let names = file_names(&dir.path().join("snapshots"));
     assert!(
         names.iter().any(|name| name.ends_with(".diverged")),
         "{names:?}"
     );
-    // And does not report them.
+    // And not reported.
     let snapshot = async |what| wrong.metric(&format!("gradestore_snapshot_{what}")).await;
     assert_eq!(snapshot("position").await, Some(0.0));
     assert!(snapshot("age_seconds").await.unwrap().is_nan());
@@ -160,7 +160,7 @@ async fn one_of_three_that_is_wrong_is_overruled_and_bootstraps_again() {
 
 /// The runbook: docs/operations/alerts.md, GradestoreDivergence.
 #[tokio::test(flavor = "multi_thread")]
-async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_data() {
+async fn of_two_diverged_replicas_the_operator_removes_one() {
     let broker = Broker::start().await;
     let [a] = replicas_with_frequent_votes(&broker).await;
     for spp in 1..=3 {
@@ -168,7 +168,7 @@ async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_dat
     }
     let dir = wrong_snapshot(&a).await;
     let wrong = start_with_dir(&broker, &dir).await;
-    // Nobody writes: what came out of a file is compared all the same.
+    // Without any write: a state loaded from a file is compared too.
     for node in [&a, &wrong] {
         let status = in_state(node, "diverged").await;
         let reason = status["reason"].as_str().unwrap();
@@ -179,7 +179,7 @@ async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_dat
         node.get("x").await.expect_problem(503, "not-ready");
         node.set(set(2)).await.expect_problem(503, "not-ready");
     }
-    // They stay so, whatever they vote.
+    // Further votes change nothing.
     let votes = a.metric(DIVERGENCES).await.unwrap();
     counted(&a, DIVERGENCES, votes + 2.0).await;
     for node in [&a, &wrong] {
@@ -197,14 +197,14 @@ async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_dat
     }
     equal(&[&a, &again]).await;
     assert_eq!(again.get("y").await.status, 404);
-    // A restart replays all those votes.
+    // A restarted replica replays all those votes.
     let replayed = replicas_with_frequent_votes::<1>(&broker).await;
     let logged = replayed[0].stderr.lock().clone();
     assert!(!logged.contains(IN_DOUBT), "{logged}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_two_that_differ_a_third_one_decides_that_reads_the_whole_log() {
+async fn a_third_replica_that_reads_the_whole_log_decides_between_two() {
     let broker = Broker::start().await;
     let [a] = replicas_with_frequent_votes(&broker).await;
     for spp in 1..=3 {

@@ -1,4 +1,4 @@
-//! A peer that says that it is further than all others, and then does something wrong.
+//! A peer that claims a higher position than all others and then misbehaves.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,7 +15,7 @@ use crate::harness::AUTHORIZATION;
 use crate::harness::backup_files::gzip;
 use crate::harness::backup_files::{backup_file_ending_at, backup_file_with_head, read_backup};
 
-/// A good backup to do wrong with.
+/// A valid backup, from which faulty ones are made.
 pub(crate) struct ValidBackup {
     file: Vec<u8>,
     store: Store,
@@ -30,15 +30,15 @@ impl ValidBackup {
         Self { file, store, head }
     }
 
-    /// The same that says something else of itself.
+    /// The same backup with another head.
     fn but(&self, change: impl FnOnce(&mut Head)) -> PeerBehavior {
         let mut head = self.head.clone();
         change(&mut head);
         whole(&backup_file_with_head(&self.store, &head))
     }
 
-    /// The same, but while it was made one more batch was applied, which the log then lost: it
-    /// created the user `lost`.
+    /// The same backup, ending with one more batch that the log then lost. That batch created the
+    /// user `lost`.
     pub(crate) fn with_a_lost_batch(self) -> PeerBehavior {
         self.store.apply(&Patch {
             user_id: "lost".to_owned(),
@@ -52,20 +52,20 @@ impl ValidBackup {
     }
 }
 
-/// What a peer does when it is asked for its backup.
+/// What a peer does with a request for its backup.
 pub(crate) enum PeerBehavior {
-    /// Nobody listens, from the start.
+    /// Refuses connections.
     Refuse,
-    /// Sends these bytes and hangs up.
+    /// Sends these bytes and closes the connection.
     Send(Vec<u8>),
-    /// Sends these bytes, and nothing more.
+    /// Sends these bytes and then nothing.
     Stall(Vec<u8>),
 }
 
-/// A name, what the peer does, what the replica says of it.
+/// A name, what the peer does, and a part of the replica's error.
 pub(crate) type Fault = (&'static str, fn(&ValidBackup) -> PeerBehavior, &'static str);
 
-/// All that is noticed at once.
+/// Faults that are detected immediately.
 #[rustfmt::skip]
 pub(crate) const FAULTS: [Fault; 20] = [
     ("nobody listens", |_| PeerBehavior::Refuse, "onnection refused"),
@@ -90,7 +90,7 @@ pub(crate) const FAULTS: [Fault; 20] = [
     ("cut chunk", |good| cut_chunk(&good.file), "end of file before message length reached"),
 ];
 
-/// What is noticed by how long it takes only.
+/// Faults that are detected by a timeout.
 #[rustfmt::skip]
 pub(crate) const SILENT_FAULTS: [Fault; 2] = [
     ("says nothing", |_| PeerBehavior::Stall(Vec::new()), "operation timed out"),
@@ -140,7 +140,7 @@ fn flipped(file: &[u8]) -> Vec<u8> {
     file
 }
 
-/// The peer. Ends when dropped.
+/// The peer. Stops when dropped.
 pub(crate) struct FakePeer {
     pub(crate) url: String,
     asked: Arc<AtomicUsize>,
@@ -163,7 +163,7 @@ impl FakePeer {
         }
     }
 
-    /// How often it was asked for its backup.
+    /// The number of requests for its backup.
     pub(crate) fn asked(&self) -> usize {
         self.asked.load(Ordering::Relaxed)
     }
@@ -198,10 +198,10 @@ async fn respond(connection: TcpStream, act: Arc<PeerBehavior>, asked: Arc<Atomi
     if !request.starts_with("HEAD ") {
         asked.fetch_add(1, Ordering::Relaxed);
     }
-    // Who asked may have seen enough.
+    // The replica may have closed the connection.
     let _ = connection.write_all(bytes).await;
     if stay {
-        // Until who asked has gone.
+        // Until the replica closes the connection.
         let _ = connection.read(&mut [0]).await;
     }
 }

@@ -1,4 +1,4 @@
-//! What strangers on the broker can do to the votes and to the announcements: nothing.
+//! Forged votes and announcements by other clients of NATS have no effect.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,7 +23,7 @@ const ASK_ALL: &str = "gradestore.status.all";
 const REJECTED: &str = "gradestore_votes_rejected_total";
 const DIVERGENCES: &str = "gradestore_divergences_total";
 
-/// Publishes an empty batch with a checkpoint, as any client of the broker may.
+/// Publishes an empty batch with a checkpoint, as any client of NATS may.
 async fn publish(broker: &Broker, checkpoint: &str) {
     let client = broker.client().await;
     let mut headers = HeaderMap::new();
@@ -32,7 +32,7 @@ async fn publish(broker: &Broker, checkpoint: &str) {
     sent.await.unwrap().await.unwrap();
 }
 
-/// Waits until a line of `/metrics` has a value, or has passed it.
+/// Waits until a metric has at least this value.
 async fn at_least(node: &Ports, name: &str, value: f64) {
     eventually(name, async || {
         node.metric(name).await.filter(|now| *now >= value)
@@ -40,7 +40,7 @@ async fn at_least(node: &Ports, name: &str, value: f64) {
     .await;
 }
 
-/// A vote of a replica, as it is in the stream: its words.
+/// The words of a replica's vote in the stream.
 async fn vote(broker: &Broker) -> Vec<String> {
     let client = broker.client().await;
     let mut stream = client.get_stream(STREAM).await.unwrap();
@@ -62,11 +62,11 @@ async fn vote(broker: &Broker) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
+async fn forged_votes_do_not_change_readiness_even_after_a_restart() {
     let broker = Broker::start().await;
     let [a, b] = replicas_with_frequent_votes(&broker).await;
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
-    // One that keeps a snapshot from before.
+    // A replica with a snapshot from before the votes.
     let dir = tempfile::tempdir().unwrap();
     start_with_dir(&broker, &dir).await.stop().await;
     let vote = vote(&broker).await;
@@ -75,8 +75,8 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
         let digest = "0123456789abcdef0123456789abcdef";
         format!("{replica} {position} {chain} {digest} {round} {mac}")
     };
-    // Ids that nobody knows, with no code, with that of another vote and with that of another
-    // password; and an altered vote.
+    // Unknown replicas with no signature, with the signature of another vote and with that of
+    // another password; and an altered vote.
     let mut forged = Vec::new();
     for forger in 1..=4_u128 {
         let replica = RandomId::of(forger).to_string();
@@ -107,7 +107,7 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
         publish(&broker, text).await;
     }
     let written = b.set(r#"{"user_id":"x","spp":2}"#).await.position();
-    // All are in the log before this write, and one that starts from its snapshot replays them.
+    // This write follows all votes, and the replica with the snapshot replays them.
     let c = start_with_dir(&broker, &dir).await;
     for node in [&a, &b, &c] {
         assert_eq!(node.get_at("x", written).await["spp"], 2);
@@ -120,7 +120,7 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
         let logged = node.stderr.lock().clone();
         assert!(!logged.contains(IN_DOUBT), "{logged}");
         assert_eq!(node.metric(REJECTED).await, Some(forged.len() as f64));
-        // A few lines, however many there are.
+        // Only some of them are logged.
         let printed = "ignored a checkpoint that is not signed";
         let lines = logged.matches(printed).count();
         assert!((1..forged.len()).contains(&lines), "{logged}");
@@ -128,7 +128,7 @@ async fn forged_votes_do_nothing_to_readiness_also_not_after_a_restart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_with_another_password_has_no_vote() {
+async fn votes_with_another_password_are_ignored() {
     let broker = Broker::start().await;
     let [a] = replicas_with_frequent_votes(&broker).await;
     let mut command = replica_with_frequent_votes(&broker);
@@ -142,7 +142,7 @@ async fn a_replica_with_another_password_has_no_vote() {
     }
 }
 
-/// Answers all questions for announcements, given their nonces, until it is dropped.
+/// Responds to all queries for announcements, given their nonces, until it is dropped.
 pub(crate) async fn respond_to_queries(
     broker: &Broker,
     mut responses: impl FnMut(&str) -> Vec<Bytes> + Send + 'static,
@@ -162,7 +162,7 @@ pub(crate) async fn respond_to_queries(
     respond_to_queries
 }
 
-/// Answers questions for announcements, and counts who connects to its URL.
+/// Responds to queries for announcements, and counts the connections to their URL.
 async fn forger(
     broker: &Broker,
     announcements: Vec<Announcement>,
@@ -201,19 +201,19 @@ fn unsigned_announcement(node: &str, log_id: &str, state: &str) -> Announcement 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_forged_announcement_gets_no_password_and_hides_nobody() {
+async fn a_forged_announcement_gets_no_password_and_hides_no_peer() {
     let broker = Broker::start().await;
     let [a] = broker.replicas().await;
     let written = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
     let status = a.status().await;
     let [node, log_id] = ["node", "log_id"].map(|name| status[name].as_str().unwrap());
-    // An unknown process, and the known one with another URL.
+    // An unknown node, and the known one with another URL.
     let announcements = vec![
         unsigned_announcement("stranger", log_id, "ready"),
         unsigned_announcement(node, log_id, "ready"),
     ];
     let (_answering, connections) = forger(&broker, announcements).await;
-    // It bootstraps from a peer, the furthest one first.
+    // It bootstraps from a peer, and would ask the one with the highest position first.
     let [b] = broker.replicas().await;
     assert_eq!(b.get_at("x", written).await["spp"], 1);
     at_least(&b, "gradestore_announcements_rejected_total", 2.0).await;
@@ -229,7 +229,7 @@ async fn a_forged_announcement_gets_no_password_and_hides_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn forged_announcements_neither_prevent_nor_allow_the_creation_of_a_stream() {
+async fn forged_announcements_neither_prevent_nor_allow_stream_creation() {
     let broker = Broker::start_with(&[]).await;
     let holds_data = vec![unsigned_announcement("stranger", "some log", "ready")];
     let (prevents, _) = forger(&broker, holds_data).await;
@@ -250,7 +250,7 @@ async fn forged_announcements_neither_prevent_nor_allow_the_creation_of_a_stream
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_recorded_announcement_answers_no_other_question() {
+async fn a_replayed_announcement_is_rejected() {
     let broker = Broker::start_with(&[]).await;
     let client = broker.client().await;
     let dir = tempfile::tempdir().unwrap();

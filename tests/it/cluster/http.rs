@@ -14,10 +14,10 @@ use crate::ops::logs::{FAST_PATH_REQUESTS, ID, OTHER_REQUESTS, ask, line, with};
 const APPLIED: &str = "gradestore_patches_applied_total";
 
 #[tokio::test]
-async fn a_group_is_one_batch_of_the_log() {
+async fn a_group_of_lines_is_one_batch_of_the_log() {
     let broker = Broker::start().await;
     let node = broker.replica().await;
-    // Single writes all the while.
+    // Single writes at the same time.
     let (bulk, single) = tokio::join!(node.set_lines(lines(0..4500)), async {
         for spp in 0..50 {
             let patch = format!(r#"{{"user_id":"single","shipping_fee":{spp}}}"#);
@@ -42,7 +42,7 @@ async fn a_group_is_one_batch_of_the_log() {
 }
 
 #[tokio::test]
-async fn a_broker_that_goes_away_ends_it_and_the_rest_can_follow() {
+async fn a_bulk_write_stops_when_the_broker_is_lost_and_can_be_resumed() {
     let mut broker = Broker::start().await;
     let node = broker.replica().await;
     let mut body = Body::begin(&node).await;
@@ -59,21 +59,21 @@ async fn a_broker_that_goes_away_ends_it_and_the_rest_can_follow() {
     broker.restart().await;
     node.in_state("ready").await;
     let response = node.set_lines(lines(2000..3500)).await;
-    // Empty batches that probe the broker may come before.
+    // Empty batches that probe the broker may precede these.
     assert_eq!(response.json()["accepted"], 1500);
     assert!(response.json()["position"].as_u64().unwrap() >= 4);
     assert_eq!(records(&node).await, 3500);
 }
 
 #[tokio::test]
-async fn replicas_delete_in_the_logs_order() {
+async fn replicas_apply_deletes_in_the_order_of_the_log() {
     let broker = Broker::start().await;
     let [a, b] = broker.replicas().await;
     write_and_delete(&a).await;
     b.ready_at(a.applied_position().await).await;
     assert_written_and_deleted(&b).await;
-    // Through the other one, and back.
-    let deleted = b.delete("a+b").await.position();
+    // Deleted on one replica, unknown on the other; and the other way round.
+    let deleted = b.delete("a b").await.position();
     let read = a
         .client
         .get(format!("http://{}/get?user_id=a+b", a.read))
@@ -82,7 +82,7 @@ async fn replicas_delete_in_the_logs_order() {
     response.expect_problem(404, "user-unknown");
     let set = a.set(r#"{"user_id":"c","spp":1}"#).await.position();
     assert_eq!(b.get_at("c", set).await["spp"], 1);
-    // One that comes late reads it all.
+    // A new replica reads the whole log.
     check(
         &broker.client().await,
         &[&a, &b, &broker.replica().await],
@@ -92,7 +92,7 @@ async fn replicas_delete_in_the_logs_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_that_begins_with_a_backup_taken_among_deletions_is_as_the_others() {
+async fn a_replica_bootstrapped_during_deletes_ends_with_the_same_state() {
     let broker = Broker::start().await;
     let [a, b] = broker.replicas().await;
     let load = Load::start(&[&a, &b], 40, usize::MAX);
@@ -112,7 +112,7 @@ async fn a_replica_that_begins_with_a_backup_taken_among_deletions_is_as_the_oth
 }
 
 #[tokio::test]
-async fn a_request_that_failed_is_in_the_log_under_its_name() {
+async fn a_failed_request_is_logged_with_its_id() {
     let mut broker = Broker::start().await;
     let node = Node::start_with(&mut replica_at(broker.address)).await;
     broker.kill();
@@ -127,7 +127,7 @@ async fn a_request_that_failed_is_in_the_log_under_its_name() {
         r#"route="/set""#,
         "status=503",
         r#"problem="not-written""#,
-        // How it learnt that the broker is away is a race.
+        // Which error reports the lost broker first is a race.
         "detail=nothing was written: ",
         "took_ms=",
     ] {
@@ -141,14 +141,14 @@ async fn a_request_that_failed_is_in_the_log_under_its_name() {
     )
     .await;
 
-    // What is no failure of the node, or is asked to be told, is not logged.
+    // Client errors and readiness probes are not logged.
     for (what, status) in [(OTHER_REQUESTS[1], 404), ("GET ops /readyz/write", 503)] {
         assert_eq!(
             ask(&node, what, &with(&[b"unlogged"], false)).await.status,
             status
         );
     }
-    // Another one that is, so that they would have been.
+    // This one is, so those would have been logged by now.
     ask(&node, FAST_PATH_REQUESTS[0], &with(&[b"last"], true))
         .await
         .expect_problem(503, "not-written");

@@ -1,4 +1,4 @@
-//! The broker, the replica or both killed in each stage of a start from nothing.
+//! The broker, a replica or both are killed at each stage of a replica's bootstrap.
 
 use crate::harness::Node;
 use crate::harness::backup_files::fetch_backup;
@@ -7,20 +7,20 @@ use crate::harness::cluster::proxy::{Proxy, Rules};
 use crate::harness::cluster::seeded::{SeededCluster, assert_serves_nothing};
 use crate::harness::cluster::throttle::Throttle;
 
-/// Where the replica is held.
+/// Where the bootstrap is paused.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum BootstrapStage {
-    /// Half of the rows are in.
+    /// Half of the rows are loaded.
     Rows,
-    /// And batches wait for them.
+    /// Half of the rows are loaded and batches are buffered.
     Buffering,
-    /// All rows are in, and the log's last batches are not.
+    /// All rows are loaded, and the last batches of the log are missing.
     CatchingUp,
-    /// Everything is in, and the replica has not heard where the log ends.
+    /// Everything is applied, and the replica does not know the end of the log.
     BeforeReady,
 }
 
-/// Who is killed.
+/// What is killed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Victim {
     Broker,
@@ -28,7 +28,7 @@ enum Victim {
     Both,
 }
 
-/// A replica that is held in a stage.
+/// A replica whose bootstrap is paused at a stage.
 struct Scenario {
     cluster: SeededCluster,
     first: Node,

@@ -1,4 +1,5 @@
-//! A stream that is not what it was, and messages that are no batches: told, and never served across.
+//! A removed, recreated, truncated or foreign stream, and messages that are not batches: replicas
+//! report them and never serve across a gap.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -17,7 +18,7 @@ use crate::harness::{Node, Ports, Process, collect_output, run};
 
 const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
 
-/// Waits until a node says that it can't follow its log any more; checks that it serves nothing.
+/// Waits until a node cannot follow its log any more; checks that it serves nothing.
 async fn stopped(node: &Ports, reason: &str) {
     stopped_in(node, "gap", reason).await;
 }
@@ -33,7 +34,8 @@ async fn stopped_in(node: &Ports, state: &str, reason: &str) {
     assert_eq!(node.ops("/livez").await.status, 200);
 }
 
-/// A replica behind a proxy, cut off when it has applied two batches: that of its start, and a write.
+/// A replica behind a proxy, disconnected after it applied two batches: the empty one of its start
+/// and a write.
 async fn disconnected_replica(broker: &Broker) -> (Node, Proxy) {
     let proxy = Proxy::to(broker.address).await;
     let node = Node::start_with(&mut replica_at(proxy.address)).await;
@@ -45,7 +47,7 @@ async fn disconnected_replica(broker: &Broker) -> (Node, Proxy) {
 }
 
 #[tokio::test]
-async fn a_stream_that_is_removed_ends_serving() {
+async fn a_removed_stream_ends_serving() {
     let broker = Broker::start().await;
     let [a, b] = broker.replicas().await;
     a.set(PATCH).await.position();
@@ -54,18 +56,18 @@ async fn a_stream_that_is_removed_ends_serving() {
     stream.purge().await.unwrap_err();
     stream.delete_message(1).await.unwrap_err();
     client.delete_stream(STREAM).await.unwrap();
-    // Not on one answer: reads go on until it has been gone for a while.
+    // One failed lookup is not enough: reads continue for a while.
     assert_eq!(a.get("x").await.json()["spp"], 1);
     stopped(&a, "does not exist").await;
     stopped(&b, "does not exist").await;
-    // It may come back, and then has not been removed.
+    // If it returns, it was not removed, but it is another log.
     broker.create_stream().await;
     let other_log = |status: &Value| status["state"] == "other-log";
     a.status_where("another log", other_log).await;
 }
 
 #[tokio::test]
-async fn a_stream_that_is_made_anew_is_another_log() {
+async fn a_recreated_stream_is_another_log() {
     let broker = Broker::start().await;
     let (a, proxy) = disconnected_replica(&broker).await;
     let client = broker.client().await;
@@ -81,7 +83,7 @@ async fn a_stream_that_is_made_anew_is_another_log() {
 }
 
 #[tokio::test]
-async fn what_was_answered_outlives_its_log() {
+async fn data_outlives_a_lost_stream_until_the_operator_abandons_it() {
     let mut broker = Broker::start().await;
     let root = tempfile::tempdir().unwrap();
     let on = |address, dir: &str| {
@@ -102,7 +104,7 @@ async fn what_was_answered_outlives_its_log() {
     a.status_where("a snapshot", kept).await;
     a.stop().await;
 
-    // Neither it nor an empty replica creates a stream in the place of the lost one.
+    // Neither this replica nor an empty one creates a stream in place of the lost one.
     let waiting = |dir: &str| {
         let mut process = Process(
             on(broker.address, dir)
@@ -124,7 +126,7 @@ async fn what_was_answered_outlives_its_log() {
     client.get_stream(STREAM).await.unwrap_err();
     drop((holder, empty));
 
-    // Nor does it follow one that somebody else has created.
+    // Nor does the replica follow a stream that another client created.
     broker.create_stream().await;
     let a = Node::launch(&mut on(broker.address, "data")).await;
     stopped_in(&a, "other-log", "--abandon-log").await;
@@ -135,7 +137,7 @@ async fn what_was_answered_outlives_its_log() {
     let snapshot = snapshots.join("grades-00000000000000000004.csv.gz");
     assert!(snapshot.exists());
 
-    // From that snapshot the cluster can start over.
+    // A cluster can start over from its snapshot.
     let seeded = || {
         let mut command = on(broker.address, "new");
         command.arg("--restore-from").arg(&snapshot);
@@ -148,7 +150,7 @@ async fn what_was_answered_outlives_its_log() {
     let position = held.position + 1;
     assert_eq!(NodeState::of(&b).await, NodeState { position, ..held });
     assert_eq!(b.set(PATCH).await.position(), 6);
-    // And a replica with data of the lost log follows it once it is told to.
+    // A replica with data of the lost log follows the new one with --abandon-log.
     let mut follows = on(broker.address, "data");
     let a = Node::start_with(follows.args(["--abandon-log", old])).await;
     a.ready_at(7).await;
@@ -160,7 +162,7 @@ async fn what_was_answered_outlives_its_log() {
     );
 }
 
-/// Cuts `behind` off, lets `b` write on, and makes the stream forget what came first.
+/// Disconnects a replica, writes on with another, and trims the batches that the first needs.
 async fn replica_behind_trimmed_log(broker: &Broker) -> (Node, Proxy, Node) {
     let (behind, proxy) = disconnected_replica(broker).await;
     let b = broker.replica().await;
@@ -180,7 +182,7 @@ async fn replica_behind_trimmed_log(broker: &Broker) -> (Node, Proxy, Node) {
 }
 
 #[tokio::test]
-async fn a_replica_that_the_log_has_forgotten_begins_anew_from_a_peer() {
+async fn a_replica_behind_a_trimmed_log_bootstraps_from_a_peer() {
     let broker = Broker::start().await;
     let (a, proxy, b) = replica_behind_trimmed_log(&broker).await;
     proxy.set(Rules::default());
@@ -188,7 +190,7 @@ async fn a_replica_that_the_log_has_forgotten_begins_anew_from_a_peer() {
     assert_eq!(status["restore"]["source"], format!("http://{}", b.write));
     assert_eq!(status["restore"]["stage"], "done");
     assert_eq!(a.metric("gradestore_resyncs_total").await, Some(1.0));
-    // One that starts now does the same.
+    // A replica that starts now does the same.
     let late = broker.replica().await;
     let last = a.set(PATCH).await.position();
     for node in [&a, &b, &late] {
@@ -201,7 +203,7 @@ async fn a_replica_that_the_log_has_forgotten_begins_anew_from_a_peer() {
 }
 
 #[tokio::test]
-async fn without_a_peer_a_forgotten_replica_serves_nothing_and_says_why() {
+async fn a_replica_behind_a_trimmed_log_without_a_peer_serves_nothing() {
     let broker = Broker::start().await;
     let (a, proxy, b) = replica_behind_trimmed_log(&broker).await;
     b.kill();
@@ -253,7 +255,7 @@ async fn a_broker_that_lost_batches_is_not_followed() {
     let shorter =
         format!("the log ends at batch {copied} and this replica has applied batch {last}");
     stopped(&a, &shorter).await;
-    // As long as it was, with others in it.
+    // As long as before, with other batches.
     let c = broker.replica().await;
     while c.applied_position().await <= last {
         c.set(PATCH).await.position();
@@ -270,7 +272,7 @@ async fn a_broker_that_lost_batches_is_not_followed() {
 }
 
 #[tokio::test]
-async fn a_message_that_is_no_batch_is_skipped_alike_and_a_strangers_batch_is_read() {
+async fn invalid_messages_are_skipped_and_foreign_batches_applied_by_all_replicas() {
     let broker = Broker::start().await;
     let [a, b] = broker.replicas().await;
     let client = broker.client().await;
@@ -290,7 +292,7 @@ async fn a_message_that_is_no_batch_is_skipped_alike_and_a_strangers_batch_is_re
     publish("", r#"[{"user_id":"y","spp":3}]"#).await;
     publish("1", r#"[{"user_id":"y","return_fee":4}]"#).await;
     publish("0", r#"[{"delete":"y"}]"#).await;
-    // This is one: a user who comes and goes.
+    // A valid batch that creates and deletes a user.
     publish("1", r#"[{"user_id":"x","spp":1},{"delete":"x"}]"#).await;
     publish("1", r#"[{"delete":"y","spp":1}]"#).await;
     let last = a.set(r#"{"user_id":"z","spp":5}"#).await.position();
@@ -328,7 +330,7 @@ async fn a_newer_format_stops_a_replica_before_it() {
 }
 
 #[tokio::test]
-async fn a_stream_of_another_shape_stops_the_start_and_is_named() {
+async fn a_stream_with_other_settings_stops_the_start_and_is_named() {
     let broker = Broker::start_with(&[]).await;
     let client = broker.client().await;
     let made = client.create_stream(Config {
@@ -346,7 +348,7 @@ async fn a_stream_of_another_shape_stops_the_start_and_is_named() {
         printed.contains("GRADES has storage Memory where File is needed"),
         "{printed}"
     );
-    // Another name gets a stream of its own, but not the same subject.
+    // Another stream name with the same subject.
     let dir = tempfile::tempdir().unwrap();
     let mut other = replica_at(broker.address);
     other.env("GRADESTORE_EPHEMERAL", "false");

@@ -6,7 +6,7 @@ use crate::harness::wire::{eventually, with_timeout};
 use crate::ops::memory_max::{ROOM_BYTES, create, fill, idle_bytes, is_full, limited};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_refuse_new_users_while_a_ready_peer_is_full() {
+async fn all_replicas_reject_new_users_while_a_ready_peer_is_full() {
     let max_bytes = idle_bytes().await + ROOM_BYTES;
     let broker = Broker::start().await;
     let smallest = Node::start_with(limited(&mut replica_at(broker.address), max_bytes)).await;
@@ -14,7 +14,7 @@ async fn replicas_refuse_new_users_while_a_ready_peer_is_full() {
     let large = broker.replica().await;
     let nodes = [&smallest, &small, &large];
 
-    // Through the largest one: it can know only from the smallest that there is no room.
+    // Through the largest replica, which can only know from the smallest one.
     let (users, refusal) = fill(&large, 0).await;
     let detail = refusal.expect_problem(507, "store-full");
     let url = format!("http://{}", smallest.write);
@@ -34,7 +34,7 @@ async fn replicas_refuse_new_users_while_a_ready_peer_is_full() {
     assert_eq!(full.len(), 1, "{peers:?}");
     assert_eq!(full[0]["url"], url);
 
-    // Nothing is refused when it is applied: all hold the same.
+    // Limits do not apply to the log: all replicas apply the same batches.
     let position = create(&large, "user-2").await.position();
     let mut digests = Vec::new();
     for node in nodes {
@@ -43,8 +43,8 @@ async fn replicas_refuse_new_users_while_a_ready_peer_is_full() {
     assert!(digests.iter().all(|digest| *digest == digests[0]));
     assert_eq!(large.ready_at(position).await["records"], users);
 
-    // Deletes make room, on all. Nearly all users: on a busy machine many are added before the writer
-    // hears that there is no room.
+    // Deletes free memory on all replicas. Nearly all users are deleted: on a busy machine many are
+    // added before the writer learns that a replica is full.
     let client = broker.client().await;
     for first in (0..users / 10 * 9).step_by(1000) {
         let delete = |user| format!(r#"{{"delete":"user-{user}"}}"#);
@@ -69,7 +69,7 @@ async fn replicas_refuse_new_users_while_a_ready_peer_is_full() {
         .await;
     assert!(status["memory_used_bytes"].as_u64() < status["memory_bytes"].as_u64());
 
-    // A peer that is gone is full no more.
+    // A peer that is gone does not count.
     fill(&small, users).await;
     large
         .status_where("no creates", |status| status["creates"] == false)

@@ -1,4 +1,4 @@
-//! Replicas and nats-servers, as processes.
+//! Replicas and nats-servers as processes.
 
 pub(crate) mod forged_messages;
 

@@ -1,4 +1,4 @@
-//! Replicas know of each other, through the broker and by hand.
+//! Replicas discover each other through NATS and `--peer`.
 
 use futures_util::StreamExt;
 use gradestore::log::{Announcement, ClusterKey};
@@ -27,7 +27,7 @@ fn url(node: &Ports) -> String {
 }
 
 #[tokio::test]
-async fn replicas_list_each_other_and_forget_who_is_gone() {
+async fn replicas_list_each_other_and_drop_those_that_stopped() {
     let broker = Broker::start().await;
     let [a, b, c] = broker.replicas().await;
     let position = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
@@ -52,7 +52,7 @@ async fn replicas_list_each_other_and_forget_who_is_gone() {
 }
 
 #[tokio::test]
-async fn the_brokers_own_tools_see_the_replicas() {
+async fn the_tools_of_nats_see_the_replicas() {
     let broker = Broker::start().await;
     let [a] = broker.replicas().await;
     let position = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
@@ -63,7 +63,7 @@ async fn the_brokers_own_tools_see_the_replicas() {
         let response = with_timeout(&subject, client.request(subject.clone(), nonce.into())).await;
         serde_json::from_slice::<Value>(&response.unwrap().payload).unwrap()
     };
-    // As `nats micro ls`, `info` and `stats` do.
+    // Like `nats micro ls`, `info` and `stats`.
     let info = eventually("an answer", async || {
         let inbox = client.new_inbox();
         let mut responses = client.subscribe(inbox.clone()).await.unwrap();
@@ -108,7 +108,7 @@ async fn the_brokers_own_tools_see_the_replicas() {
 }
 
 #[tokio::test]
-async fn peers_are_found_again_after_the_broker_was_away() {
+async fn peers_are_rediscovered_after_the_broker_returns() {
     let mut broker = Broker::start().await;
     let [a, b] = broker.replicas().await;
     lists(&a, &[&b]).await;
@@ -120,7 +120,7 @@ async fn peers_are_found_again_after_the_broker_was_away() {
 }
 
 #[tokio::test]
-async fn a_peer_given_by_hand_is_listed_as_well_and_nobody_twice() {
+async fn a_configured_peer_is_listed_once() {
     let broker = Broker::start().await;
     let [a] = broker.replicas().await;
     let away = "http://127.0.0.1:1";
@@ -141,12 +141,12 @@ async fn a_peer_given_by_hand_is_listed_as_well_and_nobody_twice() {
 }
 
 #[tokio::test]
-async fn a_replica_tells_where_it_is_reached() {
+async fn a_replica_announces_its_reachable_url() {
     let broker = Broker::start().await;
     let mut command = replica_at(broker.address);
     command.args(["--advertise-url", "http://grades-0.example:8080/"]);
     let named = Node::start_with(&mut command).await;
-    // One that listens everywhere is reached where the way to the broker begins.
+    // A node that listens on all addresses announces the local address of its connection to NATS.
     let mut command = program();
     command.env("GRADESTORE_PASSWORD", PASSWORD);
     command.args(["--nats-url", &broker.address.to_string()]);

@@ -1,4 +1,4 @@
-//! Replicas on one broker are one store.
+//! Replicas on one stream hold the same state.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -12,24 +12,24 @@ use crate::harness::cluster::proxy::{Proxy, Rules};
 use crate::harness::wire::eventually;
 use crate::harness::{Node, PASSWORD, Ports, Process, collect_output, program, run};
 
-/// A writer's; nine of them send 100,000 and some.
+/// Per writer; nine writers send 100,008.
 const WRITES: usize = 11_112;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_that_race_for_the_same_fields_end_equal() {
+async fn replicas_with_conflicting_writes_end_with_the_same_state() {
     let broker = Broker::start().await;
     let [a, b, c] = broker.replicas().await;
     let load = Load::start(&[&a, &b, &c], 50, WRITES);
     let answered = load.done().await;
     assert_eq!(answered.len(), 9 * WRITES);
     check(&broker.client().await, &[&a, &b, &c], &answered).await;
-    // One that comes late reads the whole log.
+    // A new replica reads the whole log.
     let late = broker.replica().await;
     check(&broker.client().await, &[&a, &late], &answered).await;
 }
 
 #[tokio::test]
-async fn a_write_is_read_on_every_replica_at_its_position() {
+async fn a_write_is_readable_on_every_replica_at_its_position() {
     let broker = Broker::start().await;
     let [a, b, c] = broker.replicas().await;
     for spp in 1..=20 {
@@ -41,7 +41,7 @@ async fn a_write_is_read_on_every_replica_at_its_position() {
 }
 
 #[tokio::test]
-async fn the_logs_order_decides_and_not_who_hears_of_it_first() {
+async fn the_order_of_the_log_decides_between_concurrent_writes() {
     let broker = Broker::start().await;
     let proxy = Proxy::to(broker.address).await;
     let a = Node::start_with(&mut replica_at(proxy.address)).await;
@@ -54,7 +54,7 @@ async fn the_logs_order_decides_and_not_who_hears_of_it_first() {
     let started = b.applied_position().await;
     a.ready_at(started).await;
 
-    // The other's comes first in the log; to A the broker's word on its own does.
+    // The other replica's write is first in the log; A gets the acknowledgement of its own first.
     proxy.set(hold);
     let first = b.set(r#"{"user_id":"x","spp":1}"#).await.position();
     assert_eq!(first, started + 1);
@@ -64,7 +64,7 @@ async fn the_logs_order_decides_and_not_who_hears_of_it_first() {
     proxy.set(Rules::default());
     assert_eq!(own.response().await.position(), started + 2);
 
-    // Its own comes first in the log, and A hears of both late.
+    // A's own write is first in the log, and A receives both late.
     proxy.set(hold);
     let mut own = harness::pending_set(&a, r#"{"user_id":"x","spp":3}"#).await;
     b.ready_at(started + 3).await;
@@ -78,12 +78,12 @@ async fn the_logs_order_decides_and_not_who_hears_of_it_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_that_hung_for_half_a_minute_catches_up() {
+async fn a_replica_frozen_for_30_s_catches_up() {
     let broker = Broker::start().await;
     let [a, b, c] = broker.replicas().await;
     let load = Load::start(&[&a, &c], 5, usize::MAX);
     b.signal(Signal::STOP);
-    // The fault itself: long enough that whoever waits for the replica gives up on it.
+    // Longer than all timeouts that concern the replica.
     tokio::time::sleep(Duration::from_secs(30)).await;
     b.signal(Signal::CONT);
     let behind = b.status().await;
@@ -93,12 +93,12 @@ async fn a_replica_that_hung_for_half_a_minute_catches_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_that_was_stopped_catches_up() {
+async fn a_replica_frozen_for_many_batches_catches_up() {
     let broker = Broker::start().await;
     let [a, b] = broker.replicas().await;
     let load = Load::start(&[&a], 5, usize::MAX);
     b.signal(Signal::STOP);
-    // More than the broker is asked for at once.
+    // More than one request to the consumer returns.
     eventually("1,500 batches", async || {
         (a.metric("gradestore_log_position").await? > 1500.0).then_some(())
     })
@@ -109,7 +109,7 @@ async fn a_replica_that_was_stopped_catches_up() {
 }
 
 #[tokio::test]
-async fn a_replica_goes_on_from_its_snapshot() {
+async fn a_restarted_replica_continues_from_its_snapshot() {
     let broker = Broker::start().await;
     let dir = tempfile::tempdir().unwrap();
     let with_dir = || {
@@ -165,7 +165,7 @@ async fn a_backup_seeds_a_new_stream_at_its_position() {
 }
 
 #[tokio::test]
-async fn the_broker_may_want_a_name_and_a_password() {
+async fn nats_credentials_in_the_url_are_used() {
     let broker = Broker::start_with(&["--user", "u", "--pass", "p w"]).await;
     let url = |user: &str| format!("nats://{user}@{}", broker.address);
     let mut output = replica_with(&url("u:wrong"));
@@ -182,7 +182,7 @@ async fn the_broker_may_want_a_name_and_a_password() {
 }
 
 #[tokio::test]
-async fn a_replica_that_waits_for_its_broker_is_alive_and_can_be_stopped() {
+async fn a_replica_waiting_for_nats_is_alive_and_can_be_stopped() {
     let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let ops = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let ops_addr = ops.local_addr().unwrap();

@@ -1,4 +1,4 @@
-//! Replicas that are killed and started again, one after the other or all at once.
+//! Replicas that are killed and restarted, one by one or all at once.
 
 use std::path::Path;
 use std::process::Command;
@@ -17,7 +17,7 @@ use crate::harness::cluster::seeded::SeededCluster;
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::eventually;
 
-/// A replica with a data directory of its own, that writes snapshots all the time.
+/// A replica with a data directory and a snapshot every second.
 fn replica_with_snapshots(broker: &Broker, root: &Path, index: usize) -> Command {
     let mut command = replica_at(broker.address);
     command
@@ -27,7 +27,7 @@ fn replica_with_snapshots(broker: &Broker, root: &Path, index: usize) -> Command
     command
 }
 
-/// Starts a replica again; clients know of it before it is ready.
+/// Restarts a replica; clients use it before it is ready.
 async fn started(clients: &Clients, index: usize, command: &mut Command) -> Node {
     let node = Node::launch(command).await;
     clients.set_replica(index, &node);
@@ -43,7 +43,7 @@ async fn responses(clients: &Clients, more: usize) {
     .await;
 }
 
-/// Three replicas that `command` starts, and clients of theirs.
+/// Three replicas started with `command`, and clients for them.
 async fn three_with_clients(
     command: impl Fn(usize) -> Command,
     always: bool,
@@ -55,13 +55,13 @@ async fn three_with_clients(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_that_are_all_killed_at_once_come_back_with_all_that_was_answered() {
+async fn no_acknowledged_write_is_lost_when_all_replicas_are_killed() {
     let (broker, root) = (Broker::start().await, tempdir().unwrap());
     let command = |index| replica_with_snapshots(&broker, root.path(), index);
     let (mut nodes, clients) = three_with_clients(command, false).await;
     for order in [[2, 0, 1], [1, 2, 0]] {
         responses(&clients, 100).await;
-        // A snapshot that is behind is the point.
+        // The snapshots lag behind the log.
         for index in 0..3 {
             let snapshots = Snapshots::open(&root.path().join(index.to_string()).join("snapshots"));
             let snapshots = snapshots.unwrap();
@@ -94,7 +94,7 @@ async fn replicas_that_are_all_killed_at_once_come_back_with_all_that_was_answer
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_restarted_one_by_one_lose_no_write_and_fail_no_read() {
+async fn a_rolling_restart_loses_no_write_and_fails_no_read() {
     let (broker, root) = (Broker::start().await, tempdir().unwrap());
     let command = |index| replica_with_snapshots(&broker, root.path(), index);
     let (mut nodes, clients) = three_with_clients(command, true).await;
@@ -112,8 +112,8 @@ async fn replicas_restarted_one_by_one_lose_no_write_and_fail_no_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_survivor_serves_two_at_once() {
-    // More than the kernel holds for a connection.
+async fn two_replicas_bootstrap_from_one_survivor_at_once() {
+    // More than the socket buffers hold.
     let mut cluster = SeededCluster::with_rows(30_000).await;
     let throttle = Throttle::without_target(u64::MAX).await;
     let survivor = cluster.start_first_behind(&throttle).await;
@@ -146,7 +146,7 @@ async fn the_first_replica_of_a_new_log_waits_for_no_peer() {
     let node = Node::start_with(&mut command).await;
     assert_eq!(silent.asked(), 0);
     let written = node.set(r#"{"user_id":"x"}"#).await.position();
-    // A log that is whole is enough, too, once the peer that does not answer is given up.
+    // A complete log is enough too, once the request to the silent peer has timed out.
     let mut command = replica_at(broker.address);
     let late = Node::launch(command.args(["--peer", &gone.url])).await;
     node.kill();

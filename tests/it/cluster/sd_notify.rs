@@ -10,7 +10,7 @@ use crate::harness::cluster::throttle::Throttle;
 use crate::ops::sd_notify::NotifySocket;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_is_started_when_it_answers_reads_and_asks_for_time_until_then() {
+async fn ready_is_sent_after_the_restore_and_the_timeout_extended_until_then() {
     let mut cluster = SeededCluster::with_rows(30_000).await;
     let throttle = Throttle::without_target(u64::MAX).await;
     let first = cluster.start_first_behind(&throttle).await;
@@ -35,7 +35,7 @@ async fn a_node_is_started_when_it_answers_reads_and_asks_for_time_until_then() 
             .any(|line| line == "EXTEND_TIMEOUT_USEC=30000000"),
         "{messages:?}"
     );
-    // Later ones too: the timeout is extended again and again.
+    // The timeout is extended repeatedly.
     let messages = [
         messages,
         notify_socket

@@ -1,4 +1,4 @@
-//! A restore that is slower than the writes: the log goes on, is trimmed, and nothing is lost.
+//! A restore that is slower than the writes: the log grows and is trimmed, and nothing is lost.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,10 +18,10 @@ use crate::harness::cluster::seeded::{SeededCluster, assert_serves_nothing};
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::{InProcessNode, Node, PASSWORD, Ports};
 
-/// What a read of the log may add beyond a full buffer: as many batches as are handed out at once.
+/// Batches that one read of the log may add to a full buffer.
 const BATCHES_PER_READ: u64 = 64;
 
-/// A replica in this process whose buffer is small.
+/// A replica in this process with a small buffer.
 async fn late(broker: &Broker, buffer_bytes_max: u64) -> InProcessNode {
     let origin = RandomId::random().unwrap();
     let config = JetStreamConfig {
@@ -57,7 +57,7 @@ fn buffered(status: &Value) -> (u64, u64) {
     (of("buffered_batches"), of("buffered_bytes"))
 }
 
-/// Puts batches of one write each into the stream, as any client of the broker may.
+/// Publishes batches of one write each, as any client of NATS may.
 async fn publish(broker: &Broker, count: i64) {
     let client = broker.client().await;
     let acks = (0..count).map(async |value| {
@@ -70,7 +70,7 @@ async fn publish(broker: &Broker, count: i64) {
     }
 }
 
-/// Waits until the log has gone on by so many batches.
+/// Waits until the node has applied this many more batches.
 async fn goes_on(node: &Ports, batches: u64) {
     let position = |status: &Value| status["position"].as_u64().unwrap();
     let now = position(&node.status().await);
@@ -78,7 +78,7 @@ async fn goes_on(node: &Ports, batches: u64) {
     node.status_where("more batches", further).await;
 }
 
-/// A seeded cluster, and a replica that has half of its peer's backup.
+/// A seeded cluster and a replica that has half of its peer's backup.
 async fn halfway(buffer_bytes_max: u64) -> (SeededCluster, Node, Throttle, InProcessNode) {
     let cluster = SeededCluster::with_rows(3000).await;
     let throttle = Throttle::without_target(u64::MAX).await;
@@ -90,9 +90,9 @@ async fn halfway(buffer_bytes_max: u64) -> (SeededCluster, Node, Throttle, InPro
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_trimmed_beyond_a_restore_is_noticed_and_it_begins_anew() {
+async fn a_log_trimmed_during_a_restore_is_noticed_and_the_replica_bootstraps_again() {
     let (mut cluster, first, throttle, late) = halfway(1).await;
-    // More than the buffer, and what the broker has sent ahead of it, hold.
+    // More than the buffer and the messages that NATS sends ahead.
     publish(&cluster.broker, 3000).await;
     cluster.reference.read(&cluster.broker.client().await).await;
     let context = cluster.broker.client().await;
@@ -113,7 +113,7 @@ async fn a_log_trimmed_beyond_a_restore_is_noticed_and_it_begins_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn writes_that_outrun_a_restore_take_no_more_memory_than_they_may() {
+async fn writes_during_a_restore_do_not_exceed_the_buffer() {
     const BYTES_MAX: u64 = 16 * 1024;
     let (mut cluster, first, throttle, late) = halfway(BYTES_MAX).await;
     let load = Load::start(&[&first], 500, usize::MAX);
@@ -124,7 +124,7 @@ async fn writes_that_outrun_a_restore_take_no_more_memory_than_they_may() {
     let (batches, bytes) = buffered(&status);
     let largest = 3 * (bytes / batches);
     assert!(bytes < BYTES_MAX + BATCHES_PER_READ * largest, "{bytes}");
-    // The log goes on by as much again, and the buffer does not.
+    // The log grows by as much again, and the buffer does not.
     goes_on(&first, batches).await;
     let status = late.status().await;
     assert_eq!(buffered(&status), (batches, bytes));

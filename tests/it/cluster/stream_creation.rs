@@ -1,4 +1,4 @@
-//! Who creates the stream, what a start waits for, and what ends it.
+//! Which replica creates the stream, and what a start waits for.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -44,7 +44,7 @@ impl Starting {
         }
     }
 
-    /// Waits until a line has all of these in it.
+    /// Waits for a log line that contains all parts.
     pub(crate) async fn logs(&self, parts: &[&str]) {
         eventually(&format!("{parts:?}"), async || {
             let logged = self.logged.lock();
@@ -55,7 +55,7 @@ impl Starting {
     }
 }
 
-/// One that creates the stream together with another one only.
+/// A replica that creates the stream only together with another one.
 pub(crate) fn replica_expecting_two(broker: &Broker, dir: &Path) -> Starting {
     let mut command = replica_with_data(broker, dir);
     command.args(["--expect-peers", "2"]);
@@ -63,7 +63,7 @@ pub(crate) fn replica_expecting_two(broker: &Broker, dir: &Path) -> Starting {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_snapshot_that_cannot_be_read_counts_as_data() {
+async fn an_unreadable_snapshot_counts_as_data() {
     let broker = Broker::start_with(&[]).await;
     let client = broker.client().await;
     let head = |format| Head {
@@ -101,7 +101,7 @@ async fn a_snapshot_that_cannot_be_read_counts_as_data() {
         let name = snapshot.to_str().unwrap();
         let fix = "move the file out of the data directory";
         holder.logs(&[name, why, fix]).await;
-        // Nor does another one create the stream meanwhile.
+        // Another replica does not create the stream either.
         let empty = Starting::spawn(replica_with_data(&broker, empty.path()));
         empty.logs(&["holds data of log unknown"]).await;
         client.get_stream(STREAM).await.unwrap_err();
@@ -109,7 +109,7 @@ async fn a_snapshot_that_cannot_be_read_counts_as_data() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_copied_data_directory_is_refused_while_the_other_one_runs() {
+async fn a_copied_data_directory_is_rejected_while_the_original_is_in_use() {
     let broker = Broker::start_with(&[]).await;
     let root = tempdir().unwrap();
     let [original, copy] = ["original", "copy"].map(|name| root.path().join(name));
@@ -134,7 +134,7 @@ async fn a_copied_data_directory_is_refused_while_the_other_one_runs() {
     }
     node.set(r#"{"user_id":"x","spp":1}"#).await.position();
 
-    // As the message says; and a replica whose process is gone may start again at once.
+    // The fix that the message names; and a replica whose process is gone may restart immediately.
     fs::remove_file(copy.join("replica-id")).unwrap();
     let copy = Node::start_with(&mut replica_with_data(&broker, &copy)).await;
     node.kill();
@@ -142,15 +142,15 @@ async fn a_copied_data_directory_is_refused_while_the_other_one_runs() {
     assert_eq!(NodeState::of(&node).await, NodeState::of(&copy).await);
 }
 
-/// A start gives up 30 s after the last answer about the stream, not after its own beginning.
+/// A start gives up 30 s after the last response about the stream, not after its own beginning.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_start_that_waits_for_replicas_outlives_a_restart_of_the_server() {
+async fn a_start_that_waits_for_replicas_survives_a_restart_of_the_server() {
     let mut broker = Broker::start_with(&[]).await;
     let dir = tempdir().unwrap();
     let a = replica_expecting_two(&broker, &dir.path().join("a"));
     a.logs(&["1 of 2 replicas (--expect-peers)"]).await;
 
-    // One server of three is left. This start gives up, and the other one has lasted as long then.
+    // One server of three is left. This start gives up, so the other one has lasted as long.
     let mut cluster = NatsCluster::start().await;
     cluster.kill(1);
     cluster.kill(2);
@@ -177,7 +177,7 @@ async fn a_start_that_waits_for_replicas_outlives_a_restart_of_the_server() {
     }
 }
 
-/// All replicas have the same list of peers, and name them otherwise than they name themselves.
+/// All replicas have the same list of peers, with other URLs than they announce.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_announces_another_url_does_not_block_creation() {
     let broker = Broker::start_with(&[]).await;

@@ -1,5 +1,5 @@
-//! A stream with three replicas on three servers, and what becomes of writes, reads and readiness
-//! when servers die, freeze or are isolated.
+//! A stream with three replicas on three servers: writes, reads and readiness while servers die,
+//! freeze or are isolated.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,22 +17,23 @@ use crate::harness::wire::{Response, eventually, with_timeout};
 use crate::harness::{Node, Ports};
 
 const RECONNECTS: &str = "gradestore_log_reconnects_total";
-/// Of one replica, because of one leader change.
+/// Of one replica for one leader change.
 const RECONNECTS_MAX: f64 = 10.0;
 const LOG_LINES_MAX: usize = 30;
-/// Once the stream has a leader again.
+/// After the stream has a leader again.
 const PROGRESS_MAX: Duration = Duration::from_secs(20);
 /// From when an isolated server is back until every replica is ready.
 const RECOVERED_MAX: Duration = Duration::from_secs(60);
 
-/// One write every 5 ms, in turn to each replica, whether or not those before it were answered.
+/// One write every 5 ms, round robin over the replicas, whether or not earlier writes were
+/// acknowledged.
 struct SteadyLoad {
     stop: Arc<AtomicBool>,
-    /// Ends when dropped.
+    /// Stops when dropped.
     writing: JoinSet<Vec<Sent>>,
 }
 
-/// A write and its answer.
+/// A write and its response.
 struct Sent {
     at: Instant,
     took: Duration,
@@ -86,7 +87,7 @@ async fn write_steadily(ports: Vec<Ports>, stop: Arc<AtomicBool>) -> Vec<Sent> {
     writes.join_all().await
 }
 
-/// The most consumers that the stream has at one time, asked again and again until it is dropped.
+/// Polls the largest number of consumers that the stream has at one time.
 struct ConsumersWatch(JoinHandle<usize>, Arc<AtomicBool>);
 
 impl ConsumersWatch {
@@ -114,7 +115,7 @@ impl ConsumersWatch {
     }
 }
 
-/// Waits until each of these has applied so many batches more.
+/// Waits until each node has applied this many more batches.
 async fn progress(nodes: &[&Node], more: f64) {
     for node in nodes {
         let position = "gradestore_log_position";
@@ -132,7 +133,7 @@ async fn all_ready(nodes: &[&Node]) {
     }
 }
 
-/// How a server that leads the stream goes away.
+/// How the stream leader's server goes away.
 #[derive(Debug, Clone, Copy)]
 enum ServerExit {
     Killed,
@@ -140,14 +141,14 @@ enum ServerExit {
     LameDuck,
 }
 
-/// A failover costs time and no error: every write that is sent meanwhile waits and is stored. Two
-/// of the replicas were told of one server only, which is the first that dies.
+/// A failover delays writes and fails none. Two of the replicas know only the first server that
+/// dies.
 #[tokio::test(flavor = "multi_thread")]
-async fn writes_wait_while_the_stream_has_no_leader_and_are_stored_once_it_has() {
+async fn writes_wait_during_a_leader_election_and_are_stored_after_it() {
     let mut cluster = NatsCluster::start().await;
     let replica = async |cluster: &NatsCluster, name, url: &str| {
         let mut command = cluster.replica_at(name, url);
-        // Longer than any election on a busy machine.
+        // Longer than an election on a busy machine.
         Node::start_with(command.args(["--write-timeout", "60s"])).await
     };
     let a = replica(&cluster, "a", &cluster.url()).await;
@@ -159,7 +160,7 @@ async fn writes_wait_while_the_stream_has_no_leader_and_are_stored_once_it_has()
     let load = SteadyLoad::start(&nodes);
     progress(&nodes, 20.0).await;
 
-    // All that goes wrong, so that a failure shows the whole of it.
+    // All failures, so that the report is complete.
     let mut wrong = Vec::new();
     let mut changes = Vec::new();
     for exit in [
@@ -240,10 +241,10 @@ async fn so_far(nodes: &[&Node]) -> Vec<(f64, usize)> {
     all
 }
 
-/// An isolated server answers with what it had when it was cut off. No replica takes that for the
-/// end of the log, neither one that runs nor one that starts.
+/// An isolated server answers with its old state. No replica may take its end for the end of the
+/// log, neither a running nor a starting one.
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_that_read_from_an_isolated_server_recover_once_it_is_back() {
+async fn replicas_reading_from_an_isolated_server_recover_once_it_is_back() {
     let mut cluster = NatsCluster::start_with(Gossip::Nothing, "").await;
     let ways = [
         Throttle::without_target(u64::MAX).await,
@@ -309,9 +310,9 @@ async fn replicas_that_read_from_an_isolated_server_recover_once_it_is_back() {
     check(&cluster.client().await, &[&a, &b, &c], &answered).await;
 }
 
-/// Two of three servers gone, or there and silent: no batch is stored, and the replica says so.
+/// With two of three servers dead or frozen no batch is stored, and the replica reports it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_is_not_writable_while_the_stream_has_no_quorum() {
+async fn a_replica_is_not_writable_without_a_quorum() {
     const WRITE_TIMEOUT: Duration = Duration::from_secs(3);
     let mut cluster = NatsCluster::start().await;
     let mut command = cluster.replica("a");

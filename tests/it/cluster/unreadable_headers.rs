@@ -1,5 +1,5 @@
-//! Messages whose header block the client library cannot parse, or takes for a message of the
-//! server: all replicas skip them alike.
+//! Messages with a header block that the client library cannot parse or takes for a message of the
+//! server: all replicas skip the same ones.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ const POISONED: &str = "gradestore_log_poisoned_total";
 /// Average time for one message on three replicas and the two writes around it, on a busy machine.
 const SKIP_WAIT_MAX: Duration = Duration::from_secs(3);
 
-/// For any number of unreadable messages that come within seconds.
+/// For any number of unreadable messages within seconds.
 const RECONNECTS_MAX: f64 = 4.0;
 
 /// Blocks with a status have no CR here: the server removes all bytes between the version and the
@@ -77,7 +77,7 @@ const STATUS_REMOVED: [(&[u8], Option<&[u8]>); 3] = [
     ),
 ];
 
-/// A client of the broker that writes header blocks as bytes.
+/// A NATS client that writes header blocks as bytes.
 struct Publisher {
     incoming: Lines<BufReader<OwnedReadHalf>>,
     outgoing: OwnedWriteHalf,
@@ -95,7 +95,7 @@ impl Publisher {
         }
     }
 
-    /// Publishes a message; the position that the stream acknowledges.
+    /// Publishes a message; returns its position.
     async fn publish(&mut self, block: &[u8], payload: &str) -> u64 {
         let (header_len, total_len) = (block.len(), block.len() + payload.len());
         let head = format!("HPUB {SUBJECT} ack {header_len} {total_len}\r\n");
@@ -125,7 +125,8 @@ fn patch(user: &str, spp: usize) -> String {
     format!(r#"{{"user_id":"{user}","spp":{spp}}}"#)
 }
 
-/// Checks that all nodes are at `position`, skipped as many messages and have the same records.
+/// Checks that all nodes are at `position`, have skipped the same number of messages and hold the
+/// same records.
 async fn check_equal(nodes: &[&Ports], position: u64, poisoned: usize, records: usize) {
     let mut digests = Vec::new();
     for node in nodes {
@@ -149,7 +150,7 @@ async fn unreadable_headers_are_skipped_by_all_replicas_alike() {
         let before = a.set(patch("x", index)).await.position();
         let bad = publisher.publish(block, r#"[{"user_id":"bad"}]"#).await;
         assert_eq!(bad, before + 1, "{shown}");
-        // Nothing comes after it yet.
+        // No message follows yet.
         for node in [&a, &b, &c] {
             eventually(&format!("position {bad}: {shown}"), async || {
                 let position = node.metric("gradestore_log_position").await?;
@@ -181,7 +182,7 @@ async fn a_replica_that_starts_later_reads_past_unreadable_headers() {
     let a = Node::start_with(&mut with_dir()).await;
     let before = a.set(patch("x", 0)).await.position();
     a.stop().await;
-    // Some right after the snapshot, some in a row, one at the end.
+    // Some directly after the snapshot, some in a row, one at the end.
     let mut publisher = Publisher::connect(broker.address).await;
     let mut end = before;
     for block in UNREADABLE {
@@ -193,12 +194,12 @@ async fn a_replica_that_starts_later_reads_past_unreadable_headers() {
         }
     }
     let poisoned = end - before - statuses();
-    // The other way round the empty one would copy a backup of the first.
+    // B first, because an empty replica would otherwise bootstrap from A.
     let b = broker.replica().await;
     let a = Node::start_with(&mut with_dir()).await;
     // Each start appends an empty batch.
     check_equal(&[&a, &b], end + 2, poisoned as usize, 2).await;
-    // And once more from the snapshot, with nothing to skip.
+    // Again from the snapshot, with nothing to skip.
     a.stop().await;
     let a = Node::start_with(&mut with_dir()).await;
     check_equal(&[&a], end + 3, 0, 2).await;
@@ -209,14 +210,13 @@ async fn a_replica_that_starts_later_reads_past_unreadable_headers() {
     }
 }
 
-/// How many of the blocks have a status.
+/// The number of blocks with a status.
 fn statuses() -> u64 {
     let with_status = |block: &&&[u8]| block.starts_with(b"NATS/1.0 ");
     UNREADABLE.iter().filter(with_status).count() as u64
 }
 
-/// One of many costs no more than one alone: a publisher that goes on sending them does not stop the
-/// others' writes.
+/// Many cost no more than one: a client that publishes them does not stop other writes.
 #[tokio::test(flavor = "multi_thread")]
 async fn many_unreadable_messages_cost_few_reconnects() {
     const MANY: usize = 300;
@@ -241,7 +241,7 @@ async fn many_unreadable_messages_cost_few_reconnects() {
         let more = reconnects(node).await - before;
         assert!(more <= RECONNECTS_MAX, "{more} reconnects");
     }
-    // The consumers that follow are of use again.
+    // Later consumers work again.
     let position = b.set(patch("x", 2)).await.position();
     assert_eq!(a.get_at("x", position).await["spp"], 2);
 }
@@ -255,7 +255,7 @@ async fn reconnects(node: &Ports) -> f64 {
 async fn a_replica_reconnects_after_an_unreadable_header() {
     let mut broker = Broker::start().await;
     let [a, b] = broker.replicas().await;
-    // A reader checks after a reconnect that the message before its position is still the same.
+    // After a reconnect a reader checks that the message before its position is unchanged.
     for (index, block) in [UNREADABLE[0], UNREADABLE[12]].into_iter().enumerate() {
         let mut publisher = Publisher::connect(broker.address).await;
         let bad = publisher.publish(block, r#"[{"user_id":"bad"}]"#).await;
@@ -298,10 +298,10 @@ async fn readable_but_unusual_headers_are_applied() {
 }
 
 #[tokio::test]
-async fn stored_header_blocks_are_fetched_as_they_are() {
+async fn stored_header_blocks_are_fetched_unchanged() {
     const WAIT_MAX: Duration = Duration::from_secs(10);
     let broker = Broker::start().await;
-    // It creates the stream.
+    // Creates the stream.
     let node = broker.replica().await;
     node.stop().await;
     let context = broker.client().await;
@@ -333,11 +333,11 @@ async fn stored_header_blocks_are_fetched_as_they_are() {
         before_ns = message.time_ns;
         assert_eq!(get(seq + 1).await, None);
     }
-    // The answer is larger than the largest message that a client may publish.
+    // The response is larger than the largest message that a client may publish.
     let payload = "x".repeat(1_000_000);
     let seq = publisher.publish(READABLE[0], &payload).await;
     assert_eq!(get(seq).await.unwrap().payload, payload.as_bytes());
-    // A block of no bytes is none.
+    // An empty block counts as none.
     let seq = publisher.publish(b"", "").await;
     let message = get(seq).await.unwrap();
     assert_eq!((message.header_block, message.payload), (None, Vec::new()));

@@ -1,5 +1,5 @@
-//! Readiness for writes follows what becomes of writes: a replica whose log stores nothing says so
-//! soon, with the reason, and stops saying so without a client's write once it stores batches again.
+//! Readiness for writes: a replica whose log stores nothing becomes unready for writes with the
+//! reason, and ready again without a client's write once batches are stored.
 
 use std::path::Path;
 use std::process::Command;
@@ -21,19 +21,19 @@ use crate::harness::small_disk::SmallDisk;
 use crate::harness::wire::{RawConnection, eventually};
 use crate::harness::{Node, set_request};
 
-/// Since a write was refused for a reason that the broker named.
+/// After a write failed with a reason from NATS.
 const REASON_MAX: Duration = Duration::from_secs(5);
-/// What a busy machine may add. Without what makes it come in time it takes much longer.
+/// Tolerance for a busy machine. Without the mechanisms under test it takes much longer.
 const BUSY_MAX: Duration = Duration::from_secs(3);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time for several probes on a busy machine.
 const PROBED_MAX: Duration = Duration::from_secs(10);
 const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
-/// A batch of no writes, so large that few of them fill a store.
+/// A batch without writes, so large that a few fill a store.
 const BALLAST_BYTES: usize = 500_000;
 
-/// Writes until the replica is not ready for writes, which must come in time; the reason that it
-/// gives.
+/// Writes until the replica is unready for writes, which must happen `within` a time; returns the
+/// reason.
 pub(crate) async fn not_writable(node: &Node, within: Duration) -> String {
     let started_at = Instant::now();
     let (mut last, mut ready) = (String::new(), None);
@@ -61,7 +61,7 @@ pub(crate) async fn not_writable(node: &Node, within: Duration) -> String {
     });
     assert!(took <= within + BUSY_MAX, "after {took:?}: {reason}");
     assert_eq!(node.metric("gradestore_log_writable").await, Some(0.0));
-    // And it stays so.
+    // It stays unready.
     for _ in 0..10 {
         let response = node.set(PATCH).await;
         assert!(matches!(response.status, 503 | 504), "{response:?}");
@@ -72,8 +72,7 @@ pub(crate) async fn not_writable(node: &Node, within: Duration) -> String {
     reason
 }
 
-/// Waits until the replica is ready for writes, which nobody sends meanwhile, in time; then one is
-/// stored.
+/// Waits, without sending writes, until the replica is ready for writes; then writes.
 pub(crate) async fn writable_again(node: &Node) {
     let started_at = Instant::now();
     eventually("ready for writes", async || {
@@ -86,7 +85,7 @@ pub(crate) async fn writable_again(node: &Node) {
     node.set(PATCH).await.position();
 }
 
-/// Publishes batches of no writes until one is not stored; what the broker says.
+/// Publishes batches without writes until one is not stored; returns the error of NATS.
 async fn fill(client: &Context) -> String {
     let mut ballast = vec![b' '; BALLAST_BYTES];
     (ballast[0], ballast[1]) = (b'[', b']');
@@ -100,7 +99,7 @@ async fn fill(client: &Context) -> String {
     panic!("nothing is full");
 }
 
-/// Makes the stream forget all but its last message.
+/// Trims all messages but the last.
 async fn trim(client: &Context) {
     let stream = client.get_stream(STREAM).await.unwrap();
     let config = stream.cached_info().config.clone();
@@ -113,7 +112,7 @@ async fn trim(client: &Context) {
     }
 }
 
-/// A replica that keeps its data: it may have to create the stream.
+/// A replica with a data directory, so that it may create the stream.
 fn replica(nats_url: &str, dir: &Path) -> Command {
     let mut command = replica_with(nats_url);
     command.env("GRADESTORE_EPHEMERAL", "false");
@@ -122,7 +121,7 @@ fn replica(nats_url: &str, dir: &Path) -> Command {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_has_no_storage_left() {
+async fn full_jetstream_storage_ends_readiness_for_writes() {
     let dir = tempfile::tempdir().unwrap();
     let server = NatsServer::start("jetstream { max_file_store: 5MB }").await;
     let a = Node::start_with(&mut replica(&server.url(), dir.path())).await;
@@ -138,7 +137,7 @@ async fn a_stream_that_has_no_storage_left() {
         );
     }
     assert_eq!(a.get("x").await.status, 200);
-    // One that starts now says so before a client has written through it.
+    // A replica that starts now reports it before a client has written.
     let dir = tempfile::tempdir().unwrap();
     let b = Node::launch(&mut replica(&server.url(), dir.path())).await;
     let full = |status: &Value| {
@@ -158,7 +157,7 @@ async fn a_stream_that_has_no_storage_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_of_the_broker() {
+async fn a_full_disk_of_nats_ends_readiness_for_writes() {
     let (dir, disk) = (tempfile::tempdir().unwrap(), SmallDisk::new(32));
     let store = disk.data();
     let mut server = NatsServer::start_with("", &["-sd", store.to_str().unwrap()]).await;
@@ -169,7 +168,7 @@ async fn a_full_disk_of_the_broker() {
     fill(&server.client(ConnectOptions::new()).await).await;
     not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
     assert_eq!(a.get("x").await.status, 200);
-    // nats-server does not use a disk again that was full.
+    // nats-server does not recover from a full disk without a restart.
     drop(ballast);
     server.kill();
     server.restart().await;
@@ -181,7 +180,8 @@ const NO_PUBLISH: &str = r#"authorization { users: [
     { user: u, password: p, permissions: { publish: { deny: ["grades.set"] } } }
 ] }"#;
 
-/// A directory for a replica, a server with all rights for user `u`, and its URL with that user.
+/// A directory for a replica, a server with all permissions for user `u`, and its URL with that
+/// user.
 async fn server_with_user() -> (TempDir, NatsServer, String) {
     let server = NatsServer::start(ALL_RIGHTS).await;
     let url = server.url().replace("://", "://u:p@");
@@ -189,12 +189,12 @@ async fn server_with_user() -> (TempDir, NatsServer, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_right_to_publish() {
+async fn a_lost_permission_to_publish_ends_readiness_for_writes() {
     let (dir, server, url) = server_with_user().await;
     let a = Node::start_with(&mut replica(&url, dir.path())).await;
     a.set(PATCH).await.position();
     server.reload(NO_PUBLISH).await;
-    // The server may have ended the connection.
+    // The server may have closed the connection.
     let refused = eventually("a connection", async || {
         let started_at = Instant::now();
         let response = a.set(PATCH).await;
@@ -218,9 +218,10 @@ async fn no_right_to_publish() {
 
 const OTHER_PASSWORD: &str = r#"authorization { users: [{ user: u, password: other }] }"#;
 
-/// The server ends the connection and does not let the replica in again, which has a batch in flight.
+/// The server closes the connection and rejects the replica's reconnects while a batch is in
+/// flight.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_revoked_user() {
+async fn a_revoked_user_ends_readiness_for_writes() {
     let (dir, server, url) = server_with_user().await;
     let a = Node::start_with(&mut replica(&url, dir.path())).await;
     a.set(PATCH).await.position();
@@ -237,9 +238,9 @@ async fn a_revoked_user() {
     writable_again(&a).await;
 }
 
-/// The server ends the connection because of a batch that it takes for too large.
+/// The server closes the connection because of a batch above the limit.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_max_payload_that_is_lowered() {
+async fn a_lowered_max_payload_ends_readiness_for_writes() {
     let dir = tempfile::tempdir().unwrap();
     let server = NatsServer::start("").await;
     let a = Node::start_with(&mut replica(&server.url(), dir.path())).await;
@@ -257,9 +258,9 @@ async fn a_max_payload_that_is_lowered() {
     writable_again(&a).await;
 }
 
-/// A batch is in flight when the server dies: the reason is the connection all the same.
+/// The server dies while a batch is in flight: the reason is still the connection.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_dies() {
+async fn a_dead_server_ends_readiness_for_writes() {
     let dir = tempfile::tempdir().unwrap();
     let mut server = NatsServer::start("").await;
     let mut command = replica(&server.url(), dir.path());
@@ -290,7 +291,7 @@ const NO_READING: &str = r#"authorization { users: [
 ] }"#;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn reading_that_is_stuck() {
+async fn a_lost_permission_to_read_ends_readiness_for_writes() {
     let (dir, server, url) = server_with_user().await;
     let mut command = replica(&url, dir.path());
     let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
@@ -302,7 +303,7 @@ async fn reading_that_is_stuck() {
     a.in_state("ready").await;
 }
 
-/// A consumer that delivers nothing makes reading slow: messages are fetched.
+/// Without deliveries the replica fetches messages, which is slow.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_consumer_that_delivers_nothing_stops_no_writes() {
     let broker = Broker::start().await;

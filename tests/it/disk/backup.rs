@@ -1,5 +1,4 @@
-//! `GET /backup`, `gradestore backup` and `gradestore verify`, when all goes well and when there is
-//! nothing to be had.
+//! `GET /backup`, `gradestore backup` and `gradestore verify`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,7 +18,7 @@ use crate::harness::backup_files::{
 use crate::harness::wire::{Response, TIMEOUT, with_timeout};
 use crate::harness::{AUTHORIZATION, Node, PASSWORD, Ports, program, run};
 
-/// Ids that a tool that reads CSV may stumble over.
+/// User ids that CSV parsers may misread.
 pub(crate) const IDS: [&str; 10] = [
     "plain",
     "a,b",
@@ -35,7 +34,7 @@ pub(crate) const IDS: [&str; 10] = [
 
 pub(crate) type Grades = BTreeMap<String, Vec<i64>>;
 
-/// Sets odd grades; what was set.
+/// Sets edge-case values; returns them by user id.
 pub(crate) async fn set_edge_case_grades(node: &Ports) -> Grades {
     let mut grades = Grades::new();
     for (index, id) in IDS.iter().enumerate() {
@@ -54,7 +53,7 @@ pub(crate) async fn set_edge_case_grades(node: &Ports) -> Grades {
 /// `gradestore backup` of the node at `from`.
 pub(crate) fn backup_command(from: &str, output: &Path) -> Command {
     let mut command = program();
-    // A proxy that the machine is told of is none of the node's.
+    // Ignores a proxy that the machine's environment names.
     command
         .env("NO_PROXY", "*")
         .env("GRADESTORE_PASSWORD", PASSWORD);
@@ -67,7 +66,7 @@ pub(crate) fn verify(file: &Path) -> Output {
 }
 
 #[tokio::test]
-async fn a_backup_says_what_it_is() {
+async fn a_backup_has_its_metadata_in_headers_and_file_name() {
     let node = Node::start().await;
     let before = now();
     let mut last = 0;
@@ -91,7 +90,7 @@ async fn a_backup_says_what_it_is() {
             let body = response.bytes().await.unwrap();
             let (head, end) = read_backup(&body).1.records.unwrap();
             assert_eq!((head.position, end.position, end.rows), (last, last, 20));
-            // gunzip -N gives it the same name.
+            // `gunzip -N` restores this name.
             let name = format!("grades-{time}.csv\0");
             assert!(body.windows(name.len()).any(|at| at == name.as_bytes()));
             continue;
@@ -100,14 +99,14 @@ async fn a_backup_says_what_it_is() {
         };
         assert!(body.is_empty());
     }
-    // HEAD took no place for good.
+    // HEAD occupied no place.
     for _ in 0..3 {
         fetch_backup(&node).await;
     }
 }
 
 #[tokio::test]
-async fn a_backup_is_for_who_has_the_password_and_asks_with_get() {
+async fn a_backup_needs_the_password_and_get() {
     let node = Node::start().await;
     let url = format!("http://{}/backup", node.write);
     let ask = async |method: &str, authorization: Option<&str>| {
@@ -132,7 +131,7 @@ async fn a_backup_is_for_who_has_the_password_and_asks_with_get() {
 }
 
 #[tokio::test]
-async fn the_command_keeps_a_backup_that_verify_approves() {
+async fn the_backup_command_writes_a_file_that_verify_accepts() {
     let node = Node::start().await;
     set_edge_case_grades(&node).await;
     let directory = tempdir().unwrap();
@@ -145,7 +144,7 @@ async fn the_command_keeps_a_backup_that_verify_approves() {
     let file = fs::read(&path).unwrap();
     assert_eq!(file, fetch_backup(&node).await);
 
-    // All in one pipe, and what people read beside it.
+    // The same on stdout, and the summary on stderr.
     let piped = run(&mut backup_command(
         &format!("{url}/backup"),
         Path::new("-"),
@@ -176,7 +175,7 @@ async fn the_command_keeps_a_backup_that_verify_approves() {
 }
 
 #[tokio::test]
-async fn the_command_asks_as_its_variables_say() {
+async fn the_backup_command_reads_environment_variables() {
     let node = Node::start().await;
     let directory = tempdir().unwrap();
     let path = directory.path().join("grades.csv.gz");
@@ -193,7 +192,7 @@ async fn the_command_asks_as_its_variables_say() {
 }
 
 #[tokio::test]
-async fn a_pipe_gets_the_backup_and_stays_a_pipe() {
+async fn the_backup_command_writes_into_a_pipe() {
     let node = Node::start().await;
     set_edge_case_grades(&node).await;
     let directory = tempdir().unwrap();
@@ -214,14 +213,14 @@ async fn a_pipe_gets_the_backup_and_stays_a_pipe() {
 }
 
 #[tokio::test]
-async fn what_a_link_leads_to_is_replaced_and_the_link_stays() {
+async fn the_backup_command_replaces_the_target_of_a_symlink() {
     let node = Node::start().await;
     set_edge_case_grades(&node).await;
     let directory = tempdir().unwrap();
     let (kept_in, link) = (directory.path().join("kept"), directory.path().join("link"));
     fs::create_dir(&kept_in).unwrap();
     symlink("kept/file", &link).unwrap();
-    // To a file that is not there, and to one that is.
+    // First to a missing target, then to an existing one.
     for _ in 0..2 {
         let kept = run(&mut backup_command(
             &format!("http://{}", node.write),
@@ -239,7 +238,7 @@ async fn what_a_link_leads_to_is_replaced_and_the_link_stays() {
     }
 }
 
-/// Answers one request with `response`, whatever it asks.
+/// A server that sends `response` to one request.
 fn serve_once(response: &'static str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -253,7 +252,7 @@ fn serve_once(response: &'static str) -> String {
 }
 
 #[tokio::test]
-async fn what_is_no_backup_is_not_kept_and_what_was_there_stays() {
+async fn the_backup_command_keeps_the_old_file_on_failure() {
     let node = Node::start().await;
     let free = TcpListener::bind("127.0.0.1:0").unwrap();
     let nobody = format!("http://{}", free.local_addr().unwrap());
@@ -286,7 +285,7 @@ async fn what_is_no_backup_is_not_kept_and_what_was_there_stays() {
                 fs::write(&path, before).unwrap();
             }
             if before.is_some() && words[1] == "nothing was kept" && words[0] != "refused" {
-                // Its server answers once.
+                // This server responds only once.
                 continue;
             }
             let mut command = backup_command(&from, &path);
@@ -306,7 +305,7 @@ async fn what_is_no_backup_is_not_kept_and_what_was_there_stays() {
 }
 
 #[tokio::test]
-async fn a_backup_that_cannot_be_written_says_where() {
+async fn a_backup_error_names_the_output() {
     let node = Node::start().await;
     let url = format!("http://{}", node.write);
     let output = run(&mut backup_command(
@@ -317,7 +316,7 @@ async fn a_backup_that_cannot_be_written_says_where() {
     let printed = String::from_utf8(output.stderr).unwrap();
     assert!(printed.contains("/nowhere/grades.csv.gz"), "{printed}");
 
-    // Who reads the pipe has gone.
+    // The reader of the pipe is gone.
     let mut command = backup_command(&url, Path::new("-"));
     let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
@@ -328,7 +327,7 @@ async fn a_backup_that_cannot_be_written_says_where() {
 }
 
 #[tokio::test]
-async fn who_reads_it_at_once_may_have_it_without_compression() {
+async fn a_fast_client_may_get_an_uncompressed_backup() {
     let directory = tempdir().unwrap();
     let seed = write_backup_file(directory.path(), &random_store(5_000, 1_000), 10);
     let node = Node::start_with(&mut program_restoring(&seed)).await;

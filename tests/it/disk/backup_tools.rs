@@ -1,4 +1,5 @@
-//! Backups as Python and zcat read them, and a backup into a device, which takes a mount namespace.
+//! Backups read by Python and zcat, and a backup written to a device, which needs a mount
+//! namespace.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +12,7 @@ use super::backup::{Grades, IDS, backup_command, set_edge_case_grades};
 use crate::harness::backup_files::fetch_backup;
 use crate::harness::{Node, run, wrapped_by};
 
-/// What Python's own gzip and csv make of a file, as JSON.
+/// Reads a file with Python's gzip and csv modules and prints it as JSON.
 const PYTHON: &str = "
 import csv, gzip, json, sys
 with gzip.open(sys.argv[1], 'rt', encoding='utf-8', newline='') as file:
@@ -20,7 +21,7 @@ json.dump(rows, sys.stdout)
 ";
 
 #[tokio::test]
-async fn other_tools_find_in_a_backup_what_was_set() {
+async fn other_tools_read_all_rows_of_a_backup() {
     let node = Node::start().await;
     let grades = set_edge_case_grades(&node).await;
     let directory = tempdir().unwrap();
@@ -49,13 +50,13 @@ async fn other_tools_find_in_a_backup_what_was_set() {
 }
 
 #[tokio::test]
-async fn a_device_is_written_to_and_not_replaced() {
+async fn the_backup_command_writes_to_a_device_without_replacing_it() {
     let node = Node::start().await;
     set_edge_case_grades(&node).await;
     let directory = tempdir().unwrap();
     let path = directory.path().join("null");
     fs::write(&path, "").unwrap();
-    // The machine's own is not put at risk: this one is mounted over a file, for the command alone.
+    // A bind mount of /dev/null, visible to the command only, protects the machine's own.
     let mount = "mount --bind /dev/null \"$0\" && \"$@\" && test -c \"$0\" && ls -A \"${0%/*}\"";
     let mut unshare = vec!["unshare", "--mount"];
     if !rustix::process::geteuid().is_root() {

@@ -1,4 +1,4 @@
-//! Backups taken while writes go on: each, with the log after it, is the node's own state.
+//! Backups during writes: each one, with the log after it, gives the node's state.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -19,7 +19,7 @@ const ROWS: u64 = 30_000;
 const WRITERS: u64 = 8;
 const BACKUPS: usize = 4;
 
-/// Writes to users old and new, and deletes some, until told to stop.
+/// Writes to existing and new users and deletes some until `stop` is set.
 async fn write_until(node: &Node, writer: u64, stop: &AtomicBool) {
     let (mut rng, mut connection) = (Rng(writer + 1), RawConnection::connect(node.write).await);
     while !stop.load(Ordering::Relaxed) {
@@ -36,7 +36,7 @@ async fn write_until(node: &Node, writer: u64, stop: &AtomicBool) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_backup_under_writes_and_the_log_after_it_are_the_whole_state() {
+async fn a_backup_under_writes_and_the_log_after_it_give_the_node_state() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
     let before = random_store(ROWS, u64::MAX);
@@ -59,7 +59,7 @@ async fn a_backup_under_writes_and_the_log_after_it_are_the_whole_state() {
 
     let log = DiskLog::open(&dir.join("log"), None).unwrap();
     assert_eq!((log.first(), log.end()), (1001, held.position));
-    // What the log alone makes of what was there before, as far as each backup.
+    // The seed plus the log, up to each backup.
     let (folded, mut folded_to) = (read_backup(&backup_file(&before, 0)).0, 1000);
     let mut scans_met_writes = 0;
     for backup in &backups {
@@ -82,7 +82,7 @@ async fn a_backup_under_writes_and_the_log_after_it_are_the_whole_state() {
         replay(&log, &store, end.position, held.position).await;
         assert_eq!(NodeState::of_store(&store, held.position), held);
     }
-    // Else nothing was to be repaired, and this shows nothing.
+    // Otherwise no backup overlapped a write, and the test proves nothing.
     assert!(scans_met_writes > 0);
 }
 

@@ -1,5 +1,5 @@
-//! Backups that were cut, changed, put together wrongly or made to do harm: all are refused, nothing
-//! of them is kept, and it is said why.
+//! Truncated, altered, reordered and malicious backups: all are rejected with a reason, and nothing
+//! of them is kept.
 
 use std::fs;
 use std::io::{self, Read};
@@ -26,7 +26,7 @@ async fn backup() -> Vec<u8> {
     backup
 }
 
-/// Where the gzip members of our own file are: the first, those of rows, the last.
+/// The gzip members of our own file: head, rows, end.
 fn members(file: &[u8]) -> Vec<Range<usize>> {
     let u16_at = |at: usize| usize::from(u16::from_le_bytes([file[at], file[at + 1]]));
     let mut members = Vec::new();
@@ -57,7 +57,7 @@ fn u32_at(file: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(file[at..at + 4].try_into().unwrap())
 }
 
-/// Why `file` is refused; the store must be empty after.
+/// The error of restoring `file`; the store must be empty afterwards.
 #[track_caller]
 fn refused(file: &[u8], what: &str) -> String {
     let store = Store::new();
@@ -67,14 +67,14 @@ fn refused(file: &[u8], what: &str) -> String {
     why
 }
 
-/// The same without a store, which is quicker.
+/// The error of reading `file` without a store, which is faster.
 #[track_caller]
 fn not_read(file: &[u8], what: &str) -> String {
     let read = read(file, &Piece::digest, &Progress::default());
     read.expect_err(what).to_string()
 }
 
-/// Runs `damage` on both cores over `count` cases.
+/// Runs `damage` for `count` cases on two threads.
 fn in_parallel(count: usize, damage: impl Fn(usize) + Sync) {
     std::thread::scope(|scope| {
         for first in 0..2 {
@@ -85,7 +85,7 @@ fn in_parallel(count: usize, damage: impl Fn(usize) + Sync) {
 }
 
 #[tokio::test]
-async fn a_backup_cut_at_any_place_is_refused() {
+async fn a_backup_truncated_at_any_byte_is_rejected() {
     let file = backup().await;
     let cuts: Vec<usize> = (0..file.len())
         .step_by(997)
@@ -99,13 +99,13 @@ async fn a_backup_cut_at_any_place_is_refused() {
 }
 
 #[tokio::test]
-async fn a_flipped_bit_is_noticed_wherever_it_is() {
+async fn a_flipped_bit_anywhere_is_detected() {
     let file = backup().await;
     let mut rng = Rng(5);
     let mut bytes: Vec<usize> = (0..300)
         .map(|_| rng.below(file.len() as u64) as usize)
         .collect();
-    // Headers are where a reader is led astray.
+    // All bytes of the members' headers.
     for member in members(&file) {
         bytes.extend(member.start..member.end.min(member.start + 32));
     }
@@ -118,14 +118,14 @@ async fn a_flipped_bit_is_noticed_wherever_it_is() {
     });
 }
 
-/// A backup's members put together otherwise.
+/// A backup with its members in another order.
 fn put_together(file: &[u8], order: impl IntoIterator<Item = usize>) -> Vec<u8> {
     let members = members(file);
     let parts = order.into_iter().map(|index| &file[members[index].clone()]);
     parts.collect::<Vec<_>>().concat()
 }
 
-/// Every kind of damage, by name.
+/// All kinds of damage: name, file and a part of the error.
 fn corpus(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let members = members(file);
     let last = members.len() - 1;
@@ -225,12 +225,12 @@ fn foreign_cut() -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn each_kind_of_damage_is_refused_and_named() {
+async fn each_kind_of_damage_is_rejected_with_its_reason() {
     let file = backup().await;
     let directory = tempdir().unwrap();
     for (name, damaged, expected) in corpus(&file) {
         if name != "foreign-twice" {
-            // A file alone does not know its users.
+            // Without a store, duplicate users are not detected.
             let path = directory.path().join(name);
             fs::write(&path, &damaged).unwrap();
             let output = verify(&path);
@@ -257,7 +257,7 @@ async fn each_kind_of_damage_is_refused_and_named() {
     );
 }
 
-/// A MiB of one letter, over and over: 64 GiB from a few MiB.
+/// 1 MiB of one letter, repeated: 64 GiB from a few MiB.
 static BOMB_MEMBER: LazyLock<Vec<u8>> = LazyLock::new(|| gzip(&vec![b'a'; 1 << 20]));
 const BOMB_MEMBERS: usize = 64 * 1024;
 
@@ -278,16 +278,16 @@ impl Read for &mut Bomb {
 }
 
 #[test]
-fn a_bomb_is_refused_before_it_bursts() {
+fn a_gzip_bomb_is_rejected_before_it_is_expanded() {
     let mut bomb = Bomb { taken: 0 };
     let store = Store::new();
     let why = restore(&mut bomb, &store, &Progress::default()).unwrap_err();
     assert!(why.to_string().contains("longer than"), "{why}");
-    // It read ahead some, and stopped.
+    // It read only a little ahead.
     assert!(bomb.taken < 1 << 20, "{} bytes", bomb.taken);
     assert!(store.is_empty());
 
-    // The same to the program: 4 GiB in a file of 4 MiB.
+    // The same for the program: 4 GiB in a file of 4 MiB.
     let directory = tempdir().unwrap();
     let path = directory.path().join("bomb.csv.gz");
     fs::write(&path, BOMB_MEMBER.repeat(4096)).unwrap();

@@ -1,4 +1,4 @@
-//! A limit on the size of a file, as `ulimit -f` sets it.
+//! A limit on the size of files, as `ulimit -f` sets it.
 
 use tempfile::tempdir;
 
@@ -11,7 +11,7 @@ pub(super) async fn set(node: &Node, value: u64) -> Response {
         .await
 }
 
-/// Waits until a node accepts writes; what it holds after one.
+/// Waits until a node accepts writes; returns its state after one write.
 pub(super) async fn assert_takes_writes(node: &Node, value: u64) -> NodeState {
     eventually("writes", async || {
         (node.ops("/readyz/write").await.status == 200).then_some(())
@@ -26,10 +26,10 @@ pub(super) async fn assert_takes_writes(node: &Node, value: u64) -> NodeState {
 }
 
 #[tokio::test]
-async fn files_that_may_not_grow_are_followed_by_others() {
+async fn a_segment_that_cannot_grow_is_followed_by_a_new_one() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
-    // A step that fails half way, and not for want of room on the disk.
+    // The preallocation of a segment fails half way, with space left on the disk.
     let limited = "trap '' XFSZ; exec prlimit --fsize=2621440 \"$0\" \"$@\"";
     let mut command = wrapped_by(&["sh", "-c", limited], &program_with_data_dir(dir));
     let node = Node::start_with(&mut command).await;

@@ -1,4 +1,5 @@
-//! A disk without room: writes wait for it to come back, reads do not, and nothing answered is lost.
+//! A full disk: writes are rejected until space is free, reads continue, and no acknowledged write
+//! is lost.
 
 use std::path::Path;
 
@@ -14,7 +15,7 @@ use crate::harness::small_disk::SmallDisk;
 use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{Node, run};
 
-/// Small, and larger than a segment.
+/// Larger than one segment.
 const DISK_MIB: usize = 24;
 
 async fn assert_read_only(node: &Node, data: &Path, held: &NodeState) {
@@ -34,12 +35,12 @@ async fn assert_read_only(node: &Node, data: &Path, held: &NodeState) {
     assert!(reason.contains("full"), "{reason}");
     assert_eq!(node.status().await["state"], "read-only");
     assert_eq!(&NodeState::of(node).await, held);
-    // What to do about a full disk may begin with a backup.
+    // An operator may want a backup first.
     let (store, _) = read_backup(&fetch_backup(node).await);
     assert_eq!(&NodeState::of_store(&store, held.position), held);
 }
 
-/// Whether a node says that its data directory has room.
+/// Whether the metrics report free space in the data directory.
 async fn has_room(node: &Node) -> bool {
     let size = node.metric("gradestore_data_dir_size_bytes").await;
     assert_eq!(size, Some((DISK_MIB << 20) as f64));
@@ -48,7 +49,7 @@ async fn has_room(node: &Node) -> bool {
 }
 
 #[tokio::test]
-async fn a_full_disk_refuses_writes_until_there_is_room() {
+async fn a_full_disk_rejects_writes_until_space_is_free() {
     let disk = SmallDisk::new(DISK_MIB);
     let data = disk.data();
     let node = Node::start_with(program_with_data_dir(&data).arg("--snapshot-interval=1s")).await;
@@ -81,7 +82,7 @@ async fn a_full_disk_refuses_writes_until_there_is_room() {
 }
 
 #[tokio::test]
-async fn a_node_starts_on_a_full_disk_and_answers_reads() {
+async fn a_node_starts_on_a_full_disk_and_serves_reads() {
     let disk = SmallDisk::new(DISK_MIB);
     let data = disk.data();
     let node = Node::start_with(&mut program_with_data_dir(&data)).await;
@@ -93,12 +94,12 @@ async fn a_node_starts_on_a_full_disk_and_answers_reads() {
     node.kill();
     let node = Node::start_with(&mut program_with_data_dir(&data)).await;
     assert_read_only(&node, &data, &held).await;
-    // There is no room for a last snapshot either: the log has it all.
+    // There is no space for a final snapshot; the log has everything.
     node.stop().await;
     let node = Node::start_with(&mut program_with_data_dir(&data)).await;
     assert_read_only(&node, &data, &held).await;
     drop(ballast);
-    // The log looks now and then.
+    // The log checks for free space periodically.
     eventually("a write", async || {
         (set(&node, 98).await.status == 204).then_some(())
     })
@@ -110,7 +111,7 @@ async fn a_node_starts_on_a_full_disk_and_answers_reads() {
 }
 
 #[tokio::test]
-async fn a_seed_that_does_not_fit_on_the_disk_is_no_start() {
+async fn a_restore_that_does_not_fit_on_the_disk_stops_the_start() {
     let directory = tempdir().unwrap();
     let store = random_store(100_000, u64::MAX);
     let seed = write_backup_file(directory.path(), &store, 9);
@@ -126,7 +127,7 @@ async fn a_seed_that_does_not_fit_on_the_disk_is_no_start() {
         last.contains("snapshot") && last.contains("No space left"),
         "{printed}"
     );
-    // Room is all it lacks.
+    // With more space the same command succeeds.
     drop(ballast);
     let node = Node::start_with(
         program_with_data_dir(&disk.data())
@@ -152,7 +153,7 @@ fn large_batch() -> Batch {
     }
 }
 
-/// Appends until the disk is full; the batches there are then.
+/// Appends until the disk is full; returns the end of the log.
 async fn append_until_full(log: &DiskLog) -> u64 {
     loop {
         let before = log.end();
@@ -166,7 +167,7 @@ async fn append_until_full(log: &DiskLog) -> u64 {
     }
 }
 
-/// Reads from after `after` to the end, each batch in its place and as it was written.
+/// Reads the batches after `after`, and checks their order and contents.
 async fn assert_held(log: &DiskLog, after: u64) {
     let mut subscription = log
         .subscribe(log.position(after).unwrap().unwrap())
@@ -186,17 +187,17 @@ async fn assert_held(log: &DiskLog, after: u64) {
 }
 
 #[tokio::test]
-async fn a_log_that_fills_its_disk_goes_on_after_a_trim() {
+async fn a_log_that_filled_its_disk_continues_after_a_trim() {
     let disk = SmallDisk::new(64);
     let dir = disk.data();
     let log = DiskLog::open(&dir, None).unwrap();
-    // Filled by the log alone, then with the help of others; emptied by a trim, then by both.
+    // In turn, the log alone and other files fill the disk.
     for round in 0..4 {
         let before = log.end();
         let ballast = (round % 2 == 1).then(|| disk.take(20 << 20));
         let end = append_until_full(&log).await;
         assert!(ballast.is_some() || end > before, "it took nothing");
-        // A round on a slow machine may fit few batches, and a trim leaves what is before it out.
+        // On a slow machine a round may fit few batches, and a trim removes the older ones.
         assert_held(&log, (log.first() - 1).max(end.saturating_sub(20))).await;
         log.trim(end).await.unwrap();
         drop(ballast);

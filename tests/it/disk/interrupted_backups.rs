@@ -1,5 +1,5 @@
-//! Clients that stop reading a backup, and backups that end too soon: neither harms the others, and
-//! what was got never passes for a whole.
+//! Clients that stop reading a backup, and backups that end early: other requests are not affected,
+//! and a partial backup is never accepted.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -26,11 +26,11 @@ use crate::harness::{
     AUTHORIZATION, InProcessNode, Node, Ports, Process, collect_output, run, set_request,
 };
 
-/// More than the kernel holds for a client that does not read: 3.5 MB.
+/// More than the socket buffers hold (3.5 MB).
 const ROWS: u64 = 100_000;
 static FILE: LazyLock<Vec<u8>> = LazyLock::new(|| backup_file(&random_store(ROWS, u64::MAX), 9));
 
-/// A file to begin from, for as long as the directory is held.
+/// A file to restore from, which exists as long as the directory.
 fn seed() -> (TempDir, PathBuf) {
     let directory = tempdir().unwrap();
     let path = directory.path().join("seed.csv.gz");
@@ -43,12 +43,12 @@ async fn large_node() -> Node {
     Node::start_with(&mut program_restoring(&seed)).await
 }
 
-/// A client that takes the head of a backup and nothing more.
+/// A client that reads only the header of a backup.
 async fn unread_backup(node: &Ports) -> RawConnection {
     unread_backup_with_headers(node, "").await
 }
 
-/// One that sends these header lines too.
+/// The same with more request headers.
 async fn unread_backup_with_headers(node: &Ports, lines: &str) -> RawConnection {
     let mut connection = RawConnection::connect(node.write).await;
     let request =
@@ -58,7 +58,7 @@ async fn unread_backup_with_headers(node: &Ports, lines: &str) -> RawConnection 
     connection
 }
 
-/// What a chunked body holds, and whether it came to its end.
+/// The content of a chunked body, and whether it is complete.
 fn decode_chunked(mut body: &[u8]) -> (Vec<u8>, bool) {
     let mut content = Vec::new();
     while let Some(line) = body.windows(2).position(|at| at == b"\r\n") {
@@ -74,7 +74,7 @@ fn decode_chunked(mut body: &[u8]) -> (Vec<u8>, bool) {
     (content, false)
 }
 
-/// Reads on to the connection's end, which must come too soon.
+/// Reads to the end of the connection; the backup must be incomplete.
 async fn assert_broken_off(connection: &mut RawConnection) {
     let (content, ended) = decode_chunked(&connection.read_to_end().await);
     assert!(!ended && content.len() < FILE.len(), "it looks like an end");
@@ -88,7 +88,7 @@ async fn assert_broken_off(connection: &mut RawConnection) {
     assert_eq!(output.status.code(), Some(1), "{output:?}");
 }
 
-/// A write and a read, as they should be.
+/// A write and a read that must succeed.
 async fn write_and_read(node: &Ports, value: u64) {
     let patch = format!(r#"{{"user_id":"user 1","spp":{value}}}"#);
     node.set(patch).await.position();
@@ -96,7 +96,7 @@ async fn write_and_read(node: &Ports, value: u64) {
 }
 
 #[tokio::test]
-async fn two_clients_that_do_not_read_make_a_third_wait_and_nobody_else() {
+async fn two_unread_backups_delay_only_further_backups() {
     let node = large_node().await;
     let first = unread_backup(&node).await;
     let second = unread_backup(&node).await;
@@ -112,7 +112,7 @@ async fn two_clients_that_do_not_read_make_a_third_wait_and_nobody_else() {
         (response.status() == 200).then_some(response)
     })
     .await;
-    // The other one still has its place: this is the last.
+    // The other client still has its place, so this is the last one.
     assert_eq!(request_backup(&node).await.status(), 503);
     let file = whole.bytes().await.unwrap();
     assert_eq!(read_backup(&file).1.rows, ROWS);
@@ -125,7 +125,7 @@ async fn two_clients_that_do_not_read_make_a_third_wait_and_nobody_else() {
 }
 
 #[tokio::test]
-async fn a_client_that_stops_reading_is_cut_and_writes_go_on_meanwhile() {
+async fn a_client_that_stops_reading_is_disconnected_and_writes_continue() {
     let (_directory, seed) = seed();
     let node = InProcessNode::start(|config| {
         config.http.data.idle_max = Duration::from_secs(2);
@@ -151,7 +151,7 @@ async fn a_client_that_stops_reading_is_cut_and_writes_go_on_meanwhile() {
     assert_broken_off(&mut stalled).await;
 }
 
-/// A body, at a MB a second.
+/// Reads a body at 1 MB/s.
 async fn read_slowly(connection: &mut RawConnection) -> Vec<u8> {
     let mut pace = tokio::time::interval(Duration::from_millis(32));
     let mut body = Vec::new();
@@ -162,7 +162,7 @@ async fn read_slowly(connection: &mut RawConnection) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_slow_client_that_would_do_without_compression_gets_it_compressed() {
+async fn a_slow_client_gets_compression_despite_if_slow() {
     let node = large_node().await;
     let if_slow = "grade-compression: if-slow\r\nconnection: close\r\n";
     let mut slow = unread_backup_with_headers(&node, if_slow).await;
@@ -178,10 +178,10 @@ async fn a_slow_client_that_would_do_without_compression_gets_it_compressed() {
 }
 
 #[tokio::test]
-async fn a_client_that_reads_slowly_gets_it_all() {
+async fn a_slow_client_gets_the_whole_backup() {
     let (_directory, seed) = seed();
     let node = InProcessNode::start(|config| {
-        // Many times what one part takes at this client's speed, and much less than the whole does.
+        // Much longer than one read at this speed, and much shorter than the whole backup.
         config.http.data.idle_max = Duration::from_secs(1);
         config.restore_from = Some(seed);
     })
@@ -197,7 +197,7 @@ async fn a_client_that_reads_slowly_gets_it_all() {
 }
 
 #[tokio::test]
-async fn a_crowd_of_new_connections_does_not_cut_a_backup() {
+async fn new_connections_at_the_limit_do_not_evict_a_backup() {
     const CUT: &str = "gradestore_http_connections_cut_total{port=\"write\"}";
     let (_directory, seed) = seed();
     let node = InProcessNode::start(|config| {
@@ -214,9 +214,9 @@ async fn a_crowd_of_new_connections_does_not_cut_a_backup() {
         response.position();
         crowd.push(connection);
     }
-    // Three of them have places beside the backup, which has been idle longer than any.
+    // Three of them keep their place beside the backup, which has been idle longest.
     assert_eq!(node.metric(CUT).await, Some(17.0));
-    // Or the connection would be kept for another request.
+    // Otherwise the connection would be kept for another request.
     backup.shutdown_write().await;
     let (content, ended) = decode_chunked(&backup.read_to_end().await);
     assert!(ended, "cut after {} bytes", content.len());
@@ -224,7 +224,7 @@ async fn a_crowd_of_new_connections_does_not_cut_a_backup() {
 }
 
 #[tokio::test]
-async fn a_backup_that_a_kill_breaks_off_is_no_backup() {
+async fn a_backup_cut_off_by_a_kill_is_rejected() {
     let node = large_node().await;
     let mut stalled = unread_backup(&node).await;
     node.kill();
@@ -232,17 +232,17 @@ async fn a_backup_that_a_kill_breaks_off_is_no_backup() {
 }
 
 #[tokio::test]
-async fn a_backup_that_a_stop_breaks_off_is_no_backup() {
+async fn a_backup_cut_off_by_a_shutdown_is_rejected() {
     let mut node = large_node().await;
     let mut stalled = unread_backup(&node).await;
     node.signal(Signal::TERM);
-    // It waits for the client as long as it waits for anyone.
+    // The node waits for the client until its shutdown deadline.
     assert_eq!(node.wait_for_exit().await.code(), Some(0));
     assert_broken_off(&mut stalled).await;
 }
 
 #[tokio::test]
-async fn a_backup_that_runs_is_finished_before_a_stop() {
+async fn a_running_backup_is_finished_before_shutdown() {
     let mut node = large_node().await;
     let mut slow = unread_backup(&node).await;
     node.signal(Signal::TERM);
@@ -256,7 +256,7 @@ async fn a_backup_that_runs_is_finished_before_a_stop() {
     assert_eq!(node.wait_for_exit().await.code(), Some(0));
 }
 
-/// Passes one connection on to a node and lets a test hold what the node sends after some bytes.
+/// Forwards one connection to a node and pauses the response after some bytes.
 struct HoldingProxy {
     url: String,
     holding: Receiver<()>,
@@ -281,7 +281,7 @@ impl HoldingProxy {
             held.send(()).unwrap();
             resumed.recv_timeout(TIMEOUT).unwrap();
             let mut rest = Vec::new();
-            // A reset is how it ends.
+            // It may end with a reset.
             let _ = server.read_to_end(&mut rest);
             let _ = client.write_all(&rest);
             let _ = client.shutdown(Shutdown::Both);
@@ -295,7 +295,7 @@ impl HoldingProxy {
 }
 
 #[tokio::test]
-async fn the_command_keeps_nothing_of_a_backup_that_breaks_off() {
+async fn the_backup_command_keeps_nothing_of_an_incomplete_backup() {
     for (what, before) in [("file", None), ("file", Some("an older one")), ("-", None)] {
         let node = large_node().await;
         let proxy = HoldingProxy::new(node.write, 200_000);
@@ -324,14 +324,14 @@ async fn the_command_keeps_nothing_of_a_backup_that_breaks_off() {
         assert_eq!(fs::read_to_string(&path).ok().as_deref(), before);
         let left = usize::from(before.is_some());
         assert_eq!(file_names(directory.path()).len(), left);
-        // A pipe has got what came, and that is refused.
+        // stdout has a part of it, which is rejected.
         let got = read(&*output.stdout, &Piece::digest, &Progress::default());
         assert!(got.is_err());
     }
 }
 
 #[tokio::test]
-async fn the_command_keeps_nothing_when_it_is_interrupted() {
+async fn the_backup_command_keeps_nothing_when_interrupted() {
     let node = large_node().await;
     for (before, signal) in [(None, Signal::INT), (Some("an older one"), Signal::TERM)] {
         let proxy = HoldingProxy::new(node.write, 200_000);
@@ -371,7 +371,7 @@ async fn the_command_keeps_nothing_when_it_is_interrupted() {
 }
 
 #[tokio::test]
-async fn the_command_can_be_interrupted_while_nobody_reads_its_pipe() {
+async fn the_backup_command_can_be_interrupted_while_it_waits_for_a_pipe() {
     let node = large_node().await;
     let directory = tempdir().unwrap();
     let pipe = directory.path().join("pipe");
@@ -387,7 +387,7 @@ async fn the_command_can_be_interrupted_while_nobody_reads_its_pipe() {
 }
 
 #[tokio::test]
-async fn two_backups_at_once_are_both_whole() {
+async fn two_concurrent_backups_are_both_complete() {
     let node = large_node().await;
     let (one, other) = tokio::join!(fetch_backup(&node), fetch_backup(&node));
     let (one, other) = (read_backup(&one).1, read_backup(&other).1);

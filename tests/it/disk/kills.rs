@@ -1,4 +1,4 @@
-//! kill -9, over and over: what was answered is there, and what is there fits together.
+//! Repeated kill -9: no acknowledged write is lost, and the state is consistent.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ const ROUNDS: u64 = 50;
 const WRITERS: usize = 6;
 const USERS: usize = 5;
 
-/// Each writes ever larger values to fields that no other writes.
+/// Writes increasing values to fields that no other writer uses.
 #[derive(Clone)]
 struct Writer {
     index: usize,
@@ -46,7 +46,7 @@ impl Writer {
         format!("{} of {}", user, self.index / FIELDS.len())
     }
 
-    /// Writes until the node is gone; counts what was answered.
+    /// Writes until the node is gone; counts the acknowledged writes.
     async fn write(
         mut self,
         mut connection: RawConnection,
@@ -78,7 +78,7 @@ impl Writer {
         self
     }
 
-    /// Checks that nothing answered is lost and nothing is there that was never sent.
+    /// Checks that no acknowledged value is lost and no value was never sent.
     async fn check(&mut self, node: &Ports) {
         let held = NodeState::of(node).await;
         assert!(
@@ -103,7 +103,7 @@ impl Writer {
     }
 }
 
-/// What a node says of itself is what a backup of it holds.
+/// Checks that the node's `/status` matches its backup.
 pub(crate) async fn assert_consistent(node: &Ports) -> NodeState {
     let held = NodeState::of(node).await;
     let (store, summary) = read_backup(&fetch_backup(node).await);
@@ -135,7 +135,7 @@ async fn ended(writing: Vec<JoinHandle<Writer>>) -> Vec<Writer> {
 }
 
 #[tokio::test]
-async fn what_was_answered_survives_fifty_kills() {
+async fn no_acknowledged_write_is_lost_in_fifty_kills() {
     let directory = tempdir().unwrap();
     let snapshots = directory.path().join("snapshots");
     let mut writers: Vec<Writer> = (0..WRITERS).map(Writer::new).collect();
@@ -174,12 +174,12 @@ async fn what_was_answered_survives_fifty_kills() {
         writer.check(&node).await;
     }
     assert_consistent(&node).await;
-    // Two are kept; a kill between a new one and the removal of the oldest leaves that one.
+    // Two are kept; a kill between a new one and the removal of the oldest leaves three.
     assert!((2..=3).contains(&file_names(&snapshots).len()));
 }
 
 #[tokio::test]
-async fn a_kill_in_the_middle_of_a_snapshot_loses_nothing() {
+async fn a_kill_during_a_snapshot_loses_nothing() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
     let snapshots = dir.join("snapshots");
@@ -205,7 +205,7 @@ async fn a_kill_in_the_middle_of_a_snapshot_loses_nothing() {
         .await;
         node.kill();
         writers = ended(writing).await;
-        // It was in the middle indeed.
+        // The kill hit the snapshot.
         let left = file_names(&snapshots);
         assert!(
             left.iter().any(|name| name.ends_with(".partial")),

@@ -1,5 +1,5 @@
-//! How a node starts again: from its newest good snapshot and the log, or not at all, and then it
-//! says why.
+//! Start from the newest valid snapshot and the log; without a complete state the node stays
+//! unready with the reason.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -16,7 +16,7 @@ use crate::harness::backup_files::{
 use crate::harness::wire::{Response, eventually};
 use crate::harness::{AUTHORIZATION, Node, Ports, run, without_root_capabilities};
 
-/// Sets some grades and stops.
+/// Writes some grades and stops the node.
 async fn write_and_end(dir: &Path, users: std::ops::Range<u64>) -> NodeState {
     let node = Node::start_with(&mut program_with_data_dir(dir)).await;
     for user in users {
@@ -28,13 +28,13 @@ async fn write_and_end(dir: &Path, users: std::ops::Range<u64>) -> NodeState {
     held
 }
 
-/// A directory's snapshots, oldest first.
+/// The snapshots of a data directory, oldest first.
 fn snapshots(dir: &Path) -> Vec<PathBuf> {
     let dir = dir.join("snapshots");
     file_names(&dir).iter().map(|name| dir.join(name)).collect()
 }
 
-/// Changes one bit in the middle.
+/// Flips one bit in the middle.
 fn damage(file: &Path) {
     let mut bytes = fs::read(file).unwrap();
     let middle = bytes.len() / 2;
@@ -42,7 +42,7 @@ fn damage(file: &Path) {
     fs::write(file, bytes).unwrap();
 }
 
-/// The file that a node says it was restored from.
+/// The file from which the node was restored.
 async fn restored_from(node: &Node) -> PathBuf {
     let restore = &node.status().await["restore"];
     assert_eq!(restore["done"], true, "{restore}");
@@ -50,7 +50,7 @@ async fn restored_from(node: &Node) -> PathBuf {
 }
 
 #[tokio::test]
-async fn a_clean_stop_leaves_a_snapshot_that_the_next_start_uses() {
+async fn a_clean_stop_writes_a_snapshot_for_the_next_start() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
     let held = write_and_end(dir, 0..10).await;
@@ -68,7 +68,7 @@ async fn a_clean_stop_leaves_a_snapshot_that_the_next_start_uses() {
         node.stderr.lock().contains(&path).then_some(())
     })
     .await;
-    // Nothing was written since: nothing is to be kept anew.
+    // Without a write there is no new snapshot.
     node.stop().await;
     assert_eq!(snapshots(dir), first);
 
@@ -79,7 +79,7 @@ async fn a_clean_stop_leaves_a_snapshot_that_the_next_start_uses() {
 }
 
 #[tokio::test]
-async fn a_damaged_newest_snapshot_falls_back_to_the_one_before() {
+async fn a_damaged_snapshot_falls_back_to_the_previous_one() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
     write_and_end(dir, 0..10).await;
@@ -104,16 +104,16 @@ async fn a_damaged_newest_snapshot_falls_back_to_the_one_before() {
         .await;
         node.kill();
     }
-    // Set aside, it does not count as one of the two that are kept.
+    // The quarantined file is not one of the two that are kept.
     assert!(!both[1].exists());
-    // The log is whole: it does without either.
+    // The log is complete, so neither snapshot is needed.
     fs::write(&both[1], whole).unwrap();
     both.iter().for_each(|file| damage(file));
     let node = Node::start_with(&mut program_with_data_dir(dir)).await;
     assert_eq!(NodeState::of(&node).await, held);
 }
 
-/// Waits until a node has come to an end with starting; its `/status`.
+/// Waits until the start has succeeded or failed; returns `/status`.
 async fn verdict(node: &Ports) -> Value {
     let started_at = ["starting", "restoring", "catching-up"];
     node.status_where("a verdict", |status| {
@@ -122,7 +122,7 @@ async fn verdict(node: &Ports) -> Value {
     .await
 }
 
-/// Starts a node that must not serve; why not.
+/// Starts a node that must stay unready; returns the reason.
 async fn unready(dir: &Path) -> String {
     let names = || {
         let names = file_names(&dir.join("snapshots"));
@@ -150,13 +150,13 @@ async fn unready(dir: &Path) -> String {
         .await
         .expect_problem(503, "not-ready");
     assert_eq!(node.ops("/livez").await.status, 200);
-    // What it does not have must not take a snapshot's place.
+    // An incomplete state must not replace a snapshot.
     node.stop().await;
     assert_eq!(names(), before);
     reason
 }
 
-/// A data directory whose log does not begin at its first batch, as after a trim.
+/// A data directory with a trimmed log.
 async fn seeded(root: &Path, name: &str, position: u64) -> (PathBuf, NodeState) {
     let dir = root.join(name);
     let seed = write_backup_file(root, &random_store(100, 50), position);
@@ -168,7 +168,7 @@ async fn seeded(root: &Path, name: &str, position: u64) -> (PathBuf, NodeState) 
 }
 
 #[tokio::test]
-async fn without_a_good_snapshot_and_a_whole_log_a_node_serves_nothing() {
+async fn without_a_valid_snapshot_and_a_complete_log_a_node_serves_nothing() {
     let directory = tempdir().unwrap();
     let (dir, held) = seeded(directory.path(), "data", 500).await;
     let [snapshot] = snapshots(&dir).try_into().unwrap();
@@ -179,7 +179,7 @@ async fn without_a_good_snapshot_and_a_whole_log_a_node_serves_nothing() {
     assert!(reason.contains("--restore-from"), "{reason}");
     assert!(!snapshot.exists());
     unready(&dir).await;
-    // As the reason says.
+    // The fix that the reason names.
     fs::write(&snapshot, good).unwrap();
     let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
     assert_eq!(NodeState::of(&node).await, held);
@@ -203,7 +203,7 @@ async fn snapshots_of_another_log_are_not_used() {
 }
 
 #[tokio::test]
-async fn a_log_that_was_lost_is_not_begun_anew_beside_its_snapshots() {
+async fn a_lost_log_is_not_recreated_beside_its_snapshots() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
     write_and_end(dir, 0..10).await;
@@ -213,12 +213,12 @@ async fn a_log_that_was_lost_is_not_begun_anew_beside_its_snapshots() {
     assert!(reason.contains(&snapshot), "{reason}");
 }
 
-/// A user's id that is as long as one may be.
+/// A user id of nearly the maximum length.
 fn long_id(user: u64) -> String {
     format!("{user:0>250}")
 }
 
-/// A log of 100 batches in more than one file, without a snapshot; its first file.
+/// A log of 100 batches in several segments, without a snapshot; returns its first segment.
 async fn long_log(dir: &Path) -> PathBuf {
     let log = DiskLog::open(&dir.join("log"), None).unwrap();
     let mut changes = Changes::default();
@@ -241,7 +241,7 @@ async fn long_log(dir: &Path) -> PathBuf {
     dir.join("log").join(&files[0])
 }
 
-/// Changes the file at the id of `user` with the bytes there.
+/// Applies `by` to the file's bytes from the id of `user` on.
 fn change(file: &Path, user: u64, by: impl Fn(&mut [u8])) {
     let (mut bytes, id) = (fs::read(file).unwrap(), long_id(user));
     let place = bytes.windows(250).position(|at| at == id.as_bytes());
@@ -250,7 +250,7 @@ fn change(file: &Path, user: u64, by: impl Fn(&mut [u8])) {
 }
 
 #[tokio::test]
-async fn a_log_that_cannot_be_read_to_its_end_is_told_at_the_start() {
+async fn a_damaged_log_leaves_the_node_unready() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
     let file = long_log(dir).await;
@@ -269,13 +269,13 @@ async fn a_log_that_cannot_be_read_to_its_end_is_told_at_the_start() {
         .await
         .expect_problem(503, "not-ready");
     assert_eq!(node.ops("/livez").await.status, 200);
-    // What it could read is no snapshot of all that there is.
+    // A partial state is not written as a snapshot.
     node.stop().await;
     assert!(snapshots(dir).is_empty());
 }
 
 #[tokio::test]
-async fn a_log_that_lacks_batches_is_no_start_and_is_left_as_it_is() {
+async fn missing_batches_stop_the_start_and_leave_the_log_unchanged() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
     let file = long_log(dir).await;
@@ -300,7 +300,7 @@ async fn a_log_that_lacks_batches_is_no_start_and_is_left_as_it_is() {
 }
 
 #[tokio::test]
-async fn what_is_no_log_is_no_start_and_is_left_as_it_is() {
+async fn a_foreign_log_directory_stops_the_start_and_is_left_unchanged() {
     let directory = tempdir().unwrap();
     let log = directory.path().join("log");
     fs::create_dir(&log).unwrap();
@@ -314,7 +314,7 @@ async fn what_is_no_log_is_no_start_and_is_left_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_directory_named_like_a_snapshot_is_none() {
+async fn a_directory_named_like_a_snapshot_is_ignored() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
     let odd = ["grades-0.csv.gz", "grades-99.csv.gz"];
@@ -333,14 +333,14 @@ async fn a_directory_named_like_a_snapshot_is_none() {
     assert_eq!(NodeState::of(&node).await, held);
     let from = restored_from(&node).await;
     assert!(from.is_file(), "{from:?}");
-    // They are not among the two that are kept, nor in the way of removing others.
+    // Directories do not count as one of the two that are kept.
     let files = snapshots(dir).into_iter().filter(|path| path.is_file());
     assert_eq!(files.count(), 2);
     assert!(odd.iter().all(|odd| odd.join("kept").is_dir()));
 }
 
 #[tokio::test]
-async fn one_process_uses_a_data_directory_at_a_time() {
+async fn a_data_directory_is_locked_by_one_process() {
     let directory = tempdir().unwrap();
     let node = Node::start_with(&mut program_with_data_dir(directory.path())).await;
     node.set(r#"{"user_id":"a","spp":1}"#).await.position();
@@ -355,14 +355,14 @@ async fn one_process_uses_a_data_directory_at_a_time() {
     assert!(second.stdout.is_empty());
     node.set(r#"{"user_id":"a","spp":2}"#).await.position();
     let held = NodeState::of(&node).await;
-    // The system lets go of it, however the process ends.
+    // The lock ends with the process, even after a kill.
     node.kill();
     let node = Node::start_with(&mut program_with_data_dir(directory.path())).await;
     assert_eq!(NodeState::of(&node).await, held);
 }
 
 #[tokio::test]
-async fn a_data_directory_that_cannot_be_one_is_named() {
+async fn an_unusable_data_directory_is_named() {
     let directory = tempdir().unwrap();
     let file = directory.path().join("file");
     fs::write(&file, "").unwrap();
@@ -382,11 +382,11 @@ fn permit(path: &Path, mode: u32) {
 }
 
 #[tokio::test]
-async fn a_data_directory_below_one_that_permits_nothing_is_named_with_the_fix() {
+async fn a_data_directory_without_permissions_is_named_with_the_fix() {
     let directory = tempdir().unwrap();
     let parent = directory.path().join("parent");
     let dir = parent.join("data");
-    // Those that are missing are made.
+    // Missing parents are created.
     let mut command = without_root_capabilities(&program_with_data_dir(&dir));
     let node = Node::start_with(&mut command).await;
     let held = NodeState::of(&node).await;
@@ -410,7 +410,7 @@ async fn a_data_directory_below_one_that_permits_nothing_is_named_with_the_fix()
         assert!(printed.contains("Permission denied"), "{printed}");
     }
 
-    // It is enough that the way to it is open.
+    // Search permission on the parents is enough.
     permit(&parent, 0o111);
     let node = Node::start_with(&mut command).await;
     permit(&parent, 0o755);

@@ -1,4 +1,4 @@
-//! `--restore-from`: a backup seeds an empty log, whole or not at all.
+//! `--restore-from`: a backup seeds an empty log completely or not at all.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -17,7 +17,7 @@ use crate::harness::backup_files::{
 use crate::harness::wire::eventually;
 use crate::harness::{Node, run};
 
-/// Names of columns and values as another program may write them.
+/// Column order and quoting of another program.
 const FOREIGN: &str = "spp,\"user_id\",return_fee\r\n\
                        5,\"a,b\",-7\r\n\
                        0,\"say \"\"hi\"\"\",9223372036854775807\r\n\
@@ -46,7 +46,7 @@ async fn assert_foreign(node: &Node) {
     assert_eq!(node.get("plain").await.body, grade("plain", 1, 0));
 }
 
-/// What a start that must fail says; nothing of the file may stay.
+/// Checks that a start fails with these words in its error.
 #[track_caller]
 fn refused(command: &mut Command, words: &[&str]) {
     let output = run(command);
@@ -60,7 +60,7 @@ fn refused(command: &mut Command, words: &[&str]) {
 }
 
 #[tokio::test]
-async fn a_backup_seeds_an_empty_directory_and_stays() {
+async fn a_backup_seeds_an_empty_data_directory() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
     let store = random_store(5000, 100);
@@ -74,7 +74,7 @@ async fn a_backup_seeds_an_empty_directory_and_stays() {
         (&restore["done"], &restore["rows"]),
         (&true.into(), &5000.into())
     );
-    // Who saw a position before does not see it go back.
+    // Positions do not go back for clients.
     let next = node.set(r#"{"user_id":"user 1","spp":7}"#).await.position();
     assert_eq!(next, 78);
     let held = NodeState::of(&node).await;
@@ -82,7 +82,7 @@ async fn a_backup_seeds_an_empty_directory_and_stays() {
 
     let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
     assert_eq!(NodeState::of(&node).await, held);
-    // A backup of it seeds another, however often.
+    // A backup of the restored node seeds another one.
     let path = directory.path().join("again.csv.gz");
     fs::write(&path, fetch_backup(&node).await).unwrap();
     let again = Node::start_with(&mut program_restoring(&path)).await;
@@ -90,7 +90,7 @@ async fn a_backup_seeds_an_empty_directory_and_stays() {
 }
 
 #[tokio::test]
-async fn a_file_of_another_program_seeds_too() {
+async fn a_third_party_file_seeds_an_empty_data_directory() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
     let file = foreign_file(directory.path());
@@ -106,7 +106,7 @@ async fn a_file_of_another_program_seeds_too() {
     assert_eq!(node.get("plain").await.json()["spp"], 1);
     node.stop().await;
 
-    // The log never held those rows: without a snapshot it must not pass for all there is.
+    // The log does not have those rows, so without a snapshot it is not complete.
     for name in file_names(&dir.join("snapshots")) {
         fs::remove_file(dir.join("snapshots").join(name)).unwrap();
     }
@@ -120,10 +120,10 @@ async fn a_file_of_another_program_seeds_too() {
 }
 
 #[tokio::test]
-async fn other_programs_may_keep_what_they_like_in_gzip_headers() {
+async fn third_party_extra_fields_in_gzip_headers_are_ignored() {
     let directory = tempdir().unwrap();
     let path = directory.path().join("foreign.csv.gz");
-    // mgzip's, dictzip's, bgzip's, and one of nobody's before another.
+    // Those of mgzip, dictzip and bgzip, and an unknown one.
     for extra in [
         &b"IG\x08\0\x40\0\0\0\0\0\0\0"[..],
         b"RA\x08\0\x01\0\xcb\xe3\x01\0\x40\0",
@@ -148,7 +148,7 @@ async fn other_programs_may_keep_what_they_like_in_gzip_headers() {
 }
 
 #[tokio::test]
-async fn a_node_without_a_disk_begins_from_a_file() {
+async fn an_ephemeral_node_starts_from_a_file() {
     let directory = tempdir().unwrap();
     let store = random_store(100, 10);
     let own = write_backup_file(directory.path(), &store, 40);
@@ -161,7 +161,7 @@ async fn a_node_without_a_disk_begins_from_a_file() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_no_good_leaves_the_directory_as_it_was() {
+async fn an_invalid_file_leaves_the_data_directory_unchanged() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
     let store = random_store(5000, 100);
@@ -195,7 +195,7 @@ async fn a_file_that_is_no_good_leaves_the_directory_as_it_was() {
 }
 
 #[tokio::test]
-async fn a_directory_that_was_written_to_is_not_seeded() {
+async fn a_data_directory_with_writes_is_not_seeded() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
     let seed = write_backup_file(directory.path(), &random_store(10, 10), 5);
@@ -210,10 +210,11 @@ async fn a_directory_that_was_written_to_is_not_seeded() {
         );
         let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
         assert_eq!(NodeState::of(&node).await, held);
-        // With a snapshot beside the log the second time.
+        // The second time with a snapshot beside the log.
         node.stop().await;
     }
-    // Nor one that was seeded, or a restart with the same flags would undo what came after.
+    // A seeded directory is not seeded again: a restart with the same flags would undo later
+    // writes.
     let seeded = directory.path().join("seeded");
     let node = Node::start_with(
         program_with_data_dir(&seeded)
@@ -231,7 +232,7 @@ async fn a_directory_that_was_written_to_is_not_seeded() {
 }
 
 #[tokio::test]
-async fn a_seed_that_a_kill_interrupts_is_begun_again() {
+async fn a_seed_interrupted_by_a_kill_can_be_repeated() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
     let store = random_store(60_000, u64::MAX);
@@ -246,7 +247,7 @@ async fn a_seed_that_a_kill_interrupts_is_begun_again() {
     })
     .await;
     node.kill();
-    // What there is does not pass for a store that is empty.
+    // The partial state does not pass for an empty store.
     let node = Node::launch(&mut program_with_data_dir(&dir)).await;
     eventually("a verdict", async || {
         (node.status().await["state"] == "no-source").then_some(())
@@ -258,14 +259,14 @@ async fn a_seed_that_a_kill_interrupts_is_begun_again() {
 }
 
 #[tokio::test]
-async fn nothing_is_answered_while_a_restore_runs() {
+async fn nothing_is_served_during_a_restore() {
     let directory = tempdir().unwrap();
     let pipe = directory.path().join("pipe");
     make_pipe(&pipe);
     let store = random_store(20_000, u64::MAX);
     let file = backup_file(&store, 12);
     let half = file.len() / 2;
-    // With both ends open here, the pipe outlives each of the two times that the node opens it.
+    // With both ends open here, the pipe survives both times that the node opens it.
     let mut feed = OpenOptions::new()
         .read(true)
         .write(true)
@@ -274,8 +275,8 @@ async fn nothing_is_answered_while_a_restore_runs() {
     let (resume, resumed) = std::sync::mpsc::channel();
     let fed = file.clone();
     let feeding = std::thread::spawn(move || {
-        // First it looks for the position, up to the last header: deflated nothing and a trailer
-        // come after that.
+        // The node first scans for the position, up to the last header; only the empty deflate
+        // block and the trailer follow that.
         feed.write_all(&fed[..fed.len() - 10]).unwrap();
         feed.write_all(&fed[..half]).unwrap();
         resumed.recv().unwrap();

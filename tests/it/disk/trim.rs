@@ -1,4 +1,4 @@
-//! Logs that are long enough to be trimmed.
+//! Trimming of long logs.
 
 use std::fs;
 use std::path::Path;
@@ -14,10 +14,10 @@ use crate::harness::Node;
 use crate::harness::backup_files::{NodeState, file_names, program_with_data_dir};
 use crate::harness::wire::eventually;
 
-/// Makes a log of many segments, with one snapshot; the store that is the log's sum.
+/// Creates a log of many segments with one snapshot; returns the state at its end.
 async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
     let (store, log) = (Store::new(), DiskLog::open(&dir.join("log"), None).unwrap());
-    // The node's own first one will be the second: then the log is trimmed behind this one.
+    // The node's next snapshot is the second, and then the log is trimmed up to this one.
     let snapshots = Snapshots::open(&dir.join("snapshots")).unwrap();
     for number in 1..=batches {
         let patches = (0..15_000).map(|user| {
@@ -27,7 +27,7 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
             Patch { user_id, changes }
         });
         let patches: Vec<Patch> = patches.collect();
-        // Four batches set all fields of all users: those before them leave nothing.
+        // Any four batches set all fields of all users, so older ones leave no trace.
         if number + 4 > batches || (snapshot_at - 3..=snapshot_at).contains(&number) {
             patches.iter().for_each(|patch| store.apply(patch));
         }
@@ -55,13 +55,13 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
     store
 }
 
-/// How many files the log has.
+/// The number of segments.
 fn segments(dir: &Path) -> usize {
     file_names(&dir.join("log")).len()
 }
 
 #[tokio::test]
-async fn a_kill_in_the_middle_of_a_trim_loses_nothing() {
+async fn a_kill_during_a_trim_loses_nothing() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
     let store = long_log(dir, 18, 18).await;
@@ -77,7 +77,7 @@ async fn a_kill_in_the_middle_of_a_trim_loses_nothing() {
             break;
         }
         eventually("a trim", async || {
-            // Else there would be nothing to take a snapshot of. It changes nothing.
+            // A snapshot needs a new batch. This one changes no value.
             let patch = format!(r#"{{"user_id":"{}","spp":0}}"#, "0".repeat(250));
             answered = node.set(patch).await.position();
             (segments(dir) < before).then_some(())
@@ -88,7 +88,7 @@ async fn a_kill_in_the_middle_of_a_trim_loses_nothing() {
 }
 
 #[tokio::test]
-async fn a_trimmed_log_still_covers_the_snapshot_before_the_newest() {
+async fn a_trimmed_log_covers_the_second_newest_snapshot() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
     let store = long_log(dir, 14, 8).await;
@@ -101,7 +101,7 @@ async fn a_trimmed_log_still_covers_the_snapshot_before_the_newest() {
         (names.len() == 2 && names[1].ends_with(".gz")).then_some(())
     })
     .await;
-    // It ends when the trim has.
+    // A stop waits for the trim.
     node.stop().await;
     assert!(segments(dir) < before, "nothing was trimmed");
 

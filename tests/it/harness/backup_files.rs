@@ -1,4 +1,4 @@
-//! Data directories, backups and what is in them.
+//! Data directories, backup files and their contents.
 
 use std::fs::File;
 use std::io::{Read, Write as _};
@@ -19,7 +19,7 @@ use rustix::fs::OFlags;
 use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{ANY_PORTS, AUTHORIZATION, PASSWORD, Ports, program, run};
 
-/// The program on the data directory `dir`.
+/// The program with the data directory `dir`.
 pub(crate) fn program_with_data_dir(dir: &Path) -> Command {
     let mut command = program();
     command
@@ -31,7 +31,7 @@ pub(crate) fn program_with_data_dir(dir: &Path) -> Command {
     command
 }
 
-/// The program without a disk, begun from `file`.
+/// The ephemeral program, restored from `file`.
 pub(crate) fn program_restoring(file: &Path) -> Command {
     let mut command = program();
     command
@@ -42,7 +42,7 @@ pub(crate) fn program_restoring(file: &Path) -> Command {
     command
 }
 
-/// What a node holds.
+/// The state of a node.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct NodeState {
     pub(crate) position: u64,
@@ -69,14 +69,14 @@ impl NodeState {
     }
 }
 
-/// `GET /backup`, as it should be done.
+/// `GET /backup` with the password.
 pub(crate) async fn request_backup(node: &Ports) -> reqwest::Response {
     let request = node.client.get(format!("http://{}/backup", node.write));
     let request = request.header("authorization", AUTHORIZATION);
     with_timeout("GET /backup", request.send()).await.unwrap()
 }
 
-/// A whole backup of `node`.
+/// A complete backup of `node`.
 pub(crate) async fn fetch_backup(node: &Ports) -> Vec<u8> {
     let response = request_backup(node).await;
     assert_eq!(response.status(), 200);
@@ -86,7 +86,7 @@ pub(crate) async fn fetch_backup(node: &Ports) -> Vec<u8> {
         .to_vec()
 }
 
-/// The store that a good backup holds, and what it says of itself.
+/// Reads a valid backup into a store.
 #[track_caller]
 pub(crate) fn read_backup(file: &[u8]) -> (Store, Summary) {
     let store = Store::new();
@@ -94,7 +94,7 @@ pub(crate) fn read_backup(file: &[u8]) -> (Store, Summary) {
     (store, summary)
 }
 
-/// Applies the batches after `after` up to `through`, each in its place.
+/// Applies the batches after `after` up to `through`, and checks their order.
 pub(crate) async fn replay(log: &DiskLog, store: &Store, after: u64, through: u64) {
     let mut subscription = log
         .subscribe(log.position(after).unwrap().unwrap())
@@ -121,7 +121,7 @@ pub(crate) async fn replay(log: &DiskLog, store: &Store, after: u64, through: u6
     }
 }
 
-/// Numbers that look random and are the same in every run.
+/// Reproducible random numbers.
 pub(crate) struct Rng(pub(crate) u64);
 
 impl Rng {
@@ -138,8 +138,7 @@ impl Rng {
     }
 }
 
-/// A store with values below `bound`; the larger that is, the larger are its backups: 35 bytes a
-/// row with all of `u64`.
+/// A store with random values below `bound`. A backup has 35 bytes a row if that is `u64::MAX`.
 pub(crate) fn random_store(rows: u64, bound: u64) -> Store {
     let (store, mut rng) = (Store::new(), Rng(rows));
     for row in 0..rows {
@@ -152,7 +151,7 @@ pub(crate) fn random_store(rows: u64, bound: u64) -> Store {
     store
 }
 
-/// A backup of `store`, as if taken at `position` of another log.
+/// A backup of `store` at `position` of another log.
 pub(crate) fn backup_file(store: &Store, position: u64) -> Vec<u8> {
     backup_file_with_head(
         store,
@@ -168,12 +167,12 @@ pub(crate) fn backup_file(store: &Store, position: u64) -> Vec<u8> {
     )
 }
 
-/// A backup of `store` that begins so; it was made while nothing was applied.
+/// A backup of `store` with this head, taken without concurrent writes.
 pub(crate) fn backup_file_with_head(store: &Store, head: &Head) -> Vec<u8> {
     backup_file_ending_at(store, head, &head.position())
 }
 
-/// A backup of `store` that begins so and was made until `end` was applied.
+/// A backup of `store` with this head, taken until `end` was applied.
 pub(crate) fn backup_file_ending_at(store: &Store, head: &Head, end: &Position) -> Vec<u8> {
     let (mut writer, mut file) = BackupWriter::begin(head);
     let source = ChunkSource::new(store);
@@ -185,14 +184,14 @@ pub(crate) fn backup_file_ending_at(store: &Store, head: &Head, end: &Position) 
     file
 }
 
-/// The same as a file in `dir`.
+/// Writes [`backup_file`] into `dir`.
 pub(crate) fn write_backup_file(dir: &Path, store: &Store, position: u64) -> PathBuf {
     let path = dir.join(format!("at-{position}.csv.gz"));
     std::fs::write(&path, backup_file(store, position)).unwrap();
     path
 }
 
-/// The names in a directory, in order.
+/// The sorted file names in a directory.
 pub(crate) fn file_names(dir: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(dir).unwrap();
     let name = |entry: std::io::Result<std::fs::DirEntry>| {
@@ -203,13 +202,13 @@ pub(crate) fn file_names(dir: &Path) -> Vec<String> {
     names
 }
 
-/// Makes a named pipe.
+/// Creates a named pipe.
 pub(crate) fn make_pipe(path: &Path) {
     let made = run(Command::new("mkfifo").arg(path));
     assert!(made.status.success(), "{made:?}");
 }
 
-/// Makes a named pipe and opens it to read what comes, without waiting for anybody to write.
+/// Creates a named pipe and opens it for reading, without waiting for a writer.
 pub(crate) fn open_pipe(path: &Path) -> File {
     make_pipe(path);
     let mut options = File::options();
@@ -218,18 +217,18 @@ pub(crate) fn open_pipe(path: &Path) -> File {
     options.open(path).unwrap()
 }
 
-/// All that comes through `pipe` until nobody has it open for writing.
+/// Reads `pipe` until no writer has it open.
 pub(crate) async fn read_pipe_to_end(pipe: &mut File) -> Vec<u8> {
     let mut bytes = Vec::new();
     eventually("the pipe's end", async || {
-        // `WouldBlock` while there is no end.
+        // `WouldBlock` before the end.
         pipe.read_to_end(&mut bytes).ok()
     })
     .await;
     bytes
 }
 
-/// The time of a file name such as `grades-2026-01-31T23:59:59Z.csv.gz`.
+/// The time in a file name such as `grades-2026-01-31T23:59:59Z.csv.gz`.
 #[track_caller]
 pub(crate) fn time_in_file_name(disposition: &str) -> String {
     let name = disposition.strip_prefix("attachment; filename=\"grades-");
@@ -237,7 +236,7 @@ pub(crate) fn time_in_file_name(disposition: &str) -> String {
     time.unwrap_or_else(|| panic!("{disposition}")).to_owned()
 }
 
-/// Now, as file names have it.
+/// The current time in the format of the file names.
 pub(crate) fn now() -> String {
     let since = std::time::UNIX_EPOCH.elapsed().unwrap();
     rfc3339(u64::try_from(since.as_nanos()).unwrap())

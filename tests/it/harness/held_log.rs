@@ -1,5 +1,5 @@
-//! A log that keeps batches back until it is told to give them, refuses them, or loses one: what a
-//! broker can do to a node, when a test says so.
+//! A memory log that delays deliveries, rejects appends, loses batches or panics when a test says
+//! so, as a broker can do to a node.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,10 +16,10 @@ use tokio::sync::watch;
 
 use super::InProcessNode;
 
-/// Patches that wait in the queue of a node on a [`GatedLog`].
+/// The queue length of a node on a [`GatedLog`].
 pub(crate) const QUEUE_PATCHES_MAX: usize = 3;
 
-/// A memory log behind a gate.
+/// A memory log whose deliveries wait for a gate.
 pub(crate) struct GatedLog {
     inner: MemoryLog,
     open: watch::Sender<bool>,
@@ -39,22 +39,22 @@ impl GatedLog {
         })
     }
 
-    /// Gives what was kept back, and from now on everything at once.
+    /// Opens the gate for good.
     pub(crate) fn release(&self) {
         self.open.send_replace(true);
     }
 
-    /// Takes no more batches.
+    /// Rejects appends from now on.
     pub(crate) fn refuse(&self) {
         self.refusing.store(true, Ordering::Relaxed);
     }
 
-    /// Panics in the task that reads it, at the next batch.
+    /// Panics in the task that reads the log, at the next batch.
     pub(crate) fn crash(&self) {
         self.crashing.store(true, Ordering::Relaxed);
     }
 
-    /// Loses the batches that are given next.
+    /// Skips a sequence number from now on, as if a batch had been lost.
     pub(crate) fn lose(&self) {
         self.losing.store(true, Ordering::Relaxed);
     }
@@ -129,12 +129,12 @@ impl Subscription for GatedSubscription {
     }
 }
 
-/// A node with room for few writes, on a log that gives nothing back yet.
+/// A node on a closed [`GatedLog`], with a short queue and batches of one patch.
 pub(crate) async fn start(wait_max: Duration) -> (Arc<GatedLog>, InProcessNode) {
     start_with(|config| config.writer.wait_max = wait_max).await
 }
 
-/// The same with limits of the test's own.
+/// The same with more changes of the configuration.
 pub(crate) async fn start_with(adjust: impl FnOnce(&mut Config)) -> (Arc<GatedLog>, InProcessNode) {
     let origin = RandomId::random().unwrap();
     let log = GatedLog::new(origin);

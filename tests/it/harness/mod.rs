@@ -1,4 +1,4 @@
-//! What the tests share: nodes, connections to them, their files, and what is around them.
+//! What the tests share: nodes, requests, child processes, files, and NATS.
 
 mod node;
 mod ports;
@@ -24,7 +24,7 @@ pub(crate) use process::{
 pub(crate) const PASSWORD: &str = "correct horse";
 /// `admin` and [`PASSWORD`].
 pub(crate) const AUTHORIZATION: &str = "Basic YWRtaW46Y29ycmVjdCBob3JzZQ==";
-/// Each port anywhere.
+/// All three ports are assigned by the system.
 pub(crate) const ANY_PORTS: [&str; 3] = [
     "--write-addr=127.0.0.1:0",
     "--read-addr=127.0.0.1:0",

@@ -1,5 +1,5 @@
-//! Nodes to test: the program as a child process, or one in this process where a test needs its
-//! own limits or its own log.
+//! Nodes to test: the program as a child process, or a node in this process if a test needs other
+//! limits or another log.
 
 use std::net::SocketAddr;
 use std::ops::Deref;
@@ -28,7 +28,7 @@ use crate::harness::wire::{eventually, with_timeout};
 pub(crate) struct Node {
     ports: Ports,
     process: Process,
-    /// What it has said so far.
+    /// The output so far.
     pub(crate) stdout: Arc<Mutex<String>>,
     pub(crate) stderr: Arc<Mutex<String>>,
 }
@@ -42,7 +42,7 @@ impl Deref for Node {
 }
 
 impl Node {
-    /// One that is ready.
+    /// Starts a node and waits until it is ready for writes.
     pub(crate) async fn start() -> Self {
         Self::start_with(
             program()
@@ -52,7 +52,7 @@ impl Node {
         .await
     }
 
-    /// One that `command` starts, ready.
+    /// The same with another command.
     pub(crate) async fn start_with(command: &mut Command) -> Self {
         let node = Self::launch(command).await;
         eventually("ready for writes", async || {
@@ -62,7 +62,7 @@ impl Node {
         node
     }
 
-    /// One that `command` starts, listening.
+    /// Runs `command` and waits until the node listens.
     pub(crate) async fn launch(command: &mut Command) -> Self {
         let command = command.stdin(Stdio::null());
         let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -79,7 +79,7 @@ impl Node {
         })
         .await;
         let address = |field: &str| {
-            // As text or as JSON.
+            // In a text or a JSON log line.
             let (_, rest) = listening
                 .split_once(&format!("{field}=\"http://"))
                 .or_else(|| listening.split_once(&format!("\"{field}\":\"http://")))
@@ -95,12 +95,12 @@ impl Node {
         }
     }
 
-    /// Kills it as the system would: at once, with no chance to tidy up.
+    /// kill -9.
     pub(crate) fn kill(self) {
         drop(self.process);
     }
 
-    /// Stops it as an operator would.
+    /// SIGTERM; the exit code must be 0.
     pub(crate) async fn stop(mut self) {
         self.signal(Signal::TERM);
         assert_eq!(self.wait_for_exit().await.code(), Some(0));
@@ -110,7 +110,7 @@ impl Node {
         kill_process(Pid::from_child(&self.process.0), signal).unwrap();
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits for the process to exit.
     pub(crate) async fn wait_for_exit(&mut self) -> ExitStatus {
         eventually("the process's end", async || {
             self.process.0.try_wait().unwrap()
@@ -134,13 +134,13 @@ impl Deref for InProcessNode {
     }
 }
 
-/// Asks other nodes.
+/// The client with which nodes use their peers.
 pub(crate) fn client() -> Client {
     let account = Credentials::new("admin", PASSWORD).account();
     Client::new(account, SILENCE_MAX, Compression::IfSlow).unwrap()
 }
 
-/// What opening a log is told, for node `node`.
+/// The parameters for opening a log.
 pub(crate) fn opening(node: RandomId, restore_from: Option<PathBuf>) -> Opening {
     Opening {
         node,
@@ -153,13 +153,13 @@ pub(crate) fn opening(node: RandomId, restore_from: Option<PathBuf>) -> Opening 
 }
 
 impl InProcessNode {
-    /// One with a memory log and the limits that `adjust` makes.
+    /// Starts a node on a memory log, with the configuration that `adjust` makes.
     pub(crate) async fn start(adjust: impl FnOnce(&mut Config)) -> Self {
         let origin = RandomId::random().unwrap();
         Self::start_on_log(Arc::new(MemoryLog::new(origin, 0)), origin, adjust).await
     }
 
-    /// One on `log`.
+    /// Starts a node on `log`.
     pub(crate) async fn start_on_log(
         log: Arc<dyn Log>,
         origin: RandomId,
@@ -168,7 +168,7 @@ impl InProcessNode {
         Self::start_on_storage(Storage::of(log, origin), origin, adjust).await
     }
 
-    /// One on `storage`, ready.
+    /// Starts a node on `storage` and waits until it is ready.
     pub(crate) async fn start_on_storage(
         storage: Storage,
         origin: RandomId,
@@ -182,7 +182,7 @@ impl InProcessNode {
         node
     }
 
-    /// One on `storage`, listening. All that knows how a node is put together is here.
+    /// Starts a node on `storage`.
     pub(crate) fn launch(
         storage: Storage,
         origin: RandomId,
@@ -221,12 +221,12 @@ impl InProcessNode {
         }
     }
 
-    /// Tells it to stop, as a signal would.
+    /// Requests a shutdown, like a signal.
     pub(crate) fn request_stop(&mut self) {
         self.stop.take().unwrap().send(()).unwrap();
     }
 
-    /// Waits until it has stopped.
+    /// Waits until the shutdown has finished.
     pub(crate) async fn wait_until_stopped(self) {
         with_timeout("the node's end", self.running)
             .await
@@ -234,7 +234,7 @@ impl InProcessNode {
             .unwrap();
     }
 
-    /// Waits until it has ended by itself; why.
+    /// Waits until the node fails; returns the error.
     pub(crate) async fn wait_for_error(self) -> String {
         let ended = with_timeout("the node's end", self.running).await.unwrap();
         ended.unwrap_err().to_string()

@@ -1,4 +1,4 @@
-//! The three ports of a node, and requests for them.
+//! The three ports of a node, and requests to them.
 
 use std::net::SocketAddr;
 
@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::AUTHORIZATION;
 use super::wire::{RawConnection, Response, eventually, with_timeout};
 
-/// A node's three ports, and a client for them.
+/// The addresses of a node's ports, and an HTTP client.
 #[derive(Clone)]
 pub(crate) struct Ports {
     pub(crate) write: SocketAddr,
@@ -27,7 +27,7 @@ impl Ports {
         }
     }
 
-    /// `POST /set`, as it should be done.
+    /// `POST /set` with the password.
     pub(crate) async fn set(&self, body: impl Into<reqwest::Body>) -> Response {
         let request = self.client.post(format!("http://{}/set", self.write));
         let request = request
@@ -37,7 +37,7 @@ impl Ports {
         Response::of(with_timeout("POST /set", request.send()).await.unwrap()).await
     }
 
-    /// `GET /get`, as it should be done.
+    /// `GET /get`.
     pub(crate) async fn get(&self, user_id: &str) -> Response {
         let user_id = utf8_percent_encode(user_id, NON_ALPHANUMERIC);
         let url = format!("http://{}/get?user_id={user_id}", self.read);
@@ -99,7 +99,7 @@ impl Ports {
         .await
     }
 
-    /// The value of one line of `/metrics`, named with its labels.
+    /// The value of a metric, named with its labels.
     pub(crate) async fn metric(&self, name: &str) -> Option<f64> {
         let metrics = self.ops("/metrics").await.body;
         let mut lines = metrics.lines();
@@ -107,7 +107,7 @@ impl Ports {
         Some(value.parse().unwrap())
     }
 
-    /// Waits until a line of `/metrics` has a value.
+    /// Waits until a metric has this value.
     pub(crate) async fn metric_reaches(&self, name: &str, value: f64) {
         eventually(&format!("{name} {value}"), async || {
             self.metric(name).await.filter(|now| *now == value)
@@ -116,7 +116,7 @@ impl Ports {
     }
 }
 
-/// A request for `POST /set` in bytes; `framing` is the header lines that frame the body.
+/// The bytes of `POST /set`; `framing` is the headers that frame the body.
 pub(crate) fn set_request_framed(framing: &str, body: &str) -> String {
     format!(
         "POST /set HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\
@@ -124,22 +124,22 @@ pub(crate) fn set_request_framed(framing: &str, body: &str) -> String {
     )
 }
 
-/// The same with the length of `body`.
+/// The same with a content-length.
 pub(crate) fn set_request(body: &str) -> String {
     set_request_framed(&format!("content-length: {}", body.len()), body)
 }
 
-/// A request for `DELETE /set` in bytes.
+/// The bytes of `DELETE /set`.
 pub(crate) fn delete_request(query: &str) -> String {
     format!("DELETE /set{query} HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\r\n")
 }
 
-/// A request for `GET /get` in bytes.
+/// The bytes of `GET /get`.
 pub(crate) fn get_request(query: &str, headers: &str) -> String {
     format!("GET /get{query} HTTP/1.1\r\nhost: x\r\n{headers}\r\n")
 }
 
-/// A connection on which lines are to come, and none has yet.
+/// A bulk write whose header has arrived and whose body has not.
 pub(crate) async fn incomplete_ndjson_request(node: &Ports) -> RawConnection {
     let mut connection = RawConnection::connect(node.write).await;
     let framing = "transfer-encoding: chunked";
@@ -150,7 +150,7 @@ pub(crate) async fn incomplete_ndjson_request(node: &Ports) -> RawConnection {
     connection
 }
 
-/// A connection on which a request's header has arrived and its body has not.
+/// A write whose header has arrived and whose body has not.
 pub(crate) async fn incomplete_set_request(node: &Ports, body: &str) -> RawConnection {
     let mut connection = RawConnection::connect(node.write).await;
     connection
@@ -161,7 +161,7 @@ pub(crate) async fn incomplete_set_request(node: &Ports, body: &str) -> RawConne
     connection
 }
 
-/// Sends a write that will have to wait; returns once the node works on it.
+/// Sends a write that cannot be acknowledged yet; returns once the node handles it.
 pub(crate) async fn pending_set(node: &Ports, body: &str) -> RawConnection {
     let name = "gradestore_http_requests_in_flight";
     let running = node.metric(name).await.unwrap();

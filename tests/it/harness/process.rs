@@ -10,12 +10,12 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::wire::TIMEOUT;
 
-/// The program, with an environment that holds nothing of ours.
+/// The program without the `GRADESTORE_*` variables and RUST_LOG of this process.
 pub(crate) fn program() -> Command {
     program_at(Path::new(env!("CARGO_BIN_EXE_gradestore")))
 }
 
-/// Another build of it.
+/// Another build of the program.
 pub(crate) fn program_at(path: &Path) -> Command {
     let mut command = Command::new(path);
     for (name, _) in std::env::vars_os() {
@@ -26,12 +26,12 @@ pub(crate) fn program_at(path: &Path) -> Command {
             command.env_remove(name);
         }
     }
-    // A test that wants a disk says which.
+    // Unless a test sets a data directory.
     command.env("GRADESTORE_EPHEMERAL", "true");
     command
 }
 
-/// What `command` runs, run by `runner`, which takes a command line as its last arguments.
+/// `command` as the last arguments of `runner`.
 pub(crate) fn wrapped_by(runner: &[&str], command: &Command) -> Command {
     let mut run = Command::new(runner[0]);
     run.args(&runner[1..])
@@ -46,7 +46,7 @@ pub(crate) fn wrapped_by(runner: &[&str], command: &Command) -> Command {
     run
 }
 
-/// Runs a command that must end by itself.
+/// Runs a command that must exit by itself.
 pub(crate) fn run(command: &mut Command) -> Output {
     let command = command.stdin(Stdio::null());
     let child = command
@@ -76,7 +76,7 @@ impl Drop for Process {
     }
 }
 
-/// Collects what a child says, whole lines at a time.
+/// Collects the lines of a child's output.
 pub(crate) fn collect_output(pipe: impl Read + Send + 'static) -> Arc<Mutex<String>> {
     let printed = Arc::new(Mutex::new(String::new()));
     let lines = Arc::clone(&printed);
@@ -88,7 +88,7 @@ pub(crate) fn collect_output(pipe: impl Read + Send + 'static) -> Arc<Mutex<Stri
     printed
 }
 
-/// `command` bound by permissions, as root is not.
+/// `command` without root's capabilities, so that file permissions apply to it.
 pub(crate) fn without_root_capabilities(command: &Command) -> Command {
     match rustix::process::geteuid().is_root() {
         true => wrapped_by(

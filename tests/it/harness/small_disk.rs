@@ -5,9 +5,8 @@ use std::io::{ErrorKind, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-/// A disk of its own: memory mounted in a mount namespace that ends with the process that holds it,
-/// so that nothing is left mounted however a test ends. Root may do that, and where the system has
-/// user namespaces so may everyone.
+/// A tmpfs in a mount namespace that ends with its holder process, so that nothing stays mounted.
+/// It needs root or user namespaces.
 pub(crate) struct SmallDisk {
     holder: Child,
     dir: PathBuf,
@@ -27,7 +26,7 @@ impl SmallDisk {
         let mounted = holder.stdout.as_mut().unwrap().read_exact(&mut printed);
         mounted
             .expect("this test needs a disk of its own: run it as root or allow user namespaces");
-        // The way into its namespace from outside.
+        // The mount point as other processes reach it.
         let dir = format!("/proc/{}/root/mnt", holder.id()).into();
         Self { holder, dir }
     }
@@ -36,7 +35,7 @@ impl SmallDisk {
         self.dir.join("data")
     }
 
-    /// Leaves so much free.
+    /// Fills the disk up to `free_bytes`.
     pub(crate) fn fill(&self, free_bytes: u64) -> Ballast {
         let ballast = Ballast(self.dir.join("ballast"));
         let mut file = File::create(&ballast.0).unwrap();
@@ -54,7 +53,7 @@ impl SmallDisk {
         ballast
     }
 
-    /// Takes so much.
+    /// Writes a file of this size.
     pub(crate) fn take(&self, bytes: usize) -> Ballast {
         let ballast = Ballast(self.dir.join("ballast"));
         fs::write(&ballast.0, vec![0; bytes]).unwrap();
@@ -69,7 +68,7 @@ impl Drop for SmallDisk {
     }
 }
 
-/// Takes up room until it is dropped.
+/// A file that is removed when dropped.
 pub(crate) struct Ballast(PathBuf);
 
 impl Drop for Ballast {

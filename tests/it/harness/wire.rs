@@ -1,4 +1,4 @@
-//! Requests and answers as bytes, and waiting for what is to come.
+//! HTTP requests and responses as bytes, and waiting with a timeout.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -8,11 +8,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 
-/// How long anything may take before a test gives up on it. Long: it only decides how soon a test
-/// fails, and machines may be busy.
+/// The timeout of everything that a test waits for. Long, because machines may be busy and it only
+/// delays failures.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(90);
 
-/// Looks again and again until `look` finds what it looks for.
+/// Polls until `look` returns a value.
 pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let started_at = Instant::now();
     loop {
@@ -24,13 +24,13 @@ pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Opt
     }
 }
 
-/// `task`, which must end in time.
+/// Waits for `task` with a timeout.
 pub(crate) async fn with_timeout<T>(what: &str, task: impl Future<Output = T>) -> T {
     let ended = tokio::time::timeout(TIMEOUT, task).await;
     ended.unwrap_or_else(|_| panic!("not in time: {what}"))
 }
 
-/// One answer, whole.
+/// A complete response.
 #[derive(Debug)]
 pub(crate) struct Response {
     pub(crate) status: u16,
@@ -39,13 +39,13 @@ pub(crate) struct Response {
 }
 
 impl Response {
-    /// A header's value; empty without it.
+    /// The value of a header, or an empty string.
     pub(crate) fn header(&self, name: &str) -> &str {
         let value = self.headers.get(name);
         value.map_or("", |value| value.to_str().unwrap())
     }
 
-    /// The position that an answered write gives.
+    /// The position of an acknowledged write.
     #[track_caller]
     pub(crate) fn position(&self) -> u64 {
         assert_eq!(self.status, 204, "{}", self.body);
@@ -56,7 +56,7 @@ impl Response {
         serde_json::from_str(&self.body).unwrap()
     }
 
-    /// Checks that this is the problem `cause` in all that the contract says of one; its `detail`.
+    /// Checks that this is the problem `cause` with all its required parts; returns its `detail`.
     #[track_caller]
     pub(crate) fn expect_problem(&self, status: u16, cause: &str) -> String {
         assert_eq!(self.status, status, "{cause}: {}", self.body);
@@ -87,7 +87,7 @@ impl Response {
     }
 }
 
-/// A connection on which a test says every byte.
+/// A connection on which a test controls every byte.
 pub(crate) struct RawConnection {
     incoming: Incoming,
     outgoing: OwnedWriteHalf,
@@ -102,7 +102,7 @@ impl RawConnection {
     pub(crate) async fn connect(address: SocketAddr) -> Self {
         let stream = with_timeout("connect", TcpStream::connect(address)).await;
         let stream = stream.unwrap();
-        // Else a second small write waits 40 ms for the answer to the first.
+        // Otherwise Nagle's algorithm delays a second small write by 40 ms.
         stream.set_nodelay(true).unwrap();
         let (stream, outgoing) = stream.into_split();
         let received = Vec::new();
@@ -117,40 +117,40 @@ impl RawConnection {
         with_timeout("send", sent).await.unwrap();
     }
 
-    /// The same to a node that may be gone.
+    /// The same, for a node that may be gone.
     pub(crate) async fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> std::io::Result<()> {
         with_timeout("send", self.outgoing.write_all(bytes.as_ref())).await
     }
 
-    /// Says that nothing more will be sent.
+    /// Closes the sending side.
     pub(crate) async fn shutdown_write(&mut self) {
         self.outgoing.shutdown().await.unwrap();
     }
 
-    /// The next answer.
+    /// Reads the next response.
     pub(crate) async fn response(&mut self) -> Response {
         self.try_response().await.unwrap()
     }
 
-    /// The next answer; `None` if the connection ends first.
+    /// The same; `None` if the connection ends first.
     pub(crate) async fn try_response(&mut self) -> Option<Response> {
         self.incoming.response().await
     }
 
-    /// Sends `request` and reads the answer meanwhile: the node may answer before it has all.
+    /// Sends `request` and reads the response at the same time, because the node may respond early.
     pub(crate) async fn request(&mut self, request: impl AsRef<[u8]>) -> Response {
         let sent = self.outgoing.write_all(request.as_ref());
         let (_, response) = tokio::join!(with_timeout("send", sent), self.incoming.response());
         response.unwrap()
     }
 
-    /// All that comes until the node ends the connection.
+    /// Reads until the node closes the connection.
     pub(crate) async fn read_to_end(&mut self) -> Vec<u8> {
         while self.incoming.receive().await > 0 {}
         std::mem::take(&mut self.incoming.received)
     }
 
-    /// Moves what comes next into `into`, `bytes_max` of it at most; 0 at the connection's end.
+    /// Appends at most `bytes_max` bytes to `into`; returns 0 at the end of the connection.
     pub(crate) async fn read_some(&mut self, bytes_max: usize, into: &mut Vec<u8>) -> usize {
         into.append(&mut self.incoming.received);
         let mut room = vec![0; bytes_max];
@@ -160,7 +160,7 @@ impl RawConnection {
         bytes
     }
 
-    /// Waits until the node ends the connection; nothing more may come.
+    /// Waits until the node closes the connection; no more bytes may arrive.
     pub(crate) async fn expect_closed(&mut self) {
         let more = self.incoming.receive().await;
         assert_eq!((more, self.incoming.received.len()), (0, 0), "not the end");
@@ -200,10 +200,10 @@ impl Incoming {
         })
     }
 
-    /// Takes what comes; 0 at the connection's end.
+    /// Reads more; returns 0 at the end of the connection.
     async fn receive(&mut self) -> usize {
         let received = self.stream.read_buf(&mut self.received);
-        // A reset ends it, too.
+        // A reset is an end, too.
         with_timeout("something to read", received)
             .await
             .unwrap_or(0)

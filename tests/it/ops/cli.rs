@@ -1,4 +1,4 @@
-//! The command line, as a person or a container runs it.
+//! The command line.
 
 use std::net::TcpListener;
 use std::process::{Command, Output};
@@ -7,7 +7,7 @@ use crate::harness::backup_files::{file_names, program_with_data_dir};
 use crate::harness::wire::eventually;
 use crate::harness::{ANY_PORTS, Node, PASSWORD, program, run};
 
-/// What a run that must fail to start says.
+/// The stderr of a start that must fail.
 #[track_caller]
 fn refused(command: &mut Command) -> String {
     let Output {
@@ -29,7 +29,7 @@ fn assert_names(text: &str, parts: &[&str]) {
 }
 
 #[test]
-fn a_wrong_flag_or_variable_is_named_with_its_value_and_the_fix() {
+fn an_invalid_flag_or_variable_is_named_with_its_value_and_the_fix() {
     for (flag, variable, example) in [
         ("--write-addr", "GRADESTORE_WRITE_ADDR", "127.0.0.1:8080"),
         ("--read-addr", "GRADESTORE_READ_ADDR", "127.0.0.1:8081"),
@@ -75,7 +75,7 @@ fn a_wrong_flag_or_variable_is_named_with_its_value_and_the_fix() {
 }
 
 #[test]
-fn a_misspelt_variable_stops_every_command() {
+fn an_unknown_variable_stops_every_command() {
     let directory = tempfile::tempdir().unwrap();
     let output = directory.path().join("out");
     let to = output.to_str().unwrap();
@@ -88,14 +88,14 @@ fn a_misspelt_variable_stops_every_command() {
         let printed = refused(program().args(args).env("GRADESTORE_X", "1"));
         let unknown = "unknown environment variable GRADESTORE_X;";
         assert_names(&printed, &[unknown, "GRADESTORE_PASSWORD_FILE"]);
-        // Before anything is done.
+        // Before anything else is done.
         assert_eq!(printed.lines().count(), 1, "{args:?}: {printed}");
     }
     assert!(!output.exists());
 }
 
 #[tokio::test]
-async fn ephemeral_is_yes_or_no_and_nothing_is_no() {
+async fn ephemeral_is_a_boolean_and_empty_means_false() {
     let directory = tempfile::tempdir().unwrap();
     for value in ["maybe", "2", " "] {
         let printed =
@@ -113,7 +113,7 @@ async fn ephemeral_is_yes_or_no_and_nothing_is_no() {
 }
 
 #[test]
-fn a_password_that_cannot_be_one_is_refused_and_not_shown() {
+fn an_invalid_password_is_rejected_and_not_printed() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("password");
     let file = path.to_str().unwrap();
@@ -146,7 +146,7 @@ fn a_password_that_cannot_be_one_is_refused_and_not_shown() {
 }
 
 #[test]
-fn the_error_for_a_wrong_nats_url_names_the_fix_and_shows_no_password() {
+fn the_error_for_an_invalid_nats_url_names_the_fix_and_prints_no_password() {
     for (urls, fix) in [
         (
             "nats://127.0.0.1:4222,",
@@ -179,7 +179,7 @@ fn the_error_for_a_wrong_nats_url_names_the_fix_and_shows_no_password() {
 }
 
 #[test]
-fn an_address_must_be_free_and_each_its_own() {
+fn each_address_must_be_free_and_unique() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let same = refused(program().args(["--write-addr", &address, "--ops-addr", &address]));
@@ -196,7 +196,7 @@ fn an_address_must_be_free_and_each_its_own() {
 }
 
 #[tokio::test]
-async fn a_flag_beats_its_variable_and_a_file_may_hold_the_password() {
+async fn a_flag_overrides_its_variable_and_a_file_may_hold_the_password() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("password");
     std::fs::write(&path, format!("{PASSWORD}\r\n")).unwrap();
@@ -215,7 +215,7 @@ async fn a_flag_beats_its_variable_and_a_file_may_hold_the_password() {
 }
 
 #[tokio::test]
-async fn the_password_is_said_nowhere() {
+async fn the_password_is_not_printed_logged_or_served() {
     let mut command = program();
     command
         .args(ANY_PORTS)
@@ -242,7 +242,7 @@ async fn the_password_is_said_nowhere() {
 }
 
 #[tokio::test]
-async fn health_asks_whether_a_node_is_ready() {
+async fn the_health_command_reports_readiness() {
     let node = Node::start().await;
     let address = node.ops.to_string();
     let health = |address: &str| run(program().args(["health", "--ops-addr", address]));
@@ -251,7 +251,7 @@ async fn health_asks_whether_a_node_is_ready() {
     let by_variable = run(program().arg("health").env("GRADESTORE_OPS_ADDR", &address));
     assert!(by_variable.status.success(), "{by_variable:?}");
 
-    // Its read port answers, but not that it is ready.
+    // The read port responds, but not that it is ready.
     let other = health(&node.read.to_string());
     assert_eq!(other.status.code(), Some(1));
     drop(node);
@@ -287,7 +287,7 @@ fn help_and_version_are_printed() {
 }
 
 #[test]
-fn replicas_need_a_password_and_a_broker_flag_needs_a_broker() {
+fn replicas_need_a_password_and_stream_flags_need_nats() {
     let printed = |arguments: &[&str]| {
         let output = run(program().args(ANY_PORTS).args(arguments));
         assert!(!output.status.success());

@@ -6,8 +6,8 @@ use crate::harness::wire::eventually;
 use crate::harness::{ANY_PORTS, Node, program, run};
 
 #[tokio::test]
-async fn a_password_that_was_made_is_shown_in_lines_that_work() {
-    // A name that a shell would read otherwise.
+async fn the_printed_curl_commands_with_a_generated_password_work() {
+    // A name that needs quotes in a shell.
     let name = "o'neill $HOME";
     let node = Node::start_with(program().args(ANY_PORTS).args(["--username", name])).await;
     let printed = eventually("two curl lines", async || {

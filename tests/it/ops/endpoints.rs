@@ -1,4 +1,4 @@
-//! The contract of the ops port, and what it measures.
+//! The ops port: probes, status, metrics and the status page.
 
 use tempfile::tempdir;
 
@@ -7,7 +7,7 @@ use crate::harness::backup_files::program_with_data_dir;
 use crate::harness::wire::{Response, TIMEOUT, eventually};
 
 #[tokio::test]
-async fn a_node_says_that_it_lives_and_is_ready() {
+async fn liveness_and_readiness_of_a_ready_node_return_200() {
     let node = Node::start().await;
     for path in ["/livez", "/readyz", "/readyz/write"] {
         assert_eq!(node.ops(path).await.status, 200, "{path}");
@@ -24,7 +24,7 @@ async fn a_node_says_that_it_lives_and_is_ready() {
 }
 
 #[tokio::test]
-async fn status_tells_what_the_node_holds() {
+async fn status_reports_the_state_of_the_node() {
     let node = Node::start().await;
     let empty = node.status().await;
     assert_eq!(empty["state"], "ready");
@@ -47,13 +47,13 @@ async fn status_tells_what_the_node_holds() {
     ] {
         assert_eq!(one[name], value, "{name}");
     }
-    // The digest of this one record, which no version may change.
+    // The digest of this record, which no version may change.
     assert_eq!(one["digest"], "dd6a0570c454b97f66aac1625bf5536d");
     assert_eq!(one["node"], empty["node"]);
 }
 
 #[tokio::test]
-async fn metrics_count_and_time_and_name_no_user() {
+async fn metrics_count_requests_and_contain_no_user_ids() {
     let node = Node::start().await;
     for spp in 0..3 {
         node.set(format!(r#"{{"user_id":"secret-user","spp":{spp}}}"#))
@@ -156,7 +156,7 @@ async fn metrics_count_and_time_and_name_no_user() {
 }
 
 #[tokio::test]
-async fn a_snapshot_has_no_age_before_it_is_there() {
+async fn the_snapshot_age_is_nan_before_the_first_snapshot() {
     let age = async |node: &Node| {
         let name = "gradestore_snapshot_age_seconds";
         let age = node.metric(name).await.unwrap();
@@ -164,7 +164,7 @@ async fn a_snapshot_has_no_age_before_it_is_there() {
         assert_eq!(snapshot.is_null(), age.is_nan(), "{age}: {snapshot}");
         age
     };
-    // 0 would look like one that was just written.
+    // 0 would mean that one was just written.
     assert!(age(&Node::start().await).await.is_nan());
 
     let directory = tempdir().unwrap();
@@ -181,7 +181,7 @@ async fn a_snapshot_has_no_age_before_it_is_there() {
 }
 
 #[tokio::test]
-async fn the_page_is_small_and_is_all_there_is() {
+async fn the_status_page_is_small_and_self_contained() {
     let node = Node::start().await;
     let response = node.ops("/").await;
     assert_eq!(response.status, 200);
@@ -206,7 +206,7 @@ async fn the_page_is_small_and_is_all_there_is() {
     for part in ["script-src 'sha256-", "style-src 'sha256-"] {
         assert!(policy.contains(part), "{part} in {policy}");
     }
-    // Nothing is fetched from anywhere but here.
+    // Nothing is loaded from other origins.
     for outside in ["http://", "https://", "//cdn", "@import", "url("] {
         let namespace = "xmlns='http://www.w3.org/2000/svg'";
         let body = response.body.replace(namespace, "");

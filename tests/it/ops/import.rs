@@ -32,7 +32,7 @@ fn command(file: &Path, to: &str) -> Command {
     command
 }
 
-/// Runs an import; what it printed.
+/// Runs an import to its end.
 async fn import(file: &Path, node: &Ports) -> Output {
     let mut command = command(file, &format!("http://{}", node.write));
     spawn_blocking(move || run(&mut command)).await.unwrap()
@@ -44,7 +44,7 @@ fn written(dir: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     path
 }
 
-/// What a failed import said.
+/// The stderr of a failed import.
 #[track_caller]
 fn failed(output: &Output) -> String {
     assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -52,7 +52,7 @@ fn failed(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
-/// How many rows it said that the node has.
+/// The number of accepted rows in an error.
 #[track_caller]
 fn accepted_in(printed: &str) -> u64 {
     let mut parts = printed.split("; ");
@@ -61,10 +61,10 @@ fn accepted_in(printed: &str) -> u64 {
 }
 
 #[tokio::test]
-async fn a_backup_of_one_node_makes_another_equal() {
+async fn importing_a_backup_makes_an_equal_node() {
     let dir = tempdir().unwrap();
     let (one, other) = tokio::join!(Node::start(), Node::start());
-    // Enough for some parts, with ids that need quotes, and a user who has gone.
+    // Several requests, user ids that need quotes, and a deleted user.
     let file = written(
         dir.path(),
         "seed",
@@ -75,7 +75,7 @@ async fn a_backup_of_one_node_makes_another_equal() {
         let patch = json!({"user_id": user, "spp": i64::MIN, "return_fee": i64::MAX});
         one.set(patch.to_string()).await.position();
     }
-    one.delete("user+7").await.position();
+    one.delete("user 7").await.position();
     let held = NodeState::of(&one).await;
     assert_eq!(held.records, 10_003);
 
@@ -88,13 +88,13 @@ async fn a_backup_of_one_node_makes_another_equal() {
     let position = found.position;
     assert_eq!(printed, format!("rows      10003\nposition  {position}\n"));
     assert_eq!(output.stderr, b"");
-    // Once more changes nothing.
+    // A second import changes nothing.
     assert!(import(&file, &other).await.status.success());
     assert_eq!(NodeState::of(&other).await.digest, held.digest);
 }
 
 #[tokio::test]
-async fn a_column_that_is_not_there_is_left_alone_and_others_are_set() {
+async fn missing_columns_stay_unchanged_and_others_are_set() {
     let dir = tempdir().unwrap();
     let node = Node::start().await;
     for user in ["a", "b"] {
@@ -113,7 +113,7 @@ async fn a_column_that_is_not_there_is_left_alone_and_others_are_set() {
 }
 
 #[tokio::test]
-async fn standard_input_will_do_and_a_file_without_rows_as_well() {
+async fn import_reads_stdin_and_accepts_a_file_without_rows() {
     let node = Node::start().await;
     let to = format!("http://{}", node.write);
     let mut command = command(Path::new("-"), &to);
@@ -135,10 +135,10 @@ async fn standard_input_will_do_and_a_file_without_rows_as_well() {
 }
 
 #[tokio::test]
-async fn a_bad_row_is_named_with_its_line() {
+async fn an_invalid_row_is_named_with_its_line() {
     let dir = tempdir().unwrap();
     let node = Node::start().await;
-    // The line is not the row's number and one: two lines are empty.
+    // Line and row numbers differ by more than one because of two empty lines.
     let mut text = "user_id,spp\n\n".to_owned();
     for user in 1..=9000 {
         let spp = if user == 8765 { "1.5" } else { "1" };
@@ -157,7 +157,7 @@ async fn a_bad_row_is_named_with_its_line() {
 }
 
 #[tokio::test]
-async fn a_row_that_the_node_refuses_is_named_with_its_line() {
+async fn a_row_that_the_node_rejects_is_named_with_its_line() {
     let dir = tempdir().unwrap();
     let node = Node::start().await;
     let mut text = "user_id,spp\n".to_owned();
@@ -168,7 +168,7 @@ async fn a_row_that_the_node_refuses_is_named_with_its_line() {
         }
     }
     let file = written(dir.path(), "good.csv.gz", &gzip(text.as_bytes()));
-    // As a node would that does not know one of the file's columns.
+    // Like a node that does not know one of the columns.
     let rewriting = rewriting_proxy(
         node.write,
         b"\"user-6500\",\"spp\":1}",
@@ -189,7 +189,7 @@ async fn a_row_that_the_node_refuses_is_named_with_its_line() {
     assert_eq!(NodeState::of(&node).await.records, accepted);
 }
 
-/// Passes bytes on both ways, and puts `new` in place of `old` on the way there.
+/// A proxy that replaces `old` by `new` in requests.
 async fn rewriting_proxy(to: SocketAddr, old: &'static [u8], new: &'static [u8]) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -207,8 +207,8 @@ async fn rewriting_proxy(to: SocketAddr, old: &'static [u8], new: &'static [u8])
                     if let Some(at) = held.windows(old.len()).position(|part| part == old) {
                         held[at..at + new.len()].copy_from_slice(new);
                     }
-                    // What may be the beginning of it is kept back, but not for ever: a request ends
-                    // with a line.
+                    // A possible beginning of `old` is held back until more arrives; a request ends
+                    // with a newline.
                     let whole = read == 0 || held.ends_with(b"\n");
                     let keep = if whole { 0 } else { old.len().min(held.len()) };
                     let rest = held.split_off(held.len() - keep);
@@ -224,11 +224,11 @@ async fn rewriting_proxy(to: SocketAddr, old: &'static [u8], new: &'static [u8])
 }
 
 #[tokio::test]
-async fn a_damaged_file_is_found_out_and_what_was_sent_stays() {
+async fn a_damaged_file_is_detected_and_accepted_rows_stay() {
     let dir = tempdir().unwrap();
     let node = Node::start().await;
     let whole = backup_file(&random_store(30_000, u64::MAX), 1);
-    // One that was cut, in the middle of its last members.
+    // Truncated in its last members.
     let cut = written(dir.path(), "cut.csv.gz", &whole[..whole.len() - 100]);
     let printed = failed(&import(&cut, &node).await);
     assert!(printed.contains("cut.csv.gz: cut off at byte"), "{printed}");
@@ -236,7 +236,7 @@ async fn a_damaged_file_is_found_out_and_what_was_sent_stays() {
     assert!((10_000..30_000).contains(&accepted), "{accepted}");
     let stay = format!("{accepted} rows before were accepted and stay");
     assert!(printed.contains(&stay), "{printed}");
-    // And one that says another checksum.
+    // With another checksum.
     let mut changed = whole.clone();
     let at = whole.len() / 2;
     changed[at] ^= 1;
@@ -246,7 +246,7 @@ async fn a_damaged_file_is_found_out_and_what_was_sent_stays() {
         printed.contains("changed.csv.gz: damaged at byte"),
         "{printed}"
     );
-    // The whole one mends it.
+    // Importing the intact file completes the data.
     let whole = written(dir.path(), "whole.csv.gz", &whole);
     assert!(import(&whole, &node).await.status.success());
     let held = NodeState::of_store(&random_store(30_000, u64::MAX), 0);
@@ -268,7 +268,7 @@ async fn ended(child: Child) -> Output {
 }
 
 #[tokio::test]
-async fn a_node_that_dies_in_the_middle_is_told_with_what_is_known() {
+async fn a_node_that_dies_during_an_import_is_reported_with_the_accepted_rows() {
     let dir = tempdir().unwrap();
     let data = dir.path().join("data");
     let node = Node::start_with(&mut program_with_data_dir(&data)).await;
@@ -284,7 +284,7 @@ async fn a_node_that_dies_in_the_middle_is_told_with_what_is_known() {
     })
     .await;
     node.kill();
-    // It may have seen enough by now.
+    // The import may have ended already.
     let _ = stdin.write_all(second);
     drop(stdin);
     let printed = failed(&ended(child).await);
@@ -304,7 +304,7 @@ async fn a_node_that_dies_in_the_middle_is_told_with_what_is_known() {
 }
 
 #[tokio::test]
-async fn an_answer_that_does_not_come_and_nobody_there_are_told_apart() {
+async fn a_lost_response_and_a_refused_connection_are_reported_differently() {
     let dir = tempdir().unwrap();
     let file = written(dir.path(), "grades.csv.gz", &gzip(b"user_id\na\nb\n"));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -327,7 +327,7 @@ async fn an_answer_that_does_not_come_and_nobody_there_are_told_apart() {
 }
 
 #[tokio::test]
-async fn a_node_that_is_full_is_waited_for_and_not_for_ever() {
+async fn import_waits_for_a_full_queue_up_to_its_deadline() {
     let dir = tempdir().unwrap();
     let node = InProcessNode::start(|config| config.writer.bulks_max = 1).await;
     let file = written(
@@ -354,7 +354,7 @@ async fn a_node_that_is_full_is_waited_for_and_not_for_ever() {
 }
 
 #[tokio::test]
-async fn who_may_not_is_told_and_so_is_who_asks_for_nothing() {
+async fn import_reports_wrong_credentials_and_unreadable_files() {
     let dir = tempdir().unwrap();
     let node = Node::start().await;
     let file = written(dir.path(), "grades.csv.gz", &gzip(b"user_id\na\n"));

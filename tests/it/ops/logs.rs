@@ -1,4 +1,4 @@
-//! What names a request, and what is logged of one that failed.
+//! Request ids and the log of failed requests.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +11,7 @@ use crate::harness::{ANY_PORTS, AUTHORIZATION, Node, PASSWORD, program, run};
 pub(crate) const ID: &str = "x-request-id";
 const PATCH: &str = r#"{"user_id":"alice","spp":1}"#;
 
-/// Asks a node for `what`, a method, a port and a path; the answer.
+/// Sends a request, given as method, port and path.
 pub(crate) async fn ask(node: &Node, what: &str, headers: &HeaderMap) -> Response {
     let [method, port, path] = what.split(' ').collect::<Vec<_>>().try_into().unwrap();
     let port = match port {
@@ -41,7 +41,7 @@ pub(crate) fn with(ids: &[&[u8]], authorized: bool) -> HeaderMap {
     headers
 }
 
-/// What succeeds where nobody asks for a name, and all else.
+/// Requests that succeed without a generated request id, and others.
 pub(crate) const FAST_PATH_REQUESTS: [&str; 2] = ["POST write /set", "GET read /get?user_id=alice"];
 pub(crate) const OTHER_REQUESTS: [&str; 9] = [
     "GET write /backup",
@@ -56,7 +56,7 @@ pub(crate) const OTHER_REQUESTS: [&str; 9] = [
 ];
 
 #[tokio::test]
-async fn a_request_that_has_a_name_keeps_it_and_others_get_one_where_it_is_of_use() {
+async fn a_request_id_is_kept_or_generated_where_it_is_useful() {
     let node = Node::start().await;
     let own = "!a~0b-4f_#1";
     for what in FAST_PATH_REQUESTS.iter().chain(&OTHER_REQUESTS) {
@@ -95,7 +95,7 @@ async fn a_request_that_has_a_name_keeps_it_and_others_get_one_where_it_is_of_us
     assert!(made.insert(refused.header(ID).to_owned()));
 }
 
-/// Waits until a node has said a line with all of `parts`; the line.
+/// Waits for a log line that contains all of `parts`.
 pub(crate) async fn line(node: &Node, parts: &[&str]) -> String {
     eventually(&format!("a line with {parts:?}"), async || {
         let printed = node.stderr.lock();
@@ -107,7 +107,7 @@ pub(crate) async fn line(node: &Node, parts: &[&str]) -> String {
 }
 
 #[tokio::test]
-async fn more_failures_than_anybody_can_read_are_counted() {
+async fn failures_above_the_log_limit_are_counted() {
     let node = Node::start().await;
     let number = |line: &str, name: &str| {
         let (_, rest) = line.split_once(&format!("{name}=")).unwrap();
@@ -138,7 +138,7 @@ async fn more_failures_than_anybody_can_read_are_counted() {
 }
 
 #[tokio::test]
-async fn lines_are_json_where_that_is_wanted_and_as_many_as_rust_log_says() {
+async fn the_log_format_and_level_are_configurable() {
     let mut by_flag = program();
     by_flag.args(["--log-format", "json"]);
     let mut by_variable = program();

@@ -1,5 +1,4 @@
-//! `--memory-max`: above it a replica refuses new users, and all replicas with it; updates and
-//! deletes pass.
+//! `--memory-max`: a node above it rejects new users; updates and deletes are accepted.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -15,18 +14,18 @@ use crate::harness::backup_files::{NodeState, backup_file_with_head, program_wit
 use crate::harness::wire::Response;
 use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, program, run, wrapped_by};
 
-/// What a node may take beyond what it takes with no records.
+/// What a node may use beyond its memory without records.
 pub(crate) const ROOM_BYTES: u64 = 18 << 20;
-/// The program accepts no smaller limit.
+/// The smallest limit that the program accepts.
 const MAX_BYTES_MIN: u64 = 16 << 20;
-/// More than have room in [`ROOM_BYTES`].
+/// More users than fit into [`ROOM_BYTES`].
 const USERS_MAX: usize = 400_000;
-/// Users in a body.
+/// Users of one request.
 const USERS: usize = 5000;
 /// Larger than the memory of any machine.
 const ROWS: u64 = 1 << 50;
 
-/// A line whose four values have no room in the record: 70 bytes of memory a user.
+/// A line with values that are too large to be packed: 70 bytes of memory a user.
 fn line(user: usize) -> String {
     let value = i64::MIN;
     format!(
@@ -42,7 +41,7 @@ fn lines(users: Range<usize>) -> String {
     lines
 }
 
-/// What this build of the program takes with no records.
+/// The memory of this build without records.
 pub(crate) async fn idle_bytes() -> u64 {
     let mut command = program();
     command.env("GRADESTORE_PASSWORD", PASSWORD).args(ANY_PORTS);
@@ -55,13 +54,13 @@ pub(crate) fn limited(command: &mut Command, bytes: u64) -> &mut Command {
     with_immediate_decay(command).env("GRADESTORE_MEMORY_MAX", bytes.to_string())
 }
 
-/// Lets the allocator return memory when it is freed and not up to ten seconds later: a node that
-/// has become full then stays so.
+/// Lets the allocator return memory immediately instead of within ten seconds, so that a full node
+/// stays full.
 fn with_immediate_decay(command: &mut Command) -> &mut Command {
     command.env("_RJEM_MALLOC_CONF", "dirty_decay_ms:0")
 }
 
-/// Adds users until one is refused; how many there are then, and the refusal.
+/// Adds users until one is rejected; returns their number and the response.
 pub(crate) async fn fill(node: &Ports, mut users: usize) -> (usize, Response) {
     for _ in 0..2 * USERS_MAX / USERS {
         let response = node.set_lines(lines(users..users + USERS)).await;
@@ -84,14 +83,14 @@ pub(crate) fn is_full(status: &Value) -> bool {
 }
 
 #[tokio::test]
-async fn above_its_limit_a_node_refuses_new_users_alone() {
+async fn a_full_node_rejects_only_new_users() {
     let max_bytes = idle_bytes().await + ROOM_BYTES;
     let dir = tempdir().unwrap();
     let node = Node::start_with(limited(&mut program_with_data_dir(dir.path()), max_bytes)).await;
     assert_eq!(node.metric("gradestore_store_full").await, Some(0.0));
     let (users, refusal) = fill(&node, 0).await;
 
-    // Whole groups were written, and nothing of the one with the line that was refused.
+    // Complete groups were accepted, and nothing of the group with the rejected line.
     let detail = refusal.expect_problem(507, "store-full");
     assert!(detail.contains("--memory-max"), "{detail}");
     let problem = refusal.json();
@@ -118,7 +117,7 @@ async fn above_its_limit_a_node_refuses_new_users_alone() {
     let printed = node.stderr.lock().clone();
     assert_eq!(printed.matches("store full").count(), 1, "{printed}");
 
-    // One by one and by the line: a known user passes, a new one does not.
+    // Single and bulk writes: a known user is accepted, a new one is not.
     let detail = create(&node, "new").await.expect_problem(507, "store-full");
     assert!(detail.contains("delete users"), "{detail}");
     create(&node, "user-1").await.position();
@@ -138,7 +137,7 @@ async fn above_its_limit_a_node_refuses_new_users_alone() {
     let refused = r#"gradestore_http_requests_total{route="/set",status="507"}"#;
     assert_eq!(node.metric(refused).await, Some(1.0));
 
-    // It comes back with all it had, and is full at once where that is above the limit.
+    // After a restart it has the same state, and is full immediately with a lower limit.
     let held = NodeState::of(&node).await;
     node.kill();
     let less = max_bytes - (ROOM_BYTES - MAX_BYTES_MIN);
@@ -147,13 +146,13 @@ async fn above_its_limit_a_node_refuses_new_users_alone() {
     node.status_where("full", is_full).await;
     create(&node, "new").await.expect_problem(507, "store-full");
     create(&node, "user-1").await.position();
-    // Nothing but the limit keeps it from taking new users.
+    // Without the limit it accepts new users.
     node.kill();
     let node = Node::start_with(&mut program_with_data_dir(dir.path())).await;
     create(&node, "new").await.position();
 }
 
-/// A backup that says that it has more rows than any machine has memory for.
+/// A backup that claims more rows than fit into the memory of any machine.
 fn oversized() -> Vec<u8> {
     let head = Head {
         format: FORMAT,
@@ -179,7 +178,7 @@ fn assert_does_not_fit(command: &mut Command, path: &str, limit: &str) {
 }
 
 #[tokio::test]
-async fn what_does_not_fit_into_memory_ends_the_start_with_what_it_needs() {
+async fn a_restore_that_does_not_fit_into_memory_stops_the_start() {
     let dir = tempdir().unwrap();
     let file = dir.path().join("oversized.csv.gz");
     fs::write(&file, oversized()).unwrap();
@@ -198,12 +197,12 @@ async fn what_does_not_fit_into_memory_ends_the_start_with_what_it_needs() {
     let limit = ["prlimit", "--as=4000000000"];
     let mut command = wrapped_by(&limit, &program_with_data_dir(&data));
     assert_does_not_fit(&mut command, &name, "ulimit -v");
-    // And again: nothing was quarantined.
+    // Again, because nothing was quarantined.
     assert_does_not_fit(&mut command, &name, "ulimit -v");
 }
 
 #[tokio::test]
-async fn a_share_is_of_the_lowest_limit_and_what_is_limited_is_counted() {
+async fn a_percentage_applies_to_the_lowest_limit() {
     let mut command = program();
     command.env("GRADESTORE_PASSWORD", PASSWORD);
     command.args(ANY_PORTS);
@@ -214,7 +213,7 @@ async fn a_share_is_of_the_lowest_limit_and_what_is_limited_is_counted() {
     assert_eq!(status["memory_max_bytes"], 2_000_000_000_u64);
     let limit = node.metric("gradestore_memory_limit_bytes").await;
     assert_eq!(limit, Some(4e9));
-    // Of addresses there are always more than of memory.
+    // Address space in use is always more than resident memory.
     let used = status["memory_used_bytes"].as_u64().unwrap();
     assert!(
         used > status["memory_bytes"].as_u64().unwrap() * 3 / 2,

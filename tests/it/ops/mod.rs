@@ -1,4 +1,4 @@
-//! What operators meet: the command line, the ops port, logs, limits and shutdown.
+//! Operations: the command line, the ops port, logs, limits and shutdown.
 
 pub(crate) mod logs;
 pub(crate) mod memory_max;

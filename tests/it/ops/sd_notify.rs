@@ -1,4 +1,4 @@
-//! What a service manager is told, on a socket of its kind.
+//! Notifications to systemd.
 
 use std::process::{Command, Stdio};
 
@@ -8,7 +8,7 @@ use tokio::net::UnixDatagram;
 use crate::harness::wire::with_timeout;
 use crate::harness::{ANY_PORTS, Node, PASSWORD, Process, program};
 
-/// Where systemd would listen.
+/// The socket on which systemd would listen.
 pub(crate) struct NotifySocket {
     socket: UnixDatagram,
     dir: TempDir,
@@ -21,12 +21,12 @@ impl NotifySocket {
         Self { socket, dir }
     }
 
-    /// Lets `command` know of it.
+    /// Sets NOTIFY_SOCKET for `command`.
     pub(crate) fn over<'a>(&self, command: &'a mut Command) -> &'a mut Command {
         command.env("NOTIFY_SOCKET", self.dir.path().join("notify"))
     }
 
-    /// What is told next, a line each.
+    /// The lines of the next message.
     async fn messages(&self) -> Vec<String> {
         let mut message = vec![0; 64 * 1024];
         let received = with_timeout("a message", self.socket.recv(&mut message));
@@ -35,7 +35,7 @@ impl NotifySocket {
         message.lines().map(str::to_owned).collect()
     }
 
-    /// All that is told until a line is `last`.
+    /// All lines until one that `last` accepts.
     pub(crate) async fn until(&self, last: impl Fn(&str) -> bool) -> Vec<String> {
         let mut messages = Vec::new();
         while !messages.iter().any(|line: &String| last(line)) {
@@ -46,7 +46,7 @@ impl NotifySocket {
 }
 
 #[tokio::test]
-async fn a_node_that_waits_for_its_broker_asks_for_time() {
+async fn the_start_timeout_is_extended_while_waiting_for_nats() {
     let notify_socket = NotifySocket::new();
     let mut command = program();
     command
@@ -65,7 +65,7 @@ async fn a_node_that_waits_for_its_broker_asks_for_time() {
 }
 
 #[tokio::test]
-async fn a_watchdog_is_fed() {
+async fn the_watchdog_is_notified() {
     let notify_socket = NotifySocket::new();
     let mut command = program();
     command

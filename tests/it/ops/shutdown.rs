@@ -1,4 +1,4 @@
-//! How a node ends: unready first, then what runs, then the process.
+//! Shutdown: the node becomes unready, finishes running requests, and exits.
 
 use std::fs;
 use std::io::Read;
@@ -41,7 +41,7 @@ async fn refused(node: &Ports) {
 }
 
 #[tokio::test]
-async fn a_signal_lets_the_running_request_finish_and_takes_no_other() {
+async fn a_signal_finishes_the_running_request_and_accepts_no_other() {
     for signal in [Signal::TERM, Signal::INT] {
         let mut node = Node::start().await;
         let mut idle = RawConnection::connect(node.read).await;
@@ -53,7 +53,7 @@ async fn a_signal_lets_the_running_request_finish_and_takes_no_other() {
         assert_eq!(node.ops("/livez").await.status, 200);
 
         running.send(PATCH).await;
-        // It came before the stop, so it is as good as any.
+        // It was sent before the signal, so it is accepted.
         let response = running.response().await;
         assert_eq!(response.position(), 1);
         assert_eq!(response.header("connection"), "close");
@@ -63,14 +63,14 @@ async fn a_signal_lets_the_running_request_finish_and_takes_no_other() {
 }
 
 #[tokio::test]
-async fn a_header_of_which_a_part_has_come_is_heard_to_its_end() {
+async fn a_partially_received_header_is_read_to_its_end() {
     let mut node = Node::start().await;
     node.set(PATCH).await.position();
     let request = get_request("?user_id=a", "");
     let (begin, end) = request.split_at(request.len() / 2);
     let mut connection = RawConnection::connect(node.read).await;
     connection.send(format!("{request}{begin}")).await;
-    // So what came behind that request has been read as well.
+    // So the beginning of the next request has been read too.
     assert_eq!(connection.response().await.status, 200);
     node.signal(Signal::TERM);
     unready(&node).await;
@@ -87,7 +87,7 @@ async fn a_header_of_which_a_part_has_come_is_heard_to_its_end() {
 }
 
 #[tokio::test]
-async fn a_node_that_does_nothing_stops_at_once() {
+async fn an_idle_node_stops_immediately() {
     let mut node = Node::start().await;
     node.get("a").await;
     let started_at = Instant::now();
@@ -101,7 +101,7 @@ async fn a_node_that_does_nothing_stops_at_once() {
 }
 
 #[tokio::test]
-async fn a_second_signal_ends_the_process_at_once() {
+async fn a_second_signal_ends_the_process_immediately() {
     let mut node = Node::start().await;
     let _running = incomplete_set_request(&node, PATCH).await;
     node.signal(Signal::TERM);
@@ -110,7 +110,7 @@ async fn a_second_signal_ends_the_process_at_once() {
     assert_eq!(node.wait_for_exit().await.code(), Some(130));
 }
 
-/// A node that is stopping and its log, with four writes under way.
+/// A stopping node with four pending writes, and its log.
 async fn stopping_with_writes() -> (Arc<GatedLog>, InProcessNode, Vec<RawConnection>) {
     let (log, mut node) = start(Duration::from_secs(60)).await;
     let mut running = Vec::new();
@@ -123,14 +123,14 @@ async fn stopping_with_writes() -> (Arc<GatedLog>, InProcessNode, Vec<RawConnect
 }
 
 #[tokio::test]
-async fn writes_under_way_are_answered_before_the_node_ends() {
+async fn pending_writes_are_acknowledged_before_shutdown() {
     let (log, node, mut running) = stopping_with_writes().await;
     refused(&node).await;
     log.release();
     for (before, connection) in running.iter_mut().enumerate() {
         let response = connection.response().await;
         assert_eq!(response.position(), before as u64 + 1);
-        // Or its client might send another one on it.
+        // So that the client sends no further request on it.
         assert_eq!(response.header("connection"), "close");
         connection.expect_closed().await;
     }
@@ -138,9 +138,9 @@ async fn writes_under_way_are_answered_before_the_node_ends() {
 }
 
 #[tokio::test]
-async fn writes_that_the_log_refuses_at_the_end_are_told_so() {
+async fn pending_writes_that_the_log_rejects_return_503() {
     let (log, node, mut running) = stopping_with_writes().await;
-    // Two batches are under way, and the others' writes wait for the next.
+    // Two batches are in flight; the other writes are queued.
     log.refuse();
     log.release();
     for (before, connection) in running.iter_mut().enumerate() {
@@ -156,7 +156,7 @@ async fn writes_that_the_log_refuses_at_the_end_are_told_so() {
 }
 
 #[tokio::test]
-async fn a_request_that_does_not_end_keeps_the_node_until_the_deadline_only() {
+async fn shutdown_waits_for_a_stuck_request_until_its_deadline_only() {
     let (_log, mut node) = start_with(|config| {
         config.http.drain_max = Duration::from_millis(200);
     })
@@ -173,7 +173,7 @@ async fn a_request_that_does_not_end_keeps_the_node_until_the_deadline_only() {
 }
 
 #[tokio::test]
-async fn a_stop_that_comes_into_a_snapshot_writes_none_beside_it() {
+async fn a_shutdown_during_a_snapshot_waits_for_it() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
     let seed = write_backup_file(directory.path(), &random_store(60_000, u64::MAX), 6);
@@ -185,12 +185,12 @@ async fn a_stop_that_comes_into_a_snapshot_writes_none_beside_it() {
     let storage = Storage::open(&config, opening(origin, Some(seed.clone()))).unwrap();
     let mut node = InProcessNode::start_on_storage(storage, origin, |config| {
         config.restore_from = Some(seed);
-        // The stop waits for nothing that it need not wait for.
+        // The shutdown waits for the snapshot only.
         config.http.drain_max = Duration::ZERO;
     })
     .await;
 
-    // The next snapshot goes into a pipe, and so takes as long as this test lets it.
+    // The next snapshot is written into a pipe, so that the test controls how long it takes.
     let snapshot = |position| format!("grades-{position:020}.csv.gz");
     let snapshots = dir.join("snapshots");
     let partial = snapshots.join(format!("{}.partial", snapshot(7)));
@@ -208,7 +208,7 @@ async fn a_stop_that_comes_into_a_snapshot_writes_none_beside_it() {
     let whole = read_backup(&bytes).1;
     assert_eq!((whole.records.unwrap().0.position, whole.rows), (7, 60_001));
 
-    // A pipe can't be synced, so this one was no snapshot, and the stop wrote it itself after.
+    // A pipe cannot be synced, so this snapshot failed, and the shutdown wrote it again.
     node.wait_until_stopped().await;
     assert_eq!(file_names(&snapshots), [snapshot(6), snapshot(7)]);
     let kept = fs::read(snapshots.join(snapshot(7))).unwrap();

@@ -1,103 +1,112 @@
-//! Whether one user's history can be told as if every operation had happened at one moment between
-//! its beginning and its end: the search of Wing and Gong, with Lowe's memory of what was tried.
+//! Checks whether one user's history is linearizable: whether every operation can have taken effect
+//! at
+//! one moment between its invocation and its return. The search is that of Wing and Gong with
+//! Lowe's
+//! memoization.
 //!
-//! It rests on each value being set by one write alone. A read then names the writes it has seen, a
-//! write must have happened before the first read that saw it ends, and nothing may be overwritten
-//! that a read has yet to see. So there is rarely more than one way to go on, even with dozens of
-//! writes whose end is unknown; the search stays exhaustive. Deletions all do the same, so a read does
-//! not name one; but of those whose end is unknown, none is better than another, and the first one
-//! will do. A general one (todc-utils 0.1) took 12 s
-//! for 100 such operations, and for 300 more than was waited for.
+//! Each value is set by one write only, so a read identifies the writes it has seen. A write must
+//! take
+//! effect before the first read of its value returns, and no value may be overwritten that a read
+//! has yet
+//! to see. That leaves few choices, even with dozens of writes whose outcome is unknown; the search
+//! stays
+//! exhaustive. All deletions look the same to a read; of those with an unknown outcome the search
+//! uses
+//! the earliest. A general checker (todc-utils 0.1) took 12 s for 100 such operations and did not
+//! finish
+//! for 300.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use crate::harness::cluster::broker::FIELDS;
 
-/// What a read sees, by field; 0 is a field that was never set.
+/// The values that a read sees, by field; 0 if the field was never set.
 pub(crate) type Values = [i64; FIELDS.len()];
 
 /// A user's record, if there is one.
 pub(crate) type State = Option<Values>;
 
-/// More steps than this and a history is too entangled to be checked.
+/// More steps than this and the check gives up.
 const STEPS_MAX: usize = 500_000;
 
-/// What an operation did.
+/// The effect of an operation.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) enum Effect {
     /// Sets at least one field, none of them to 0.
     Set([Option<i64>; FIELDS.len()]),
     /// Removes the record.
     Delete,
-    /// Found this.
+    /// Returned this.
     Get(State),
 }
 
-/// One operation on one user. Times are of one clock.
+/// One operation on one user. All times are of one clock.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Op {
     pub(crate) invoked: u64,
-    /// `None` for a write that may happen at any time after it has begun, or never.
+    /// `None` for a write that may take effect at any time after its invocation, or never.
     pub(crate) returned: Option<u64>,
     pub(crate) effect: Effect,
-    /// Who it was, for who reads a failure.
+    /// Shown in a failure.
     pub(crate) label: String,
 }
 
-/// Whether there is an order, beginning with no record, in which all of it makes sense.
+/// Whether there is an order of the operations, starting without a record, that explains all of
+/// them.
 pub(crate) fn linearizable(ops: &[Op]) -> bool {
     Search::of(ops).is_some_and(|mut search| search.run())
 }
 
-/// An operation that has its place in every order.
+/// An operation that must take effect.
 struct Placed<'a> {
     invoked: u64,
-    /// The end of the time in which it must have happened.
+    /// The latest time at which it must have taken effect.
     until: u64,
     effect: &'a Effect,
 }
 
 struct Search<'a> {
-    /// By their beginning.
+    /// By invocation.
     ops: Vec<Placed<'a>>,
-    /// When the deletions began that may happen at any time after, or never; the first so many have.
+    /// Invocations of deletions with an unknown outcome. The first `spare_happened` of them took
+    /// effect.
     spare: Vec<u64>,
     spare_happened: usize,
-    /// Deletions among `ops` that have not happened.
+    /// Deletions among `ops` that have not taken effect.
     deletions_left: usize,
-    /// Those that have happened; all below `first_left` have.
+    /// Which operations have taken effect; all below `first_left` have.
     happened: Vec<bool>,
     first_left: usize,
     left: usize,
     state: State,
-    /// How many reads have yet to find a value in a field.
+    /// The number of reads left that see a value in a field.
     wanted: HashMap<(usize, i64), usize>,
-    /// How many have yet to find no record.
+    /// The number of reads left that see no record.
     absent_wanted: usize,
-    /// All that has been tried: what had happened, and what came of it.
+    /// The states that the search has visited.
     tried: HashSet<(usize, Vec<usize>, usize, State)>,
 }
 
-/// What may be next.
+/// A possible next operation.
 #[derive(Clone, Copy)]
 enum Choice {
     Op(usize),
-    /// A deletion that may as well never happen.
+    /// A deletion that may never take effect.
     Spare,
 }
 
-/// A step of the search, to be taken back.
+/// A step of the search, for backtracking.
 struct Step {
     before: State,
     happened: Vec<usize>,
     spare: bool,
-    /// The writes that may be next.
+    /// The possible next writes.
     choices: Vec<Choice>,
 }
 
 impl<'a> Search<'a> {
-    /// `None` if a read has seen what nobody wrote, or wrote later.
+    /// `None` if a read saw a value that was never written, or written later.
     fn of(ops: &'a [Op]) -> Option<Self> {
         let mut seen_until: HashMap<(usize, i64), u64> = HashMap::new();
         let mut wanted: HashMap<(usize, i64), usize> = HashMap::new();
@@ -128,7 +137,7 @@ impl<'a> Search<'a> {
             if op.effect == Effect::Delete && until.is_none() {
                 spare.push(op.invoked);
             }
-            // A write that may never have happened and that nobody has seen: as well it did not.
+            // A write with an unknown outcome whose value was never read: the search may ignore it.
             let Some(until) = until else { continue };
             if until < op.invoked {
                 return None;
@@ -180,8 +189,8 @@ impl<'a> Search<'a> {
         true
     }
 
-    /// Lets `write` happen, and every read that then can: a read changes nothing, so it may as well
-    /// happen as soon as it finds what it found.
+    /// Lets `write` take effect, and then every read that matches the state: a read changes
+    /// nothing, so it is best placed as early as possible.
     fn step(&mut self, write: Option<Choice>) -> Step {
         let mut step = Step {
             before: self.state,
@@ -232,14 +241,14 @@ impl<'a> Search<'a> {
             if self.may_spare(soonest) {
                 choices.push((waiting.unwrap_or(u64::MAX), Choice::Spare));
             }
-            // The last is taken first: what must have happened soonest.
+            // The last is tried first: the one with the earliest deadline.
             choices.sort_by_key(|(until, _)| std::cmp::Reverse(*until));
             step.choices = choices.into_iter().map(|(_, choice)| choice).collect();
         }
         step
     }
 
-    /// Whether this is a read that finds less than there is, which only a deletion can bring about.
+    /// Whether this is a read that sees less than the state has, which only a deletion can explain.
     fn wants_less(&self, op: usize) -> bool {
         let (Effect::Get(found), Some(values)) = (self.ops[op].effect, self.state) else {
             return false;
@@ -247,8 +256,8 @@ impl<'a> Search<'a> {
         found.is_none_or(|found| (0..FIELDS.len()).any(|at| found[at] == 0 && values[at] != 0))
     }
 
-    /// Whether a deletion that nothing demands may be next, and is of use: what is left finds less
-    /// than there is.
+    /// Whether a deletion with an unknown outcome may be next, and helps: a read that is left sees
+    /// less than the state has.
     fn may_spare(&self, soonest: Option<u64>) -> bool {
         let invoked = self.spare.get(self.spare_happened);
         let (Some(invoked), Some(values)) = (invoked, self.state) else {
@@ -264,13 +273,13 @@ impl<'a> Search<'a> {
         reads.is_some_and(|reads| *reads > 0)
     }
 
-    /// Whether nothing that is there is still to be read.
+    /// Whether no value of the state is still to be read.
     fn may_delete(&self) -> bool {
         let values = self.state.unwrap_or_default();
         !(0..FIELDS.len()).any(|field| values[field] != 0 && self.is_wanted(field, values[field]))
     }
 
-    /// What can be next: all that has begun before anything that is left must have happened.
+    /// The possible next operations: those invoked before any that is left must have taken effect.
     fn next(&self) -> Vec<usize> {
         let mut soonest = u64::MAX;
         let mut next = Vec::new();
@@ -290,15 +299,15 @@ impl<'a> Search<'a> {
         matches!(self.ops[op].effect, Effect::Get(found) if *found == self.state)
     }
 
-    /// Whether this is a write, and overwrites nothing that is still to be read and does not come
-    /// back.
+    /// Whether this is a write that overwrites no value which is still to be read and cannot
+    /// return.
     fn may_write(&self, op: usize) -> bool {
         let fields = match self.ops[op].effect {
             Effect::Set(fields) => fields,
             Effect::Delete => return self.may_delete(),
             Effect::Get(_) => return false,
         };
-        // What was never set, and no record at all, come back with a deletion.
+        // After a deletion, unset fields and the absence of a record return.
         let comes_back = self.deletions_left > 0 || self.spare_happened < self.spare.len();
         let values = self.state.unwrap_or_default();
         let absent_wanted = self.state.is_none() && self.absent_wanted > 0;
@@ -345,14 +354,14 @@ impl<'a> Search<'a> {
     }
 }
 
-/// What a write sets.
+/// The fields and values that a write sets.
 pub(crate) fn keys(fields: &[Option<i64>; FIELDS.len()]) -> impl Iterator<Item = (usize, i64)> {
     let fields = fields.iter().enumerate();
     fields.filter_map(|(field, value)| Some((field, (*value)?)))
 }
 
-/// The least of a history that fails: what had begun when it first failed, without all that can be
-/// left out and it still fails.
+/// A minimal failing history: truncated at the first failure, and without every operation that is
+/// not needed for it.
 pub(crate) fn shortest(ops: &[Op]) -> Vec<Op> {
     let mut ends: Vec<u64> = ops.iter().filter_map(|op| op.returned).collect();
     ends.sort_unstable();
@@ -375,9 +384,9 @@ pub(crate) fn shortest(ops: &[Op]) -> Vec<Op> {
     shortest_history
 }
 
-/// A history without a part of it; but what the rest has seen stays. If the whole makes sense, so
-/// does this: reads change nothing, nor does what is overwritten before it is read. Deletions stay as
-/// long as there is a read that finds less than all fields.
+/// A history without the operations in a range. Writes stay if their values are read in the rest,
+/// and deletions stay if a read in the rest misses a field. So a linearizable history stays
+/// linearizable.
 fn without(ops: &[Op], from: usize, to: usize) -> Vec<Op> {
     let within = |index: usize| (from..to).contains(&index);
     let mut seen = HashSet::new();
@@ -400,7 +409,7 @@ fn without(ops: &[Op], from: usize, to: usize) -> Vec<Op> {
     rest.map(|(_, op)| op.clone()).collect()
 }
 
-/// A history as it was at some time.
+/// The history as it was known at `time`.
 fn until(ops: &[Op], time: u64) -> Vec<Op> {
     let invoked = ops.iter().filter(|op| op.invoked <= time).cloned();
     let known = invoked.filter_map(|mut op| {

@@ -1,5 +1,5 @@
-//! The checker, checked: small histories whose answer is known, all orders tried one by one, and a
-//! real record seen at random moments.
+//! Tests of the checker: small histories with known answers, a comparison with all permutations,
+//! and long generated histories.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -31,24 +31,24 @@ fn delete(invoked: u64, returned: impl Into<Option<u64>>) -> Op {
     op(invoked, returned, Effect::Delete)
 }
 
-/// Finds the first field, and 0 in the others; 0 is no record.
+/// Returns the first field, and 0 in the others; 0 is no record.
 fn get(invoked: u64, returned: u64, value: i64) -> Op {
     let found = (value != 0).then_some([value, 0, 0, 0]);
     op(invoked, returned, Effect::Get(found))
 }
 
 #[test]
-fn histories_that_make_sense_are_accepted() {
+fn linearizable_histories_are_accepted() {
     let both = Effect::Set([Some(7), Some(8), None, None]);
     let histories = [
         vec![],
         vec![get(0, 1, 0), set(2, 3, 1), get(4, 5, 1), get(6, 7, 1)],
-        // Writes that overlap, in either order.
+        // Concurrent writes, in either order.
         vec![set(0, 9, 1), set(0, 9, 2), get(2, 3, 1), get(4, 5, 2)],
         vec![set(0, 9, 1), set(0, 9, 2), get(2, 3, 2), get(4, 5, 1)],
-        // A read beside a write, before it and after it.
+        // Reads concurrent with a write, before it and after it.
         vec![set(0, 9, 1), get(1, 2, 0), get(3, 4, 1)],
-        // A write without an end: late, or never.
+        // A write with an unknown outcome: it takes effect late, or never.
         vec![
             set(0, None, 1),
             get(1, 2, 0),
@@ -57,26 +57,26 @@ fn histories_that_make_sense_are_accepted() {
         ],
         vec![set(0, None, 1), set(2, 3, 2), get(4, 5, 2), get(6, 7, 1)],
         vec![set(0, None, 1), set(2, 3, 2), get(4, 5, 2)],
-        // A read that ends after what it should not have seen began.
+        // The read returns after the write is invoked.
         vec![get(0, 9, 1), set(5, 6, 1)],
-        // Two fields at once, one of them overwritten beside.
+        // Two fields in one write, one of them overwritten concurrently.
         vec![
             op(0, 9, both),
             set(0, 9, 1),
             op(10, 11, Effect::Get(Some([1, 8, 0, 0]))),
         ],
-        // A deletion, beside a write and after it; one of what is not there.
+        // Deletions: concurrent with a write, after it, and of no record.
         vec![set(0, 1, 1), delete(2, 3), get(4, 5, 0), delete(6, 7)],
         vec![set(0, 9, 1), delete(0, 9), get(2, 3, 1), get(4, 5, 0)],
         vec![delete(0, 9), set(0, 9, 1), get(2, 3, 0), get(10, 11, 1)],
-        // What was set before it does not show through what is set after it.
+        // A field set before a deletion is not visible after a later write.
         vec![
             op(0, 1, Effect::Set([Some(7), Some(8), None, None])),
             delete(2, 3),
             set(4, 5, 1),
             get(6, 7, 1),
         ],
-        // One without an end: never, late, or as often as there are some.
+        // Deletions with an unknown outcome: never, late, and two of them.
         vec![set(0, 1, 1), delete(0, None), get(2, 3, 1)],
         vec![set(0, 1, 1), delete(0, None), get(2, 3, 1), get(4, 5, 0)],
         vec![
@@ -95,7 +95,7 @@ fn histories_that_make_sense_are_accepted() {
 }
 
 #[test]
-fn histories_that_make_no_sense_are_found_and_told_in_short() {
+fn other_histories_are_rejected_with_a_minimal_one() {
     let both = |invoked, returned| {
         op(
             invoked,
@@ -110,15 +110,15 @@ fn histories_that_make_no_sense_are_found_and_told_in_short() {
             delete(invoked + 2, invoked + 3),
         ]
     };
-    // Each with how many of its operations it takes to see it.
+    // Each with the length of its minimal failing history.
     let histories = [
-        // What was answered is lost.
+        // An acknowledged write is lost.
         (vec![set(0, 1, 1), get(2, 3, 0)], 2),
         (vec![set(0, 1, 1), set(2, 3, 2), get(4, 5, 1)], 3),
-        // Nobody wrote it, or not yet.
+        // The value was never written, or written later.
         (vec![set(0, 1, 1), get(2, 3, 5)], 1),
         (vec![get(0, 1, 1), set(2, 3, 1)], 1),
-        // Back in time.
+        // A read goes back in time.
         (vec![set(0, None, 1), get(1, 2, 1), get(3, 4, 0)], 3),
         (
             vec![
@@ -130,10 +130,10 @@ fn histories_that_make_no_sense_are_found_and_told_in_short() {
             ],
             5,
         ),
-        // Half of a write.
+        // Half of a write is visible.
         (vec![both(0, Some(9)), finds(2, [7, 0, 0, 0])], 2),
         (vec![both(0, None), finds(2, [0, 8, 0, 0])], 2),
-        // Two readers that see two writes in two orders.
+        // Two reads see two writes in different orders.
         (
             vec![
                 both(0, None),
@@ -143,15 +143,15 @@ fn histories_that_make_no_sense_are_found_and_told_in_short() {
             ],
             4,
         ),
-        // A deletion that was answered is lost, or takes half of a record.
+        // An acknowledged deletion is lost, or removes half of a record.
         ([after(0), vec![finds(4, [7, 8, 0, 0])]].concat(), 3),
         ([after(0), vec![finds(4, [7, 0, 0, 0])]].concat(), 3),
-        // What was deleted shows through what was set after.
+        // A deleted field is visible after a later write.
         (
             [after(0), vec![set(4, 5, 1), finds(6, [1, 8, 0, 0])]].concat(),
             4,
         ),
-        // There is no record, and nobody has deleted it so often.
+        // No record, with fewer deletions than that takes.
         (
             vec![
                 set(0, 1, 1),
@@ -162,7 +162,7 @@ fn histories_that_make_no_sense_are_found_and_told_in_short() {
             ],
             5,
         ),
-        // Deleted before that was sent.
+        // Deleted before the deletion was invoked.
         (vec![set(0, 1, 1), get(2, 3, 0), delete(4, None)], 2),
     ];
     for (history, enough) in histories {
@@ -174,7 +174,7 @@ fn histories_that_make_no_sense_are_found_and_told_in_short() {
 }
 
 #[test]
-fn one_wrong_read_in_a_long_history_is_told_with_what_it_takes() {
+fn one_stale_read_in_a_long_history_is_found() {
     let mut history = Vec::new();
     for n in 1..=500 {
         let invoked = 10 * n as u64;
@@ -198,7 +198,7 @@ fn one_wrong_read_in_a_long_history_is_told_with_what_it_takes() {
     );
 }
 
-/// Every order, one by one.
+/// Tries all permutations.
 fn by_all_orders(left: &mut Vec<Op>, state: State) -> bool {
     if left.iter().all(|op| op.returned.is_none()) {
         return true;
@@ -236,7 +236,7 @@ fn fields() -> impl Strategy<Value = [bool; FIELDS.len()]> {
     any::<[bool; FIELDS.len()]>().prop_filter("sets something", |fields| fields.contains(&true))
 }
 
-/// Writes and reads at any times; what is read has mostly been written.
+/// Concurrent writes and reads; most reads see written values.
 fn small_history() -> impl Strategy<Value = Vec<Op>> {
     // Two fields are enough for one write to overwrite half of another.
     let write = (
@@ -267,8 +267,8 @@ fn small_history() -> impl Strategy<Value = Vec<Op>> {
     })
 }
 
-/// What was done to a record at moments 10 apart, each operation begun and ended around its own;
-/// the writes that are not known to have happened are told as such, and some have not.
+/// A linearizable history: operations take effect at moments 10 apart and overlap around them.
+/// Writes with an unknown outcome may or may not have taken effect.
 fn real_history() -> impl Strategy<Value = Vec<Op>> {
     let one = (proptest::option::of(fields()), 0..60u64, 0..60u64, 0..12u8);
     vec(one, 1..400).prop_map(|all| {
@@ -319,7 +319,7 @@ proptest! {
     #[test]
     fn what_a_record_went_through_is_accepted_and_a_read_from_the_past_is_not(history in real_history()) {
         prop_assert!(linearizable(&history));
-        // A read that finds what was overwritten for certain before it began.
+        // A read of a value that was certainly overwritten before the read.
         let end = 100 + 10 * history.len() as u64 + 60;
         let known = |op: &&Op| matches!(op.effect, Effect::Set(_)) && op.returned.is_some();
         let mut overwritten = None;

@@ -1,4 +1,4 @@
-//! Three replicas, a proxy before each, and clients that record what they are told.
+//! Three replicas, a proxy between each and NATS, and clients that record their operations.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -17,7 +17,7 @@ use crate::harness::cluster::proxy::Proxy;
 use crate::harness::cluster::seeded::ReferenceState;
 use crate::harness::wire::eventually;
 
-/// The replica that has a disk.
+/// The replica with a data directory.
 pub(super) const KEEPS: usize = 2;
 
 pub(super) struct RecordedCluster {
@@ -55,14 +55,14 @@ impl RecordedCluster {
         self.nodes[index].take().expect("it was killed").kill();
     }
 
-    /// Starts a replica again. Clients ask it from when it listens, long before it is ready.
+    /// Starts a replica again. Clients use it as soon as it listens, long before it is ready.
     pub(super) async fn launch(&mut self, index: usize) {
         let node = Node::launch(&mut command(&self.dir, &self.proxies, index)).await;
         self.clients.set_replica(index, &node);
         self.nodes[index] = Some(node);
     }
 
-    /// Waits until a write of each replica has come back to it.
+    /// Waits until each replica has acknowledged another write.
     pub(super) async fn all_write(&self) {
         for node in self.nodes.iter().flatten() {
             let patches = "gradestore_batch_duration_seconds_count";
@@ -74,7 +74,7 @@ impl RecordedCluster {
         }
     }
 
-    /// Makes the stream forget what a replica that is cut off needs next.
+    /// Trims the batches that a disconnected replica needs next.
     pub(super) async fn trim_beyond(&mut self, index: usize) {
         let status = self.node(index).status().await;
         let position = status["position"].as_u64().unwrap();
@@ -95,7 +95,7 @@ impl RecordedCluster {
         assert!(first > position + 1, "{first}");
     }
 
-    /// Ends the clients, and checks all that was recorded.
+    /// Stops the clients and checks the recorded history.
     pub(super) async fn check(mut self) {
         for node in self.nodes.iter().flatten() {
             eventually("ready", async || {
@@ -131,7 +131,7 @@ fn command(dir: &TempDir, proxies: &[Proxy], index: usize) -> Command {
     command
 }
 
-/// How much was recorded, for who reads the output.
+/// Prints how much was recorded.
 fn print_summary(records: &[Record]) {
     let count = |of: fn(&Operation) -> bool| {
         records
@@ -160,18 +160,19 @@ fn print_summary(records: &[Record]) {
         "{reads} reads, {absent} of them of no record, {written} writes, {deletions} of them \
          deletions, {refused} refused, {unknown} without an answer"
     );
-    // A history without these says nothing.
+    // A history without these would prove nothing.
     assert!(reads > 100 && written > 100 && deletions > 10 && absent > 10);
     let users: BTreeSet<usize> = records.iter().map(|record| record.user).collect();
     assert_eq!(users.len(), USERS);
 }
 
-/// What one replica was asked of one user, and what others were told to write to it.
+/// The operations of one replica on one user, and the writes to the other replicas with an open
+/// end.
 fn history_of(records: &[Record], replica: usize, user: usize) -> Vec<Op> {
     let of_user = records.iter().filter(|record| record.user == user);
     let op = |record: &Record| {
         let here = record.replica == replica;
-        // `None` for a write that never happens.
+        // `None` for a rejected write.
         let returned = |outcome| match outcome {
             Outcome::NotWritten => None,
             Outcome::Written(_) if here => Some(Some(record.returned)),
@@ -193,7 +194,7 @@ fn history_of(records: &[Record], replica: usize, user: usize) -> Vec<Op> {
     of_user.filter_map(op).collect()
 }
 
-/// What is wrong with a history, as short as it gets.
+/// The report of a failure, with a minimal history.
 fn describe(history: &[Op], replica: usize, user: usize) -> String {
     let shortest_history = shortest(history);
     let mut describe = format!(

@@ -1,4 +1,4 @@
-//! What many clients asked and were told, each with its times.
+//! Clients that record their operations with times.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,15 +15,15 @@ use crate::harness::wire::{Response, eventually, with_timeout};
 use crate::harness::{AUTHORIZATION, Ports};
 
 pub(crate) const REPLICAS: usize = 3;
-/// Few, so that clients meet.
+/// Few, so that clients conflict.
 pub(crate) const USERS: usize = 3;
 const CLIENTS: usize = 12;
-/// How long a client waits for an answer. A process that stands still gives none for longer.
+/// The timeout of a client. A frozen replica does not respond for longer.
 const ANSWER_MAX: Duration = Duration::from_millis(300);
-/// A client that is refused does not insist at once.
+/// After a rejected request.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// What was asked, and what came of it.
+/// An operation and its result.
 #[derive(Debug, Clone)]
 pub(crate) enum Operation {
     Set {
@@ -33,7 +33,7 @@ pub(crate) enum Operation {
     Delete {
         outcome: Outcome,
     },
-    /// A read that was answered; `position` is what it asked for.
+    /// A read that returned; `position` is its `Grade-Position`.
     Get {
         position: Option<u64>,
         found: State,
@@ -41,7 +41,7 @@ pub(crate) enum Operation {
 }
 
 impl Operation {
-    /// What is known of a write.
+    /// The outcome of a write.
     pub(crate) fn outcome(&self) -> Option<Outcome> {
         match self {
             Self::Set { outcome, .. } | Self::Delete { outcome } => Some(*outcome),
@@ -53,11 +53,11 @@ impl Operation {
 /// What a client knows of its write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// It was answered with this position.
+    /// Acknowledged at this position.
     Written(u64),
-    /// It was refused, or the connection for it was.
+    /// Rejected, or the connection was refused.
     NotWritten,
-    /// It may have been written, or be written later, once or never.
+    /// It may take effect once, now or later, or never.
     Unknown,
 }
 
@@ -72,12 +72,11 @@ pub(crate) struct Record {
     pub(crate) operation: Operation,
 }
 
-/// A user's id.
 pub(crate) fn user_id(user: usize) -> String {
     format!("user-{user}")
 }
 
-/// Clients that ask all replicas until they are told to stop, whatever befalls these.
+/// Clients that use all replicas, whatever their state, until [`Recorder::stop`].
 pub(crate) struct Recorder {
     replicas: Arc<Mutex<Vec<Ports>>>,
     stop: Arc<AtomicBool>,
@@ -111,12 +110,12 @@ impl Recorder {
         }
     }
 
-    /// The replica at `index` is there now.
+    /// Makes the clients use these ports for the replica at `index`.
     pub(crate) fn set_replica(&self, index: usize, ports: &Ports) {
         self.replicas.lock()[index] = ports.clone();
     }
 
-    /// Waits until one replica, or all of them, have answered so many requests more.
+    /// Waits until one replica, or all of them, have returned this many more successful responses.
     pub(crate) async fn wait_for_responses(&self, replica: Option<usize>, responses: usize) {
         let now = || match replica {
             Some(replica) => self.answered[replica].load(Ordering::Relaxed),
@@ -130,7 +129,7 @@ impl Recorder {
         eventually("more answers", async || (now() >= expected).then_some(())).await;
     }
 
-    /// Stops them; what they recorded.
+    /// Stops the clients; returns their records.
     pub(crate) async fn stop(self) -> Vec<Record> {
         self.stop.store(true, Ordering::Relaxed);
         let all = with_timeout("the clients' end", self.clients.join_all()).await;
@@ -143,7 +142,7 @@ struct Client {
     clock: Instant,
     random: Rng,
     replicas: Arc<Mutex<Vec<Ports>>>,
-    /// That of its last answered write.
+    /// The position of its last acknowledged write.
     position: Option<u64>,
     writes: usize,
 }
@@ -189,8 +188,8 @@ impl Client {
         records
     }
 
-    /// Half of the clients go to one replica each, so that one that stands still does not hold up
-    /// all; the others to any.
+    /// Half of the clients use one replica each, so that a frozen replica does not stop all
+    /// clients.
     fn replica(&mut self) -> usize {
         match self.id % 2 {
             0 => self.id / 2 % REPLICAS,
@@ -202,7 +201,7 @@ impl Client {
         self.clock.elapsed().as_nanos() as u64
     }
 
-    /// Some of the fields, to values that nobody else sets.
+    /// Random fields with values that no other write sets.
     fn fields(&mut self) -> [Option<i64>; FIELDS.len()] {
         self.writes += 1;
         let value = (self.id * 1_000_000 + self.writes) as i64;
@@ -239,7 +238,7 @@ impl Client {
                 504 => Outcome::Unknown,
                 _ => panic!("{response:?}"),
             },
-            // There was nobody to send it to.
+            // Nothing was sent.
             Err(error) if error.is_connect() => Outcome::NotWritten,
             Ok(None) | Err(_) => Outcome::Unknown,
         };
@@ -249,8 +248,7 @@ impl Client {
         outcome
     }
 
-    /// A read; every other one at the position of this client's last write. `None` if it was not
-    /// answered.
+    /// A read, every other time at the position of this client's last write. `None` if it failed.
     async fn get(&mut self, ports: &Ports, user: usize) -> Option<Operation> {
         let url = format!("http://{}/get?user_id={}", ports.read, user_id(user));
         let mut request = ports.client.get(url);
@@ -272,7 +270,7 @@ impl Client {
     }
 }
 
-/// The answer to a request, whole; `None` if it takes too long.
+/// The response to a request; `None` after the timeout.
 async fn response(request: reqwest::RequestBuilder) -> Result<Option<Response>, reqwest::Error> {
     let operation = async {
         let response = request.send().await?;

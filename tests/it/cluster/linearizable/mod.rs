@@ -1,23 +1,29 @@
-//! Histories of real replicas under faults, and what they may say.
+//! Histories of real replicas under faults, checked for linearizability.
 //!
-//! Many clients set, delete and read few users at three replicas; each request is kept with when it
-//! began and ended and what came of it. What must then be true is said twice, once by each replica's own answers and
-//! once by the log.
+//! Clients set, delete and read a few users on three replicas, and record the invocation, the
+//! return and
+//! the result of each operation. Two checks follow.
 //!
-//! **One replica is linearizable, user by user** ([`checker`]). The operations that went to it, in
-//! all its lives, can be told as if each had happened at one moment between its beginning and its
-//! end. A write that it answered has happened by then; one that it refused never does; one without
-//! an answer may at any time, or never. So may the writes that other replicas were sent: nothing is
-//! promised of when a replica hears of them, only that nobody can see them before they are sent. A
-//! replica that starts again shows nothing before it holds all that was answered, so this goes
-//! across its lives: no client sees it go back. It is *not* true of all replicas together: one that
-//! is behind answers a plain read with what it has.
+//! **One replica is linearizable for each user** ([`checker`]), over all its restarts. An
+//! acknowledged
+//! write took effect before it returned; a rejected one never did; one without a response may take
+//! effect
+//! at any time, or never. Writes to other replicas count as such writes too: a replica may learn of
+//! them
+//! at any time after their invocation. A replica that restarts serves nothing before it holds all
+//! that it
+//! acknowledged, so no client sees it go back. The cluster as a whole is *not* linearizable: a
+//! replica
+//! that lags answers a plain read with an older state.
 //!
-//! The replica's answers alone would be content with an order of its own. **The log's order is one
-//! in which everything makes sense** ([`order`]): each write is there once or not at all, where its
-//! answer said, and behind what was answered before it began; a replica shows a beginning of the
-//! log that never gets shorter, whomever it answers; a read with `Grade-Position` holds all up to
-//! there on any replica, so clients read their own writes; and positions only grow.
+//! A replica's responses alone would allow an order of its own. **The order of the log explains all
+//! histories** ([`order`]): each write is in the log at most once, at its acknowledged position,
+//! and after
+//! all writes that were acknowledged before it was invoked. A replica always serves a prefix of the
+//! log
+//! that never shrinks. A read with `Grade-Position` sees all up to that position on any replica.
+//! The
+//! positions of one client increase.
 
 mod checker;
 mod checker_tests;
@@ -32,18 +38,18 @@ use self::cluster::{KEEPS, RecordedCluster};
 use self::history::REPLICAS;
 use crate::harness::cluster::proxy::Rules;
 
-/// So many answers between two faults.
+/// Responses between two faults.
 const SOME: usize = 100;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_that_are_killed_and_begin_again_never_go_back() {
+async fn killed_and_restarted_replicas_never_go_back() {
     let mut cluster = RecordedCluster::start().await;
-    // One has a snapshot, the others begin from nothing.
+    // One has a snapshot, the others start without data.
     for replica in [0, KEEPS, 1, KEEPS] {
         cluster.clients.wait_for_responses(None, SOME).await;
         cluster.kill(replica);
         cluster.clients.wait_for_responses(None, SOME).await;
-        // What it begins from is old, and what came since is slow to arrive.
+        // Its snapshot is old, and newer batches arrive late.
         cluster.proxies[replica].set(Rules {
             hold_batches: true,
             ..Rules::default()
@@ -60,7 +66,7 @@ async fn replicas_that_are_killed_and_begin_again_never_go_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_that_is_killed_changes_no_order() {
+async fn a_killed_broker_changes_no_order() {
     let mut cluster = RecordedCluster::start().await;
     for _ in 0..4 {
         cluster.all_write().await;
@@ -74,7 +80,7 @@ async fn a_broker_that_is_killed_changes_no_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_that_stand_still_go_on_where_they_were() {
+async fn frozen_replicas_continue_where_they_stopped() {
     let cluster = RecordedCluster::start().await;
     for replica in 0..REPLICAS {
         cluster.node(replica).signal(Signal::STOP);
@@ -91,7 +97,7 @@ async fn replicas_that_stand_still_go_on_where_they_were() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_that_lose_or_delay_words_change_no_order() {
+async fn lost_and_delayed_messages_change_no_order() {
     let cluster = RecordedCluster::start().await;
     let none = Rules::default();
     let all = [
@@ -137,10 +143,10 @@ async fn connections_that_lose_or_delay_words_change_no_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_that_forgets_what_a_replica_needs_is_not_served_across() {
+async fn a_trimmed_log_is_not_served_across_the_gap() {
     let mut cluster = RecordedCluster::start().await;
     cluster.clients.wait_for_responses(None, SOME).await;
-    // One is cut off, one is not there: what they lack is soon forgotten.
+    // One replica is disconnected and one is stopped while the batches that they need are trimmed.
     cluster.kill(1);
     let dead = Rules {
         drop_requests: true,

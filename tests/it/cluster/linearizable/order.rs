@@ -1,5 +1,4 @@
-//! Whether a history is told by the log: its order is one in which everything that was asked and
-//! answered makes sense.
+//! Checks that the order of the log explains the recorded histories.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -7,23 +6,23 @@ use super::checker::{State, keys};
 use super::history::{Operation, Outcome, REPLICAS, Record, USERS, user_id};
 use crate::harness::cluster::broker::LoggedWrite;
 
-/// A log and what clients recorded of it.
+/// A log and the records of its clients.
 pub(crate) struct Order<'a> {
     records: &'a [Record],
-    /// The writes in the log's order: the batch's position, and which record it is.
+    /// The writes in the order of the log: position of the batch, index of the record.
     places: Vec<(u64, usize)>,
     place_of: HashMap<usize, usize>,
-    /// By user, what the record was before and after each of its writes, and the place of that. Only
-    /// no record comes more than once.
+    /// By user, where in `places` each state is valid. Only the state without a record occurs more
+    /// than once.
     states: Vec<HashMap<State, Vec<Span>>>,
 }
 
 /// The deletions of one history. They all look the same in the log.
 #[derive(Default)]
 struct Deletions {
-    /// By user and position, those that were answered.
+    /// By user and position, those that were acknowledged.
     answered: HashMap<(String, u64), Vec<usize>>,
-    /// By user, those of which nothing is known, in the order of time.
+    /// By user, those with an unknown outcome, by invocation.
     unknown: HashMap<String, VecDeque<usize>>,
 }
 
@@ -51,8 +50,8 @@ impl Deletions {
         deletions
     }
 
-    /// Which record the log's next deletion of `user` is. Of those that it can be as well the one
-    /// that began first is the best: it may be anywhere the others may be.
+    /// The record of the next deletion of `user` in the log. Among several candidates, the one with
+    /// the earliest invocation fits wherever the others do.
     fn next(&mut self, user: &str, position: u64) -> Option<usize> {
         let answered = self.answered.get_mut(&(user.to_owned(), position));
         let answered = answered.and_then(Vec::pop);
@@ -60,7 +59,7 @@ impl Deletions {
     }
 }
 
-/// A user's state holds from one place in the log until before another.
+/// Where a state of a user is valid: from its write until before the next.
 #[derive(Debug, Clone, Copy)]
 struct Span {
     from: Option<usize>,
@@ -68,7 +67,7 @@ struct Span {
 }
 
 impl<'a> Order<'a> {
-    /// Finds each of the log's writes among the records: whole, once, and none that was refused.
+    /// Finds each write of the log among the records: complete, once, and not rejected.
     pub(crate) fn new(records: &'a [Record], log: &BTreeMap<u64, Vec<LoggedWrite>>) -> Self {
         let mut sent = HashMap::new();
         for (index, record) in records.iter().enumerate() {
@@ -130,8 +129,7 @@ impl<'a> Order<'a> {
         order
     }
 
-    /// What each user's record was in turn. Each write sets values of its own, so no state comes
-    /// twice, but for that of no record.
+    /// The successive states of each user's record.
     fn fold(&mut self) {
         let end = self.places.len();
         let mut now: Vec<(State, Option<usize>)> = vec![(None, None); USERS];
@@ -166,7 +164,7 @@ impl<'a> Order<'a> {
         }
     }
 
-    /// All that must hold.
+    /// Checks everything.
     pub(crate) fn check(&self) {
         self.writes_are_in_the_order_of_time();
         self.positions_of_a_client_grow();
@@ -176,8 +174,8 @@ impl<'a> Order<'a> {
         self.reads_see_the_position_they_asked_for();
     }
 
-    /// A write that was answered before another was begun is before it in the log, whoever sent
-    /// them and through whichever replica.
+    /// A write that was acknowledged before another was invoked precedes it in the log, whichever
+    /// clients and replicas they used.
     fn writes_are_in_the_order_of_time(&self) {
         let mut latest: Option<&Record> = None;
         for (_, index) in &self.places {
@@ -214,15 +212,14 @@ impl<'a> Order<'a> {
         }
     }
 
-    /// What a read has found, as parts of the log, the first one first.
+    /// Where in the log the result of a read is valid, the first span first.
     fn spans(&self, record: &Record, found: &State) -> &[Span] {
         let spans = self.states[record.user].get(found);
         spans.unwrap_or_else(|| panic!("the log never comes to this: {record:?}"))
     }
 
-    /// All that a replica answers, to whomever and in all its lives, is of a beginning of the log
-    /// that never gets shorter; it holds what the replica has answered, and nothing of what nobody
-    /// has sent yet.
+    /// Everything that a replica returns, in all its lives, is a prefix of the log that never
+    /// shrinks, includes its own acknowledged writes, and nothing that was not yet invoked.
     fn a_replica_shows_a_growing_prefix(&self, replica: usize) {
         let here = |record: &&(usize, &Record)| record.1.replica == replica;
         let all: Vec<(usize, &Record)> = self.records.iter().enumerate().collect();
@@ -230,9 +227,9 @@ impl<'a> Order<'a> {
         by_return.sort_by_key(|(_, record)| record.returned);
         let mut by_invocation = by_return.clone();
         by_invocation.sort_by_key(|(_, record)| record.invoked);
-        // How far the replica must have come, and who says so.
+        // The least prefix that the replica must serve, and the record that proves it.
         let mut shortest_history: Option<(usize, &Record)> = None;
-        // Where what a read has found begins.
+        // Where the result of each read starts to be valid.
         let mut found_from: HashMap<usize, Option<usize>> = HashMap::new();
         let mut returned = by_return.into_iter().peekable();
         for (index, record) in by_invocation {
@@ -260,7 +257,7 @@ impl<'a> Order<'a> {
                 let (_, before) = shortest_history.expect("something is later");
                 panic!("the second is of an earlier state of the replica: {before:?} {record:?}");
             };
-            // The first one that it may be: it has been sent if any of them has.
+            // The earliest write that the read can have seen.
             if let Some(from) = span.from {
                 let write = &self.records[self.places[from].1];
                 assert!(
@@ -272,8 +269,7 @@ impl<'a> Order<'a> {
         }
     }
 
-    /// Read your own writes: a read that asks for a position finds all that the log holds up to it,
-    /// whichever replica it asks.
+    /// Read your own writes: a read with a position sees all up to it, on any replica.
     fn reads_see_the_position_they_asked_for(&self) {
         for record in self.records {
             let Operation::Get {
@@ -293,7 +289,7 @@ impl<'a> Order<'a> {
     }
 }
 
-/// The position of a write that was answered.
+/// The position of an acknowledged write.
 fn written(record: &Record) -> Option<u64> {
     match record.operation.outcome() {
         Some(Outcome::Written(position)) => Some(position),

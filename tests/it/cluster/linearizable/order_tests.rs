@@ -1,4 +1,4 @@
-//! The log's check, checked: a history that it tells, and the same with one thing wrong at a time.
+//! Tests of the log's check: a consistent history, and the same with one fault at a time.
 
 use std::collections::BTreeMap;
 use std::panic::catch_unwind;
@@ -33,7 +33,7 @@ fn record(replica: usize, invoked: u64, operation: Operation) -> Record {
     }
 }
 
-/// Whether the log with these values, a batch each, tells `records`; 0 is a deletion.
+/// Whether a log with these values, one batch each, explains `records`; 0 is a deletion.
 fn is_explained_by(values: &[i64], records: Vec<Record>) -> bool {
     let batch = |(index, value): (usize, &i64)| {
         let (user, field, value) = (user_id(0), 0, *value);
@@ -48,7 +48,7 @@ fn is_explained_by(values: &[i64], records: Vec<Record>) -> bool {
 }
 
 #[test]
-fn what_the_log_does_not_tell_is_found() {
+fn violations_of_the_log_order_are_found() {
     let written = |replica, invoked, value, position| {
         set(replica, invoked, value, Outcome::Written(position))
     };
@@ -57,7 +57,7 @@ fn what_the_log_does_not_tell_is_found() {
     let with = |more: &[Record]| [two(), more.to_vec()].concat();
 
     assert!(is_explained_by(&[1, 2], two()));
-    // A replica that was not written to may be behind, but does not go back.
+    // Another replica may lag, but does not go back.
     assert!(is_explained_by(
         &[1, 2],
         with(&[get(2, 20, None, 0), get(2, 30, None, 2)])
@@ -66,27 +66,27 @@ fn what_the_log_does_not_tell_is_found() {
         &[1, 2],
         with(&[get(2, 20, None, 2), get(2, 30, None, 1)])
     ));
-    // It holds what it has answered, and what it is asked for.
+    // A replica serves its own acknowledged writes, and the requested position.
     assert!(!is_explained_by(&[1, 2], with(&[get(1, 20, None, 1)])));
     assert!(is_explained_by(&[1, 2], with(&[get(2, 20, Some(1), 1)])));
     assert!(!is_explained_by(&[1, 2], with(&[get(2, 20, Some(2), 1)])));
-    // Nothing is seen before it is sent, nor what the log does not have.
+    // Nothing is seen before its invocation, nor what is not in the log.
     assert!(!is_explained_by(&[1, 2], with(&[get(2, 5, None, 2)])));
     assert!(!is_explained_by(
         &[1, 2],
         with(&[unknown(0, 20, 3), get(2, 30, None, 3)])
     ));
-    // What has no answer may be there or not, and anywhere behind where it began.
+    // A write with an unknown outcome may be in the log, at any place after its invocation.
     assert!(is_explained_by(&[1, 2, 3], with(&[unknown(0, 5, 3)])));
     let between = [written(0, 0, 1, 1), unknown(0, 5, 3), written(1, 10, 2, 3)];
     assert!(is_explained_by(&[1, 3, 2], between.to_vec()));
     assert!(!is_explained_by(&[1, 2, 3, 3], with(&[unknown(0, 5, 3)])));
-    // What was refused is not there.
+    // A rejected write is not in the log.
     assert!(!is_explained_by(
         &[1, 2, 3],
         with(&[set(0, 5, 3, Outcome::NotWritten)])
     ));
-    // What was answered is, in its place, and in the order of time.
+    // An acknowledged write is, at its position, and in the order of time.
     assert!(!is_explained_by(&[1], two()));
     assert!(!is_explained_by(&[2, 1], two()));
     let swapped = vec![written(0, 0, 1, 2), written(1, 10, 2, 1)];
@@ -94,7 +94,7 @@ fn what_the_log_does_not_tell_is_found() {
 }
 
 #[test]
-fn deletions_are_told_by_the_log_too() {
+fn violations_by_deletions_are_found() {
     let written = |replica, invoked, value, position| {
         set(replica, invoked, value, Outcome::Written(position))
     };
@@ -105,7 +105,8 @@ fn deletions_are_told_by_the_log_too() {
     let log = [1, 0, 2];
 
     assert!(is_explained_by(&log, three()));
-    // No record before the first write, and after the deletion; not after the second write.
+    // There is no record before the first write and after the deletion, but there is one after the
+    // second write.
     assert!(is_explained_by(
         &log,
         with(&[
@@ -127,18 +128,19 @@ fn deletions_are_told_by_the_log_too() {
             get(2, 50, None, 1)
         ])
     ));
-    // Whoever answered the deletion does not show what was before it, nor does who is asked for it.
+    // Neither the replica that acknowledged the deletion nor a read at its position shows the older
+    // state.
     assert!(!is_explained_by(&log, with(&[get(1, 30, None, 1)])));
     assert!(is_explained_by(&log, with(&[get(1, 30, None, 0)])));
     assert!(is_explained_by(&log, with(&[get(2, 30, Some(2), 0)])));
     assert!(!is_explained_by(&log, with(&[get(2, 30, Some(2), 1)])));
     assert!(!is_explained_by(&log, with(&[get(2, 30, Some(3), 0)])));
-    // It is not seen before it is sent.
+    // It is not seen before its invocation.
     assert!(!is_explained_by(
         &log,
         with(&[get(2, 4, None, 1), get(2, 6, None, 0)])
     ));
-    // It is there, where it was said to be, and once.
+    // It is in the log, at its position, once.
     assert!(!is_explained_by(&[1, 2], three()));
     assert!(!is_explained_by(&[0, 1, 2], three()));
     assert!(!is_explained_by(&[1, 0, 2, 0], three()));
@@ -149,7 +151,7 @@ fn deletions_are_told_by_the_log_too() {
         &[1, 0, 2, 0],
         with(&[delete(0, 15, Outcome::NotWritten)])
     ));
-    // What was answered before another was begun is before it.
+    // A write that was acknowledged before another was invoked precedes it.
     let swapped = vec![deleted(0, 0, 2), written(1, 10, 1, 1)];
     assert!(!is_explained_by(&[1, 0], swapped));
 }

@@ -1,4 +1,4 @@
-//! A broker to test with, replicas on it, and what must hold of them afterwards.
+//! One nats-server, replicas on it, load, and the checks of what a cluster must hold.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -24,20 +24,20 @@ use crate::harness::cluster::nats::NatsServer;
 use crate::harness::wire::{Response, with_timeout};
 use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, program};
 
-/// As tests/install-nats.sh puts it there.
+/// Installed by tests/install-nats.sh.
 pub(crate) const NATS_SERVER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/.tools/bin/nats-server");
 pub(crate) const STREAM: &str = "GRADES";
 pub(crate) const SUBJECT: &str = "grades.set";
 pub(crate) const FIELDS: [&str; 4] = ["postpaid_limit", "spp", "shipping_fee", "return_fee"];
 
-/// One nats-server, which may lose its store.
+/// One nats-server, which may be killed, restarted and rolled back.
 pub(crate) struct Broker {
     pub(crate) address: SocketAddr,
     server: NatsServer,
 }
 
 impl Broker {
-    /// One with the stream, as an operator may create it: an ephemeral replica alone does not.
+    /// A server with the stream, which an ephemeral replica alone does not create.
     pub(crate) async fn start() -> Self {
         let broker = Self::start_with(&[]).await;
         broker.create_stream().await;
@@ -50,7 +50,7 @@ impl Broker {
         client.create_stream(stream_config()).await.unwrap();
     }
 
-    /// One with more arguments, and no stream.
+    /// A server with these arguments and no stream.
     pub(crate) async fn start_with(args: &[&str]) -> Self {
         let server = NatsServer::start_with("", args).await;
         Self {
@@ -59,17 +59,17 @@ impl Broker {
         }
     }
 
-    /// Ends it as a power switch would, but for the system's caches.
+    /// kill -9; the page cache survives.
     pub(crate) fn kill(&mut self) {
         self.server.kill();
     }
 
-    /// Starts it again where it was.
+    /// Restarts it with the same port and store.
     pub(crate) async fn restart(&mut self) {
         self.server.restart().await;
     }
 
-    /// Kills it and copies what it has on its disk.
+    /// Kills it and copies its store.
     pub(crate) fn kill_and_copy(&mut self) -> TempDir {
         self.kill();
         let copy = tempfile::tempdir().unwrap();
@@ -77,7 +77,7 @@ impl Broker {
         copy
     }
 
-    /// Starts it again with what it had when `copy` was made: a broker that lost its last batches.
+    /// Restarts it with an older copy of its store, so that it has lost its last messages.
     pub(crate) async fn roll_back(&mut self, copy: TempDir) {
         self.kill();
         let store = self.server.store();
@@ -87,19 +87,19 @@ impl Broker {
         self.restart().await;
     }
 
-    /// A client of the test's own.
+    /// A NATS client for the test.
     pub(crate) async fn client(&self) -> Context {
         let client = async_nats::connect(self.address.to_string()).await.unwrap();
         jetstream::new(client)
     }
 
-    /// A replica.
+    /// A ready replica.
     pub(crate) async fn replica(&self) -> Node {
         Node::start_with(&mut replica_at(self.address)).await
     }
 
-    /// Some that start at once, so that one of them makes the stream and the others find it. Every
-    /// second one has two threads, whatever the machine.
+    /// Replicas that start at the same time, so that one creates the stream. Every second one has
+    /// two threads.
     pub(crate) async fn replicas<const N: usize>(&self) -> [Node; N] {
         let replica = async |number: usize| {
             let threads = (1 + number % 2).to_string();
@@ -111,7 +111,7 @@ impl Broker {
     }
 }
 
-/// The stream as replicas need it, of a new log.
+/// The stream of a new log with the required settings.
 pub(crate) fn stream_config() -> Config {
     let log = RandomId::random().unwrap();
     Config {
@@ -142,42 +142,42 @@ pub(crate) fn copy_tree(from: &Path, to: &Path) {
     }
 }
 
-/// The command that starts a replica whose broker is at `address`.
+/// The command of a replica on the server at `address`.
 pub(crate) fn replica_at(address: SocketAddr) -> Command {
     replica_with(&address.to_string())
 }
 
-/// The command that starts a replica that finds its broker so.
+/// The command of a replica with this `--nats-url`.
 pub(crate) fn replica_with(nats_url: &str) -> Command {
     let mut command = program();
     command
         .env("GRADESTORE_PASSWORD", PASSWORD)
-        // Its messages would be in the way of who counts them.
+        // Checkpoints would add messages to the stream.
         .env("GRADESTORE_CHECKPOINT_INTERVAL", "1h")
-        // So that a test that waits for the end of waiting does not wait long.
+        // Shorter than the default, because some tests wait for the timeout.
         .env("GRADESTORE_WRITE_TIMEOUT", "5s")
         .args(["--nats-url", nats_url])
         .args(ANY_PORTS);
     command
 }
 
-/// One write that was answered with 204.
+/// An acknowledged write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct AckedWrite {
     pub(crate) position: u64,
     pub(crate) write: LoggedWrite,
 }
 
-/// What the log says of one user.
+/// One change in the log.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum LoggedWrite {
     Set(Write),
-    /// The user's record is removed.
+    /// Removes the user's record.
     Delete(String),
 }
 
 impl LoggedWrite {
-    /// What it sets, if it does.
+    /// The write, unless it is a deletion.
     pub(crate) fn set(&self) -> Option<&Write> {
         match self {
             Self::Set(write) => Some(write),
@@ -192,7 +192,7 @@ impl From<Write> for LoggedWrite {
     }
 }
 
-/// One field of one user set to a value that no other write sets.
+/// Sets one field of one user to a value that no other write sets.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Write {
     pub(crate) user: String,
@@ -201,25 +201,25 @@ pub(crate) struct Write {
 }
 
 impl Write {
-    /// As `POST /set` takes it.
+    /// The body of `POST /set`.
     pub(crate) fn json(&self) -> String {
         let (user, field, value) = (&self.user, FIELDS[self.field], self.value);
         format!(r#"{{"user_id":"{user}","{field}":{value}}}"#)
     }
 }
 
-/// Often enough that users go, seldom enough that there are some at any time.
+/// Users are deleted regularly, and most of them exist at any time.
 const DELETE_EVERY: usize = 29;
 
-/// Writers that work until they are told to stop.
+/// Writers that run until [`Load::stop`].
 pub(crate) struct Load {
     stop: Arc<AtomicBool>,
     writers: Vec<JoinHandle<Vec<AckedWrite>>>,
 }
 
 impl Load {
-    /// Three writers a node, all on the same fields of the same users; each sends `writes` at most,
-    /// and every [`DELETE_EVERY`]th of them is a deletion.
+    /// Starts three writers for each node, all on the same fields of the same users. Each sends
+    /// `writes` at most, and every [`DELETE_EVERY`]th of them is a deletion.
     pub(crate) fn start(nodes: &[&Node], users: usize, writes: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let writers = (0..nodes.len() * 3).map(|id| {
@@ -232,7 +232,7 @@ impl Load {
         }
     }
 
-    /// Waits until they have sent all; what was answered.
+    /// Waits until all writes are sent; returns the acknowledged ones.
     pub(crate) async fn done(self) -> Vec<AckedWrite> {
         let mut answered = Vec::new();
         for writer in self.writers {
@@ -241,7 +241,7 @@ impl Load {
         answered
     }
 
-    /// Stops them; what was answered.
+    /// Stops the writers; returns the acknowledged writes.
     pub(crate) async fn stop(self) -> Vec<AckedWrite> {
         self.stop.store(true, Ordering::Relaxed);
         with_timeout("the writers' end", self.done()).await
@@ -277,7 +277,7 @@ async fn write(
                 position: response.position(),
                 write,
             }),
-            // A client that is refused does not insist at once.
+            // Back off after a rejected write.
             503 | 504 => tokio::time::sleep(Duration::from_millis(10)).await,
             _ => panic!("{response:?}"),
         }
@@ -285,7 +285,7 @@ async fn write(
     answered
 }
 
-/// The stream as a plain program reads it: each message's writes, the first one's first.
+/// Reads the whole stream with a plain consumer: the changes of each message.
 pub(crate) async fn read_stream(broker: &Context) -> Vec<Vec<LoggedWrite>> {
     let mut stream = broker.get_stream(STREAM).await.unwrap();
     let messages = stream.info().await.unwrap().state.messages as usize;
@@ -307,7 +307,7 @@ pub(crate) async fn read_stream(broker: &Context) -> Vec<Vec<LoggedWrite>> {
     read
 }
 
-/// What a message sets and deletes.
+/// The changes in a message.
 pub(crate) fn parse_batch(payload: &[u8]) -> Vec<LoggedWrite> {
     let Ok(Value::Array(patches)) = serde_json::from_slice(payload) else {
         return Vec::new();
@@ -327,9 +327,8 @@ pub(crate) fn parse_batch(payload: &[u8]) -> Vec<LoggedWrite> {
     writes
 }
 
-/// What must hold of replicas and their log, whatever has happened: what was answered is in the log
-/// at the place that the answer named, nothing is there twice, and every replica holds exactly what
-/// a plain fold of the log gives.
+/// Checks replicas against the log: each acknowledged write is at its position, no write is there
+/// twice, and every replica holds exactly the fold of the log.
 pub(crate) async fn check(broker: &Context, nodes: &[&Node], answered: &[AckedWrite]) {
     let log = read_stream(broker).await;
     assert_acked_writes_in_log(answered, |position| log.get(position as usize - 1));
@@ -366,8 +365,8 @@ pub(crate) async fn check(broker: &Context, nodes: &[&Node], answered: &[AckedWr
     assert_eq!(digests.len(), 1, "{digests:?}");
 }
 
-/// Checks that each answered write is in the batch that its answer named; a deletion, which may be
-/// of a user that others deleted as well, as often as it was answered.
+/// Checks that each acknowledged write is in the batch at its position. Several acknowledged
+/// deletions of one user in one batch must all be there.
 pub(crate) fn assert_acked_writes_in_log<'a>(
     answered: &[AckedWrite],
     batch: impl Fn(u64) -> Option<&'a Vec<LoggedWrite>>,
@@ -383,7 +382,7 @@ pub(crate) fn assert_acked_writes_in_log<'a>(
     }
 }
 
-/// Checks that nothing is set twice, since no two writes set the same.
+/// Checks that no write is in the log twice. Each sets a unique value.
 pub(crate) fn assert_no_duplicates<'a>(log: impl Iterator<Item = &'a LoggedWrite>) {
     let mut seen = BTreeSet::new();
     for write in log.filter_map(LoggedWrite::set) {
@@ -392,7 +391,7 @@ pub(crate) fn assert_no_duplicates<'a>(log: impl Iterator<Item = &'a LoggedWrite
 }
 
 impl Ports {
-    /// `GET /get` of a known user with `Grade-Position`: the node responds once it has applied
+    /// `GET /get` of a known user with `Grade-Position`: responds once the node has applied
     /// `position`.
     pub(crate) async fn get_at(&self, user_id: &str, position: u64) -> Value {
         let user_id = utf8_percent_encode(user_id, NON_ALPHANUMERIC);

@@ -1,4 +1,4 @@
-//! nats-server as a child process, and three of them as a cluster whose routes can be cut.
+//! nats-server as a child process, and a cluster of three whose routes can be cut.
 
 use std::ffi::OsString;
 use std::fs;
@@ -21,10 +21,10 @@ use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{Process, collect_output};
 
-/// Below the ports that Linux assigns by itself, so that no outgoing connection and no bind to port
-/// 0 takes the port of a server that is about to be started again.
+/// Below Linux' ephemeral ports, so that no outgoing connection and no bind to port 0 takes the
+/// port of a server that is about to restart.
 const PORTS: std::ops::Range<u16> = 20_000..32_768;
-/// How long a server may take to answer a question of a test.
+/// The timeout of a request to a server.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// A TCP port that stays reserved while this exists. The reservation is the UDP port of the same
@@ -58,14 +58,14 @@ impl ReservedPort {
     }
 }
 
-/// nats-server with JetStream. Its port, its store and its configuration outlive the process.
+/// nats-server with JetStream. Its port, store and configuration outlive the process.
 pub(crate) struct NatsServer {
     pub(crate) address: SocketAddr,
-    /// What it has logged since it was last started.
+    /// Its log since the last start.
     pub(crate) log: Arc<Mutex<String>>,
     process: Process,
     args: Vec<OsString>,
-    /// What the configuration always begins with.
+    /// The constant first part of the configuration.
     base: String,
     config: PathBuf,
     dir: TempDir,
@@ -73,7 +73,7 @@ pub(crate) struct NatsServer {
 }
 
 impl NatsServer {
-    /// One with `config` as its configuration file, which it may read again.
+    /// Starts a server with this configuration file.
     pub(crate) async fn start(config: &str) -> Self {
         Self::start_with(config, &[]).await
     }
@@ -85,7 +85,8 @@ impl NatsServer {
         server
     }
 
-    /// The same without waiting until it is ready: a server of a cluster needs the others for that.
+    /// The same without waiting for readiness, which a server of a cluster reaches only with the
+    /// others.
     fn launch(base: String, config: &str, args: &[&str]) -> Self {
         let (dir, port) = (tempfile::tempdir().unwrap(), ReservedPort::new());
         let path = dir.path().join("nats.conf");
@@ -127,13 +128,13 @@ impl NatsServer {
         kill_process(Pid::from_child(&self.process.0), signal).unwrap();
     }
 
-    /// Ends it as a power switch would, but for the system's caches.
+    /// kill -9; the page cache survives.
     pub(crate) fn kill(&mut self) {
         self.process.0.kill().unwrap();
         self.process.0.wait().unwrap();
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits for the process to exit.
     pub(crate) async fn wait_for_exit(&mut self) {
         eventually("nats-server's end", async || {
             self.process.0.try_wait().unwrap()
@@ -141,13 +142,13 @@ impl NatsServer {
         .await;
     }
 
-    /// Starts it on the same ports and the same store.
+    /// Restarts it with the same ports and store.
     pub(crate) async fn restart(&mut self) {
         (self.process, self.log) = spawn(&self.config, &self.port, &self.args);
         self.ready().await;
     }
 
-    /// Makes it read another configuration while it runs.
+    /// Reloads another configuration without a restart.
     pub(crate) async fn reload(&self, config: &str) {
         let reloads = || {
             self.log
@@ -164,12 +165,12 @@ impl NatsServer {
         .await;
     }
 
-    /// Replaces the configuration for the next start; a server of a cluster stays one.
+    /// Replaces the configuration for the next start; the part for the cluster stays.
     pub(crate) fn configure(&self, config: &str) {
         fs::write(&self.config, self.base.clone() + config).unwrap();
     }
 
-    /// A client that knows this server only, and connects again when it has to.
+    /// A client that uses this server only, and reconnects.
     pub(crate) async fn client(&self, options: ConnectOptions) -> Context {
         let options = options.ignore_discovered_servers();
         let options = options.request_timeout(Some(ANSWER_WAIT_MAX));
@@ -194,20 +195,20 @@ fn spawn(config: &Path, port: &ReservedPort, args: &[OsString]) -> (Process, Arc
     (process, log)
 }
 
-/// What servers tell their clients of each other.
+/// What servers tell clients about other servers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Gossip {
-    /// Where clients reach the others.
+    /// The client URLs of the others.
     Clients,
-    /// Nothing: a client that was told of one server stays there.
+    /// Nothing, so that a client with one URL stays with that server.
     Nothing,
 }
 
-/// How many servers a [`NatsCluster`] has.
+/// The number of servers of a [`NatsCluster`].
 pub(crate) const SERVERS: usize = 3;
 
-/// Three servers. Each route between two of them goes through a proxy of its own, so that a server
-/// can be isolated from the others while its clients still reach it.
+/// Three servers. Each route between two of them has a proxy, so that a server can be isolated from
+/// the others while clients still reach it.
 pub(crate) struct NatsCluster {
     pub(crate) servers: [NatsServer; SERVERS],
     routes: Vec<Route>,
@@ -215,7 +216,7 @@ pub(crate) struct NatsCluster {
     down: [bool; SERVERS],
     isolated: [bool; SERVERS],
     _ports: ([ReservedPort; SERVERS], ReservedPort),
-    /// Where replicas keep their data.
+    /// The parent of the replicas' data directories.
     pub(crate) dir: TempDir,
 }
 
@@ -231,11 +232,10 @@ impl NatsCluster {
         Self::start_with(Gossip::Clients, "").await
     }
 
-    /// With more configuration for each server.
+    /// The same with more configuration for each server.
     pub(crate) async fn start_with(gossip: Gossip, config: &str) -> Self {
         let ports = [(); SERVERS].map(|()| ReservedPort::new());
-        // Gossip would lead around the proxies, so each server advertises an address where nobody
-        // listens.
+        // Gossip would bypass the proxies, so each server advertises an address without a listener.
         let nowhere = ReservedPort::new();
         let mut routes = Vec::new();
         for (from, to) in (0..SERVERS).flat_map(|from| (0..SERVERS).map(move |to| (from, to))) {
@@ -295,7 +295,7 @@ impl NatsCluster {
         urls.join(",")
     }
 
-    /// A replica that keeps its data in a directory of this name and finds its servers at `nats_url`.
+    /// The command of a replica with the data directory `name` and this `--nats-url`.
     pub(crate) fn replica_at(&self, name: &str, nats_url: &str) -> Command {
         let mut command = replica_with(nats_url);
         command.env("GRADESTORE_EPHEMERAL", "false");
@@ -304,12 +304,12 @@ impl NatsCluster {
         command
     }
 
-    /// The same that knows all servers.
+    /// The same with the URLs of all servers.
     pub(crate) fn replica(&self, name: &str) -> Command {
         self.replica_at(name, &self.url())
     }
 
-    /// A client that knows all servers.
+    /// A client with the URLs of all servers.
     pub(crate) async fn client(&self) -> Context {
         let urls = self.servers.each_ref().map(NatsServer::url);
         jetstream::new(
@@ -319,14 +319,13 @@ impl NatsCluster {
         )
     }
 
-    /// What the server at `index` answers about the stream.
+    /// What the server at `index` reports about the stream.
     async fn info_from(&self, index: usize) -> Option<Info> {
         let stream = self.clients[index].get_stream(STREAM).await.ok()?;
         Some(stream.cached_info().clone())
     }
 
-    /// What the servers that are neither down nor isolated answer about the stream, in turn until one
-    /// does.
+    /// The first report about the stream of a server that is neither down nor isolated.
     async fn info(&self) -> Option<Info> {
         for index in 0..SERVERS {
             if !self.down[index] && !self.isolated[index] {
@@ -339,7 +338,7 @@ impl NatsCluster {
         None
     }
 
-    /// The server that leads the stream, once it has a leader that is not down.
+    /// The server of the stream leader, once there is one that is neither down nor isolated.
     pub(crate) async fn leader(&self) -> usize {
         eventually("a stream leader", async || {
             let leader = self.info().await?.cluster?.leader?;
@@ -349,7 +348,7 @@ impl NatsCluster {
         .await
     }
 
-    /// The same once both others follow without lag.
+    /// The same once both followers are current.
     pub(crate) async fn leader_with_current_followers(&self) -> usize {
         eventually("a stream leader and two current followers", async || {
             let cluster = self.info().await?.cluster?;
@@ -363,7 +362,7 @@ impl NatsCluster {
         .await
     }
 
-    /// Waits until the stream stores a message: a server may report a leader that is about to change.
+    /// Waits until the stream stores a message, because a reported leader may be about to change.
     pub(crate) async fn wait_until_writable(&self) {
         let client = self.client().await;
         eventually("a stored message", async || {
@@ -372,12 +371,12 @@ impl NatsCluster {
         .await;
     }
 
-    /// A server other than those.
+    /// A server that is not in `servers`.
     pub(crate) fn other_than(&self, servers: &[usize]) -> usize {
         (0..SERVERS).find(|index| !servers.contains(index)).unwrap()
     }
 
-    /// Cuts all routes of a server. Its clients still reach it.
+    /// Cuts all routes of a server. Clients still reach it.
     pub(crate) fn isolate(&mut self, index: usize) {
         self.isolated[index] = true;
         for route in self.routes_of(index) {
@@ -385,7 +384,7 @@ impl NatsCluster {
         }
     }
 
-    /// Ends that.
+    /// Restores the routes of a server.
     pub(crate) fn heal(&mut self, index: usize) {
         self.isolated[index] = false;
         for route in self.routes_of(index) {
@@ -405,7 +404,7 @@ impl NatsCluster {
         self.servers[index].kill();
     }
 
-    /// Starts a server that has ended.
+    /// Restarts a server that has exited.
     pub(crate) async fn restart(&mut self, index: usize) {
         self.servers[index].restart().await;
         self.down[index] = false;
@@ -418,7 +417,8 @@ impl NatsCluster {
         self.servers[index].wait_for_exit().await;
     }
 
-    /// SIGUSR2: it hands over and then hangs up on its clients.
+    /// SIGUSR2: lame duck mode; the server transfers its leadership and then disconnects its
+    /// clients.
     pub(crate) fn lame_duck(&mut self, index: usize) {
         self.down[index] = true;
         self.servers[index].signal(Signal::USR2);

@@ -1,5 +1,5 @@
-//! A connection to the broker that can fail in the ways connections do, and in some that take malice:
-//! it knows where a message of the protocol ends and whether it is a batch or a broker's word on one.
+//! A proxy between a replica and NATS that can fail in many ways. It parses the protocol, so that
+//! it can delay or drop batches or acknowledgements only.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,28 +12,28 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-/// What is done to what passes. All `false`: nothing.
+/// What the proxy does to the traffic; nothing if all are `false`.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Rules {
-    /// What goes to the broker vanishes.
+    /// Drops everything to the broker.
     pub(crate) drop_requests: bool,
-    /// What comes from the broker vanishes.
+    /// Drops everything from the broker.
     pub(crate) drop_replies: bool,
-    /// Batches from the broker are kept until this is over; all else passes them by.
+    /// Holds batches from the broker until this is unset; other messages pass.
     pub(crate) hold_batches: bool,
-    /// Batches from the broker vanish.
+    /// Drops batches from the broker.
     pub(crate) drop_batches: bool,
-    /// The broker's word that it has stored a batch vanishes.
+    /// Drops the broker's publish acknowledgements.
     pub(crate) drop_acks: bool,
-    /// What is published to the stream's subject vanishes without a word, as it does while the stream
-    /// has no leader and somebody else subscribes to the subject.
+    /// Drops messages published to the stream's subject, as if the stream had no leader and another
+    /// client subscribed to the subject.
     pub(crate) drop_publishes: bool,
-    /// What passes takes its time, and not much passes at once, both ways.
+    /// Adds latency and limits the throughput, both ways.
     pub(crate) slow: bool,
 }
 
 impl Rules {
-    /// Nothing passes, and nobody is told.
+    /// Nothing passes, and connections stay open.
     pub(crate) const BLACKHOLE: Self = Self {
         drop_requests: true,
         drop_replies: true,
@@ -45,11 +45,11 @@ impl Rules {
     };
 }
 
-/// What a slow connection passes at once, and how long that takes.
+/// Bytes and time of one step of a slow connection.
 const SLOW_BYTES: usize = 64 * 1024;
 const SLOW_DELAY: Duration = Duration::from_millis(100);
 
-/// Stands between a replica and its broker. Ends when dropped.
+/// The proxy. Stops when dropped.
 pub(crate) struct Proxy {
     pub(crate) address: SocketAddr,
     rules: watch::Sender<Rules>,
@@ -81,17 +81,17 @@ impl Proxy {
         }
     }
 
-    /// How often something was published that vanished.
+    /// The number of dropped publishes.
     pub(crate) fn dropped_publishes(&self) -> usize {
         self.dropped_publishes.load(Ordering::Relaxed)
     }
 
-    /// From now on. Connections stay.
+    /// Applies to existing connections too.
     pub(crate) fn set(&self, rules: Rules) {
         self.rules.send_replace(rules);
     }
 
-    /// Breaks the connections that there are.
+    /// Closes all connections.
     pub(crate) fn cut(&self) {
         self.cut.send_modify(|count| *count += 1);
     }
@@ -110,7 +110,7 @@ async fn accept(
         let (rules, mut cut) = (rules.clone(), cut.subscribe());
         let dropped_publishes = Arc::clone(&dropped_publishes);
         connections.spawn(async move {
-            // A broker that is away is one that hangs up.
+            // Without the broker the proxy closes the connection.
             let Ok(server) = TcpStream::connect(broker).await else {
                 return;
             };

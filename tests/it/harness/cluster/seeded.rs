@@ -1,5 +1,5 @@
-//! A cluster whose log does not begin at its first batch, so that who starts from nothing needs a
-//! peer; and what its replicas must hold.
+//! A cluster seeded from a backup, whose log does not begin at its first batch, so that a replica
+//! without data needs a peer; and the state that its replicas must hold.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -24,12 +24,12 @@ use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::eventually;
 use crate::harness::{Node, Ports};
 
-/// What the first replica is seeded with ends here.
+/// The position of the first replica's backup.
 pub(crate) const SEED_POSITION: u64 = 100;
-/// Messages of the stream that are asked for at once.
+/// Concurrent requests for messages of the stream.
 const READ_AT_ONCE: usize = 64;
 
-/// A broker, what its first replica is seeded with, and directories for all.
+/// NATS, the backup for the first replica, and the parent of the data directories.
 pub(crate) struct SeededCluster {
     pub(crate) broker: Broker,
     pub(crate) reference: ReferenceState,
@@ -39,7 +39,7 @@ pub(crate) struct SeededCluster {
 }
 
 impl SeededCluster {
-    /// With `rows` of 35 bytes in the seed.
+    /// With `rows` of 35 bytes in the backup.
     pub(crate) async fn with_rows(rows: u64) -> Self {
         let (reference, seed, dir) = seed(rows);
         Self {
@@ -51,12 +51,12 @@ impl SeededCluster {
         }
     }
 
-    /// A replica that keeps its snapshots in a directory of this name.
+    /// The command of a replica with the data directory `name`.
     pub(crate) fn replica(&self, name: &str) -> Command {
         self.replica_through(name, self.broker.address)
     }
 
-    /// The same that meets the broker at `address`.
+    /// The same with the broker at `address`.
     pub(crate) fn replica_through(&self, name: &str, address: SocketAddr) -> Command {
         let mut command = replica_at(address);
         command.env("GRADESTORE_EPHEMERAL", "false");
@@ -64,13 +64,13 @@ impl SeededCluster {
         command
     }
 
-    /// The replica that makes the stream.
+    /// Starts the replica that creates the stream.
     pub(crate) async fn first(&self) -> Node {
         let mut command = self.replica("first");
         Node::start_with(command.arg("--restore-from").arg(&self.seed)).await
     }
 
-    /// The same; the others reach it through `throttle`.
+    /// The same; the other replicas reach it through `throttle`.
     pub(crate) async fn start_first_behind(&self, throttle: &Throttle) -> Node {
         let mut command = self.replica("first");
         command.args(["--advertise-url", &throttle.url()]);
@@ -79,7 +79,7 @@ impl SeededCluster {
         node
     }
 
-    /// Writes through `node` that must be answered, one after the other.
+    /// Sends writes through `node` one by one, until each is acknowledged.
     pub(crate) async fn write(&mut self, node: &Ports, count: usize) -> Vec<AckedWrite> {
         let mut answered = Vec::new();
         for _ in 0..count {
@@ -90,10 +90,10 @@ impl SeededCluster {
                 value: self.written as i64,
             };
             let deletes = self.written.is_multiple_of(11);
-            // A broker that is away refuses, and stores nothing of what it refused.
+            // A rejected write is not stored, so it can be sent again.
             let response = eventually("an answered write", async || {
                 let response = match deletes {
-                    true => node.delete(&write.user.replace(' ', "+")).await,
+                    true => node.delete(&write.user).await,
                     false => node.set(write.json()).await,
                 };
                 (response.status != 503).then_some(response)
@@ -108,15 +108,14 @@ impl SeededCluster {
         answered
     }
 
-    /// What must hold of replicas, whatever has happened.
+    /// Checks replicas against the log.
     pub(crate) async fn check(&mut self, nodes: &[&Ports], answered: &[AckedWrite]) {
         let client = self.broker.client().await;
         self.reference.check(&client, nodes, answered).await;
     }
 }
 
-/// A backup of `rows` rows that a first replica begins from, in a directory for all replicas; what
-/// they then hold.
+/// Writes a backup of `rows` rows into a directory for all replicas; returns the state in it too.
 pub(crate) fn seed(rows: u64) -> (ReferenceState, PathBuf, TempDir) {
     let (dir, store) = (tempfile::tempdir().unwrap(), random_store(rows, u64::MAX));
     let seed = write_backup_file(dir.path(), &store, SEED_POSITION);
@@ -128,16 +127,16 @@ pub(crate) fn seed(rows: u64) -> (ReferenceState, PathBuf, TempDir) {
     (reference, seed, dir)
 }
 
-/// What a plain fold of the log gives, so far.
+/// The fold of the log so far.
 pub(crate) struct ReferenceState {
     pub(crate) store: Store,
     pub(crate) position: u64,
-    /// What each batch sets and deletes.
+    /// The changes of each batch.
     pub(crate) log: BTreeMap<u64, Vec<LoggedWrite>>,
 }
 
 impl ReferenceState {
-    /// Of a log that begins with nothing.
+    /// The state of an empty log.
     pub(crate) fn new() -> Self {
         Self {
             store: Store::new(),
@@ -146,7 +145,7 @@ impl ReferenceState {
         }
     }
 
-    /// Reads the log to its end, which must not have been trimmed since it was last read.
+    /// Reads the log to its end; batches after the last read must not have been trimmed.
     pub(crate) async fn read(&mut self, client: &Context) {
         let end = eventually("the stream's end", async || {
             let stream = client.get_stream(STREAM).await.ok()?;
@@ -165,7 +164,7 @@ impl ReferenceState {
         }
     }
 
-    /// What must hold of replicas, whatever has happened.
+    /// Checks replicas against the log.
     pub(crate) async fn check(
         &mut self,
         client: &Context,
@@ -176,7 +175,7 @@ impl ReferenceState {
         assert_acked_writes_in_log(answered, |position| self.log.get(&position));
         assert_no_duplicates(self.log.values().flatten());
         for node in nodes {
-            // Checkpoints may make the log longer meanwhile.
+            // Checkpoints may extend the log meanwhile.
             let status = eventually("ready at the log's end", async || {
                 let status = node.status().await;
                 if status["position"].as_u64() > Some(self.position) {
@@ -192,8 +191,8 @@ impl ReferenceState {
     }
 }
 
-/// A message of the stream as JSON, its headers and its payload in base64: a client library reads
-/// no message whose headers it cannot parse.
+/// A message of the stream as JSON with headers and payload in base64. A client library cannot
+/// return messages with unparsable headers.
 pub(crate) async fn message_at(client: &Context, position: u64) -> Value {
     eventually("a message of the stream", async || {
         let subject = format!("$JS.API.STREAM.MSG.GET.{STREAM}");
@@ -213,13 +212,13 @@ pub(crate) async fn message_at(client: &Context, position: u64) -> Value {
 
 async fn payload_at(client: &Context, position: u64) -> Vec<u8> {
     let message = message_at(client, position).await;
-    // A message without a payload has no such member.
+    // Without a payload there is no such member.
     BASE64
         .decode(message["data"].as_str().unwrap_or_default())
         .unwrap()
 }
 
-/// Does what the log says.
+/// Applies a change of the log.
 pub(crate) fn apply(store: &Store, write: &LoggedWrite) {
     match write {
         LoggedWrite::Set(write) => {
@@ -232,7 +231,7 @@ pub(crate) fn apply(store: &Store, write: &LoggedWrite) {
     }
 }
 
-/// Checks that a node serves nothing, and says with each refusal in which of `states` it is; its
+/// Checks that a node rejects all requests and reports one of `states` each time; returns its
 /// `/status`.
 pub(crate) async fn assert_serves_nothing(node: &Ports, states: &[&str]) -> Value {
     let status = node.status().await;
@@ -243,7 +242,7 @@ pub(crate) async fn assert_serves_nothing(node: &Ports, states: &[&str]) -> Valu
     let refused = [
         node.get("user 1").await,
         node.set(r#"{"user_id":"user 1","spp":1}"#).await,
-        node.delete("user+1").await,
+        node.delete("user 1").await,
         node.ops("/readyz").await,
         node.ops("/readyz/write").await,
     ];

@@ -1,4 +1,4 @@
-//! A connection to a peer that passes so many bytes and no more, until a test says otherwise.
+//! A proxy to a peer that limits how many bytes of each response pass.
 
 use std::net::SocketAddr;
 
@@ -9,10 +9,10 @@ use tokio::task::JoinSet;
 
 use crate::harness::wire::with_timeout;
 
-/// What the kernel may hold before the throttle: little, so that who is throttled feels it.
+/// A small receive buffer, so that the peer notices the limit.
 const KERNEL_BYTES: u32 = 16 * 1024;
 
-/// Stands between a replica and a peer that is asked for its backup. Ends when dropped.
+/// A proxy between a replica and a peer that sends its backup. Stops when dropped.
 pub(crate) struct Throttle {
     pub(crate) address: SocketAddr,
     shared: Shared,
@@ -21,17 +21,17 @@ pub(crate) struct Throttle {
 
 #[derive(Clone, Default)]
 struct Shared {
-    /// Who is behind it; without anyone it hangs up.
+    /// The peer; without one, connections are closed.
     target: watch::Sender<Option<SocketAddr>>,
-    /// What a connection may get of the peer.
+    /// How many bytes of each response may pass.
     limit: watch::Sender<u64>,
-    /// What each has got.
+    /// How many bytes have passed on each connection.
     passed: watch::Sender<Vec<u64>>,
     cut: watch::Sender<()>,
 }
 
 impl Throttle {
-    /// One that passes `limit` bytes of each answer; nobody is behind it yet.
+    /// A proxy that passes `limit` bytes of each response once it has a target.
     pub(crate) async fn without_target(limit: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -54,28 +54,28 @@ impl Throttle {
         self.shared.target.send_replace(Some(peer));
     }
 
-    /// Lets `limit` bytes pass on each connection, what has passed included.
+    /// Changes the limit of each connection, which includes the bytes that have passed.
     pub(crate) fn limit(&self, limit: u64) {
         self.shared.limit.send_replace(limit);
     }
 
-    /// Lets everything pass.
+    /// Removes the limit.
     pub(crate) fn open(&self) {
         self.limit(u64::MAX);
     }
 
-    /// Breaks the connections that there are, and those that come.
+    /// Closes all connections and rejects new ones.
     pub(crate) fn cut(&self) {
         self.shared.target.send_replace(None);
         self.shared.cut.send_replace(());
     }
 
-    /// How many connections have led somewhere so far.
+    /// The number of connections to the target so far.
     pub(crate) fn connections(&self) -> usize {
         self.shared.passed.borrow().len()
     }
 
-    /// Waits until `connections` of them have got all that they may.
+    /// Waits until `connections` of them have reached the limit.
     pub(crate) async fn wait_until_limited(&self, connections: usize) {
         let limit = *self.shared.limit.borrow();
         let mut passed = self.shared.passed.subscribe();
@@ -93,7 +93,7 @@ async fn accept(listener: TcpListener, shared: Shared) {
     let mut connections = JoinSet::new();
     loop {
         let (client, _) = listener.accept().await.unwrap();
-        // Before the look at the target: a cut between the two must end this connection.
+        // Subscribed before the target is read: a cut between the two must close this connection.
         let mut cut = shared.cut.subscribe();
         let Some(peer) = *shared.target.borrow() else {
             continue;

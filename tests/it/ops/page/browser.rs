@@ -1,4 +1,4 @@
-//! A real browser without a window, driven through its DevTools protocol over a pipe.
+//! A headless Chromium, controlled through the DevTools protocol on a pipe.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -14,27 +14,27 @@ use tokio::sync::mpsc;
 use crate::harness::Process;
 use crate::harness::wire::{eventually, with_timeout};
 
-/// As tests/install.sh has it.
+/// Installed by tests/install.sh.
 const PROGRAMS: [&str; 3] = ["chromium", "chromium-browser", "google-chrome"];
-/// The protocol is spoken on the file descriptors 3 and 4.
+/// The protocol uses the file descriptors 3 and 4.
 const PIPE_SCRIPT: &str = r#"exec "$@" 3<&0 4>&1 </dev/null >/dev/null"#;
-/// A phone held upright, in CSS pixels.
+/// In CSS pixels.
 const PHONE: (u32, u32) = (390, 844);
 const DESKTOP: (u32, u32) = (1000, 800);
 
-/// Chromium as a child process, with a profile of its own.
+/// Chromium as a child process with its own profile.
 pub(crate) struct Browser {
     to: ChildStdin,
     from: mpsc::UnboundedReceiver<Value>,
     calls: u64,
-    /// What went wrong in a page: exceptions, and what the browser refused.
+    /// Exceptions in pages, and violations of their content security policy.
     browser_errors: Vec<Value>,
-    /// Ends before the profile goes.
+    /// Dropped before the profile.
     _process: Process,
     _profile: TempDir,
 }
 
-/// How a page is looked at.
+/// How a page is rendered.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PageMode {
     pub(crate) script: bool,
@@ -107,7 +107,7 @@ impl Browser {
         }
     }
 
-    /// Opens `url` and waits until it is there.
+    /// Opens `url` and waits until it is loaded.
     pub(crate) async fn open(&mut self, url: &str, mode: PageMode) -> Page<'_> {
         let context = self
             .call(None, "Target.createBrowserContext", json!({}))
@@ -199,9 +199,9 @@ impl Page<'_> {
         self.browser.call(session, method, params).await
     }
 
-    /// The value of an expression of the page's language, once the page is whole.
+    /// The value of a JavaScript expression once the page is complete.
     pub(crate) async fn evaluate(&mut self, expression: &str) -> Value {
-        // A page without script is loaded anew now and then, perhaps just now.
+        // A page without script reloads itself, perhaps at this moment.
         let when_whole =
             format!("document.readyState === 'complete' ? {{value: {expression}}} : null");
         let params = json!({"expression": when_whole, "returnByValue": true});
@@ -226,13 +226,13 @@ impl Page<'_> {
         .await
     }
 
-    /// What a person reads.
+    /// The visible text.
     pub(crate) async fn text(&mut self) -> String {
         let text = self.evaluate("document.body.innerText").await;
         text.as_str().unwrap().to_owned()
     }
 
-    /// Waits until a person can read all of `expected`; the text.
+    /// Waits until the text contains all of `expected`; returns the text.
     pub(crate) async fn wait_for_text(&mut self, expected: &[&str]) -> String {
         eventually(&format!("{expected:?}"), async || {
             let text = self.text().await;
@@ -244,7 +244,7 @@ impl Page<'_> {
         .await
     }
 
-    /// Keeps a picture of the whole page, to look at: `target/tmp/page/NAME.png`.
+    /// Saves a screenshot of the whole page as `target/tmp/page/NAME.png`.
     pub(crate) async fn screenshot(&mut self, name: &str) -> PathBuf {
         let params = json!({"format": "png", "captureBeyondViewport": true});
         let picture = self.call("Page.captureScreenshot", params).await;
@@ -256,7 +256,7 @@ impl Page<'_> {
         path
     }
 
-    /// What the browser complained of so far: exceptions, and what the page's policy forbade.
+    /// Exceptions and policy violations so far.
     pub(crate) fn browser_errors(&self) -> &[Value] {
         &self.browser.browser_errors
     }

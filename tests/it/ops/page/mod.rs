@@ -1,5 +1,4 @@
-//! The page at `GET /` of the ops port, in a real browser: what a person reads in each state of a real
-//! node, with the script and without.
+//! The status page in a browser, in each state of a real node, with and without script.
 
 mod browser;
 
@@ -27,7 +26,7 @@ const NO_SCRIPT: PageMode = PageMode {
     script: false,
     ..PageMode::LIGHT
 };
-/// Each look that a picture is kept of.
+/// Each mode that has a screenshot.
 const MODES: [(&str, PageMode); 3] = [
     ("light", PageMode::LIGHT),
     ("night", DARK_PHONE),
@@ -38,13 +37,13 @@ fn url(node: &Ports) -> String {
     format!("http://{}/", node.ops)
 }
 
-/// Checks that the page says all of `expected` as it is served, and in each look, each without a
-/// complaint of the browser's; keeps pictures.
+/// Checks the text of the page in each mode, its layout, and that the browser reports no errors;
+/// saves screenshots.
 async fn reads(browser: &mut Browser, name: &str, node: &Ports, expected: &[&str]) {
     for (mode_name, mode) in MODES {
         let mut page = browser.open(&url(node), mode).await;
         page.wait_for_text(expected).await;
-        // Nothing is cut off at the side, the text stands out, and no part of it is tiny.
+        // Nothing overflows, and all text has enough contrast and size.
         let wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth";
         assert_eq!(page.evaluate(wide).await, false, "{name} {mode_name}");
         let faint = page.evaluate(include_str!("low_contrast.js")).await;
@@ -54,13 +53,13 @@ async fn reads(browser: &mut Browser, name: &str, node: &Ports, expected: &[&str
     }
 }
 
-/// A number as the page writes it.
+/// A number in the format of the page.
 fn grouped(number: &Value) -> String {
     indicatif::HumanCount(number.as_u64().unwrap()).to_string()
 }
 
 #[tokio::test]
-async fn a_ready_node_shows_what_it_holds_and_goes_on_showing_it() {
+async fn a_ready_node_shows_its_state_and_updates_it() {
     let broker = Broker::start().await;
     let [a, b, c] = broker.replicas().await;
     let load = Load::start(&[&a, &b, &c], 5000, usize::MAX);
@@ -97,7 +96,7 @@ async fn a_ready_node_shows_what_it_holds_and_goes_on_showing_it() {
     ];
     reads(&mut browser, "ready", &a, &all).await;
 
-    // What it says is what /status says, and it follows without being loaded again.
+    // The page shows the values of /status and updates without a reload.
     load.stop().await;
     let mut page = browser.open(&url(&a), PageMode::LIGHT).await;
     page.evaluate("window.loaded = 'once'").await;
@@ -119,7 +118,7 @@ async fn a_ready_node_shows_what_it_holds_and_goes_on_showing_it() {
     assert_eq!(page.evaluate("window.loaded").await, "once");
     assert_eq!(page.browser_errors(), [] as [Value; 0]);
 
-    // Nor does that need the script.
+    // Without script it updates too.
     let mut page = browser.open(&url(&a), NO_SCRIPT).await;
     let before = page.wait_for_text(&["Ready", &position]).await;
     let later = a.set(r#"{"user_id":"x","spp":2}"#).await.position();
@@ -129,7 +128,7 @@ async fn a_ready_node_shows_what_it_holds_and_goes_on_showing_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restore_is_shown_as_it_goes() {
+async fn the_progress_of_a_restore_is_shown() {
     let mut cluster = SeededCluster::with_rows(30_000).await;
     let throttle = Throttle::without_target(u64::MAX).await;
     let first = cluster.start_first_behind(&throttle).await;
@@ -183,7 +182,7 @@ async fn a_restore_is_shown_as_it_goes() {
 }
 
 #[tokio::test]
-async fn a_broker_that_is_away_is_named() {
+async fn an_unreachable_broker_is_shown() {
     let mut broker = Broker::start().await;
     let [a] = broker.replicas().await;
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
@@ -204,7 +203,7 @@ async fn a_broker_that_is_away_is_named() {
 }
 
 #[tokio::test]
-async fn a_gap_is_told_with_its_reason() {
+async fn a_gap_is_shown_with_its_reason() {
     let broker = Broker::start().await;
     let [a] = broker.replicas().await;
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
@@ -216,7 +215,7 @@ async fn a_gap_is_told_with_its_reason() {
 }
 
 #[tokio::test]
-async fn a_node_that_still_opens_its_log_has_a_page_too() {
+async fn a_starting_node_has_a_page() {
     let free = TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
@@ -250,7 +249,7 @@ async fn a_node_that_still_opens_its_log_has_a_page_too() {
 }
 
 #[tokio::test]
-async fn a_node_that_does_not_answer_any_more_is_told_of() {
+async fn an_unresponsive_node_is_shown_as_such() {
     let node = Node::start().await;
     let mut browser = Browser::start().await;
     let mut page = browser.open(&url(&node), DARK_PHONE).await;
@@ -267,13 +266,13 @@ async fn a_node_that_does_not_answer_any_more_is_told_of() {
 }
 
 #[tokio::test]
-async fn what_others_say_of_themselves_is_text() {
+async fn text_from_other_nodes_is_escaped() {
     let broker = Broker::start().await;
     let [a] = broker.replicas().await;
     let status = a.status().await;
     let attack =
         "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>";
-    // Another replica of the cluster, which has the password.
+    // Another replica of the cluster, with the password.
     let hostile: Announcement = serde_json::from_value(json!({
         "node": format!("{attack}\"'><h1>"),
         "replica": "r",
@@ -312,7 +311,7 @@ async fn what_others_say_of_themselves_is_text() {
         page.screenshot(&format!("hostile-{name}")).await;
         assert_eq!(page.browser_errors(), [] as [Value; 0]);
     }
-    // Taken over by the script, it is text as well.
+    // Text that the script inserts is escaped too.
     let mut page = browser.open(&url(&a), PageMode::LIGHT).await;
     let position = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
     page.wait_for_text(&[&format!("log ends at {position}"), words[0]])
