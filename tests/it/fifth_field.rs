@@ -34,14 +34,10 @@ fn edit(path: &Path, old: &str, new: &str) {
     fs::write(path, text.replace(old, new)).unwrap();
 }
 
-#[tokio::test]
-async fn a_fifth_field_needs_one_more_name_in_one_file() {
-    // Always the same directory, so that a second run compiles little.
-    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let target = scratch.parent().unwrap();
-    let crate_copy = scratch.join("fifth-field");
-    let _ = fs::remove_dir_all(&crate_copy);
-    fs::create_dir(&crate_copy).unwrap();
+/// Copies the crate as the package [`PACKAGE`].
+fn copy_crate(crate_copy: &Path) {
+    let _ = fs::remove_dir_all(crate_copy);
+    fs::create_dir(crate_copy).unwrap();
     for name in [
         "Cargo.toml",
         "Cargo.lock",
@@ -82,7 +78,15 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
         "#[test]\nfn built() {}\n",
     )
     .unwrap();
+}
 
+#[tokio::test]
+async fn a_fifth_field_needs_one_more_name_in_one_file() {
+    // Always the same directory, so that a second run compiles little.
+    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let target = scratch.parent().unwrap();
+    let crate_copy = scratch.join("fifth-field");
+    copy_crate(&crate_copy);
     edit(
         &crate_copy.join("src/grade/mod.rs"),
         "    \"return_fee\",\n];",

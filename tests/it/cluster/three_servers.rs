@@ -141,6 +141,64 @@ enum ServerExit {
     LameDuck,
 }
 
+/// Stops the server of the stream leader and starts it again; returns what the replicas did wrong.
+async fn fail_over(cluster: &mut NatsCluster, nodes: &[&Node], exit: ServerExit) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let leader = cluster.leader_with_current_followers().await;
+    let before = reconnects_and_log_lines(nodes).await;
+    let survivor = cluster.other_than(&[leader]);
+    let consumers = ConsumersWatch::start(cluster.client_of(survivor).clone());
+    match exit {
+        ServerExit::Killed => cluster.kill(leader),
+        ServerExit::Terminated => cluster.end(leader).await,
+        ServerExit::LameDuck => cluster.lame_duck(leader),
+    }
+    cluster.leader().await;
+    if tokio::time::timeout(PROGRESS_MAX, progress(nodes, 20.0))
+        .await
+        .is_err()
+    {
+        wrong.push(format!("{exit:?}: writes do not continue at every replica"));
+    }
+    let after = reconnects_and_log_lines(nodes).await;
+    for (index, (before, after)) in before.into_iter().zip(after).enumerate() {
+        let (reconnects, lines) = (after.0 - before.0, after.1 - before.1);
+        if reconnects > RECONNECTS_MAX || lines > LOG_LINES_MAX {
+            wrong.push(format!(
+                "{exit:?}: replica {index}: {reconnects} reconnects, {lines} log lines"
+            ));
+        }
+    }
+    let consumers = consumers.most().await;
+    if consumers > nodes.len() {
+        wrong.push(format!("{exit:?}: {consumers} consumers at one time"));
+    }
+    if matches!(exit, ServerExit::LameDuck) {
+        cluster.kill(leader);
+    }
+    cluster.restart(leader).await;
+    wrong
+}
+
+/// The failed writes after each exit of a server.
+fn failed_writes(sent: &[Sent], exits: &[(ServerExit, Instant)]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (index, (exit, since)) in exits.iter().enumerate() {
+        let until = exits.get(index + 1).map(|(_, until)| *until);
+        let during = |sent: &&Sent| sent.at >= *since && until.is_none_or(|until| sent.at < until);
+        let sent = sent.iter().filter(during);
+        let failed = sent.clone().filter(|sent| sent.response.status != 204);
+        if let Some(first) = failed.clone().next() {
+            let longest = sent.clone().map(|sent| sent.took).max();
+            let (count, all, body) = (failed.count(), sent.count(), &first.response.body);
+            wrong.push(format!(
+                "{exit:?}: {count} of {all} writes failed, longest {longest:?}, first: {body}"
+            ));
+        }
+    }
+    wrong
+}
+
 /// A failover delays writes and fails none. Two of the replicas know only the first server that
 /// dies.
 #[tokio::test(flavor = "multi_thread")]
@@ -162,63 +220,17 @@ async fn writes_wait_during_a_leader_election_and_are_stored_after_it() {
 
     // All failures, so that the report is complete.
     let mut wrong = Vec::new();
-    let mut changes = Vec::new();
+    let mut exits = Vec::new();
     for exit in [
         ServerExit::Killed,
         ServerExit::Terminated,
         ServerExit::LameDuck,
     ] {
-        let leader = cluster.leader_with_current_followers().await;
-        let before = so_far(&nodes).await;
-        let survivor = cluster.other_than(&[leader]);
-        let consumers = ConsumersWatch::start(cluster.client_of(survivor).clone());
-        changes.push((exit, Instant::now()));
-        match exit {
-            ServerExit::Killed => cluster.kill(leader),
-            ServerExit::Terminated => cluster.end(leader).await,
-            ServerExit::LameDuck => cluster.lame_duck(leader),
-        }
-        cluster.leader().await;
-        if tokio::time::timeout(PROGRESS_MAX, progress(&nodes, 20.0))
-            .await
-            .is_err()
-        {
-            wrong.push(format!("{exit:?}: writes do not go on at every replica"));
-        }
-        let after = so_far(&nodes).await;
-        for (index, (before, after)) in before.into_iter().zip(after).enumerate() {
-            let (reconnects, lines) = (after.0 - before.0, after.1 - before.1);
-            if reconnects > RECONNECTS_MAX || lines > LOG_LINES_MAX {
-                wrong.push(format!(
-                    "{exit:?}: replica {index}: {reconnects} reconnects, {lines} log lines"
-                ));
-            }
-        }
-        let consumers = consumers.most().await;
-        if consumers > nodes.len() {
-            wrong.push(format!("{exit:?}: {consumers} consumers at one time"));
-        }
-        if matches!(exit, ServerExit::LameDuck) {
-            cluster.kill(leader);
-        }
-        cluster.restart(leader).await;
+        exits.push((exit, Instant::now()));
+        wrong.extend(fail_over(&mut cluster, &nodes, exit).await);
     }
     let sent = load.stop().await;
-
-    let refused = sent.iter().filter(|sent| sent.response.status != 204);
-    for (index, (exit, since)) in changes.iter().enumerate() {
-        let until = changes.get(index + 1).map(|(_, until)| *until);
-        let during = |sent: &&&Sent| sent.at >= *since && until.is_none_or(|until| sent.at < until);
-        let refused: Vec<&Sent> = refused.clone().filter(|sent| during(&sent)).collect();
-        let sent = sent.iter().filter(|sent| during(&sent));
-        let longest = sent.clone().map(|sent| sent.took).max();
-        if let Some(first) = refused.first() {
-            let (count, all, body) = (refused.len(), sent.count(), &first.response.body);
-            wrong.push(format!(
-                "{exit:?}: {count} of {all} writes failed, longest {longest:?}, first: {body}"
-            ));
-        }
-    }
+    wrong.extend(failed_writes(&sent, &exits));
     assert!(wrong.is_empty(), "{wrong:#?}");
 
     let answered = sent.into_iter().map(|sent| AckedWrite {
@@ -232,7 +244,7 @@ async fn writes_wait_during_a_leader_election_and_are_stored_after_it() {
 }
 
 /// Reconnects and log lines of each replica.
-async fn so_far(nodes: &[&Node]) -> Vec<(f64, usize)> {
+async fn reconnects_and_log_lines(nodes: &[&Node]) -> Vec<(f64, usize)> {
     let mut all = Vec::new();
     for node in nodes {
         let reconnects = node.metric(RECONNECTS).await.unwrap();

@@ -126,6 +126,7 @@ fn put_together(file: &[u8], order: impl IntoIterator<Item = usize>) -> Vec<u8> 
 }
 
 /// All kinds of damage: name, file and a part of the error.
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn corpus(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let members = members(file);
     let last = members.len() - 1;

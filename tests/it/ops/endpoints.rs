@@ -52,6 +52,52 @@ async fn status_reports_the_state_of_the_node() {
     assert_eq!(one["node"], empty["node"]);
 }
 
+/// After the requests of the next test.
+const METRICS: [(&str, f64); 18] = [
+    (
+        r#"gradestore_http_requests_total{route="/set",status="204"}"#,
+        3.0,
+    ),
+    (
+        r#"gradestore_http_requests_total{route="/set",status="422"}"#,
+        1.0,
+    ),
+    (
+        r#"gradestore_http_requests_total{route="/get",status="200"}"#,
+        1.0,
+    ),
+    (
+        r#"gradestore_http_requests_total{route="/get",status="404"}"#,
+        1.0,
+    ),
+    (
+        r#"gradestore_http_requests_total{route="other",status="404"}"#,
+        1.0,
+    ),
+    (
+        r#"gradestore_http_request_duration_seconds_count{route="/set"}"#,
+        4.0,
+    ),
+    (
+        r#"gradestore_http_request_duration_seconds_bucket{route="/set",le="+Inf"}"#,
+        4.0,
+    ),
+    (r#"gradestore_http_connections{port="write"}"#, 1.0),
+    (
+        r#"gradestore_http_connections_accepted_total{port="read"}"#,
+        1.0,
+    ),
+    ("gradestore_http_requests_in_flight", 1.0),
+    ("gradestore_records", 1.0),
+    ("gradestore_log_position", 3.0),
+    ("gradestore_log_end", 3.0),
+    ("gradestore_patches_applied_total", 3.0),
+    ("gradestore_batch_patches_count", 3.0),
+    (r#"gradestore_batch_patches_bucket{le="1"}"#, 3.0),
+    ("gradestore_write_queue_patches", 0.0),
+    ("gradestore_ready", 1.0),
+];
+
 #[tokio::test]
 async fn metrics_count_requests_and_contain_no_user_ids() {
     let node = Node::start().await;
@@ -66,50 +112,7 @@ async fn metrics_count_requests_and_contain_no_user_ids() {
     let odd = format!("http://{}/secret-path", node.read);
     node.client.get(odd).send().await.unwrap();
 
-    for (name, value) in [
-        (
-            r#"gradestore_http_requests_total{route="/set",status="204"}"#,
-            3.0,
-        ),
-        (
-            r#"gradestore_http_requests_total{route="/set",status="422"}"#,
-            1.0,
-        ),
-        (
-            r#"gradestore_http_requests_total{route="/get",status="200"}"#,
-            1.0,
-        ),
-        (
-            r#"gradestore_http_requests_total{route="/get",status="404"}"#,
-            1.0,
-        ),
-        (
-            r#"gradestore_http_requests_total{route="other",status="404"}"#,
-            1.0,
-        ),
-        (
-            r#"gradestore_http_request_duration_seconds_count{route="/set"}"#,
-            4.0,
-        ),
-        (
-            r#"gradestore_http_request_duration_seconds_bucket{route="/set",le="+Inf"}"#,
-            4.0,
-        ),
-        (r#"gradestore_http_connections{port="write"}"#, 1.0),
-        (
-            r#"gradestore_http_connections_accepted_total{port="read"}"#,
-            1.0,
-        ),
-        ("gradestore_http_requests_in_flight", 1.0),
-        ("gradestore_records", 1.0),
-        ("gradestore_log_position", 3.0),
-        ("gradestore_log_end", 3.0),
-        ("gradestore_patches_applied_total", 3.0),
-        ("gradestore_batch_patches_count", 3.0),
-        (r#"gradestore_batch_patches_bucket{le="1"}"#, 3.0),
-        ("gradestore_write_queue_patches", 0.0),
-        ("gradestore_ready", 1.0),
-    ] {
+    for (name, value) in METRICS {
         assert_eq!(node.metric(name).await, Some(value), "{name}");
     }
     let response = node.ops("/metrics").await;
