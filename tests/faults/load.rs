@@ -110,7 +110,9 @@ impl Load {
     /// Ends the clients; what became of their writes.
     pub(crate) async fn stop(&mut self) -> Record {
         self.shared.stop.store(true, Ordering::Relaxed);
-        while let Some(ended) = with_timeout("the clients' end", self.clients.join_next()).await {
+        while let Some(ended) =
+            with_timeout("the end of the clients", self.clients.join_next()).await
+        {
             ended.unwrap();
         }
         std::mem::take(&mut *self.shared.record.lock())

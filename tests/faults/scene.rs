@@ -157,7 +157,7 @@ impl Scene {
     /// The data directory of a replica.
     pub(crate) fn dir(&self, index: usize) -> PathBuf {
         match &self.disk {
-            Some(disk) if index == A => disk.data(),
+            Some(disk) if index == A => disk.data_dir(),
             _ => self.data.path().join(["a", "b", "c"][index]),
         }
     }
@@ -250,7 +250,7 @@ impl Scene {
 
     pub(crate) fn open_ways(&self) {
         for way in &self.ways {
-            way.open();
+            way.remove_limit();
         }
     }
 

@@ -157,7 +157,7 @@ async fn restoring(scene: &mut Scene) {
     scene.load_on();
     scene.load.progress(&[B, C], 10).await;
     for way in &scene.ways {
-        way.limit(PASSED_BYTES);
+        way.set_limit(PASSED_BYTES);
     }
     scene.held_at = scene.position(B).await;
     scene.start(A).await;
@@ -229,7 +229,7 @@ impl Hold {
                 read_pipe_to_end(&mut pipe).await;
             }
             Self::Backup(throttle, client) => {
-                throttle.open();
+                throttle.remove_limit();
                 let ended = with_timeout("the backup's end", client).await.unwrap();
                 scene.backup = Some(ended.ok());
             }

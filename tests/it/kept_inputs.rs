@@ -29,56 +29,56 @@ mod stored_batch;
 
 #[test]
 fn kept_backups_pass() {
-    each("backup_reader", backup_reader::check);
+    check_each("backup_reader", backup_reader::check);
 }
 
 #[test]
 fn kept_authorization_headers_pass() {
-    each("basic_header", basic_header::check);
+    check_each("basic_header", basic_header::check);
 }
 
 #[test]
 fn kept_command_lines_pass() {
     // Without setting the variables, because other tests run in this process.
-    each("config", |input| config::check(config::input(input)));
+    check_each("config", |input| config::check(config::input(input)));
 }
 
 #[test]
 fn kept_header_blocks_pass() {
-    each("header_block", header_block::check);
+    check_each("header_block", header_block::check);
 }
 
 #[test]
 fn kept_log_messages_pass() {
-    each("log_message", log_message::check);
+    check_each("log_message", log_message::check);
 }
 
 #[test]
 fn kept_patch_bodies_pass() {
-    each("patch_body", patch_body::check);
+    check_each("patch_body", patch_body::check);
 }
 
 #[test]
 fn kept_fast_path_requests_pass() {
-    each("fast_request", fast_request::check);
+    check_each("fast_request", fast_request::check);
 }
 
 #[test]
 fn kept_position_headers_pass() {
-    each("position_header", position_header::check);
+    check_each("position_header", position_header::check);
 }
 
 #[test]
 fn kept_queries_pass() {
-    each("query", query::check);
+    check_each("query", query::check);
 }
 
 #[test]
 fn kept_stored_batches_pass() {
-    each("stored_batch", stored_batch::check);
+    check_each("stored_batch", stored_batch::check);
 }
 
-fn each(target: &str, check: impl Fn(&[u8])) {
+fn check_each(target: &str, check: impl Fn(&[u8])) {
     let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz");
     let mut tried = 0;
     let mut one = |name: &str, input: &[u8]| {

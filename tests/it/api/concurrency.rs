@@ -42,7 +42,7 @@ async fn set_one_field(node: &Node, client: usize) -> Vec<Written> {
 }
 
 /// A ready node with this number of threads.
-async fn node_with(threads: usize) -> Node {
+async fn node_with_threads(threads: usize) -> Node {
     let mut command = program();
     let command = command.env("GRADESTORE_PASSWORD", PASSWORD).args(ANY_PORTS);
     Node::start_with(command.args(["--threads", &threads.to_string()])).await
@@ -51,11 +51,11 @@ async fn node_with(threads: usize) -> Node {
 #[tokio::test]
 async fn fields_set_by_64_concurrent_clients_are_all_kept() {
     for threads in [1, 3] {
-        fields_stay(&node_with(threads).await).await;
+        assert_all_fields_kept(&node_with_threads(threads).await).await;
     }
 }
 
-async fn fields_stay(node: &Node) {
+async fn assert_all_fields_kept(node: &Node) {
     let written = join_all((0..CLIENTS).map(|client| set_one_field(node, client))).await;
     let written: Vec<Written> = written.into_iter().flatten().collect();
     for user in 0..USERS {
@@ -102,7 +102,7 @@ async fn an_acknowledged_write_is_readable_immediately() {
 
 #[tokio::test]
 async fn a_patch_of_two_fields_is_applied_atomically() {
-    let node = node_with(3).await;
+    let node = node_with_threads(3).await;
     let clients = (0..8).map(async |client| {
         let mut writer = RawConnection::connect(node.write).await;
         let mut reader = RawConnection::connect(node.read).await;

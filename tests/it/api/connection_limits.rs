@@ -8,8 +8,8 @@ use crate::harness::wire::{RawConnection, eventually, with_timeout};
 use crate::harness::{InProcessNode, Node, get_request, incomplete_set_request, set_request};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
-const CUT: &str = r#"gradestore_http_connections_cut_total{port="read"}"#;
-const OPEN: &str = r#"gradestore_http_connections{port="read"}"#;
+const CLOSED_CONNECTIONS: &str = r#"gradestore_http_connections_cut_total{port="read"}"#;
+const OPEN_CONNECTIONS: &str = r#"gradestore_http_connections{port="read"}"#;
 
 #[tokio::test]
 async fn a_new_connection_at_the_limit_evicts_the_longest_idle_one() {
@@ -17,14 +17,14 @@ async fn a_new_connection_at_the_limit_evicts_the_longest_idle_one() {
     let mut idle = Vec::new();
     for open in 1..=4 {
         idle.push(RawConnection::connect(node.read).await);
-        node.metric_reaches(OPEN, open as f64).await;
+        node.metric_reaches(OPEN_CONNECTIONS, open as f64).await;
     }
-    assert_eq!(node.metric(CUT).await, Some(0.0));
+    assert_eq!(node.metric(CLOSED_CONNECTIONS).await, Some(0.0));
     let mut new = RawConnection::connect(node.read).await;
     assert_eq!(new.request(get_request("?user_id=a", "")).await.status, 404);
     // Only the connection that was idle longest is closed.
     idle[0].expect_closed().await;
-    assert_eq!(node.metric(CUT).await, Some(1.0));
+    assert_eq!(node.metric(CLOSED_CONNECTIONS).await, Some(1.0));
     for connection in [&mut idle[1], &mut new] {
         assert_eq!(
             connection
@@ -68,8 +68,8 @@ async fn slow_headers_and_idle_connections_are_closed() {
     for connection in [&mut silent, &mut slow, &mut idle] {
         connection.expect_closed().await;
     }
-    assert_eq!(node.metric(CUT).await, Some(3.0));
-    node.metric_reaches(OPEN, 0.0).await;
+    assert_eq!(node.metric(CLOSED_CONNECTIONS).await, Some(3.0));
+    node.metric_reaches(OPEN_CONNECTIONS, 0.0).await;
 }
 
 #[tokio::test]
@@ -102,7 +102,8 @@ async fn thousands_of_idle_and_slow_connections_do_not_block_requests() {
         slow.send("GET /get?user_id=a HTTP/1.1\r\n").await;
         open.push(slow);
     }
-    node.metric_reaches(OPEN, (2 * EACH) as f64).await;
+    node.metric_reaches(OPEN_CONNECTIONS, (2 * EACH) as f64)
+        .await;
     for _ in 0..20 {
         let responses = join_all((0..10).map(|_| node.get("a")));
         let responses = with_timeout("answers", responses).await;
@@ -117,7 +118,9 @@ async fn thousands_of_idle_and_slow_connections_do_not_block_requests() {
     drop(open);
     // The connections of this test's own client remain.
     eventually("closed", async || {
-        node.metric(OPEN).await.filter(|open| *open <= 10.0)
+        node.metric(OPEN_CONNECTIONS)
+            .await
+            .filter(|open| *open <= 10.0)
     })
     .await;
 }

@@ -9,7 +9,7 @@ use crate::harness::backup_files::{
 use crate::harness::wire::{RawConnection, Response};
 use crate::harness::{AUTHORIZATION, Node, Ports, delete_request};
 
-async fn ask(node: &Ports, request: String) -> Response {
+async fn send_delete(node: &Ports, request: String) -> Response {
     let mut connection = RawConnection::connect(node.write).await;
     connection.send(request).await;
     connection.response().await
@@ -74,7 +74,7 @@ async fn a_delete_needs_the_password_and_one_user() {
     let ours = format!("authorization: {AUTHORIZATION}\r\n");
     for wrong in ["", "authorization: Basic YWRtaW46d3Jvbmc=\r\n"] {
         let request = delete_request("?user_id=a").replace(&ours, wrong);
-        ask(&node, request)
+        send_delete(&node, request)
             .await
             .expect_problem(401, "unauthorized");
     }
@@ -90,7 +90,7 @@ async fn a_delete_needs_the_password_and_one_user() {
         ("?user_id=%", "query-encoding"),
         ("?user_id=%ff", "query-encoding"),
     ] {
-        ask(&node, delete_request(query))
+        send_delete(&node, delete_request(query))
             .await
             .expect_problem(400, cause);
     }

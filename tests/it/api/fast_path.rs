@@ -12,14 +12,14 @@ use crate::harness::{
 };
 
 /// A header that the fast path does not handle, and that has no effect.
-const ROUTER: &str = "connection: keep-alive, x\r\n";
+const ROUTER_HEADER: &str = "connection: keep-alive, x\r\n";
 const READS: &str = r#"gradestore_http_requests_total{route="/get",status="200"}"#;
 const WRITES: &str = r#"gradestore_http_requests_total{route="/set",status="204"}"#;
-const FAST: &str = r#"gradestore_http_path_total{path="fast"}"#;
+const FAST_PATH: &str = r#"gradestore_http_path_total{path="fast"}"#;
 
 /// The number of requests that the fast path has handled.
-async fn fast(node: &Ports) -> u64 {
-    node.metric(FAST).await.unwrap_or_default() as u64
+async fn fast_path_count(node: &Ports) -> u64 {
+    node.metric(FAST_PATH).await.unwrap_or_default() as u64
 }
 
 /// All bytes of the response to `request`, with the values of its date and request id replaced.
@@ -68,12 +68,15 @@ async fn reads_have_the_same_responses_as_from_the_router() {
         ("?user_id=a", reached.as_str(), 200),
         ("?user_id=a", proxied, 200),
     ] {
-        let before = fast(&node).await;
+        let before = fast_path_count(&node).await;
         let response = response_bytes(node.read, &get_request(query, lines)).await;
-        assert_eq!(fast(&node).await, before + 1, "{query} {lines}");
-        let routed =
-            response_bytes(node.read, &get_request(query, &format!("{lines}{ROUTER}"))).await;
-        assert_eq!(fast(&node).await, before + 1, "{query} {lines}");
+        assert_eq!(fast_path_count(&node).await, before + 1, "{query} {lines}");
+        let routed = response_bytes(
+            node.read,
+            &get_request(query, &format!("{lines}{ROUTER_HEADER}")),
+        )
+        .await;
+        assert_eq!(fast_path_count(&node).await, before + 1, "{query} {lines}");
         assert_eq!(response, routed);
         assert!(
             response.starts_with(&format!("HTTP/1.1 {status} ")),
@@ -82,12 +85,12 @@ async fn reads_have_the_same_responses_as_from_the_router() {
     }
     assert_eq!(node.metric(READS).await, Some(16.0));
     // The router handles these.
-    let before = fast(&node).await;
+    let before = fast_path_count(&node).await;
     for query in ["?user_id=a%2", "?user_id=a%00", "?user_id=%ff", "?user_id="] {
         let response = response_bytes(node.read, &get_request(query, "")).await;
         assert!(response.starts_with("HTTP/1.1 400 "), "{query}: {response}");
     }
-    assert_eq!(fast(&node).await, before);
+    assert_eq!(fast_path_count(&node).await, before);
 }
 
 #[tokio::test]
@@ -95,11 +98,11 @@ async fn writes_have_the_same_responses_as_from_the_router() {
     let node = Node::start().await;
     let body = r#"{"user_id":"a","spp":1}"#;
     let response = response_bytes(node.write, &set_request(body)).await;
-    assert_eq!(fast(&node).await, 1);
+    assert_eq!(fast_path_count(&node).await, 1);
     let with_another_line =
-        set_request(body).replace("host: x\r\n", &format!("host: x\r\n{ROUTER}"));
+        set_request(body).replace("host: x\r\n", &format!("host: x\r\n{ROUTER_HEADER}"));
     let routed = response_bytes(node.write, &with_another_line).await;
-    assert_eq!(fast(&node).await, 1);
+    assert_eq!(fast_path_count(&node).await, 1);
     assert_eq!(response.replace("position: 1", "position: 2"), routed);
     assert_eq!(node.metric(WRITES).await, Some(2.0));
     let in_flight = "gradestore_http_requests_in_flight";
@@ -121,13 +124,13 @@ async fn a_connection_returns_to_the_fast_path() {
         ("PUT /get HTTP/1.1\r\nhost: x\r\n\r\n".to_owned(), 405),
         ("GET /other HTTP/1.1\r\nhost: x\r\n\r\n".to_owned(), 404),
     ] {
-        let before = fast(&node).await;
+        let before = fast_path_count(&node).await;
         connection.send(&request).await;
         assert_eq!(connection.response().await.status, status, "{request}");
-        assert_eq!(fast(&node).await, before, "{request}");
+        assert_eq!(fast_path_count(&node).await, before, "{request}");
         connection.send(&read).await;
         assert_eq!(connection.response().await.status, 200);
-        assert_eq!(fast(&node).await, before + 1, "{request}");
+        assert_eq!(fast_path_count(&node).await, before + 1, "{request}");
     }
     let body = r#"{"user_id":"a","spp":1}"#;
     let write = set_request(body);
@@ -144,12 +147,12 @@ async fn a_connection_returns_to_the_fast_path() {
         (delete_request("?user_id=b"), 204),
         (write.replace("spp", "sqq"), 422),
     ] {
-        let before = fast(&node).await;
+        let before = fast_path_count(&node).await;
         connection.send(&request).await;
         assert_eq!(connection.response().await.status, status, "{request}");
         connection.send(&write).await;
         assert_eq!(connection.response().await.status, 204, "{request}");
-        assert_eq!(fast(&node).await, before + 1, "{request}");
+        assert_eq!(fast_path_count(&node).await, before + 1, "{request}");
     }
 }
 
@@ -167,7 +170,7 @@ async fn the_fast_path_waits_for_a_delayed_body() {
         connection.send(&body[..5]).await;
         connection.send(&body[5..]).await;
         connection.response().await.position();
-        assert_eq!(fast(&node).await, round);
+        assert_eq!(fast_path_count(&node).await, round);
     }
     // A wrong password is rejected before the body arrives.
     connection
@@ -342,7 +345,7 @@ async fn a_client_that_reads_late_gets_all_responses() {
     assert_eq!(others.iter().filter(whole).count(), REQUESTS - 1);
     assert!(
         before.unwrap() < REQUESTS as f64 - 1.0,
-        "the node never waited"
+        "the node was never blocked"
     );
 }
 
@@ -451,6 +454,6 @@ async fn altered_requests_have_the_same_responses_as_without_the_fast_path() {
         (status["digest"].clone(), status["position"].clone())
     });
     assert_eq!(records.await, routed.await);
-    assert!(fast(&node).await > 0);
-    assert_eq!(fast(&without).await, 0);
+    assert!(fast_path_count(&node).await > 0);
+    assert_eq!(fast_path_count(&without).await, 0);
 }

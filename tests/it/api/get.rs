@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::harness::wire::{RawConnection, Response};
 use crate::harness::{InProcessNode, Node, Ports, get_request};
 
-async fn ask(node: &Ports, query: &str, headers: &str) -> Response {
+async fn send_get(node: &Ports, query: &str, headers: &str) -> Response {
     let mut connection = RawConnection::connect(node.read).await;
     connection.send(get_request(query, headers)).await;
     connection.response().await
@@ -22,7 +22,7 @@ async fn the_user_id_is_form_decoded() {
         "?user_id=a+b%2b%c3%a9%F0%9F%98%80",
         "?x=1&user%5Fid=%61+b%2B%C3%A9%F0%9F%98%80&y",
     ] {
-        let response = ask(&node, query, "").await;
+        let response = send_get(&node, query, "").await;
         assert_eq!(response.status, 200, "{query}: {}", response.body);
         assert_eq!(response.json()["user_id"], "a b+é😀");
     }
@@ -50,7 +50,9 @@ async fn a_query_without_exactly_one_user_is_rejected() {
         ("?user_id=%ed%a0%80", 400, "query-encoding"),
         ("?user_id=nobody", 404, "user-unknown"),
     ] {
-        ask(&node, query, "").await.expect_problem(status, cause);
+        send_get(&node, query, "")
+            .await
+            .expect_problem(status, cause);
     }
 }
 
@@ -61,7 +63,7 @@ async fn user_ids_are_answered_in_request_order_with_null_for_unknown_users() {
         let patch = serde_json::json!({ "user_id": user, "spp": spp });
         node.set(patch.to_string()).await.position();
     }
-    let response = ask(
+    let response = send_get(
         &node,
         "?user_ids=b+%2b%C3%A9&x=1&user_ids=nobody&user%5Fids=a&user_ids=%22c%22&user_ids=a",
         "",
@@ -81,9 +83,9 @@ async fn user_ids_are_answered_in_request_order_with_null_for_unknown_users() {
         grade("a", 1),
     ];
     assert_eq!(response.body, format!("[{}]", expected.join(",")));
-    assert_eq!(ask(&node, "?user_ids=nobody", "").await.body, "[null]");
+    assert_eq!(send_get(&node, "?user_ids=nobody", "").await.body, "[null]");
     let most = format!("?{}", ["user_ids=a"; 1000].join("&"));
-    let all = ask(&node, &most, "").await.json();
+    let all = send_get(&node, &most, "").await.json();
     assert_eq!(all.as_array().unwrap().len(), 1000);
 
     let long = format!("?user_ids={}", "x".repeat(257));
@@ -96,7 +98,7 @@ async fn user_ids_are_answered_in_request_order_with_null_for_unknown_users() {
         ("?user_ids=%zz", "query-encoding"),
         (&more, "user-ids-too-many"),
     ] {
-        ask(&node, query, "").await.expect_problem(400, cause);
+        send_get(&node, query, "").await.expect_problem(400, cause);
     }
 }
 
@@ -118,7 +120,7 @@ async fn a_read_of_many_users_waits_for_its_position() {
     let both = reader.response().await.json();
     assert_eq!((&both[0]["spp"], &both[1]["spp"]), (&1.into(), &1.into()));
     let headers = "grade-position: x\r\n";
-    ask(&node, query, headers)
+    send_get(&node, query, headers)
         .await
         .expect_problem(400, "position-invalid");
 }
@@ -170,7 +172,7 @@ async fn a_read_waits_for_its_position() {
     assert_eq!(reader.response().await.json()["spp"], 2);
     // An applied position is not waited for.
     for position in ["0", "2", "0002"] {
-        let response = ask(
+        let response = send_get(
             &node,
             "?user_id=a",
             &format!("Grade-Position: {position}\r\n"),
@@ -192,7 +194,7 @@ async fn a_position_that_is_not_reached_in_time_returns_503() {
     // The last one is at the maximum distance past the end of the log.
     for position in ["2", "3", "1000001"] {
         let headers = format!("grade-position: {position}\r\n");
-        let detail = ask(&node, "?user_id=a", &headers)
+        let detail = send_get(&node, "?user_id=a", &headers)
             .await
             .expect_problem(503, "position-not-reached");
         let expected = format!("this replica has applied 1 and not yet {position};");
@@ -209,7 +211,7 @@ async fn a_position_far_past_the_end_of_the_log_is_rejected_immediately() {
     for end in 0..2 {
         for position in [1_000_001 + end, u64::MAX] {
             let headers = format!("grade-position: {position}\r\n");
-            let detail = ask(&node, "?user_id=a", &headers)
+            let detail = send_get(&node, "?user_id=a", &headers)
                 .await
                 .expect_problem(503, "position-not-reached");
             let expected = format!(
@@ -282,7 +284,7 @@ async fn an_invalid_position_is_rejected() {
         "grade-position: 0\r\ngrade-position: 0\r\n",
         "grade-position: é\r\n",
     ] {
-        ask(&node, "?user_id=a", headers)
+        send_get(&node, "?user_id=a", headers)
             .await
             .expect_problem(400, "position-invalid");
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::harness::held_log::{QUEUE_PATCHES_MAX, start};
+use crate::harness::gated_log::{QUEUE_PATCHES_MAX, start_node};
 use crate::harness::wire::{RawConnection, eventually};
 use crate::harness::{pending_set, set_request};
 
@@ -10,7 +10,7 @@ const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 
 #[tokio::test]
 async fn a_full_queue_rejects_writes_and_keeps_the_order_of_queued_ones() {
-    let (log, node) = start(Duration::from_secs(60)).await;
+    let (log, node) = start_node(Duration::from_secs(60)).await;
     let mut waiting = Vec::new();
     // At most two batches are in flight; the others are queued.
     for spp in 0..2 + QUEUE_PATCHES_MAX {
@@ -25,7 +25,7 @@ async fn a_full_queue_rejects_writes_and_keeps_the_order_of_queued_ones() {
     assert!(detail.contains("nothing was written"), "{detail}");
     node.get("a").await.expect_problem(404, "user-unknown");
 
-    log.release();
+    log.open();
     for (before, connection) in waiting.iter_mut().enumerate() {
         assert_eq!(connection.response().await.position(), before as u64 + 1);
     }
@@ -35,7 +35,7 @@ async fn a_full_queue_rejects_writes_and_keeps_the_order_of_queued_ones() {
 
 #[tokio::test]
 async fn an_unacknowledged_write_returns_504_and_may_still_be_applied() {
-    let (log, node) = start(Duration::from_secs(1)).await;
+    let (log, node) = start_node(Duration::from_secs(1)).await;
     let mut sent = Vec::new();
     for spp in [6, 7] {
         let mut connection = RawConnection::connect(node.write).await;
@@ -55,7 +55,7 @@ async fn an_unacknowledged_write_returns_504_and_may_still_be_applied() {
             .expect_problem(504, "outcome-unknown");
         assert!(detail.contains("read the grade back"), "{detail}");
     }
-    log.release();
+    log.open();
     node.metric_reaches("gradestore_log_position", 2.0).await;
     assert_eq!(node.get("a").await.json()["spp"], 7);
     assert_eq!(node.set(PATCH).await.position(), 3);
@@ -63,10 +63,10 @@ async fn an_unacknowledged_write_returns_504_and_may_still_be_applied() {
 
 #[tokio::test]
 async fn a_rejecting_log_returns_503() {
-    let (log, node) = start(Duration::from_secs(60)).await;
-    log.release();
+    let (log, node) = start_node(Duration::from_secs(60)).await;
+    log.open();
     node.set(PATCH).await.position();
-    log.refuse();
+    log.reject_appends();
     for _ in 0..10 {
         node.set(PATCH).await.expect_problem(503, "not-written");
     }
@@ -75,10 +75,10 @@ async fn a_rejecting_log_returns_503() {
 
 #[tokio::test]
 async fn a_node_that_misses_a_batch_stops_serving() {
-    let (log, node) = start(Duration::from_secs(1)).await;
-    log.release();
+    let (log, node) = start_node(Duration::from_secs(1)).await;
+    log.open();
     node.set(PATCH).await.position();
-    log.lose();
+    log.skip_batches();
     node.set(PATCH).await.expect_problem(504, "outcome-unknown");
     let reason = eventually("unready", async || {
         let response = node.ops("/readyz").await;
@@ -100,10 +100,10 @@ async fn a_node_that_misses_a_batch_stops_serving() {
 
 #[tokio::test]
 async fn a_panic_while_applying_ends_the_process() {
-    let (log, node) = start(Duration::from_secs(60)).await;
-    log.release();
+    let (log, node) = start_node(Duration::from_secs(60)).await;
+    log.open();
     node.set(PATCH).await.position();
-    log.crash();
+    log.panic_on_next_batch();
     let _waiting = pending_set(&node, PATCH).await;
     let why = node.wait_for_error().await;
     assert!(why.contains("task driver ended"), "{why}");
@@ -112,12 +112,12 @@ async fn a_panic_while_applying_ends_the_process() {
 
 #[tokio::test]
 async fn a_write_of_a_disconnected_client_is_applied_once_and_in_order() {
-    let (log, node) = start(Duration::from_secs(60)).await;
+    let (log, node) = start_node(Duration::from_secs(60)).await;
     for spp in 1..=2 + QUEUE_PATCHES_MAX {
         let patch = format!(r#"{{"user_id":"a","spp":{spp},"shipping_fee":{spp}}}"#);
         drop(pending_set(&node, &patch).await);
     }
-    log.release();
+    log.open();
     node.metric_reaches("gradestore_write_queue_patches", 0.0)
         .await;
     let last = QUEUE_PATCHES_MAX as u64 + 3;

@@ -3,7 +3,7 @@
 use crate::api::set::bad_bodies;
 use crate::harness::wire::{RawConnection, TIMEOUT};
 use crate::harness::{Node, get_request, set_request, set_request_framed};
-use crate::harness::{held_log, pending_set};
+use crate::harness::{gated_log, pending_set};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 
@@ -151,10 +151,10 @@ async fn an_error_response_is_readable_before_the_body_is_sent() {
 
 #[tokio::test]
 async fn a_client_that_closes_its_sending_side_gets_its_response() {
-    let (log, node) = held_log::start(TIMEOUT).await;
+    let (log, node) = gated_log::start_node(TIMEOUT).await;
     let mut connection = pending_set(&node, PATCH).await;
     connection.shutdown_write().await;
-    log.release();
+    log.open();
     assert_eq!(connection.response().await.position(), 1);
     connection.expect_closed().await;
 

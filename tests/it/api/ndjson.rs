@@ -25,7 +25,7 @@ pub(crate) fn lines(users: std::ops::Range<usize>) -> String {
 
 /// Checks that all lines were accepted, with `position` as the last position.
 #[track_caller]
-fn accepted(response: &Response, lines: u64, position: u64) {
+fn assert_accepted(response: &Response, lines: u64, position: u64) {
     assert_eq!(response.status, 200, "{}", response.body);
     assert_eq!(response.header("content-type"), "application/json");
     assert_eq!(
@@ -35,14 +35,14 @@ fn accepted(response: &Response, lines: u64, position: u64) {
     assert_eq!(response.header("grade-position"), position.to_string());
 }
 
-pub(crate) async fn records(node: &Ports) -> u64 {
+pub(crate) async fn record_count(node: &Ports) -> u64 {
     node.status().await["records"].as_u64().unwrap()
 }
 
 /// A chunked body that a test sends in parts.
-pub(crate) struct Body(pub(crate) RawConnection);
+pub(crate) struct NdjsonBody(pub(crate) RawConnection);
 
-impl Body {
+impl NdjsonBody {
     pub(crate) async fn begin(node: &Ports) -> Self {
         let mut connection = RawConnection::connect(node.write).await;
         let head = format!(
@@ -67,24 +67,24 @@ impl Body {
 #[tokio::test]
 async fn all_lines_are_written_and_readable() {
     let node = Node::start().await;
-    accepted(&node.set_lines(lines(0..2500)).await, 2500, 3);
+    assert_accepted(&node.set_lines(lines(0..2500)).await, 2500, 3);
     for user in [0, 999, 1000, 2499] {
         let grade = node.get(&format!("user-{user}")).await.json();
         assert_eq!(grade["spp"], user);
     }
-    assert_eq!(records(&node).await, 2500);
+    assert_eq!(record_count(&node).await, 2500);
     assert_eq!(node.metric(APPLIED).await, Some(2500.0));
     // CRLF, empty lines and no newline at the end. The later of two patches wins.
     let body = "\r\n {\"user_id\":\"a\",\"spp\":1}\r\n\n \t\n{\"user_id\":\"a\",\"spp\":2,\"return_fee\":3}";
-    accepted(&node.set_lines(body).await, 5, 4);
+    assert_accepted(&node.set_lines(body).await, 5, 4);
     let grade = node.get("a").await.json();
     assert_eq!(
         (&grade["spp"], &grade["return_fee"]),
         (&2.into(), &3.into())
     );
     // An empty body succeeds without a batch.
-    accepted(&node.set_lines("").await, 0, 4);
-    accepted(&node.set_lines("\n\r\n\n").await, 3, 4);
+    assert_accepted(&node.set_lines("").await, 0, 4);
+    assert_accepted(&node.set_lines("\n\r\n\n").await, 3, 4);
     node.set_lines("x").await.expect_problem(422, "bad-line");
     // Counted apart from single writes, because their durations are not comparable.
     node.set(r#"{"user_id":"a"}"#).await.position();
@@ -103,15 +103,15 @@ async fn all_lines_are_written_and_readable() {
 async fn lines_may_be_split_at_any_byte() {
     let node = Node::start().await;
     let text = "{\"user_id\":\"é\",\"spp\":1}\r\n\r\n{\"user_id\":\"b\"}\n";
-    let mut body = Body::begin(&node).await;
+    let mut body = NdjsonBody::begin(&node).await;
     for byte in text.as_bytes() {
         body.0
             .send([b"1\r\n", &[*byte][..], b"\r\n"].concat())
             .await;
     }
-    accepted(&body.end().await, 3, 1);
+    assert_accepted(&body.end().await, 3, 1);
     assert_eq!(node.get("é").await.json()["spp"], 1);
-    assert_eq!(records(&node).await, 2);
+    assert_eq!(record_count(&node).await, 2);
 }
 
 #[tokio::test]
@@ -139,10 +139,10 @@ async fn a_bad_line_is_named_and_groups_before_it_stay() {
         assert!(detail.contains(printed), "{printed} in {detail}");
     }
     assert!(!detail.contains("line 1 "), "{detail}");
-    assert_eq!(records(&node).await, 1000);
+    assert_eq!(record_count(&node).await, 1000);
     // Resuming from there gives the same result as one complete body.
-    accepted(&node.set_lines(lines(1000..2500)).await, 1500, 3);
-    assert_eq!(records(&node).await, 2500);
+    assert_accepted(&node.set_lines(lines(1000..2500)).await, 1500, 3);
+    assert_eq!(record_count(&node).await, 2500);
 
     // The bad line in the first group, in the last, at the end of a group, and at the start of one.
     for (user, left) in [(0, 0), (2499, 2000), (999, 0), (1000, 1000)] {
@@ -154,7 +154,7 @@ async fn a_bad_line_is_named_and_groups_before_it_stay() {
             (&problem["line"], &problem["accepted"]),
             (&(user + 1).into(), &left.into())
         );
-        assert_eq!(records(&node).await, left);
+        assert_eq!(record_count(&node).await, left);
     }
 }
 
@@ -196,7 +196,7 @@ async fn the_largest_line_has_64_kib_and_a_group_holds_four_of_them() {
         format!("{patch}{}", " ".repeat(bytes - patch.len()))
     };
     let longest: Vec<String> = (0..9).map(|user| padded(user, 64 * 1024)).collect();
-    accepted(&node.set_lines(longest.join("\n")).await, 9, 3);
+    assert_accepted(&node.set_lines(longest.join("\n")).await, 9, 3);
     for body in [
         padded(0, 64 * 1024 + 1),
         format!("{}\n", padded(0, 64 * 1024 + 1)),
@@ -219,24 +219,24 @@ async fn the_largest_line_has_64_kib_and_a_group_holds_four_of_them() {
 async fn a_body_may_take_any_time_while_it_makes_progress() {
     let silence_max = Duration::from_secs(2);
     let node = InProcessNode::start(|config| config.http.body_wait_max = silence_max).await;
-    let (started_at, mut body, mut groups) = (Instant::now(), Body::begin(&node).await, 0);
+    let (started_at, mut body, mut groups) = (Instant::now(), NdjsonBody::begin(&node).await, 0);
     while started_at.elapsed() < 2 * silence_max {
         body.send(&lines(0..1000)).await;
         groups += 1;
         node.metric_reaches(APPLIED, groups as f64 * 1000.0).await;
     }
     body.send(&lines(0..1)).await;
-    accepted(&body.end().await, groups * 1000 + 1, groups + 1);
+    assert_accepted(&body.end().await, groups * 1000 + 1, groups + 1);
 
     // A stalled body loses only the incomplete group.
-    let mut body = Body::begin(&node).await;
+    let mut body = NdjsonBody::begin(&node).await;
     body.send(&lines(0..1500)).await;
     let response = body.0.response().await;
     response.expect_problem(408, "body-slow");
     assert_eq!(response.json()["accepted"], 1000);
     body.0.expect_closed().await;
 
-    let mut body = Body::begin(&node).await;
+    let mut body = NdjsonBody::begin(&node).await;
     body.send(&lines(0..1001)).await;
     body.0.send("xyz\r\n").await;
     let response = body.0.response().await;
@@ -247,7 +247,10 @@ async fn a_body_may_take_any_time_while_it_makes_progress() {
 #[tokio::test]
 async fn bulk_writes_beyond_the_limit_are_rejected() {
     let node = InProcessNode::start(|config| config.writer.bulks_max = 2).await;
-    let mut bodies = [Body::begin(&node).await, Body::begin(&node).await];
+    let mut bodies = [
+        NdjsonBody::begin(&node).await,
+        NdjsonBody::begin(&node).await,
+    ];
     for body in &mut bodies {
         body.send(&lines(0..1000)).await;
     }
@@ -259,11 +262,14 @@ async fn bulk_writes_beyond_the_limit_are_rejected() {
     node.set(r#"{"user_id":"a"}"#).await.position();
     let [one, other] = bodies;
     assert_eq!(one.end().await.json()["accepted"], 1000);
-    accepted(&node.set_lines(lines(0..1)).await, 1, 4);
+    assert_accepted(&node.set_lines(lines(0..1)).await, 1, 4);
     // A client that disconnects frees its place.
     drop(other);
     eventually("two places", async || {
-        let mut bodies = [Body::begin(&node).await, Body::begin(&node).await];
+        let mut bodies = [
+            NdjsonBody::begin(&node).await,
+            NdjsonBody::begin(&node).await,
+        ];
         for body in &mut bodies {
             body.send(&lines(0..1)).await;
         }
@@ -278,7 +284,7 @@ async fn bulk_writes_beyond_the_limit_are_rejected() {
 async fn memory_does_not_grow_with_the_length_of_a_body() {
     let node = Node::start().await;
     let line = format!("{{\"user_id\":\"a\"}}{}\n", " ".repeat(60_000));
-    let mut body = Body::begin(&node).await;
+    let mut body = NdjsonBody::begin(&node).await;
     let name = "process_resident_memory_bytes";
     let mut before = 0.0;
     for count in 0..1600 {
@@ -297,21 +303,24 @@ async fn memory_does_not_grow_with_the_length_of_a_body() {
 async fn a_kill_leaves_only_complete_groups() {
     let dir = tempdir().unwrap();
     let node = Node::start_with(&mut program_with_data_dir(dir.path())).await;
-    let mut body = Body::begin(&node).await;
+    let mut body = NdjsonBody::begin(&node).await;
     body.send(&lines(0..3000)).await;
     node.metric_reaches(APPLIED, 3000.0).await;
     // The node may have received any part of these.
     body.send(&lines(3000..9500)).await;
     node.kill();
     let node = Node::start_with(&mut program_with_data_dir(dir.path())).await;
-    let records = records(&node).await;
-    assert!(records >= 3000 && records.is_multiple_of(1000), "{records}");
+    let record_count = record_count(&node).await;
+    assert!(
+        record_count >= 3000 && record_count.is_multiple_of(1000),
+        "{record_count}"
+    );
 }
 
 #[tokio::test]
 async fn a_stopping_node_reports_how_many_lines_it_accepted() {
     let mut node = Node::start().await;
-    let mut body = Body::begin(&node).await;
+    let mut body = NdjsonBody::begin(&node).await;
     body.send(&lines(0..1000)).await;
     node.metric_reaches(APPLIED, 1000.0).await;
     node.signal(Signal::TERM);
@@ -355,7 +364,7 @@ async fn bulk_writes_need_the_password_and_the_media_type() {
     send("application/json")
         .await
         .expect_problem(400, "not-json");
-    assert_eq!(records(&node).await, 0);
+    assert_eq!(record_count(&node).await, 0);
     for right in [
         "application/x-ndjson",
         "Application/X-NDJSON; charset=utf-8",

@@ -41,7 +41,7 @@ impl FaultyPeerCase {
     }
 
     /// Checks that the replica serves nothing and names the fault of the peer.
-    async fn refused(&self) {
+    async fn assert_rejected(&self) {
         let (name, _, why) = self.fault;
         let status = in_no_source_state(&self.node, name).await;
         let printed = status["reason"].as_str().unwrap();
@@ -53,7 +53,7 @@ impl FaultyPeerCase {
     }
 
     /// Checks that the replica is ready, after it asked the faulty peer and then another one.
-    async fn passed_by(&self, position: u64) {
+    async fn assert_passed_over(&self, position: u64) {
         let (name, ..) = self.fault;
         let status = self.node.status_where(name, |status| {
             status["position"].as_u64() >= Some(position) && status["state"] == "ready"
@@ -61,9 +61,9 @@ impl FaultyPeerCase {
         let status = status.await;
         assert_ne!(status["restore"]["source"], self.peer.url, "{name}");
         assert_eq!(status["restore"]["stage"], "done", "{name}");
-        if name != "nobody listens" {
+        if name != "connection refused" {
             assert_eq!(status["peers"][0]["url"], self.peer.url, "{name}");
-            assert_ne!(self.peer.asked(), 0, "{name}");
+            assert_ne!(self.peer.backup_requests(), 0, "{name}");
         }
     }
 }
@@ -71,19 +71,19 @@ impl FaultyPeerCase {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_faulty_peer_is_named_and_the_next_peer_is_asked() {
     let mut cluster = SeededCluster::with_rows(3000).await;
-    let first = cluster.first().await;
+    let first = cluster.start_first().await;
     let mut answered = cluster.write(&first, 3).await;
     let good = ValidBackup::new(fetch_backup(&first).await);
     first.kill();
 
     let cases = FAULTS.map(|fault| FaultyPeerCase::launch(&cluster, &good, fault));
     let cases = join_all(cases).await;
-    join_all(cases.iter().map(FaultyPeerCase::refused)).await;
+    join_all(cases.iter().map(FaultyPeerCase::assert_rejected)).await;
 
     let first = Node::start_with(&mut cluster.replica("first")).await;
     answered.extend(cluster.write(&first, 3).await);
     let end = answered.last().unwrap().position;
-    join_all(cases.iter().map(|cases| cases.passed_by(end))).await;
+    join_all(cases.iter().map(|cases| cases.assert_passed_over(end))).await;
     let mut nodes = vec![&*first];
     nodes.extend(cases.iter().map(|cases| &*cases.node));
     cluster.check(&nodes, &answered).await;
@@ -92,13 +92,15 @@ async fn a_faulty_peer_is_named_and_the_next_peer_is_asked() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_stops_sending_times_out() {
     let mut cluster = SeededCluster::with_rows(3000).await;
-    let first = cluster.first().await;
+    let first = cluster.start_first().await;
     let good = ValidBackup::new(fetch_backup(&first).await);
     let cases = SILENT_FAULTS.map(|fault| FaultyPeerCase::launch(&cluster, &good, fault));
     let cases = join_all(cases).await;
     let answered = cluster.write(&first, 3).await;
     for cases in &cases {
-        cases.passed_by(answered.last().unwrap().position).await;
+        cases
+            .assert_passed_over(answered.last().unwrap().position)
+            .await;
         let (name, _, why) = cases.fault;
         assert!(cases.node.stderr.lock().contains(why), "{name}");
     }
@@ -110,13 +112,13 @@ async fn a_peer_that_stops_sending_times_out() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_with_a_batch_that_the_log_lost_is_discarded() {
     let mut cluster = SeededCluster::with_rows(3000).await;
-    let first = cluster.first().await;
+    let first = cluster.start_first().await;
     let good = ValidBackup::new(fetch_backup(&first).await);
     let answered = cluster.write(&first, 3).await;
     let peer = FakePeer::start(good.with_a_lost_batch()).await;
     let mut command = replica_at(cluster.broker.address);
     let node = Node::launch(command.args(["--peer", &peer.url])).await;
-    eventually("that it says so", async || {
+    eventually("the log line", async || {
         let printed = node.stderr.lock();
         printed
             .contains("the broker lost batches that the restored state includes")
@@ -133,7 +135,7 @@ async fn a_backup_with_a_batch_that_the_log_lost_is_discarded() {
 #[tokio::test]
 async fn a_replica_is_not_its_own_peer() {
     let mut cluster = SeededCluster::with_rows(10).await;
-    cluster.first().await.kill();
+    cluster.start_first().await.kill();
     let own = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = own.local_addr().unwrap().to_string();
     drop(own);
@@ -151,7 +153,7 @@ async fn a_replica_is_not_its_own_peer() {
     let first = Node::start_with(&mut cluster.replica("first")).await;
     cluster.check(&[&first, &node], &[]).await;
     // It is ready now, and still does not list itself.
-    eventually("the other one alone", async || {
+    eventually("only the other node", async || {
         let peers = node.status().await["peers"].take();
         let urls: Vec<&Value> = peers.as_array()?.iter().map(|peer| &peer["url"]).collect();
         (urls == [&format!("http://{}", first.write)]).then_some(())
@@ -162,7 +164,7 @@ async fn a_replica_is_not_its_own_peer() {
 #[tokio::test]
 async fn the_time_of_a_backup_is_the_brokers() {
     let mut cluster = SeededCluster::with_rows(10).await;
-    let first = cluster.first().await;
+    let first = cluster.start_first().await;
     let late = cluster.broker.replica().await;
     let answered = cluster.write(&first, 3).await;
     let position = answered.last().unwrap().position;
@@ -179,12 +181,12 @@ async fn the_time_of_a_backup_is_the_brokers() {
 
 /// The peer dies after it sent this share of its backup; with `another`, another peer is ready
 /// then.
-async fn dies_at(percent: u64, another: bool) {
+async fn peer_dies_at(percent: u64, another: bool) {
     let mut cluster = SeededCluster::with_rows(30_000).await;
     let throttle = Throttle::without_target(u64::MAX).await;
     let first = cluster.start_first_behind(&throttle).await;
     let size = fetch_backup(&first).await.len() as u64;
-    throttle.limit(size * percent / 100);
+    throttle.set_limit(size * percent / 100);
     let late = Node::launch(&mut replica_at(cluster.broker.address)).await;
     throttle.wait_until_limited(1).await;
 
@@ -246,7 +248,7 @@ macro_rules! peers_that_die {
         $(
             #[tokio::test(flavor = "multi_thread")]
             async fn $name() {
-                dies_at($percent, $another).await;
+                peer_dies_at($percent, $another).await;
             }
         )*
     };

@@ -16,7 +16,7 @@ const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
 const LOST_MAX: Duration = Duration::from_secs(1);
 
 /// Waits until a write is applied.
-async fn writable(node: &Node) {
+async fn wait_until_writable(node: &Node) {
     node.in_state("ready").await;
     let before = node.metric("gradestore_log_position").await.unwrap();
     eventually("a batch more", async || {
@@ -32,13 +32,13 @@ async fn a_repeatedly_killed_broker_loses_no_acknowledged_write() {
     let load = Load::start(&[&a, &b, &c], 50, usize::MAX);
     for _round in 0..10 {
         for node in [&a, &b, &c] {
-            writable(node).await;
+            wait_until_writable(node).await;
         }
         broker.kill();
         broker.restart().await;
     }
     for node in [&a, &b, &c] {
-        writable(node).await;
+        wait_until_writable(node).await;
     }
     let answered = load.stop().await;
     check(&broker.client().await, &[&a, &b, &c], &answered).await;
@@ -86,16 +86,16 @@ async fn a_silent_or_closed_connection_is_replaced() {
         },
     );
     for rules in [dead, drop_requests, drop_replies] {
-        writable(&a).await;
+        wait_until_writable(&a).await;
         proxy.set(rules);
         a.in_state("read-only").await;
         // The other replica is not affected.
-        writable(&b).await;
+        wait_until_writable(&b).await;
         proxy.set(Rules::default());
     }
-    writable(&a).await;
+    wait_until_writable(&a).await;
     proxy.cut();
-    writable(&a).await;
+    wait_until_writable(&a).await;
     let answered = load.stop().await;
     check(&broker.client().await, &[&a, &b], &answered).await;
 }

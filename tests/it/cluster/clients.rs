@@ -61,7 +61,7 @@ impl Clients {
     /// Stops the clients; returns the acknowledged writes.
     pub(crate) async fn stop(self) -> Vec<AckedWrite> {
         self.stop.store(true, Ordering::Relaxed);
-        let all = with_timeout("the clients' end", self.clients.join_all()).await;
+        let all = with_timeout("the end of the clients", self.clients.join_all()).await;
         all.into_iter().flatten().collect()
     }
 }
@@ -108,7 +108,7 @@ impl Client {
     }
 
     /// The ready replicas, starting with the `nth` after this client's own.
-    async fn replicas(&self, nth: usize) -> Vec<Ports> {
+    async fn ready_replicas(&self, nth: usize) -> Vec<Ports> {
         let mut replicas = self.replicas.lock().clone();
         let count = replicas.len();
         replicas.rotate_left((self.id + nth) % count);
@@ -126,7 +126,7 @@ impl Client {
 
     /// Sends a write once; returns its position if it was acknowledged.
     async fn write(&self, write: &Write) -> Option<u64> {
-        let replicas = self.replicas(0).await;
+        let replicas = self.ready_replicas(0).await;
         let replica = replicas.first()?;
         let request = replica.client.post(format!("http://{}/set", replica.write));
         let request = request
@@ -146,7 +146,7 @@ impl Client {
     /// if another is ready.
     async fn read(&self, key: &(String, usize), position: u64) {
         let (user, field) = key;
-        for replica in self.replicas(1).await {
+        for replica in self.ready_replicas(1).await {
             let url = format!("http://{}/get?user_id={user}", replica.read);
             let request = replica.client.get(url).header("grade-position", position);
             // The replica stopped after it said that it was ready.
@@ -155,7 +155,10 @@ impl Client {
             };
             let response = Response::of(response).await;
             match response.status {
-                200 => return self.compare(key, response.json()[FIELDS[*field]].as_i64().unwrap()),
+                200 => {
+                    return self
+                        .assert_expected(key, response.json()[FIELDS[*field]].as_i64().unwrap());
+                }
                 404 if !self.written.keys().any(|(written, _)| written == user) => return,
                 // It was ready a moment ago, so it must be stopping.
                 503 => assert!(
@@ -168,7 +171,7 @@ impl Client {
         assert!(!self.always, "no replica answers a read");
     }
 
-    fn compare(&self, key: &(String, usize), found: i64) {
+    fn assert_expected(&self, key: &(String, usize), found: i64) {
         let written = self.written.get(key).copied().unwrap_or(0);
         let mut unacked = self.unacked.get(key).into_iter().flatten();
         let known = found == written || unacked.any(|value| *value == found);

@@ -8,7 +8,6 @@ use std::process::Command;
 use gradestore::backup::Snapshots;
 use gradestore::grade::{Changes, Patch};
 use gradestore::log::Position;
-use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::harness::backup_files::{fetch_backup, file_names, read_backup};
@@ -38,18 +37,18 @@ pub(crate) async fn replicas_with_frequent_votes<const N: usize>(broker: &Broker
 }
 
 /// Waits until a counter has at least this value.
-async fn counted(node: &Ports, counter: &str, at_least: f64) {
+async fn wait_for_count(node: &Ports, counter: &str, at_least: f64) {
     eventually(counter, async || {
         node.metric(counter)
             .await
-            .filter(|counted| *counted >= at_least)
+            .filter(|wait_for_count| *wait_for_count >= at_least)
     })
     .await;
 }
 
 /// Waits until all nodes have the same digest at the same position.
-async fn equal(nodes: &[&Ports]) {
-    eventually("the same at one position", async || {
+async fn wait_until_equal(nodes: &[&Ports]) {
+    eventually("equal digests at one position", async || {
         let mut seen = BTreeSet::new();
         for node in nodes {
             let status = node.status().await;
@@ -66,17 +65,17 @@ async fn equal_replicas_agree_under_load() {
     let [a, b, c] = replicas_with_frequent_votes(&broker).await;
     let load = Load::start(&[&a, &b, &c], 20, usize::MAX);
     for node in [&a, &b, &c] {
-        counted(node, COMPARED, 10.0).await;
+        wait_for_count(node, COMPARED, 10.0).await;
     }
     load.stop().await;
-    equal(&[&a, &b, &c]).await;
+    wait_until_equal(&[&a, &b, &c]).await;
     for node in [&a, &b, &c] {
         assert_eq!(node.metric(DIVERGENCES).await, Some(0.0));
     }
 }
 
 /// A data directory with a snapshot of the state of `node`, with one grade changed.
-async fn wrong_snapshot(node: &Ports) -> TempDir {
+async fn diverged_snapshot(node: &Ports) -> TempDir {
     let (store, summary) = read_backup(&fetch_backup(node).await);
     let (head, end) = summary.records.unwrap();
     let mut changes = Changes::default();
@@ -109,11 +108,6 @@ fn set(spp: u64) -> String {
     format!(r#"{{"user_id":"x","spp":{spp}}}"#)
 }
 
-async fn in_state(node: &Ports, state: &'static str) -> Value {
-    node.status_where(state, |status| status["state"] == state)
-        .await
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn one_diverged_replica_of_three_bootstraps_again() {
     let broker = Broker::start().await;
@@ -121,17 +115,17 @@ async fn one_diverged_replica_of_three_bootstraps_again() {
     for spp in 1..=3 {
         a.set(set(spp)).await.position();
     }
-    let dir = wrong_snapshot(&a).await;
-    let wrong = start_with_dir(&broker, &dir).await;
+    let dir = diverged_snapshot(&a).await;
+    let diverged = start_with_dir(&broker, &dir).await;
     // Writes continue, also through the diverged replica.
-    let load = Load::start(&[&a, &b, &wrong], 5, usize::MAX);
-    wrong.metric_reaches(RESYNCS, 1.0).await;
-    for node in [&a, &b, &wrong] {
-        in_state(node, "ready").await;
+    let load = Load::start(&[&a, &b, &diverged], 5, usize::MAX);
+    diverged.metric_reaches(RESYNCS, 1.0).await;
+    for node in [&a, &b, &diverged] {
+        node.in_state("ready").await;
     }
     load.stop().await;
-    let written = wrong.set(set(9)).await.position();
-    for node in [&a, &b, &wrong] {
+    let written = diverged.set(set(9)).await.position();
+    for node in [&a, &b, &diverged] {
         assert_eq!(node.get_at("x", written).await["spp"], 9);
         assert!(node.metric(DIVERGENCES).await.unwrap() >= 1.0);
     }
@@ -145,7 +139,7 @@ async fn one_diverged_replica_of_three_bootstraps_again() {
         );
         assert!(!logged.contains(IN_DOUBT), "{logged}");
     }
-    equal(&[&a, &b, &wrong]).await;
+    wait_until_equal(&[&a, &b, &diverged]).await;
     // The old snapshots are quarantined.
     let names = file_names(&dir.path().join("snapshots"));
     assert!(
@@ -153,7 +147,11 @@ async fn one_diverged_replica_of_three_bootstraps_again() {
         "{names:?}"
     );
     // And not reported.
-    let snapshot = async |what| wrong.metric(&format!("gradestore_snapshot_{what}")).await;
+    let snapshot = async |what| {
+        diverged
+            .metric(&format!("gradestore_snapshot_{what}"))
+            .await
+    };
     assert_eq!(snapshot("position").await, Some(0.0));
     assert!(snapshot("age_seconds").await.unwrap().is_nan());
 }
@@ -166,11 +164,11 @@ async fn of_two_diverged_replicas_the_operator_removes_one() {
     for spp in 1..=3 {
         a.set(set(spp)).await.position();
     }
-    let dir = wrong_snapshot(&a).await;
-    let wrong = start_with_dir(&broker, &dir).await;
+    let dir = diverged_snapshot(&a).await;
+    let diverged = start_with_dir(&broker, &dir).await;
     // Without any write: a state loaded from a file is compared too.
-    for node in [&a, &wrong] {
-        let status = in_state(node, "diverged").await;
+    for node in [&a, &diverged] {
+        let status = node.in_state("diverged").await;
         let reason = status["reason"].as_str().unwrap();
         assert!(
             reason.contains("there is no majority for either"),
@@ -181,21 +179,21 @@ async fn of_two_diverged_replicas_the_operator_removes_one() {
     }
     // Further votes change nothing.
     let votes = a.metric(DIVERGENCES).await.unwrap();
-    counted(&a, DIVERGENCES, votes + 2.0).await;
-    for node in [&a, &wrong] {
-        in_state(node, "diverged").await;
+    wait_for_count(&a, DIVERGENCES, votes + 2.0).await;
+    for node in [&a, &diverged] {
+        node.in_state("diverged").await;
         assert_eq!(node.metric(RESYNCS).await, Some(0.0));
     }
-    wrong.stop().await;
+    diverged.stop().await;
     fs::remove_dir_all(dir.path().join("snapshots")).unwrap();
     fs::remove_file(dir.path().join("replica-id")).unwrap();
-    in_state(&a, "ready").await;
+    a.in_state("ready").await;
     let again = start_with_dir(&broker, &dir).await;
     for node in [&a, &again] {
-        in_state(node, "ready").await;
+        node.in_state("ready").await;
         node.set(set(5)).await.position();
     }
-    equal(&[&a, &again]).await;
+    wait_until_equal(&[&a, &again]).await;
     assert_eq!(again.get("y").await.status, 404);
     // A restarted replica replays all those votes.
     let replayed = replicas_with_frequent_votes::<1>(&broker).await;
@@ -210,16 +208,16 @@ async fn a_third_replica_that_reads_the_whole_log_decides_between_two() {
     for spp in 1..=3 {
         a.set(set(spp)).await.position();
     }
-    let dir = wrong_snapshot(&a).await;
-    let wrong = start_with_dir(&broker, &dir).await;
-    for node in [&a, &wrong] {
-        in_state(node, "diverged").await;
+    let dir = diverged_snapshot(&a).await;
+    let diverged = start_with_dir(&broker, &dir).await;
+    for node in [&a, &diverged] {
+        node.in_state("diverged").await;
     }
     let [third] = replicas_with_frequent_votes(&broker).await;
-    wrong.metric_reaches(RESYNCS, 1.0).await;
-    for node in [&a, &wrong, &third] {
-        in_state(node, "ready").await;
+    diverged.metric_reaches(RESYNCS, 1.0).await;
+    for node in [&a, &diverged, &third] {
+        node.in_state("ready").await;
     }
-    equal(&[&a, &wrong, &third]).await;
+    wait_until_equal(&[&a, &diverged, &third]).await;
     assert_eq!(a.metric(RESYNCS).await, Some(0.0));
 }

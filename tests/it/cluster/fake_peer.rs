@@ -31,10 +31,10 @@ impl ValidBackup {
     }
 
     /// The same backup with another head.
-    fn but(&self, change: impl FnOnce(&mut Head)) -> PeerBehavior {
+    fn with_head(&self, change: impl FnOnce(&mut Head)) -> PeerBehavior {
         let mut head = self.head.clone();
         change(&mut head);
-        whole(&backup_file_with_head(&self.store, &head))
+        complete(&backup_file_with_head(&self.store, &head))
     }
 
     /// The same backup, ending with one more batch that the log then lost. That batch created the
@@ -48,7 +48,7 @@ impl ValidBackup {
             seq: self.head.position + 1,
             ..self.head.position()
         };
-        whole(&backup_file_ending_at(&self.store, &self.head, &end))
+        complete(&backup_file_ending_at(&self.store, &self.head, &end))
     }
 }
 
@@ -68,26 +68,26 @@ pub(crate) type Fault = (&'static str, fn(&ValidBackup) -> PeerBehavior, &'stati
 /// Faults that are detected immediately.
 #[rustfmt::skip]
 pub(crate) const FAULTS: [Fault; 20] = [
-    ("nobody listens", |_| PeerBehavior::Refuse, "onnection refused"),
+    ("connection refused", |_| PeerBehavior::Refuse, "onnection refused"),
     ("hangs up", |_| PeerBehavior::Send(Vec::new()), "connection closed before message completed"),
     ("no HTTP", |_| PeerBehavior::Send(b"220 ready\r\n".to_vec()), "invalid HTTP"),
     ("another password", |_| error("401 Unauthorized", ""), "answered 401: why"),
     ("no such route", |_| error("404 Not Found", ""), "answered 404: why"),
     ("not ready", |_| error("503 Service Unavailable", ""), "answered 503: why"),
     ("elsewhere", |_| error("302 Found", "location: http://127.0.0.1:1/\r\n"), "answered 302: why"),
-    ("HTML", |_| whole(b"<html>sign in</html>"), "not a gzip file"),
-    ("nothing", |_| whole(b""), "cut off at byte 0"),
-    ("foreign", |_| whole(&gzip(b"user_id,spp\na,1\n")), "not made by a gradestore that is on a log"),
-    ("another log", |good| good.but(|head| head.log_id = "x".into()), "it is of log x, another one"),
-    ("another history", |good| good.but(|head| head.time_ns += 1), "the log holds another batch"),
-    ("ahead", |good| good.but(|head| head.position += 9), "it is at batch 113 and the log holds"),
-    ("too old", |good| good.but(|head| head.position = 99), "batch 99 and the log holds 101 to 104"),
-    ("a newer format", |good| good.but(|head| head.format += 1), "use a newer gradestore"),
-    ("one bit", |good| whole(&flipped(&good.file)), "fetch the backup again"),
-    ("no end", |good| whole(half(&good.file)), "the end record is missing"),
-    ("twice", |good| whole(&good.file.repeat(2)), "bytes follow the end"),
-    ("cut", |good| cut(&good.file), "end of file before message length reached"),
-    ("cut chunk", |good| cut_chunk(&good.file), "end of file before message length reached"),
+    ("HTML", |_| complete(b"<html>sign in</html>"), "not a gzip file"),
+    ("nothing", |_| complete(b""), "cut off at byte 0"),
+    ("foreign", |_| complete(&gzip(b"user_id,spp\na,1\n")), "not made by a gradestore that is on a log"),
+    ("another log", |good| good.with_head(|head| head.log_id = "x".into()), "it is of log x, another one"),
+    ("another history", |good| good.with_head(|head| head.time_ns += 1), "the log holds another batch"),
+    ("ahead", |good| good.with_head(|head| head.position += 9), "it is at batch 113 and the log holds"),
+    ("too old", |good| good.with_head(|head| head.position = 99), "batch 99 and the log holds 101 to 104"),
+    ("a newer format", |good| good.with_head(|head| head.format += 1), "use a newer gradestore"),
+    ("one bit", |good| complete(&flipped(&good.file)), "fetch the backup again"),
+    ("no end", |good| complete(half(&good.file)), "the end record is missing"),
+    ("twice", |good| complete(&good.file.repeat(2)), "bytes follow the end"),
+    ("cut", |good| truncated(&good.file), "end of file before message length reached"),
+    ("cut chunk", |good| truncated_chunk(&good.file), "end of file before message length reached"),
 ];
 
 /// Faults that are detected by a timeout.
@@ -111,7 +111,7 @@ fn sized(length: usize, body: &[u8]) -> Vec<u8> {
     response("200 OK", &format!("content-length: {length}\r\n"), body)
 }
 
-fn whole(body: &[u8]) -> PeerBehavior {
+fn complete(body: &[u8]) -> PeerBehavior {
     PeerBehavior::Send(sized(body.len(), body))
 }
 
@@ -119,7 +119,7 @@ fn half(file: &[u8]) -> &[u8] {
     &file[..file.len() / 2]
 }
 
-fn cut(file: &[u8]) -> PeerBehavior {
+fn truncated(file: &[u8]) -> PeerBehavior {
     PeerBehavior::Send(sized(file.len(), half(file)))
 }
 
@@ -127,7 +127,7 @@ fn stalled(file: &[u8]) -> PeerBehavior {
     PeerBehavior::Stall(sized(file.len(), half(file)))
 }
 
-fn cut_chunk(file: &[u8]) -> PeerBehavior {
+fn truncated_chunk(file: &[u8]) -> PeerBehavior {
     let chunk = format!("{:x}\r\n", file.len());
     let body = [chunk.as_bytes(), half(file)].concat();
     PeerBehavior::Send(response("200 OK", "transfer-encoding: chunked\r\n", &body))
@@ -143,7 +143,7 @@ fn flipped(file: &[u8]) -> Vec<u8> {
 /// The peer. Stops when dropped.
 pub(crate) struct FakePeer {
     pub(crate) url: String,
-    asked: Arc<AtomicUsize>,
+    backup_requests: Arc<AtomicUsize>,
     _serving: JoinSet<()>,
 }
 
@@ -151,34 +151,38 @@ impl FakePeer {
     pub(crate) async fn start(act: PeerBehavior) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let asked = Arc::<AtomicUsize>::default();
+        let backup_requests = Arc::<AtomicUsize>::default();
         let (act, mut serving) = (Arc::new(act), JoinSet::new());
         if !matches!(*act, PeerBehavior::Refuse) {
-            serving.spawn(serve(listener, act, Arc::clone(&asked)));
+            serving.spawn(serve(listener, act, Arc::clone(&backup_requests)));
         }
         Self {
             url,
-            asked,
+            backup_requests,
             _serving: serving,
         }
     }
 
     /// The number of requests for its backup.
-    pub(crate) fn asked(&self) -> usize {
-        self.asked.load(Ordering::Relaxed)
+    pub(crate) fn backup_requests(&self) -> usize {
+        self.backup_requests.load(Ordering::Relaxed)
     }
 }
 
-async fn serve(listener: TcpListener, act: Arc<PeerBehavior>, asked: Arc<AtomicUsize>) {
+async fn serve(listener: TcpListener, act: Arc<PeerBehavior>, backup_requests: Arc<AtomicUsize>) {
     let mut connections = JoinSet::new();
     loop {
         let (connection, _) = listener.accept().await.unwrap();
-        connections.spawn(respond(connection, Arc::clone(&act), Arc::clone(&asked)));
+        connections.spawn(respond(
+            connection,
+            Arc::clone(&act),
+            Arc::clone(&backup_requests),
+        ));
         while connections.try_join_next().is_some() {}
     }
 }
 
-async fn respond(connection: TcpStream, act: Arc<PeerBehavior>, asked: Arc<AtomicUsize>) {
+async fn respond(connection: TcpStream, act: Arc<PeerBehavior>, backup_requests: Arc<AtomicUsize>) {
     let mut connection = BufReader::new(connection);
     let mut request = String::new();
     while !request.ends_with("\r\n\r\n") {
@@ -196,7 +200,7 @@ async fn respond(connection: TcpStream, act: Arc<PeerBehavior>, asked: Arc<Atomi
         (false, PeerBehavior::Refuse) => return,
     };
     if !request.starts_with("HEAD ") {
-        asked.fetch_add(1, Ordering::Relaxed);
+        backup_requests.fetch_add(1, Ordering::Relaxed);
     }
     // The replica may have closed the connection.
     let _ = connection.write_all(bytes).await;

@@ -24,7 +24,7 @@ const REJECTED: &str = "gradestore_votes_rejected_total";
 const DIVERGENCES: &str = "gradestore_divergences_total";
 
 /// Publishes an empty batch with a checkpoint, as any client of NATS may.
-async fn publish(broker: &Broker, checkpoint: &str) {
+async fn publish_checkpoint(broker: &Broker, checkpoint: &str) {
     let client = broker.client().await;
     let mut headers = HeaderMap::new();
     headers.insert("Grade-Checkpoint", checkpoint);
@@ -33,7 +33,7 @@ async fn publish(broker: &Broker, checkpoint: &str) {
 }
 
 /// Waits until a metric has at least this value.
-async fn at_least(node: &Ports, name: &str, value: f64) {
+async fn wait_for_at_least(node: &Ports, name: &str, value: f64) {
     eventually(name, async || {
         node.metric(name).await.filter(|now| *now >= value)
     })
@@ -41,7 +41,7 @@ async fn at_least(node: &Ports, name: &str, value: f64) {
 }
 
 /// The words of a replica's vote in the stream.
-async fn vote(broker: &Broker) -> Vec<String> {
+async fn find_vote(broker: &Broker) -> Vec<String> {
     let client = broker.client().await;
     let mut stream = client.get_stream(STREAM).await.unwrap();
     eventually("a vote", async || {
@@ -69,7 +69,7 @@ async fn forged_votes_do_not_change_readiness_even_after_a_restart() {
     // A replica with a snapshot from before the votes.
     let dir = tempfile::tempdir().unwrap();
     start_with_dir(&broker, &dir).await.stop().await;
-    let vote = vote(&broker).await;
+    let vote = find_vote(&broker).await;
     let forge = |replica: &str, round: u32, mac: &str| {
         let [position, chain] = [&vote[1], &vote[2]];
         let digest = "0123456789abcdef0123456789abcdef";
@@ -95,7 +95,7 @@ async fn forged_votes_do_not_change_readiness_even_after_a_restart() {
     }
     forged.push(forge(&vote[0], 5, &vote[5]));
     for text in &forged {
-        publish(&broker, text).await;
+        publish_checkpoint(&broker, text).await;
     }
     for text in [
         "",
@@ -104,7 +104,7 @@ async fn forged_votes_do_not_change_readiness_even_after_a_restart() {
         &vote[..5].join(" "),
         &forged[0].replace(' ', "  "),
     ] {
-        publish(&broker, text).await;
+        publish_checkpoint(&broker, text).await;
     }
     let written = b.set(r#"{"user_id":"x","spp":2}"#).await.position();
     // This write follows all votes, and the replica with the snapshot replays them.
@@ -135,8 +135,8 @@ async fn votes_with_another_password_are_ignored() {
     let other = Node::start_with(command.env("GRADESTORE_PASSWORD", "other")).await;
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
     for node in [&a, &other] {
-        at_least(node, REJECTED, 1.0).await;
-        at_least(node, "gradestore_announcements_rejected_total", 1.0).await;
+        wait_for_at_least(node, REJECTED, 1.0).await;
+        wait_for_at_least(node, "gradestore_announcements_rejected_total", 1.0).await;
         let status = node.status().await;
         assert_eq!(status["peers"], json!([]));
     }
@@ -216,7 +216,7 @@ async fn a_forged_announcement_gets_no_password_and_hides_no_peer() {
     // It bootstraps from a peer, and would ask the one with the highest position first.
     let [b] = broker.replicas().await;
     assert_eq!(b.get_at("x", written).await["spp"], 1);
-    at_least(&b, "gradestore_announcements_rejected_total", 2.0).await;
+    wait_for_at_least(&b, "gradestore_announcements_rejected_total", 2.0).await;
     let url = format!("http://{}", a.write);
     let status = b
         .status_where("its peer", |status| status["peers"][0]["url"] == url)

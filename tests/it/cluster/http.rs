@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use crate::api::delete::{assert_written_and_deleted, write_and_delete};
-use crate::api::ndjson::{Body, lines, records};
+use crate::api::ndjson::{NdjsonBody, lines, record_count};
 use crate::harness::cluster::broker::{Broker, Load, LoggedWrite, check, read_stream, replica_at};
 use crate::harness::wire::{Response, eventually};
 use crate::harness::{Node, PASSWORD};
-use crate::ops::logs::{FAST_PATH_REQUESTS, ID, OTHER_REQUESTS, ask, line, with};
+use crate::ops::logs::{FAST_PATH_REQUESTS, ID, OTHER_REQUESTS, log_line, request_headers, send};
 
 const APPLIED: &str = "gradestore_patches_applied_total";
 
@@ -45,7 +45,7 @@ async fn a_group_of_lines_is_one_batch_of_the_log() {
 async fn a_bulk_write_stops_when_the_broker_is_lost_and_can_be_resumed() {
     let mut broker = Broker::start().await;
     let node = broker.replica().await;
-    let mut body = Body::begin(&node).await;
+    let mut body = NdjsonBody::begin(&node).await;
     body.send(&lines(0..2000)).await;
     node.metric_reaches(APPLIED, 2000.0).await;
     broker.kill();
@@ -62,7 +62,7 @@ async fn a_bulk_write_stops_when_the_broker_is_lost_and_can_be_resumed() {
     // Empty batches that probe the broker may precede these.
     assert_eq!(response.json()["accepted"], 1500);
     assert!(response.json()["position"].as_u64().unwrap() >= 4);
-    assert_eq!(records(&node).await, 3500);
+    assert_eq!(record_count(&node).await, 3500);
 }
 
 #[tokio::test]
@@ -118,10 +118,14 @@ async fn a_failed_request_is_logged_with_its_id() {
     broker.kill();
     node.in_state("read-only").await;
 
-    ask(&node, FAST_PATH_REQUESTS[0], &with(&[b"by-name"], true))
-        .await
-        .expect_problem(503, "not-written");
-    let printed = line(&node, &["request failed", r#"request_id="by-name""#]).await;
+    send(
+        &node,
+        FAST_PATH_REQUESTS[0],
+        &request_headers(&[b"by-name"], true),
+    )
+    .await
+    .expect_problem(503, "not-written");
+    let printed = log_line(&node, &["request failed", r#"request_id="by-name""#]).await;
     for part in [
         "WARN",
         r#"route="/set""#,
@@ -133,9 +137,9 @@ async fn a_failed_request_is_logged_with_its_id() {
     ] {
         assert!(printed.contains(part), "{part}: {printed}");
     }
-    let response = ask(&node, FAST_PATH_REQUESTS[0], &with(&[], false)).await;
+    let response = send(&node, FAST_PATH_REQUESTS[0], &request_headers(&[], false)).await;
     response.expect_problem(401, "unauthorized");
-    line(
+    log_line(
         &node,
         &["request failed", response.header(ID), "status=401"],
     )
@@ -144,15 +148,21 @@ async fn a_failed_request_is_logged_with_its_id() {
     // Client errors and readiness probes are not logged.
     for (what, status) in [(OTHER_REQUESTS[1], 404), ("GET ops /readyz/write", 503)] {
         assert_eq!(
-            ask(&node, what, &with(&[b"unlogged"], false)).await.status,
+            send(&node, what, &request_headers(&[b"unlogged"], false))
+                .await
+                .status,
             status
         );
     }
     // This one is, so those would have been logged by now.
-    ask(&node, FAST_PATH_REQUESTS[0], &with(&[b"last"], true))
-        .await
-        .expect_problem(503, "not-written");
-    line(&node, &[r#"request_id="last""#]).await;
+    send(
+        &node,
+        FAST_PATH_REQUESTS[0],
+        &request_headers(&[b"last"], true),
+    )
+    .await
+    .expect_problem(503, "not-written");
+    log_line(&node, &[r#"request_id="last""#]).await;
     let printed = node.stderr.lock();
     assert!(!printed.contains("request_id=\"unlogged\""), "{printed}");
     assert!(

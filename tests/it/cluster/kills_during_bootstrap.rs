@@ -43,13 +43,13 @@ impl Scenario {
         Node::launch(&mut cluster.replica_through("late", broker_proxy.address)).await
     }
 
-    async fn at(stage: BootstrapStage) -> Self {
+    async fn paused_at(stage: BootstrapStage) -> Self {
         let mut cluster = SeededCluster::with_rows(8000).await;
         let peer_throttle = Throttle::without_target(u64::MAX).await;
         let first = cluster.start_first_behind(&peer_throttle).await;
         let mut answered = cluster.write(&first, 5).await;
         let size = fetch_backup(&first).await.len() as u64;
-        peer_throttle.limit(size / 2);
+        peer_throttle.set_limit(size / 2);
         let broker_proxy = Proxy::to(cluster.broker.address).await;
         let late = Self::launch(&cluster, &broker_proxy).await;
         peer_throttle.wait_until_limited(1).await;
@@ -79,7 +79,7 @@ impl Scenario {
             stage,
             BootstrapStage::CatchingUp | BootstrapStage::BeforeReady
         ) {
-            peer_throttle.open();
+            peer_throttle.remove_limit();
         }
         late.status_where("the stage", |status| {
             let (state, restore, position) = expected;
@@ -112,7 +112,7 @@ impl Scenario {
             self.cluster.broker.restart().await;
         }
         self.broker_proxy.set(Rules::default());
-        self.peer_throttle.open();
+        self.peer_throttle.remove_limit();
         let late = match alive {
             Some(late) => late,
             None => Self::launch(&self.cluster, &self.broker_proxy).await,
@@ -129,7 +129,7 @@ macro_rules! scenarios {
         $(
             #[tokio::test(flavor = "multi_thread")]
             async fn $name() {
-                Scenario::at(BootstrapStage::$stage).await.recovers_after_kill_of(Victim::$scenarios).await;
+                Scenario::paused_at(BootstrapStage::$stage).await.recovers_after_kill_of(Victim::$scenarios).await;
             }
         )*
     };

@@ -19,11 +19,11 @@ use crate::harness::{Node, Ports, Process, collect_output, run};
 const PATCH: &str = r#"{"user_id":"x","spp":1}"#;
 
 /// Waits until a node cannot follow its log any more; checks that it serves nothing.
-async fn stopped(node: &Ports, reason: &str) {
-    stopped_in(node, "gap", reason).await;
+async fn assert_stopped_with_gap(node: &Ports, reason: &str) {
+    assert_stopped(node, "gap", reason).await;
 }
 
-async fn stopped_in(node: &Ports, state: &str, reason: &str) {
+async fn assert_stopped(node: &Ports, state: &str, reason: &str) {
     let status = node
         .status_where(reason, |status| status["state"] == state)
         .await;
@@ -58,8 +58,8 @@ async fn a_removed_stream_ends_serving() {
     client.delete_stream(STREAM).await.unwrap();
     // One failed lookup is not enough: reads continue for a while.
     assert_eq!(a.get("x").await.json()["spp"], 1);
-    stopped(&a, "does not exist").await;
-    stopped(&b, "does not exist").await;
+    assert_stopped_with_gap(&a, "does not exist").await;
+    assert_stopped_with_gap(&b, "does not exist").await;
     // If it returns, it was not removed, but it is another log.
     broker.create_stream().await;
     let other_log = |status: &Value| status["state"] == "other-log";
@@ -78,7 +78,7 @@ async fn a_recreated_stream_is_another_log() {
         b.set(PATCH).await.position();
     }
     proxy.set(Rules::default());
-    stopped_in(&a, "other-log", "and the stream holds log").await;
+    assert_stopped(&a, "other-log", "and the stream holds log").await;
     b.ready_at(4).await;
 }
 
@@ -99,7 +99,7 @@ async fn data_outlives_a_lost_stream_until_the_operator_abandons_it() {
     }
     let held = NodeState::of(&a).await;
     broker.roll_back(tempfile::tempdir().unwrap()).await;
-    stopped(&a, "does not exist").await;
+    assert_stopped_with_gap(&a, "does not exist").await;
     let kept = |status: &Value| status["snapshot"]["position"] == 4;
     a.status_where("a snapshot", kept).await;
     a.stop().await;
@@ -129,7 +129,7 @@ async fn data_outlives_a_lost_stream_until_the_operator_abandons_it() {
     // Nor does the replica follow a stream that another client created.
     broker.create_stream().await;
     let a = Node::launch(&mut on(broker.address, "data")).await;
-    stopped_in(&a, "other-log", "--abandon-log").await;
+    assert_stopped(&a, "other-log", "--abandon-log").await;
     let status = a.status().await;
     let (_, old) = status["reason"].as_str().unwrap().rsplit_once(' ').unwrap();
     a.stop().await;
@@ -254,16 +254,16 @@ async fn a_broker_that_lost_batches_is_not_followed() {
     broker.roll_back(copy).await;
     let shorter =
         format!("the log ends at batch {copied} and this replica has applied batch {last}");
-    stopped(&a, &shorter).await;
+    assert_stopped_with_gap(&a, &shorter).await;
     // As long as before, with other batches.
     let c = broker.replica().await;
     while c.applied_position().await <= last {
         c.set(PATCH).await.position();
     }
     proxy.set(Rules::default());
-    stopped(&b, &format!("the log holds another batch {last} than")).await;
+    assert_stopped_with_gap(&b, &format!("the log holds another batch {last} than")).await;
     let restarted = Node::launch(&mut with_dir(broker.address)).await;
-    stopped(
+    assert_stopped_with_gap(
         &restarted,
         &format!("the log holds another batch {last} than"),
     )
@@ -325,7 +325,7 @@ async fn a_newer_format_stops_a_replica_before_it() {
     let sent = client.publish_with_headers(SUBJECT, headers, "[]".into());
     sent.await.unwrap().await.unwrap();
     let newer = format!("batch {} has format 3, newer than", last + 1);
-    stopped(&a, &newer).await;
+    assert_stopped_with_gap(&a, &newer).await;
     assert_eq!(a.applied_position().await, last);
 }
 

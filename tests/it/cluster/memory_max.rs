@@ -3,11 +3,11 @@
 use crate::harness::Node;
 use crate::harness::cluster::broker::{Broker, SUBJECT, replica_at};
 use crate::harness::wire::{eventually, with_timeout};
-use crate::ops::memory_max::{ROOM_BYTES, create, fill, idle_bytes, is_full, limited};
+use crate::ops::memory_max::{HEADROOM_BYTES, create, fill, idle_bytes, is_full, limited};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn all_replicas_reject_new_users_while_a_ready_peer_is_full() {
-    let max_bytes = idle_bytes().await + ROOM_BYTES;
+    let max_bytes = idle_bytes().await + HEADROOM_BYTES;
     let broker = Broker::start().await;
     let smallest = Node::start_with(limited(&mut replica_at(broker.address), max_bytes)).await;
     let small = Node::start_with(limited(&mut replica_at(broker.address), 2 * max_bytes)).await;

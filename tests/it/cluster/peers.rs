@@ -9,7 +9,7 @@ use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{Node, PASSWORD, Ports, program};
 
 /// Waits until a node lists exactly these others as ready.
-async fn lists(node: &Ports, others: &[&Ports]) -> Value {
+async fn wait_for_peers(node: &Ports, others: &[&Ports]) -> Value {
     let mut expected: Vec<String> = others.iter().map(|other| url(other)).collect();
     expected.sort();
     node.status_where("its peers", |status| {
@@ -31,8 +31,8 @@ async fn replicas_list_each_other_and_drop_those_that_stopped() {
     let broker = Broker::start().await;
     let [a, b, c] = broker.replicas().await;
     let position = a.set(r#"{"user_id":"x","spp":1}"#).await.position();
-    lists(&b, &[&a, &c]).await;
-    lists(&c, &[&a, &b]).await;
+    wait_for_peers(&b, &[&a, &c]).await;
+    wait_for_peers(&c, &[&a, &b]).await;
     let status = a
         .status_where("peers at its position", |status| {
             let peers = status["peers"].as_array().unwrap();
@@ -46,9 +46,9 @@ async fn replicas_list_each_other_and_drop_those_that_stopped() {
     assert_eq!(b_seen["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(a.metric("gradestore_peers_ready").await, Some(2.0));
     c.kill();
-    lists(&a, &[&b]).await;
+    wait_for_peers(&a, &[&b]).await;
     b.stop().await;
-    lists(&a, &[]).await;
+    wait_for_peers(&a, &[]).await;
 }
 
 #[tokio::test]
@@ -111,12 +111,12 @@ async fn the_tools_of_nats_see_the_replicas() {
 async fn peers_are_rediscovered_after_the_broker_returns() {
     let mut broker = Broker::start().await;
     let [a, b] = broker.replicas().await;
-    lists(&a, &[&b]).await;
+    wait_for_peers(&a, &[&b]).await;
     broker.kill();
-    lists(&a, &[]).await;
+    wait_for_peers(&a, &[]).await;
     broker.restart().await;
-    lists(&a, &[&b]).await;
-    lists(&b, &[&a]).await;
+    wait_for_peers(&a, &[&b]).await;
+    wait_for_peers(&b, &[&a]).await;
 }
 
 #[tokio::test]

@@ -28,14 +28,14 @@ fn replica_with_snapshots(broker: &Broker, root: &Path, index: usize) -> Command
 }
 
 /// Restarts a replica; clients use it before it is ready.
-async fn started(clients: &Clients, index: usize, command: &mut Command) -> Node {
+async fn restart(clients: &Clients, index: usize, command: &mut Command) -> Node {
     let node = Node::launch(command).await;
     clients.set_replica(index, &node);
     node.in_state("ready").await;
     node
 }
 
-async fn responses(clients: &Clients, more: usize) {
+async fn wait_for_acks(clients: &Clients, more: usize) {
     let expected = clients.answered() + more;
     eventually("more writes", async || {
         (clients.answered() >= expected).then_some(())
@@ -44,7 +44,7 @@ async fn responses(clients: &Clients, more: usize) {
 }
 
 /// Three replicas started with `command`, and clients for them.
-async fn three_with_clients(
+async fn start_three_with_clients(
     command: impl Fn(usize) -> Command,
     always: bool,
 ) -> (Vec<Node>, Clients) {
@@ -58,9 +58,9 @@ async fn three_with_clients(
 async fn no_acknowledged_write_is_lost_when_all_replicas_are_killed() {
     let (broker, root) = (Broker::start().await, tempdir().unwrap());
     let command = |index| replica_with_snapshots(&broker, root.path(), index);
-    let (mut nodes, clients) = three_with_clients(command, false).await;
+    let (mut nodes, clients) = start_three_with_clients(command, false).await;
     for order in [[2, 0, 1], [1, 2, 0]] {
-        responses(&clients, 100).await;
+        wait_for_acks(&clients, 100).await;
         // The snapshots lag behind the log.
         for index in 0..3 {
             let snapshots = Snapshots::open(&root.path().join(index.to_string()).join("snapshots"));
@@ -76,8 +76,8 @@ async fn no_acknowledged_write_is_lost_when_all_replicas_are_killed() {
         nodes.clear();
         let mut back = Vec::new();
         for index in order {
-            let node = started(&clients, index, &mut command(index)).await;
-            responses(&clients, 20).await;
+            let node = restart(&clients, index, &mut command(index)).await;
+            wait_for_acks(&clients, 20).await;
             back.push((index, node));
         }
         back.sort_by_key(|(index, _)| *index);
@@ -97,15 +97,15 @@ async fn no_acknowledged_write_is_lost_when_all_replicas_are_killed() {
 async fn a_rolling_restart_loses_no_write_and_fails_no_read() {
     let (broker, root) = (Broker::start().await, tempdir().unwrap());
     let command = |index| replica_with_snapshots(&broker, root.path(), index);
-    let (mut nodes, clients) = three_with_clients(command, true).await;
+    let (mut nodes, clients) = start_three_with_clients(command, true).await;
     for index in 0..3 {
-        responses(&clients, 100).await;
+        wait_for_acks(&clients, 100).await;
         nodes.remove(index).stop().await;
-        responses(&clients, 50).await;
-        let node = started(&clients, index, &mut command(index)).await;
+        wait_for_acks(&clients, 50).await;
+        let node = restart(&clients, index, &mut command(index)).await;
         nodes.insert(index, node);
     }
-    responses(&clients, 100).await;
+    wait_for_acks(&clients, 100).await;
     let answered = clients.stop().await;
     let nodes: Vec<&Node> = nodes.iter().collect();
     check(&broker.client().await, &nodes, &answered).await;
@@ -118,7 +118,7 @@ async fn two_replicas_bootstrap_from_one_survivor_at_once() {
     let throttle = Throttle::without_target(u64::MAX).await;
     let survivor = cluster.start_first_behind(&throttle).await;
     let size = fetch_backup(&survivor).await.len() as u64;
-    throttle.limit(size / 10);
+    throttle.set_limit(size / 10);
     let launch = async || Node::launch(&mut replica_at(cluster.broker.address)).await;
     let (one, other) = tokio::join!(launch(), launch());
     throttle.wait_until_limited(2).await;
@@ -126,7 +126,7 @@ async fn two_replicas_bootstrap_from_one_survivor_at_once() {
         .metric_reaches("gradestore_backups_running", 2.0)
         .await;
     let answered = cluster.write(&survivor, 10).await;
-    throttle.open();
+    throttle.remove_limit();
     // Each of the two appends an empty batch.
     let end = answered.last().unwrap().position + 2;
     for node in [&one, &other] {
@@ -144,7 +144,7 @@ async fn the_first_replica_of_a_new_log_waits_for_no_peer() {
     let mut command = replica_at(broker.address);
     command.args(["--peer", &silent.url, "--peer", &gone.url]);
     let node = Node::start_with(&mut command).await;
-    assert_eq!(silent.asked(), 0);
+    assert_eq!(silent.backup_requests(), 0);
     let written = node.set(r#"{"user_id":"x"}"#).await.position();
     // A complete log is enough too, once the request to the silent peer has timed out.
     let mut command = replica_at(broker.address);

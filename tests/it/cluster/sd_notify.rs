@@ -15,10 +15,10 @@ async fn ready_is_sent_after_the_restore_and_the_timeout_extended_until_then() {
     let throttle = Throttle::without_target(u64::MAX).await;
     let first = cluster.start_first_behind(&throttle).await;
     cluster.write(&first, 3).await;
-    throttle.limit(fetch_backup(&first).await.len() as u64 / 2);
+    throttle.set_limit(fetch_backup(&first).await.len() as u64 / 2);
     let notify_socket = NotifySocket::new();
     let mut command = replica_at(cluster.broker.address);
-    let mut late = Node::launch(notify_socket.over(&mut command)).await;
+    let mut late = Node::launch(notify_socket.configure(&mut command)).await;
     throttle.wait_until_limited(1).await;
     late.status_where("rows", |status| {
         status["restore"]["rows"].as_u64() > Some(0)
@@ -28,7 +28,7 @@ async fn ready_is_sent_after_the_restore_and_the_timeout_extended_until_then() {
     let rows = |line: &str| {
         line.starts_with("STATUS=restoring: ") && line.ends_with(" of about 30000 rows")
     };
-    let messages = notify_socket.until(rows).await;
+    let messages = notify_socket.messages_until(rows).await;
     assert!(
         messages
             .iter()
@@ -39,7 +39,7 @@ async fn ready_is_sent_after_the_restore_and_the_timeout_extended_until_then() {
     let messages = [
         messages,
         notify_socket
-            .until(|line| line.starts_with("EXTEND_"))
+            .messages_until(|line| line.starts_with("EXTEND_"))
             .await,
     ]
     .concat();
@@ -49,11 +49,13 @@ async fn ready_is_sent_after_the_restore_and_the_timeout_extended_until_then() {
     );
     assert_eq!(late.ops("/readyz").await.status, 503);
 
-    throttle.open();
-    notify_socket.until(|line| line == "READY=1").await;
+    throttle.remove_limit();
+    notify_socket.messages_until(|line| line == "READY=1").await;
     assert_eq!(late.ops("/readyz").await.status, 200);
     late.signal(Signal::TERM);
-    let messages = notify_socket.until(|line| line == "STOPPING=1").await;
+    let messages = notify_socket
+        .messages_until(|line| line == "STOPPING=1")
+        .await;
     assert!(
         messages.iter().any(|line| line == "STATUS=stopping"),
         "{messages:?}"

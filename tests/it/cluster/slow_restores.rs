@@ -22,7 +22,7 @@ use crate::harness::{InProcessNode, Node, PASSWORD, Ports};
 const BATCHES_PER_READ: u64 = 64;
 
 /// A replica in this process with a small buffer.
-async fn late(broker: &Broker, buffer_bytes_max: u64) -> InProcessNode {
+async fn replica_with_buffer(broker: &Broker, buffer_bytes_max: u64) -> InProcessNode {
     let origin = RandomId::random().unwrap();
     let config = JetStreamConfig {
         servers: broker.address.to_string().parse().unwrap(),
@@ -71,7 +71,7 @@ async fn publish(broker: &Broker, count: i64) {
 }
 
 /// Waits until the node has applied this many more batches.
-async fn goes_on(node: &Ports, batches: u64) {
+async fn wait_for_batches(node: &Ports, batches: u64) {
     let position = |status: &Value| status["position"].as_u64().unwrap();
     let now = position(&node.status().await);
     let further = |status: &Value| position(status) >= now + batches;
@@ -79,19 +79,21 @@ async fn goes_on(node: &Ports, batches: u64) {
 }
 
 /// A seeded cluster and a replica that has half of its peer's backup.
-async fn halfway(buffer_bytes_max: u64) -> (SeededCluster, Node, Throttle, InProcessNode) {
+async fn half_restored_replica(
+    buffer_bytes_max: u64,
+) -> (SeededCluster, Node, Throttle, InProcessNode) {
     let cluster = SeededCluster::with_rows(3000).await;
     let throttle = Throttle::without_target(u64::MAX).await;
     let first = cluster.start_first_behind(&throttle).await;
-    throttle.limit(fetch_backup(&first).await.len() as u64 / 2);
-    let late = late(&cluster.broker, buffer_bytes_max).await;
+    throttle.set_limit(fetch_backup(&first).await.len() as u64 / 2);
+    let late = replica_with_buffer(&cluster.broker, buffer_bytes_max).await;
     throttle.wait_until_limited(1).await;
     (cluster, first, throttle, late)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_trimmed_during_a_restore_is_noticed_and_the_replica_bootstraps_again() {
-    let (mut cluster, first, throttle, late) = halfway(1).await;
+    let (mut cluster, first, throttle, late) = half_restored_replica(1).await;
     // More than the buffer and the messages that NATS sends ahead.
     publish(&cluster.broker, 3000).await;
     cluster.reference.read(&cluster.broker.client().await).await;
@@ -107,7 +109,7 @@ async fn a_log_trimmed_during_a_restore_is_noticed_and_the_replica_bootstraps_ag
     let (batches, _) = buffered(&assert_serves_nothing(&late, &["restoring"]).await);
     assert!((1..=BATCHES_PER_READ).contains(&batches), "{batches}");
 
-    throttle.open();
+    throttle.remove_limit();
     cluster.check(&[&first, &late], &[]).await;
     assert_eq!(late.metric("gradestore_resyncs_total").await, Some(1.0));
 }
@@ -115,21 +117,21 @@ async fn a_log_trimmed_during_a_restore_is_noticed_and_the_replica_bootstraps_ag
 #[tokio::test(flavor = "multi_thread")]
 async fn writes_during_a_restore_do_not_exceed_the_buffer() {
     const BYTES_MAX: u64 = 16 * 1024;
-    let (mut cluster, first, throttle, late) = halfway(BYTES_MAX).await;
+    let (mut cluster, first, throttle, late) = half_restored_replica(BYTES_MAX).await;
     let load = Load::start(&[&first], 500, usize::MAX);
     let full = |status: &Value| buffered(status).1 >= BYTES_MAX;
     late.status_where("a full buffer", full).await;
-    goes_on(&first, 50).await;
+    wait_for_batches(&first, 50).await;
     let status = assert_serves_nothing(&late, &["restoring"]).await;
     let (batches, bytes) = buffered(&status);
     let largest = 3 * (bytes / batches);
     assert!(bytes < BYTES_MAX + BATCHES_PER_READ * largest, "{bytes}");
     // The log grows by as much again, and the buffer does not.
-    goes_on(&first, batches).await;
+    wait_for_batches(&first, batches).await;
     let status = late.status().await;
     assert_eq!(buffered(&status), (batches, bytes));
 
-    throttle.open();
+    throttle.remove_limit();
     late.in_state("ready").await;
     let answered = load.stop().await;
     cluster.check(&[&first, &late], &answered).await;

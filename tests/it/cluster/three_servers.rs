@@ -9,7 +9,7 @@ use async_nats::jetstream::Context;
 use futures_util::TryStreamExt;
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::cluster::write_health::{not_writable, writable_again};
+use crate::cluster::write_health::{wait_until_not_writable, wait_until_writable};
 use crate::harness::cluster::broker::{AckedWrite, Load, STREAM, Write, check};
 use crate::harness::cluster::nats::{Gossip, NatsCluster};
 use crate::harness::cluster::throttle::Throttle;
@@ -54,7 +54,7 @@ impl SteadyLoad {
 
     async fn stop(mut self) -> Vec<Sent> {
         self.stop.store(true, Ordering::Relaxed);
-        let ended = with_timeout("the writers' end", self.writing.join_next()).await;
+        let ended = with_timeout("the end of the writers", self.writing.join_next()).await;
         ended.unwrap().unwrap()
     }
 }
@@ -95,28 +95,28 @@ impl ConsumersWatch {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let watch = async move {
-            let mut most = 0;
+            let mut max = 0;
             while !stopped.load(Ordering::Relaxed) {
                 if let Ok(stream) = client.get_stream_no_info(STREAM).await
                     && let Ok(names) = stream.consumer_names().try_collect::<Vec<_>>().await
                 {
-                    most = most.max(names.len());
+                    max = max.max(names.len());
                 }
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
-            most
+            max
         };
         Self(tokio::spawn(watch), stop)
     }
 
-    async fn most(self) -> usize {
+    async fn max(self) -> usize {
         self.1.store(true, Ordering::Relaxed);
         with_timeout("the consumers' names", self.0).await.unwrap()
     }
 }
 
 /// Waits until each node has applied this many more batches.
-async fn progress(nodes: &[&Node], more: f64) {
+async fn wait_for_batches(nodes: &[&Node], more: f64) {
     for node in nodes {
         let position = "gradestore_log_position";
         let before = node.metric(position).await.unwrap_or(0.0);
@@ -127,7 +127,7 @@ async fn progress(nodes: &[&Node], more: f64) {
     }
 }
 
-async fn all_ready(nodes: &[&Node]) {
+async fn wait_until_all_ready(nodes: &[&Node]) {
     for node in nodes {
         node.in_state("ready").await;
     }
@@ -154,7 +154,7 @@ async fn fail_over(cluster: &mut NatsCluster, nodes: &[&Node], exit: ServerExit)
         ServerExit::LameDuck => cluster.lame_duck(leader),
     }
     cluster.leader().await;
-    if tokio::time::timeout(PROGRESS_MAX, progress(nodes, 20.0))
+    if tokio::time::timeout(PROGRESS_MAX, wait_for_batches(nodes, 20.0))
         .await
         .is_err()
     {
@@ -169,7 +169,7 @@ async fn fail_over(cluster: &mut NatsCluster, nodes: &[&Node], exit: ServerExit)
             ));
         }
     }
-    let consumers = consumers.most().await;
+    let consumers = consumers.max().await;
     if consumers > nodes.len() {
         wrong.push(format!("{exit:?}: {consumers} consumers at one time"));
     }
@@ -216,7 +216,7 @@ async fn writes_wait_during_a_leader_election_and_are_stored_after_it() {
     let c = replica(&cluster, "c", &only_leader).await;
     let nodes = [&a, &b, &c];
     let load = SteadyLoad::start(&nodes);
-    progress(&nodes, 20.0).await;
+    wait_for_batches(&nodes, 20.0).await;
 
     // All failures, so that the report is complete.
     let mut wrong = Vec::new();
@@ -239,7 +239,7 @@ async fn writes_wait_during_a_leader_election_and_are_stored_after_it() {
     });
     let answered: Vec<AckedWrite> = answered.collect();
     cluster.leader_with_current_followers().await;
-    all_ready(&nodes).await;
+    wait_until_all_ready(&nodes).await;
     check(&cluster.client().await, &nodes, &answered).await;
 }
 
@@ -275,12 +275,12 @@ async fn replicas_reading_from_an_isolated_server_recover_once_it_is_back() {
     let mut third = cluster.replica_at("c", &through(&ways[1]));
     let c = Node::start_with(&mut third).await;
     let load = Load::start(&[&a], 20, usize::MAX);
-    progress(&[&a, &b, &c], 20.0).await;
+    wait_for_batches(&[&a, &b, &c], 20.0).await;
 
     let leader = cluster.leader_with_current_followers().await;
     let isolated = cluster.other_than(&[0, leader]);
     cluster.isolate(isolated);
-    progress(&[&a, &b, &c], 100.0).await;
+    wait_for_batches(&[&a, &b, &c], 100.0).await;
     c.stop().await;
     let connections = ways.each_ref().map(Throttle::connections);
     set_target(isolated, &cluster);
@@ -294,13 +294,13 @@ async fn replicas_reading_from_an_isolated_server_recover_once_it_is_back() {
             })
             .await;
         }
-        progress(&[&a], 200.0).await;
+        wait_for_batches(&[&a], 200.0).await;
         printed = b.status().await;
         cluster.heal(isolated);
     };
     let (c, ()) = tokio::join!(Node::launch(&mut third), seen_and_healed);
     let mut states = Vec::new();
-    let all_ready = async {
+    let wait_until_all_ready = async {
         loop {
             states.clear();
             for node in [&a, &b, &c] {
@@ -312,7 +312,7 @@ async fn replicas_reading_from_an_isolated_server_recover_once_it_is_back() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    if tokio::time::timeout(RECOVERED_MAX, all_ready)
+    if tokio::time::timeout(RECOVERED_MAX, wait_until_all_ready)
         .await
         .is_err()
     {
@@ -337,14 +337,14 @@ async fn a_replica_is_not_writable_without_a_quorum() {
     for index in &lost[..2] {
         cluster.kill(*index);
     }
-    let reason = not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    let reason = wait_until_not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
     assert!(reason.contains("no leader"), "{reason}");
     assert_eq!(a.get("x").await.status, 200);
     for index in &lost[..2] {
         cluster.restart(*index).await;
     }
     cluster.wait_until_writable().await;
-    writable_again(&a).await;
+    wait_until_writable(&a).await;
 
     // Both followers freeze.
     let leader = cluster.leader_with_current_followers().await;
@@ -352,12 +352,12 @@ async fn a_replica_is_not_writable_without_a_quorum() {
     for index in lost {
         cluster.freeze(index);
     }
-    let reason = not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    let reason = wait_until_not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
     assert!(reason.contains("leader"), "{reason}");
     for index in lost {
         cluster.thaw(index);
     }
     cluster.wait_until_writable().await;
-    writable_again(&a).await;
+    wait_until_writable(&a).await;
     a.set(r#"{"user_id":"x","spp":2}"#).await.position();
 }

@@ -193,7 +193,7 @@ async fn a_replica_that_starts_later_reads_past_unreadable_headers() {
             end = publisher.publish(block, r#"[{"user_id":"bad"}]"#).await;
         }
     }
-    let poisoned = end - before - statuses();
+    let poisoned = end - before - blocks_with_status();
     // B first, because an empty replica would otherwise bootstrap from A.
     let b = broker.replica().await;
     let a = Node::start_with(&mut with_dir()).await;
@@ -211,7 +211,7 @@ async fn a_replica_that_starts_later_reads_past_unreadable_headers() {
 }
 
 /// The number of blocks with a status.
-fn statuses() -> u64 {
+fn blocks_with_status() -> u64 {
     let with_status = |block: &&&[u8]| block.starts_with(b"NATS/1.0 ");
     UNREADABLE.iter().filter(with_status).count() as u64
 }

@@ -34,7 +34,7 @@ const BALLAST_BYTES: usize = 500_000;
 
 /// Writes until the replica is unready for writes, which must happen `within` a time; returns the
 /// reason.
-pub(crate) async fn not_writable(node: &Node, within: Duration) -> String {
+pub(crate) async fn wait_until_not_writable(node: &Node, within: Duration) -> String {
     let started_at = Instant::now();
     let (mut last, mut ready) = (String::new(), None);
     let writing = async {
@@ -73,7 +73,7 @@ pub(crate) async fn not_writable(node: &Node, within: Duration) -> String {
 }
 
 /// Waits, without sending writes, until the replica is ready for writes; then writes.
-pub(crate) async fn writable_again(node: &Node) {
+pub(crate) async fn wait_until_writable(node: &Node) {
     let started_at = Instant::now();
     eventually("ready for writes", async || {
         (node.ops("/readyz/write").await.status == 200).then_some(())
@@ -86,7 +86,7 @@ pub(crate) async fn writable_again(node: &Node) {
 }
 
 /// Publishes batches without writes until one is not stored; returns the error of NATS.
-async fn fill(client: &Context) -> String {
+async fn fill_stream(client: &Context) -> String {
     let mut ballast = vec![b' '; BALLAST_BYTES];
     (ballast[0], ballast[1]) = (b'[', b']');
     let ballast = Bytes::from(ballast);
@@ -96,11 +96,11 @@ async fn fill(client: &Context) -> String {
             return error.to_string();
         }
     }
-    panic!("nothing is full");
+    panic!("the stream is never full");
 }
 
 /// Trims all messages but the last.
-async fn trim(client: &Context) {
+async fn trim_stream(client: &Context) {
     let stream = client.get_stream(STREAM).await.unwrap();
     let config = stream.cached_info().config.clone();
     for max_messages in [1, -1] {
@@ -113,7 +113,7 @@ async fn trim(client: &Context) {
 }
 
 /// A replica with a data directory, so that it may create the stream.
-fn replica(nats_url: &str, dir: &Path) -> Command {
+fn replica_with_data(nats_url: &str, dir: &Path) -> Command {
     let mut command = replica_with(nats_url);
     command.env("GRADESTORE_EPHEMERAL", "false");
     command.arg("--data-dir").arg(dir);
@@ -124,12 +124,12 @@ fn replica(nats_url: &str, dir: &Path) -> Command {
 async fn full_jetstream_storage_ends_readiness_for_writes() {
     let dir = tempfile::tempdir().unwrap();
     let server = NatsServer::start("jetstream { max_file_store: 5MB }").await;
-    let a = Node::start_with(&mut replica(&server.url(), dir.path())).await;
+    let a = Node::start_with(&mut replica_with_data(&server.url(), dir.path())).await;
     a.set(PATCH).await.position();
     let client = server.client(ConnectOptions::new()).await;
-    let printed = fill(&client).await;
+    let printed = fill_stream(&client).await;
     let detail = a.set(PATCH).await.expect_problem(503, "not-written");
-    let reason = not_writable(&a, REASON_MAX).await;
+    let reason = wait_until_not_writable(&a, REASON_MAX).await;
     for said_so in [&detail, &reason] {
         assert!(
             said_so.contains("resources"),
@@ -139,7 +139,7 @@ async fn full_jetstream_storage_ends_readiness_for_writes() {
     assert_eq!(a.get("x").await.status, 200);
     // A replica that starts now reports it before a client has written.
     let dir = tempfile::tempdir().unwrap();
-    let b = Node::launch(&mut replica(&server.url(), dir.path())).await;
+    let b = Node::launch(&mut replica_with_data(&server.url(), dir.path())).await;
     let full = |status: &Value| {
         let reason = status["reason"].as_str();
         reason.is_some_and(|reason| reason.contains("resources"))
@@ -151,28 +151,28 @@ async fn full_jetstream_storage_ends_readiness_for_writes() {
         .expect_problem(503, "not-ready");
     assert_eq!(b.ops("/readyz").await.status, 200);
     assert_eq!(b.get("x").await.status, 200);
-    trim(&client).await;
-    writable_again(&a).await;
-    writable_again(&b).await;
+    trim_stream(&client).await;
+    wait_until_writable(&a).await;
+    wait_until_writable(&b).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_of_nats_ends_readiness_for_writes() {
     let (dir, disk) = (tempfile::tempdir().unwrap(), SmallDisk::new(32));
-    let store = disk.data();
+    let store = disk.data_dir();
     let mut server = NatsServer::start_with("", &["-sd", store.to_str().unwrap()]).await;
-    let mut command = replica(&server.url(), dir.path());
+    let mut command = replica_with_data(&server.url(), dir.path());
     let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
     a.set(PATCH).await.position();
     let ballast = disk.fill(2_000_000);
-    fill(&server.client(ConnectOptions::new()).await).await;
-    not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    fill_stream(&server.client(ConnectOptions::new()).await).await;
+    wait_until_not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
     assert_eq!(a.get("x").await.status, 200);
     // nats-server does not recover from a full disk without a restart.
     drop(ballast);
     server.kill();
     server.restart().await;
-    writable_again(&a).await;
+    wait_until_writable(&a).await;
 }
 
 const ALL_RIGHTS: &str = r#"authorization { users: [{ user: u, password: p }] }"#;
@@ -191,7 +191,7 @@ async fn server_with_user() -> (TempDir, NatsServer, String) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_permission_to_publish_ends_readiness_for_writes() {
     let (dir, server, url) = server_with_user().await;
-    let a = Node::start_with(&mut replica(&url, dir.path())).await;
+    let a = Node::start_with(&mut replica_with_data(&url, dir.path())).await;
     a.set(PATCH).await.position();
     server.reload(NO_PUBLISH).await;
     // The server may have closed the connection.
@@ -203,7 +203,7 @@ async fn a_lost_permission_to_publish_ends_readiness_for_writes() {
     });
     let (response, took) = refused.await;
     let detail = response.expect_problem(503, "not-written");
-    let reason = not_writable(&a, REASON_MAX).await;
+    let reason = wait_until_not_writable(&a, REASON_MAX).await;
     for printed in [&detail, &reason] {
         assert!(
             printed.contains("Permissions Violation") && printed.contains(SUBJECT),
@@ -213,7 +213,7 @@ async fn a_lost_permission_to_publish_ends_readiness_for_writes() {
     assert!(took < Duration::from_secs(1), "refused after {took:?}");
     assert_eq!(a.get("x").await.status, 200);
     server.reload(ALL_RIGHTS).await;
-    writable_again(&a).await;
+    wait_until_writable(&a).await;
 }
 
 const OTHER_PASSWORD: &str = r#"authorization { users: [{ user: u, password: other }] }"#;
@@ -223,10 +223,10 @@ const OTHER_PASSWORD: &str = r#"authorization { users: [{ user: u, password: oth
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revoked_user_ends_readiness_for_writes() {
     let (dir, server, url) = server_with_user().await;
-    let a = Node::start_with(&mut replica(&url, dir.path())).await;
+    let a = Node::start_with(&mut replica_with_data(&url, dir.path())).await;
     a.set(PATCH).await.position();
     server.reload(OTHER_PASSWORD).await;
-    let reason = not_writable(&a, REASON_MAX).await;
+    let reason = wait_until_not_writable(&a, REASON_MAX).await;
     let detail = a.set(PATCH).await.expect_problem(503, "not-written");
     for printed in [&detail, &reason] {
         assert!(
@@ -235,7 +235,7 @@ async fn a_revoked_user_ends_readiness_for_writes() {
         );
     }
     server.reload(ALL_RIGHTS).await;
-    writable_again(&a).await;
+    wait_until_writable(&a).await;
 }
 
 /// The server closes the connection because of a batch above the limit.
@@ -243,7 +243,7 @@ async fn a_revoked_user_ends_readiness_for_writes() {
 async fn a_lowered_max_payload_ends_readiness_for_writes() {
     let dir = tempfile::tempdir().unwrap();
     let server = NatsServer::start("").await;
-    let a = Node::start_with(&mut replica(&server.url(), dir.path())).await;
+    let a = Node::start_with(&mut replica_with_data(&server.url(), dir.path())).await;
     a.set(PATCH).await.position();
     server.reload("max_payload: 65536").await;
     let long = "x".repeat(200);
@@ -252,10 +252,10 @@ async fn a_lowered_max_payload_ends_readiness_for_writes() {
     let mut bulk = RawConnection::connect(a.write).await;
     bulk.send(set_request(&lines).replace("/json", "/x-ndjson"))
         .await;
-    let reason = not_writable(&a, REASON_MAX).await;
+    let reason = wait_until_not_writable(&a, REASON_MAX).await;
     assert!(reason.contains("max_payload"), "{reason}");
     server.reload("max_payload: 8388608").await;
-    writable_again(&a).await;
+    wait_until_writable(&a).await;
 }
 
 /// The server dies while a batch is in flight: the reason is still the connection.
@@ -263,7 +263,7 @@ async fn a_lowered_max_payload_ends_readiness_for_writes() {
 async fn a_dead_server_ends_readiness_for_writes() {
     let dir = tempfile::tempdir().unwrap();
     let mut server = NatsServer::start("").await;
-    let mut command = replica(&server.url(), dir.path());
+    let mut command = replica_with_data(&server.url(), dir.path());
     let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
     a.set(PATCH).await.position();
     server.signal(Signal::STOP);
@@ -271,7 +271,7 @@ async fn a_dead_server_ends_readiness_for_writes() {
     let mut queued = pending_set(&a, PATCH).await;
     server.kill();
     let detail = queued.response().await.expect_problem(503, "not-written");
-    let reason = not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    let reason = wait_until_not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
     for printed in [&detail, &reason] {
         assert!(printed.contains("no connection to NATS"), "{printed}");
     }
@@ -280,7 +280,7 @@ async fn a_dead_server_ends_readiness_for_writes() {
         .await
         .expect_problem(504, "outcome-unknown");
     server.restart().await;
-    writable_again(&a).await;
+    wait_until_writable(&a).await;
 }
 
 /// All ways to read a stream are denied: batches are stored, and no write can be acknowledged.
@@ -293,13 +293,13 @@ const NO_READING: &str = r#"authorization { users: [
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_permission_to_read_ends_readiness_for_writes() {
     let (dir, server, url) = server_with_user().await;
-    let mut command = replica(&url, dir.path());
+    let mut command = replica_with_data(&url, dir.path());
     let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
     a.set(PATCH).await.position();
     server.reload(NO_READING).await;
-    not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
+    wait_until_not_writable(&a, WRITE_TIMEOUT + Duration::from_secs(2)).await;
     server.reload(ALL_RIGHTS).await;
-    writable_again(&a).await;
+    wait_until_writable(&a).await;
     a.in_state("ready").await;
 }
 
@@ -309,7 +309,11 @@ async fn a_consumer_that_delivers_nothing_stops_no_writes() {
     let broker = Broker::start().await;
     let proxy = Proxy::to(broker.address).await;
     let dir = tempfile::tempdir().unwrap();
-    let a = Node::start_with(&mut replica(&proxy.address.to_string(), dir.path())).await;
+    let a = Node::start_with(&mut replica_with_data(
+        &proxy.address.to_string(),
+        dir.path(),
+    ))
+    .await;
     a.set(PATCH).await.position();
     proxy.set(Rules {
         drop_batches: true,

@@ -17,7 +17,7 @@ use crate::harness::backup_files::{
 };
 
 /// A node's own backup of 30,000 rows.
-async fn backup() -> Vec<u8> {
+async fn own_backup() -> Vec<u8> {
     let directory = tempdir().unwrap();
     let file = write_backup_file(directory.path(), &random_store(30_000, 1000), 7);
     let node = Node::start_with(&mut program_restoring(&file)).await;
@@ -59,7 +59,7 @@ fn u32_at(file: &[u8], at: usize) -> u32 {
 
 /// The error of restoring `file`; the store must be empty afterwards.
 #[track_caller]
-fn refused(file: &[u8], what: &str) -> String {
+fn restore_error(file: &[u8], what: &str) -> String {
     let store = Store::new();
     let read = restore(file, &store, &Progress::default());
     let why = read.expect_err(what).to_string();
@@ -69,7 +69,7 @@ fn refused(file: &[u8], what: &str) -> String {
 
 /// The error of reading `file` without a store, which is faster.
 #[track_caller]
-fn not_read(file: &[u8], what: &str) -> String {
+fn read_error(file: &[u8], what: &str) -> String {
     let read = read(file, &Piece::digest, &Progress::default());
     read.expect_err(what).to_string()
 }
@@ -86,21 +86,21 @@ fn in_parallel(count: usize, damage: impl Fn(usize) + Sync) {
 
 #[tokio::test]
 async fn a_backup_truncated_at_any_byte_is_rejected() {
-    let file = backup().await;
+    let file = own_backup().await;
     let cuts: Vec<usize> = (0..file.len())
         .step_by(997)
         .chain(file.len() - 80..file.len())
         .collect();
     in_parallel(cuts.len(), |index| {
         let cut = cuts[index];
-        let why = not_read(&file[..cut], &format!("cut at {cut}"));
+        let why = read_error(&file[..cut], &format!("cut at {cut}"));
         assert!(why.contains(&format!("cut off at byte {cut}:")), "{why}");
     });
 }
 
 #[tokio::test]
 async fn a_flipped_bit_anywhere_is_detected() {
-    let file = backup().await;
+    let file = own_backup().await;
     let mut rng = Rng(5);
     let mut bytes: Vec<usize> = (0..300)
         .map(|_| rng.below(file.len() as u64) as usize)
@@ -114,12 +114,12 @@ async fn a_flipped_bit_anywhere_is_detected() {
         let (byte, bit) = (bytes[index], index % 8);
         let mut flipped = file.clone();
         flipped[byte] ^= 1 << bit;
-        not_read(&flipped, &format!("bit {bit} of byte {byte}"));
+        read_error(&flipped, &format!("bit {bit} of byte {byte}"));
     });
 }
 
 /// A backup with its members in another order.
-fn put_together(file: &[u8], order: impl IntoIterator<Item = usize>) -> Vec<u8> {
+fn reordered(file: &[u8], order: impl IntoIterator<Item = usize>) -> Vec<u8> {
     let members = members(file);
     let parts = order.into_iter().map(|index| &file[members[index].clone()]);
     parts.collect::<Vec<_>>().concat()
@@ -127,7 +127,7 @@ fn put_together(file: &[u8], order: impl IntoIterator<Item = usize>) -> Vec<u8> 
 
 /// All kinds of damage: name, file and a part of the error.
 #[expect(clippy::too_many_lines, reason = "a table")]
-fn corpus(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
+fn damaged_files(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let members = members(file);
     let last = members.len() - 1;
     assert!(last > 3, "too few members to swap");
@@ -147,32 +147,32 @@ fn corpus(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
         ),
         (
             "no-end",
-            put_together(file, 0..last),
+            reordered(file, 0..last),
             "the end record is missing",
         ),
         (
             "no-start",
-            put_together(file, 1..=last),
+            reordered(file, 1..=last),
             "the first member is missing",
         ),
         (
             "swapped",
-            put_together(file, [0, 2, 1].into_iter().chain(3..=last)),
+            reordered(file, [0, 2, 1].into_iter().chain(3..=last)),
             "checksums differ",
         ),
         (
             "one-less",
-            put_together(file, [0].into_iter().chain(2..=last)),
+            reordered(file, [0].into_iter().chain(2..=last)),
             "row counts differ",
         ),
         (
             "one-twice",
-            put_together(file, [0, 1].into_iter().chain(1..=last)),
+            reordered(file, [0, 1].into_iter().chain(1..=last)),
             "row counts differ",
         ),
         (
             "two-starts",
-            put_together(file, [0].into_iter().chain(0..=last)),
+            reordered(file, [0].into_iter().chain(0..=last)),
             "first member",
         ),
         ("newline", end(b"\n"), "bytes follow the end"),
@@ -205,7 +205,11 @@ fn corpus(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
             with(rows, &9_u32.to_le_bytes()),
             "shorter than its header",
         ),
-        ("foreign-cut", foreign_cut(), "cannot be read as gzip"),
+        (
+            "foreign-cut",
+            truncated_third_party_file(),
+            "cannot be read as gzip",
+        ),
         (
             "foreign-row",
             gzip(b"user_id,spp\na,1\nb,9223372036854775808\n"),
@@ -219,7 +223,7 @@ fn corpus(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
     ]
 }
 
-fn foreign_cut() -> Vec<u8> {
+fn truncated_third_party_file() -> Vec<u8> {
     let mut file = gzip(b"user_id,spp\na,1\nb,2\n");
     file.truncate(file.len() - 4);
     file
@@ -227,9 +231,9 @@ fn foreign_cut() -> Vec<u8> {
 
 #[tokio::test]
 async fn each_kind_of_damage_is_rejected_with_its_reason() {
-    let file = backup().await;
+    let file = own_backup().await;
     let directory = tempdir().unwrap();
-    for (name, damaged, expected) in corpus(&file) {
+    for (name, damaged, expected) in damaged_files(&file) {
         if name != "foreign-twice" {
             // Without a store, duplicate users are not detected.
             let path = directory.path().join(name);
@@ -245,7 +249,7 @@ async fn each_kind_of_damage_is_rejected_with_its_reason() {
             );
             assert!(!printed.contains("panicked"), "{name}: {printed}");
         }
-        let why = refused(&damaged, name);
+        let why = restore_error(&damaged, name);
         assert!(why.contains(expected), "{name}: {why}");
     }
     let path = directory.path().join("there-is-none");

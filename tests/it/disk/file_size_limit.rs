@@ -12,7 +12,7 @@ pub(super) async fn set(node: &Node, value: u64) -> Response {
 }
 
 /// Waits until a node accepts writes; returns its state after one write.
-pub(super) async fn assert_takes_writes(node: &Node, value: u64) -> NodeState {
+pub(super) async fn assert_accepts_writes(node: &Node, value: u64) -> NodeState {
     eventually("writes", async || {
         (node.ops("/readyz/write").await.status == 200).then_some(())
     })
@@ -44,5 +44,5 @@ async fn a_segment_that_cannot_grow_is_followed_by_a_new_one() {
     assert!(files.len() > 2, "{files:?}");
     let node = Node::start_with(&mut program_with_data_dir(dir)).await;
     assert_eq!(NodeState::of(&node).await, held);
-    assert_takes_writes(&node, 99).await;
+    assert_accepts_writes(&node, 99).await;
 }

@@ -7,7 +7,7 @@ use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::{Batch, DiskLog, Log};
 use tempfile::tempdir;
 
-use super::file_size_limit::{assert_takes_writes, set};
+use super::file_size_limit::{assert_accepts_writes, set};
 use crate::harness::backup_files::{
     NodeState, fetch_backup, program_with_data_dir, random_store, read_backup, write_backup_file,
 };
@@ -41,7 +41,7 @@ async fn assert_read_only(node: &Node, data: &Path, held: &NodeState) {
 }
 
 /// Whether the metrics report free space in the data directory.
-async fn has_room(node: &Node) -> bool {
+async fn has_free_space(node: &Node) -> bool {
     let size = node.metric("gradestore_data_dir_size_bytes").await;
     assert_eq!(size, Some((DISK_MIB << 20) as f64));
     let free = node.metric("gradestore_data_dir_free_bytes").await;
@@ -51,21 +51,21 @@ async fn has_room(node: &Node) -> bool {
 #[tokio::test]
 async fn a_full_disk_rejects_writes_until_space_is_free() {
     let disk = SmallDisk::new(DISK_MIB);
-    let data = disk.data();
+    let data = disk.data_dir();
     let node = Node::start_with(program_with_data_dir(&data).arg("--snapshot-interval=1s")).await;
     let mut held;
     for round in 0..3 {
         for value in 1..20 {
             set(&node, round * 100 + value).await.position();
         }
-        assert!(has_room(&node).await);
+        assert!(has_free_space(&node).await);
         let ballast = disk.fill(0);
         held = NodeState::of(&node).await;
         assert_read_only(&node, &data, &held).await;
-        assert!(!has_room(&node).await);
+        assert!(!has_free_space(&node).await);
         drop(ballast);
-        assert!(has_room(&node).await);
-        assert_takes_writes(&node, round * 100 + 50).await;
+        assert!(has_free_space(&node).await);
+        assert_accepts_writes(&node, round * 100 + 50).await;
     }
 
     let ballast = disk.fill(0);
@@ -75,7 +75,7 @@ async fn a_full_disk_rejects_writes_until_space_is_free() {
     drop(ballast);
     let node = Node::start_with(&mut program_with_data_dir(&data)).await;
     assert_eq!(NodeState::of(&node).await, held);
-    held = assert_takes_writes(&node, 99).await;
+    held = assert_accepts_writes(&node, 99).await;
     node.kill();
     let node = Node::start_with(&mut program_with_data_dir(&data)).await;
     assert_eq!(NodeState::of(&node).await, held);
@@ -84,7 +84,7 @@ async fn a_full_disk_rejects_writes_until_space_is_free() {
 #[tokio::test]
 async fn a_node_starts_on_a_full_disk_and_serves_reads() {
     let disk = SmallDisk::new(DISK_MIB);
-    let data = disk.data();
+    let data = disk.data_dir();
     let node = Node::start_with(&mut program_with_data_dir(&data)).await;
     for value in 1..20 {
         set(&node, value).await.position();
@@ -104,7 +104,7 @@ async fn a_node_starts_on_a_full_disk_and_serves_reads() {
         (set(&node, 98).await.status == 204).then_some(())
     })
     .await;
-    let held = assert_takes_writes(&node, 99).await;
+    let held = assert_accepts_writes(&node, 99).await;
     node.kill();
     let node = Node::start_with(&mut program_with_data_dir(&data)).await;
     assert_eq!(NodeState::of(&node).await, held);
@@ -117,7 +117,7 @@ async fn a_restore_that_does_not_fit_on_the_disk_stops_the_start() {
     let seed = write_backup_file(directory.path(), &store, 9);
     let disk = SmallDisk::new(40);
     let ballast = disk.fill(3 << 20);
-    let output = run(program_with_data_dir(&disk.data())
+    let output = run(program_with_data_dir(&disk.data_dir())
         .arg("--restore-from")
         .arg(&seed));
     assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -130,7 +130,7 @@ async fn a_restore_that_does_not_fit_on_the_disk_stops_the_start() {
     // With more space the same command succeeds.
     drop(ballast);
     let node = Node::start_with(
-        program_with_data_dir(&disk.data())
+        program_with_data_dir(&disk.data_dir())
             .arg("--restore-from")
             .arg(&seed),
     )
@@ -158,7 +158,7 @@ async fn append_until_full(log: &DiskLog) -> u64 {
     loop {
         let before = log.end();
         let append = log.append(large_batch());
-        if let Err(error) = with_timeout("a verdict", append).await {
+        if let Err(error) = with_timeout("the result", append).await {
             assert!(error.to_string().contains("is full"), "{error}");
             assert!(log.unwritable().is_some());
             assert_eq!(log.end(), before);
@@ -168,7 +168,7 @@ async fn append_until_full(log: &DiskLog) -> u64 {
 }
 
 /// Reads the batches after `after`, and checks their order and contents.
-async fn assert_held(log: &DiskLog, after: u64) {
+async fn assert_batches(log: &DiskLog, after: u64) {
     let mut subscription = log
         .subscribe(log.position(after).unwrap().unwrap())
         .await
@@ -189,23 +189,26 @@ async fn assert_held(log: &DiskLog, after: u64) {
 #[tokio::test]
 async fn a_log_that_filled_its_disk_continues_after_a_trim() {
     let disk = SmallDisk::new(64);
-    let dir = disk.data();
+    let dir = disk.data_dir();
     let log = DiskLog::open(&dir, None).unwrap();
     // In turn, the log alone and other files fill the disk.
     for round in 0..4 {
         let before = log.end();
-        let ballast = (round % 2 == 1).then(|| disk.take(20 << 20));
+        let ballast = (round % 2 == 1).then(|| disk.occupy(20 << 20));
         let end = append_until_full(&log).await;
-        assert!(ballast.is_some() || end > before, "it took nothing");
+        assert!(ballast.is_some() || end > before, "nothing was appended");
         // On a slow machine a round may fit few batches, and a trim removes the older ones.
-        assert_held(&log, (log.first() - 1).max(end.saturating_sub(20))).await;
+        assert_batches(&log, (log.first() - 1).max(end.saturating_sub(20))).await;
         log.trim(end).await.unwrap();
         drop(ballast);
-        eventually("room", async || log.unwritable().is_none().then_some(())).await;
+        eventually("free space", async || {
+            log.unwritable().is_none().then_some(())
+        })
+        .await;
     }
     let end = log.end();
     drop(log);
     let log = DiskLog::open(&dir, None).unwrap();
     assert_eq!(log.end(), end);
-    assert_held(&log, log.first() - 1).await;
+    assert_batches(&log, log.first() - 1).await;
 }

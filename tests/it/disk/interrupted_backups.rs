@@ -75,9 +75,12 @@ fn decode_chunked(mut body: &[u8]) -> (Vec<u8>, bool) {
 }
 
 /// Reads to the end of the connection; the backup must be incomplete.
-async fn assert_broken_off(connection: &mut RawConnection) {
+async fn assert_truncated(connection: &mut RawConnection) {
     let (content, ended) = decode_chunked(&connection.read_to_end().await);
-    assert!(!ended && content.len() < FILE.len(), "it looks like an end");
+    assert!(
+        !ended && content.len() < FILE.len(),
+        "the backup is complete"
+    );
     let refused = read(&*content, &Piece::digest, &Progress::default()).unwrap_err();
     let cut = matches!(refused, BackupError::Truncated { .. });
     assert!(cut, "{refused}");
@@ -136,7 +139,7 @@ async fn a_client_that_stops_reading_is_disconnected_and_writes_continue() {
     .await;
     let mut stalled = unread_backup(&node).await;
     let (mut value, mut refused) = (0, 0);
-    let response = eventually("the place back", async || {
+    let response = eventually("a free place", async || {
         value += 1;
         write_and_read(&node, value).await;
         let response = request_backup(&node).await;
@@ -148,7 +151,7 @@ async fn a_client_that_stops_reading_is_disconnected_and_writes_continue() {
     assert_eq!(read_backup(&response.bytes().await.unwrap()).1.rows, ROWS);
     let cut = "gradestore_http_connections_cut_total{port=\"write\"}";
     assert_eq!(node.metric(cut).await, Some(1.0));
-    assert_broken_off(&mut stalled).await;
+    assert_truncated(&mut stalled).await;
 }
 
 /// Reads a body at 1 MB/s.
@@ -228,7 +231,7 @@ async fn a_backup_cut_off_by_a_kill_is_rejected() {
     let node = large_node().await;
     let mut stalled = unread_backup(&node).await;
     node.kill();
-    assert_broken_off(&mut stalled).await;
+    assert_truncated(&mut stalled).await;
 }
 
 #[tokio::test]
@@ -238,7 +241,7 @@ async fn a_backup_cut_off_by_a_shutdown_is_rejected() {
     node.signal(Signal::TERM);
     // The node waits for the client until its shutdown deadline.
     assert_eq!(node.wait_for_exit().await.code(), Some(0));
-    assert_broken_off(&mut stalled).await;
+    assert_truncated(&mut stalled).await;
 }
 
 #[tokio::test]
@@ -346,7 +349,7 @@ async fn the_backup_command_keeps_nothing_when_interrupted() {
         let printed = collect_output(fetching.0.stderr.take().unwrap());
         proxy.holding.recv_timeout(TIMEOUT).unwrap();
         let partial = |name: &String| name.ends_with(".partial");
-        eventually("some of it", async || {
+        eventually("partial progress", async || {
             file_names(directory.path())
                 .iter()
                 .any(partial)
@@ -355,8 +358,11 @@ async fn the_backup_command_keeps_nothing_when_interrupted() {
         .await;
         kill_process(Pid::from_child(&fetching.0), signal).unwrap();
         let ended = async || fetching.0.try_wait().unwrap();
-        assert_eq!(eventually("its end", ended).await.code(), Some(1));
-        eventually("a last word", async || {
+        assert_eq!(
+            eventually("the exit of the process", ended).await.code(),
+            Some(1)
+        );
+        eventually("the last line", async || {
             let printed = printed.lock();
             printed
                 .contains("interrupted; nothing was kept")
@@ -382,7 +388,10 @@ async fn the_backup_command_can_be_interrupted_while_it_waits_for_a_pipe() {
     node.metric_reaches("gradestore_backups_running", 1.0).await;
     kill_process(Pid::from_child(&fetching.0), Signal::INT).unwrap();
     let ended = async || fetching.0.try_wait().unwrap();
-    assert_eq!(eventually("its end", ended).await.code(), Some(1));
+    assert_eq!(
+        eventually("the exit of the process", ended).await.code(),
+        Some(1)
+    );
     assert_eq!(file_names(directory.path()), ["pipe"]);
 }
 

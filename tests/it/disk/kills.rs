@@ -126,7 +126,7 @@ async fn start_writing(
     (writing, answered)
 }
 
-async fn ended(writing: Vec<JoinHandle<Writer>>) -> Vec<Writer> {
+async fn join_writers(writing: Vec<JoinHandle<Writer>>) -> Vec<Writer> {
     let mut writers = Vec::new();
     for writer in writing {
         writers.push(writer.await.unwrap());
@@ -167,7 +167,7 @@ async fn no_acknowledged_write_is_lost_in_fifty_kills() {
             .unwrap()
             .unwrap();
         node.kill();
-        writers = ended(writing).await;
+        writers = join_writers(writing).await;
     }
     let node = Node::start_with(&mut program_with_data_dir(directory.path())).await;
     for writer in &mut writers {
@@ -204,7 +204,7 @@ async fn a_kill_during_a_snapshot_loses_nothing() {
         })
         .await;
         node.kill();
-        writers = ended(writing).await;
+        writers = join_writers(writing).await;
         // The kill hit the snapshot.
         let left = file_names(&snapshots);
         assert!(

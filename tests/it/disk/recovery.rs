@@ -17,7 +17,7 @@ use crate::harness::wire::{Response, eventually};
 use crate::harness::{AUTHORIZATION, Node, Ports, run, without_root_capabilities};
 
 /// Writes some grades and stops the node.
-async fn write_and_end(dir: &Path, users: std::ops::Range<u64>) -> NodeState {
+async fn write_and_stop(dir: &Path, users: std::ops::Range<u64>) -> NodeState {
     let node = Node::start_with(&mut program_with_data_dir(dir)).await;
     for user in users {
         let patch = format!(r#"{{"user_id":"{user}","spp":{user}}}"#);
@@ -53,7 +53,7 @@ async fn restored_from(node: &Node) -> PathBuf {
 async fn a_clean_stop_writes_a_snapshot_for_the_next_start() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
-    let held = write_and_end(dir, 0..10).await;
+    let held = write_and_stop(dir, 0..10).await;
     let first = snapshots(dir);
     assert_eq!(first.len(), 1);
     let (store, summary) = read_backup(&fs::read(&first[0]).unwrap());
@@ -73,7 +73,7 @@ async fn a_clean_stop_writes_a_snapshot_for_the_next_start() {
     assert_eq!(snapshots(dir), first);
 
     for last in [20, 30, 40] {
-        write_and_end(dir, last - 10..last).await;
+        write_and_stop(dir, last - 10..last).await;
     }
     assert_eq!(snapshots(dir).len(), 2);
 }
@@ -82,8 +82,8 @@ async fn a_clean_stop_writes_a_snapshot_for_the_next_start() {
 async fn a_damaged_snapshot_falls_back_to_the_previous_one() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
-    write_and_end(dir, 0..10).await;
-    let held = write_and_end(dir, 5..20).await;
+    write_and_stop(dir, 0..10).await;
+    let held = write_and_stop(dir, 5..20).await;
     let both = snapshots(dir);
     let whole = fs::read(&both[1]).unwrap();
     let mut swapped = whole.clone();
@@ -114,16 +114,16 @@ async fn a_damaged_snapshot_falls_back_to_the_previous_one() {
 }
 
 /// Waits until the start has succeeded or failed; returns `/status`.
-async fn verdict(node: &Ports) -> Value {
+async fn wait_for_start_result(node: &Ports) -> Value {
     let started_at = ["starting", "restoring", "catching-up"];
-    node.status_where("a verdict", |status| {
+    node.status_where("the result", |status| {
         !started_at.contains(&status["state"].as_str().unwrap())
     })
     .await
 }
 
 /// Starts a node that must stay unready; returns the reason.
-async fn unready(dir: &Path) -> String {
+async fn assert_unready(dir: &Path) -> String {
     let names = || {
         let names = file_names(&dir.join("snapshots"));
         let name = |name: &String| name.trim_end_matches(".damaged").to_owned();
@@ -131,7 +131,7 @@ async fn unready(dir: &Path) -> String {
     };
     let before = names();
     let node = Node::launch(&mut program_with_data_dir(dir)).await;
-    let state = verdict(&node).await;
+    let state = wait_for_start_result(&node).await;
     assert!(["no-source", "other-log"].contains(&state["state"].as_str().unwrap()));
     let reason = node.ops("/readyz").await.expect_problem(503, "not-ready");
     assert!(
@@ -174,11 +174,11 @@ async fn without_a_valid_snapshot_and_a_complete_log_a_node_serves_nothing() {
     let [snapshot] = snapshots(&dir).try_into().unwrap();
     let good = fs::read(&snapshot).unwrap();
     damage(&snapshot);
-    let reason = unready(&dir).await;
+    let reason = assert_unready(&dir).await;
     assert!(reason.contains("begins at batch 501"), "{reason}");
     assert!(reason.contains("--restore-from"), "{reason}");
     assert!(!snapshot.exists());
-    unready(&dir).await;
+    assert_unready(&dir).await;
     // The fix that the reason names.
     fs::write(&snapshot, good).unwrap();
     let node = Node::start_with(&mut program_with_data_dir(&dir)).await;
@@ -193,7 +193,7 @@ async fn snapshots_of_another_log_are_not_used() {
     let kept = directory.path().join("kept");
     fs::rename(other.join("snapshots"), &kept).unwrap();
     fs::rename(one.join("snapshots"), other.join("snapshots")).unwrap();
-    let reason = unready(&other).await;
+    let reason = assert_unready(&other).await;
     assert!(reason.contains("belongs to log disk-"), "{reason}");
 
     fs::remove_dir_all(other.join("snapshots")).unwrap();
@@ -206,9 +206,9 @@ async fn snapshots_of_another_log_are_not_used() {
 async fn a_lost_log_is_not_recreated_beside_its_snapshots() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
-    write_and_end(dir, 0..10).await;
+    write_and_stop(dir, 0..10).await;
     fs::rename(dir.join("log"), dir.join("lost")).unwrap();
-    let reason = unready(dir).await;
+    let reason = assert_unready(dir).await;
     let snapshot = snapshots(dir)[0].display().to_string();
     assert!(reason.contains(&snapshot), "{reason}");
 }
@@ -242,7 +242,7 @@ async fn long_log(dir: &Path) -> PathBuf {
 }
 
 /// Applies `by` to the file's bytes from the id of `user` on.
-fn change(file: &Path, user: u64, by: impl Fn(&mut [u8])) {
+fn change_at_user(file: &Path, user: u64, by: impl Fn(&mut [u8])) {
     let (mut bytes, id) = (fs::read(file).unwrap(), long_id(user));
     let place = bytes.windows(250).position(|at| at == id.as_bytes());
     by(&mut bytes[place.unwrap()..]);
@@ -254,9 +254,9 @@ async fn a_damaged_log_leaves_the_node_unready() {
     let directory = tempdir().unwrap();
     let dir = directory.path();
     let file = long_log(dir).await;
-    change(&file, 51_500, |bytes| bytes[0] ^= 1);
+    change_at_user(&file, 51_500, |bytes| bytes[0] ^= 1);
     let node = Node::launch(&mut program_with_data_dir(dir)).await;
-    let status = verdict(&node).await;
+    let status = wait_for_start_result(&node).await;
     assert_eq!(status["state"], "gap", "{status}");
     assert_eq!(status["log_end"], 100);
     let reason = status["reason"].as_str().unwrap();
@@ -284,7 +284,7 @@ async fn missing_batches_stop_the_start_and_leave_the_log_unchanged() {
         "to {} are missing",
         files[1][..20].parse::<u64>().unwrap() - 1
     );
-    change(&file, 51_500, |bytes| bytes.fill(0));
+    change_at_user(&file, 51_500, |bytes| bytes.fill(0));
     let before = fs::read(&file).unwrap();
     for _ in 0..2 {
         let output = run(&mut program_with_data_dir(dir));
@@ -322,12 +322,12 @@ async fn a_directory_named_like_a_snapshot_is_ignored() {
     for odd in &odd {
         fs::create_dir_all(odd.join("kept")).unwrap();
     }
-    let mut held = write_and_end(dir, 0..1).await;
+    let mut held = write_and_stop(dir, 0..1).await;
     for last in [10, 20, 30] {
         let node = Node::start_with(&mut program_with_data_dir(dir)).await;
         assert_eq!(NodeState::of(&node).await, held);
         node.stop().await;
-        held = write_and_end(dir, last - 10..last).await;
+        held = write_and_stop(dir, last - 10..last).await;
     }
     let node = Node::start_with(&mut program_with_data_dir(dir)).await;
     assert_eq!(NodeState::of(&node).await, held);
@@ -377,7 +377,7 @@ async fn an_unusable_data_directory_is_named() {
     }
 }
 
-fn permit(path: &Path, mode: u32) {
+fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
 }
 
@@ -394,11 +394,11 @@ async fn a_data_directory_without_permissions_is_named_with_the_fix() {
 
     let below = dir.join("another").join("data");
     for mode in [0o000, 0o444, 0o555] {
-        permit(&dir, mode);
+        set_mode(&dir, mode);
         let output = run(&mut without_root_capabilities(&program_with_data_dir(
             &below,
         )));
-        permit(&dir, 0o755);
+        set_mode(&dir, 0o755);
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         let printed = String::from_utf8(output.stderr).unwrap();
         let named = format!("cannot use --data-dir {}: ", below.display());
@@ -411,8 +411,8 @@ async fn a_data_directory_without_permissions_is_named_with_the_fix() {
     }
 
     // Search permission on the parents is enough.
-    permit(&parent, 0o111);
+    set_mode(&parent, 0o111);
     let node = Node::start_with(&mut command).await;
-    permit(&parent, 0o755);
+    set_mode(&parent, 0o755);
     assert_eq!(NodeState::of(&node).await, held);
 }

@@ -18,20 +18,20 @@ use crate::harness::wire::eventually;
 use crate::harness::{Node, run};
 
 /// Column order and quoting of another program.
-const FOREIGN: &str = "spp,\"user_id\",return_fee\r\n\
+const THIRD_PARTY: &str = "spp,\"user_id\",return_fee\r\n\
                        5,\"a,b\",-7\r\n\
                        0,\"say \"\"hi\"\"\",9223372036854775807\r\n\
                        1,plain,0\r\n";
 
-fn foreign_file(directory: &Path) -> std::path::PathBuf {
+fn third_party_file(directory: &Path) -> std::path::PathBuf {
     let path = directory.join("foreign.csv.gz");
     let mut gzip = GzEncoder::new(File::create(&path).unwrap(), Compression::default());
-    gzip.write_all(FOREIGN.as_bytes()).unwrap();
+    gzip.write_all(THIRD_PARTY.as_bytes()).unwrap();
     gzip.finish().unwrap();
     path
 }
 
-async fn assert_foreign(node: &Node) {
+async fn assert_third_party_rows(node: &Node) {
     let grade = |id: &str, spp: i64, return_fee: i64| {
         let id = serde_json::Value::from(id);
         format!(
@@ -48,7 +48,7 @@ async fn assert_foreign(node: &Node) {
 
 /// Checks that a start fails with these words in its error.
 #[track_caller]
-fn refused(command: &mut Command, words: &[&str]) {
+fn assert_start_fails(command: &mut Command, words: &[&str]) {
     let output = run(command);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let printed = String::from_utf8(output.stderr).unwrap();
@@ -93,9 +93,9 @@ async fn a_backup_seeds_an_empty_data_directory() {
 async fn a_third_party_file_seeds_an_empty_data_directory() {
     let directory = tempdir().unwrap();
     let dir = directory.path().join("data");
-    let file = foreign_file(directory.path());
+    let file = third_party_file(directory.path());
     let node = Node::start_with(program_with_data_dir(&dir).arg("--restore-from").arg(&file)).await;
-    assert_foreign(&node).await;
+    assert_third_party_rows(&node).await;
     node.set(r#"{"user_id":"plain","shipping_fee":3}"#)
         .await
         .position();
@@ -111,7 +111,7 @@ async fn a_third_party_file_seeds_an_empty_data_directory() {
         fs::remove_file(dir.join("snapshots").join(name)).unwrap();
     }
     let node = Node::launch(&mut program_with_data_dir(&dir)).await;
-    let reason = eventually("a verdict", async || {
+    let reason = eventually("the result", async || {
         let status = node.status().await;
         (status["state"] == "no-source").then(|| status["reason"].to_string())
     })
@@ -133,7 +133,7 @@ async fn third_party_extra_fields_in_gzip_headers_are_ignored() {
         let name = String::from_utf8_lossy(&extra[..2]);
         let gzip = GzBuilder::new().extra(extra).filename("grades.csv");
         let mut gzip = gzip.write(File::create(&path).unwrap(), Compression::default());
-        gzip.write_all(FOREIGN.as_bytes()).unwrap();
+        gzip.write_all(THIRD_PARTY.as_bytes()).unwrap();
         gzip.finish().unwrap();
         let verified = verify(&path);
         assert!(verified.status.success(), "{name}: {verified:?}");
@@ -143,7 +143,7 @@ async fn third_party_extra_fields_in_gzip_headers_are_ignored() {
             "{name}: {printed}"
         );
         let node = Node::start_with(&mut program_restoring(&path)).await;
-        assert_foreign(&node).await;
+        assert_third_party_rows(&node).await;
     }
 }
 
@@ -156,8 +156,8 @@ async fn an_ephemeral_node_starts_from_a_file() {
     assert_eq!(NodeState::of(&node).await, NodeState::of_store(&store, 40));
     let next = node.set(r#"{"user_id":"a","spp":7}"#).await.position();
     assert_eq!(next, 41);
-    let node = Node::start_with(&mut program_restoring(&foreign_file(directory.path()))).await;
-    assert_foreign(&node).await;
+    let node = Node::start_with(&mut program_restoring(&third_party_file(directory.path()))).await;
+    assert_third_party_rows(&node).await;
 }
 
 #[tokio::test]
@@ -177,15 +177,15 @@ async fn an_invalid_file_leaves_the_data_directory_unchanged() {
     ] {
         fs::write(&bad, content).unwrap();
         let words = [bad.to_str().unwrap(), "cannot restore from", reason];
-        refused(
+        assert_start_fails(
             program_with_data_dir(&dir).arg("--restore-from").arg(&bad),
             &words,
         );
-        refused(&mut program_restoring(&bad), &words);
+        assert_start_fails(&mut program_restoring(&bad), &words);
     }
     let none = directory.path().join("none");
     let words = [none.to_str().unwrap(), "No such file"];
-    refused(
+    assert_start_fails(
         program_with_data_dir(&dir).arg("--restore-from").arg(&none),
         &words,
     );
@@ -204,7 +204,7 @@ async fn a_data_directory_with_writes_is_not_seeded() {
     let held = NodeState::of(&node).await;
     node.kill();
     for _ in 0..2 {
-        refused(
+        assert_start_fails(
             program_with_data_dir(&dir).arg("--restore-from").arg(&seed),
             &["empty", "data"],
         );
@@ -223,7 +223,7 @@ async fn a_data_directory_with_writes_is_not_seeded() {
     )
     .await;
     node.kill();
-    refused(
+    assert_start_fails(
         program_with_data_dir(&seeded)
             .arg("--restore-from")
             .arg(&seed),
@@ -249,7 +249,7 @@ async fn a_seed_interrupted_by_a_kill_can_be_repeated() {
     node.kill();
     // The partial state does not pass for an empty store.
     let node = Node::launch(&mut program_with_data_dir(&dir)).await;
-    eventually("a verdict", async || {
+    eventually("the result", async || {
         (node.status().await["state"] == "no-source").then_some(())
     })
     .await;
@@ -283,7 +283,7 @@ async fn nothing_is_served_during_a_restore() {
         feed.write_all(&fed[half..]).unwrap();
     });
     let node = Node::launch(&mut program_restoring(&pipe)).await;
-    let restore = eventually("some of it", async || {
+    let restore = eventually("partial progress", async || {
         let restore = node.status().await["restore"].clone();
         (restore["rows"].as_u64() > Some(0)).then_some(restore)
     })

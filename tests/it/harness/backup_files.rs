@@ -220,7 +220,7 @@ pub(crate) fn open_pipe(path: &Path) -> File {
 /// Reads `pipe` until no writer has it open.
 pub(crate) async fn read_pipe_to_end(pipe: &mut File) -> Vec<u8> {
     let mut bytes = Vec::new();
-    eventually("the pipe's end", async || {
+    eventually("the end of the pipe", async || {
         // `WouldBlock` before the end.
         pipe.read_to_end(&mut bytes).ok()
     })

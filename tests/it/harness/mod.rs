@@ -7,7 +7,7 @@ mod process;
 pub(crate) mod backup_files;
 #[cfg(feature = "test-all")]
 pub(crate) mod cluster;
-pub(crate) mod held_log;
+pub(crate) mod gated_log;
 #[cfg(feature = "test-all")]
 pub(crate) mod small_disk;
 pub(crate) mod wire;

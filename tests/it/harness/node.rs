@@ -74,7 +74,10 @@ impl Node {
             let stderr = stderr.lock();
             let mut lines = stderr.lines();
             let listening = lines.find(|line| line.contains("listening"));
-            assert!(listening.is_some() || ended.is_none(), "it ended: {stderr}");
+            assert!(
+                listening.is_some() || ended.is_none(),
+                "it exited: {stderr}"
+            );
             listening.map(str::to_owned)
         })
         .await;
@@ -112,7 +115,7 @@ impl Node {
 
     /// Waits for the process to exit.
     pub(crate) async fn wait_for_exit(&mut self) -> ExitStatus {
-        eventually("the process's end", async || {
+        eventually("the exit of the process", async || {
             self.process.0.try_wait().unwrap()
         })
         .await
@@ -228,7 +231,7 @@ impl InProcessNode {
 
     /// Waits until the shutdown has finished.
     pub(crate) async fn wait_until_stopped(self) {
-        with_timeout("the node's end", self.running)
+        with_timeout("the shutdown of the node", self.running)
             .await
             .unwrap()
             .unwrap();
@@ -236,7 +239,9 @@ impl InProcessNode {
 
     /// Waits until the node fails; returns the error.
     pub(crate) async fn wait_for_error(self) -> String {
-        let ended = with_timeout("the node's end", self.running).await.unwrap();
+        let ended = with_timeout("the shutdown of the node", self.running)
+            .await
+            .unwrap();
         ended.unwrap_err().to_string()
     }
 }

@@ -61,7 +61,7 @@ pub(crate) fn run(command: &mut Command) -> Output {
         Ok(output) => output.unwrap(),
         Err(_) => {
             kill_process(pid, Signal::KILL).unwrap();
-            panic!("does not end: {command:?}");
+            panic!("timeout: {command:?}");
         }
     }
 }

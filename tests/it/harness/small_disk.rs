@@ -24,14 +24,13 @@ impl SmallDisk {
         let mut holder = unshare.spawn().unwrap();
         let mut printed = [0; 8];
         let mounted = holder.stdout.as_mut().unwrap().read_exact(&mut printed);
-        mounted
-            .expect("this test needs a disk of its own: run it as root or allow user namespaces");
+        mounted.expect("this test mounts a tmpfs: run it as root or allow user namespaces");
         // The mount point as other processes reach it.
         let dir = format!("/proc/{}/root/mnt", holder.id()).into();
         Self { holder, dir }
     }
 
-    pub(crate) fn data(&self) -> PathBuf {
+    pub(crate) fn data_dir(&self) -> PathBuf {
         self.dir.join("data")
     }
 
@@ -54,7 +53,7 @@ impl SmallDisk {
     }
 
     /// Writes a file of this size.
-    pub(crate) fn take(&self, bytes: usize) -> Ballast {
+    pub(crate) fn occupy(&self, bytes: usize) -> Ballast {
         let ballast = Ballast(self.dir.join("ballast"));
         fs::write(&ballast.0, vec![0; bytes]).unwrap();
         ballast

@@ -19,7 +19,7 @@ pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Opt
         if let Some(found) = look().await {
             return found;
         }
-        assert!(started_at.elapsed() < TIMEOUT, "not in time: {what}");
+        assert!(started_at.elapsed() < TIMEOUT, "timeout: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -27,7 +27,7 @@ pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Opt
 /// Waits for `task` with a timeout.
 pub(crate) async fn with_timeout<T>(what: &str, task: impl Future<Output = T>) -> T {
     let ended = tokio::time::timeout(TIMEOUT, task).await;
-    ended.unwrap_or_else(|_| panic!("not in time: {what}"))
+    ended.unwrap_or_else(|_| panic!("timeout: {what}"))
 }
 
 /// A complete response.
@@ -154,7 +154,7 @@ impl RawConnection {
     pub(crate) async fn read_some(&mut self, bytes_max: usize, into: &mut Vec<u8>) -> usize {
         into.append(&mut self.incoming.received);
         let mut room = vec![0; bytes_max];
-        let read = with_timeout("something to read", self.incoming.stream.read(&mut room)).await;
+        let read = with_timeout("more bytes", self.incoming.stream.read(&mut room)).await;
         let bytes = read.unwrap_or(0);
         into.extend_from_slice(&room[..bytes]);
         bytes
@@ -163,7 +163,11 @@ impl RawConnection {
     /// Waits until the node closes the connection; no more bytes may arrive.
     pub(crate) async fn expect_closed(&mut self) {
         let more = self.incoming.receive().await;
-        assert_eq!((more, self.incoming.received.len()), (0, 0), "not the end");
+        assert_eq!(
+            (more, self.incoming.received.len()),
+            (0, 0),
+            "the connection has more bytes"
+        );
     }
 }
 
@@ -204,8 +208,6 @@ impl Incoming {
     async fn receive(&mut self) -> usize {
         let received = self.stream.read_buf(&mut self.received);
         // A reset is an end, too.
-        with_timeout("something to read", received)
-            .await
-            .unwrap_or(0)
+        with_timeout("more bytes", received).await.unwrap_or(0)
     }
 }

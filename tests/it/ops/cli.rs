@@ -9,7 +9,7 @@ use crate::harness::{ANY_PORTS, Node, PASSWORD, program, run};
 
 /// The stderr of a start that must fail.
 #[track_caller]
-fn refused(command: &mut Command) -> String {
+fn failed_start(command: &mut Command) -> String {
     let Output {
         status,
         stdout,
@@ -21,7 +21,7 @@ fn refused(command: &mut Command) -> String {
 }
 
 #[track_caller]
-fn assert_names(text: &str, parts: &[&str]) {
+fn assert_contains(text: &str, parts: &[&str]) {
     for part in parts {
         assert!(text.contains(part), "{part:?} is not in: {text}");
     }
@@ -36,42 +36,42 @@ fn an_invalid_flag_or_variable_is_named_with_its_value_and_the_fix() {
         ("--ops-addr", "GRADESTORE_OPS_ADDR", "127.0.0.1:8082"),
     ] {
         for value in ["nowhere", "8080", "127.0.0.1", "127.0.0.1:99999", "::1:80"] {
-            let printed = refused(program().args([flag, value]));
-            assert_names(&printed, &[flag, value, example]);
-            let printed = refused(program().env(variable, value));
-            assert_names(&printed, &[variable, value, example]);
+            let printed = failed_start(program().args([flag, value]));
+            assert_contains(&printed, &[flag, value, example]);
+            let printed = failed_start(program().env(variable, value));
+            assert_contains(&printed, &[variable, value, example]);
         }
     }
-    assert_names(
-        &refused(program().args(["--username", "a:b"])),
+    assert_contains(
+        &failed_start(program().args(["--username", "a:b"])),
         &["--username", "a:b", "admin"],
     );
-    assert_names(
-        &refused(program().args(["--username", ""])),
+    assert_contains(
+        &failed_start(program().args(["--username", ""])),
         &["--username", "empty"],
     );
     for value in ["0", "-1", "two", "1025"] {
-        let printed = refused(program().arg(format!("--threads={value}")));
-        assert_names(&printed, &["--threads", value, "from 1 to 1024"]);
+        let printed = failed_start(program().arg(format!("--threads={value}")));
+        assert_contains(&printed, &["--threads", value, "from 1 to 1024"]);
     }
     for (value, why) in [
         ("8G", "unit"),
         ("1MiB", "at least 16MiB"),
         ("0%", "1% to 100%"),
     ] {
-        let printed = refused(program().arg(format!("--memory-max={value}")));
-        assert_names(
+        let printed = failed_start(program().arg(format!("--memory-max={value}")));
+        assert_contains(
             &printed,
             &["--memory-max", value, why, "GRADESTORE_MEMORY_MAX"],
         );
     }
-    assert_names(
-        &refused(program().arg("--wirte-addr=x")),
+    assert_contains(
+        &failed_start(program().arg("--wirte-addr=x")),
         &["--wirte-addr", "--write-addr"],
     );
-    assert_names(&refused(program().arg("serv")), &["serv", "serve"]);
-    let printed = refused(program().env("GRADESTORE_USER_NAME", "x"));
-    assert_names(&printed, &["GRADESTORE_USER_NAME", "GRADESTORE_USERNAME"]);
+    assert_contains(&failed_start(program().arg("serv")), &["serv", "serve"]);
+    let printed = failed_start(program().env("GRADESTORE_USER_NAME", "x"));
+    assert_contains(&printed, &["GRADESTORE_USER_NAME", "GRADESTORE_USERNAME"]);
 }
 
 #[test]
@@ -85,9 +85,9 @@ fn an_unknown_variable_stops_every_command() {
         &["verify", to],
         &["health", "--ops-addr", "127.0.0.1:1"],
     ] {
-        let printed = refused(program().args(args).env("GRADESTORE_X", "1"));
+        let printed = failed_start(program().args(args).env("GRADESTORE_X", "1"));
         let unknown = "unknown environment variable GRADESTORE_X;";
-        assert_names(&printed, &[unknown, "GRADESTORE_PASSWORD_FILE"]);
+        assert_contains(&printed, &[unknown, "GRADESTORE_PASSWORD_FILE"]);
         // Before anything else is done.
         assert_eq!(printed.lines().count(), 1, "{args:?}: {printed}");
     }
@@ -98,10 +98,11 @@ fn an_unknown_variable_stops_every_command() {
 async fn ephemeral_is_a_boolean_and_empty_means_false() {
     let directory = tempfile::tempdir().unwrap();
     for value in ["maybe", "2", " "] {
-        let printed =
-            refused(program_with_data_dir(directory.path()).env("GRADESTORE_EPHEMERAL", value));
+        let printed = failed_start(
+            program_with_data_dir(directory.path()).env("GRADESTORE_EPHEMERAL", value),
+        );
         let fix = "set GRADESTORE_EPHEMERAL to true or false";
-        assert_names(&printed, &[&format!("'{value}'"), fix]);
+        assert_contains(&printed, &[&format!("'{value}'"), fix]);
     }
     assert!(file_names(directory.path()).is_empty());
     for (value, kind) in [("", "disk"), ("No", "disk"), ("1", "memory")] {
@@ -118,23 +119,23 @@ fn an_invalid_password_is_rejected_and_not_printed() {
     let path = directory.path().join("password");
     let file = path.to_str().unwrap();
 
-    let missing = refused(program().args(["--password-file", file]));
-    assert_names(&missing, &["--password-file", file, "make the file"]);
+    let missing = failed_start(program().args(["--password-file", file]));
+    assert_contains(&missing, &["--password-file", file, "make the file"]);
     for content in ["", "\n", "secret\nsecond", "secret\0"] {
         std::fs::write(&path, content).unwrap();
-        let printed = refused(program().args(["--password-file", file]));
-        assert_names(&printed, &[file, "at least one character"]);
+        let printed = failed_start(program().args(["--password-file", file]));
+        assert_contains(&printed, &[file, "at least one character"]);
         assert!(!printed.contains("secret"), "{printed}");
     }
-    let printed = refused(program().env("GRADESTORE_PASSWORD", ""));
-    assert_names(&printed, &["GRADESTORE_PASSWORD", "empty"]);
+    let printed = failed_start(program().env("GRADESTORE_PASSWORD", ""));
+    assert_contains(&printed, &["GRADESTORE_PASSWORD", "empty"]);
 
     std::fs::write(&path, "secret").unwrap();
     let mut both = program();
     both.env("GRADESTORE_PASSWORD", "secret")
         .env("GRADESTORE_PASSWORD_FILE", file);
-    let printed = refused(&mut both);
-    assert_names(
+    let printed = failed_start(&mut both);
+    assert_contains(
         &printed,
         &[
             "GRADESTORE_PASSWORD ",
@@ -165,8 +166,8 @@ fn the_error_for_an_invalid_nats_url_names_the_fix_and_prints_no_password() {
             program().args(["--nats-url", urls]),
             program().env("GRADESTORE_NATS_URL", urls),
         ] {
-            let printed = refused(command);
-            assert_names(&printed, &["--nats-url", "GRADESTORE_NATS_URL", fix]);
+            let printed = failed_start(command);
+            assert_contains(&printed, &["--nats-url", "GRADESTORE_NATS_URL", fix]);
             assert!(!printed.contains("SECRET"), "{printed}");
         }
     }
@@ -174,7 +175,7 @@ fn the_error_for_an_invalid_nats_url_names_the_fix_and_prints_no_password() {
     let help = help.args(["serve", "--help"]);
     let output = run(help.env("GRADESTORE_NATS_URL", "nats://u:SECRET@127.0.0.1"));
     let printed = String::from_utf8(output.stdout).unwrap();
-    assert_names(&printed, &["--nats-url", "GRADESTORE_NATS_URL"]);
+    assert_contains(&printed, &["--nats-url", "GRADESTORE_NATS_URL"]);
     assert!(!printed.contains("SECRET"), "{printed}");
 }
 
@@ -182,17 +183,17 @@ fn the_error_for_an_invalid_nats_url_names_the_fix_and_prints_no_password() {
 fn each_address_must_be_free_and_unique() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let same = refused(program().args(["--write-addr", &address, "--ops-addr", &address]));
-    assert_names(
+    let same = failed_start(program().args(["--write-addr", &address, "--ops-addr", &address]));
+    assert_contains(
         &same,
         &["--write-addr", "--ops-addr", &address, "its own port"],
     );
-    let printed = refused(
+    let printed = failed_start(
         program()
             .args(&ANY_PORTS[..2])
             .args(["--ops-addr", &address]),
     );
-    assert_names(&printed, &["--ops-addr", &address, "choose another"]);
+    assert_contains(&printed, &["--ops-addr", &address, "choose another"]);
 }
 
 #[tokio::test]
@@ -258,7 +259,7 @@ async fn the_health_command_reports_readiness() {
     let nobody = health(&address);
     assert_eq!(nobody.status.code(), Some(1));
     let printed = String::from_utf8(nobody.stderr).unwrap();
-    assert_names(&printed, &[&address, "no answer", "--ops-addr"]);
+    assert_contains(&printed, &[&address, "no answer", "--ops-addr"]);
 }
 
 #[test]
@@ -270,7 +271,7 @@ fn help_and_version_are_printed() {
     };
     let version = env!("CARGO_PKG_VERSION");
     assert_eq!(printed(&["--version"]), format!("gradestore {version}\n"));
-    assert_names(
+    assert_contains(
         &printed(&["--help"]),
         &["serve", "health", "Without a command"],
     );
@@ -282,7 +283,7 @@ fn help_and_version_are_printed() {
         ["--password-file", "GRADESTORE_PASSWORD_FILE"],
     ];
     for flag in flags {
-        assert_names(&printed(&["serve", "--help"]), &flag);
+        assert_contains(&printed(&["serve", "--help"]), &flag);
     }
 }
 

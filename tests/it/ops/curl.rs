@@ -31,5 +31,5 @@ async fn the_printed_curl_commands_with_a_generated_password_work() {
     let printed = eventually("a password", async || {
         Some(other.stdout.lock().clone()).filter(|printed| printed.contains("admin:"))
     });
-    assert!(!printed.await.contains(password), "made again");
+    assert!(!printed.await.contains(password), "the same password");
 }

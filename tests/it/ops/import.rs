@@ -38,7 +38,7 @@ async fn import(file: &Path, node: &Ports) -> Output {
     spawn_blocking(move || run(&mut command)).await.unwrap()
 }
 
-fn written(dir: &Path, name: &str, bytes: &[u8]) -> PathBuf {
+fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     let path = dir.join(name);
     fs::write(&path, bytes).unwrap();
     path
@@ -46,7 +46,7 @@ fn written(dir: &Path, name: &str, bytes: &[u8]) -> PathBuf {
 
 /// The stderr of a failed import.
 #[track_caller]
-fn failed(output: &Output) -> String {
+fn error_of(output: &Output) -> String {
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert_eq!(output.stdout, b"");
     String::from_utf8(output.stderr.clone()).unwrap()
@@ -65,7 +65,7 @@ async fn importing_a_backup_makes_an_equal_node() {
     let dir = tempdir().unwrap();
     let (one, other) = tokio::join!(Node::start(), Node::start());
     // Several requests, user ids that need quotes, and a deleted user.
-    let file = written(
+    let file = write_file(
         dir.path(),
         "seed",
         &backup_file(&random_store(10_000, u64::MAX), 1),
@@ -79,7 +79,7 @@ async fn importing_a_backup_makes_an_equal_node() {
     let held = NodeState::of(&one).await;
     assert_eq!(held.records, 10_003);
 
-    let file = written(dir.path(), "grades.csv.gz", &fetch_backup(&one).await);
+    let file = write_file(dir.path(), "grades.csv.gz", &fetch_backup(&one).await);
     let output = import(&file, &other).await;
     assert!(output.status.success(), "{output:?}");
     let found = NodeState::of(&other).await;
@@ -102,7 +102,7 @@ async fn missing_columns_stay_unchanged_and_others_are_set() {
         node.set(patch.to_string()).await.position();
     }
     let text = "\u{feff}return_fee,user_id,spp\r\n0,a,7\r\n\r\n\"-9\",\"c \"\"d\",8";
-    let file = written(dir.path(), "foreign.csv.gz", &gzip(text.as_bytes()));
+    let file = write_file(dir.path(), "foreign.csv.gz", &gzip(text.as_bytes()));
     let output = import(&file, &node).await;
     assert!(output.status.success(), "{output:?}");
     for (user, values) in [("a", [7, 2, 0]), ("b", [1, 2, 3]), ("c \"d", [8, 0, -9])] {
@@ -128,7 +128,7 @@ async fn import_reads_stdin_and_accepts_a_file_without_rows() {
     assert_eq!(node.get("a").await.json()["spp"], 5);
 
     let dir = tempdir().unwrap();
-    let file = written(dir.path(), "empty.csv.gz", &gzip(b"user_id\n"));
+    let file = write_file(dir.path(), "empty.csv.gz", &gzip(b"user_id\n"));
     let output = import(&file, &node).await;
     let printed = String::from_utf8(output.stdout).unwrap();
     assert_eq!(printed, "rows      0\nposition  none, there was no row\n");
@@ -147,8 +147,8 @@ async fn an_invalid_row_is_named_with_its_line() {
             text.push('\n');
         }
     }
-    let file = written(dir.path(), "bad.csv.gz", &gzip(text.as_bytes()));
-    let printed = failed(&import(&file, &node).await);
+    let file = write_file(dir.path(), "bad.csv.gz", &gzip(text.as_bytes()));
+    let printed = error_of(&import(&file, &node).await);
     let expected = "bad.csv.gz: row 8765, column spp (line 8768): ";
     assert!(printed.contains(expected), "{printed}");
     let accepted = accepted_in(&printed);
@@ -167,7 +167,7 @@ async fn a_row_that_the_node_rejects_is_named_with_its_line() {
             text.push('\n');
         }
     }
-    let file = written(dir.path(), "good.csv.gz", &gzip(text.as_bytes()));
+    let file = write_file(dir.path(), "good.csv.gz", &gzip(text.as_bytes()));
     // Like a node that does not know one of the columns.
     let rewriting = rewriting_proxy(
         node.write,
@@ -177,7 +177,7 @@ async fn a_row_that_the_node_rejects_is_named_with_its_line() {
     let to = format!("http://{}", rewriting.await);
     let mut command = command(&file, &to);
     let output = spawn_blocking(move || run(&mut command)).await.unwrap();
-    let printed = failed(&output);
+    let printed = error_of(&output);
     for part in [
         "good.csv.gz: row 6500, line 6502, was refused: line ",
         "unknown field \"xpp\"",
@@ -229,8 +229,8 @@ async fn a_damaged_file_is_detected_and_accepted_rows_stay() {
     let node = Node::start().await;
     let whole = backup_file(&random_store(30_000, u64::MAX), 1);
     // Truncated in its last members.
-    let cut = written(dir.path(), "cut.csv.gz", &whole[..whole.len() - 100]);
-    let printed = failed(&import(&cut, &node).await);
+    let cut = write_file(dir.path(), "cut.csv.gz", &whole[..whole.len() - 100]);
+    let printed = error_of(&import(&cut, &node).await);
     assert!(printed.contains("cut.csv.gz: cut off at byte"), "{printed}");
     let accepted = NodeState::of(&node).await.records;
     assert!((10_000..30_000).contains(&accepted), "{accepted}");
@@ -240,27 +240,27 @@ async fn a_damaged_file_is_detected_and_accepted_rows_stay() {
     let mut changed = whole.clone();
     let at = whole.len() / 2;
     changed[at] ^= 1;
-    let changed = written(dir.path(), "changed.csv.gz", &changed);
-    let printed = failed(&import(&changed, &node).await);
+    let changed = write_file(dir.path(), "changed.csv.gz", &changed);
+    let printed = error_of(&import(&changed, &node).await);
     assert!(
         printed.contains("changed.csv.gz: damaged at byte"),
         "{printed}"
     );
     // Importing the intact file completes the data.
-    let whole = written(dir.path(), "whole.csv.gz", &whole);
+    let whole = write_file(dir.path(), "whole.csv.gz", &whole);
     assert!(import(&whole, &node).await.status.success());
     let held = NodeState::of_store(&random_store(30_000, u64::MAX), 0);
     assert_eq!(NodeState::of(&node).await.digest, held.digest);
 }
 
-fn begin(file: &Path, to: &str, wait: &str) -> Child {
+fn start_import(file: &Path, to: &str, wait: &str) -> Child {
     let mut command = command(file, to);
     command.args(["--wait", wait]).stdin(Stdio::null());
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().unwrap()
 }
 
-async fn ended(child: Child) -> Output {
+async fn wait_for_import(child: Child) -> Output {
     spawn_blocking(move || child.wait_with_output())
         .await
         .unwrap()
@@ -287,7 +287,7 @@ async fn a_node_that_dies_during_an_import_is_reported_with_the_accepted_rows() 
     // The import may have ended already.
     let _ = stdin.write_all(second);
     drop(stdin);
-    let printed = failed(&ended(child).await);
+    let printed = error_of(&wait_for_import(child).await);
     let accepted = accepted_in(&printed);
     let node = Node::start_with(&mut program_with_data_dir(&data)).await;
     let held = NodeState::of(&node).await.records;
@@ -306,22 +306,22 @@ async fn a_node_that_dies_during_an_import_is_reported_with_the_accepted_rows() 
 #[tokio::test]
 async fn a_lost_response_and_a_refused_connection_are_reported_differently() {
     let dir = tempdir().unwrap();
-    let file = written(dir.path(), "grades.csv.gz", &gzip(b"user_id\na\nb\n"));
+    let file = write_file(dir.path(), "grades.csv.gz", &gzip(b"user_id\na\nb\n"));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let to = format!("http://{}", listener.local_addr().unwrap());
-    let child = begin(&file, &to, "1m");
+    let child = start_import(&file, &to, "1m");
     let (mut connection, _) = with_timeout("a request", listener.accept()).await.unwrap();
     let mut request = Vec::new();
     while !request.ends_with(b"{\"user_id\":\"b\"}\n") {
-        with_timeout("its end", connection.read_buf(&mut request))
+        with_timeout("the exit of the process", connection.read_buf(&mut request))
             .await
             .unwrap();
     }
     drop((connection, listener));
-    let printed = failed(&ended(child).await);
+    let printed = error_of(&wait_for_import(child).await);
     let expected = "no row was accepted before; of rows 1 to 2 some or all may be there as well";
     assert!(printed.contains(expected), "{printed}");
-    let printed = failed(&ended(begin(&file, &to, "1m")).await);
+    let printed = error_of(&wait_for_import(start_import(&file, &to, "1m")).await);
     assert!(printed.contains("no row was accepted before"), "{printed}");
     assert!(!printed.contains("may be there"), "{printed}");
 }
@@ -330,7 +330,7 @@ async fn a_lost_response_and_a_refused_connection_are_reported_differently() {
 async fn import_waits_for_a_full_queue_up_to_its_deadline() {
     let dir = tempdir().unwrap();
     let node = InProcessNode::start(|config| config.writer.bulks_max = 1).await;
-    let file = written(
+    let file = write_file(
         dir.path(),
         "grades.csv.gz",
         &backup_file(&random_store(3000, u64::MAX), 1),
@@ -339,16 +339,16 @@ async fn import_waits_for_a_full_queue_up_to_its_deadline() {
     let refused = r#"gradestore_http_requests_total{route="/set lines",status="503"}"#;
     let held = incomplete_ndjson_request(&node).await;
 
-    let printed = failed(&ended(begin(&file, &to, "0s")).await);
+    let printed = error_of(&wait_for_import(start_import(&file, &to, "0s")).await);
     for part in ["answered 503: ", "queue is full", "no row was accepted"] {
         assert!(printed.contains(part), "{part} in {printed}");
     }
     assert_eq!(node.metric(refused).await, Some(1.0));
 
-    let waiting = begin(&file, &to, "1m");
+    let waiting = start_import(&file, &to, "1m");
     node.metric_reaches(refused, 3.0).await;
     drop(held);
-    let output = ended(waiting).await;
+    let output = wait_for_import(waiting).await;
     assert!(output.status.success(), "{output:?}");
     assert_eq!(NodeState::of(&node).await.records, 3000);
 }
@@ -357,21 +357,21 @@ async fn import_waits_for_a_full_queue_up_to_its_deadline() {
 async fn import_reports_wrong_credentials_and_unreadable_files() {
     let dir = tempdir().unwrap();
     let node = Node::start().await;
-    let file = written(dir.path(), "grades.csv.gz", &gzip(b"user_id\na\n"));
+    let file = write_file(dir.path(), "grades.csv.gz", &gzip(b"user_id\na\n"));
     let to = format!("http://{}", node.write);
     let mut wrong = command(&file, &to);
-    let printed = failed(&run(wrong.env("GRADESTORE_PASSWORD", "wrong")));
+    let printed = error_of(&run(wrong.env("GRADESTORE_PASSWORD", "wrong")));
     assert!(printed.contains("answered 401: "), "{printed}");
     let mut none = command(&file, &to);
-    let printed = failed(&run(none.env_remove("GRADESTORE_PASSWORD")));
+    let printed = error_of(&run(none.env_remove("GRADESTORE_PASSWORD")));
     assert!(printed.contains("no password"), "{printed}");
-    let printed = failed(&run(&mut command(&dir.path().join("nothing"), &to)));
+    let printed = error_of(&run(&mut command(&dir.path().join("nothing"), &to)));
     assert!(
         printed.contains("nothing: cannot read on at byte 0"),
         "{printed}"
     );
-    let text = written(dir.path(), "text", b"user_id\na\n");
-    let printed = failed(&run(&mut command(&text, &to)));
+    let text = write_file(dir.path(), "text", b"user_id\na\n");
+    let printed = error_of(&run(&mut command(&text, &to)));
     assert!(printed.contains("not a gzip file"), "{printed}");
     assert_eq!(NodeState::of(&node).await.records, 0);
 }

@@ -12,7 +12,7 @@ pub(crate) const ID: &str = "x-request-id";
 const PATCH: &str = r#"{"user_id":"alice","spp":1}"#;
 
 /// Sends a request, given as method, port and path.
-pub(crate) async fn ask(node: &Node, what: &str, headers: &HeaderMap) -> Response {
+pub(crate) async fn send(node: &Node, what: &str, headers: &HeaderMap) -> Response {
     let [method, port, path] = what.split(' ').collect::<Vec<_>>().try_into().unwrap();
     let port = match port {
         "write" => node.write,
@@ -30,7 +30,7 @@ pub(crate) async fn ask(node: &Node, what: &str, headers: &HeaderMap) -> Respons
     Response::of(request.send().await.unwrap()).await
 }
 
-pub(crate) fn with(ids: &[&[u8]], authorized: bool) -> HeaderMap {
+pub(crate) fn request_headers(ids: &[&[u8]], authorized: bool) -> HeaderMap {
     let mut headers = HeaderMap::new();
     for id in ids {
         headers.append(ID, HeaderValue::from_bytes(id).unwrap());
@@ -60,7 +60,7 @@ async fn a_request_id_is_kept_or_generated_where_it_is_useful() {
     let node = Node::start().await;
     let own = "!a~0b-4f_#1";
     for what in FAST_PATH_REQUESTS.iter().chain(&OTHER_REQUESTS) {
-        let response = ask(&node, what, &with(&[own.as_bytes()], true)).await;
+        let response = send(&node, what, &request_headers(&[own.as_bytes()], true)).await;
         assert_eq!(response.header(ID), own, "{what}");
     }
     let mut made = BTreeSet::new();
@@ -74,33 +74,38 @@ async fn a_request_id_is_kept_or_generated_where_it_is_useful() {
     ];
     for ids in wrong {
         for what in FAST_PATH_REQUESTS {
-            let response = ask(&node, what, &with(ids, true)).await;
+            let response = send(&node, what, &request_headers(ids, true)).await;
             assert!(
                 response.status < 300 && response.headers.get(ID).is_none(),
                 "{what}"
             );
         }
         for what in OTHER_REQUESTS {
-            let response = ask(&node, what, &with(ids, true)).await;
+            let response = send(&node, what, &request_headers(ids, true)).await;
             let id = response.header(ID);
             let hex = id.len() == 16 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
             assert!(hex && made.insert(id.to_owned()), "{what} {ids:?}: {id}");
         }
     }
     let longest = [b'a'; 128];
-    let response = ask(&node, FAST_PATH_REQUESTS[1], &with(&[&longest], false)).await;
+    let response = send(
+        &node,
+        FAST_PATH_REQUESTS[1],
+        &request_headers(&[&longest], false),
+    )
+    .await;
     assert_eq!(response.header(ID).as_bytes(), longest);
-    let refused = ask(&node, FAST_PATH_REQUESTS[0], &with(&[], false)).await;
+    let refused = send(&node, FAST_PATH_REQUESTS[0], &request_headers(&[], false)).await;
     refused.expect_problem(401, "unauthorized");
     assert!(made.insert(refused.header(ID).to_owned()));
 }
 
 /// Waits for a log line that contains all of `parts`.
-pub(crate) async fn line(node: &Node, parts: &[&str]) -> String {
+pub(crate) async fn log_line(node: &Node, parts: &[&str]) -> String {
     eventually(&format!("a line with {parts:?}"), async || {
         let printed = node.stderr.lock();
         let mut lines = printed.lines();
-        let found = lines.find(|line| parts.iter().all(|part| line.contains(part)));
+        let found = lines.find(|log_line| parts.iter().all(|part| log_line.contains(part)));
         found.map(str::to_owned)
     })
     .await
@@ -109,14 +114,14 @@ pub(crate) async fn line(node: &Node, parts: &[&str]) -> String {
 #[tokio::test]
 async fn failures_above_the_log_limit_are_counted() {
     let node = Node::start().await;
-    let number = |line: &str, name: &str| {
-        let (_, rest) = line.split_once(&format!("{name}=")).unwrap();
+    let number = |log_line: &str, name: &str| {
+        let (_, rest) = log_line.split_once(&format!("{name}=")).unwrap();
         rest.split(' ').next().unwrap().parse::<usize>().unwrap()
     };
     let mut sent = 0;
-    let lines = eventually("a line that counts others", async || {
+    let lines = eventually("a line that counts suppressed ones", async || {
         for _ in 0..50 {
-            ask(&node, FAST_PATH_REQUESTS[0], &with(&[], false))
+            send(&node, FAST_PATH_REQUESTS[0], &request_headers(&[], false))
                 .await
                 .expect_problem(401, "unauthorized");
             sent += 1;
@@ -124,13 +129,18 @@ async fn failures_above_the_log_limit_are_counted() {
         let printed = node.stderr.lock();
         let lines = printed
             .lines()
-            .filter(|line| line.contains("request failed"));
+            .filter(|log_line| log_line.contains("request failed"));
         let lines: Vec<String> = lines.map(str::to_owned).collect();
-        let counts = lines.iter().any(|line| number(line, "unlogged") > 0);
+        let counts = lines
+            .iter()
+            .any(|log_line| number(log_line, "unlogged") > 0);
         counts.then_some(lines)
     })
     .await;
-    let unlogged: usize = lines.iter().map(|line| number(line, "unlogged")).sum();
+    let unlogged: usize = lines
+        .iter()
+        .map(|log_line| number(log_line, "unlogged"))
+        .sum();
     assert!(
         unlogged > 0 && lines.len() + unlogged <= sent,
         "{unlogged} of {sent}"
@@ -148,10 +158,14 @@ async fn the_log_format_and_level_are_configurable() {
             .env("GRADESTORE_PASSWORD", PASSWORD)
             .env("RUST_LOG", "gradestore=debug");
         let node = Node::start_with(command.args(ANY_PORTS)).await;
-        ask(&node, OTHER_REQUESTS[1], &with(&[b"in\"json"], false))
-            .await
-            .expect_problem(404, "user-unknown");
-        let printed = line(&node, &["request failed", "in\\\"json"]).await;
+        send(
+            &node,
+            OTHER_REQUESTS[1],
+            &request_headers(&[b"in\"json"], false),
+        )
+        .await
+        .expect_problem(404, "user-unknown");
+        let printed = log_line(&node, &["request failed", "in\\\"json"]).await;
         let failed: Value = serde_json::from_str(&printed).unwrap();
         for (field, value) in [
             ("level", "DEBUG"),
@@ -165,10 +179,10 @@ async fn the_log_format_and_level_are_configurable() {
         assert_eq!(failed["status"], 404);
         assert!(failed["took_ms"].is_u64(), "{printed}");
         let printed = node.stderr.lock().clone();
-        for line in printed.lines() {
-            let line: Value = serde_json::from_str(line).unwrap();
+        for log_line in printed.lines() {
+            let log_line: Value = serde_json::from_str(log_line).unwrap();
             for field in ["timestamp", "level", "target", "message"] {
-                assert!(line[field].is_string(), "{field}: {line}");
+                assert!(log_line[field].is_string(), "{field}: {log_line}");
             }
         }
         node.stop().await;

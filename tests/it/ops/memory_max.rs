@@ -15,10 +15,10 @@ use crate::harness::wire::Response;
 use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, program, run, wrapped_by};
 
 /// What a node may use beyond its memory without records.
-pub(crate) const ROOM_BYTES: u64 = 18 << 20;
+pub(crate) const HEADROOM_BYTES: u64 = 18 << 20;
 /// The smallest limit that the program accepts.
 const MAX_BYTES_MIN: u64 = 16 << 20;
-/// More users than fit into [`ROOM_BYTES`].
+/// More users than fit into [`HEADROOM_BYTES`].
 const USERS_MAX: usize = 400_000;
 /// Users of one request.
 const USERS: usize = 5000;
@@ -69,9 +69,9 @@ pub(crate) async fn fill(node: &Ports, mut users: usize) -> (usize, Response) {
         if ![200, 503, 504].contains(&response.status) {
             return (users, response);
         }
-        assert!(users < USERS_MAX, "never full");
+        assert!(users < USERS_MAX, "the node was never full");
     }
-    panic!("never full, and only {users} users were accepted");
+    panic!("the node was never full; {users} users were accepted");
 }
 
 pub(crate) async fn create(node: &Ports, user: &str) -> Response {
@@ -84,7 +84,7 @@ pub(crate) fn is_full(status: &Value) -> bool {
 
 #[tokio::test]
 async fn a_full_node_rejects_only_new_users() {
-    let max_bytes = idle_bytes().await + ROOM_BYTES;
+    let max_bytes = idle_bytes().await + HEADROOM_BYTES;
     let dir = tempdir().unwrap();
     let node = Node::start_with(limited(&mut program_with_data_dir(dir.path()), max_bytes)).await;
     assert_eq!(node.metric("gradestore_store_full").await, Some(0.0));
@@ -140,7 +140,7 @@ async fn a_full_node_rejects_only_new_users() {
     // After a restart it has the same state, and is full immediately with a lower limit.
     let held = NodeState::of(&node).await;
     node.kill();
-    let less = max_bytes - (ROOM_BYTES - MAX_BYTES_MIN);
+    let less = max_bytes - (HEADROOM_BYTES - MAX_BYTES_MIN);
     let node = Node::start_with(limited(&mut program_with_data_dir(dir.path()), less)).await;
     assert_eq!(NodeState::of(&node).await, held);
     node.status_where("full", is_full).await;

@@ -22,12 +22,12 @@ impl NotifySocket {
     }
 
     /// Sets NOTIFY_SOCKET for `command`.
-    pub(crate) fn over<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+    pub(crate) fn configure<'a>(&self, command: &'a mut Command) -> &'a mut Command {
         command.env("NOTIFY_SOCKET", self.dir.path().join("notify"))
     }
 
     /// The lines of the next message.
-    async fn messages(&self) -> Vec<String> {
+    async fn next_message(&self) -> Vec<String> {
         let mut message = vec![0; 64 * 1024];
         let received = with_timeout("a message", self.socket.recv(&mut message));
         let length = received.await.unwrap();
@@ -36,10 +36,10 @@ impl NotifySocket {
     }
 
     /// All lines until one that `last` accepts.
-    pub(crate) async fn until(&self, last: impl Fn(&str) -> bool) -> Vec<String> {
+    pub(crate) async fn messages_until(&self, last: impl Fn(&str) -> bool) -> Vec<String> {
         let mut messages = Vec::new();
         while !messages.iter().any(|line: &String| last(line)) {
-            messages.extend(self.messages().await);
+            messages.extend(self.next_message().await);
         }
         messages
     }
@@ -54,13 +54,13 @@ async fn the_start_timeout_is_extended_while_waiting_for_nats() {
         .args(["--nats-url", "127.0.0.1:1"])
         .args(ANY_PORTS)
         .stderr(Stdio::null());
-    let _process = Process(notify_socket.over(&mut command).spawn().unwrap());
+    let _process = Process(notify_socket.configure(&mut command).spawn().unwrap());
     let expected = [
         "EXTEND_TIMEOUT_USEC=30000000",
         "STATUS=starting: the log is being opened",
     ];
     for _ in 0..2 {
-        assert_eq!(notify_socket.messages().await, expected);
+        assert_eq!(notify_socket.next_message().await, expected);
     }
 }
 
@@ -72,14 +72,14 @@ async fn the_watchdog_is_notified() {
         .env("GRADESTORE_PASSWORD", PASSWORD)
         .env("WATCHDOG_USEC", "300000")
         .args(ANY_PORTS);
-    let node = Node::start_with(notify_socket.over(&mut command)).await;
-    let messages = notify_socket.until(|line| line == "READY=1").await;
+    let node = Node::start_with(notify_socket.configure(&mut command)).await;
+    let messages = notify_socket.messages_until(|line| line == "READY=1").await;
     assert!(
         messages.iter().any(|line| line == "STATUS=ready"),
         "{messages:?}"
     );
     for _ in 0..3 {
-        assert_eq!(notify_socket.messages().await, ["WATCHDOG=1"]);
+        assert_eq!(notify_socket.next_message().await, ["WATCHDOG=1"]);
     }
     node.stop().await;
 }

@@ -14,15 +14,15 @@ use tokio::net::TcpStream;
 use crate::harness::backup_files::{
     file_names, open_pipe, random_store, read_backup, read_pipe_to_end, write_backup_file,
 };
-use crate::harness::held_log::GatedLog;
-use crate::harness::held_log::{start, start_with};
+use crate::harness::gated_log::GatedLog;
+use crate::harness::gated_log::{start_node, start_node_with};
 use crate::harness::pending_set;
 use crate::harness::wire::{RawConnection, TIMEOUT, eventually};
 use crate::harness::{InProcessNode, Node, Ports, get_request, incomplete_set_request, opening};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 
-async fn unready(node: &Ports) {
+async fn wait_until_unready(node: &Ports) {
     let detail = eventually("unready", async || {
         let response = node.ops("/readyz").await;
         (response.status != 200).then(|| response.expect_problem(503, "not-ready"))
@@ -31,7 +31,7 @@ async fn unready(node: &Ports) {
     assert!(detail.contains("stopping"), "{detail}");
 }
 
-async fn refused(node: &Ports) {
+async fn wait_until_refused(node: &Ports) {
     for address in [node.write, node.read] {
         eventually("a refused connection", async || {
             TcpStream::connect(address).await.err()
@@ -47,8 +47,8 @@ async fn a_signal_finishes_the_running_request_and_accepts_no_other() {
         let mut idle = RawConnection::connect(node.read).await;
         let mut running = incomplete_set_request(&node, PATCH).await;
         node.signal(signal);
-        unready(&node).await;
-        refused(&node).await;
+        wait_until_unready(&node).await;
+        wait_until_refused(&node).await;
         idle.expect_closed().await;
         assert_eq!(node.ops("/livez").await.status, 200);
 
@@ -73,7 +73,7 @@ async fn a_partially_received_header_is_read_to_its_end() {
     // So the beginning of the next request has been read too.
     assert_eq!(connection.response().await.status, 200);
     node.signal(Signal::TERM);
-    unready(&node).await;
+    wait_until_unready(&node).await;
     connection.send(end).await;
     let response = connection.response().await;
     assert!(
@@ -105,28 +105,28 @@ async fn a_second_signal_ends_the_process_immediately() {
     let mut node = Node::start().await;
     let _running = incomplete_set_request(&node, PATCH).await;
     node.signal(Signal::TERM);
-    unready(&node).await;
+    wait_until_unready(&node).await;
     node.signal(Signal::INT);
     assert_eq!(node.wait_for_exit().await.code(), Some(130));
 }
 
 /// A stopping node with four pending writes, and its log.
 async fn stopping_with_writes() -> (Arc<GatedLog>, InProcessNode, Vec<RawConnection>) {
-    let (log, mut node) = start(Duration::from_secs(60)).await;
+    let (log, mut node) = start_node(Duration::from_secs(60)).await;
     let mut running = Vec::new();
     for _ in 0..4 {
         running.push(pending_set(&node, PATCH).await);
     }
     node.request_stop();
-    unready(&node).await;
+    wait_until_unready(&node).await;
     (log, node, running)
 }
 
 #[tokio::test]
 async fn pending_writes_are_acknowledged_before_shutdown() {
     let (log, node, mut running) = stopping_with_writes().await;
-    refused(&node).await;
-    log.release();
+    wait_until_refused(&node).await;
+    log.open();
     for (before, connection) in running.iter_mut().enumerate() {
         let response = connection.response().await;
         assert_eq!(response.position(), before as u64 + 1);
@@ -141,8 +141,8 @@ async fn pending_writes_are_acknowledged_before_shutdown() {
 async fn pending_writes_that_the_log_rejects_return_503() {
     let (log, node, mut running) = stopping_with_writes().await;
     // Two batches are in flight; the other writes are queued.
-    log.refuse();
-    log.release();
+    log.reject_appends();
+    log.open();
     for (before, connection) in running.iter_mut().enumerate() {
         let response = connection.response().await;
         match before {
@@ -157,7 +157,7 @@ async fn pending_writes_that_the_log_rejects_return_503() {
 
 #[tokio::test]
 async fn shutdown_waits_for_a_stuck_request_until_its_deadline_only() {
-    let (_log, mut node) = start_with(|config| {
+    let (_log, mut node) = start_node_with(|config| {
         config.http.drain_max = Duration::from_millis(200);
     })
     .await;
@@ -203,7 +203,7 @@ async fn a_shutdown_during_a_snapshot_waits_for_it() {
     .await;
     bytes.truncate(started_at);
     node.request_stop();
-    unready(&node).await;
+    wait_until_unready(&node).await;
     bytes.extend(read_pipe_to_end(&mut pipe).await);
     let whole = read_backup(&bytes).1;
     assert_eq!((whole.records.unwrap().0.position, whole.rows), (7, 60_001));

@@ -115,7 +115,7 @@ impl<'a> Search<'a> {
             let Effect::Get(found) = &op.effect else {
                 continue;
             };
-            let returned = op.returned.expect("a read without an end has seen nothing");
+            let returned = op.returned.expect("a read without a return has no result");
             absent_wanted += usize::from(found.is_none());
             for (field, value) in found.iter().flatten().enumerate() {
                 *wanted.entry((field, *value)).or_default() += 1;
@@ -174,7 +174,7 @@ impl<'a> Search<'a> {
     fn run(&mut self) -> bool {
         let mut steps = vec![self.step(None)];
         while self.left > 0 {
-            assert!(self.tried.len() < STEPS_MAX, "too entangled to be checked");
+            assert!(self.tried.len() < STEPS_MAX, "too many steps");
             let Some(step) = steps.last_mut() else {
                 return false;
             };
@@ -182,7 +182,7 @@ impl<'a> Search<'a> {
                 Some(write) => steps.push(self.step(Some(write))),
                 None => {
                     let step = steps.pop().expect("the last one");
-                    self.take_back(step);
+                    self.undo(step);
                 }
             }
         }
@@ -210,7 +210,7 @@ impl<'a> Search<'a> {
                     Effect::Delete => self.state = None,
                     Effect::Get(_) => {}
                 }
-                self.happens(write, &mut step);
+                self.take_effect(write, &mut step);
             }
             Some(Choice::Spare) => {
                 self.state = None;
@@ -221,7 +221,7 @@ impl<'a> Search<'a> {
         }
         let mut next = self.next();
         while let Some(read) = next.iter().find(|op| self.reads_state(**op)) {
-            self.happens(*read, &mut step);
+            self.take_effect(*read, &mut step);
             next = self.next();
         }
         let soonest = next.iter().map(|op| self.ops[*op].until).min();
@@ -231,14 +231,14 @@ impl<'a> Search<'a> {
             .collect();
         let key = (self.first_left, ahead, self.spare_happened, self.state);
         if self.tried.insert(key) {
-            let waiting = next.iter().filter(|op| self.wants_less(**op));
+            let waiting = next.iter().filter(|op| self.sees_less(**op));
             let waiting = waiting.map(|op| self.ops[*op].until).min();
             next.retain(|op| self.may_write(*op));
             let mut choices: Vec<_> = next
                 .into_iter()
                 .map(|op| (self.ops[op].until, Choice::Op(op)))
                 .collect();
-            if self.may_spare(soonest) {
+            if self.may_use_spare_deletion(soonest) {
                 choices.push((waiting.unwrap_or(u64::MAX), Choice::Spare));
             }
             // The last is tried first: the one with the earliest deadline.
@@ -249,7 +249,7 @@ impl<'a> Search<'a> {
     }
 
     /// Whether this is a read that sees less than the state has, which only a deletion can explain.
-    fn wants_less(&self, op: usize) -> bool {
+    fn sees_less(&self, op: usize) -> bool {
         let (Effect::Get(found), Some(values)) = (self.ops[op].effect, self.state) else {
             return false;
         };
@@ -258,7 +258,7 @@ impl<'a> Search<'a> {
 
     /// Whether a deletion with an unknown outcome may be next, and helps: a read that is left sees
     /// less than the state has.
-    fn may_spare(&self, soonest: Option<u64>) -> bool {
+    fn may_use_spare_deletion(&self, soonest: Option<u64>) -> bool {
         let invoked = self.spare.get(self.spare_happened);
         let (Some(invoked), Some(values)) = (invoked, self.state) else {
             return false;
@@ -318,7 +318,7 @@ impl<'a> Search<'a> {
         (comes_back || !absent_wanted) && !keys(fields).any(lost)
     }
 
-    fn happens(&mut self, op: usize, step: &mut Step) {
+    fn take_effect(&mut self, op: usize, step: &mut Step) {
         self.count(op, |reads| *reads -= 1);
         self.deletions_left -= usize::from(*self.ops[op].effect == Effect::Delete);
         self.happened[op] = true;
@@ -329,7 +329,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    fn take_back(&mut self, step: Step) {
+    fn undo(&mut self, step: Step) {
         for op in step.happened {
             self.count(op, |reads| *reads += 1);
             self.deletions_left += usize::from(*self.ops[op].effect == Effect::Delete);
@@ -362,26 +362,28 @@ pub(crate) fn keys(fields: &[Option<i64>; FIELDS.len()]) -> impl Iterator<Item =
 
 /// A minimal failing history: truncated at the first failure, and without every operation that is
 /// not needed for it.
-pub(crate) fn shortest(ops: &[Op]) -> Vec<Op> {
+pub(crate) fn minimal_history(ops: &[Op]) -> Vec<Op> {
     let mut ends: Vec<u64> = ops.iter().filter_map(|op| op.returned).collect();
     ends.sort_unstable();
-    let at = ends.partition_point(|end| linearizable(&until(ops, *end)));
-    let mut shortest_history = ends.get(at).map_or(ops.to_vec(), |end| until(ops, *end));
-    shortest_history.sort_by_key(|op| op.invoked);
-    let mut share = shortest_history.len().div_ceil(2);
+    let at = ends.partition_point(|end| linearizable(&truncated_at(ops, *end)));
+    let mut minimal = ends
+        .get(at)
+        .map_or(ops.to_vec(), |end| truncated_at(ops, *end));
+    minimal.sort_by_key(|op| op.invoked);
+    let mut share = minimal.len().div_ceil(2);
     while share > 0 {
-        let (mut from, before) = (0, shortest_history.len());
-        while from < shortest_history.len() {
-            let fewer = without(&shortest_history, from, from + share);
-            match fewer.len() < shortest_history.len() && !linearizable(&fewer) {
-                true => shortest_history = fewer,
+        let (mut from, before) = (0, minimal.len());
+        while from < minimal.len() {
+            let fewer = without(&minimal, from, from + share);
+            match fewer.len() < minimal.len() && !linearizable(&fewer) {
+                true => minimal = fewer,
                 false => from += share,
             }
         }
-        let again = share == 1 && shortest_history.len() < before;
+        let again = share == 1 && minimal.len() < before;
         share = if again { 1 } else { share / 2 };
     }
-    shortest_history
+    minimal
 }
 
 /// A history without the operations in a range. Writes stay if their values are read in the rest,
@@ -410,7 +412,7 @@ fn without(ops: &[Op], from: usize, to: usize) -> Vec<Op> {
 }
 
 /// The history as it was known at `time`.
-fn until(ops: &[Op], time: u64) -> Vec<Op> {
+fn truncated_at(ops: &[Op], time: u64) -> Vec<Op> {
     let invoked = ops.iter().filter(|op| op.invoked <= time).cloned();
     let known = invoked.filter_map(|mut op| {
         if op.returned.is_some_and(|end| end > time) {

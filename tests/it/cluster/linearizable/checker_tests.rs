@@ -4,7 +4,7 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use super::checker::{Effect, Op, State, keys, linearizable, shortest};
+use super::checker::{Effect, Op, State, keys, linearizable, minimal_history};
 use crate::harness::cluster::broker::FIELDS;
 
 type Fields = [Option<i64>; FIELDS.len()];
@@ -167,9 +167,9 @@ fn other_histories_are_rejected_with_a_minimal_one() {
     ];
     for (history, enough) in histories {
         assert!(!linearizable(&history), "{history:#?}");
-        let shortest_history = shortest(&history);
-        assert!(!linearizable(&shortest_history));
-        assert_eq!(shortest_history.len(), enough, "{shortest_history:#?}");
+        let minimal = minimal_history(&history);
+        assert!(!linearizable(&minimal));
+        assert_eq!(minimal.len(), enough, "{minimal:#?}");
     }
 }
 
@@ -186,7 +186,10 @@ fn one_stale_read_in_a_long_history_is_found() {
     assert!(linearizable(&history));
     history.push(get(3018, 3019, 298));
     assert!(!linearizable(&history));
-    let describe: Vec<String> = shortest(&history).iter().map(Op::to_string).collect();
+    let describe: Vec<String> = minimal_history(&history)
+        .iter()
+        .map(Op::to_string)
+        .collect();
     assert_eq!(describe.len(), 3, "{describe:#?}");
     assert!(
         describe[0].contains("sets {\"postpaid_limit\": 298}"),
@@ -303,12 +306,12 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn it_agrees_with_all_orders_tried(history in small_history()) {
+    fn the_checker_agrees_with_all_permutations(history in small_history()) {
         let wanted = by_all_orders(&mut history.clone(), None);
         prop_assert_eq!(linearizable(&history), wanted);
         if !wanted {
-            let shortest_history = shortest(&history);
-            prop_assert!(!by_all_orders(&mut shortest_history.clone(), None), "{:#?}", shortest_history);
+            let minimal = minimal_history(&history);
+            prop_assert!(!by_all_orders(&mut minimal.clone(), None), "{:#?}", minimal);
         }
     }
 }
@@ -317,7 +320,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_a_record_went_through_is_accepted_and_a_read_from_the_past_is_not(history in real_history()) {
+    fn long_histories_are_accepted_and_stale_reads_rejected(history in real_history()) {
         prop_assert!(linearizable(&history));
         // A read of a value that was certainly overwritten before the read.
         let end = 100 + 10 * history.len() as u64 + 60;

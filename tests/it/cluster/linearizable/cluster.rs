@@ -8,7 +8,7 @@ use async_nats::jetstream::stream::Config;
 use futures_util::future::join_all;
 use tempfile::TempDir;
 
-use super::checker::{Effect, Op, linearizable, shortest};
+use super::checker::{Effect, Op, linearizable, minimal_history};
 use super::history::{Operation, Outcome, REPLICAS, Record, Recorder, USERS, user_id};
 use super::order::Order;
 use crate::harness::Node;
@@ -18,7 +18,7 @@ use crate::harness::cluster::seeded::ReferenceState;
 use crate::harness::wire::eventually;
 
 /// The replica with a data directory.
-pub(super) const KEEPS: usize = 2;
+pub(super) const DURABLE: usize = 2;
 
 pub(super) struct RecordedCluster {
     pub(super) broker: Broker,
@@ -63,11 +63,11 @@ impl RecordedCluster {
     }
 
     /// Waits until each replica has acknowledged another write.
-    pub(super) async fn all_write(&self) {
+    pub(super) async fn wait_for_writes_of_all(&self) {
         for node in self.nodes.iter().flatten() {
             let patches = "gradestore_batch_duration_seconds_count";
             let before = node.metric(patches).await.unwrap_or(0.0);
-            eventually("a write of its own", async || {
+            eventually("another acknowledged write", async || {
                 (node.metric(patches).await? > before).then_some(())
             })
             .await;
@@ -122,7 +122,7 @@ impl RecordedCluster {
 
 fn command(dir: &TempDir, proxies: &[Proxy], index: usize) -> Command {
     let mut command = replica_at(proxies[index].address);
-    if index == KEEPS {
+    if index == DURABLE {
         command
             .env("GRADESTORE_EPHEMERAL", "false")
             .args(["--snapshot-interval", "1s", "--data-dir"])
@@ -196,14 +196,14 @@ fn history_of(records: &[Record], replica: usize, user: usize) -> Vec<Op> {
 
 /// The report of a failure, with a minimal history.
 fn describe(history: &[Op], replica: usize, user: usize) -> String {
-    let shortest_history = shortest(history);
+    let minimal = minimal_history(history);
     let mut describe = format!(
         "replica {replica} is not linearizable for {}; of {} operations these {} are enough to see it:\n",
         user_id(user),
         history.len(),
-        shortest_history.len()
+        minimal.len()
     );
-    for op in shortest_history {
+    for op in minimal {
         let _ = writeln!(describe, "{op}");
     }
     describe

@@ -19,9 +19,9 @@ pub(crate) const REPLICAS: usize = 3;
 pub(crate) const USERS: usize = 3;
 const CLIENTS: usize = 12;
 /// The timeout of a client. A frozen replica does not respond for longer.
-const ANSWER_MAX: Duration = Duration::from_millis(300);
+const RESPONSE_TIMEOUT: Duration = Duration::from_millis(300);
 /// After a rejected request.
-const PAUSE: Duration = Duration::from_millis(5);
+const BACKOFF: Duration = Duration::from_millis(5);
 
 /// An operation and its result.
 #[derive(Debug, Clone)]
@@ -132,7 +132,7 @@ impl Recorder {
     /// Stops the clients; returns their records.
     pub(crate) async fn stop(self) -> Vec<Record> {
         self.stop.store(true, Ordering::Relaxed);
-        let all = with_timeout("the clients' end", self.clients.join_all()).await;
+        let all = with_timeout("the end of the clients", self.clients.join_all()).await;
         all.into_iter().flatten().collect()
     }
 }
@@ -182,7 +182,7 @@ impl Client {
             }
             match was_answered {
                 true => _ = answered[replica].fetch_add(1, Ordering::Relaxed),
-                false => tokio::time::sleep(PAUSE).await,
+                false => tokio::time::sleep(BACKOFF).await,
             }
         }
         records
@@ -282,7 +282,7 @@ async fn response(request: reqwest::RequestBuilder) -> Result<Option<Response>, 
             body,
         })
     };
-    match tokio::time::timeout(ANSWER_MAX, operation).await {
+    match tokio::time::timeout(RESPONSE_TIMEOUT, operation).await {
         Ok(answered) => answered.map(Some),
         Err(_elapsed) => Ok(None),
     }

@@ -34,32 +34,41 @@ mod order_tests;
 
 use rustix::process::Signal;
 
-use self::cluster::{KEEPS, RecordedCluster};
+use self::cluster::{DURABLE, RecordedCluster};
 use self::history::REPLICAS;
 use crate::harness::cluster::proxy::Rules;
 
 /// Responses between two faults.
-const SOME: usize = 100;
+const RESPONSES_BETWEEN_FAULTS: usize = 100;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_and_restarted_replicas_never_go_back() {
     let mut cluster = RecordedCluster::start().await;
     // One has a snapshot, the others start without data.
-    for replica in [0, KEEPS, 1, KEEPS] {
-        cluster.clients.wait_for_responses(None, SOME).await;
+    for replica in [0, DURABLE, 1, DURABLE] {
+        cluster
+            .clients
+            .wait_for_responses(None, RESPONSES_BETWEEN_FAULTS)
+            .await;
         cluster.kill(replica);
-        cluster.clients.wait_for_responses(None, SOME).await;
+        cluster
+            .clients
+            .wait_for_responses(None, RESPONSES_BETWEEN_FAULTS)
+            .await;
         // Its snapshot is old, and newer batches arrive late.
         cluster.proxies[replica].set(Rules {
             hold_batches: true,
             ..Rules::default()
         });
         cluster.launch(replica).await;
-        cluster.clients.wait_for_responses(None, SOME).await;
+        cluster
+            .clients
+            .wait_for_responses(None, RESPONSES_BETWEEN_FAULTS)
+            .await;
         cluster.proxies[replica].set(Rules::default());
         cluster
             .clients
-            .wait_for_responses(Some(replica), SOME)
+            .wait_for_responses(Some(replica), RESPONSES_BETWEEN_FAULTS)
             .await;
     }
     cluster.check().await;
@@ -69,13 +78,19 @@ async fn killed_and_restarted_replicas_never_go_back() {
 async fn a_killed_broker_changes_no_order() {
     let mut cluster = RecordedCluster::start().await;
     for _ in 0..4 {
-        cluster.all_write().await;
-        cluster.clients.wait_for_responses(None, SOME).await;
+        cluster.wait_for_writes_of_all().await;
+        cluster
+            .clients
+            .wait_for_responses(None, RESPONSES_BETWEEN_FAULTS)
+            .await;
         cluster.broker.kill();
-        cluster.clients.wait_for_responses(None, SOME).await;
+        cluster
+            .clients
+            .wait_for_responses(None, RESPONSES_BETWEEN_FAULTS)
+            .await;
         cluster.broker.restart().await;
     }
-    cluster.all_write().await;
+    cluster.wait_for_writes_of_all().await;
     cluster.check().await;
 }
 
@@ -85,12 +100,15 @@ async fn frozen_replicas_continue_where_they_stopped() {
     for replica in 0..REPLICAS {
         cluster.node(replica).signal(Signal::STOP);
         for other in (0..REPLICAS).filter(|other| *other != replica) {
-            cluster.clients.wait_for_responses(Some(other), SOME).await;
+            cluster
+                .clients
+                .wait_for_responses(Some(other), RESPONSES_BETWEEN_FAULTS)
+                .await;
         }
         cluster.node(replica).signal(Signal::CONT);
         cluster
             .clients
-            .wait_for_responses(Some(replica), SOME)
+            .wait_for_responses(Some(replica), RESPONSES_BETWEEN_FAULTS)
             .await;
     }
     cluster.check().await;
@@ -126,26 +144,29 @@ async fn lost_and_delayed_messages_change_no_order() {
         let replica = round % REPLICAS;
         cluster
             .clients
-            .wait_for_responses(Some(replica), SOME)
+            .wait_for_responses(Some(replica), RESPONSES_BETWEEN_FAULTS)
             .await;
         cluster.proxies[replica].set(rules);
         cluster
             .clients
-            .wait_for_responses(Some((replica + 1) % REPLICAS), SOME)
+            .wait_for_responses(Some((replica + 1) % REPLICAS), RESPONSES_BETWEEN_FAULTS)
             .await;
         cluster.proxies[replica].set(none);
     }
     for proxy in &cluster.proxies {
         proxy.cut();
     }
-    cluster.all_write().await;
+    cluster.wait_for_writes_of_all().await;
     cluster.check().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trimmed_log_is_not_served_across_the_gap() {
     let mut cluster = RecordedCluster::start().await;
-    cluster.clients.wait_for_responses(None, SOME).await;
+    cluster
+        .clients
+        .wait_for_responses(None, RESPONSES_BETWEEN_FAULTS)
+        .await;
     // One replica is disconnected and one is stopped while the batches that they need are trimmed.
     cluster.kill(1);
     let dead = Rules {
@@ -157,7 +178,7 @@ async fn a_trimmed_log_is_not_served_across_the_gap() {
     cluster.proxies[0].cut();
     cluster
         .clients
-        .wait_for_responses(Some(KEEPS), 2 * SOME)
+        .wait_for_responses(Some(DURABLE), 2 * RESPONSES_BETWEEN_FAULTS)
         .await;
     cluster.trim_beyond(0).await;
     cluster.proxies[0].set(Rules::default());
@@ -165,7 +186,7 @@ async fn a_trimmed_log_is_not_served_across_the_gap() {
     for replica in 0..REPLICAS {
         cluster
             .clients
-            .wait_for_responses(Some(replica), SOME)
+            .wait_for_responses(Some(replica), RESPONSES_BETWEEN_FAULTS)
             .await;
     }
     let resyncs = cluster.node(0).metric("gradestore_resyncs_total").await;

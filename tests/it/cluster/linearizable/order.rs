@@ -86,7 +86,7 @@ impl<'a> Order<'a> {
                 LoggedWrite::Set(set) => sent.get(&(set.field, set.value)).copied(),
                 LoggedWrite::Delete(user) => deletions.next(user, position),
             };
-            let index = index.unwrap_or_else(|| panic!("nobody sent {write:?} at {position}"));
+            let index = index.unwrap_or_else(|| panic!("no client sent {write:?} at {position}"));
             if let Some(set) = write.set() {
                 assert_eq!(set.user, user_id(records[index].user));
             }
@@ -110,7 +110,7 @@ impl<'a> Order<'a> {
             };
             match outcome {
                 Outcome::NotWritten => {
-                    assert_eq!(found[index], 0, "refused and written: {record:?}")
+                    assert_eq!(found[index], 0, "rejected and stored: {record:?}")
                 }
                 Outcome::Unknown => {
                     assert!(found[index] == 0 || found[index] == whole, "{record:?}")
@@ -118,10 +118,13 @@ impl<'a> Order<'a> {
                 Outcome::Written(position) => {
                     assert_eq!(
                         found[index], whole,
-                        "answered, and not written once: {record:?}"
+                        "acknowledged and not stored once: {record:?}"
                     );
                     let (here, _) = order.places[order.place_of[&index]];
-                    assert_eq!(here, *position, "not where it was said to be: {record:?}");
+                    assert_eq!(
+                        here, *position,
+                        "not at its acknowledged position: {record:?}"
+                    );
                 }
             }
         }
@@ -181,11 +184,11 @@ impl<'a> Order<'a> {
         for (_, index) in &self.places {
             let record = &self.records[*index];
             if let Some(latest) = latest
-                && written(record).is_some()
+                && acked_position(record).is_some()
             {
                 assert!(
                     record.returned >= latest.invoked,
-                    "the log has the first behind the second: {record:?} {latest:?}"
+                    "the log has the first after the second: {record:?} {latest:?}"
                 );
             }
             latest = latest
@@ -203,7 +206,7 @@ impl<'a> Order<'a> {
             records.sort_by_key(|record| record.invoked);
             let positions: Vec<u64> = records
                 .iter()
-                .filter_map(|record| written(record))
+                .filter_map(|record| acked_position(record))
                 .collect();
             assert!(
                 positions.is_sorted_by(|before, after| before < after),
@@ -215,7 +218,7 @@ impl<'a> Order<'a> {
     /// Where in the log the result of a read is valid, the first span first.
     fn spans(&self, record: &Record, found: &State) -> &[Span] {
         let spans = self.states[record.user].get(found);
-        spans.unwrap_or_else(|| panic!("the log never comes to this: {record:?}"))
+        spans.unwrap_or_else(|| panic!("the log never has this state: {record:?}"))
     }
 
     /// Everything that a replica returns, in all its lives, is a prefix of the log that never
@@ -228,7 +231,7 @@ impl<'a> Order<'a> {
         let mut by_invocation = by_return.clone();
         by_invocation.sort_by_key(|(_, record)| record.invoked);
         // The least prefix that the replica must serve, and the record that proves it.
-        let mut shortest_history: Option<(usize, &Record)> = None;
+        let mut minimal: Option<(usize, &Record)> = None;
         // Where the result of each read starts to be valid.
         let mut found_from: HashMap<usize, Option<usize>> = HashMap::new();
         let mut returned = by_return.into_iter().peekable();
@@ -236,33 +239,30 @@ impl<'a> Order<'a> {
             while let Some((index, before)) =
                 returned.next_if(|(_, before)| before.returned < record.invoked)
             {
-                let shown = match written(before) {
+                let shown = match acked_position(before) {
                     Some(_) => Some(self.place_of[&index]),
                     None => found_from.get(&index).copied().flatten(),
                 };
-                let further = |place: &usize| {
-                    shortest_history.is_none_or(|(shortest_history, _)| *place > shortest_history)
-                };
+                let further = |place: &usize| minimal.is_none_or(|(minimal, _)| *place > minimal);
                 if let Some(place) = shown.filter(further) {
-                    shortest_history = Some((place, before));
+                    minimal = Some((place, before));
                 }
             }
             let Operation::Get { found, .. } = &record.operation else {
                 continue;
             };
             let spans = self.spans(record, found).iter();
-            let late_enough =
-                |span: &&Span| shortest_history.is_none_or(|(place, _)| place < span.until);
+            let late_enough = |span: &&Span| minimal.is_none_or(|(place, _)| place < span.until);
             let Some(span) = spans.copied().find(|span| late_enough(&span)) else {
-                let (_, before) = shortest_history.expect("something is later");
-                panic!("the second is of an earlier state of the replica: {before:?} {record:?}");
+                let (_, before) = minimal.expect("only an older prefix can be missing");
+                panic!("the second read an older state than the first: {before:?} {record:?}");
             };
             // The earliest write that the read can have seen.
             if let Some(from) = span.from {
                 let write = &self.records[self.places[from].1];
                 assert!(
                     write.invoked < record.returned,
-                    "read before it was sent: {write:?} {record:?}"
+                    "read before its invocation: {write:?} {record:?}"
                 );
             }
             found_from.insert(index, span.from);
@@ -283,14 +283,14 @@ impl<'a> Order<'a> {
             let mut spans = self.spans(record, found).iter();
             assert!(
                 spans.any(|span| asked_for <= span.until),
-                "it does not hold what it asked for: {record:?}"
+                "read an older state than its position: {record:?}"
             );
         }
     }
 }
 
 /// The position of an acknowledged write.
-fn written(record: &Record) -> Option<u64> {
+fn acked_position(record: &Record) -> Option<u64> {
     match record.operation.outcome() {
         Some(Outcome::Written(position)) => Some(position),
         _ => None,

@@ -244,7 +244,7 @@ impl Load {
     /// Stops the writers; returns the acknowledged writes.
     pub(crate) async fn stop(self) -> Vec<AckedWrite> {
         self.stop.store(true, Ordering::Relaxed);
-        with_timeout("the writers' end", self.done()).await
+        with_timeout("the end of the writers", self.done()).await
     }
 }
 
@@ -378,7 +378,10 @@ pub(crate) fn assert_acked_writes_in_log<'a>(
     for ((position, write), times) in expected {
         let there = batch(position).into_iter().flatten();
         let there = there.filter(|there| *there == write).count();
-        assert!(there >= times, "{position} lacks {write:?}");
+        assert!(
+            there >= times,
+            "position {position} does not have {write:?}"
+        );
     }
 }
 
@@ -386,7 +389,7 @@ pub(crate) fn assert_acked_writes_in_log<'a>(
 pub(crate) fn assert_no_duplicates<'a>(log: impl Iterator<Item = &'a LoggedWrite>) {
     let mut seen = BTreeSet::new();
     for write in log.filter_map(LoggedWrite::set) {
-        assert!(seen.insert(write), "twice: {write:?}");
+        assert!(seen.insert(write), "stored twice: {write:?}");
     }
 }
 

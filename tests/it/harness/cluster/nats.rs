@@ -25,7 +25,7 @@ use crate::harness::{Process, collect_output};
 /// port of a server that is about to restart.
 const PORTS: std::ops::Range<u16> = 20_000..32_768;
 /// The timeout of a request to a server.
-const ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
+const RESPONSE_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// A TCP port that stays reserved while this exists. The reservation is the UDP port of the same
 /// number: every test that reserves ports sees it, and a server can bind the TCP port again and
@@ -66,7 +66,7 @@ pub(crate) struct NatsServer {
     process: Process,
     args: Vec<OsString>,
     /// The constant first part of the configuration.
-    base: String,
+    config_prefix: String,
     config: PathBuf,
     dir: TempDir,
     port: ReservedPort,
@@ -81,16 +81,16 @@ impl NatsServer {
     /// The same with more arguments.
     pub(crate) async fn start_with(config: &str, args: &[&str]) -> Self {
         let server = Self::launch(String::new(), config, args);
-        server.ready().await;
+        server.wait_until_ready().await;
         server
     }
 
     /// The same without waiting for readiness, which a server of a cluster reaches only with the
     /// others.
-    fn launch(base: String, config: &str, args: &[&str]) -> Self {
+    fn launch(config_prefix: String, config: &str, args: &[&str]) -> Self {
         let (dir, port) = (tempfile::tempdir().unwrap(), ReservedPort::new());
         let path = dir.path().join("nats.conf");
-        fs::write(&path, base.clone() + config).unwrap();
+        fs::write(&path, config_prefix.clone() + config).unwrap();
         let mut all: Vec<OsString> = args.iter().map(OsString::from).collect();
         if !args.contains(&"-sd") {
             all.extend(["-sd".into(), dir.path().join("store").into()]);
@@ -101,14 +101,14 @@ impl NatsServer {
             log,
             process,
             args: all,
-            base,
+            config_prefix,
             config: path,
             dir,
             port,
         }
     }
 
-    async fn ready(&self) {
+    async fn wait_until_ready(&self) {
         eventually("nats-server is ready", async || {
             self.log.lock().contains("Server is ready").then_some(())
         })
@@ -136,7 +136,7 @@ impl NatsServer {
 
     /// Waits for the process to exit.
     pub(crate) async fn wait_for_exit(&mut self) {
-        eventually("nats-server's end", async || {
+        eventually("the exit of nats-server", async || {
             self.process.0.try_wait().unwrap()
         })
         .await;
@@ -145,7 +145,7 @@ impl NatsServer {
     /// Restarts it with the same ports and store.
     pub(crate) async fn restart(&mut self) {
         (self.process, self.log) = spawn(&self.config, &self.port, &self.args);
-        self.ready().await;
+        self.wait_until_ready().await;
     }
 
     /// Reloads another configuration without a restart.
@@ -167,15 +167,15 @@ impl NatsServer {
 
     /// Replaces the configuration for the next start; the part for the cluster stays.
     pub(crate) fn configure(&self, config: &str) {
-        fs::write(&self.config, self.base.clone() + config).unwrap();
+        fs::write(&self.config, self.config_prefix.clone() + config).unwrap();
     }
 
     /// A client that uses this server only, and reconnects.
     pub(crate) async fn client(&self, options: ConnectOptions) -> Context {
         let options = options.ignore_discovered_servers();
-        let options = options.request_timeout(Some(ANSWER_WAIT_MAX));
+        let options = options.request_timeout(Some(RESPONSE_WAIT_MAX));
         let client = with_timeout("a client", options.connect(self.url())).await;
-        let builder = ContextBuilder::new().timeout(ANSWER_WAIT_MAX);
+        let builder = ContextBuilder::new().timeout(RESPONSE_WAIT_MAX);
         builder.build(client.unwrap())
     }
 }
@@ -256,7 +256,7 @@ impl NatsCluster {
         let servers = [0, 1, 2].map(|index| {
             let others = routes.iter().filter(|route| route.from == index);
             let others = others.map(|route| format!("nats://{}", route.proxy.address));
-            let base = format!(
+            let config_prefix = format!(
                 "server_name: server-{index}\n\
                  cluster {{\n  name: three\n  listen: \"{}\"\n  advertise: \"{}\"\n  \
                  no_advertise: {}\n  routes: {:?}\n}}\n\
@@ -266,10 +266,10 @@ impl NatsCluster {
                 gossip == Gossip::Nothing,
                 others.collect::<Vec<_>>(),
             );
-            NatsServer::launch(base, config, &[])
+            NatsServer::launch(config_prefix, config, &[])
         });
         for server in &servers {
-            server.ready().await;
+            server.wait_until_ready().await;
         }
         let client = async |index: usize| servers[index].client(ConnectOptions::new()).await;
         let clients = [client(0).await, client(1).await, client(2).await];

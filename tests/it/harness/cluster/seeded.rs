@@ -27,7 +27,7 @@ use crate::harness::{Node, Ports};
 /// The position of the first replica's backup.
 pub(crate) const SEED_POSITION: u64 = 100;
 /// Concurrent requests for messages of the stream.
-const READ_AT_ONCE: usize = 64;
+const CONCURRENT_READS: usize = 64;
 
 /// NATS, the backup for the first replica, and the parent of the data directories.
 pub(crate) struct SeededCluster {
@@ -65,7 +65,7 @@ impl SeededCluster {
     }
 
     /// Starts the replica that creates the stream.
-    pub(crate) async fn first(&self) -> Node {
+    pub(crate) async fn start_first(&self) -> Node {
         let mut command = self.replica("first");
         Node::start_with(command.arg("--restore-from").arg(&self.seed)).await
     }
@@ -147,7 +147,7 @@ impl ReferenceState {
 
     /// Reads the log to its end; batches after the last read must not have been trimmed.
     pub(crate) async fn read(&mut self, client: &Context) {
-        let end = eventually("the stream's end", async || {
+        let end = eventually("the end of the stream", async || {
             let stream = client.get_stream(STREAM).await.ok()?;
             Some(stream.cached_info().state.last_sequence)
         })
@@ -155,7 +155,7 @@ impl ReferenceState {
         let positions = futures_util::stream::iter(self.position + 1..=end);
         let mut payloads = positions
             .map(|position| payload_at(client, position))
-            .buffered(READ_AT_ONCE);
+            .buffered(CONCURRENT_READS);
         while let Some(payload) = payloads.next().await {
             self.position += 1;
             let writes = parse_batch(&payload);
@@ -176,7 +176,7 @@ impl ReferenceState {
         assert_no_duplicates(self.log.values().flatten());
         for node in nodes {
             // Checkpoints may extend the log meanwhile.
-            let status = eventually("ready at the log's end", async || {
+            let status = eventually("ready at the end of the log", async || {
                 let status = node.status().await;
                 if status["position"].as_u64() > Some(self.position) {
                     self.read(client).await;

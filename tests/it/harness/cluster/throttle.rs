@@ -15,12 +15,12 @@ const KERNEL_BYTES: u32 = 16 * 1024;
 /// A proxy between a replica and a peer that sends its backup. Stops when dropped.
 pub(crate) struct Throttle {
     pub(crate) address: SocketAddr,
-    shared: Shared,
+    state: ThrottleState,
     _accepting: JoinSet<()>,
 }
 
 #[derive(Clone, Default)]
-struct Shared {
+struct ThrottleState {
     /// The peer; without one, connections are closed.
     target: watch::Sender<Option<SocketAddr>>,
     /// How many bytes of each response may pass.
@@ -35,13 +35,13 @@ impl Throttle {
     pub(crate) async fn without_target(limit: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let shared = Shared::default();
-        shared.limit.send_replace(limit);
+        let state = ThrottleState::default();
+        state.limit.send_replace(limit);
         let mut accepting = JoinSet::new();
-        accepting.spawn(accept(listener, shared.clone()));
+        accepting.spawn(accept(listener, state.clone()));
         Self {
             address,
-            shared,
+            state,
             _accepting: accepting,
         }
     }
@@ -51,34 +51,34 @@ impl Throttle {
     }
 
     pub(crate) fn set_target(&self, peer: SocketAddr) {
-        self.shared.target.send_replace(Some(peer));
+        self.state.target.send_replace(Some(peer));
     }
 
     /// Changes the limit of each connection, which includes the bytes that have passed.
-    pub(crate) fn limit(&self, limit: u64) {
-        self.shared.limit.send_replace(limit);
+    pub(crate) fn set_limit(&self, limit: u64) {
+        self.state.limit.send_replace(limit);
     }
 
     /// Removes the limit.
-    pub(crate) fn open(&self) {
-        self.limit(u64::MAX);
+    pub(crate) fn remove_limit(&self) {
+        self.set_limit(u64::MAX);
     }
 
     /// Closes all connections and rejects new ones.
     pub(crate) fn cut(&self) {
-        self.shared.target.send_replace(None);
-        self.shared.cut.send_replace(());
+        self.state.target.send_replace(None);
+        self.state.cut.send_replace(());
     }
 
     /// The number of connections to the target so far.
     pub(crate) fn connections(&self) -> usize {
-        self.shared.passed.borrow().len()
+        self.state.passed.borrow().len()
     }
 
     /// Waits until `connections` of them have reached the limit.
     pub(crate) async fn wait_until_limited(&self, connections: usize) {
-        let limit = *self.shared.limit.borrow();
-        let mut passed = self.shared.passed.subscribe();
+        let limit = *self.state.limit.borrow();
+        let mut passed = self.state.passed.subscribe();
         let full = |passed: &Vec<u64>| {
             let full = passed.iter().filter(|passed| **passed == limit);
             full.count() == connections
@@ -89,24 +89,24 @@ impl Throttle {
     }
 }
 
-async fn accept(listener: TcpListener, shared: Shared) {
+async fn accept(listener: TcpListener, state: ThrottleState) {
     let mut connections = JoinSet::new();
     loop {
         let (client, _) = listener.accept().await.unwrap();
         // Subscribed before the target is read: a cut between the two must close this connection.
-        let mut cut = shared.cut.subscribe();
-        let Some(peer) = *shared.target.borrow() else {
+        let mut cut = state.cut.subscribe();
+        let Some(peer) = *state.target.borrow() else {
             continue;
         };
         let mut index = 0;
-        shared.passed.send_modify(|passed| {
+        state.passed.send_modify(|passed| {
             index = passed.len();
             passed.push(0);
         });
-        let shared = shared.clone();
+        let state = state.clone();
         connections.spawn(async move {
             tokio::select! {
-                () = pass(client, peer, &shared, index) => {}
+                () = forward(client, peer, &state, index) => {}
                 _ = cut.changed() => {}
             }
         });
@@ -114,7 +114,7 @@ async fn accept(listener: TcpListener, shared: Shared) {
     }
 }
 
-async fn pass(mut client: TcpStream, peer: SocketAddr, shared: &Shared, index: usize) {
+async fn forward(mut client: TcpStream, peer: SocketAddr, state: &ThrottleState, index: usize) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(KERNEL_BYTES).unwrap();
     let Ok(mut peer) = socket.connect(peer).await else {
@@ -123,7 +123,7 @@ async fn pass(mut client: TcpStream, peer: SocketAddr, shared: &Shared, index: u
     let (mut from_client, mut to_client) = client.split();
     let (mut from_peer, mut to_peer) = peer.split();
     let responses = async {
-        let (mut passed, mut limit) = (0, shared.limit.subscribe());
+        let (mut passed, mut limit) = (0, state.limit.subscribe());
         let mut bytes = vec![0; 8 * 1024];
         loop {
             let allowed = *limit.wait_for(|limit| *limit > passed).await.unwrap() - passed;
@@ -135,7 +135,7 @@ async fn pass(mut client: TcpStream, peer: SocketAddr, shared: &Shared, index: u
                 return;
             }
             passed += read as u64;
-            shared.passed.send_modify(|of_all| of_all[index] = passed);
+            state.passed.send_modify(|of_all| of_all[index] = passed);
         }
     };
     tokio::select! {

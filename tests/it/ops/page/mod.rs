@@ -39,7 +39,7 @@ fn url(node: &Ports) -> String {
 
 /// Checks the text of the page in each mode, its layout, and that the browser reports no errors;
 /// saves screenshots.
-async fn reads(browser: &mut Browser, name: &str, node: &Ports, expected: &[&str]) {
+async fn assert_page(browser: &mut Browser, name: &str, node: &Ports, expected: &[&str]) {
     for (mode_name, mode) in MODES {
         let mut page = browser.open(&url(node), mode).await;
         page.wait_for_text(expected).await;
@@ -94,7 +94,7 @@ async fn a_ready_node_shows_its_state_and_updates_it() {
         &urls[0],
         &urls[1],
     ];
-    reads(&mut browser, "ready", &a, &all).await;
+    assert_page(&mut browser, "ready", &a, &all).await;
 
     // The page shows the values of /status and updates without a reload.
     load.stop().await;
@@ -133,7 +133,7 @@ async fn the_progress_of_a_restore_is_shown() {
     let throttle = Throttle::without_target(u64::MAX).await;
     let first = cluster.start_first_behind(&throttle).await;
     let size = fetch_backup(&first).await.len() as u64;
-    throttle.limit(size / 2);
+    throttle.set_limit(size / 2);
     let late = Node::launch(&mut replica_at(cluster.broker.address)).await;
     throttle.wait_until_limited(1).await;
     let answered = cluster.write(&first, 3).await;
@@ -155,12 +155,12 @@ async fn the_progress_of_a_restore_is_shown() {
         " %",
         "Left\nabout",
     ];
-    reads(&mut browser, "restoring", &late, &all).await;
+    assert_page(&mut browser, "restoring", &late, &all).await;
     let mut page = browser.open(&url(&late), PageMode::LIGHT).await;
     let restore = "document.getElementById('restore').innerText";
     let restore = page.evaluate(restore).await;
     assert!(restore.as_str().unwrap().contains(&from), "{restore}");
-    eventually("the rows that /status tells of", async || {
+    eventually("the rows of /status", async || {
         let rows = grouped(&late.status().await["restore"]["rows"]);
         let shown = format!("{rows} of about 30,000");
         page.text().await.contains(&shown).then_some(())
@@ -170,7 +170,7 @@ async fn the_progress_of_a_restore_is_shown() {
     let percent = page.evaluate(bar).await.as_f64().unwrap();
     assert!((1.0..100.0).contains(&percent), "{percent}");
 
-    throttle.open();
+    throttle.remove_limit();
     let end = answered.last().unwrap().position;
     late.ready_at(end + 1).await;
     page.wait_for_text(&["Ready", "Reads answered", "done", "30,000 of about 30,000"])
@@ -193,7 +193,7 @@ async fn an_unreachable_broker_is_shown() {
     page.wait_for_text(&["Read only", "Reads answered", "Writes refused"])
         .await;
     let why = a.status().await["reason"].as_str().unwrap().to_owned();
-    reads(
+    assert_page(
         &mut browser,
         "broker-away",
         &a,
@@ -211,7 +211,7 @@ async fn a_gap_is_shown_with_its_reason() {
     a.in_state("gap").await;
     let mut browser = Browser::start().await;
     let all = ["Gap", "Reads refused", "Writes refused", "does not exist"];
-    reads(&mut browser, "gap", &a, &all).await;
+    assert_page(&mut browser, "gap", &a, &all).await;
 }
 
 #[tokio::test]
@@ -239,7 +239,7 @@ async fn a_starting_node_has_a_page() {
     })
     .await;
     let mut browser = Browser::start().await;
-    reads(
+    assert_page(
         &mut browser,
         "starting",
         &node,

@@ -40,22 +40,22 @@ impl GatedLog {
     }
 
     /// Opens the gate for good.
-    pub(crate) fn release(&self) {
+    pub(crate) fn open(&self) {
         self.open.send_replace(true);
     }
 
     /// Rejects appends from now on.
-    pub(crate) fn refuse(&self) {
+    pub(crate) fn reject_appends(&self) {
         self.refusing.store(true, Ordering::Relaxed);
     }
 
     /// Panics in the task that reads the log, at the next batch.
-    pub(crate) fn crash(&self) {
+    pub(crate) fn panic_on_next_batch(&self) {
         self.crashing.store(true, Ordering::Relaxed);
     }
 
     /// Skips a sequence number from now on, as if a batch had been lost.
-    pub(crate) fn lose(&self) {
+    pub(crate) fn skip_batches(&self) {
         self.losing.store(true, Ordering::Relaxed);
     }
 }
@@ -130,12 +130,14 @@ impl Subscription for GatedSubscription {
 }
 
 /// A node on a closed [`GatedLog`], with a short queue and batches of one patch.
-pub(crate) async fn start(wait_max: Duration) -> (Arc<GatedLog>, InProcessNode) {
-    start_with(|config| config.writer.wait_max = wait_max).await
+pub(crate) async fn start_node(wait_max: Duration) -> (Arc<GatedLog>, InProcessNode) {
+    start_node_with(|config| config.writer.wait_max = wait_max).await
 }
 
 /// The same with more changes of the configuration.
-pub(crate) async fn start_with(adjust: impl FnOnce(&mut Config)) -> (Arc<GatedLog>, InProcessNode) {
+pub(crate) async fn start_node_with(
+    adjust: impl FnOnce(&mut Config),
+) -> (Arc<GatedLog>, InProcessNode) {
     let origin = RandomId::random().unwrap();
     let log = GatedLog::new(origin);
     let node = InProcessNode::start_on_log(log.clone(), origin, |config| {
