@@ -1,9 +1,9 @@
-//! How fast a replica applies the batches of others, beside parsing the same messages alone.
+//! Measures how fast a replica applies batches of others, against parsing the same messages.
 //!
-//! The messages are as JetStream has them, in memory: no broker, no network, no HTTP. `parse` reads
-//! each payload with simd-json, its buffers kept, into patches whose ids are borrowed, and throws
-//! them away; `read` is the replica's own reading of headers and payload; `apply` puts the replica's
-//! applier behind that. All are run in turns, each round with another store of the same users.
+//! The messages are in memory as JetStream stores them: no NATS, no network, no HTTP. `parse`
+//! reads each payload with simd-json and reused buffers into patches with borrowed ids, and drops
+//! them. `read` decodes headers and payload like a replica. `apply` adds the replica's applier.
+//! All run in turns, each round with another store of the same users.
 //!
 //! `cargo run --release --example apply -- --users 1000000 --patches 4000000 --rounds 5`
 
@@ -31,7 +31,7 @@ use metrics::{Counter, Histogram};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Messages that are handed over at once, as the log's subscription does.
+/// Messages per call, as in the log's subscription.
 const MESSAGES_AT_ONCE: usize = 16;
 
 #[derive(Parser)]
@@ -87,7 +87,7 @@ fn read(
     batch.unwrap_or_else(|_| panic!("a message can't be read"))
 }
 
-/// How many patches simd-json alone finds.
+/// The number of patches that simd-json finds.
 fn parse(messages: &[Message]) -> Result<usize, Error> {
     let mut buffers = simd_json::Buffers::default();
     let mut json = Vec::new();
