@@ -20,7 +20,7 @@ use gradestore::grade::{
     self, Changes, FIELD_COUNT, FIELDS, Patch, USER_ID, Values, check_user_id,
 };
 use gradestore::log::Chain;
-use gradestore::store::{Piece, Store};
+use gradestore::store::{RecordBatch, Store};
 
 // The rows themselves, which the library keeps to itself.
 #[expect(dead_code, unreachable_pub, reason = "here it is a room of a bench")]
@@ -45,19 +45,19 @@ fn store() -> Store {
                 _ => n as i64,
             }
         });
-        store.apply(&Patch {
+        store.apply_all(&[grade::Write::Set(Patch {
             user_id: (1_000_000_000_000 + user).to_string(),
             changes: Changes::all(values),
-        });
+        })]);
     }
     store
 }
 
 fn scanned(store: &Store) -> Vec<(String, Values)> {
-    let (mut scan, mut piece) = (store.scan(), Piece::default());
+    let (mut scan, mut batch) = (store.scan(), RecordBatch::default());
     let mut rows = Vec::new();
-    while scan.next_into(&mut piece) {
-        rows.extend(piece.iter().map(|(id, values)| (id.to_owned(), *values)));
+    while scan.next_into(&mut batch) {
+        rows.extend(batch.iter().map(|(id, values)| (id.to_owned(), *values)));
     }
     rows
 }
@@ -242,11 +242,11 @@ fn plain_file(store: &Store, level: u32) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::new(level));
     let header = format!("{USER_ID},{}\n", FIELDS.join(","));
     encoder.write_all(header.as_bytes()).unwrap();
-    let (mut scan, mut piece) = (store.scan(), Piece::default());
+    let (mut scan, mut batch) = (store.scan(), RecordBatch::default());
     let mut text = Vec::new();
-    while scan.next_into(&mut piece) {
+    while scan.next_into(&mut batch) {
         text.clear();
-        write_csv_async(piece.iter(), &mut text);
+        write_csv_async(batch.iter(), &mut text);
         encoder.write_all(&text).unwrap();
     }
     encoder.finish().unwrap()
@@ -273,7 +273,7 @@ fn files(c: &mut Criterion) {
     for (name, file) in [("gradestore's own", &own), ("foreign", &plain)] {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
-                let summary = read(&file[..], &Piece::digest, &Progress::default()).unwrap();
+                let summary = read(&file[..], &RecordBatch::digest, &Progress::default()).unwrap();
                 assert_eq!(summary.rows, STORE_USERS);
             });
         });

@@ -55,9 +55,7 @@ fn together(c: &mut Criterion, count: u64) {
     group.bench_function("one by one", |bencher| {
         bencher.iter(|| {
             for write in batches.next().unwrap_or_default() {
-                if let Write::Set(patch) = write {
-                    store.apply(patch);
-                }
+                store.apply_all(std::slice::from_ref(write));
             }
         });
     });

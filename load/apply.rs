@@ -132,10 +132,10 @@ fn messages(args: &Args, writer: RandomId) -> Vec<Message> {
 fn applier(args: &Args) -> Applier {
     let store = Store::new();
     for user in 0..args.users {
-        store.apply(&Patch {
+        store.apply_all(&[Write::Set(Patch {
             user_id: (1_000_000_000_000 + user).to_string(),
             changes: Changes::all(Values::default()),
-        });
+        })]);
     }
     let (replica, metrics) = (RandomId::of(1), CheckpointMetrics::noop());
     let log = MemoryLog::new(replica, 0);

@@ -6,8 +6,8 @@ use std::hash::{Hash, Hasher};
 use std::ops::Deref;
 
 use foldhash::quality::RandomState;
-use gradestore::grade::{Changes, Digest, FIELD_COUNT, Patch, UserGrade, Values};
-use gradestore::store::{Piece, Store};
+use gradestore::grade::{Changes, Digest, FIELD_COUNT, Patch, UserGrade, Values, Write};
+use gradestore::store::{RecordBatch, Store};
 use parking_lot::Mutex;
 use scc::hash_map::Entry;
 
@@ -24,7 +24,7 @@ impl Grades for Store {
     const NAME: &str = "gradestore";
 
     fn apply(&self, patch: &Patch<&str>) {
-        self.apply(patch);
+        self.apply_all(&[Write::Set(patch.clone())]);
     }
 
     fn get(&self, user_id: &str) -> Option<Values> {
@@ -33,9 +33,9 @@ impl Grades for Store {
 
     fn scan(&self, mut see: impl FnMut(&str, &Values)) {
         let mut scan = self.scan();
-        let mut piece = Piece::default();
-        while scan.next_into(&mut piece) {
-            piece.iter().for_each(|(id, values)| see(id, values));
+        let mut batch = RecordBatch::default();
+        while scan.next_into(&mut batch) {
+            batch.iter().for_each(|(id, values)| see(id, values));
         }
     }
 

@@ -14,7 +14,7 @@ use super::member::{self, Content, FIXED_BYTES, Kind, TRAILER_BYTES};
 use super::{BackupError, End, FORMAT, Head, row, third_party_csv, threads_for};
 use crate::grade::{Digest, FIELD_COUNT};
 use crate::log::Seq;
-use crate::store::Piece;
+use crate::store::RecordBatch;
 
 /// The longest name in the first member.
 const NAME_BYTES_MAX: usize = 256;
@@ -136,7 +136,7 @@ fn read_start(source: &mut impl Read) -> Result<Vec<u8>, BackupError> {
 }
 
 /// Takes rows, and returns the sum of their digests.
-pub type Sink<'a> = dyn Fn(&Piece) -> Digest + Sync + 'a;
+pub type Sink<'a> = dyn Fn(&RecordBatch) -> Digest + Sync + 'a;
 
 /// Reads `source` to its end and hands every row to `sink`, from several threads if there are many.
 ///
@@ -530,7 +530,7 @@ struct Worker<'a> {
     progress: &'a Progress,
     inflate: libdeflater::Decompressor,
     text: Vec<u8>,
-    rows: Piece,
+    rows: RecordBatch,
     /// The sum of the rows' digests so far.
     digest: Digest,
 }
@@ -542,7 +542,7 @@ impl<'a> Worker<'a> {
             progress,
             inflate: libdeflater::Decompressor::new(),
             text: Vec::new(),
-            rows: Piece::default(),
+            rows: RecordBatch::default(),
             digest: Digest::default(),
         }
     }
@@ -554,22 +554,22 @@ impl<'a> Worker<'a> {
         let (inflate, text) = (&mut self.inflate, &mut self.text);
         member::inflate(deflated, trailer, task.text_bytes, inflate, text).map_err(damaged)?;
         let text = std::str::from_utf8(text).map_err(|_| damaged("a member is not UTF-8"))?;
-        let (piece, sink, progress) = (&mut self.rows, self.sink, self.progress);
-        piece.clear();
+        let (batch, sink, progress) = (&mut self.rows, self.sink, self.progress);
+        batch.clear();
         let mut first_row = task.first_row;
-        let mut pass_on = |piece: &mut Piece| {
+        let mut pass_on = |batch: &mut RecordBatch| {
             progress.set_line(row::line_of(first_row));
-            first_row += piece.len() as u64;
-            self.digest += sink(piece);
-            piece.clear();
+            first_row += batch.len() as u64;
+            self.digest += sink(batch);
+            batch.clear();
         };
         let rows = row::parse(text, task.fields, task.first_row, |row| {
-            piece.push(row.user_id, row.values);
-            if piece.is_full() {
-                pass_on(piece);
+            batch.push(row.user_id, row.values);
+            if batch.is_full() {
+                pass_on(batch);
             }
         })?;
-        pass_on(piece);
+        pass_on(batch);
         if rows != task.rows {
             return Err(damaged("a member has another number of rows than it says"));
         }

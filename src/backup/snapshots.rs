@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::{BackupError, BackupWriter, ChunkSource, Head, Progress, Summary, read, threads_for};
 use crate::log::{Position, Seq};
-use crate::store::{Piece, Store};
+use crate::store::{RecordBatch, Store};
 
 /// How many snapshots are kept.
 const KEPT: usize = 2;
@@ -221,7 +221,7 @@ pub fn restore(
     progress: &Progress,
 ) -> Result<Summary, BackupError> {
     let sized = Once::new();
-    let sink = |rows: &Piece| {
+    let sink = |rows: &RecordBatch| {
         sized.call_once(|| store.reserve(progress.rows_expected().min(RESERVED_ROWS_MAX) as usize));
         store.put(rows)
     };

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::grade::{Changes, FIELD_COUNT, FIELDS, Patch, USER_ID, Values};
 use crate::log::{Chain, Position};
-use crate::store::{Piece, Store};
+use crate::store::{RecordBatch, Store};
 
 type Rows = BTreeMap<String, Values>;
 
@@ -73,10 +73,10 @@ fn file_of(store: &Store) -> Vec<u8> {
 
 fn read_rows(bytes: &[u8]) -> Result<(Summary, Rows), BackupError> {
     let rows = Mutex::new(Rows::new());
-    let sink = |piece: &Piece| {
-        let given = piece.iter().map(|(id, values)| (id.to_owned(), *values));
+    let sink = |batch: &RecordBatch| {
+        let given = batch.iter().map(|(id, values)| (id.to_owned(), *values));
         rows.lock().extend(given);
-        piece.digest()
+        batch.digest()
     };
     let summary = read(Cursor::new(bytes.to_vec()), &sink, &Progress::default())?;
     Ok((summary, rows.into_inner()))
@@ -91,10 +91,10 @@ fn refused(bytes: &[u8]) -> String {
 
 fn rows_of(store: &Store) -> Rows {
     let mut rows = Rows::new();
-    let mut piece = Piece::default();
+    let mut batch = RecordBatch::default();
     let mut scan = store.scan();
-    while scan.next_into(&mut piece) {
-        rows.extend(piece.iter().map(|(id, values)| (id.to_owned(), *values)));
+    while scan.next_into(&mut batch) {
+        rows.extend(batch.iter().map(|(id, values)| (id.to_owned(), *values)));
     }
     rows
 }
@@ -182,14 +182,14 @@ fn progress_is_what_has_been_read() {
     let progress = Progress::default();
     assert!(progress.head().now_or_never().is_none());
     let bytes = file_of(&store_of(3_000));
-    read(&*bytes, &Piece::digest, &progress).unwrap();
+    read(&*bytes, &RecordBatch::digest, &progress).unwrap();
     assert_eq!(progress.rows(), 3_000);
     assert_eq!(progress.bytes(), bytes.len() as u64);
     assert_eq!(progress.rows_expected(), 2_900);
     assert_eq!(progress.head().now_or_never(), Some(head()));
     let progress = Progress::default();
     let foreign = gzip("user_id\na\nb\n");
-    read(&*foreign, &Piece::digest, &progress).unwrap();
+    read(&*foreign, &RecordBatch::digest, &progress).unwrap();
     assert_eq!((progress.rows(), progress.rows_expected()), (2, 0));
     assert_eq!(progress.bytes(), foreign.len() as u64);
 }
@@ -333,7 +333,7 @@ fn foreign_files_come_in_every_form() {
 /// The users of a file as they come, each with the line that is said to be its.
 fn in_order(bytes: &[u8]) -> (Result<Summary, BackupError>, Vec<(String, u64)>) {
     let (found, progress) = (Mutex::new(Vec::new()), Progress::default());
-    let sink = |rows: &Piece| {
+    let sink = |rows: &RecordBatch| {
         let lines = (progress.line()..).zip(rows.iter());
         let lines = lines.map(|(line, (user, _))| (user.to_owned(), line));
         found.lock().extend(lines);
@@ -393,7 +393,7 @@ fn what_columns_there_are_is_known_with_the_first_row() {
             .replace(|c: char| c != ',' && c != '\n', "")
             .replace(',', "1,");
         let text = format!("{header}{}1\n", row.trim_end());
-        let sink = |rows: &Piece| {
+        let sink = |rows: &RecordBatch| {
             let there = (0..=FIELD_COUNT).filter(|index| progress.has_field(*index));
             assert_eq!(there.collect::<Vec<_>>(), wanted);
             rows.digest()

@@ -18,7 +18,7 @@ use tokio::io::{AsyncRead, BufReader, ReadBuf};
 use super::reader::Sink;
 use super::{BackupError, Progress, Row, Summary};
 use crate::grade::{Digest, FIELDS, USER_ID, Values, check_user_id};
-use crate::store::Piece;
+use crate::store::RecordBatch;
 
 /// The longest row of a foreign file. Also what stops a small file that inflates to one endless
 /// row.
@@ -200,7 +200,7 @@ pub(super) fn read(
     let mut record = StringRecord::new();
     let mut rows = 0;
     let mut digest = Digest::default();
-    let mut piece = Piece::default();
+    let mut batch = RecordBatch::default();
     let mut columns = None;
     // Nothing in this pipe ever waits, so one poll a record is all it takes.
     let mut next = |record: &mut StringRecord, row: u64| -> Result<bool, BackupError> {
@@ -233,20 +233,20 @@ pub(super) fn read(
             });
         }
         let row = columns.row(&record, rows, line)?;
-        // The rows of a piece follow each other line by line.
-        let follows = line == progress.line() + piece.len() as u64;
-        if piece.is_full() || !(follows || piece.is_empty()) {
-            digest += sink(&piece);
-            piece.clear();
+        // The rows of a batch follow each other line by line.
+        let follows = line == progress.line() + batch.len() as u64;
+        if batch.is_full() || !(follows || batch.is_empty()) {
+            digest += sink(&batch);
+            batch.clear();
         }
-        if piece.is_empty() {
+        if batch.is_empty() {
             progress.set_line(line);
         }
-        piece.push(row.user_id, row.values);
+        batch.push(row.user_id, row.values);
         progress.add_rows(1);
         progress.set_bytes(bytes.load(Ordering::Relaxed));
     }
-    digest += sink(&piece);
+    digest += sink(&batch);
     if columns.is_none() {
         return Err(BackupError::Header {
             what: "there is none".to_owned(),

@@ -8,14 +8,15 @@ use xxhash_rust::xxh3::Xxh3Default;
 use super::{End, Head, member, row};
 use crate::grade::{Digest, UserGrade};
 use crate::log::Position;
-use crate::store::{Piece, Scan, Store};
+use crate::store::{RecordBatch, Scan, Store};
 
 /// A chunk is cut when its text has reached this: large enough that the 32 KiB window of deflate is
 /// warm for most of it, small enough that a few in work are nothing beside a store.
 pub const CHUNK_TEXT_BYTES: usize = 256 * 1024;
 
-const _: () =
-    assert!(CHUNK_TEXT_BYTES + Piece::RECORDS_MAX * row::ROW_BYTES_MAX <= member::TEXT_BYTES_MAX);
+const _: () = assert!(
+    CHUNK_TEXT_BYTES + RecordBatch::RECORDS_MAX * row::ROW_BYTES_MAX <= member::TEXT_BYTES_MAX
+);
 
 /// libdeflate's level. It makes smaller files than `pigz -1` at twice the speed of one of its threads;
 /// zlib-rs makes files of this size in twice the time. See ADR 0006.
@@ -47,7 +48,7 @@ pub struct ChunkSource {
 }
 
 struct Tools {
-    piece: Piece,
+    batch: RecordBatch,
     text: Vec<u8>,
     deflate: libdeflater::Compressor,
     store: libdeflater::Compressor,
@@ -83,7 +84,7 @@ impl ChunkSource {
         let kept = self.tools.lock().pop();
         let mut tools = kept.unwrap_or_else(|| Tools::new(self.chunk_text_bytes));
         let Tools {
-            piece,
+            batch,
             text,
             deflate,
             store,
@@ -91,8 +92,8 @@ impl ChunkSource {
         text.clear();
         let mut rows = 0;
         let mut digest = Digest::default();
-        while text.len() < self.chunk_text_bytes && self.scan.lock().next_into(piece) {
-            for (user_id, values) in piece.iter() {
+        while text.len() < self.chunk_text_bytes && self.scan.lock().next_into(batch) {
+            for (user_id, values) in batch.iter() {
                 row::write(user_id, values, text);
                 let values = *values;
                 digest += UserGrade { user_id, values }.digest();
@@ -126,8 +127,8 @@ impl Tools {
             libdeflater::Compressor::new(level.expect("both levels are in the library's range"))
         };
         Self {
-            // A piece is taken whole: one that holds more than a chunk would make it larger.
-            piece: Piece::of(chunk_text_bytes / row::ROW_BYTES_MIN),
+            // A batch is taken whole: one that holds more than a chunk would make it larger.
+            batch: RecordBatch::with_max(chunk_text_bytes / row::ROW_BYTES_MIN),
             text: Vec::with_capacity(chunk_text_bytes * 5 / 4),
             deflate: compressor(DEFLATE_LEVEL),
             store: compressor(0),

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::backup::{BackupError, Progress, Summary, read, rfc3339};
 use crate::cli::BackupArgs;
 use crate::replication::peer_client::{Account, Client, Compression, Download, Parts, RemoteError};
-use crate::store::Piece;
+use crate::store::RecordBatch;
 use crate::sys::progress::Bar;
 
 /// How long the node may be silent.
@@ -121,7 +121,7 @@ async fn copy(
     let progress = Arc::new(Progress::default());
     let verifier = {
         let progress = Arc::clone(&progress);
-        thread::spawn(move || read(parts, &Piece::digest, &progress))
+        thread::spawn(move || read(parts, &RecordBatch::digest, &progress))
     };
     let bar = Bar::new(0, Instant::now());
     let passed_on = download.pass_on(sender, |part| {
@@ -147,7 +147,7 @@ pub fn verify(path: &Path) -> Result<Summary, BackupError> {
     let progress = Progress::default();
     let bar = Bar::new(bytes_total, Instant::now());
     thread::scope(|scope| {
-        let reader = scope.spawn(|| read(BufReader::new(file), &Piece::digest, &progress));
+        let reader = scope.spawn(|| read(BufReader::new(file), &RecordBatch::digest, &progress));
         while !reader.is_finished() {
             bar.set(progress.rows(), progress.bytes());
             thread::sleep(Duration::from_millis(50));

@@ -22,7 +22,7 @@ use crate::cli::ImportArgs;
 use crate::grade::{Changes, Patch};
 use crate::log::Seq;
 use crate::replication::peer_client::{Account, Client, Compression, Refusal, RemoteError};
-use crate::store::Piece;
+use crate::store::RecordBatch;
 use crate::sys::progress::Bar;
 
 /// A part is sent when it has so many rows, or so many bytes: some groups of the node's, so that
@@ -244,7 +244,7 @@ impl Reading {
                     stopped.store(true, Ordering::Relaxed);
                 }
             };
-            let sink = |rows: &Piece| {
+            let sink = |rows: &RecordBatch| {
                 let mut gathered = gathered.lock();
                 gathered.add(rows, &read);
                 if gathered.is_full() {
@@ -308,7 +308,7 @@ struct Gathered {
 }
 
 impl Gathered {
-    fn add(&mut self, rows: &Piece, progress: &Progress) {
+    fn add(&mut self, rows: &RecordBatch, progress: &Progress) {
         if rows.is_empty() {
             return;
         }

@@ -50,7 +50,7 @@ fn read_written(json: &[u8]) -> Option<Arc<[Write]>> {
     let mut rest = std::str::from_utf8(json).ok()?.strip_prefix('[')?;
     let mut writes = Vec::with_capacity(rest.len() / PATCH_BYTES);
     loop {
-        let after = Write::read_set(rest, &mut writes)?;
+        let after = Write::parse_set(rest, &mut writes)?;
         match after.strip_prefix(',') {
             Some(next) => rest = next,
             None => return (after == "]").then(|| writes.into()),

@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use gradestore::backup::{Progress, read, restore};
-use gradestore::store::{Piece, Store};
+use gradestore::store::{RecordBatch, Store};
 use tempfile::tempdir;
 
 use crate::backup::verify;
@@ -70,7 +70,7 @@ fn refused(file: &[u8], what: &str) -> String {
 /// The same without a store, which is quicker.
 #[track_caller]
 fn not_read(file: &[u8], what: &str) -> String {
-    let read = read(file, &Piece::digest, &Progress::default());
+    let read = read(file, &RecordBatch::digest, &Progress::default());
     read.expect_err(what).to_string()
 }
 

@@ -109,12 +109,7 @@ pub(crate) async fn replay(log: &DiskLog, store: &Store, after: u64, through: u6
         {
             assert_eq!(entry.position.seq, applied + 1);
             applied = entry.position.seq;
-            for write in entry.batch.writes.iter() {
-                match write {
-                    Write::Set(patch) => store.apply(patch),
-                    Write::Delete(user_id) => drop(store.remove(user_id)),
-                }
-            }
+            store.apply_all(&entry.batch.writes);
         }
     }
 }
@@ -142,10 +137,10 @@ pub(crate) fn store_of(rows: u64, bound: u64) -> Store {
     let (store, mut rng) = (Store::new(), Rng(rows));
     for row in 0..rows {
         let values: Values = std::array::from_fn::<_, FIELD_COUNT, _>(|_| rng.below(bound) as i64);
-        store.apply(&Patch {
+        store.apply_all(&[Write::Set(Patch {
             user_id: format!("user {row}"),
             changes: Changes::all(values),
-        });
+        })]);
     }
     store
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::process::Command;
 
 use gradestore::backup::Snapshots;
-use gradestore::grade::{Changes, Patch};
+use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::Position;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -79,10 +79,10 @@ async fn wrong_snapshot(node: &Ports) -> TempDir {
     let (head, end) = summary.records.unwrap();
     let mut changes = Changes::default();
     changes.set(1, 666);
-    store.apply(&Patch {
+    store.apply_all(&[Write::Set(Patch {
         user_id: "y",
         changes,
-    });
+    })]);
     let dir = tempfile::tempdir().unwrap();
     let snapshots = Snapshots::open(&dir.path().join("snapshots")).unwrap();
     let end = Position {

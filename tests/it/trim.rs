@@ -26,14 +26,14 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
             let user_id = format!("{user:0>250}").into_boxed_str();
             Patch { user_id, changes }
         });
-        let patches: Vec<Patch> = patches.collect();
+        let writes: Vec<Write> = patches.map(Write::Set).collect();
         // Four batches set all fields of all users: those before them leave nothing.
         if number + 4 > batches || (snapshot_at - 3..=snapshot_at).contains(&number) {
-            patches.iter().for_each(|patch| store.apply(patch));
+            store.apply_all(&writes);
         }
         log.append(Batch {
             ticket: None,
-            writes: patches.into_iter().map(Write::Set).collect(),
+            writes: writes.into(),
             checkpoint: None,
         })
         .await

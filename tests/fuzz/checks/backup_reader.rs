@@ -12,9 +12,9 @@ use gradestore::backup::{
     BackupError, BackupWriter, ChunkSource, End, FORMAT, Head, Progress, Summary, end_position,
     read,
 };
-use gradestore::grade::{Changes, Digest, FIELDS, Patch, USER_ID, Values};
+use gradestore::grade::{Changes, Digest, FIELDS, Patch, USER_ID, Values, Write};
 use gradestore::log::Chain;
-use gradestore::store::{Piece, Store};
+use gradestore::store::{RecordBatch, Store};
 use parking_lot::Mutex;
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -46,11 +46,11 @@ type Rows = Vec<(String, Values)>;
 fn checked(file: &[u8]) -> Result<(Summary, Rows), BackupError> {
     let rows = Mutex::new(Rows::new());
     let digest = Mutex::new(Digest::default());
-    let sink = |piece: &Piece| {
-        let given = piece.iter().map(|(id, values)| (id.to_owned(), *values));
+    let sink = |batch: &RecordBatch| {
+        let given = batch.iter().map(|(id, values)| (id.to_owned(), *values));
         rows.lock().extend(given);
-        *digest.lock() += piece.digest();
-        piece.digest()
+        *digest.lock() += batch.digest();
+        batch.digest()
     };
     let end = end_position(file);
     let summary = read(file, &sink, &Progress::default())?;
@@ -139,10 +139,10 @@ fn written() -> Vec<u8> {
         .iter()
         .enumerate()
     {
-        store.apply(&Patch {
+        store.apply_all(&[Write::Set(Patch {
             user_id: *id,
             changes: Changes::all([user as i64 - 2, 0, i64::MIN, i64::MAX]),
-        });
+        })]);
     }
     let (mut writer, mut file) = BackupWriter::begin(&head());
     let source = ChunkSource::new(&store);
@@ -182,7 +182,7 @@ fn ours(text: &[u8], digest: Option<String>) -> Vec<u8> {
     let end = serde_json::to_vec(&end).unwrap();
     let content = [&b"E"[..], &crc32(&end).to_le_bytes(), &end].concat();
     member(&mut file, &content, &[3, 0], &[]);
-    match read(&file[..], &Piece::digest, &Progress::default()) {
+    match read(&file[..], &RecordBatch::digest, &Progress::default()) {
         Err(BackupError::Mismatch { found, .. }) if digest.is_none() => ours(text, Some(found)),
         _ => file,
     }

@@ -4,10 +4,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use gradestore::backup::Head;
-use gradestore::grade::{Changes, Patch};
+use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::Chain;
 use gradestore::replication::state::NodeState;
-use gradestore::store::Piece;
+use gradestore::store::RecordBatch;
 use tokio::runtime::Builder;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -464,10 +464,10 @@ fn corrupt(world: &World, node: usize) {
         return;
     };
     let store = &process.node.store;
-    let (mut scan, mut piece) = (store.scan(), Piece::default());
+    let (mut scan, mut batch) = (store.scan(), RecordBatch::default());
     let mut first: Option<Patch> = None;
-    while scan.next_into(&mut piece) {
-        for (user_id, values) in piece.iter() {
+    while scan.next_into(&mut batch) {
+        for (user_id, values) in batch.iter() {
             // The order of a scan is not the same in two runs.
             if first.as_ref().is_none_or(|first| user_id < &*first.user_id) {
                 let mut changes = Changes::default();
@@ -479,7 +479,7 @@ fn corrupt(world: &World, node: usize) {
         }
     }
     if let Some(patch) = first {
-        store.apply(&patch);
+        store.apply_all(&[Write::Set(patch)]);
         state.corrupted = Some(node);
         state.nodes[node].is_corrupted = true;
     }
