@@ -15,7 +15,9 @@ use flate2::Compression;
 use flate2::read::DeflateDecoder;
 use flate2::write::{DeflateEncoder, GzEncoder};
 use futures_util::FutureExt;
-use gradestore::backup::{BackupError, BackupWriter, ChunkSource, FORMAT, Head, Progress, read};
+use gradestore::backup::{
+    BackupError, BackupWriter, ChunkSource, FORMAT, HeadRecord, ReadProgress, read,
+};
 use gradestore::grade::{
     self, Changes, FIELD_COUNT, FIELDS, Patch, USER_ID, Values, check_user_id,
 };
@@ -218,7 +220,7 @@ fn deflate(c: &mut Criterion) {
 }
 
 fn own_file(store: &Store) -> Vec<u8> {
-    let head = Head {
+    let head = HeadRecord {
         format: FORMAT,
         log_id: "bench".into(),
         position: 0,
@@ -227,7 +229,7 @@ fn own_file(store: &Store) -> Vec<u8> {
         previous_chain: Chain::default(),
         rows_expected: STORE_USERS,
     };
-    let (mut writer, mut file) = BackupWriter::begin(&head);
+    let (mut writer, mut file) = BackupWriter::start(&head);
     let source = ChunkSource::new(store);
     while let Some(chunk) = source.next() {
         writer.add(&chunk);
@@ -273,7 +275,8 @@ fn files(c: &mut Criterion) {
     for (name, file) in [("gradestore's own", &own), ("foreign", &plain)] {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
-                let summary = read(&file[..], &RecordBatch::digest, &Progress::default()).unwrap();
+                let summary =
+                    read(&file[..], &RecordBatch::digest, &ReadProgress::default()).unwrap();
                 assert_eq!(summary.rows, STORE_USERS);
             });
         });

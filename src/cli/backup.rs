@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::task::block_in_place;
 use tokio::time::Instant;
 
-use crate::backup::{BackupError, Progress, Summary, read, rfc3339};
+use crate::backup::{BackupError, ReadProgress, Summary, read, rfc3339};
 use crate::cli::BackupArgs;
 use crate::replication::peer_client::{Account, Client, Compression, Download, Parts, RemoteError};
 use crate::store::RecordBatch;
@@ -118,7 +118,7 @@ async fn copy(
 ) -> Result<Summary, FetchError> {
     let url = download.url.clone();
     let (sender, parts) = Parts::channel();
-    let progress = Arc::new(Progress::default());
+    let progress = Arc::new(ReadProgress::default());
     let verifier = {
         let progress = Arc::clone(&progress);
         thread::spawn(move || read(parts, &RecordBatch::digest, &progress))
@@ -142,9 +142,9 @@ async fn copy(
 /// # Errors
 /// It is not whole or has changed; the error says where.
 pub fn verify(path: &Path) -> Result<Summary, BackupError> {
-    let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
+    let file = File::open(path).map_err(BackupError::Open)?;
     let bytes_total = file.metadata().map_or(0, |metadata| metadata.len());
-    let progress = Progress::default();
+    let progress = ReadProgress::default();
     let bar = Bar::new(bytes_total, Instant::now());
     thread::scope(|scope| {
         let reader = scope.spawn(|| read(BufReader::new(file), &RecordBatch::digest, &progress));

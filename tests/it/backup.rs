@@ -332,7 +332,7 @@ async fn what_is_no_backup_is_not_kept_and_what_was_there_stays() {
         (
             serve_once(empty),
             PASSWORD,
-            &["cut off at byte 0", "nothing was kept"],
+            &["truncated at byte 0", "nothing was kept"],
         ),
         (ops, PASSWORD, &["404", "no such path"]),
         (own, "", &["GRADESTORE_PASSWORD", "empty"]),

@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use flate2::read::MultiGzDecoder;
-use gradestore::backup::{BackupError, Progress, read};
+use gradestore::backup::{BackupError, ReadProgress, read};
 use gradestore::store::RecordBatch;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::{TempDir, tempdir};
@@ -75,7 +75,7 @@ fn unchunked(mut body: &[u8]) -> (Vec<u8>, bool) {
 async fn assert_broken_off(connection: &mut Raw) {
     let (content, ended) = unchunked(&connection.rest().await);
     assert!(!ended && content.len() < FILE.len(), "it looks like an end");
-    let refused = read(&*content, &RecordBatch::digest, &Progress::default()).unwrap_err();
+    let refused = read(&*content, &RecordBatch::digest, &ReadProgress::default()).unwrap_err();
     let cut = matches!(refused, BackupError::Truncated { .. });
     assert!(cut, "{refused}");
     let directory = tempdir().unwrap();
@@ -322,7 +322,11 @@ async fn the_command_keeps_nothing_of_a_backup_that_breaks_off() {
         let left = usize::from(before.is_some());
         assert_eq!(names_in(directory.path()).len(), left);
         // A pipe has got what came, and that is refused.
-        let got = read(&*output.stdout, &RecordBatch::digest, &Progress::default());
+        let got = read(
+            &*output.stdout,
+            &RecordBatch::digest,
+            &ReadProgress::default(),
+        );
         assert!(got.is_err());
     }
 }

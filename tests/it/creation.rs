@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use gradestore::backup::{FORMAT, Head};
+use gradestore::backup::{FORMAT, HeadRecord};
 use gradestore::log::Chain;
 use parking_lot::Mutex;
 use tempfile::tempdir;
@@ -64,7 +64,7 @@ pub(crate) fn expecting_two(broker: &Broker, dir: &Path) -> Starting {
 async fn a_snapshot_that_cannot_be_read_counts_as_data() {
     let broker = Broker::start_with(&[]).await;
     let client = broker.client().await;
-    let head = |format| Head {
+    let head = |format| HeadRecord {
         format,
         log_id: "lost".into(),
         position: 7,
@@ -79,8 +79,12 @@ async fn a_snapshot_that_cannot_be_read_counts_as_data() {
     for (file, mode, why) in [
         (damaged, 0o600, "it names no log"),
         (file_of(FORMAT + 1), 0o600, "use a newer gradestore"),
-        (file_of(FORMAT)[..20].to_vec(), 0o600, "cut off at byte 20"),
-        (Vec::new(), 0o600, "cut off at byte 0"),
+        (
+            file_of(FORMAT)[..20].to_vec(),
+            0o600,
+            "truncated at byte 20",
+        ),
+        (Vec::new(), 0o600, "truncated at byte 0"),
         (file_of(FORMAT), 0o000, "Permission denied"),
     ] {
         let (holder, empty) = (tempdir().unwrap(), tempdir().unwrap());

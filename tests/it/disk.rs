@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use gradestore::backup::{
-    BackupWriter, ChunkSource, FORMAT, Head, Progress, Summary, restore, rfc3339,
+    BackupWriter, ChunkSource, FORMAT, HeadRecord, ReadProgress, Summary, restore, rfc3339,
 };
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write};
 use gradestore::log::{Chain, DiskLog, Log, Position};
@@ -88,7 +88,7 @@ pub(crate) async fn backup_of(node: &Ports) -> Vec<u8> {
 #[track_caller]
 pub(crate) fn restored(file: &[u8]) -> (Store, Summary) {
     let store = Store::new();
-    let summary = restore(file, &store, &Progress::default()).unwrap();
+    let summary = restore(file, &store, &ReadProgress::default()).unwrap();
     (store, summary)
 }
 
@@ -149,7 +149,7 @@ pub(crate) fn store_of(rows: u64, bound: u64) -> Store {
 pub(crate) fn file_of(store: &Store, position: u64) -> Vec<u8> {
     file_with(
         store,
-        &Head {
+        &HeadRecord {
             format: FORMAT,
             log_id: "another".into(),
             position,
@@ -162,13 +162,13 @@ pub(crate) fn file_of(store: &Store, position: u64) -> Vec<u8> {
 }
 
 /// A backup of `store` that begins so; it was made while nothing was applied.
-pub(crate) fn file_with(store: &Store, head: &Head) -> Vec<u8> {
+pub(crate) fn file_with(store: &Store, head: &HeadRecord) -> Vec<u8> {
     file_until(store, head, &head.position())
 }
 
 /// A backup of `store` that begins so and was made until `end` was applied.
-pub(crate) fn file_until(store: &Store, head: &Head, end: &Position) -> Vec<u8> {
-    let (mut writer, mut file) = BackupWriter::begin(head);
+pub(crate) fn file_until(store: &Store, head: &HeadRecord, end: &Position) -> Vec<u8> {
+    let (mut writer, mut file) = BackupWriter::start(head);
     let source = ChunkSource::new(store);
     while let Some(chunk) = source.next() {
         writer.add(&chunk);

@@ -8,6 +8,7 @@ use std::process::Command;
 use gradestore::backup::Snapshots;
 use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::Position;
+use gradestore::sys::exec::Blocking;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -90,8 +91,9 @@ async fn wrong_snapshot(node: &Ports) -> TempDir {
         chain: end.chain,
         ..head.position()
     };
-    let written = snapshots.write(&store, head, || Ok(end));
-    written.unwrap();
+    let pool = Blocking::threads();
+    let written = snapshots.write(&store, head, || Ok(end), &pool);
+    written.await.unwrap();
     dir
 }
 

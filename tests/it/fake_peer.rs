@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use gradestore::backup::{FORMAT, Head, Summary};
+use gradestore::backup::{FORMAT, HeadRecord, Summary};
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Write};
 use gradestore::log::Position;
 use gradestore::store::Store;
@@ -19,7 +19,7 @@ use crate::harness::AUTHORIZATION;
 pub(crate) struct Good {
     file: Vec<u8>,
     store: Store,
-    head: Head,
+    head: HeadRecord,
 }
 
 impl Good {
@@ -31,7 +31,7 @@ impl Good {
     }
 
     /// The same that says something else of itself.
-    fn but(&self, change: impl FnOnce(&mut Head)) -> Act {
+    fn but(&self, change: impl FnOnce(&mut HeadRecord)) -> Act {
         let mut head = self.head.clone();
         change(&mut head);
         whole(&file_with(&self.store, &head))
@@ -76,7 +76,7 @@ pub(crate) const FAULTS: [Fault; 20] = [
     ("not ready", |_| error("503 Service Unavailable", ""), "answered 503: why"),
     ("elsewhere", |_| error("302 Found", "location: http://127.0.0.1:1/\r\n"), "answered 302: why"),
     ("HTML", |_| whole(b"<html>sign in</html>"), "not a gzip file"),
-    ("nothing", |_| whole(b""), "cut off at byte 0"),
+    ("nothing", |_| whole(b""), "truncated at byte 0"),
     ("foreign", |_| whole(&gzip(b"user_id,spp\na,1\n")), "not made by a gradestore that is on a log"),
     ("another log", |good| good.but(|head| head.log_id = "x".into()), "it is of log x, another one"),
     ("another history", |good| good.but(|head| head.time_ns += 1), "the log holds another batch"),
@@ -85,7 +85,7 @@ pub(crate) const FAULTS: [Fault; 20] = [
     ("a newer format", |good| good.but(|head| head.format += 1), "use a newer gradestore"),
     ("one bit", |good| whole(&flipped(&good.file)), "fetch the backup again"),
     ("no end", |good| whole(half(&good.file)), "the end record is missing"),
-    ("twice", |good| whole(&good.file.repeat(2)), "bytes follow the end"),
+    ("twice", |good| whole(&good.file.repeat(2)), "data after the end"),
     ("cut", |good| cut(&good.file), "end of file before message length reached"),
     ("cut chunk", |good| cut_chunk(&good.file), "end of file before message length reached"),
 ];

@@ -6,7 +6,7 @@ use std::fs;
 use std::ops::Range;
 use std::process::Command;
 
-use gradestore::backup::{FORMAT, Head};
+use gradestore::backup::{FORMAT, HeadRecord};
 use gradestore::store::Store;
 use serde_json::Value;
 use tempfile::tempdir;
@@ -229,7 +229,7 @@ async fn replicas_refuse_new_users_while_a_ready_peer_is_full() {
 
 /// A backup that says that it has more rows than any machine has memory for.
 fn oversized() -> Vec<u8> {
-    let head = Head {
+    let head = HeadRecord {
         format: FORMAT,
         log_id: "x".into(),
         position: 5,

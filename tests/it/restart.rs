@@ -63,8 +63,8 @@ async fn replicas_that_are_all_killed_at_once_come_back_with_all_that_was_answer
         answers(&clients, 100).await;
         // A snapshot that is behind is the point.
         for index in 0..3 {
-            let snapshots = Snapshots::open(&root.path().join(index.to_string()).join("snapshots"));
-            let snapshots = snapshots.unwrap();
+            let dir = root.path().join(index.to_string()).join("snapshots");
+            let snapshots = Snapshots::in_dir(&dir);
             eventually("a snapshot", async || {
                 (!snapshots.list().unwrap().is_empty()).then_some(())
             })

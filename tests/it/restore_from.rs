@@ -168,7 +168,7 @@ async fn a_file_that_is_no_good_leaves_the_directory_as_it_was() {
     flipped[whole.len() / 2] ^= 1;
     let bad = directory.path().join("bad.csv.gz");
     for (content, reason) in [
-        (&whole[..whole.len() / 2], "cut off at byte"),
+        (&whole[..whole.len() / 2], "truncated at byte"),
         (&flipped, "damaged at byte"),
         (b"user_id,spp\na,1\n", "not a gzip"),
     ] {

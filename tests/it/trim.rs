@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::Path;
 
-use gradestore::backup::{FORMAT, Head, Snapshots};
+use gradestore::backup::{FORMAT, HeadRecord, Snapshots};
 use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::{Batch, DiskLog, Log};
 use gradestore::store::Store;
+use gradestore::sys::exec::Blocking;
 use tempfile::tempdir;
 
 use crate::disk::{Held, names_in, program_on};
@@ -40,7 +41,7 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
         .unwrap();
         if number == snapshot_at {
             let position = log.position(number).unwrap().unwrap();
-            let head = Head {
+            let head = HeadRecord {
                 format: FORMAT,
                 log_id: log.id().0,
                 position: number,
@@ -49,7 +50,9 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
                 previous_chain: position.previous,
                 rows_expected: 0,
             };
-            snapshots.write(&store, head, || Ok(position)).unwrap();
+            let pool = Blocking::threads();
+            let written = snapshots.write(&store, head, || Ok(position), &pool);
+            written.await.unwrap();
         }
     }
     store

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use gradestore::backup::Head;
+use gradestore::backup::HeadRecord;
 use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::Chain;
 use gradestore::replication::state::NodeState;
@@ -217,8 +217,8 @@ fn nobody_has_it(world: &World, plan: &Plan) -> bool {
     });
     let kept = state.nodes.iter().any(|slot| {
         let dir = slot.dir.as_ref().filter(|_| plan.knobs.snapshots);
-        let snapshots = dir.map(|dir| gradestore::backup::Snapshots::open(dir.path()));
-        let found = snapshots.and_then(|snapshots| snapshots.ok()?.list().ok());
+        let snapshots = dir.map(|dir| gradestore::backup::Snapshots::in_dir(dir.path()));
+        let found = snapshots.and_then(|snapshots| snapshots.list().ok());
         let usable = |position: u64| (first..=end + 1).contains(&(position + 1));
         found.is_some_and(|found| found.iter().any(|(position, _)| usable(*position)))
     });
@@ -274,7 +274,7 @@ impl State {
         slot.process.as_ref().is_some_and(has_lost)
             || heads(slot)
                 .iter()
-                .any(|head: &Head| lost(head.chain) || is_other_log(&head.log_id))
+                .any(|head: &HeadRecord| lost(head.chain) || is_other_log(&head.log_id))
     }
 }
 
