@@ -312,7 +312,7 @@ fn missing_swapped_repeated_and_mixed_members_are_detected() {
     assert!(with(&|m| m.swap(last - 1, last)).contains("data after the end"));
     assert!(with(&|m| drop(m.remove(0))).contains("first member is missing"));
     assert!(with(&|m| drop(m.remove(2))).contains("differ"));
-    assert!(with(&|m| drop(m.remove(last))).contains("cut off"));
+    assert!(with(&|m| drop(m.remove(last))).contains("truncated"));
     assert!(with(&|m| m.insert(2, m[1].clone())).contains("differ"));
     assert!(with(&|m| m.insert(2, m[0].clone())).contains("second first member"));
     assert!(with(&|m| m.push(vec![0])).contains("data after the end"));
