@@ -159,7 +159,7 @@ impl Storage {
                     JetStreamLog::open(stream.clone(), identity, in_flight, base, opening.progress);
                 storage.log = Arc::new(Handle::current().block_on(log)?);
                 if let Some(abandoned) = abandoned {
-                    storage.abandon(&abandoned);
+                    storage.abandon(&abandoned)?;
                 }
                 Ok(storage)
             }
@@ -219,18 +219,21 @@ impl Storage {
     }
 
     /// Quarantines the snapshots of `log`, unless the stream holds that log.
-    fn abandon(&self, log: &LogId) {
+    fn abandon(&self, log: &LogId) -> Result<(), StorageError> {
         if self.log.id() == *log {
             tracing::warn!(%log, "--abandon-log names the log that the stream holds: ignored");
-            return;
+            return Ok(());
         }
-        let snapshots = self.snapshots.as_ref().map(|(snapshots, _)| snapshots);
-        let found = snapshots.and_then(|snapshots| snapshots.list().ok());
-        for (_, path) in found.unwrap_or_default() {
+        let Some((snapshots, _)) = &self.snapshots else {
+            return Ok(());
+        };
+        let found = snapshots.list();
+        for (_, path) in found.map_err(|error| io_error(snapshots.dir(), error))? {
             if log_of(&path).is_ok_and(|of| of == *log) {
                 quarantine(&path, "abandoned");
             }
         }
+        Ok(())
     }
 }
 

@@ -15,7 +15,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::backup::SnapshotInfo;
-use crate::log::Counts;
+use crate::log::LogCounts;
 use crate::replication::CheckpointMetrics;
 use crate::replication::memory::MemoryUse;
 use crate::sys::host::Room;
@@ -151,7 +151,7 @@ impl LogMetrics {
     }
 
     /// Takes over what the log has counted.
-    pub fn count(&self, counts: Counts) {
+    pub fn count(&self, counts: LogCounts) {
         self.reconnects.absolute(counts.reconnects);
         self.resumes.absolute(counts.resumes);
         self.resends.absolute(counts.resends);

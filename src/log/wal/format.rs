@@ -12,7 +12,7 @@
 
 use crate::grade::Write;
 use crate::log::codec::{self, FORMAT};
-use crate::log::{Batch, BatchId, Effect, Entry, Position, RandomId, ReadError, Seq};
+use crate::log::{Batch, BatchId, ChainEntry, Entry, Position, RandomId, ReadError, Seq};
 
 /// Bytes before the writes.
 pub(super) const HEADER_BYTES: usize = 1 + 8 + 16 + 8;
@@ -33,7 +33,7 @@ pub fn write(
     out.extend_from_slice(&id.seq.to_le_bytes());
     codec::write(writes, out);
     let payload = &out[payload_at..];
-    previous.next(time_ns, Effect::Batch { id, payload })
+    previous.next(time_ns, ChainEntry::Batch { id, payload })
 }
 
 /// Splits the value of batch `seq` into its time, its identity and the writes as JSON.
@@ -66,7 +66,7 @@ fn split(seq: Seq, value: &[u8]) -> Result<(u64, BatchId, &[u8]), ReadError> {
 /// `value` is not an output of [`write()`].
 pub fn position(previous: &Position, value: &[u8]) -> Result<Position, ReadError> {
     let (time_ns, id, payload) = split(previous.seq + 1, value)?;
-    Ok(previous.next(time_ns, Effect::Batch { id, payload }))
+    Ok(previous.next(time_ns, ChainEntry::Batch { id, payload }))
 }
 
 /// The batch with this value, which comes after `previous`.
@@ -78,7 +78,7 @@ pub fn read(previous: &Position, value: &[u8]) -> Result<Entry, ReadError> {
     let (time_ns, id, payload) = split(seq, value)?;
     let writes = codec::read(payload).map_err(|why| ReadError::Damaged { seq, why })?;
     Ok(Entry {
-        position: previous.next(time_ns, Effect::Batch { id, payload }),
+        position: previous.next(time_ns, ChainEntry::Batch { id, payload }),
         batch: Batch {
             ticket: None,
             writes,
