@@ -17,8 +17,8 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write};
 use gradestore::log::{
-    Batch, BatchId, ClusterKey, Effect, Entry, InFlight, Log, LogId, MemoryLog, Position, RandomId,
-    ReadError, Subscription, message,
+    Batch, BatchId, ChainEntry, ClusterKey, Entry, InFlight, Log, LogId, MemoryLog, Position,
+    RandomId, ReadError, Subscription, message,
 };
 use gradestore::replication::state::Readiness;
 use gradestore::replication::{
@@ -64,7 +64,7 @@ impl Subscription for Messages<'_> {
         for (headers, payload) in self.rest.by_ref().take(MESSAGES_AT_ONCE) {
             let (label, batch) = read(headers, payload, &self.in_flight);
             let (id, time_ns) = (label.id, self.last.time_ns + 1);
-            self.last = self.last.next(time_ns, Effect::Batch { id, payload });
+            self.last = self.last.next(time_ns, ChainEntry::Batch { id, payload });
             entries.push(Entry {
                 position: self.last,
                 batch,
@@ -132,10 +132,10 @@ fn messages(args: &Args, writer: RandomId) -> Vec<Message> {
 fn applier(args: &Args) -> Applier {
     let store = Store::new();
     for user in 0..args.users {
-        store.apply(&Patch {
+        store.apply_all(&[Write::Set(Patch {
             user_id: (1_000_000_000_000 + user).to_string(),
             changes: Changes::all(Values::default()),
-        });
+        })]);
     }
     let (replica, metrics) = (RandomId::of(1), CheckpointMetrics::noop());
     let log = MemoryLog::new(replica, 0);

@@ -17,12 +17,12 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::backup::{BackupError, Progress, Summary, read_in_order};
+use crate::backup::{BackupError, ReadProgress, Summary, read_in_order};
 use crate::cli::ImportArgs;
 use crate::grade::{Changes, Patch};
 use crate::log::Seq;
 use crate::replication::peer_client::{Account, Client, Compression, Refusal, RemoteError};
-use crate::store::Piece;
+use crate::store::RecordBatch;
 use crate::sys::progress::Bar;
 
 /// A part is sent when it has so many rows, or so many bytes: some groups of the node's, so that
@@ -144,10 +144,8 @@ pub async fn import(
         error,
         accepted: accepted.load(Ordering::Relaxed),
     };
-    let (source, bytes_total) = open(&args.file).map_err(|error| {
-        let at = 0;
-        file(BackupError::Io { at, error })
-    })?;
+    let opened = open(&args.file).map_err(BackupError::Open);
+    let (source, bytes_total) = opened.map_err(file)?;
     let mut reading = Reading::begin(source);
     let sender = Sender {
         client,
@@ -220,7 +218,7 @@ impl Part {
 
 /// A file that is being read, by a thread of its own.
 struct Reading {
-    progress: Arc<Progress>,
+    progress: Arc<ReadProgress>,
     parts: mpsc::Receiver<Part>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Result<Summary, BackupError>>>,
@@ -228,7 +226,7 @@ struct Reading {
 
 impl Reading {
     fn begin(source: impl Read + Unpin + Send + 'static) -> Self {
-        let progress = Arc::<Progress>::default();
+        let progress = Arc::<ReadProgress>::default();
         let stop = Arc::<AtomicBool>::default();
         let (sender, parts) = mpsc::channel(PARTS_WAITING_MAX);
         let source = Stoppable {
@@ -244,7 +242,7 @@ impl Reading {
                     stopped.store(true, Ordering::Relaxed);
                 }
             };
-            let sink = |rows: &Piece| {
+            let sink = |rows: &RecordBatch| {
                 let mut gathered = gathered.lock();
                 gathered.add(rows, &read);
                 if gathered.is_full() {
@@ -308,7 +306,7 @@ struct Gathered {
 }
 
 impl Gathered {
-    fn add(&mut self, rows: &Piece, progress: &Progress) {
+    fn add(&mut self, rows: &RecordBatch, progress: &ReadProgress) {
         if rows.is_empty() {
             return;
         }
@@ -350,7 +348,7 @@ struct Sender<'a> {
     args: &'a ImportArgs,
     accepted: &'a AtomicU64,
     told: Told,
-    progress: Arc<Progress>,
+    progress: Arc<ReadProgress>,
 }
 
 impl Sender<'_> {

@@ -14,8 +14,8 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::backup::Written;
-use crate::log::Counts;
+use crate::backup::SnapshotInfo;
+use crate::log::LogCounts;
 use crate::replication::CheckpointMetrics;
 use crate::replication::memory::MemoryUse;
 use crate::sys::host::Room;
@@ -151,7 +151,7 @@ impl LogMetrics {
     }
 
     /// Takes over what the log has counted.
-    pub fn count(&self, counts: Counts) {
+    pub fn count(&self, counts: LogCounts) {
         self.reconnects.absolute(counts.reconnects);
         self.resumes.absolute(counts.resumes);
         self.resends.absolute(counts.resends);
@@ -229,8 +229,8 @@ impl Recovery {
     }
 
     /// Takes over what is known of the last snapshot and how long ago it was finished.
-    pub fn set_snapshot(&self, last: Option<&(Written, Duration)>) {
-        let number = |of: fn(&Written) -> f64| last.map_or(0.0, |(written, _)| of(written));
+    pub fn set_snapshot(&self, last: Option<&(SnapshotInfo, Duration)>) {
+        let number = |of: fn(&SnapshotInfo) -> f64| last.map_or(0.0, |(written, _)| of(written));
         // An age of 0 would look like one that was just written.
         let age_s = last.map_or(f64::NAN, |(_, age)| age.as_secs_f64());
         self.snapshot_age_s.set(age_s);
@@ -405,7 +405,7 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
-    use crate::backup::{FORMAT, Head};
+    use crate::backup::{FORMAT, HeadRecord};
     use crate::log::Chain;
 
     fn value(telemetry: &Telemetry, name: &str) -> f64 {
@@ -418,7 +418,7 @@ mod tests {
     #[test]
     fn a_snapshot_that_is_set_aside_is_told_of_no_more() {
         let telemetry = Telemetry::new(&[]).unwrap();
-        let head = Head {
+        let head = HeadRecord {
             format: FORMAT,
             log_id: "x".into(),
             position: 7,
@@ -427,7 +427,7 @@ mod tests {
             previous_chain: Chain::default(),
             rows_expected: 5,
         };
-        let written = Written {
+        let written = SnapshotInfo {
             head,
             rows: 5,
             bytes: 99,

@@ -6,7 +6,7 @@ use std::fs;
 use std::process::Command;
 
 use gradestore::backup::Snapshots;
-use gradestore::grade::{Changes, Patch};
+use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::Position;
 use tempfile::TempDir;
 
@@ -80,10 +80,10 @@ async fn diverged_snapshot(node: &Ports) -> TempDir {
     let (head, end) = summary.records.unwrap();
     let mut changes = Changes::default();
     changes.set(1, 666);
-    store.apply(&Patch {
+    store.apply_all(&[Write::Set(Patch {
         user_id: "y",
         changes,
-    });
+    })]);
     let dir = tempfile::tempdir().unwrap();
     let snapshots = Snapshots::open(&dir.path().join("snapshots")).unwrap();
     let end = Position {
@@ -91,8 +91,9 @@ async fn diverged_snapshot(node: &Ports) -> TempDir {
         chain: end.chain,
         ..head.position()
     };
-    let written = snapshots.write(&store, head, || Ok(end));
-    written.unwrap();
+    let pool = Blocking::threads();
+    let written = snapshots.write(&store, head, || Ok(end), &pool);
+    written.await.unwrap();
     dir
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use gradestore::backup::{FORMAT, Head, Summary};
+use gradestore::backup::{FORMAT, HeadRecord, Summary};
 use gradestore::grade::{Changes, FIELD_COUNT, Patch};
 use gradestore::log::Position;
 use gradestore::store::Store;
@@ -19,7 +19,7 @@ use crate::harness::backup_files::{backup_file_ending_at, backup_file_with_head,
 pub(crate) struct ValidBackup {
     file: Vec<u8>,
     store: Store,
-    head: Head,
+    head: HeadRecord,
 }
 
 impl ValidBackup {
@@ -31,7 +31,7 @@ impl ValidBackup {
     }
 
     /// The same backup with another head.
-    fn with_head(&self, change: impl FnOnce(&mut Head)) -> PeerBehavior {
+    fn with_head(&self, change: impl FnOnce(&mut HeadRecord)) -> PeerBehavior {
         let mut head = self.head.clone();
         change(&mut head);
         complete(&backup_file_with_head(&self.store, &head))
@@ -76,7 +76,7 @@ pub(crate) const FAULTS: [Fault; 20] = [
     ("not ready", |_| error("503 Service Unavailable", ""), "answered 503: why"),
     ("elsewhere", |_| error("302 Found", "location: http://127.0.0.1:1/\r\n"), "answered 302: why"),
     ("HTML", |_| complete(b"<html>sign in</html>"), "not a gzip file"),
-    ("nothing", |_| complete(b""), "cut off at byte 0"),
+    ("nothing", |_| complete(b""), "truncated at byte 0"),
     ("foreign", |_| complete(&gzip(b"user_id,spp\na,1\n")), "not made by a gradestore that is on a log"),
     ("another log", |good| good.with_head(|head| head.log_id = "x".into()), "it is of log x, another one"),
     ("another history", |good| good.with_head(|head| head.time_ns += 1), "the log holds another batch"),
@@ -85,7 +85,7 @@ pub(crate) const FAULTS: [Fault; 20] = [
     ("a newer format", |good| good.with_head(|head| head.format += 1), "use a newer gradestore"),
     ("one bit", |good| complete(&flipped(&good.file)), "fetch the backup again"),
     ("no end", |good| complete(half(&good.file)), "the end record is missing"),
-    ("twice", |good| complete(&good.file.repeat(2)), "bytes follow the end"),
+    ("twice", |good| complete(&good.file.repeat(2)), "data after the end"),
     ("cut", |good| truncated(&good.file), "end of file before message length reached"),
     ("cut chunk", |good| truncated_chunk(&good.file), "end of file before message length reached"),
 ];

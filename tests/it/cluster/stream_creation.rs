@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use gradestore::backup::{FORMAT, Head};
+use gradestore::backup::{FORMAT, HeadRecord};
 use gradestore::log::Chain;
 use parking_lot::Mutex;
 use tempfile::tempdir;
@@ -66,7 +66,7 @@ pub(crate) fn replica_expecting_two(broker: &Broker, dir: &Path) -> Starting {
 async fn an_unreadable_snapshot_counts_as_data() {
     let broker = Broker::start_with(&[]).await;
     let client = broker.client().await;
-    let head = |format| Head {
+    let head = |format| HeadRecord {
         format,
         log_id: "lost".into(),
         position: 7,
@@ -84,9 +84,9 @@ async fn an_unreadable_snapshot_counts_as_data() {
         (
             backup_file(FORMAT)[..20].to_vec(),
             0o600,
-            "cut off at byte 20",
+            "truncated at byte 20",
         ),
-        (Vec::new(), 0o600, "cut off at byte 0"),
+        (Vec::new(), 0o600, "truncated at byte 0"),
         (backup_file(FORMAT), 0o000, "Permission denied"),
     ] {
         let (holder, empty) = (tempdir().unwrap(), tempdir().unwrap());

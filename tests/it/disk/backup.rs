@@ -273,7 +273,7 @@ async fn the_backup_command_keeps_the_old_file_on_failure() {
         (
             serve_once(empty),
             PASSWORD,
-            &["cut off at byte 0", "nothing was kept"],
+            &["truncated at byte 0", "nothing was kept"],
         ),
         (ops, PASSWORD, &["404", "no such path"]),
         (own, "", &["GRADESTORE_PASSWORD", "empty"]),

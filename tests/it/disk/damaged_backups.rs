@@ -6,8 +6,8 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::sync::LazyLock;
 
-use gradestore::backup::{Progress, read, restore};
-use gradestore::store::{Piece, Store};
+use gradestore::backup::{ReadProgress, read, restore};
+use gradestore::store::{RecordBatch, Store};
 use tempfile::tempdir;
 
 use crate::disk::backup::verify;
@@ -61,7 +61,7 @@ fn u32_at(file: &[u8], at: usize) -> u32 {
 #[track_caller]
 fn restore_error(file: &[u8], what: &str) -> String {
     let store = Store::new();
-    let read = restore(file, &store, &Progress::default());
+    let read = restore(file, &store, &ReadProgress::default());
     let why = read.expect_err(what).to_string();
     assert!(store.is_empty(), "{what}: kept in part");
     why
@@ -70,7 +70,7 @@ fn restore_error(file: &[u8], what: &str) -> String {
 /// The error of reading `file` without a store, which is faster.
 #[track_caller]
 fn read_error(file: &[u8], what: &str) -> String {
-    let read = read(file, &Piece::digest, &Progress::default());
+    let read = read(file, &RecordBatch::digest, &ReadProgress::default());
     read.expect_err(what).to_string()
 }
 
@@ -94,7 +94,7 @@ async fn a_backup_truncated_at_any_byte_is_rejected() {
     in_parallel(cuts.len(), |index| {
         let cut = cuts[index];
         let why = read_error(&file[..cut], &format!("cut at {cut}"));
-        assert!(why.contains(&format!("cut off at byte {cut}:")), "{why}");
+        assert!(why.contains(&format!("truncated at byte {cut}:")), "{why}");
     });
 }
 
@@ -143,7 +143,7 @@ fn damaged_files(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
         (
             "whole.cut",
             file[..file.len() / 2].to_vec(),
-            "cut off at byte",
+            "truncated at byte",
         ),
         (
             "no-end",
@@ -175,35 +175,35 @@ fn damaged_files(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
             reordered(file, [0].into_iter().chain(0..=last)),
             "first member",
         ),
-        ("newline", end(b"\n"), "bytes follow the end"),
-        ("zeros", end(&[0; 512]), "bytes follow the end"),
-        ("twice", end(file), "bytes follow the end"),
+        ("newline", end(b"\n"), "data after the end"),
+        ("zeros", end(&[0; 512]), "data after the end"),
+        ("twice", end(file), "data after the end"),
         (
             "more-rows",
             end(&gzip(b"x,1,2,3,4\n")),
-            "bytes follow the end",
+            "data after the end",
         ),
         ("no-gzip", b"user_id,spp\na,1\n".to_vec(), "not a gzip"),
-        ("nothing", Vec::new(), "cut off at byte 0"),
+        ("nothing", Vec::new(), "truncated at byte 0"),
         (
             "long-member",
             with(rows, &u32::MAX.to_le_bytes()),
-            "larger than any can be",
+            "exceeds the limit",
         ),
         (
             "long-text",
             with(rows + 4, &u32::MAX.to_le_bytes()),
-            "larger than any can be",
+            "exceeds the limit",
         ),
         (
             "less-text",
             with(rows + 4, &(text_bytes / 2).to_le_bytes()),
-            "does not inflate",
+            "cannot be inflated",
         ),
         (
             "short-member",
             with(rows, &9_u32.to_le_bytes()),
-            "shorter than its header",
+            "less than its header",
         ),
         (
             "foreign-cut",
@@ -218,7 +218,7 @@ fn damaged_files(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
         (
             "foreign-twice",
             gzip(b"user_id,spp\na,1\na,2\n"),
-            "stands in the file twice",
+            "appears twice",
         ),
     ]
 }
@@ -286,7 +286,7 @@ impl Read for &mut Bomb {
 fn a_gzip_bomb_is_rejected_before_it_is_expanded() {
     let mut bomb = Bomb { taken: 0 };
     let store = Store::new();
-    let why = restore(&mut bomb, &store, &Progress::default()).unwrap_err();
+    let why = restore(&mut bomb, &store, &ReadProgress::default()).unwrap_err();
     assert!(why.to_string().contains("longer than"), "{why}");
     // It read only a little ahead.
     assert!(bomb.taken < 1 << 20, "{} bytes", bomb.taken);

@@ -11,8 +11,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use flate2::read::MultiGzDecoder;
-use gradestore::backup::{BackupError, Progress, read};
-use gradestore::store::Piece;
+use gradestore::backup::{BackupError, ReadProgress, read};
+use gradestore::store::RecordBatch;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::{TempDir, tempdir};
 
@@ -81,7 +81,7 @@ async fn assert_truncated(connection: &mut RawConnection) {
         !ended && content.len() < FILE.len(),
         "the backup is complete"
     );
-    let refused = read(&*content, &Piece::digest, &Progress::default()).unwrap_err();
+    let refused = read(&*content, &RecordBatch::digest, &ReadProgress::default()).unwrap_err();
     let cut = matches!(refused, BackupError::Truncated { .. });
     assert!(cut, "{refused}");
     let directory = tempdir().unwrap();
@@ -328,7 +328,7 @@ async fn the_backup_command_keeps_nothing_of_an_incomplete_backup() {
         let left = usize::from(before.is_some());
         assert_eq!(file_names(directory.path()).len(), left);
         // stdout has a part of it, which is rejected.
-        let got = read(&*output.stdout, &Piece::digest, &Progress::default());
+        let got = read(&*output.stdout, &RecordBatch::digest, &ReadProgress::default());
         assert!(got.is_err());
     }
 }

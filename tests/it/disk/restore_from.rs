@@ -171,7 +171,7 @@ async fn an_invalid_file_leaves_the_data_directory_unchanged() {
     flipped[whole.len() / 2] ^= 1;
     let bad = directory.path().join("bad.csv.gz");
     for (content, reason) in [
-        (&whole[..whole.len() / 2], "cut off at byte"),
+        (&whole[..whole.len() / 2], "truncated at byte"),
         (&flipped, "damaged at byte"),
         (b"user_id,spp\na,1\n", "not a gzip"),
     ] {

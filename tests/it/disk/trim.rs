@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::Path;
 
-use gradestore::backup::{FORMAT, Head, Snapshots};
+use gradestore::backup::{FORMAT, HeadRecord, Snapshots};
 use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::{Batch, DiskLog, Log};
 use gradestore::store::Store;
+use gradestore::sys::exec::Blocking;
 use tempfile::tempdir;
 
 use crate::disk::kills::assert_consistent;
@@ -29,18 +30,18 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
         let patches: Vec<Patch> = patches.collect();
         // Any four batches set all fields of all users, so older ones leave no trace.
         if number + 4 > batches || (snapshot_at - 3..=snapshot_at).contains(&number) {
-            patches.iter().for_each(|patch| store.apply(patch));
+            store.apply_all(&writes);
         }
         log.append(Batch {
             ticket: None,
-            writes: patches.into_iter().map(Write::Set).collect(),
+            writes: writes.into(),
             checkpoint: None,
         })
         .await
         .unwrap();
         if number == snapshot_at {
             let position = log.position(number).unwrap().unwrap();
-            let head = Head {
+            let head = HeadRecord {
                 format: FORMAT,
                 log_id: log.id().0,
                 position: number,
@@ -49,7 +50,9 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
                 previous_chain: position.previous,
                 rows_expected: 0,
             };
-            snapshots.write(&store, head, || Ok(position)).unwrap();
+            let pool = Blocking::threads();
+            let written = snapshots.write(&store, head, || Ok(position), &pool);
+            written.await.unwrap();
         }
     }
     store

@@ -9,7 +9,7 @@ use std::process::Command;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use gradestore::backup::{
-    BackupWriter, ChunkSource, FORMAT, Head, Progress, Summary, restore, rfc3339,
+    BackupWriter, ChunkSource, FORMAT, HeadRecord, ReadProgress, Summary, restore, rfc3339,
 };
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write};
 use gradestore::log::{Chain, DiskLog, Log, Position};
@@ -90,7 +90,7 @@ pub(crate) async fn fetch_backup(node: &Ports) -> Vec<u8> {
 #[track_caller]
 pub(crate) fn read_backup(file: &[u8]) -> (Store, Summary) {
     let store = Store::new();
-    let summary = restore(file, &store, &Progress::default()).unwrap();
+    let summary = restore(file, &store, &ReadProgress::default()).unwrap();
     (store, summary)
 }
 
@@ -111,12 +111,7 @@ pub(crate) async fn replay(log: &DiskLog, store: &Store, after: u64, through: u6
         {
             assert_eq!(entry.position.seq, applied + 1);
             applied = entry.position.seq;
-            for write in entry.batch.writes.iter() {
-                match write {
-                    Write::Set(patch) => store.apply(patch),
-                    Write::Delete(user_id) => drop(store.remove(user_id)),
-                }
-            }
+            store.apply_all(&entry.batch.writes);
         }
     }
 }
@@ -143,10 +138,10 @@ pub(crate) fn random_store(rows: u64, bound: u64) -> Store {
     let (store, mut rng) = (Store::new(), Rng(rows));
     for row in 0..rows {
         let values: Values = std::array::from_fn::<_, FIELD_COUNT, _>(|_| rng.below(bound) as i64);
-        store.apply(&Patch {
+        store.apply_all(&[Write::Set(Patch {
             user_id: format!("user {row}"),
             changes: Changes::all(values),
-        });
+        })]);
     }
     store
 }
@@ -155,7 +150,7 @@ pub(crate) fn random_store(rows: u64, bound: u64) -> Store {
 pub(crate) fn backup_file(store: &Store, position: u64) -> Vec<u8> {
     backup_file_with_head(
         store,
-        &Head {
+        &HeadRecord {
             format: FORMAT,
             log_id: "another".into(),
             position,
@@ -168,13 +163,13 @@ pub(crate) fn backup_file(store: &Store, position: u64) -> Vec<u8> {
 }
 
 /// A backup of `store` with this head, taken without concurrent writes.
-pub(crate) fn backup_file_with_head(store: &Store, head: &Head) -> Vec<u8> {
+pub(crate) fn backup_file_with_head(store: &Store, head: &HeadRecord) -> Vec<u8> {
     backup_file_ending_at(store, head, &head.position())
 }
 
 /// A backup of `store` with this head, taken until `end` was applied.
-pub(crate) fn backup_file_ending_at(store: &Store, head: &Head, end: &Position) -> Vec<u8> {
-    let (mut writer, mut file) = BackupWriter::begin(head);
+pub(crate) fn backup_file_ending_at(store: &Store, head: &HeadRecord, end: &Position) -> Vec<u8> {
+    let (mut writer, mut file) = BackupWriter::start(head);
     let source = ChunkSource::new(store);
     while let Some(chunk) = source.next() {
         writer.add(&chunk);

@@ -231,7 +231,7 @@ async fn a_damaged_file_is_detected_and_accepted_rows_stay() {
     // Truncated in its last members.
     let cut = write_file(dir.path(), "cut.csv.gz", &whole[..whole.len() - 100]);
     let printed = error_of(&import(&cut, &node).await);
-    assert!(printed.contains("cut.csv.gz: cut off at byte"), "{printed}");
+    assert!(printed.contains("cut.csv.gz: truncated at byte"), "{printed}");
     let accepted = NodeState::of(&node).await.records;
     assert!((10_000..30_000).contains(&accepted), "{accepted}");
     let stay = format!("{accepted} rows before were accepted and stay");
@@ -367,7 +367,7 @@ async fn import_reports_wrong_credentials_and_unreadable_files() {
     assert!(printed.contains("no password"), "{printed}");
     let printed = error_of(&run(&mut command(&dir.path().join("nothing"), &to)));
     assert!(
-        printed.contains("nothing: cannot read on at byte 0"),
+        printed.contains("nothing: cannot open the file"),
         "{printed}"
     );
     let text = write_file(dir.path(), "text", b"user_id\na\n");

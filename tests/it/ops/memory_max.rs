@@ -5,7 +5,7 @@ use std::fs;
 use std::ops::Range;
 use std::process::Command;
 
-use gradestore::backup::{FORMAT, Head};
+use gradestore::backup::{FORMAT, HeadRecord};
 use gradestore::store::Store;
 use serde_json::Value;
 use tempfile::tempdir;
@@ -154,7 +154,7 @@ async fn a_full_node_rejects_only_new_users() {
 
 /// A backup that claims more rows than fit into the memory of any machine.
 fn oversized() -> Vec<u8> {
-    let head = Head {
+    let head = HeadRecord {
         format: FORMAT,
         log_id: "x".into(),
         position: 5,

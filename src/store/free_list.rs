@@ -1,19 +1,19 @@
-//! Items under numbers that they keep, and that are given again.
+//! The free slots of a slab: a `Vec` whose items keep their index.
 
 use super::growth::Growth;
 
-/// How much a full slab grows: a quarter, so that little of it stands empty and little is copied at
-/// a time.
+/// A full slab grows by this fraction: a quarter, so that little memory is unused and little is
+/// copied at a time.
 pub(super) const GROWTH: usize = 4;
 
-/// A list with fewer numbers is never shrunk.
+/// Lists of at most this capacity are not shrunk.
 const SHRUNK_FROM: usize = 64;
 
-/// The numbers that nobody has in a slab of items.
+/// The free slots of a slab.
 #[derive(Default)]
-pub(super) struct Free(Vec<u32>);
+pub(super) struct FreeList(Vec<u32>);
 
-impl Free {
+impl FreeList {
     pub(super) fn len(&self) -> usize {
         self.0.len()
     }
@@ -23,25 +23,25 @@ impl Free {
         self.0.capacity()
     }
 
-    /// Gives `number` free; what is there stays until it is given again.
-    pub(super) fn push(&mut self, number: u32) {
-        push(&mut self.0, number, Growth::default());
+    /// Marks `slot` as free. Its item stays until another takes the slot.
+    pub(super) fn push(&mut self, slot: u32) {
+        push(&mut self.0, slot, Growth::default());
     }
 
-    /// Puts `item` where it is free, or at the end; its number.
-    #[expect(clippy::indexing_slicing, reason = "a free number is one of an item")]
+    /// Stores `item` in a free slot, or appends it. Returns its slot.
+    #[expect(clippy::indexing_slicing, reason = "every free slot is in `items`")]
     pub(super) fn insert<T>(&mut self, items: &mut Vec<T>, item: T, growth: Growth) -> u32 {
         match self.0.pop() {
-            Some(number) => {
+            Some(slot) => {
                 self.shrink();
-                items[number as usize] = item;
-                number
+                items[slot as usize] = item;
+                slot
             }
             None => append(items, item, growth),
         }
     }
 
-    /// Returns memory once most of the numbers are taken again. Otherwise a store that was emptied
+    /// Returns memory once most of the slots are taken again. Otherwise a store that was emptied
     /// and filled again would hold fewer records in the same memory.
     fn shrink(&mut self) {
         let (len, capacity) = (self.0.len(), self.0.capacity());
@@ -51,19 +51,19 @@ impl Free {
     }
 }
 
-/// Puts `item` at the end; its number.
+/// Appends `item` and returns its slot.
 pub(super) fn append<T>(items: &mut Vec<T>, item: T, growth: Growth) -> u32 {
-    // 2^32 items in a shard would be a store of 4 * 10^12: memory ends long before.
-    let number = items.len() as u32;
+    // 2^32 items in one shard means 4 * 10^12 records in the store: memory ends long before.
+    let slot = items.len() as u32;
     push(items, item, growth);
-    number
+    slot
 }
 
 fn push<T>(items: &mut Vec<T>, item: T, growth: Growth) {
     let len = items.len();
     if len == items.capacity() {
         let larger = len + len / GROWTH + GROWTH;
-        items.reserve_exact(growth.step(len, larger) - len);
+        items.reserve_exact(growth.next_capacity(len, larger) - len);
     }
     items.push(item);
 }
