@@ -1,7 +1,8 @@
 # Commands of the project; `make` lists them.
 .DEFAULT_GOAL := help
 .PHONY: help run cluster test picture sim sim-planted faults check loom deny bench fuzz fuzz-keep load-tools roundtrip \
-	compare jetstream backups drill failover soak full mutants rates load-test dashboards dashboards-test compose-test docs-test
+	compare jetstream backups drill failover soak full mutants rates load-test dashboards dashboards-test compose-test docs-test \
+	dist dist-test
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -130,19 +131,26 @@ compose-test: ## test the files of compose/: their schemas, and their services w
 	$(BUILD_PROGRAM)
 	$(IN_NAMESPACES) env $(OPS_TEST) tests/ops/test_compose.py
 
+dist: ## build a static program and a Debian package with checksums into target/packages
+	compose/dist.sh
+
+dist-test: ## test the results of `make dist`: run in an empty root directory, and unpacked
+	tests/ops/install.sh
+	$(OPS_TEST) tests/ops/test_dist.py
+
 roundtrip: ## write and read back a million users on the node of `make run`
-	cargo run --locked --release --example roundtrip -- --users 1000000
+	cargo run --locked --release -p gradestore-load --bin roundtrip -- --users 1000000
 
 COMPARE ?=
 compare: ## measure all goals of speed and size against references; COMPARE="get set" for parts
 	tests/install-nats.sh
 	load/install.sh
-	cargo build --locked --release --bins --examples --features measure
-	python3 load/compare.py $(COMPARE)
+	cargo build --locked --profile dist -p gradestore -p gradestore-load --features gradestore/measure
+	PROFILE=dist python3 load/compare.py $(COMPARE)
 
 jetstream: ## measure writes through the JetStream log against one message per write
 	tests/install-nats.sh
-	cargo build --locked --release --bins --examples
+	cargo build --locked --release -p gradestore -p gradestore-load
 	python3 load/jetstream.py
 
 backups: ## measure backups: other tools, pigz and Redis, memory, slow readers
@@ -152,7 +160,7 @@ backups: ## measure backups: other tools, pigz and Redis, memory, slow readers
 DRILL ?= --users 1000000 --writes-per-s 10000
 drill: ## wipe the disk of one of three nodes under load and measure its recovery; DRILL has flags
 	tests/install-nats.sh
-	cargo build --locked --release --bins --examples
+	cargo build --locked --release -p gradestore -p gradestore-load
 	python3 load/drill.py $(DRILL)
 
 FAILOVER ?= --runs 20
@@ -170,5 +178,5 @@ full: ## fill three nodes with new users for ten minutes; FULL has flags
 SOAK ?= --seconds 3600
 soak: ## run an hour of load with a fault every 30 s; SOAK has flags
 	tests/install-nats.sh
-	cargo build --locked --release --bins --examples
+	cargo build --locked --release -p gradestore -p gradestore-load
 	python3 load/soak.py $(SOAK)

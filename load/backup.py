@@ -28,9 +28,9 @@ import time
 from pathlib import Path
 
 import generate
-from measure import AUTH, RELEASE, ROOT, Node, Others, demand, wrk
+from measure import AUTH, BUILT, ROOT, Node, Others, demand, wrk
 
-NODE = RELEASE / "gradestore"
+NODE = BUILT / "gradestore"
 TOOLS = ROOT / ".tools"
 MIB = 1024 * 1024
 

@@ -2,9 +2,9 @@
 """Measures all goals of speed and size against references, and prints one table.
 
     load/install.sh && tests/install-nats.sh
-    cargo build --release --bins --examples --features measure
-    python3 load/compare.py                     # all parts, about forty minutes
-    python3 load/compare.py get set --rounds 3  # some of them
+    cargo build --profile dist -p gradestore -p gradestore-load --features gradestore/measure
+    PROFILE=dist python3 load/compare.py                     # all parts, about forty minutes
+    PROFILE=dist python3 load/compare.py get set --rounds 3  # some of them
 
 Each part starts its own servers and loads them in turns of a second, so that a slow moment of the machine affects all
 of them; the order changes from turn to turn. Where a ratio is near its goal, each round has its own processes. Where
@@ -33,7 +33,7 @@ from pathlib import Path
 import backup
 import generate
 import jetstream
-from measure import (AUTH, DEMANDED, OTHERS_QUIET, RELEASE, ROOT, Node, cpu_s, demand, end_with_parent, free_port,
+from measure import (AUTH, DEMANDED, OTHERS_QUIET, BUILT, ROOT, Node, cpu_s, demand, end_with_parent, free_port,
                      last_line, machine_cpu_s, memory_mib, own_cpu_s, pinned, says, wrk)
 
 MILLION = 1_000_000
@@ -77,7 +77,7 @@ class Server:
 
 def bare(core=0):
     port = free_port()
-    return Server([RELEASE / "examples" / "bare", f"127.0.0.1:{port}"], port, core)
+    return Server([BUILT / "bare", f"127.0.0.1:{port}"], port, core)
 
 
 def plain_id(user):
@@ -300,7 +300,7 @@ def broker(args, files):
 def apply(args, _files):
     """Applying batches of other replicas against parsing them."""
     print("\na replica that applies others' batches, and parsing alone")
-    command = [*pinned(0), RELEASE / "examples" / "apply", "--rounds", str(args.rounds)]
+    command = [*pinned(0), BUILT / "apply", "--rounds", str(args.rounds)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     print(out, end="")
     rows = [last_line(line) for line in out.splitlines()]

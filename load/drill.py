@@ -8,7 +8,7 @@ every acknowledged write is read from the restored replica. Exit code 1 if a wri
 was missed.
 
     tests/install-nats.sh
-    cargo build --release --bins --examples
+    cargo build --release -p gradestore -p gradestore-load
     python3 load/drill.py --users 5000000 --writes-per-s 10000
 
 The report and a chart are written to load/results/drill.txt and drill.svg, or to --results. All child processes end with
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import chart
 import generate
-from measure import (PASSWORD, PROGRAM, RELEASE, ROOT, SERVER, SYNCS, Broker, Node, cpu_s, end_with_parent, machine_cpu_s,
+from measure import (PASSWORD, PROGRAM, BUILT, ROOT, SERVER, SYNCS, Broker, Node, cpu_s, end_with_parent, machine_cpu_s,
                      own_cpu_s, says)
 
 # The first goal applies from this size on: with a small store most of the time is the start.
@@ -81,7 +81,7 @@ class Load:
     def __init__(self, nodes, args):
         urls = [f"--{port}={node.urls[port]}" for node in nodes for port in ("write", "read")]
         self.child = subprocess.Popen(
-            [RELEASE / "examples" / "steady", *urls, f"--users={args.users}", f"--writes-per-s={args.writes_per_s}",
+            [BUILT / "steady", *urls, f"--users={args.users}", f"--writes-per-s={args.writes_per_s}",
              f"--reads-per-s={args.reads_per_s}"],
             env=dict(os.environ, GRADESTORE_PASSWORD=PASSWORD), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             preexec_fn=end_with_parent)
@@ -256,7 +256,7 @@ def drill(report, args, directory, stack):
         shutil.rmtree(directory / NAMES[-1] / "data")
         file = directory / "backup.csv.gz"
         began = time.monotonic()
-        subprocess.run([RELEASE / "gradestore", "backup", "--from", others[0].urls["write"], "-o", file],
+        subprocess.run([BUILT / "gradestore", "backup", "--from", others[0].urls["write"], "-o", file],
                        env=dict(os.environ, GRADESTORE_PASSWORD=PASSWORD), check=True, stderr=subprocess.DEVNULL)
         backup_s = time.monotonic() - began
         phases["backup taken, one replica down"] = load.phase()

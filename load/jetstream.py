@@ -7,7 +7,7 @@ in flight, so that a slow minute of the machine affects both. Nothing is pinned:
 Prints each round and the median of the rounds' ratios. Exit code 1 if a request failed or a goal was missed.
 
     tests/install-nats.sh
-    cargo build --release --bins --examples
+    cargo build --release -p gradestore -p gradestore-load
     python3 load/jetstream.py --rounds 5 --seconds 4
 
 The data is in a new directory under --dir, which must be on a disk: on tmpfs `always` costs nothing. Needs wrk.
@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import RELEASE, ROOT, SERVER, SYNCS, Broker, Node, Others, cpu_s, demand, last_line, says, wrk
+from measure import BUILT, ROOT, SERVER, SYNCS, Broker, Node, Others, cpu_s, demand, last_line, says, wrk
 
 # Goals for writes a second through the log, divided by the messages a second of `publish`: medians of the rounds'
 # ratios.
@@ -33,7 +33,7 @@ SYNC_PROBES = 200
 
 
 def publish(broker, in_flight, seconds):
-    command = [RELEASE / "examples" / "publish", f"--nats-url={broker.url}", f"--in-flight={in_flight}",
+    command = [BUILT / "publish", f"--nats-url={broker.url}", f"--in-flight={in_flight}",
                f"--seconds={seconds}"]
     row = last_line(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return row["messages"] / (row["duration_us"] / 1e6)

@@ -15,8 +15,8 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RELEASE = ROOT / "target" / "release"
-PROGRAM = os.environ.get("PROGRAM", RELEASE / "gradestore")
+BUILT = ROOT / "target" / os.environ.get("PROFILE", "release")
+PROGRAM = os.environ.get("PROGRAM", BUILT / "gradestore")
 SERVER = ROOT / ".tools" / "bin" / "nats-server"
 SYNCS = {"default": "2m", "always": "always"}
 PASSWORD = "compare"

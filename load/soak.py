@@ -9,7 +9,7 @@ excluding the first minute of each process; for NATS the storage per write. The 
 a slow leak shows. Exit code 1 if any check failed.
 
     tests/install-nats.sh
-    cargo build --release --bins --examples
+    cargo build --release -p gradestore -p gradestore-load
     python3 load/soak.py --seconds 3600
 
 The report and a chart are written to load/results/soak.txt and soak.svg, or to --results. All child processes end with
@@ -33,7 +33,7 @@ import chart
 import generate
 from drill import NAMES, Load, Report, machine
 from faults import Faults, Replica, Way
-from measure import PASSWORD, RELEASE, ROOT, SYNCS, Broker, Node, own_cpu_s
+from measure import PASSWORD, BUILT, ROOT, SYNCS, Broker, Node, own_cpu_s
 from watch import BROKERS, SETTLED_AFTER_S, WHAT, Watch, thinned
 
 GROWTH_MAX = 1.1
@@ -61,12 +61,12 @@ class Backups(threading.Thread):
         environment = dict(os.environ, GRADESTORE_PASSWORD=PASSWORD)
         while not self.stopped.wait(BACKUP_EVERY_S):
             url = self.random.choice(self.replicas).node.urls["write"]
-            taken = subprocess.run([RELEASE / "gradestore", "backup", "--from", url, "-o", self.file], env=environment,
+            taken = subprocess.run([BUILT / "gradestore", "backup", "--from", url, "-o", self.file], env=environment,
                                    capture_output=True)
             if taken.returncode:
                 self.failed += 1  # A fault struck it; it must say so.
                 continue
-            verified = subprocess.run([RELEASE / "gradestore", "verify", self.file], capture_output=True, text=True)
+            verified = subprocess.run([BUILT / "gradestore", "verify", self.file], capture_output=True, text=True)
             if verified.returncode:
                 self.wrong.append(verified.stderr)
             else:

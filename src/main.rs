@@ -20,10 +20,10 @@ use gradestore::node::lifecycle::{self, Sockets};
 use gradestore::telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Gives memory back when a crowd of connections or a backup is over, where the system's allocator
-/// keeps nearly all of it, and takes less time a request (ADR 0005).
+/// Returns memory to the system when connections or a backup are over, and builds in seconds (ADR
+/// 0010).
 #[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// How long fetching a backup may take to tidy up once it is interrupted.
 const INTERRUPT_WAIT_MAX: Duration = Duration::from_millis(500);

@@ -44,7 +44,6 @@ fn copy_crate(crate_copy: &Path) {
         "askama.toml",
         "docs",
         "src",
-        "load",
         "benches",
     ] {
         copy(
@@ -54,7 +53,7 @@ fn copy_crate(crate_copy: &Path) {
     }
     let manifest = crate_copy.join("Cargo.toml");
     // The copy lacks the files of these targets.
-    edit(&manifest, "members = [\"tests/sim\"]\n", "");
+    edit(&manifest, "members = [\"load\", \"tests/sim\"]\n", "");
     let text = fs::read_to_string(&manifest).unwrap();
     let tables = text.split_inclusive("\n\n");
     let others: String = tables
