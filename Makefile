@@ -131,10 +131,10 @@ compose-test: ## test the files of compose/: their schemas, and their services w
 	$(BUILD_PROGRAM)
 	$(IN_NAMESPACES) env $(OPS_TEST) tests/ops/test_compose.py
 
-dist: ## build a static program, a Debian package and checksums in target/packages
+dist: ## build a static program and a Debian package with checksums into target/packages
 	compose/dist.sh
 
-dist-test: ## run what `make dist` built in an empty root directory
+dist-test: ## test the results of `make dist`: run in an empty root directory, and unpacked
 	tests/ops/install.sh
 	$(OPS_TEST) tests/ops/test_dist.py
 

@@ -3,7 +3,7 @@
 
     load/install.sh && tests/install-nats.sh
     cargo build --profile dist -p gradestore -p gradestore-load --features gradestore/measure
-    PROFILE=dist python3 load/compare.py                     # all parts, in about forty minutes
+    PROFILE=dist python3 load/compare.py                     # all parts, about forty minutes
     PROFILE=dist python3 load/compare.py get set --rounds 3  # some of them
 
 Each part starts its own servers and loads them in turns of a second, so that a slow moment of the machine affects all

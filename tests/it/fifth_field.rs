@@ -55,9 +55,11 @@ fn copy_crate(crate_copy: &Path) {
     // The copy lacks the files of these targets.
     edit(&manifest, "members = [\"load\", \"tests/sim\"]\n", "");
     let text = fs::read_to_string(&manifest).unwrap();
-    let (before, tests) = text.split_once("[[test]]\n").unwrap();
-    let (_, after) = tests.split_once("[[bench]]\n").unwrap();
-    fs::write(&manifest, format!("{before}[[bench]]\n{after}")).unwrap();
+    let tables = text.split_inclusive("\n\n");
+    let others: String = tables
+        .filter(|table| !table.starts_with("[[test]]"))
+        .collect();
+    fs::write(&manifest, others).unwrap();
     edit(
         &manifest,
         "[package]\nname = \"gradestore\"\n",

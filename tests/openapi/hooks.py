@@ -1,4 +1,4 @@
-"""What the document can't say of this program, for schemathesis."""
+"""Rules that the OpenAPI document cannot express, for schemathesis."""
 
 import json
 
@@ -7,7 +7,7 @@ import schemathesis
 
 @schemathesis.hook
 def map_body(context, body):
-    """JSON Schema takes 5.0 for an integer; the program, which never rounds, does not."""
+    """5.0 is an integer in JSON Schema, but not for the program."""
     if isinstance(body, list):
         return [map_body(context, line) for line in body]
     if not isinstance(body, dict):
@@ -18,21 +18,21 @@ def map_body(context, body):
 
 @schemathesis.serializer("application/x-ndjson")
 def lines(context, body):
-    """An array goes as its items, a line each; what is none, as one line."""
+    """One line for each item of an array, and one line for any other value."""
     body = body if isinstance(body, list) else [body]
     return "".join(json.dumps(line) + "\n" for line in body).encode()
 
 
 @schemathesis.hook
 def filter_case(context, case):
-    """A form says an empty list, and anything else that has no value, by leaving the parameter out."""
+    """Forms cannot encode empty lists: the parameter is omitted."""
     query = case.query or {}
     return "user_ids" not in query or bool(query["user_ids"])
 
 
 @schemathesis.hook
 def map_case(context, case):
-    """`GET /get` wants one of two parameters; OpenAPI can only call each of them required or not."""
+    """`GET /get` needs one of two parameters; in OpenAPI each is either required or optional."""
     if case.operation.path == "/get" and case.meta.generation.mode.is_positive:
         query = dict(case.query or {})
         if "user_ids" in query:

@@ -2,8 +2,7 @@
 
 use crate::api::set::bad_bodies;
 use crate::harness::wire::{RawConnection, TIMEOUT};
-use crate::harness::{Node, get_request, set_request, set_request_framed};
-use crate::harness::{gated_log, pending_set};
+use crate::harness::{Node, gated_log, get_request, pending_set, set_request, set_request_framed};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 

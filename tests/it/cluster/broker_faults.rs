@@ -3,11 +3,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::harness::Node;
 use crate::harness::cluster::broker::{Broker, Load, STREAM, check, replica_at};
 use crate::harness::cluster::proxy::{Proxy, Rules};
-use crate::harness::pending_set;
 use crate::harness::wire::eventually;
+use crate::harness::{Node, pending_set};
 use futures_util::TryStreamExt;
 
 const PATCH: &str = r#"{"user_id":"x","spp":1}"#;

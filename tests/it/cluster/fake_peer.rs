@@ -12,8 +12,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use crate::harness::AUTHORIZATION;
-use crate::harness::backup_files::gzip;
-use crate::harness::backup_files::{backup_file_ending_at, backup_file_with_head, read_backup};
+use crate::harness::backup_files::{
+    backup_file_ending_at, backup_file_with_head, gzip, read_backup,
+};
 
 /// A valid backup, from which faulty ones are made.
 pub(crate) struct ValidBackup {

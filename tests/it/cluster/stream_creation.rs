@@ -17,8 +17,9 @@ use crate::harness::backup_files::{
 use crate::harness::cluster::broker::{Broker, STREAM, copy_tree};
 use crate::harness::cluster::nats::{NatsCluster, ReservedPort};
 use crate::harness::wire::eventually;
-use crate::harness::without_root_capabilities;
-use crate::harness::{Node, PASSWORD, Process, collect_output, program, run};
+use crate::harness::{
+    Node, PASSWORD, Process, collect_output, program, run, without_root_capabilities,
+};
 
 /// The command that starts a replica on `broker` with its data in `dir`.
 pub(crate) fn replica_with_data(broker: &Broker, dir: &Path) -> Command {

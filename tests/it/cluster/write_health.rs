@@ -16,10 +16,9 @@ use tempfile::TempDir;
 use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_with};
 use crate::harness::cluster::nats::NatsServer;
 use crate::harness::cluster::proxy::{Proxy, Rules};
-use crate::harness::pending_set;
 use crate::harness::small_disk::SmallDisk;
 use crate::harness::wire::{RawConnection, eventually};
-use crate::harness::{Node, set_request};
+use crate::harness::{Node, pending_set, set_request};
 
 /// After a write failed with a reason from NATS.
 const REASON_MAX: Duration = Duration::from_secs(5);

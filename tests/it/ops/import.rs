@@ -13,9 +13,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::spawn_blocking;
 
-use crate::harness::backup_files::gzip;
 use crate::harness::backup_files::{
-    NodeState, backup_file, fetch_backup, program_with_data_dir, random_store,
+    NodeState, backup_file, fetch_backup, gzip, program_with_data_dir, random_store,
 };
 use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{

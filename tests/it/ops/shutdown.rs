@@ -14,11 +14,11 @@ use tokio::net::TcpStream;
 use crate::harness::backup_files::{
     file_names, open_pipe, random_store, read_backup, read_pipe_to_end, write_backup_file,
 };
-use crate::harness::gated_log::GatedLog;
-use crate::harness::gated_log::{start_node, start_node_with};
-use crate::harness::pending_set;
+use crate::harness::gated_log::{GatedLog, start_node, start_node_with};
 use crate::harness::wire::{RawConnection, TIMEOUT, eventually};
-use crate::harness::{InProcessNode, Node, Ports, get_request, incomplete_set_request, opening};
+use crate::harness::{
+    InProcessNode, Node, Ports, get_request, incomplete_set_request, opening, pending_set,
+};
 
 const PATCH: &str = r#"{"user_id":"a","spp":1}"#;
 

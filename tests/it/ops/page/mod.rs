@@ -46,8 +46,8 @@ async fn assert_page(browser: &mut Browser, name: &str, node: &Ports, expected: 
         // Nothing overflows, and all text has enough contrast and size.
         let wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth";
         assert_eq!(page.evaluate(wide).await, false, "{name} {mode_name}");
-        let faint = page.evaluate(include_str!("low_contrast.js")).await;
-        assert_eq!(faint, json!([]), "{name} {mode_name}");
+        let low_contrast = page.evaluate(include_str!("low_contrast.js")).await;
+        assert_eq!(low_contrast, json!([]), "{name} {mode_name}");
         page.screenshot(&format!("{name}-{mode_name}")).await;
         assert_eq!(page.browser_errors(), [] as [Value; 0]);
     }
