@@ -52,7 +52,7 @@ bench: ## micro benchmarks; figures in docs/internals/benchmarks.md
 loom: ## what threads see of each other's steps, tried in every order
 	cargo test --locked --manifest-path tests/loom/Cargo.toml --target-dir target/loom
 
-MUTANTS ?= src/backup/reader.rs
+MUTANTS ?= src/backup/native.rs
 mutants: .tools/bin/cargo-mutants ## changes to MUTANTS that no test of its module notices
 	.tools/bin/cargo-mutants mutants -f $(MUTANTS) --timeout 300 -C --lib -- -- $(subst /,::,$(patsubst src/%/,%,$(dir $(MUTANTS))))
 
