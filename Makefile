@@ -56,7 +56,7 @@ bench: ## run the micro benchmarks; results are in docs/internals/benchmarks.md
 loom: ## check all interleavings of the threads' memory accesses
 	cargo test --locked --manifest-path tests/loom/Cargo.toml --target-dir target/loom
 
-MUTANTS ?= src/backup/reader.rs
+MUTANTS ?= src/backup/native.rs
 mutants: .tools/bin/cargo-mutants ## find mutations of the file MUTANTS that its tests do not detect
 	.tools/bin/cargo-mutants mutants -f $(MUTANTS) --timeout 300 -C --lib -- -- $(subst /,::,$(patsubst src/%/,%,$(dir $(MUTANTS))))
 

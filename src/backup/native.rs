@@ -241,7 +241,7 @@ impl<'a, R: Read> NativeReader<'a, R> {
         }
     }
 
-    /// Checks what the end record says.
+    /// Checks the end record.
     fn finish(
         mut self,
         head: HeadRecord,

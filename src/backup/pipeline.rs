@@ -1,7 +1,6 @@
 //! Makes chunks on other threads, a bounded number at a time.
 //!
-//! The one scheduler for all that send a whole store somewhere: a snapshot to its file, a backup to
-//! its client.
+//! Both consumers of a whole store use it: snapshots and the route of backups.
 
 use std::io;
 use std::sync::Arc;

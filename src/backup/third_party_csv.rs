@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use async_compression::tokio::bufread::GzipDecoder;
-use csv_async::{AsyncReaderBuilder, StringRecord, Trim};
+use csv_async::{AsyncReader, AsyncReaderBuilder, StringRecord, Trim};
 use futures_util::FutureExt;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, BufReader, ReadBuf};
@@ -172,32 +172,51 @@ impl ColumnMap {
     }
 }
 
+/// Counters that the readers of a file share with its parser.
+#[derive(Default)]
+struct ReadCounters {
+    /// Compressed bytes read so far.
+    bytes: Arc<AtomicU64>,
+    /// See [`RowLimiter`].
+    row_end: Arc<AtomicU64>,
+    lines: Arc<Mutex<LineEnds>>,
+}
+
+type CsvReader<R> = AsyncReader<RowLimiter<GzipDecoder<BufReader<AlwaysReady<R>>>>>;
+
+fn csv_reader<R: Read + Unpin + Send>(source: R, counters: &ReadCounters) -> CsvReader<R> {
+    let source = AlwaysReady {
+        source,
+        bytes: Arc::clone(&counters.bytes),
+    };
+    let mut inflated = GzipDecoder::new(BufReader::with_capacity(64 * 1024, source));
+    // The default silently stops after the first member.
+    inflated.multiple_members(true);
+    let limited = RowLimiter {
+        source: inflated,
+        bytes_read: 0,
+        row_end: Arc::clone(&counters.row_end),
+        lines: Arc::clone(&counters.lines),
+    };
+    AsyncReaderBuilder::new()
+        .flexible(true)
+        .has_headers(false)
+        .trim(Trim::None)
+        .create_reader(limited)
+}
+
 pub(super) fn read(
     source: impl Read + Unpin + Send,
     sink: &RowSink<'_>,
     progress: &ReadProgress,
 ) -> Result<Summary, BackupError> {
-    let bytes = Arc::new(AtomicU64::new(0));
-    let row_end = Arc::new(AtomicU64::new(0));
-    let lines = Arc::<Mutex<LineEnds>>::default();
-    let source = AlwaysReady {
-        source,
-        bytes: Arc::clone(&bytes),
-    };
-    let mut inflated = GzipDecoder::new(BufReader::with_capacity(64 * 1024, source));
-    // The default silently stops after the first member.
-    inflated.multiple_members(true);
-    let bounded = RowLimiter {
-        source: inflated,
-        bytes_read: 0,
-        row_end: Arc::clone(&row_end),
-        lines: Arc::clone(&lines),
-    };
-    let mut csv = AsyncReaderBuilder::new()
-        .flexible(true)
-        .has_headers(false)
-        .trim(Trim::None)
-        .create_reader(bounded);
+    let counters = ReadCounters::default();
+    let mut csv = csv_reader(source, &counters);
+    let ReadCounters {
+        bytes,
+        row_end,
+        lines,
+    } = &counters;
     let mut record = StringRecord::new();
     let mut rows = 0;
     let mut digest = Digest::default();

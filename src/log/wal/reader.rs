@@ -1,8 +1,8 @@
 //! Reads the log: recent batches from memory, older ones from the disk.
 //!
-//! There is no state that says which. A reader takes the next batch from memory if it is there,
-//! which needs no decoding, and otherwise from the disk. The writer never waits for a reader: a
-//! slow reader finds on the disk what it missed in memory.
+//! A reader takes the next batch from memory if it is there, which needs no decoding, and otherwise
+//! from the disk. The writer never waits for a reader: a slow reader finds on the disk what it missed
+//! in memory.
 
 use std::collections::VecDeque;
 use std::fs::File;
