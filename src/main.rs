@@ -10,12 +10,12 @@ use std::thread;
 use std::time::Duration;
 
 use gradestore::cli::{
-    self, BackupArgs, Command, HealthArgs, ImportArgs, MadePassword, ServeArgs, VerifyArgs, backup,
-    health, import,
+    self, BackupArgs, Command, GeneratedPassword, HealthArgs, ImportArgs, ServeArgs, VerifyArgs,
+    backup, health, import,
 };
-use gradestore::http::ops::OpeningProgress;
+use gradestore::http::ops::StartupProgress;
 use gradestore::log::{ClusterKey, RandomId};
-use gradestore::node::data_dir::{Opening, Storage};
+use gradestore::node::data_dir::{Storage, StorageOptions};
 use gradestore::node::lifecycle::{self, Sockets};
 use gradestore::telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -57,9 +57,9 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
         let mut shutdown = pin!(shutdown()?);
         let sockets = Sockets::bind(&config)?;
         let storage = args.storage();
-        let progress = OpeningProgress::default();
+        let progress = StartupProgress::default();
         let told = progress.clone();
-        let opening = Opening {
+        let opening = StorageOptions {
             node,
             url: lifecycle::advertised(&config.cluster, sockets.write.local_addr()?),
             ask_node: Arc::new(lifecycle::client_to_peers(&config)?),
@@ -185,7 +185,7 @@ impl Signals {
 }
 
 /// Says where the node listens, and shows a password that was made, once, in a line to paste.
-fn greet(sockets: &Sockets, username: &str, made: Option<&MadePassword>) -> io::Result<()> {
+fn greet(sockets: &Sockets, username: &str, made: Option<&GeneratedPassword>) -> io::Result<()> {
     let url = |address: SocketAddr| format!("http://{}", health::reachable(address));
     let (write, read) = (
         url(sockets.write.local_addr()?),
@@ -199,7 +199,7 @@ fn greet(sockets: &Sockets, username: &str, made: Option<&MadePassword>) -> io::
         ops,
         "listening"
     );
-    let Some(MadePassword(password)) = made else {
+    let Some(GeneratedPassword(password)) = made else {
         return Ok(());
     };
     let user = format!("{username}:{password}").replace('\'', r"'\''");

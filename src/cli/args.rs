@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use super::error::ConfigError;
-use super::password::{self, MadePassword};
+use super::password::{self, GeneratedPassword};
 use super::values::{
     address, at_least, base_url, expect_peers, memory_max, replicas, servers, stream_name, threads,
     username, yes_or_no,
@@ -52,7 +52,7 @@ pub enum Command {
 /// A part that a node leaves out to measure its cost.
 #[cfg(feature = "measure")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Part {
+pub enum MeasuredPart {
     /// Credentials: every client may write.
     Auth,
     /// Metrics of requests.
@@ -133,7 +133,7 @@ pub struct ServeArgs {
     /// Leave parts out to measure their cost
     #[cfg(feature = "measure")]
     #[arg(long, value_name = "PART", value_delimiter = ',')]
-    pub measure_without: Vec<Part>,
+    pub measure_without: Vec<MeasuredPart>,
 
     /// NATS servers with JetStream, with a comma between two; all nodes that share them and
     /// --stream are one store. Without it a node is alone
@@ -279,7 +279,7 @@ impl ServeArgs {
     ///
     /// # Errors
     /// See [`ConfigError`].
-    pub fn config(&self) -> Result<(Config, Option<MadePassword>), ConfigError> {
+    pub fn config(&self) -> Result<(Config, Option<GeneratedPassword>), ConfigError> {
         let addresses = [
             ("--write-addr", self.write_addr),
             ("--read-addr", self.read_addr),
@@ -300,7 +300,7 @@ impl ServeArgs {
             Some(_) => None,
             // One made here would be another one on each node.
             None if self.nats_url.is_some() => return Err(ConfigError::NoSharedPassword),
-            None => Some(MadePassword(password::make()?)),
+            None => Some(GeneratedPassword(password::make()?)),
         };
         let password = given
             .as_deref()
@@ -340,9 +340,9 @@ impl ServeArgs {
     fn leave_out(&self, config: &mut Config) {
         for part in &self.measure_without {
             match part {
-                Part::Auth => config.credentials.admit_all(),
-                Part::Metrics => config.http.counted = false,
-                Part::FastPath => config.http.fast_path = false,
+                MeasuredPart::Auth => config.credentials.accept_all(),
+                MeasuredPart::Metrics => config.http.counted = false,
+                MeasuredPart::FastPath => config.http.fast_path = false,
             }
         }
     }

@@ -14,4 +14,4 @@ pub use args::{
 };
 pub use error::ConfigError;
 pub use parse::{check_env, check_env_names, parse, parse_args};
-pub use password::MadePassword;
+pub use password::GeneratedPassword;

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::error::ConfigError;
 
 /// A password that was made because none was given; to be shown once.
-pub struct MadePassword(pub String);
+pub struct GeneratedPassword(pub String);
 
 /// The password itself; it has no flag, since a command line is public on its machine.
 pub(super) const ENV: &str = "GRADESTORE_PASSWORD";

@@ -30,10 +30,10 @@ use metrics::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use super::connection::Connection;
+use super::connection::ConnectionState;
 use super::error::ApiError;
-use super::instrument::Answered;
-use super::ops::OpeningProgress;
+use super::instrument::RequestCount;
+use super::ops::StartupProgress;
 use super::{Credentials, GRADE_NODE, GRADE_POSITION};
 use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
 use crate::log::{Log, RandomId};
@@ -58,7 +58,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 
 /// The port's routes while the log is being opened: there is nothing to give yet, but the answer
 /// says which node this is.
-pub fn routes_while_opening(progress: OpeningProgress, node: RandomId) -> Router {
+pub fn routes_while_opening(progress: StartupProgress, node: RandomId) -> Router {
     Router::new().fallback(move || async move {
         let node = [(GRADE_NODE, node.to_string())];
         (node, ApiError::NotReady(progress.unready()))
@@ -91,7 +91,7 @@ pub struct BackupState {
     /// Where they are made for a replica that starts, which somebody waits for.
     pub urgent: Blocking,
     /// Tells whether requests come meanwhile.
-    pub answered: Answered,
+    pub answered: RequestCount,
     /// This process start's name.
     pub node: Arc<str>,
     /// What is measured about backups.
@@ -179,7 +179,7 @@ async fn get_backup(
         let nothing = futures_util::stream::empty::<io::Result<Bytes>>();
         return Ok((headers, Body::from_stream(nothing)).into_response());
     };
-    let connection = request.extensions().get::<Arc<Connection>>().cloned();
+    let connection = request.extensions().get::<Arc<ConnectionState>>().cloned();
     let wanted = request.headers().get(GRADE_COMPRESSION);
     let urgent = wanted.is_some_and(|wanted| wanted == IF_SLOW);
     let body = Body::from_stream(members(state, complete, &head, urgent, slot, connection));
@@ -213,7 +213,7 @@ struct Running {
     /// Whether it is for a replica that starts: its clients wait as well. Chunks are compressed only
     /// while it is slow.
     urgent: bool,
-    answered: Answered,
+    answered: RequestCount,
     /// As many as there were when that was last looked at.
     answered_before: u64,
     bytes: u64,
@@ -226,7 +226,7 @@ struct Running {
     complete: CompleteState,
     readiness: Readiness,
     applied: Applied,
-    connection: Option<Arc<Connection>>,
+    connection: Option<Arc<ConnectionState>>,
     _slot: OwnedSemaphorePermit,
 }
 
@@ -236,7 +236,7 @@ fn members(
     head: &Head,
     urgent: bool,
     slot: OwnedSemaphorePermit,
-    connection: Option<Arc<Connection>>,
+    connection: Option<Arc<ConnectionState>>,
 ) -> impl Stream<Item = io::Result<Bytes>> + use<> {
     let (writer, first) = BackupWriter::begin(head);
     let running = Running {

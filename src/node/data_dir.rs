@@ -100,7 +100,7 @@ pub struct Storage {
 }
 
 /// The parameters for opening a log.
-pub struct Opening {
+pub struct StorageOptions {
     /// This process.
     pub node: RandomId,
     /// The URL of its write port.
@@ -121,7 +121,7 @@ impl Storage {
     ///
     /// # Errors
     /// See [`StorageError`].
-    pub fn open(config: &StorageConfig, opening: Opening) -> Result<Self, StorageError> {
+    pub fn open(config: &StorageConfig, opening: StorageOptions) -> Result<Self, StorageError> {
         let base = opening.restore_from.as_deref().map(base_of).transpose()?;
         let node = opening.node;
         match config {

@@ -16,12 +16,12 @@ use tokio_util::task::TaskTracker;
 use crate::http::backup::{self, BackupMetrics};
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops::traffic::RecentTraffic;
-use crate::http::ops::{self, OpeningProgress};
+use crate::http::ops::{self, StartupProgress};
 use crate::http::{self, HttpMetrics};
 use crate::log::{RandomId, now_ns};
 use crate::node::config::{ClusterConfig, Config};
 use crate::node::data_dir::Storage;
-use crate::node::{Node, Parts, StartError};
+use crate::node::{Node, NodeResources, StartError};
 use crate::node::{restore_report, sd_notify};
 use crate::replication::SILENCE_MAX;
 use crate::replication::peer_client::{Client, Compression};
@@ -152,7 +152,7 @@ pub async fn alive_while<T>(
     config: &Config,
     node: RandomId,
     sockets: &Sockets,
-    progress: OpeningProgress,
+    progress: StartupProgress,
     opening: impl Future<Output = T>,
 ) -> io::Result<T> {
     let stop = CancellationToken::new();
@@ -171,7 +171,7 @@ pub async fn alive_while<T>(
             router,
             fast_route: None,
             limits,
-            metrics: Arc::new(HttpMetrics::uncounted()),
+            metrics: Arc::new(HttpMetrics::disabled()),
             connection_metrics: ConnectionMetrics::new(name),
         };
         serving.spawn(listener.serve(stop.clone()));
@@ -204,12 +204,12 @@ pub async fn run(
         move |route, status| recorder.register(|| HttpMetrics::requests_counter(route, status));
     let http_metrics = Arc::new(match config.http.counted {
         true => telemetry.register(|| HttpMetrics::new(count)),
-        false => HttpMetrics::uncounted(),
+        false => HttpMetrics::disabled(),
     });
     let peers = client_to_peers(&config)?;
     let background = Blocking::background()?;
     let critical = CriticalTasks::default();
-    let parts = Parts {
+    let parts = NodeResources {
         node,
         began_ns: now_ns(),
         critical: critical.clone(),
@@ -220,7 +220,7 @@ pub async fn run(
         idle: Blocking::idle(background.clone())?,
         background,
         backup_metrics: telemetry.register(BackupMetrics::new),
-        answered: http_metrics.answered(),
+        request_count: http_metrics.request_count(),
     };
     let (node, mut tasks) = Node::new(&config, parts, &telemetry.replication);
 

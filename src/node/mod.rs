@@ -25,7 +25,7 @@ use crate::http::get::{self, ReadState};
 use crate::http::ops::OpsState;
 use crate::http::ops::traffic::RecentTraffic;
 use crate::http::set::{self, WriteState};
-use crate::http::{Answered, HttpMetrics};
+use crate::http::{HttpMetrics, RequestCount};
 use crate::log::{Announcement, ClusterKey, InFlight, Log, Position, RandomId};
 use crate::node::config::Config;
 use crate::node::data_dir::Storage;
@@ -39,7 +39,7 @@ use crate::replication::{
 use crate::store::Store;
 use crate::sys::exec::Blocking;
 use crate::sys::tasks::{CriticalTasks, TaskEnded};
-use crate::telemetry::{Replication, Telemetry};
+use crate::telemetry::{ReplicationMetrics, Telemetry};
 
 /// How often requests that have waited too long are answered with an error.
 const EXPIRE_EVERY: Duration = Duration::from_millis(250);
@@ -73,7 +73,7 @@ pub enum StartError {
 }
 
 /// What a node is built from.
-pub struct Parts {
+pub struct NodeResources {
     /// This process.
     pub node: RandomId,
     /// When this process started, in nanoseconds since 1970.
@@ -95,7 +95,7 @@ pub struct Parts {
     /// The metrics of backups.
     pub backup_metrics: BackupMetrics,
     /// Counts the answered requests.
-    pub answered: Answered,
+    pub request_count: RequestCount,
 }
 
 /// A node's handles.
@@ -129,14 +129,14 @@ pub struct Node {
 }
 
 /// A node's tasks. Dropping this aborts them at once, as the end of the process would.
-pub struct Tasks {
+pub struct NodeTasks {
     blocking: Blocking,
     snapshotter: Option<Snapshotter>,
     critical: CriticalTasks,
     log: Arc<dyn Log>,
     /// `None` once it is started.
     driver: Option<ReplicaDriver>,
-    /// Tasks that must finish before shutdown: writer and snapshotter.
+    /// NodeTasks that must finish before shutdown: writer and snapshotter.
     writing: JoinSet<()>,
     stop_writing: CancellationToken,
     rest: JoinSet<()>,
@@ -149,10 +149,14 @@ pub struct Stopping {
 }
 
 impl Node {
-    /// A node whose tasks wait to be [run](Tasks::run).
+    /// A node whose tasks wait to be [run](NodeTasks::run).
     #[must_use]
-    pub fn new(config: &Config, parts: Parts, metrics: &Replication) -> (Self, Tasks) {
-        let Parts {
+    pub fn new(
+        config: &Config,
+        parts: NodeResources,
+        metrics: &ReplicationMetrics,
+    ) -> (Self, NodeTasks) {
+        let NodeResources {
             node,
             began_ns,
             critical,
@@ -163,7 +167,7 @@ impl Node {
             background,
             idle,
             backup_metrics,
-            answered,
+            request_count,
         } = parts;
         let (log, cluster) = (Arc::clone(&storage.log), &config.cluster);
         let name: Arc<str> = node.to_string().into();
@@ -248,7 +252,7 @@ impl Node {
             chunk_text_bytes: http.backup_chunk_text_bytes,
             blocking: idle,
             urgent: background,
-            answered,
+            answered: request_count,
             node: Arc::clone(&name),
             metrics: backup_metrics,
         };
@@ -261,7 +265,7 @@ impl Node {
             position_waits_max: http.position_waits_max,
         };
         let interval = kept.map(|(_, interval)| *interval);
-        let mut tasks = Tasks {
+        let mut tasks = NodeTasks {
             blocking: blocking.clone(),
             snapshotter: snapshotter.clone(),
             critical,
@@ -393,7 +397,7 @@ impl Stopping {
     }
 }
 
-impl Tasks {
+impl NodeTasks {
     fn spawn(&mut self, writer: WriterTask, interval: Option<Duration>, readiness: &Readiness) {
         let writing = writer.run(self.stop_writing.child_token());
         let writing = self.critical.guard("writer", writing).map(drop);

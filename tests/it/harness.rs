@@ -11,7 +11,7 @@ use std::sync::{Arc, mpsc};
 use gradestore::http::Credentials;
 use gradestore::log::{ClusterKey, Log, MemoryLog, RandomId};
 use gradestore::node::config::{ClusterConfig, Config, HttpConfig, default_writer_limits};
-use gradestore::node::data_dir::{Opening, Storage};
+use gradestore::node::data_dir::{Storage, StorageOptions};
 use gradestore::node::lifecycle::{self, AppError, Sockets};
 use gradestore::replication::SILENCE_MAX;
 use gradestore::replication::memory::MemoryMax;
@@ -311,8 +311,8 @@ pub(crate) fn client() -> Client {
 }
 
 /// What opening a log is told, for node `node`.
-pub(crate) fn opening(node: RandomId, restore_from: Option<PathBuf>) -> Opening {
-    Opening {
+pub(crate) fn opening(node: RandomId, restore_from: Option<PathBuf>) -> StorageOptions {
+    StorageOptions {
         node,
         url: String::new(),
         ask_node: Arc::new(client()),

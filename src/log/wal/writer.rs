@@ -18,7 +18,7 @@ use super::recovery::Pen;
 use super::segment::{self, HEADER_BYTES, Header};
 use super::{Shared, Sizes, format, record};
 use crate::log::{AppendError, Batch, BatchId, Entry, Position, RandomId, Seq, now_ns};
-use crate::sys::host::room_in;
+use crate::sys::host::disk_space;
 
 /// How often a thread that refuses batches looks whether it still must.
 const LOOK_AGAIN_EVERY: Duration = Duration::from_millis(250);
@@ -290,7 +290,7 @@ impl Shared {
     /// Whether the disk has `bytes` for the log.
     fn ask_for(&self, bytes: u64) -> Result<(), Arc<str>> {
         let dir = self.dir.display();
-        let free_bytes = match room_in(&self.dir) {
+        let free_bytes = match disk_space(&self.dir) {
             Ok(room) => room.free,
             Err(error) => return Err(format!("the disk of {dir} can't be asked: {error}").into()),
         };
