@@ -323,16 +323,16 @@ async fn what_is_no_backup_is_not_kept_and_what_was_there_stays() {
     let ops = format!("http://{}", node.ops);
     for (from, password, words) in [
         (own.clone(), "wrong", &["401", "user name and password"][..]),
-        (nobody, PASSWORD, &["refused", "nothing was kept"]),
+        (nobody, PASSWORD, &["refused", "no file was written"]),
         (
             serve_once(html),
             PASSWORD,
-            &["not a gzip", "nothing was kept"],
+            &["not a gzip", "no file was written"],
         ),
         (
             serve_once(empty),
             PASSWORD,
-            &["cut off at byte 0", "nothing was kept"],
+            &["cut off at byte 0", "no file was written"],
         ),
         (ops, PASSWORD, &["404", "no such path"]),
         (own, "", &["GRADESTORE_PASSWORD", "empty"]),
@@ -343,7 +343,7 @@ async fn what_is_no_backup_is_not_kept_and_what_was_there_stays() {
             if let Some(before) = before {
                 fs::write(&path, before).unwrap();
             }
-            if before.is_some() && words[1] == "nothing was kept" && words[0] != "refused" {
+            if before.is_some() && words[1] == "no file was written" && words[0] != "refused" {
                 // Its server answers once.
                 continue;
             }

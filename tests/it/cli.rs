@@ -260,7 +260,7 @@ async fn the_password_is_said_nowhere() {
     node.exit().await;
     let encoded = crate::harness::AUTHORIZATION.trim_start_matches("Basic ");
     let logs = eventually("the last log line", async || {
-        Some(node.stderr.lock().clone()).filter(|logs| logs.contains("stopped"))
+        Some(node.stderr.lock().clone()).filter(|logs| logs.contains("shut down"))
     })
     .await;
     assert!(

@@ -195,7 +195,7 @@ async fn a_position_that_is_not_reached_in_time_is_a_503() {
         let detail = ask(&node, "?user_id=a", &headers)
             .await
             .problem(503, "position-not-reached");
-        let wanted = format!("this replica has applied 1 and not yet {position};");
+        let wanted = format!("this replica has applied position 1, and not yet {position};");
         assert!(detail.starts_with(&wanted), "{detail}");
     }
 }

@@ -12,7 +12,7 @@ use gradestore::http::Credentials;
 use gradestore::log::{ClusterKey, Log, MemoryLog, RandomId};
 use gradestore::node::config::{ClusterConfig, Config, HttpConfig, default_writer_limits};
 use gradestore::node::data_dir::{Storage, StorageOptions};
-use gradestore::node::lifecycle::{self, AppError, Sockets};
+use gradestore::node::lifecycle::{self, LifecycleError, Sockets};
 use gradestore::replication::SILENCE_MAX;
 use gradestore::replication::memory::MemoryMax;
 use gradestore::replication::peer_client::{Client, Compression};
@@ -293,7 +293,7 @@ pub(crate) fn collected(pipe: impl Read + Send + 'static) -> Arc<Mutex<String>> 
 pub(crate) struct Local {
     ports: Ports,
     stop: Option<oneshot::Sender<()>>,
-    running: JoinHandle<Result<(), AppError>>,
+    running: JoinHandle<Result<(), LifecycleError>>,
 }
 
 impl Deref for Local {
@@ -368,7 +368,7 @@ impl Local {
             writer: default_writer_limits(),
             memory_max: MemoryMax::Percent(80),
             restore_from: None,
-            cluster: ClusterConfig::alone(),
+            cluster: ClusterConfig::single_node(),
         };
         adjust(&mut config);
         let sockets = Sockets::bind(&config).unwrap();

@@ -188,13 +188,13 @@ async fn whatever_is_no_patch_is_no_line() {
         let said = match cause {
             "not-json" => "it is not JSON",
             "body-not-utf8" => "it is not UTF-8",
-            _ => "it is no patch",
+            _ => "it is not a patch",
         };
         assert!(detail.contains(said), "{detail}");
         assert_eq!(answer.json()["accepted"], 0);
     }
     assert!(tried > 40, "{tried}");
-    // A deletion is no patch either.
+    // A deletion is not a patch either.
     let answer = set_lines(&node, r#"{"delete":"good"}"#).await;
     assert!(answer.problem(422, "bad-line").contains("delete"));
     assert_eq!(node.ops("/status").await.json()["position"], 0);

@@ -116,7 +116,7 @@ async fn above_its_limit_a_node_refuses_new_users_alone() {
         node.metric("gradestore_memory_max_bytes").await,
         Some(max_bytes as f64)
     );
-    assert!(node.ops("/").await.body.contains("New users refused"));
+    assert!(node.ops("/").await.body.contains("Rejecting new users"));
     let said = node.stderr.lock().clone();
     assert_eq!(said.matches("store full").count(), 1, "{said}");
 

@@ -116,7 +116,7 @@ impl Knobs {
                 peers: self.peers(nodes),
                 checkpoint_interval: self.checkpoint_interval,
                 restore_buffer_bytes_max: self.buffer_bytes_max,
-                ..ClusterConfig::alone()
+                ..ClusterConfig::single_node()
             },
         }
     }
@@ -350,9 +350,9 @@ async fn live(
     };
     let log = storage.log.id();
     let (gaps, resyncs, divergences) = (Arc::default(), Arc::default(), Arc::default());
-    let parts = NodeResources {
+    let resources = NodeResources {
         node: process,
-        began_ns: world.lock().broker.now_ns(),
+        started_ns: world.lock().broker.now_ns(),
         critical: CriticalTasks::default(),
         store: Store::new(),
         storage,
@@ -363,7 +363,7 @@ async fn live(
         backup_metrics: BackupMetrics::new(),
         request_count: RequestCount::default(),
     };
-    let (built, mut tasks) = Node::new(&config, parts, &metrics(&gaps, &resyncs, &divergences));
+    let (built, mut tasks) = Node::new(&config, resources, &metrics(&gaps, &resyncs, &divergences));
     let built = Arc::new(built);
     built.announce(url(node));
     world.slot(node).process = Some(Process {
@@ -382,7 +382,7 @@ async fn live(
         () = stop.cancelled() => {}
         failed = tasks.run(None) => world.violate(format!("node {node} has ended: {failed:?}")),
     }
-    let stopping = built.stopping();
+    let snapshot = built.stop_serving();
     let finished = async {
         while world.slot(node).requests > 0 {
             world.wait().await;
@@ -390,7 +390,7 @@ async fn live(
         tasks.finish_writing().await;
     };
     let _ = timeout(DRAIN_MAX, finished).await;
-    stopping.write_snapshot().await;
+    snapshot.write().await;
     world.note(|| format!("node {node} has stopped"));
     drop(forget(&world, node));
 }
