@@ -52,13 +52,12 @@ pub enum ApiError {
     #[error("the query has user_ids, which only GET /get accepts; send one {USER_ID}")]
     UserIdsHere,
     /// More `user_ids` than one request may have.
-    #[error(
-        "the query has {found} user_ids; send at most {} per request",
-        super::get::USER_IDS_MAX
-    )]
+    #[error("the query has {found} user_ids; send at most {limit} per request")]
     UserIdsTooMany {
         /// The number of `user_ids`.
         found: usize,
+        /// The limit.
+        limit: usize,
     },
     /// An invalid `user_id`.
     #[error(transparent)]
@@ -156,15 +155,16 @@ pub enum ApiError {
     },
     /// The requested position is too far past the log's end to wait for.
     #[error(
-        "Grade-Position {wanted} is more than {} past the end of the log, {end}; send the \
-         Grade-Position of an acknowledged write, or ask another replica",
-        super::get::POSITION_AHEAD_MAX
+        "Grade-Position {wanted} is more than {ahead_max} past the end of the log, {end}; send the \
+         Grade-Position of an acknowledged write, or ask another replica"
     )]
     PositionTooFar {
         /// The requested position.
         wanted: u64,
         /// The last batch of the log that this replica knows of.
         end: u64,
+        /// The limit of the distance.
+        ahead_max: u64,
     },
     /// The maximum number of reads wait for a position.
     #[error(

@@ -106,7 +106,12 @@ async fn wait_for(state: &ReadState, wanted: Seq) -> Result<(), ApiError> {
     }
     let end = state.log.end();
     if wanted.saturating_sub(end) > POSITION_AHEAD_MAX {
-        return Err(ApiError::PositionTooFar { wanted, end });
+        let ahead_max = POSITION_AHEAD_MAX;
+        return Err(ApiError::PositionTooFar {
+            wanted,
+            end,
+            ahead_max,
+        });
     }
     let (wait_max, waits_max) = (state.position_wait_max, state.position_waits_max);
     let waited = state.applied.wait_for(wanted, wait_max, waits_max).await;
@@ -235,6 +240,7 @@ fn parse_user_ids(query: &str) -> Result<Vec<Cow<'_, str>>, ApiError> {
     if user_ids.len() > USER_IDS_MAX {
         return Err(ApiError::UserIdsTooMany {
             found: user_ids.len(),
+            limit: USER_IDS_MAX,
         });
     }
     user_ids.into_iter().map(decode_id).collect()
