@@ -211,7 +211,7 @@ impl ConnectionState {
     }
 
     /// Whether [`return_to_fast_path`](Self::return_to_fast_path) was called since the last call.
-    pub(super) fn takes_return(&self) -> bool {
+    pub(super) fn take_return(&self) -> bool {
         let returns = self.exchange.returns.swap(false, Ordering::Relaxed);
         if returns {
             self.exchange.response_taken.store(false, Ordering::Relaxed);

@@ -147,24 +147,33 @@ impl HttpMetrics {
     }
 
     /// Records a `GET /get` on the fast path.
-    pub(super) fn fast_get(&self, found: bool, started: Instant, connection: &ConnectionState) {
+    pub(super) fn record_fast_get(
+        &self,
+        found: bool,
+        started: Instant,
+        connection: &ConnectionState,
+    ) {
         connection.begin();
         let status = match found {
             true => StatusCode::OK,
             false => StatusCode::NOT_FOUND,
         };
         self.fast.increment(1);
-        self.end(Route::Get, status, started, connection);
+        self.finish(Route::Get, status, started, connection);
     }
 
     /// Records a `POST /set` on the fast path. Returns the current time.
-    pub(super) fn fast_set(&self, started: Instant, connection: &ConnectionState) -> Instant {
+    pub(super) fn record_fast_set(
+        &self,
+        started: Instant,
+        connection: &ConnectionState,
+    ) -> Instant {
         self.fast.increment(1);
-        self.end(Route::Set, StatusCode::NO_CONTENT, started, connection)
+        self.finish(Route::Set, StatusCode::NO_CONTENT, started, connection)
     }
 
     /// Records the end of a request. Returns the current time.
-    fn end(
+    fn finish(
         &self,
         route: Route,
         status: StatusCode,
@@ -177,7 +186,7 @@ impl HttpMetrics {
         if route.is_hot() {
             self.request_count.0.fetch_add(1, Ordering::Relaxed);
         }
-        self.count(route, status, now - started);
+        self.record(route, status, now - started);
         now
     }
 
@@ -185,7 +194,7 @@ impl HttpMetrics {
         clippy::indexing_slicing,
         reason = "no handler answers with a status above 599"
     )]
-    fn count(&self, route: Route, status: StatusCode, took: Duration) {
+    fn record(&self, route: Route, status: StatusCode, took: Duration) {
         if !self.enabled {
             return;
         }
@@ -201,8 +210,8 @@ impl HttpMetrics {
     }
 
     #[cfg(test)]
-    pub(super) fn count_read(&self, took: Duration) {
-        self.count(Route::Get, StatusCode::OK, took);
+    pub(super) fn record_read(&self, took: Duration) {
+        self.record(Route::Get, StatusCode::OK, took);
     }
 }
 
@@ -412,7 +421,7 @@ impl RequestContext {
         if let Some(route) = response.extensions().get() {
             self.route = *route;
         }
-        let now = metrics.end(self.route, response.status(), self.started, connection);
+        let now = metrics.finish(self.route, response.status(), self.started, connection);
         metrics.router.increment(1);
         self.add_request_id(response, now - self.started, &metrics.error_log);
     }

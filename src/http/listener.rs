@@ -265,7 +265,7 @@ async fn serve_hyper(
                 Pin::new(&mut http).graceful_shutdown();
             }
             let ended = http.poll_without_shutdown(cx).map(|_| HyperOutcome::Closed);
-            if ended.is_pending() && connection.takes_return() {
+            if ended.is_pending() && connection.take_return() {
                 return Poll::Ready(HyperOutcome::FastPath);
             }
             let again = to_drain && to_be_read;

@@ -141,8 +141,8 @@ impl FastPath {
                 catch_panic(|| route.get(&get, body)).unwrap_or(GetOutcome::Fallback)
             });
             match outcome {
-                GetOutcome::Grade => self.metrics.fast_get(true, started, connection),
-                GetOutcome::NotFound => self.metrics.fast_get(false, started, connection),
+                GetOutcome::Grade => self.metrics.record_fast_get(true, started, connection),
+                GetOutcome::NotFound => self.metrics.record_fast_get(false, started, connection),
                 GetOutcome::Fallback => return (bytes, NotFast::Fallback),
             }
             bytes = &bytes[get.len..];
@@ -247,10 +247,10 @@ struct FastConnection<'a> {
 impl FastConnection<'_> {
     async fn serve(mut self) -> io::Result<Option<Handoff>> {
         loop {
-            let step = if self.held.is_empty() || self.lacks_bytes() {
+            let step = if self.held.is_empty() || self.is_incomplete() {
                 self.read().await?
             } else {
-                self.take_held()?
+                self.process_held()?
             };
             let step = match step {
                 ConnectionStep::Wait(write, running) => self.finish(write, running).await?,
@@ -268,13 +268,13 @@ impl FastConnection<'_> {
                 }
                 ConnectionStep::Close => return Ok(None),
                 // The response had the header `connection: close`.
-                _ if self.connection.is_draining() && !self.lacks_bytes() => return Ok(None),
+                _ if self.connection.is_draining() && !self.is_incomplete() => return Ok(None),
                 _ => {}
             }
         }
     }
 
-    fn lacks_bytes(&self) -> bool {
+    fn is_incomplete(&self) -> bool {
         !matches!(self.awaiting, Awaiting::Request)
     }
 
@@ -312,7 +312,7 @@ impl FastConnection<'_> {
         let read = read.filled();
         Poll::Ready(match (self.held.is_empty(), read.is_empty()) {
             (true, true) => Ok(ConnectionStep::Close),
-            (true, false) => self.take(read),
+            (true, false) => self.process(read),
             // hyper handles a request that the client did not finish.
             (false, true) => Ok(ConnectionStep::Handoff(None)),
             (false, false) => {
@@ -323,20 +323,20 @@ impl FastConnection<'_> {
                     _ => read.contains(&b'\n') || self.held.len() >= HEADER_BYTES_MAX,
                 };
                 match complete {
-                    true => self.take_held(),
+                    true => self.process_held(),
                     false => Ok(ConnectionStep::Continue),
                 }
             }
         })
     }
 
-    fn take_held(&mut self) -> io::Result<ConnectionStep> {
+    fn process_held(&mut self) -> io::Result<ConnectionStep> {
         let held = mem::take(&mut self.held);
-        self.take(&held)
+        self.process(&held)
     }
 
     /// Answers the requests at the beginning of `bytes`, up to the first write, and holds the rest.
-    fn take(&mut self, bytes: &[u8]) -> io::Result<ConnectionStep> {
+    fn process(&mut self, bytes: &[u8]) -> io::Result<ConnectionStep> {
         let (path, connection) = (self.path, self.connection);
         let (rest, submitted) = match &path.route {
             FastRoute::Get(route) => Responses::with(|responses| {
@@ -385,7 +385,7 @@ impl FastConnection<'_> {
             Ok(seq) => seq,
             Err(error) => return Ok(ConnectionStep::Handoff(Some((error.into(), started)))),
         };
-        let now = self.path.metrics.fast_set(started, self.connection);
+        let now = self.path.metrics.record_fast_set(started, self.connection);
         let closes = self.connection.is_draining();
         Responses::with(|responses| {
             responses.written(seq, closes, now);

@@ -114,7 +114,7 @@ mod tests {
         assert!(recent.now().is_none());
 
         let metrics = HttpMetrics::new(|_, _| Counter::noop());
-        let read = |times| (0..times).for_each(|_| metrics.count_read(Duration::from_micros(10)));
+        let read = |times| (0..times).for_each(|_| metrics.record_read(Duration::from_micros(10)));
         read(1000);
         recent.sample(at(0), &metrics);
         assert!(recent.now().is_none());
