@@ -118,7 +118,7 @@ fn a_password_that_cannot_be_one_is_refused_and_not_shown() {
     let file = path.to_str().unwrap();
 
     let missing = refused(program().args(["--password-file", file]));
-    assert_names(&missing, &["--password-file", file, "make the file"]);
+    assert_names(&missing, &["--password-file", file, "create the file"]);
     for content in ["", "\n", "secret\nsecond", "secret\0"] {
         std::fs::write(&path, content).unwrap();
         let said = refused(program().args(["--password-file", file]));
@@ -286,7 +286,7 @@ async fn health_asks_whether_a_node_is_ready() {
     let nobody = health(&address);
     assert_eq!(nobody.status.code(), Some(1));
     let said = String::from_utf8(nobody.stderr).unwrap();
-    assert_names(&said, &[&address, "no answer", "--ops-addr"]);
+    assert_names(&said, &[&address, "no response", "--ops-addr"]);
 }
 
 #[test]
