@@ -1,5 +1,5 @@
-//! A chunk of a backup: its rows written and parsed, next to csv-async; deflated and inflated, next to
-//! zlib-rs. One thread. Prints the sizes as well.
+//! Chunks of a backup on one thread: writing and parsing rows, compared with csv-async; deflating
+//! and inflating, compared with zlib-rs. Also prints the sizes.
 //!
 //! `cargo bench --bench backup`
 
@@ -15,23 +15,25 @@ use flate2::Compression;
 use flate2::read::DeflateDecoder;
 use flate2::write::{DeflateEncoder, GzEncoder};
 use futures_util::FutureExt;
-use gradestore::backup::{BackupError, BackupWriter, ChunkSource, FORMAT, Head, Progress, read};
+use gradestore::backup::{
+    BackupError, BackupWriter, ChunkSource, FORMAT, HeadRecord, ReadProgress, read,
+};
 use gradestore::grade::{
     self, Changes, FIELD_COUNT, FIELDS, Patch, USER_ID, Values, check_user_id,
 };
 use gradestore::log::Chain;
-use gradestore::store::{Piece, Store};
+use gradestore::store::{RecordBatch, Store};
 
-// The rows themselves, which the library keeps to itself.
-#[expect(dead_code, unreachable_pub, reason = "here it is a room of a bench")]
+// A private module of the library.
+#[expect(dead_code, unreachable_pub, reason = "a module of the bench here")]
 #[path = "../src/backup/row.rs"]
 mod row;
 
 const CHUNK_BYTES: usize = 256 * 1024;
-/// Some 2.5 MiB of text, for what is measured from end to end.
+/// About 2.5 MiB of text, for the end-to-end benchmarks.
 const STORE_USERS: u64 = 60_000;
 
-/// The records of `load/generate.py`, in the order of a scan, which is that of a backup.
+/// The records of `load/generate.py`.
 fn store() -> Store {
     let store = Store::new();
     for user in 0..STORE_USERS {
@@ -45,24 +47,24 @@ fn store() -> Store {
                 _ => n as i64,
             }
         });
-        store.apply(&Patch {
+        store.apply_all(&[grade::Write::Set(Patch {
             user_id: (1_000_000_000_000 + user).to_string(),
             changes: Changes::all(values),
-        });
+        })]);
     }
     store
 }
 
 fn scanned(store: &Store) -> Vec<(String, Values)> {
-    let (mut scan, mut piece) = (store.scan(), Piece::default());
+    let (mut scan, mut batch) = (store.scan(), RecordBatch::default());
     let mut rows = Vec::new();
-    while scan.next_into(&mut piece) {
-        rows.extend(piece.iter().map(|(id, values)| (id.to_owned(), *values)));
+    while scan.next_into(&mut batch) {
+        rows.extend(batch.iter().map(|(id, values)| (id.to_owned(), *values)));
     }
     rows
 }
 
-/// As many rows as make one chunk.
+/// The rows of one chunk, and its text.
 fn chunk() -> (Vec<(String, Values)>, Vec<u8>) {
     let mut rows = scanned(&store());
     let mut text = Vec::new();
@@ -78,7 +80,7 @@ fn chunk() -> (Vec<(String, Values)>, Vec<u8>) {
     (rows, text)
 }
 
-fn write_own<'a>(rows: impl Iterator<Item = (&'a str, &'a Values)>, text: &mut Vec<u8>) {
+fn write_native<'a>(rows: impl Iterator<Item = (&'a str, &'a Values)>, text: &mut Vec<u8>) {
     for (id, values) in rows {
         row::write(id, values, text);
     }
@@ -95,13 +97,13 @@ fn write_csv_async<'a>(rows: impl Iterator<Item = (&'a str, &'a Values)>, text: 
         let numbers = numbers.iter_mut().zip(values);
         let numbers = numbers.map(|(buffer, value)| buffer.format(*value).as_bytes());
         let record = std::iter::once(id.as_bytes()).chain(numbers);
-        // Memory never lets one wait.
+        // Writing to memory is never pending.
         csv.write_record(record).now_or_never().unwrap().unwrap();
     }
     csv.flush().now_or_never().unwrap().unwrap();
 }
 
-fn parse_own(text: &[u8]) -> (u32, i64) {
+fn parse_native(text: &[u8]) -> (u32, i64) {
     let mut sum = 0i64;
     let text = std::str::from_utf8(text).unwrap();
     let rows = row::parse(text, FIELD_COUNT, 1, |row| {
@@ -136,7 +138,7 @@ fn rows(c: &mut Criterion) {
     let mut other = Vec::new();
     write_csv_async(refs(&rows), &mut other);
     assert!(other == text);
-    assert_eq!(parse_own(&text), parse_csv_async(&text));
+    assert_eq!(parse_native(&text), parse_csv_async(&text));
 
     let mut group = c.benchmark_group("write rows");
     group.throughput(Throughput::Elements(rows.len() as u64));
@@ -144,7 +146,7 @@ fn rows(c: &mut Criterion) {
     group.bench_function("gradestore", |bencher| {
         bencher.iter(|| {
             out.clear();
-            write_own(refs(black_box(&rows)), &mut out);
+            write_native(refs(black_box(&rows)), &mut out);
         });
     });
     group.bench_function("csv-async", |bencher| {
@@ -158,7 +160,7 @@ fn rows(c: &mut Criterion) {
     let mut group = c.benchmark_group("parse rows");
     group.throughput(Throughput::Elements(rows.len() as u64));
     for (name, parse) in [
-        ("gradestore", parse_own as fn(&[u8]) -> (u32, i64)),
+        ("gradestore", parse_native as fn(&[u8]) -> (u32, i64)),
         ("csv-async", parse_csv_async),
     ] {
         group.bench_function(name, |bencher| bencher.iter(|| parse(black_box(&text))));
@@ -203,22 +205,22 @@ fn deflate(c: &mut Criterion) {
     }
     group.finish();
 
-    let packed = deflate_libdeflater(&text, 1);
+    let deflated = deflate_libdeflater(&text, 1);
     let mut group = c.benchmark_group("inflate");
     group.throughput(Throughput::Bytes(text.len() as u64));
     group.bench_function("libdeflater", |bencher| {
         let mut inflate = libdeflater::Decompressor::new();
         let mut out = vec![0; text.len()];
-        bencher.iter(|| inflate.deflate_decompress(black_box(&packed), &mut out));
+        bencher.iter(|| inflate.deflate_decompress(black_box(&deflated), &mut out));
     });
     group.bench_function("zlib-rs", |bencher| {
         let mut out = vec![0; text.len()];
-        bencher.iter(|| DeflateDecoder::new(black_box(&packed[..])).read_exact(&mut out));
+        bencher.iter(|| DeflateDecoder::new(black_box(&deflated[..])).read_exact(&mut out));
     });
 }
 
-fn own_file(store: &Store) -> Vec<u8> {
-    let head = Head {
+fn native_file(store: &Store) -> Vec<u8> {
+    let head = HeadRecord {
         format: FORMAT,
         log_id: "bench".into(),
         position: 0,
@@ -227,7 +229,7 @@ fn own_file(store: &Store) -> Vec<u8> {
         previous_chain: Chain::default(),
         rows_expected: STORE_USERS,
     };
-    let (mut writer, mut file) = BackupWriter::begin(&head);
+    let (mut writer, mut file) = BackupWriter::start(&head);
     let source = ChunkSource::new(store);
     while let Some(chunk) = source.next() {
         writer.add(&chunk);
@@ -237,16 +239,16 @@ fn own_file(store: &Store) -> Vec<u8> {
     file
 }
 
-/// The same with the ordinary crates: csv-async, zlib-rs.
-fn plain_file(store: &Store, level: u32) -> Vec<u8> {
+/// A backup written with csv-async and zlib-rs.
+fn csv_async_file(store: &Store, level: u32) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::new(level));
     let header = format!("{USER_ID},{}\n", FIELDS.join(","));
     encoder.write_all(header.as_bytes()).unwrap();
-    let (mut scan, mut piece) = (store.scan(), Piece::default());
+    let (mut scan, mut batch) = (store.scan(), RecordBatch::default());
     let mut text = Vec::new();
-    while scan.next_into(&mut piece) {
+    while scan.next_into(&mut batch) {
         text.clear();
-        write_csv_async(piece.iter(), &mut text);
+        write_csv_async(batch.iter(), &mut text);
         encoder.write_all(&text).unwrap();
     }
     encoder.finish().unwrap()
@@ -254,26 +256,27 @@ fn plain_file(store: &Store, level: u32) -> Vec<u8> {
 
 fn files(c: &mut Criterion) {
     let store = store();
-    let (own, plain) = (own_file(&store), plain_file(&store, 1));
+    let (native, third_party) = (native_file(&store), csv_async_file(&store, 1));
     println!(
         "file: {} bytes, csv-async and zlib-rs 1: {}",
-        own.len(),
-        plain.len()
+        native.len(),
+        third_party.len()
     );
     let mut group = c.benchmark_group("write a file");
     group.throughput(Throughput::Elements(STORE_USERS));
-    group.bench_function("gradestore", |bencher| bencher.iter(|| own_file(&store)));
+    group.bench_function("gradestore", |bencher| bencher.iter(|| native_file(&store)));
     group.bench_function("csv-async, zlib-rs 1", |bencher| {
-        bencher.iter(|| plain_file(&store, 1));
+        bencher.iter(|| csv_async_file(&store, 1));
     });
     group.finish();
-    // The first with a thread a core, the second, as a foreign file, with one.
+    // The first with a thread per core, the second, a third-party file, with one thread.
     let mut group = c.benchmark_group("read a file");
     group.throughput(Throughput::Elements(STORE_USERS));
-    for (name, file) in [("gradestore's own", &own), ("foreign", &plain)] {
+    for (name, file) in [("gradestore", &native), ("third-party", &third_party)] {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
-                let summary = read(&file[..], &Piece::digest, &Progress::default()).unwrap();
+                let summary =
+                    read(&file[..], &RecordBatch::digest, &ReadProgress::default()).unwrap();
                 assert_eq!(summary.rows, STORE_USERS);
             });
         });

@@ -1,4 +1,4 @@
-//! Reading a `POST /set` body and writing a record as JSON, each against serde_json alone.
+//! Parsing a `POST /set` body and writing a record as JSON, compared with serde_json.
 //!
 //! `cargo bench --bench body`
 
@@ -13,14 +13,14 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 const ONE_FIELD: &str = r#"{"user_id":"1000000000123","spp":23}"#;
 const ALL_FIELDS: &str = r#"{"user_id":"1000000000123","postpaid_limit":100123,"spp":23,"shipping_fee":0,"return_fee":-50}"#;
 const ESCAPED: &str = r#"{"user_id":"\u0410\u043d\u043d\u0430 \"A\"","postpaid_limit":100123,"spp":23,"shipping_fee":0,"return_fee":-50}"#;
-const REFUSED: &str = r#"{"user_id":"1000000000123","spp":1.5}"#;
+const REJECTED: &str = r#"{"user_id":"1000000000123","spp":1.5}"#;
 
 fn parse(c: &mut Criterion) {
     for (name, body) in [
         ("one field", ONE_FIELD),
         ("all fields", ALL_FIELDS),
         ("escaped id", ESCAPED),
-        ("refused", REFUSED),
+        ("rejected", REJECTED),
     ] {
         let mut group = c.benchmark_group(format!("parse {name}"));
         group.throughput(Throughput::Bytes(body.len() as u64));
@@ -33,10 +33,10 @@ fn parse(c: &mut Criterion) {
     }
 }
 
-/// A record as serde_json writes it.
-struct Plain(UserGrade);
+/// A record that serde_json writes.
+struct SerdeGrade(UserGrade);
 
-impl Serialize for Plain {
+impl Serialize for SerdeGrade {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(Some(FIELDS.len() + 1))?;
         map.serialize_entry(USER_ID, &self.0.user_id)?;
@@ -52,10 +52,10 @@ fn write(c: &mut Criterion) {
         user_id: Box::from("1000000000123"),
         values: [100_123, 23, 0, -50],
     };
-    let plain = Plain(grade.clone());
+    let serde_grade = SerdeGrade(grade.clone());
     let mut json = Vec::new();
     grade.write_json(&mut json);
-    assert_eq!(serde_json::to_vec(&plain).ok(), Some(json.clone()));
+    assert_eq!(serde_json::to_vec(&serde_grade).ok(), Some(json.clone()));
 
     let mut group = c.benchmark_group("write a record");
     group.throughput(Throughput::Bytes(json.len() as u64));
@@ -68,7 +68,7 @@ fn write(c: &mut Criterion) {
     group.bench_function("serde_json", |bencher| {
         bencher.iter(|| {
             json.clear();
-            serde_json::to_writer(&mut json, black_box(&plain))
+            serde_json::to_writer(&mut json, black_box(&serde_grade))
         });
     });
 }

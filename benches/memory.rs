@@ -1,5 +1,5 @@
-//! Resident bytes a record, of the store and of `scc::HashMap` with the same records, and how long
-//! filling takes. Each row is measured in a process of its own.
+//! Resident bytes per record and the time to fill, of the store and of `scc::HashMap` with the same
+//! records. Measures each row in a new process.
 //!
 //! `cargo bench --bench memory`, or `-- 8000000 10000000` for other counts.
 
@@ -35,7 +35,7 @@ fn main() {
             false => vec!["10000"],
         };
     }
-    println!("| records | id bytes | store | RSS bytes a record | fill ns a record |");
+    println!("| records | id bytes | store | RSS bytes per record | fill ns per record |");
     println!("| ---: | ---: | --- | ---: | ---: |");
     for count in counts {
         for id_bytes in ["13", "36"] {
@@ -52,9 +52,9 @@ fn main() {
 
 fn show_row<G: Grades>(count: u64, id_bytes: usize) {
     let before = rss_bytes();
-    let began = Instant::now();
+    let started = Instant::now();
     let grades: G = filled(count, id_bytes);
-    let took = began.elapsed();
+    let took = started.elapsed();
     let record_bytes = (rss_bytes() - before) as f64 / count as f64;
     let record_ns = took.as_nanos() as f64 / count as f64;
     println!(

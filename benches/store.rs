@@ -1,7 +1,7 @@
-//! get, apply and scan with one and two threads, of the store and of `scc::HashMap` with the same
+//! Get, apply and scan with one and two threads, of the store and of `scc::HashMap` with the same
 //! records.
 //!
-//! `cargo bench --bench store`, or `-- get/10000000` for a part of it. Users come in random order.
+//! `cargo bench --bench store`, or `-- get/10000000` for a part of it. Users are in random order.
 
 mod stores;
 
@@ -25,21 +25,21 @@ fn store(c: &mut Criterion) {
         &[10_000]
     };
     for count in counts {
-        together(c, *count);
-        of_one::<Store>(c, *count);
-        of_one::<Scc>(c, *count);
+        apply_batches(c, *count);
+        single_calls::<Store>(c, *count);
+        single_calls::<Scc>(c, *count);
     }
 }
 
-/// What it is worth to apply a batch's patches side by side.
-fn together(c: &mut Criterion, count: u64) {
+/// Compares one call for a batch with one call per write.
+fn apply_batches(c: &mut Criterion, count: u64) {
     const BATCH: usize = 64;
     let store: Store = filled(count, ID_BYTES);
     let mut random = 1;
-    // More of them than fit in a cache.
+    // More than fit in a cache.
     let writes: Vec<Write> = (0..1_u64 << 20)
         .map(|round| {
-            random = after(random);
+            random = next_random(random);
             let user_id = with_id((random >> 33) % count, ID_BYTES, |id| Box::from(id));
             let mut changes = Changes::default();
             changes.set(round as usize % FIELD_COUNT, round as i64);
@@ -49,21 +49,19 @@ fn together(c: &mut Criterion, count: u64) {
     let mut group = c.benchmark_group(format!("batch of 64/{count}"));
     group.throughput(Throughput::Elements(BATCH as u64));
     let mut batches = writes.chunks(BATCH).cycle();
-    group.bench_function("side by side", |bencher| {
+    group.bench_function("one call", |bencher| {
         bencher.iter(|| batches.next().map(|batch| store.apply_all(batch)));
     });
-    group.bench_function("one by one", |bencher| {
+    group.bench_function("one call per write", |bencher| {
         bencher.iter(|| {
             for write in batches.next().unwrap_or_default() {
-                if let Write::Set(patch) = write {
-                    store.apply(patch);
-                }
+                store.apply_all(std::slice::from_ref(write));
             }
         });
     });
 }
 
-fn of_one<G: Grades>(c: &mut Criterion, count: u64) {
+fn single_calls<G: Grades>(c: &mut Criterion, count: u64) {
     let grades: G = filled(count, ID_BYTES);
     for threads in [1, 2] {
         let get = |user, _| {
@@ -99,7 +97,7 @@ fn of_one<G: Grades>(c: &mut Criterion, count: u64) {
     check(&grades, count);
 }
 
-/// Calls `one(user, round)` for random users; the time is that of a round in which each thread
+/// Measures `call(user, round)` for random users. The time is that of a round in which each thread
 /// makes one call.
 fn measure(
     c: &mut Criterion,
@@ -107,7 +105,7 @@ fn measure(
     name: &str,
     count: u64,
     threads: u64,
-    one: impl Fn(u64, u64) + Sync,
+    call: impl Fn(u64, u64) + Sync,
 ) {
     let mut group = c.benchmark_group(format!("{what}/{count}"));
     group.throughput(Throughput::Elements(threads));
@@ -116,8 +114,8 @@ fn measure(
             in_threads(threads, |thread| {
                 let mut random = thread + 1;
                 for round in 0..rounds {
-                    random = after(random);
-                    one((random >> 33) % count, round);
+                    random = next_random(random);
+                    call((random >> 33) % count, round);
                 }
             })
         });
@@ -125,22 +123,22 @@ fn measure(
 }
 
 /// The next random number: Knuth's MMIX, whose low bits are poor.
-fn after(random: u64) -> u64 {
+fn next_random(random: u64) -> u64 {
     random
         .wrapping_mul(6_364_136_223_846_793_005)
         .wrapping_add(1_442_695_040_888_963_407)
 }
 
-/// The time until all threads have done `work`.
+/// The time until all threads have finished `work`.
 fn in_threads(threads: u64, work: impl Fn(u64) + Sync) -> Duration {
-    let began = Instant::now();
+    let started = Instant::now();
     thread::scope(|scope| {
         for thread in 0..threads {
             let work = &work;
             scope.spawn(move || work(thread));
         }
     });
-    began.elapsed()
+    started.elapsed()
 }
 
 criterion_group! {

@@ -3,8 +3,8 @@
 
     python3 dashboards/generate_dashboards.py
 
-In a query, R stands for Grafana's rate interval, and every metric gets the selectors of job and instance. Where a
-counter's series begins with its first event (answers by status), `or 0 * ...` draws the line before that.
+In a query, R stands for Grafana's rate interval, and every metric gets the selectors of job and instance. A counter by
+status has no series before its first event; `or 0 * ...` draws zeros until then.
 """
 
 import json
@@ -16,11 +16,11 @@ SELECTORS = 'job="$job",instance=~"$instance"'
 METRIC = re.compile(r"\b((?:gradestore|process)_\w+)(?:\{(.*?)\})?")
 COLUMNS = 24
 HEIGHT = 8
-REPLICA = "{{instance}}"
+NODE = "{{instance}}"
 
 
 def quantiles(metric, labels="", *wanted):
-    """A line for each quantile of a histogram, over all replicas."""
+    """A query for each quantile of a histogram, over all nodes."""
     return {f"p{wanted * 100:g}": f"histogram_quantile({wanted}, sum by (le) (rate({metric}_bucket{labels}[R])))"
             for wanted in wanted or (0.5, 0.99, 0.999)}
 
@@ -33,147 +33,148 @@ def share(which):
     return f"(({requests(which)} or 0 * {requests()}) / {requests()} >= 0)"
 
 
-# By dashboard its rows, by row its panels: title, unit, queries by legend, what it tells. Units are Grafana's.
+# Dashboards, their rows, and the panels of each: title, unit, queries by legend, description. Units are Grafana's.
 DASHBOARDS = {
     "overview": {
         "Traffic": [
-            ("Requests", "reqps", {"{{route}}": requests()}, "What is answered, by route."),
-            ("Requests by replica", "reqps", {REPLICA: requests(by="instance")},
-             "Reads spread over all replicas, if the clients do."),
-            ("Records", "short", {REPLICA: "gradestore_records"}, "The same everywhere, but for what is on its way."),
+            ("Requests", "reqps", {"{{route}}": requests()}, "Requests with a response, by route."),
+            ("Requests by node", "reqps", {NODE: requests(by="instance")},
+             "Even if the clients distribute their requests evenly."),
+            ("Records", "short", {NODE: "gradestore_records"}, "The same on all nodes, except for writes in flight."),
         ],
         "Errors": [
-            ("Failed", "percentunit", {"{{route}}": share('{status=~"5.."}')},
-             "The share of requests that a replica could not answer. 503 before it is ready is among them."),
-            ("Refused and failed", "reqps",
+            ("Error ratio", "percentunit", {"{{route}}": share('{status=~"5.."}')},
+             "The share of requests with a 5xx status, including 503 before a node is ready."),
+            ("Errors by status", "reqps",
              {"{{status}} {{route}}": requests('{status=~"[45].."}', "route, status")},
-             "401 is a wrong password, 404 an unknown user, 503 not ready or no broker, 504 an unknown outcome."),
-            ("Serving", "short", {"reads, " + REPLICA: "gradestore_ready", "writes, " + REPLICA: "gradestore_log_writable"},
-             "1 while reads are answered and while the log takes writes."),
+             "401: wrong password. 404: unknown user. 503: not ready, or NATS is unreachable. 504: write status unknown."),
+            ("Serving", "short", {"reads, " + NODE: "gradestore_ready", "writes, " + NODE: "gradestore_log_writable"},
+             "1 while the node serves reads, and while the log accepts writes."),
         ],
         "Latency": [
             ("GET /get", "s", quantiles("gradestore_http_request_duration_seconds", '{route="/get"}'),
-             "From a request's header to its answer, all replicas together. A read with a position may wait for it."),
+             "From a request's header to its response, all nodes together. A read with Grade-Position may wait."),
             ("POST /set", "s", quantiles("gradestore_http_request_duration_seconds", '{route="/set"}'),
-             "Until the write is in the log and applied: mostly the log's time."),
-            ("p99 of POST /set by replica", "s",
-             {REPLICA: "histogram_quantile(0.99, sum by (instance, le) "
+             "Until the write is in the log and applied. Mostly the latency of the log."),
+            ("p99 of POST /set by node", "s",
+             {NODE: "histogram_quantile(0.99, sum by (instance, le) "
                        '(rate(gradestore_http_request_duration_seconds_bucket{route="/set"}[R])))'},
-             "One that is slower than the others is slow itself; if all are, it is the log."),
+             "If one node is slower than the others, it is overloaded. If all are, the log is slow."),
         ],
         "Saturation": [
-            ("Writes that wait for a batch", "short", {REPLICA: "gradestore_write_queue_patches"},
-             "At 8,192 one more is answered with 503."),
-            ("Requests under way", "short", {REPLICA: "gradestore_http_requests_in_flight"}, "With the one of this scrape."),
-            ("Connections", "short", {"{{port}}, " + REPLICA: "gradestore_http_connections"},
-             "At 8,192 (ops: 256) one more takes the place of the idlest."),
-            ("Connections cut", "cps", {"{{port}}, " + REPLICA: "rate(gradestore_http_connections_cut_total[R])"},
-             "Closed for a deadline or to make room."),
+            ("Queued writes", "short", {NODE: "gradestore_write_queue_patches"},
+             "Waiting for a batch. At 8,192 further writes are rejected with 503."),
+            ("Requests in flight", "short", {NODE: "gradestore_http_requests_in_flight"}, "Including Prometheus' own."),
+            ("Connections", "short", {"{{port}}, " + NODE: "gradestore_http_connections"},
+             "At 8,192 (ops: 256) a new connection evicts the one that is idle longest."),
+            ("Connections closed by the node", "cps", {"{{port}}, " + NODE: "rate(gradestore_http_connections_cut_total[R])"},
+             "After a timeout, or evicted at the limit."),
         ],
     },
     "replication": {
         "Lag": [
-            ("Age of what is not applied", "s", {REPLICA: "gradestore_log_lag_seconds"},
-             "How old the last batch applied is, while the log has newer ones."),
-            ("Batches behind", "short", {REPLICA: "gradestore_log_lag_batches"}, "In the log and not applied here."),
-            ("Position", "short", {REPLICA: "gradestore_log_position", "log's end, " + REPLICA: "gradestore_log_end"},
-             "A replica that stands while the end moves on is stuck."),
-            ("Batches that the log keeps", "short", {REPLICA: "gradestore_log_end - gradestore_log_first"},
-             "A replica that was away for longer begins anew from another one's backup."),
+            ("Lag", "s", {NODE: "gradestore_log_lag_seconds"},
+             "The age of the last applied batch while the log has newer ones."),
+            ("Lag in batches", "short", {NODE: "gradestore_log_lag_batches"}, "In the log and not applied by the node."),
+            ("Position", "short", {NODE: "gradestore_log_position", "end of the log, " + NODE: "gradestore_log_end"},
+             "A node whose position stays while the end grows is stuck."),
+            ("Batches in the log", "short", {NODE: "gradestore_log_end - gradestore_log_first"},
+             "A node that was down for more batches bootstraps from another node's backup."),
         ],
         "Batches": [
-            ("Batches sent", "ops", {REPLICA: "rate(gradestore_batch_patches_count[R])"}, "One message to the log each."),
-            ("Writes a batch", "short",
-             {REPLICA: "rate(gradestore_batch_patches_sum[R]) / rate(gradestore_batch_patches_count[R])"},
-             "More the longer the log takes: writes that wait together go together."),
-            ("From sent to applied", "s", quantiles("gradestore_batch_duration_seconds"),
-             "The log's part of a write, all replicas together."),
-            ("Writes applied", "wps", {REPLICA: "rate(gradestore_patches_applied_total[R]) + rate(gradestore_deletions_applied_total[R])"}, "Own and others'."),
+            ("Batches sent", "ops", {NODE: "rate(gradestore_batch_patches_count[R])"}, "Each is one message in the log."),
+            ("Writes per batch", "short",
+             {NODE: "rate(gradestore_batch_patches_sum[R]) / rate(gradestore_batch_patches_count[R])"},
+             "Group commit: grows with the latency of the log and the number of concurrent writes."),
+            ("Batch latency", "s", quantiles("gradestore_batch_duration_seconds"),
+             "From sent to applied, all nodes together: the log's part of a write."),
+            ("Writes applied", "wps", {NODE: "rate(gradestore_patches_applied_total[R]) + rate(gradestore_deletions_applied_total[R])"},
+             "Sent by this node and by others."),
         ],
         "Gaps and divergence": [
-            ("Digests that differed", "short", {REPLICA: "increase(gradestore_divergences_total[R])"},
-             "0 for ever. Anything else: two replicas held different things at one position."),
-            ("Digests compared", "cpm", {REPLICA: "60 * rate(gradestore_checkpoints_compared_total[R])"},
-             "A minute. Without these nobody would notice."),
-            ("Gaps", "short", {REPLICA: "increase(gradestore_log_gaps_total[R])"},
-             "Times that the log lacked the batch after the last one applied."),
-            ("Begun anew", "short", {REPLICA: "increase(gradestore_resyncs_total[R])"},
-             "The log went on without this replica, or it had diverged."),
-            ("Messages skipped", "short", {REPLICA: "increase(gradestore_log_poisoned_total[R])"},
-             "Somebody published what is no batch. All replicas skip it alike."),
-            ("Messages with a wrong signature", "short", {"checkpoints, " + REPLICA: "increase(gradestore_votes_rejected_total[R])",
-                                                          "announcements, " + REPLICA: "increase(gradestore_announcements_rejected_total[R])"},
-             "Ignored: not signed with the cluster's password."),
+            ("Digest mismatches", "short", {NODE: "increase(gradestore_divergences_total[R])"},
+             "Should always be 0. Otherwise two nodes held different grades at one position."),
+            ("Digests compared", "cpm", {NODE: "60 * rate(gradestore_checkpoints_compared_total[R])"},
+             "Per minute. Without comparisons a mismatch goes unnoticed."),
+            ("Gaps", "short", {NODE: "increase(gradestore_log_gaps_total[R])"},
+             "The log did not have the batch after the last applied one."),
+            ("Bootstrapped again", "short", {NODE: "increase(gradestore_resyncs_total[R])"},
+             "The log was trimmed beyond the node's position, or the node had diverged."),
+            ("Messages skipped", "short", {NODE: "increase(gradestore_log_poisoned_total[R])"},
+             "A client published messages that are not batches. All nodes skip the same ones."),
+            ("Rejected signatures", "short", {"checkpoints, " + NODE: "increase(gradestore_votes_rejected_total[R])",
+                                                          "announcements, " + NODE: "increase(gradestore_announcements_rejected_total[R])"},
+             "Ignored messages that are not signed with the cluster's password."),
         ],
-        "Broker": [
-            ("Connections made anew", "short", {REPLICA: "increase(gradestore_log_reconnects_total[R])"},
-             "The broker was away, or the network to it."),
-            ("Reading taken up again", "short", {REPLICA: "increase(gradestore_log_resumes_total[R])"},
-             "Where it had stopped; nothing is lost by it."),
-            ("Sent or come again", "short", {"sent, " + REPLICA: "increase(gradestore_log_resends_total[R])",
-                                             "come, " + REPLICA: "increase(gradestore_log_redeliveries_total[R])"},
-             "Batches of which nothing was heard, and messages that were read before."),
-            ("Other replicas", "short", {"known, " + REPLICA: "gradestore_peers", "ready, " + REPLICA: "gradestore_peers_ready"},
-             "That answered when they were last asked."),
+        "NATS": [
+            ("Reconnects", "short", {NODE: "increase(gradestore_log_reconnects_total[R])"},
+             "NATS or the network to it was down."),
+            ("Resumed subscriptions", "short", {NODE: "increase(gradestore_log_resumes_total[R])"},
+             "Continued at the same position; no batch is lost."),
+            ("Resends and redeliveries", "short", {"sent, " + NODE: "increase(gradestore_log_resends_total[R])",
+                                                   "delivered, " + NODE: "increase(gradestore_log_redeliveries_total[R])"},
+             "Batches sent again without an acknowledgement, and messages delivered again."),
+            ("Other nodes", "short", {"known, " + NODE: "gradestore_peers", "ready, " + NODE: "gradestore_peers_ready"},
+             "That responded to the last query."),
         ],
     },
     "recovery": {
         "Backup": [
-            ("Running", "short", {REPLICA: "gradestore_backups_running"}, "Two at most; more wait."),
-            ("Ended", "cpm", {"{{result}}, " + REPLICA: "60 * rate(gradestore_backups_total[R])"},
-             "A minute. Broken: the client went away or took nothing for 75 s."),
-            ("Bytes sent", "Bps", {REPLICA: "rate(gradestore_backup_bytes_total[R])"}, ""),
-            ("Rows sent", "rps", {REPLICA: "rate(gradestore_backup_rows_total[R])"}, ""),
-            ("Time of a whole one", "s", quantiles("gradestore_backup_duration_seconds", "", 0.5, 0.99), ""),
+            ("Running", "short", {NODE: "gradestore_backups_running"}, "At most two; further requests wait."),
+            ("Finished", "cpm", {"{{result}}, " + NODE: "60 * rate(gradestore_backups_total[R])"},
+             "Per minute. broken: the client disconnected or read nothing for 75 s."),
+            ("Bytes sent", "Bps", {NODE: "rate(gradestore_backup_bytes_total[R])"}, ""),
+            ("Rows sent", "rps", {NODE: "rate(gradestore_backup_rows_total[R])"}, ""),
+            ("Duration", "s", quantiles("gradestore_backup_duration_seconds", "", 0.5, 0.99), ""),
         ],
         "Restore": [
-            ("Running", "short", {REPLICA: "gradestore_restore_running"}, "Reads and writes get 503 until it is done."),
-            ("Rows", "short", {REPLICA: "gradestore_restore_rows"}, "Of the restore that runs or ran last."),
-            ("Bytes", "bytes", {REPLICA: "gradestore_restore_bytes"}, "Of the restore that runs or ran last."),
-            ("Time", "s", {REPLICA: "gradestore_restore_duration_seconds"}, "Of the restore that runs or ran last."),
-            ("Read ahead of it", "bytes", {REPLICA: "gradestore_restore_buffered_bytes"},
-             "What others write meanwhile; at 32 MiB reading waits."),
-            ("Batches read ahead", "short", {REPLICA: "gradestore_restore_buffered_batches"}, ""),
+            ("Running", "short", {NODE: "gradestore_restore_running"}, "Reads and writes are rejected with 503 until it is done."),
+            ("Rows", "short", {NODE: "gradestore_restore_rows"}, "Of the current or last restore."),
+            ("Bytes", "bytes", {NODE: "gradestore_restore_bytes"}, "Of the current or last restore."),
+            ("Duration", "s", {NODE: "gradestore_restore_duration_seconds"}, "Of the current or last restore."),
+            ("Buffered bytes", "bytes", {NODE: "gradestore_restore_buffered_bytes"},
+             "Batches read from the log during the restore. At 32 MiB reading pauses."),
+            ("Buffered batches", "short", {NODE: "gradestore_restore_buffered_batches"}, ""),
         ],
         "Snapshots": [
-            ("Age", "s", {REPLICA: "gradestore_snapshot_age_seconds"},
-             "An idle store writes none. What came since is read from the log at a start."),
-            ("Batches since", "short", {REPLICA: "gradestore_log_position - gradestore_snapshot_position"}, ""),
-            ("Time", "s", {REPLICA: "gradestore_snapshot_duration_seconds"}, ""),
-            ("Size", "bytes", {REPLICA: "gradestore_snapshot_bytes"}, ""),
-            ("Rows", "short", {REPLICA: "gradestore_snapshot_rows"}, ""),
-            ("Failed", "short", {REPLICA: "increase(gradestore_snapshot_failures_total[R])"},
-             "The disk refused: full, most likely."),
+            ("Age", "s", {NODE: "gradestore_snapshot_age_seconds"},
+             "An idle node writes none. A start reads the batches since then from the log."),
+            ("Batches since", "short", {NODE: "gradestore_log_position - gradestore_snapshot_position"}, ""),
+            ("Duration", "s", {NODE: "gradestore_snapshot_duration_seconds"}, ""),
+            ("Size", "bytes", {NODE: "gradestore_snapshot_bytes"}, ""),
+            ("Rows", "short", {NODE: "gradestore_snapshot_rows"}, ""),
+            ("Failed", "short", {NODE: "increase(gradestore_snapshot_failures_total[R])"},
+             "Most likely the disk is full."),
         ],
     },
     "process": {
         "Process": [
-            ("Version", "short", {"{{version}}, " + REPLICA: "gradestore_build_info"}, "Two lines while an update runs."),
-            ("Running for", "s", {REPLICA: "time() - process_start_time_seconds"}, "Falls to 0 at a restart."),
-            ("CPU", "short", {REPLICA: "rate(process_cpu_seconds_total[R])"}, "Cores."),
-            ("Threads", "short", {REPLICA: "process_threads"}, ""),
+            ("Version", "short", {"{{version}}, " + NODE: "gradestore_build_info"}, "Two versions during an upgrade."),
+            ("Uptime", "s", {NODE: "time() - process_start_time_seconds"}, "0 after a restart."),
+            ("CPU", "short", {NODE: "rate(process_cpu_seconds_total[R])"}, "Cores."),
+            ("Threads", "short", {NODE: "process_threads"}, ""),
         ],
         "Memory": [
-            ("Resident", "bytes", {REPLICA: "process_resident_memory_bytes", "limit, " + REPLICA: "gradestore_memory_limit_bytes"},
-             "Grows with the records. At the limit, of its control group or of the machine, the kernel ends the process."),
-            ("In use", "bytes", {REPLICA: "gradestore_memory_used_bytes", "limit, " + REPLICA: "gradestore_memory_max_bytes"},
-             "Without what deleted records left to new ones. Above the limit, --memory-max, all replicas refuse new users."),
-            ("Full", "short", {REPLICA: "gradestore_store_full"}, "1 while the replica is above its limit: 507 for new users."),
-            ("Resident a record", "bytes", {REPLICA: "process_resident_memory_bytes / (gradestore_records > 0)"},
-             "What does not belong to records weighs in a small store."),
-            ("Virtual", "bytes", {REPLICA: "process_virtual_memory_bytes"}, ""),
+            ("Resident", "bytes", {NODE: "process_resident_memory_bytes", "limit, " + NODE: "gradestore_memory_limit_bytes"},
+             "Grows with the records. At the limit of the control group or the machine the kernel kills the process."),
+            ("In use", "bytes", {NODE: "gradestore_memory_used_bytes", "limit, " + NODE: "gradestore_memory_max_bytes"},
+             "Without memory that deleted records left for new ones. Above --memory-max all nodes reject new users."),
+            ("Full", "short", {NODE: "gradestore_store_full"}, "1 while the node is above --memory-max: new users are rejected with 507."),
+            ("Resident per record", "bytes", {NODE: "process_resident_memory_bytes / (gradestore_records > 0)"},
+             "Includes memory that does not belong to records, which dominates in a small store."),
+            ("Virtual", "bytes", {NODE: "process_virtual_memory_bytes"}, ""),
         ],
         "Disk": [
-            ("Free where the data directory is", "bytes", {REPLICA: "gradestore_data_dir_free_bytes"},
-             "A snapshot that is being written needs as much as the last one has."),
-            ("Share that is free", "percentunit", {REPLICA: "gradestore_data_dir_free_bytes / gradestore_data_dir_size_bytes"},
-             "Others may use the file system too."),
+            ("Free space", "bytes", {NODE: "gradestore_data_dir_free_bytes"},
+             "On the file system of the data directory. A new snapshot needs as much as the last one."),
+            ("Free share", "percentunit", {NODE: "gradestore_data_dir_free_bytes / gradestore_data_dir_size_bytes"},
+             "Other programs may use the file system too."),
         ],
         "Files and connections": [
-            ("Open files", "short", {REPLICA: "process_open_fds", "limit, " + REPLICA: "process_max_fds"},
-             "A connection is one. A low limit lowers how many connections are taken."),
-            ("Connections accepted", "cps", {"{{port}}, " + REPLICA: "rate(gradestore_http_connections_accepted_total[R])"},
-             "Near the rate of requests: clients do not keep connections."),
+            ("Open files", "short", {NODE: "process_open_fds", "limit, " + NODE: "process_max_fds"},
+             "Each connection is one. A low limit also limits the connections."),
+            ("Connections accepted", "cps", {"{{port}}, " + NODE: "rate(gradestore_http_connections_accepted_total[R])"},
+             "Near the request rate if clients do not reuse connections."),
             ("Requests by path", "reqps", {"{{path}}": "sum by (path) (rate(gradestore_http_path_total[R]))"},
              "The router takes more CPU time than the fast path."),
         ],
@@ -182,7 +183,7 @@ DASHBOARDS = {
 
 
 def promql(query):
-    """A query as Grafana is given it."""
+    """A query with selectors and the rate interval."""
     def select(match):
         metric, labels = match.groups()
         return f"{metric}{{{SELECTORS}{',' + labels if labels else ''}}}"
@@ -193,12 +194,12 @@ def source():
     return {"type": "prometheus", "uid": "$datasource"}
 
 
-def panel(number, at, title, unit, queries, tells):
+def panel(number, at, title, unit, queries, description):
     return {
         "id": number,
         "type": "timeseries",
         "title": title,
-        "description": tells,
+        "description": description,
         "datasource": source(),
         "gridPos": at,
         "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
@@ -218,7 +219,7 @@ def from_labels(name, label, query, **more):
 
 
 def panels(rows):
-    """The rows under each other, the panels of a row side by side, three or four to a line."""
+    """The rows below each other, with three or four panels in a line."""
     made, top = [], 0
     for title, row in rows.items():
         made.append({"id": len(made) + 1, "type": "row", "title": title, "collapsed": False, "panels": [],
@@ -226,10 +227,10 @@ def panels(rows):
         top += 1
         side_by_side = 4 if len(row) == 4 else 3
         width = COLUMNS // side_by_side
-        for n, described in enumerate(row):
+        for n, definition in enumerate(row):
             line, column = divmod(n, side_by_side)
             at = {"x": column * width, "y": top + line * HEIGHT, "w": width, "h": HEIGHT}
-            made.append(panel(len(made) + 1, at, *described))
+            made.append(panel(len(made) + 1, at, *definition))
         top += -(-len(row) // side_by_side) * HEIGHT
     return made
 
@@ -251,7 +252,7 @@ def dashboard(name, rows):
         "templating": {"list": [
             variable("datasource", "Prometheus", type="datasource", query="prometheus"),
             from_labels("job", "Job", "label_values(gradestore_build_info, job)"),
-            from_labels("instance", "Replica", 'label_values(gradestore_build_info{job="$job"}, instance)',
+            from_labels("instance", "Node", 'label_values(gradestore_build_info{job="$job"}, instance)',
                         multi=True, includeAll=True, allValue=".+",
                         current={"text": ["All"], "value": ["$__all"]}),
         ]},
@@ -259,14 +260,14 @@ def dashboard(name, rows):
     }
 
 
-def written(name):
-    """The text of a dashboard's file."""
+def dashboard_json(name):
+    """The content of a dashboard's file."""
     return json.dumps(dashboard(name, DASHBOARDS[name]), indent=1, ensure_ascii=False) + "\n"
 
 
 def main():
     for name in DASHBOARDS:
-        (GRAFANA / f"{name}.json").write_text(written(name))
+        (GRAFANA / f"{name}.json").write_text(dashboard_json(name))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What the panels show, as text, where there is no Grafana: a Prometheus of its own on the replicas of `make cluster`, and
-every panel's newest values, again every ten seconds until Ctrl-C. `make dashboards` installs Prometheus and runs it.
+"""Prints the values of all panels as text, without Grafana: starts a Prometheus that scrapes the nodes of `make cluster`,
+and prints the newest values every ten seconds until Ctrl-C. `make dashboards` installs Prometheus and runs it.
 
     python3 dashboards/show.py
     python3 dashboards/show.py overview --targets 127.0.0.1:8082
@@ -29,7 +29,7 @@ DASHBOARDS = ROOT / "dashboards"
 FILES = sorted((DASHBOARDS / "grafana").glob("*.json"))
 RULES = DASHBOARDS / "rules.yml"
 CLUSTER = "127.0.0.1:18082,127.0.0.1:28082,127.0.0.1:38082"
-# Grafana's is four scrape intervals at least.
+# Grafana uses at least four scrape intervals.
 RATE_INTERVAL, RATE_INTERVAL_S = "8s", 8
 EVERY_S = 10
 WAIT_S_MAX = 60
@@ -37,20 +37,20 @@ UNITS = {"short": "", "bytes": " B", "percentunit": " of 1", "Bps": " B/s", "req
          "cps": "/s", "cpm": "/min", "s": " s"}
 
 
-def until(wanted):
-    """Asks until there is an answer, or none in time: then what was said last is the reason."""
+def until(failing):
+    """Waits until `failing` returns nothing. After a timeout its last result is the error."""
     deadline = time.monotonic() + WAIT_S_MAX
     while True:
-        missing = wanted()
-        if not missing:
+        reason = failing()
+        if not reason:
             return
         if time.monotonic() > deadline:
-            raise AssertionError(f"after {WAIT_S_MAX} s: {missing}")
+            raise AssertionError(f"after {WAIT_S_MAX} s: {reason}")
         time.sleep(0.2)
 
 
 class Prometheus:
-    """A real one, that scrapes these ops ports every second."""
+    """A Prometheus that scrapes these ops ports every second."""
 
     def __init__(self, directory, targets, rules=RULES):
         self.url = f"http://127.0.0.1:{free_port()}"
@@ -86,31 +86,31 @@ class Prometheus:
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{query}: {error.read().decode()}") from error
 
-    def ask(self, query):
-        """What a query gives, series by series, numbers alone."""
+    def query(self, query):
+        """The finite values of a query, by labels."""
         found = [(series["metric"], float(series["value"][1])) for series in self.api("query", query=query)["result"]]
         return [(labels, value) for labels, value in found if math.isfinite(value)]
 
 
 def panels():
-    """Every panel that has queries: its dashboard, and it."""
+    """The panels with queries, each with the name of its dashboard."""
     for file in FILES:
         for panel in json.loads(file.read_text())["panels"]:
             if "targets" in panel:
                 yield file.stem, panel
 
 
-def asked(target):
+def query_of(target):
     """A panel's query with Grafana's variables filled in."""
     query = target["expr"].replace("$job", "gradestore").replace("$instance", ".+")
     return query.replace("$__rate_interval", RATE_INTERVAL)
 
 
-def shown(prometheus, wanted):
-    """The panels of these dashboards and the alerts, a line a series."""
+def text_lines(prometheus, dashboards):
+    """The panels of these dashboards with a line for each series, and the alerts."""
     last = None
     for dashboard, panel in panels():
-        if dashboard not in wanted:
+        if dashboard not in dashboards:
             continue
         if dashboard != last:
             yield f"\n== gradestore: {dashboard} =="
@@ -118,7 +118,7 @@ def shown(prometheus, wanted):
         unit = UNITS[panel["fieldConfig"]["defaults"]["unit"]]
         yield panel["title"]
         for target in panel["targets"]:
-            for labels, value in prometheus.ask(asked(target)):
+            for labels, value in prometheus.query(query_of(target)):
                 legend = re.sub(r"{{(\w+)}}", lambda found: labels.get(found[1], ""), target["legendFormat"])
                 yield f"    {legend:<40} {value:.6g}{unit}"
     yield "\n== alerts =="
@@ -129,17 +129,17 @@ def shown(prometheus, wanted):
 def main():
     names = [file.stem for file in FILES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dashboards", nargs="*", metavar="DASHBOARD", help=f"of {', '.join(names)}; nothing for all")
-    parser.add_argument("--targets", default=CLUSTER, help="ops ports, with a comma between two; those of make cluster")
+    parser.add_argument("dashboards", nargs="*", metavar="DASHBOARD", help=f"{', '.join(names)}; default: all")
+    parser.add_argument("--targets", default=CLUSTER, help="ops ports, separated by commas; default: those of make cluster")
     args = parser.parse_args()
     if unknown := set(args.dashboards) - set(names):
-        parser.error(f"{', '.join(unknown)}: give some of {', '.join(names)}")
+        parser.error(f"unknown dashboard {', '.join(unknown)}: use {', '.join(names)}")
     with tempfile.TemporaryDirectory() as directory, contextlib.suppress(KeyboardInterrupt):
         with Prometheus(Path(directory), args.targets.split(",")) as prometheus:
-            print(f"Prometheus is at {prometheus.url}; the first rates take {RATE_INTERVAL_S} s. Ctrl-C ends both.", flush=True)
+            print(f"Prometheus listens on {prometheus.url}; the first rates take {RATE_INTERVAL_S} s. Ctrl-C stops it.", flush=True)
             time.sleep(RATE_INTERVAL_S)
             while True:
-                print("\n".join(shown(prometheus, args.dashboards or names)), flush=True)
+                print("\n".join(text_lines(prometheus, args.dashboards or names)), flush=True)
                 time.sleep(EVERY_S)
 
 

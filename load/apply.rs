@@ -1,9 +1,9 @@
-//! How fast a replica applies the batches of others, beside parsing the same messages alone.
+//! Measures how fast a replica applies batches of others, against parsing the same messages.
 //!
-//! The messages are as JetStream has them, in memory: no broker, no network, no HTTP. `parse` reads
-//! each payload with simd-json, its buffers kept, into patches whose ids are borrowed, and throws
-//! them away; `read` is the replica's own reading of headers and payload; `apply` puts the replica's
-//! applier behind that. All are run in turns, each round with another store of the same users.
+//! The messages are in memory as JetStream stores them: no NATS, no network, no HTTP. `parse`
+//! reads each payload with simd-json and reused buffers into patches with borrowed ids, and drops
+//! them. `read` decodes headers and payload like a replica. `apply` adds the replica's applier.
+//! All run in turns, each round with another store of the same users.
 //!
 //! `cargo run --release --example apply -- --users 1000000 --patches 4000000 --rounds 5`
 
@@ -17,8 +17,8 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write};
 use gradestore::log::{
-    Batch, BatchId, ClusterKey, Effect, Entry, InFlight, Log, LogId, MemoryLog, Position, RandomId,
-    ReadError, Subscription, message,
+    Batch, BatchId, ChainEntry, ClusterKey, Entry, InFlight, Log, LogId, MemoryLog, Position,
+    RandomId, ReadError, Subscription, message,
 };
 use gradestore::replication::state::Readiness;
 use gradestore::replication::{
@@ -29,9 +29,9 @@ use metrics::{Counter, Histogram};
 
 /// The node's own allocator.
 #[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Messages that are handed over at once, as the log's subscription does.
+/// Messages per call, as in the log's subscription.
 const MESSAGES_AT_ONCE: usize = 16;
 
 #[derive(Parser)]
@@ -64,7 +64,7 @@ impl Subscription for Messages<'_> {
         for (headers, payload) in self.rest.by_ref().take(MESSAGES_AT_ONCE) {
             let (label, batch) = read(headers, payload, &self.in_flight);
             let (id, time_ns) = (label.id, self.last.time_ns + 1);
-            self.last = self.last.next(time_ns, Effect::Batch { id, payload });
+            self.last = self.last.next(time_ns, ChainEntry::Batch { id, payload });
             entries.push(Entry {
                 position: self.last,
                 batch,
@@ -87,7 +87,7 @@ fn read(
     batch.unwrap_or_else(|_| panic!("a message can't be read"))
 }
 
-/// How many patches simd-json alone finds.
+/// The number of patches that simd-json finds.
 fn parse(messages: &[Message]) -> Result<usize, Error> {
     let mut buffers = simd_json::Buffers::default();
     let mut json = Vec::new();
@@ -132,10 +132,10 @@ fn messages(args: &Args, writer: RandomId) -> Vec<Message> {
 fn applier(args: &Args) -> Applier {
     let store = Store::new();
     for user in 0..args.users {
-        store.apply(&Patch {
+        store.apply_all(&[Write::Set(Patch {
             user_id: (1_000_000_000_000 + user).to_string(),
             changes: Changes::all(Values::default()),
-        });
+        })]);
     }
     let (replica, metrics) = (RandomId::of(1), CheckpointMetrics::noop());
     let log = MemoryLog::new(replica, 0);

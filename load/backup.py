@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Measures and checks backups: of nodes that it starts itself, on free ports, without a disk.
+"""Measures and checks backups of nodes that it starts on free ports, without a disk.
 
     cargo build --release
-    python3 load/backup.py tools     # zcat, Python and DuckDB read exactly what was set
-    python3 load/backup.py compare   # speed and size next to pigz, a restore next to Redis
-    python3 load/backup.py memory    # what a backup adds to the node's memory
-    python3 load/backup.py slow      # what a slow reader of a backup does to POST /set
+    python3 load/backup.py tools     # zcat, Python and DuckDB read exactly what was written
+    python3 load/backup.py compare   # speed and size against pigz, restore against Redis
+    python3 load/backup.py memory    # how much memory a backup adds
+    python3 load/backup.py slow      # the effect of a slow reader of a backup on POST /set
 
-Exit code 1 when something differs or a demand is missed. `load/install.sh` has the other programs
-that this runs: DuckDB, pigz, Redis, wrk; curl must be there. The records are those of `generate.py`.
+Exit code 1 if data differs or a goal was missed. `load/install.sh` installs DuckDB, pigz, Redis and wrk; curl is needed
+too. The records are those of `generate.py`.
 """
 
 import argparse
@@ -28,13 +28,13 @@ import time
 from pathlib import Path
 
 import generate
-from measure import AUTH, RELEASE, ROOT, Node, Others, demand, wrk
+from measure import AUTH, BUILT, ROOT, Node, Others, demand, wrk
 
-NODE = RELEASE / "gradestore"
+NODE = BUILT / "gradestore"
 TOOLS = ROOT / ".tools"
 MIB = 1024 * 1024
 
-# What must hold, as medians of the rounds' ratios.
+# The goals, for the medians of the rounds' ratios.
 BACKUP_RATE_MIN = 1.0  # rows a second, to `pigz -1 -p2` of the same CSV
 BACKUP_SIZE_MAX = 1.05  # bytes, to the same
 RESTORE_RATE_MIN = 4.0  # rows a second, to Redis that loads its own dump of the same records
@@ -60,7 +60,7 @@ def generated(directory, users):
 
 
 def shell(command, directory):
-    """What `command` prints, and how many seconds it took."""
+    """The output of `command`, and its duration in seconds."""
     path = f"{TOOLS / 'bin'}:{os.environ['PATH']}"
     began = time.monotonic()
     out = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=directory, env=dict(os.environ, PATH=path),
@@ -84,7 +84,7 @@ def tools(args, directory):
                         ("gradestore verify", verify)):
         print(f"\n{what}")
         equal = check(args.users, directory)
-        print("  as it was set" if equal else "  DIFFERS")
+        print("  equal" if equal else "  DIFFERS")
         failed |= not equal
     return int(failed)
 
@@ -99,7 +99,7 @@ def documented_commands(users, directory):
     for command in commands:
         out, took_s = shell(command, directory)
         print(f"  {took_s:5.1f} s  {command}")
-        # DuckDB draws a table; numbers of the width of a type's name (int64) are not among them.
+        # DuckDB prints a table; the digits of type names such as int64 do not count.
         found.append([int(number) for number in re.findall(r"(?<![\w-])-?\d+(?![\w.])", out)])
         print(f"           {found[-1]}")
     return [numbers[:len(want)] for numbers, want in zip(found, wanted, strict=True)] == wanted
@@ -108,7 +108,7 @@ def documented_commands(users, directory):
 def zcat_bytes(users, directory):
     sums = []
     for name in ("generated.csv.gz", "grades.csv.gz"):
-        # A backup has its rows in no order, and the header row comes first.
+        # The rows of a backup are not sorted, and the header row is first.
         command = f"zcat {name} | (read -r header; echo \"$header\"; LC_ALL=C sort) | sha256sum"
         out, took_s = shell(command, directory)
         print(f"  {took_s:5.1f} s  {command}\n           {out}")
@@ -135,9 +135,9 @@ def duckdb_values(users, directory):
     differs = " OR ".join(f"{name} IS DISTINCT FROM value_of(n, {field})" for field, name in enumerate(generate.FIELDS))
     columns = {"user_id": "VARCHAR"} | dict.fromkeys(generate.FIELDS, "BIGINT")
     statements = (
-        # It would draw on standard output.
+        # It would print a progress bar.
         "SET enable_progress_bar = false",
-        # The formulas of generate.py once more.
+        # The formulas of generate.py.
         """CREATE MACRO value_of(n, field) AS CASE
             WHEN (4 * n + field) % 101 = 0 THEN -9223372036854775808
             WHEN (4 * n + field) % 101 = 1 THEN 9223372036854775807
@@ -178,7 +178,7 @@ def compare(args, directory):
     rounds = []
     with filled(directory, path) as node:
         subprocess.run(node.curl_backup(backup), check=True)
-        # The rows as the backup has them, in the same order: what pigz is to pack.
+        # The rows in the order of the backup, as input of pigz.
         shell(f"zcat {backup} > {text}", directory)
         sizes = {"csv": text.stat().st_size, "backup": backup.stat().st_size,
                  "pigz": int(shell(f"pigz -1 -p2 -c {text} | wc -c", directory)[0])}
@@ -224,7 +224,7 @@ def restore_s(directory, backup):
 
 @contextlib.contextmanager
 def redis(directory):
-    """A Redis on a socket in `directory`, and its log once it has loaded what dump.rdb is there."""
+    """A Redis on a socket in `directory`, and its log once it has loaded dump.rdb."""
     log = directory / "redis.log"
     log.unlink(missing_ok=True)
     child = subprocess.Popen(["redis-server", "--port", "0", "--unixsocket", directory / "redis.sock", "--dir", directory,
@@ -242,7 +242,7 @@ def redis(directory):
 
 
 def redis_load_s(directory):
-    """What Redis itself says of it."""
+    """As reported by Redis."""
     with redis(directory) as log:
         return float(re.search(r"DB loaded from disk: ([\d.]+) seconds", log)[1])
 
@@ -305,13 +305,13 @@ def memory(args, directory):
 
 
 class Client(threading.Thread):
-    """Asks for a backup and takes so many bytes a second of it; with 0 none after the header."""
+    """Requests a backup and reads it at some bytes a second; with 0 only the header."""
 
     def __init__(self, url, bytes_per_s):
         super().__init__(daemon=True)
         host, port = url.removeprefix("http://").split(":")
         self.socket = socket.socket()
-        # What the kernel buffers is not read by anybody.
+        # A small buffer, so that unread bytes stay in the node.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.socket.connect((host, int(port)))
         self.socket.sendall(f"GET /backup HTTP/1.1\r\nHost: node\r\nAuthorization: Basic {AUTH}\r\n\r\n".encode())
@@ -345,7 +345,7 @@ def slow(args, directory):
         for n in range(1, args.rounds + 1):
             others = Others(node)
             p999_us, rate = {}, {}
-            # Another one goes first each time.
+            # Another case goes first each time.
             order = list(kinds)[n % 3:] + list(kinds)[:n % 3]
             for kind in order:
                 client = None
@@ -384,7 +384,7 @@ def main():
     it.add_argument("--connections", type=int, default=16)
     it.add_argument("--delay-ms", type=int, default=5)
     it.add_argument("--seconds", type=int, default=6)
-    it.add_argument("--disk", action="store_true", help="with the log on disk")
+    it.add_argument("--disk", action="store_true", help="use the log on disk")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gradestore-") as directory:
         sys.exit(args.run(args, Path(directory)))

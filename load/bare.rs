@@ -1,7 +1,7 @@
-//! The reference that gradestore is measured against: hyper and nothing else.
+//! The reference for gradestore: hyper without anything else.
 //!
-//! The same runtime, HTTP library and socket settings as a node, and the least an answer can be:
-//! GET gets a fixed JSON body as long as a grade's, POST has its body read and gets 204.
+//! The same runtime, HTTP library and socket settings as a node, and minimal responses: GET
+//! returns a fixed JSON body of the length of a grade, POST reads its body and returns 204.
 //!
 //! `cargo run --release --example bare -- 127.0.0.1:9090`
 
@@ -22,7 +22,7 @@ const GRADE: &[u8] =
 async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     let mut response = Response::new(Full::default());
     if request.method() == Method::POST {
-        // A body that breaks off is the client's affair.
+        // A broken body is the client's problem.
         let _ = request.into_body().collect().await;
         *response.status_mut() = StatusCode::NO_CONTENT;
     } else {

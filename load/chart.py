@@ -1,4 +1,4 @@
-"""Draws lines over one time as an SVG: panels under each other, bands behind them."""
+"""Draws time series as an SVG: panels below each other, with bands behind them."""
 
 import html
 import math
@@ -12,7 +12,7 @@ VALUES, TIMES = 4, 16
 
 
 def ticks(low, high, count):
-    """At most so many and one, 1, 2 or 5 times a power of ten apart."""
+    """At most `count` + 1 ticks, 1, 2 or 5 times a power of ten apart."""
     power = 10 ** math.floor(math.log10((high - low) / count))
     every = next(power * factor for factor in (1, 2, 5, 10) if power * factor * count >= high - low)
     first = math.ceil(low / every)
@@ -63,7 +63,7 @@ def draw(title, span, bands, panels, axis="seconds since the replica was started
                     fill=BANDS[n % len(BANDS)])
     named_to, raised = 0, False
     for name, begin, _ in bands:
-        # A name that would run into the last one stands above it.
+        # A label that would overlap the previous one is placed above it.
         raised = x(begin) < named_to and not raised
         drawing.text(x(begin) + 3, TOP - (28 if raised else 10), name, font_size=11)
         named_to = x(begin) + 8 + 6 * len(name)

@@ -1,10 +1,10 @@
 #!/bin/sh
 # A cluster on this machine: nats-server and three nodes, each on its own ports. Ctrl-C stops all. The
-# data is in the given directory, or in a temporary one that is removed at the end. If a node ends,
-# the others go on.
+# data is in the given directory, or in a temporary one that is removed at the end. If a node exits,
+# the others continue.
 #
-# SYNC=always makes nats-server sync every batch before it answers; see docs/guarantees.md. PROGRAM is
-# a gradestore to run in place of one that is built here.
+# SYNC=always makes nats-server sync every batch before it acknowledges it; see docs/guarantees.md. PROGRAM is
+# a gradestore program; without it, one is built.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -24,7 +24,7 @@ mkdir -p "$dir"
 pids=
 end() {
     trap - INT TERM EXIT
-    # The nodes first: they write a snapshot, and the broker is still there for what is under way.
+    # The nodes first: they write a snapshot and need NATS for their last writes.
     for pid in $pids; do
         kill "$pid" 2>/dev/null || true
         wait "$pid" 2>/dev/null || true
@@ -38,7 +38,7 @@ cat >"$dir/nats.conf" <<CONF
 listen: 127.0.0.1:4222
 jetstream { store_dir: "$dir/nats", sync_interval: "${SYNC:-2m}" }
 CONF
-# Out of the terminal's reach: its Ctrl-C is for this script, which ends all in order.
+# In another session, so that Ctrl-C reaches only this script, which stops all in order.
 setsid .tools/bin/nats-server -c "$dir/nats.conf" -l "$dir/nats.log" &
 nats=$!
 for n in 1 2 3; do

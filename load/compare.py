@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Everything that is demanded of speed and size, measured beside a reference and printed as one table.
+"""Measures all goals of speed and size against references, and prints one table.
 
     load/install.sh && tests/install-nats.sh
-    cargo build --release --bins --examples --features measure
-    python3 load/compare.py                     # all parts, in about forty minutes
-    python3 load/compare.py get set --rounds 3  # some of them
+    cargo build --profile dist -p gradestore -p gradestore-load --features gradestore/measure
+    PROFILE=dist python3 load/compare.py                     # all parts, in about forty minutes
+    PROFILE=dist python3 load/compare.py get set --rounds 3  # some of them
 
-Each part starts its own servers and drives them in turns of a second, so that a slow moment of the machine hits all
-alike; the order changes from turn to turn, and where a ratio lies near its demand each round of turns has processes of
-its own. Where CPU time is compared the servers are on the first core and wrk on the second. A turn that others' work
-disturbed does not count. Printed is each turn, the median of the turns' ratios and, in the end, the table. Exit code 1
-when a request failed or a demand is missed.
+Each part starts its own servers and loads them in turns of a second, so that a slow moment of the machine affects all
+of them; the order changes from turn to turn. Where a ratio is near its goal, each round has its own processes. Where
+CPU time is compared, the servers run on the first core and wrk on the second. A turn that other processes disturbed
+does not count. Prints each turn, the median of the turns' ratios and finally the table. Exit code 1 if a request failed
+or a goal was missed.
 """
 
 import argparse
@@ -33,28 +33,28 @@ from pathlib import Path
 import backup
 import generate
 import jetstream
-from measure import (AUTH, DEMANDED, OTHERS_QUIET, RELEASE, ROOT, Node, cpu_s, demand, end_with_parent, free_port,
+from measure import (AUTH, DEMANDED, OTHERS_QUIET, BUILT, ROOT, Node, cpu_s, demand, end_with_parent, free_port,
                      last_line, machine_cpu_s, memory_mib, own_cpu_s, pinned, says, wrk)
 
 MILLION = 1_000_000
-# A turn in which everything else on the machine took more than OTHERS_QUIET of a core does not count; it is repeated,
-# up to so many times the turns asked for. Each begins once the machine is that quiet.
+# A turn during which everything else on the machine used more than OTHERS_QUIET of a core is repeated, up to this
+# multiple of the requested turns. Each turn starts once the machine is quiet.
 TRIES = 3
 QUIET_WAIT_S_MAX = 120
-# Different users that a run asks for: what they touch does not fit in a cache.
+# Distinct users of a run, so that their records do not fit into the cache.
 ASKED = "262144"
-# A connection's mean wait between two requests where the load is to be less than all.
-# Kinds of GET /get beside plain ones: see get.lua.
+# The mean delay between two requests of a connection where the load is below the maximum.
+# Other kinds of GET /get: see get.lua.
 KINDS = ["proxied", "encoded", "unknown"]
 THINK_MS = 3
 
 
 class Server:
-    """A reference: a program that answers on a port of its own."""
+    """A reference program on its own port."""
 
     def __init__(self, command, port, core, answers="/"):
         self.url = f"http://127.0.0.1:{port}"
-        # Its log goes nowhere: nobody reads a pipe while wrk runs.
+        # Its log is discarded, because nothing reads a pipe while wrk runs.
         self.child = subprocess.Popen([*pinned(core), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                       preexec_fn=end_with_parent)
         self.pid = self.child.pid
@@ -77,16 +77,16 @@ class Server:
 
 def bare(core=0):
     port = free_port()
-    return Server([RELEASE / "examples" / "bare", f"127.0.0.1:{port}"], port, core)
+    return Server([BUILT / "bare", f"127.0.0.1:{port}"], port, core)
 
 
 def plain_id(user):
-    """What get.lua and set.lua ask for."""
+    """The ids of get.lua and set.lua."""
     return str(generate.FIRST_ID + user)
 
 
 class Files:
-    """Backups of so many users, made once: a node reads its own format soonest."""
+    """Backups of a number of users, created once: a node reads its own format fastest."""
 
     def __init__(self, directory):
         self.directory, self.made = directory, {}
@@ -139,7 +139,7 @@ def in_turns(args, begin):
 
 
 def turn(args, seed, runs, servers):
-    """What each run gives, by name; None if others' work disturbed them."""
+    """The results of each run, by name; `None` if other processes disturbed one."""
     if not args.noisy:
         wait_for_quiet()
     names = list(runs)
@@ -166,7 +166,7 @@ def told(what, found):
 
 
 def driven(args, script, url, pid, users, **more):
-    """What a run of wrk gives, with the server's CPU time a request."""
+    """The result of a run of wrk, with the server's CPU time per request."""
     def run(seed, seconds=None):
         before = cpu_s(pid)
         row = wrk(script, url, seed, args, core=1, users=users, seconds=seconds, **more)
@@ -175,8 +175,8 @@ def driven(args, script, url, pid, users, **more):
 
 
 def get(args, files):
-    """GET /get next to a bare hyper server; with few records, without metrics, off the fast path, of other kinds; at
-    70 % of the load."""
+    """GET /get against a bare hyper server; with few records, without metrics, without the fast path, of other kinds;
+    at 70 % of the load."""
     def asks(server, users, **more):
         url = server.url if isinstance(server, Server) else server.urls["read"]
         return driven(args, "get.lua", url, server.pid, users, REQUESTS=ASKED, **more)
@@ -219,7 +219,7 @@ def get(args, files):
 
 
 def webdis(args, files):
-    """GET /get next to Redis behind Webdis, each system on one core."""
+    """GET /get against Redis behind Webdis, each system on one core."""
     directory = files.directory / "webdis"
     directory.mkdir()
     redis_port, port = free_port(), free_port()
@@ -259,7 +259,7 @@ def fill_redis(to, users, id_of):
 
 
 class Commands:
-    """For a process of its own."""
+    """For its own process."""
 
     def __init__(self, id_of):
         self.id_of = id_of
@@ -269,7 +269,7 @@ class Commands:
 
 
 def sets(args, files):
-    """POST /set next to a bare hyper server, without a disk and with one, without the password's check."""
+    """POST /set against a bare hyper server, with and without a disk, and without the password check."""
     users = 100_000
 
     def begin(start):
@@ -291,16 +291,16 @@ def sets(args, files):
 
 
 def broker(args, files):
-    """POST /set through JetStream next to one message a write."""
+    """POST /set through JetStream against one message per write."""
     of_jetstream = argparse.Namespace(rounds=args.rounds, seconds=args.seconds, users=100_000, connections=[64, 256],
                                       sync=["default", "always"], dir=files.directory, )
     jetstream.measure(of_jetstream)
 
 
 def apply(args, _files):
-    """Batches of others next to parsing them alone."""
+    """Applying batches of other replicas against parsing them."""
     print("\na replica that applies others' batches, and parsing alone")
-    command = [*pinned(0), RELEASE / "examples" / "apply", "--rounds", str(args.rounds)]
+    command = [*pinned(0), BUILT / "apply", "--rounds", str(args.rounds)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     print(out, end="")
     rows = [last_line(line) for line in out.splitlines()]
@@ -309,7 +309,7 @@ def apply(args, _files):
 
 
 def backups(args, files):
-    """Backup and restore next to pigz, Redis and zcat; memory during a backup."""
+    """Backup and restore against pigz, Redis and zcat; memory during a backup."""
     print("\nbackup and restore")
     of_backup = argparse.Namespace(rounds=args.rounds, users=5 * MILLION)
     backup.compare(of_backup, Path(tempfile.mkdtemp(dir=files.directory)))
@@ -318,7 +318,7 @@ def backups(args, files):
 
 
 def reading(args, files):
-    """p99 of GET /get while one backup after the other is taken."""
+    """p99 of GET /get while backups are taken one after the other."""
     with files.filled(args.users) as node:
         stop = threading.Event()
 
@@ -345,7 +345,7 @@ def reading(args, files):
 
 
 def memory(args, files):
-    """Resident memory a record next to Redis; the most while restoring next to what stays."""
+    """Resident memory per record against Redis; the maximum while restoring against the steady state."""
     with files.filled(0) as node:
         empty = node.rss_mib()
     for name, id_of, bound in (("13-byte ids", plain_id, 0.35), ("36-byte ids", generate.uuid_id, 0.45)):
@@ -424,12 +424,12 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS) + "; all if none is given")
-    parser.add_argument("--rounds", type=int, default=5, help="with processes of their own, where a ratio is near its demand")
-    parser.add_argument("--seconds", type=int, default=4, help="of each run in a round, in turns of one where they are short")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds with their own processes, where a ratio is near its goal")
+    parser.add_argument("--seconds", type=int, default=4, help="duration of each run in a round")
     parser.add_argument("--users", type=int, default=10 * MILLION)
     parser.add_argument("--connections", type=int, default=64)
-    parser.add_argument("--noisy", action="store_true", help="disturbed turns count as well")
-    parser.add_argument("--dir", type=Path, default=ROOT / "target", help="where a directory is made, on a disk")
+    parser.add_argument("--noisy", action="store_true", help="count disturbed turns too")
+    parser.add_argument("--dir", type=Path, default=ROOT / "target", help="parent of the data directories, on a disk")
     args = parser.parse_args()
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:

@@ -1,4 +1,4 @@
-//! What the load tools share: a connection that is kept, and the requests that go over it.
+//! Shared by the load tools: a keep-alive connection and its requests.
 
 use axum_extra::headers::Authorization;
 use axum_extra::headers::authorization::Credentials as _;
@@ -8,22 +8,22 @@ use tokio::net::TcpStream;
 
 pub(crate) type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// 13 bytes, as `load/*.lua` and `load/smoke.js` make them.
+/// 13 bytes, as in `load/*.lua` and `load/k6/ids.js`.
 pub(crate) fn user_id(user: u64) -> u64 {
     1_000_000_000_000 + user
 }
 
-/// The value of the header `authorization`.
+/// The value of the authorization header.
 pub(crate) fn basic(username: &str, password: &str) -> Result<String, Error> {
     let basic = Authorization::basic(username, password);
     Ok(basic.0.encode().to_str()?.to_owned())
 }
 
-/// A keep-alive connection that has one request under way at most.
+/// A keep-alive connection with at most one request in flight.
 pub(crate) struct Connection {
     stream: BufReader<TcpStream>,
     host: String,
-    /// The last answer's header and body.
+    /// The header and body of the last response.
     head: String,
     body: Vec<u8>,
 }
@@ -57,7 +57,7 @@ impl Connection {
         format!("GET /get?{USER_ID}={id} HTTP/1.1\r\nhost: {host}\r\n\r\n")
     }
 
-    /// Sends `request` and reads the answer: its status and its body.
+    /// Sends `request` and reads the response: its status and its body.
     pub(crate) async fn ask(&mut self, request: &str) -> Result<(u16, &[u8]), Error> {
         self.stream.write_all(request.as_bytes()).await?;
         self.head.clear();

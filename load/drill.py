@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""The restore drill: one of three replicas loses its disk while writes go on, and comes back.
+"""The restore drill: wipes the disk of one of three replicas under load, and measures its recovery.
 
-Starts nats-server and three replicas on free ports, fills them, and keeps writing to and reading from
-two of them at a fixed rate (load/steady.rs). The third is ended with kill -9, its disk wiped, and it is
-started again. Reported is what it took and what the other two's clients noticed. At the end no more is
-written, all three must hold the same, and every write that was ever answered is read back from the one
-that was restored. Exit code 1 when something is missing or differs, or a demand is missed.
+Starts nats-server and three replicas on free ports, fills them, and writes to and reads from two of them at a fixed rate
+(load/steady.rs). The third is killed with kill -9, its disk is wiped, and it is started again. Reports the duration of
+the recovery and its effect on the clients of the other two. At the end the writes stop, all three must be equal, and
+every acknowledged write is read from the restored replica. Exit code 1 if a write is missing, replicas differ, or a goal
+was missed.
 
     tests/install-nats.sh
-    cargo build --release --bins --examples
+    cargo build --release -p gradestore -p gradestore-load
     python3 load/drill.py --users 5000000 --writes-per-s 10000
 
-The report and a picture go to load/results/drill.txt and drill.svg, or elsewhere with --results.
-All it starts ends with it, in whatever way it ends; what they kept goes too, unless this is killed.
+The report and a chart are written to load/results/drill.txt and drill.svg, or to --results. All child processes end with
+this one. Their data is removed, unless this process is killed.
 """
 
 import argparse
@@ -34,14 +34,14 @@ from pathlib import Path
 
 import chart
 import generate
-from measure import (PASSWORD, PROGRAM, RELEASE, ROOT, SERVER, SYNCS, Broker, Node, cpu_s, end_with_parent, machine_cpu_s,
+from measure import (PASSWORD, PROGRAM, BUILT, ROOT, SERVER, SYNCS, Broker, Node, cpu_s, end_with_parent, machine_cpu_s,
                      own_cpu_s, says)
 
-# The first is demanded from so much on: of a small store the start is most.
+# The first goal applies from this size on: with a small store most of the time is the start.
 DEMANDED_USERS, DEMANDED_WRITES_PER_S = 5_000_000, 10_000
 READY_TO_LOCAL_MAX = 1.5  # the time until ready, to that from a file under the same load
 RSS_PEAK_TO_STEADY_MAX = 1.3
-# Of the writes wanted so many must have been answered in time, else the load was another one.
+# The share of writes that must be acknowledged in time, or the load was lower than requested.
 RATE_MIN = 0.98
 LOAD_QUIET = 1.5
 SAMPLE_EVERY_S = 0.1
@@ -54,7 +54,7 @@ NAMES = ("first", "second", "third")
 
 
 class Report:
-    """What is printed is kept too."""
+    """Prints and saves the report."""
 
     def __init__(self):
         self.lines = []
@@ -76,12 +76,12 @@ class Report:
 
 
 class Load:
-    """`steady`, and what it says."""
+    """The process of `steady.rs` and its output."""
 
     def __init__(self, nodes, args):
         urls = [f"--{port}={node.urls[port]}" for node in nodes for port in ("write", "read")]
         self.child = subprocess.Popen(
-            [RELEASE / "examples" / "steady", *urls, f"--users={args.users}", f"--writes-per-s={args.writes_per_s}",
+            [BUILT / "steady", *urls, f"--users={args.users}", f"--writes-per-s={args.writes_per_s}",
              f"--reads-per-s={args.reads_per_s}"],
             env=dict(os.environ, GRADESTORE_PASSWORD=PASSWORD), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             preexec_fn=end_with_parent)
@@ -109,7 +109,7 @@ class Load:
         return answer
 
     def phase(self, wait_s=0):
-        """What was measured since the last call, after so many more seconds."""
+        """The measurements of the next `seconds`."""
         time.sleep(wait_s)
         began, self.phase_began = self.phase_began, time.monotonic()
         return dict(self.ask("phase"), seconds=self.phase_began - began)
@@ -123,7 +123,7 @@ class Load:
 
 
 class Watch(threading.Thread):
-    """Looks at a node again and again: how it stands, and its memory."""
+    """Polls the state and memory of a node."""
 
     def __init__(self, node):
         super().__init__(daemon=True)
@@ -152,7 +152,7 @@ class Watch(threading.Thread):
 
 
 class Cpu:
-    """What ours take of the processors from now on, in core seconds, and what all else on the machine does."""
+    """The CPU time of our processes from now on, in core seconds, and of everything else on the machine."""
 
     def __init__(self, ours):
         self.ours = ours
@@ -164,7 +164,7 @@ class Cpu:
         return used | {"this script": own_cpu_s()}
 
     def used(self, **new):
-        """With that of the nodes that were started meanwhile."""
+        """Including nodes that were started meanwhile."""
         used = {who: now - self.before[who] for who, now in self.now().items()}
         used |= {who.replace("_", " "): cpu_s(node.pid) for who, node in new.items()}
         return used | {"others": max(0, machine_cpu_s() - self.all_before - sum(used.values()))}
@@ -178,21 +178,21 @@ def rss_peak_mib(pid):
 
 
 def local_restore(directory, file, ours):
-    """A node without a log that begins from a file: seconds until it is ready, those of the restore in it, its core
-    seconds, and how many cores others had meanwhile."""
+    """A node without a log that restores a file: seconds to ready, seconds of the restore, its core seconds, and the
+    cores that others used meanwhile."""
     directory.mkdir(exist_ok=True)
     cpu = Cpu(ours)
     with Node(directory, "--ephemeral", "--restore-from", file) as node:
         ready_s = time.monotonic() - cpu.began
         used = cpu.used(node=node)
         restore_s = node.status()["restore"]["duration_s"]
-        # It has nothing to keep.
+        # It has no data to lose.
         node.kill()
     return ready_s, restore_s, used["node"], cpu.others_cores(used)
 
 
 def same_position(nodes):
-    """What all say of themselves once they stand at one position."""
+    """The status of each node once all are at the same position."""
     while True:
         said = [node.status() for node in nodes]
         if len({(status["position"], status["log_end"]) for status in said}) == 1 and not said[0]["lag"]:
@@ -215,7 +215,7 @@ def machine(report, args, script="load/drill.py"):
 
 
 def fill(report, args, directory, broker, stack):
-    """Three replicas with the same records: one begins from a file, the others from its backup."""
+    """Three replicas with the same records: one restored from a file, the others from its backup."""
     records = directory / "generated.csv.gz"
     began = time.monotonic()
     generate.write(records, args.users)
@@ -256,7 +256,7 @@ def drill(report, args, directory, stack):
         shutil.rmtree(directory / NAMES[-1] / "data")
         file = directory / "backup.csv.gz"
         began = time.monotonic()
-        subprocess.run([RELEASE / "gradestore", "backup", "--from", others[0].urls["write"], "-o", file],
+        subprocess.run([BUILT / "gradestore", "backup", "--from", others[0].urls["write"], "-o", file],
                        env=dict(os.environ, GRADESTORE_PASSWORD=PASSWORD), check=True, stderr=subprocess.DEVNULL)
         backup_s = time.monotonic() - began
         phases["backup taken, one replica down"] = load.phase()
@@ -361,7 +361,7 @@ def drill(report, args, directory, stack):
 
 
 class Timeline:
-    """What was seen of the lost replica and of the others' clients, in seconds since it was started again."""
+    """The samples of the restored replica and of the others' clients, in seconds since its restart."""
 
     def __init__(self, started, ready_s, watch, load):
         self.ready_s = ready_s
@@ -371,7 +371,7 @@ class Timeline:
         if not restores or "http" not in restores[-1][1]["source"]:
             sys.exit("the replica has not restored a peer's backup")
         self.restore = restores[-1][1]
-        # It says itself how long ago it began; one that was too quick to be seen ended when it was ready.
+        # `/status` has the start of the restore; one that was too short to be seen ended when the replica was ready.
         under_way = [when - restore["duration_s"] for when, restore in restores if restore["stage"] == "restoring"]
         self.asking_s = min([*under_way, ready_s - self.restore["duration_s"]])
         self.restored_s = self.asking_s + self.restore["duration_s"]
@@ -426,14 +426,14 @@ def main():
     parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--writes-per-s", type=int, default=10_000)
     parser.add_argument("--reads-per-s", type=int, default=1_000)
-    parser.add_argument("--rounds", type=int, default=3, help="how often the replica loses its disk")
-    parser.add_argument("--window", type=float, default=15, help="seconds that are measured before and after")
-    parser.add_argument("--sync", choices=SYNCS, default="default", help="when the broker syncs its disk")
-    parser.add_argument("--dir", type=Path, default=ROOT / "target", help="where a directory is made for what they keep")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the disk is wiped")
+    parser.add_argument("--window", type=float, default=15, help="seconds measured before and after")
+    parser.add_argument("--sync", choices=SYNCS, default="default", help="sync interval of nats-server")
+    parser.add_argument("--dir", type=Path, default=ROOT / "target", help="parent of the data directories")
     parser.add_argument("--results", type=Path, default=ROOT / "load" / "results")
     args = parser.parse_args()
 
-    # Ends all, as Ctrl-C does.
+    # Stops all children, like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = Report()
     with tempfile.TemporaryDirectory(prefix="drill-", dir=args.dir) as directory, ExitStack() as stack:

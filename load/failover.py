@@ -1,40 +1,36 @@
 #!/usr/bin/env python3
-"""Measures what a failover of the NATS cluster costs the clients of the replicas.
+"""Measures the effect of a failover of the NATS cluster on the clients of the replicas.
 
-Starts three nats-servers and three replicas on a stream of --replicas 3, and writes at a fixed
-rate to all replicas, each write due at its time whether or not those before it were answered. In
-each run one fault strikes a server:
+Starts three nats-servers and three replicas on a stream of --replicas 3, and writes at a fixed rate to all replicas;
+each write has its due time, whether or not earlier ones have been answered. In each run one fault hits a server:
 
-    kill        kill -9 of the server that leads the stream
+    kill        kill -9 of the server of the stream leader
     term        SIGTERM to it
-    lame-duck   SIGUSR2 to it: it hands over, then hangs up on its clients
+    lame-duck   SIGUSR2 to it: it transfers its leadership, then disconnects its clients
     frozen      SIGSTOP to it, SIGCONT 15 s later
-    isolated    the routes of a server that follows are cut for 15 s; its clients still reach it
+    isolated    the routes of a follower are cut for 15 s; its clients still reach it
 
 Each run reports, in seconds since the fault:
 
-    leader      when the stream had a leader again and kept it, as the servers that are left answer
-                STREAM.INFO
+    leader      when the stream had a leader again and kept it, according to STREAM.INFO on the other servers
     first acknowledged, after, pause
-                when each replica acknowledged a write after its longest pause; how long after the
-                stream had a leader the last of them did; the longest pause
-    failed      writes sent in the 30 s after the fault that failed, by status
-    longest     the longest time from a write's being sent until it was acknowledged
+                when each replica acknowledged a write after its longest pause; how long the last of them took after the
+                stream had a leader; the longest pause
+    failed      failed writes of the 30 s after the fault, by status
+    longest     the longest time from sending a write to its acknowledgement
     reconnects  of each replica
-    consumers   the most that the stream had at one time
-    log lines   that each replica wrote
+    consumers   the largest number of consumers at one time
+    log lines   of each replica
 
-A run in which NATS had no leader for more than 9 s is reported and not counted. In the end all
-replicas must be equal and hold every write that was acknowledged. Exit code 1 when that is not so,
-or a demand is missed.
+A run in which NATS had no leader for more than 9 s is reported and not counted. At the end all replicas must be equal
+and hold every acknowledged write. Exit code 1 if they do not, or a goal was missed.
 
     tests/install-nats.sh
     cargo build --release
     python3 load/failover.py --runs 20
     python3 load/failover.py --runs 5 term lame-duck frozen isolated
 
-The report goes to load/results/failover.txt, or elsewhere with --results; --only-print leaves that
-out.
+The report is written to load/results/failover.txt, or to --results; not with --only-print.
 """
 
 import argparse
@@ -64,20 +60,20 @@ STRUCK_S = 15
 ASK_EVERY_S = 0.05
 ASK_S_MAX = 0.5
 EQUAL_S_MAX = 60
-# A user is written again only after the write before it has failed or been acknowledged.
+# A user is written again only after the previous write has failed or been acknowledged.
 USERS = 50_000
 IDS_A_REQUEST = 500
 LEADER_S_MAX = 9
-# A leader that nobody names for so long is none any more.
+# A leader that no server reports for this long does not count.
 UNNAMED_S_MAX = 1
 SENT_MIN = 0.95
 FAILED_MAX = 0.01
 ACCEPT_S_MAX = 0.5
 RECONNECTS_MAX = 10
-# Of the counted runs so many must meet each demand.
+# The share of the counted runs that must meet each goal.
 RUNS_MET_MIN = 0.95
 MODES = ("kill", "term", "lame-duck", "frozen", "isolated")
-# Those that leave the stream without a leader until the others have elected one.
+# Faults that leave the stream without a leader until an election.
 LEADERLESS = ("kill", "frozen")
 NO_FAILED_WRITE = ("term", "lame-duck")
 GONE_AFTER_S = 0.5
@@ -90,7 +86,7 @@ class Write:
 
 
 class Load:
-    """Writes at a fixed rate, in turn to each of the replicas."""
+    """Writes at a fixed rate, round robin over the replicas."""
 
     def __init__(self, nodes, args):
         self.addresses = [node.urls["write"].removeprefix("http://").split(":") for node in nodes]
@@ -135,7 +131,7 @@ class Load:
         write.ended = time.monotonic()
 
     async def exchange(self, replica, request):
-        # The replica hangs up on a connection that was idle for long.
+        # The replica closes connections that were idle for long.
         while self.idle[replica] and self.idle[replica][-1][0].at_eof():
             self.idle[replica].pop()[1].close()
         streams = self.idle[replica].pop() if self.idle[replica] else None
@@ -156,7 +152,7 @@ class Load:
 
 
 class Looks:
-    """Who leads the stream, as each server answers, and how many consumers it has."""
+    """The stream leader as each server reports it, and the number of consumers."""
 
     def __init__(self, servers):
         self.leaders, self.consumers, self.asking = [], [], []
@@ -194,7 +190,7 @@ class Looks:
 
 
 def strike(mode, servers, struck):
-    """Begins the fault."""
+    """Injects the fault."""
     if mode == "isolated":
         servers.isolate(struck)
         return
@@ -207,8 +203,8 @@ def strike(mode, servers, struck):
     struck.child.send_signal(what)
 
 
-def mend(mode, servers, struck):
-    """Ends the fault, if it does not last until the server has been started again."""
+def end_fault(mode, servers, struck):
+    """Ends the fault, unless a restart of the server does."""
     if mode == "isolated":
         servers.heal()
     elif mode == "frozen":
@@ -248,10 +244,10 @@ async def run(mode, servers, nodes, load):
     began = time.monotonic()
     strike(mode, servers, struck)
     await asyncio.sleep(STRUCK_S)
-    mend(mode, servers, struck)
+    end_fault(mode, servers, struck)
     await asyncio.sleep(WATCHED_S - STRUCK_S)
     after = await counted(nodes)
-    # Those sent last need their time.
+    # Until the last writes have been answered.
     sent = [write for write in load.writes if began <= write.sent < began + WATCHED_S]
     while any(write.ended is None for write in sent):
         await asyncio.sleep(0.1)
@@ -265,7 +261,7 @@ async def run(mode, servers, nodes, load):
 
 def judge(mode, nodes, load, looks, began, old_leader):
     led_by = [(at - began, leader) for at, leader in looks.leaders if at >= began]
-    # An isolated follower leaves the leader where it is.
+    # Isolating a follower does not change the leader.
     new = [at for at, leader in led_by if mode == "isolated" or leader != old_leader]
     leader_s = new[0] if new else None
     for before, after in zip(new, new[1:]):
@@ -314,7 +310,7 @@ def seconds(value):
 def show(report, n, found):
     failed = sum(found["failed"].values())
     by_status = ", ".join(f"{count} x {status}" for status, count in found["failed"].most_common())
-    # Figures of a machine that could not keep the rate are those of another load.
+    # If the load was lower than requested, the figures are of another load.
     slow = f"  only {found['sent']} sent" if found["sent"] < SENT_MIN * found["due"] else ""
     accepted = " ".join(f"{seconds(at):>6}" for at in found["accepted_s"])
     late = late_s(found)
@@ -329,7 +325,7 @@ def show(report, n, found):
 
 
 def late_s(found):
-    """How long after the stream had a leader the last replica accepted a write."""
+    """Seconds from the stream having a leader until the last replica accepted a write."""
     if found["mode"] not in LEADERLESS or found["leader_s"] is None or None in found["accepted_s"]:
         return None
     return max(0, max(found["accepted_s"]) - found["leader_s"])
@@ -384,8 +380,8 @@ async def equal(nodes):
 
 
 def missing(node, writes):
-    """How many users were read, and for which a replica holds neither the value acknowledged last
-    nor one without a known outcome."""
+    """How many users were read, and for which of them a replica holds neither the last acknowledged value nor one
+    with an unknown outcome."""
     last, doubtful = {}, {}
     for write in writes:
         user = write.number % USERS
@@ -491,22 +487,22 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "modes", nargs="*", metavar="MODE", help=f"of {', '.join(MODES)}; kill by default"
+        "modes", nargs="*", metavar="MODE", help=f"{', '.join(MODES)}; default: kill"
     )
-    parser.add_argument("--runs", type=int, default=20, help="of each mode")
+    parser.add_argument("--runs", type=int, default=20, help="runs of each mode")
     parser.add_argument("--writes-per-s", type=int, default=200)
     parser.add_argument("--client-timeout", type=float, default=12)
     parser.add_argument(
-        "--flag", action="append", default=[], help="one more flag of the replicas, as --flag=--x=y"
+        "--flag", action="append", default=[], help="another flag for the replicas, as --flag=--x=y"
     )
     parser.add_argument(
-        "--sync", choices=SYNCS, default="default", help="when the servers sync their disks"
+        "--sync", choices=SYNCS, default="default", help="sync interval of the servers"
     )
     parser.add_argument(
-        "--verbose", action="store_true", help="what failed writes were told most often"
+        "--verbose", action="store_true", help="print the most frequent errors of failed writes"
     )
     parser.add_argument(
-        "--keep", action="store_true", help="leave what all of them kept, with their logs"
+        "--keep", action="store_true", help="keep the data directories and logs"
     )
     parser.add_argument("--only-print", action="store_true")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What is done to a cluster while it works: each fault begins, ends, and leaves the rest to the cluster."""
+"""The faults of the soak test: each begins, ends, and leaves the recovery to the cluster."""
 
 import http.client
 import resource
@@ -14,7 +14,7 @@ from measure import AUTH
 HUNG_S = 5
 SILENT_S = 8
 FLOOD_HELD_S = 3
-# A port lets in 8,192.
+# A port accepts 8,192.
 FLOOD_CONNECTIONS = 9000
 BACKUPS_BROKEN_OFF = 4
 BACKUP_BYTES_READ = 200_000
@@ -23,8 +23,8 @@ CHUNK = 256 * 1024
 
 
 class Way:
-    """Stands between a replica and its broker. Either direction can fall silent, connections can be cut, and new ones
-    refused."""
+    """A proxy between a replica and NATS. Either direction can be silenced, connections can be closed, and new ones
+    rejected."""
 
     def __init__(self, broker_address):
         self.broker_address = broker_address
@@ -58,7 +58,7 @@ class Way:
     def pump(self, source, sink, flowing):
         with suppress(OSError):
             while data := source.recv(CHUNK):
-                # What waits here fills both sides' buffers, and from then on nobody gets a word through.
+                # Unread data fills the buffers of both sides, and then nothing passes.
                 flowing.wait()
                 sink.sendall(data)
         self.end({source, sink})
@@ -78,7 +78,7 @@ class Way:
         self.end(sockets)
 
     def refuse(self):
-        """Breaks every connection, and those that come until `accept_again`."""
+        """Closes all connections, and rejects new ones until `accept_again`."""
         self.refusing = True
         self.cut()
 
@@ -106,14 +106,14 @@ def crash(process):
 
 
 class Replica:
-    """A node, its way to the broker, and where it keeps its data."""
+    """A node, its proxy to NATS, and its data directory."""
 
     def __init__(self, name, node, way, data):
         self.name, self.node, self.way, self.data = name, node, way, data
 
 
 def flood(address):
-    """As many connections as a port lets in, and more."""
+    """Opens more connections than a port accepts."""
     crowd = []
     try:
         for _ in range(FLOOD_CONNECTIONS):
@@ -142,20 +142,19 @@ def break_off_backups(address):
 
 
 class Faults:
-    """All kinds, and whom they strike. One replica is never ended: a leak that takes longer than the others live
-    shows on it."""
+    """All kinds of faults and their targets. One replica is never stopped, so that a slow leak shows on it."""
 
     KINDS = ("kill", "empty", "hang", "cut", "silent", "backups", "flood", "broker kill", "broker hang")
 
     def __init__(self, replicas, broker, random):
         self.replicas, self.broker, self.random = replicas, broker, random
         self.to_come = []
-        # The crowd, and the proxies besides.
+        # For the flood of connections and the proxies.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
     def next(self):
-        """Draws a kind and whom it strikes. Every kind comes before one comes again."""
+        """Draws a kind and a target. Every kind is used before one is repeated."""
         if not self.to_come:
             self.to_come = self.random.sample(self.KINDS, len(self.KINDS))
         kind = self.to_come.pop()
@@ -163,7 +162,7 @@ class Faults:
         return kind, None if kind.startswith("broker") else self.random.choice(among)
 
     def strike(self, kind, struck):
-        """Returns when the fault is over; what was done."""
+        """Returns a description when the fault is over."""
         port = self.random.choice(("write", "read"))
         if kind == "kill":
             crash(struck.node)

@@ -1,17 +1,16 @@
-"""Fills a cluster: three replicas with different memory limits and writers of new ids that never stop.
+"""Fills a cluster: three replicas with different memory limits, and writers that never stop adding users.
 
-The smallest replica reaches its limit at about three fifths of the time, and all three must refuse new users from then
-on while updates pass. What is sampled all the while: the memory of each, whether the alert `GradestoreMemory` of
-dashboards/rules.yml would have fired before the first refusal, and by how much memory passed the limit. Then the
-three are killed at once and must come back with what they held; deletes must make room; and all must be equal.
-Exit code 1 when any of this is not so.
+The smallest replica reaches its limit after about three fifths of the time. From then on all three must reject new
+users and accept updates. Samples the memory of each, whether the alert `GradestoreMemory` of dashboards/rules.yml would
+have fired before the first rejection, and by how much the memory exceeded the limit. Then all three are killed at once
+and must recover their data; deletes must free memory; and all must be equal. Exit code 1 if any check failed.
 
     tests/install-nats.sh
     cargo build --release
     python3 load/full.py --seconds 600
 
-With --rate 0 the writers are as quick as they can be, which shows the largest overshoot; the alert is not judged then,
-since it waits for 15 s. The report goes to load/results/full.txt.
+With --rate 0 the writers are as fast as possible, which shows the largest overshoot. The alert is not checked then,
+because it waits for 15 s. The report is written to load/results/full.txt.
 """
 
 import argparse
@@ -33,11 +32,11 @@ from measure import AUTH, ROOT, SYNCS, Broker, Node, memory_mib
 
 GROUP = 1000
 WIDE = -(1 << 63)
-# A record whose four values have no room in it, with its place in the index: what filling is paced by.
+# The memory of a record whose values cannot be packed, with its index slot; the fill rate is derived from it.
 RECORD_BYTES = 70
 FULL_AT = 0.6
 ALERT_SHARE, ALERT_FOR_S = 0.85, 15
-# A slower fill than this is one that the alert is for.
+# The alert is made for fills that are slower than this.
 ALERT_SECONDS_MIN = 600
 SAMPLE_EVERY_S = 0.1
 RECOVER_S_MAX = 120
@@ -46,18 +45,18 @@ HEADERS = {"Authorization": f"Basic {AUTH}", "Content-Type": "application/x-ndjs
 
 
 class Post:
-    """One connection to a write port."""
+    """A connection to a write port."""
 
     def __init__(self, node):
         self.connection = http.client.HTTPConnection(node.urls["write"].removeprefix("http://"), timeout=60)
 
     def __call__(self, body):
-        """The status, and what the answer says."""
+        """The status and body of a response."""
         self.connection.request("POST", "/set", body, HEADERS)
         answer = self.connection.getresponse()
         said = answer.read()
         if answer.status != 200:
-            # A refusal may come before the body's end, and then ends the connection.
+            # An early error response ends the connection.
             self.connection.close()
         return answer.status, json.loads(said) if said else {}
 
@@ -68,7 +67,7 @@ def lines(users):
 
 
 class Writer(threading.Thread):
-    """Writes new users through one replica, at a rate or as quickly as it can, and goes on when it is refused."""
+    """Writes new users through one replica, at a rate or as fast as possible, and continues after rejections."""
 
     def __init__(self, node, number, writers, rate):
         super().__init__(daemon=True)
@@ -95,7 +94,7 @@ class Writer(threading.Thread):
 
 
 class Watch(threading.Thread):
-    """Samples what the replicas say of their memory."""
+    """Samples the memory of the replicas."""
 
     def __init__(self, nodes):
         super().__init__(daemon=True)
@@ -117,7 +116,7 @@ class Watch(threading.Thread):
 
 
 def until(what, look):
-    """Waits until `look` gives something and no reason why not; that, and how long it took."""
+    """Waits until `look` returns a value without a reason; returns it and the time in seconds."""
     began = time.monotonic()
     while True:
         found, why_not = look()
@@ -129,7 +128,7 @@ def until(what, look):
 
 
 def equal(nodes):
-    """What the replicas say once they stand at one position."""
+    """The status of the replicas once all are at the same position."""
     def same():
         said = [node.status() for node in nodes]
         positions = {(each["position"], each["log_end"]) for each in said}
@@ -138,7 +137,7 @@ def equal(nodes):
 
 
 def publish_deletes(broker, batches):
-    """Deletes users as any program on the broker may: a batch a message, acknowledged one after the other."""
+    """Deletes users as any client of NATS may: one batch per message, one after the other."""
     with socket.create_connection(broker.address, timeout=60) as connection:
         incoming = connection.makefile("rb")
         connection.sendall(b'CONNECT {"verbose":false,"headers":true}\r\nSUB inbox 1\r\n')
@@ -158,7 +157,7 @@ def publish_deletes(broker, batches):
 
 
 def alert_lead_s(samples, max_bytes, refused_at):
-    """For how long before `refused_at` the alert had fired; negative if it had not."""
+    """How long before `refused_at` the alert fired, in seconds; negative if it did not."""
     since = None
     for at, used, *_ in samples:
         since = (since or at) if used > ALERT_SHARE * max_bytes else None
@@ -194,7 +193,7 @@ def run(report, args, directory, stack):
     for writer in writers:
         writer.start()
     time.sleep(args.seconds)
-    # Whoever is known is updated all the while.
+    # Known users are updated all the time.
     update = [Post(node)(lines(writers[0].created[0])) for node in nodes.values()]
     creates = [Post(node)(lines([-1]))[0] for node in nodes.values()]
     for writer in writers:
@@ -230,7 +229,7 @@ def run(report, args, directory, stack):
     if not first:
         return True
 
-    # All at once, and no goodbye.
+    # kill -9 of all at once.
     held = [(each["records"], each["digest"]) for each in said]
     for node in nodes.values():
         node.kill()
@@ -241,7 +240,7 @@ def run(report, args, directory, stack):
     report(f"\nkilled all three; ready again after {ready_s:.1f} s with {back[0][0]:,} records; in use "
            + ", ".join(f"{node.status()['memory_used_bytes'] / MIB:.1f}" for node in nodes.values()) + " MiB")
 
-    # Full again, then deletes make room.
+    # Full again, then deletes free memory.
     numbers = itertools.count(args.writers * 10**9)
     watch = Watch(nodes)
     watch.start()
@@ -280,7 +279,7 @@ def run(report, args, directory, stack):
 
 
 def changes(samples):
-    """The samples in which there are more records than in the one before."""
+    """The samples in which the number of records has grown."""
     return [after for before, after in itertools.pairwise(samples) if after[4] > before[4]]
 
 
@@ -289,16 +288,16 @@ def main():
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--memory-mib", type=int, default=400, help="the smallest limit; the others are 5/4 and 3/2 of it")
     parser.add_argument("--writers", type=int, default=8)
-    parser.add_argument("--rate", type=float, help="new users a second; by default full at 0.6 of the time, 0 for no limit")
-    parser.add_argument("--through-others", action="store_true", help="no writer writes through the smallest replica")
-    parser.add_argument("--overshoot-max", type=float, default=0.25, help="share of the limit: 0.8 of memory and this are all")
-    parser.add_argument("--sync", choices=SYNCS, default="default", help="when the broker syncs its disk")
-    parser.add_argument("--dir", type=Path, default=ROOT / "target", help="where a directory is made for what they keep")
+    parser.add_argument("--rate", type=float, help="new users a second; default: full after 0.6 of the time, 0: no limit")
+    parser.add_argument("--through-others", action="store_true", help="write through the other replicas only")
+    parser.add_argument("--overshoot-max", type=float, default=0.25, help="maximum overshoot as a share of the limit")
+    parser.add_argument("--sync", choices=SYNCS, default="default", help="sync interval of nats-server")
+    parser.add_argument("--dir", type=Path, default=ROOT / "target", help="parent of the data directories")
     parser.add_argument("--results", type=Path, default=ROOT / "load" / "results")
-    parser.add_argument("--name", default="full", help="of the report")
+    parser.add_argument("--name", default="full", help="name of the report")
     args = parser.parse_args()
 
-    # Ends all, as Ctrl-C does.
+    # Stops all children, like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = Report()
     with tempfile.TemporaryDirectory(prefix="full-", dir=args.dir) as directory, ExitStack() as stack:

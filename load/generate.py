@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the records that the load tests use, as gzip CSV, or requests for them, as URLs: always the same ones.
+"""Writes reproducible records for the load tests as gzip CSV, or requests for them as URLs.
 
     python3 load/generate.py --users 5000000 -o grades.csv.gz
     target/release/gradestore serve --ephemeral --restore-from grades.csv.gz
@@ -7,8 +7,9 @@
     python3 load/generate.py --users 5000000 --urls 100000 --zipf 1.1 -o urls.txt
     .tools/bin/oha --urls-from-file urls.txt -z 10s -q 1000 --latency-correction --no-tui
 
-Ids are `sequential`; `numeric`, as long but in no order; or `uuid`, version 4. `load/k6/ids.js` has the same ones. With
---zipf S the k-th user is asked for in proportion to 1/k^S, as `load/k6/zipf.js` does; 0 asks for all alike.
+Ids are `sequential`; `numeric`, of the same length in random order; or `uuid`, version 4. `load/k6/ids.js` generates the
+same ones. With --zipf S the k-th user is requested in proportion to 1/k^S, as in `load/k6/zipf.js`; 0 requests all
+equally.
 """
 
 import argparse
@@ -31,23 +32,23 @@ BLOCK_USERS = 50_000
 
 
 def user_id(user):
-    """The ids of the other load tools; one in a thousand has what CSV must quote behind it."""
+    """The ids of the other load tools; one in a thousand has a suffix that CSV must quote."""
     return f'{FIRST_ID + user}, "ж"' if user % 1000 == 7 else str(FIRST_ID + user)
 
 
-def mixed(n):
-    """Every 32-bit number becomes another one, and neighbours no neighbours: the end of MurmurHash3."""
+def scramble(n):
+    """A bijection of 32-bit numbers that separates neighbours: the finalizer of MurmurHash3."""
     n = (n ^ n >> 16) * 0x85EBCA6B & 0xFFFFFFFF
     n = (n ^ n >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
     return n ^ n >> 16
 
 
 def numeric_id(user):
-    return str(FIRST_ID + mixed(user))
+    return str(FIRST_ID + scramble(user))
 
 
 def uuid_id(user):
-    words = (mixed(user * 4 + word & 0xFFFFFFFF) for word in range(4))
+    words = (scramble(user * 4 + word & 0xFFFFFFFF) for word in range(4))
     return str(uuid.UUID(bytes=b"".join(word.to_bytes(4, "big") for word in words), version=4))
 
 
@@ -59,7 +60,7 @@ def user_of(user_id):
 
 
 def value(user, field):
-    """As in `roundtrip.rs`: another one for each user and field, negative ones, zeros, both ends of 64 bits."""
+    """As in `roundtrip.rs`: distinct for each user and field, negative values, zeros, the extremes of 64 bits."""
     n = user * len(FIELDS) + field
     rest = n % 101
     if rest == 0:
@@ -90,17 +91,17 @@ def gzip_block(users, id_of=user_id):
     return gzip.compress(csv_block(users, id_of), compresslevel=1, mtime=0)
 
 
-def alone():
-    """A worker ends when it is told to, whatever who started it does then, and with it; Ctrl-C is not for it."""
+def isolate_worker():
+    """A worker ends with its parent, and ignores Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 
 def blocks(users, make):
-    """What `make` makes of each block of users, in order, on all cores."""
+    """`make` of each block of users, in order, on all cores."""
     ranges = (range(first, min(first + BLOCK_USERS, users)) for first in range(0, users, BLOCK_USERS))
-    with multiprocessing.Pool(initializer=alone) as pool:
+    with multiprocessing.Pool(initializer=isolate_worker) as pool:
         yield from pool.imap(make, ranges)
 
 
@@ -112,7 +113,7 @@ def write(path, users, id_of=user_id):
 
 
 def draw(count, users, zipf, seed=1):
-    """So many users, often or seldom as `zipf` says."""
+    """Random users with Zipf's distribution."""
     weights = itertools.accumulate((user + 1) ** -zipf for user in range(users))
     return random.Random(seed).choices(range(users), cum_weights=list(weights), k=count)
 
@@ -127,9 +128,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=5_000_000)
     parser.add_argument("--ids", choices=IDS, default="sequential")
-    parser.add_argument("--urls", type=int, metavar="COUNT", help="so many requests, in place of records")
+    parser.add_argument("--urls", type=int, metavar="COUNT", help="write this many requests instead of records")
     parser.add_argument("--zipf", type=float, default=0)
-    parser.add_argument("--read-url", default="http://127.0.0.1:8081", help="of several nodes, with a comma between two")
+    parser.add_argument("--read-url", default="http://127.0.0.1:8081", help="read ports, separated by commas")
     parser.add_argument("-o", "--output", required=True)
     args = parser.parse_args()
     if args.users < 1:

@@ -1,9 +1,8 @@
--- wrk: GET /get of random users out of the first USERS that the load scripts make.
--- Requests are made before the run, so that the client has nothing to do but send them.
+-- wrk: GET /get of random users among the first USERS of the load scripts. Requests are generated before the run, so
+-- that the client only sends them.
 local users = tonumber(os.getenv("USERS") or "100000")
 local path = os.getenv("GET_PATH") or "/get?user_id="
--- With KIND: "proxied" adds the headers of a proxy, "encoded" percent-encodes the ids, "unknown" asks for users
--- that are not stored.
+-- KIND: "proxied" adds the headers of a proxy, "encoded" percent-encodes the ids, "unknown" requests unknown users.
 local kind = os.getenv("KIND") or "plain"
 local requests = {}
 local at = 0
@@ -35,5 +34,5 @@ function request()
   return requests[at]
 end
 
--- Beside this file, from wherever wrk was started.
+-- In the directory of this file.
 dofile(debug.getinfo(1, "S").source:match("^@(.-)[^/]*$") .. "report.lua")

@@ -1,4 +1,4 @@
--- wrk: POST /set of users that are not there yet, from number FIRST on, each once.
+-- wrk: POST /set of new users, starting with number FIRST, each once.
 local user = 1000000000000 + tonumber(os.getenv("FIRST") or "0")
 local head = "POST /set HTTP/1.1\r\nHost: node\r\nContent-Type: application/json\r\nAuthorization: Basic "
   .. (os.getenv("AUTH") or "") .. "\r\nContent-Length: "
@@ -9,5 +9,5 @@ function request()
   return head .. #body .. "\r\n\r\n" .. body
 end
 
--- Beside this file, from wherever wrk was started.
+-- In the directory of this file.
 dofile(debug.getinfo(1, "S").source:match("^@(.-)[^/]*$") .. "report.lua")

@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Crowds a node's read port with connections that do nothing, and asks it things meanwhile.
+"""Opens thousands of idle and slow connections to a node, and measures other requests meanwhile.
 
-Half of the crowd sends nothing, half sends a request's header a byte at a time and never ends it.
-Whoever the node cuts comes back, so the crowd stays as large as the node lets it be. Meanwhile
-GET /get is asked on one connection that is kept and on a new one each time, and GET /metrics on
-the ops port. Exit code 1 when any of these was not answered, or not as wanted.
+Half of the connections send nothing, the other half send a request's header a byte at a time and never finish it.
+Connections that the node closes are opened again. Meanwhile GET /get is sent on one keep-alive connection and on a new
+one each time, and GET /metrics to the ops port. Exit code 1 if any of these failed.
 
     GRADESTORE_PASSWORD=secret python3 load/idle.py --pid "$(pgrep -x gradestore)"
 """
@@ -32,7 +31,7 @@ TICK_S = 0.05
 
 
 class Probe(threading.Thread):
-    """Asks one thing again and again, and keeps how long each answer took."""
+    """Sends one request repeatedly, and keeps the latencies."""
 
     def __init__(self, name, address, path, wanted, keep, every_s):
         super().__init__(daemon=True)
@@ -72,7 +71,7 @@ class Probe(threading.Thread):
         return bool(self.failures) or not self.took_ms
 
 
-def crowd(address, size, opens_per_s, byte_every_s, stop, opened, cut):
+def keep_connections_open(address, size, opens_per_s, byte_every_s, stop, opened, cut):
     """Keeps `size` connections open, every second one with a slow header."""
     selector = selectors.DefaultSelector()
     progress = {}  # slow connection: how much of its header went out
@@ -142,14 +141,14 @@ def rss_mib(pid):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--connections", type=int, default=10_000)
-    parser.add_argument("--seconds", type=float, default=30, help="how long the whole crowd stays")
-    parser.add_argument("--opens", type=int, default=2_000, help="connections opened a second at most")
+    parser.add_argument("--seconds", type=float, default=30, help="how long all connections stay open")
+    parser.add_argument("--opens", type=int, default=2_000, help="maximum number of connections opened per second")
     parser.add_argument("--byte-every", type=float, default=2, help="seconds between two bytes of a slow header")
     parser.add_argument("--write", default="127.0.0.1:8080", metavar="HOST:PORT")
     parser.add_argument("--read", default="127.0.0.1:8081", metavar="HOST:PORT")
     parser.add_argument("--ops", default="127.0.0.1:8082", metavar="HOST:PORT")
     parser.add_argument("--username", default="admin")
-    parser.add_argument("--pid", type=int, help="the node's, to show its memory")
+    parser.add_argument("--pid", type=int, help="process id of the node, to print its memory")
     args = parser.parse_args()
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -167,7 +166,7 @@ def main():
     print(f"RSS before {rss_mib(args.pid)}")
     stop = multiprocessing.Event()
     opened, cut = multiprocessing.Value("q"), multiprocessing.Value("q")
-    # A process of its own, so that Python's lock does not slow the probes.
+    # In its own process, so that Python's GIL does not slow the probes.
     crowding = multiprocessing.Process(target=crowd, daemon=True, args=(
         args.read, args.connections, args.opens, args.byte_every, stop, opened, cut))
     for child in (crowding, *probes):
@@ -188,7 +187,7 @@ def main():
         probe.stopped.set()
         probe.join()
     print(f"RSS after  {rss_mib(args.pid)}")
-    # All of them report, whatever the first says.
+    # All of them print their results before one fails.
     sys.exit(any([probe.report() for probe in probes]))
 
 

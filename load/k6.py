@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Runs the k6 scripts and oha, on one node and on a cluster of three that it starts. What they print is
-kept in results/, with the command above it. Exit code 1 when a threshold was missed or a request failed.
+"""Runs the k6 scripts and oha on one node and on a cluster of three, which it starts. Saves their output in results/,
+below the command. Exit code 1 if a threshold was missed or a request failed.
 
     load/install.sh
     cargo build --release
@@ -23,7 +23,7 @@ from measure import PASSWORD, ROOT, Broker, Node
 
 RESULTS = ROOT / "load" / "results"
 K6, OHA = ".tools/bin/k6", ".tools/bin/oha"
-# What each script is given beside NODES.
+# The settings of each script besides NODES.
 SCRIPTS = {
     "smoke": {"DURATION": "15s"},
     "read-heavy": {"DURATION": "15s"},
@@ -40,7 +40,7 @@ def port(node, name):
 
 
 def kept(file, command, env=None):
-    """Runs a command from the top of the repository and keeps what it prints, here and in a file."""
+    """Runs a command from the top of the repository and saves its output."""
     settings = "".join(f"{name}={value} " for name, value in (env or {}).items())
     said = subprocess.run(command, cwd=ROOT, env=os.environ | {"GRADESTORE_PASSWORD": PASSWORD} | (env or {}),
                           stdout=subprocess.PIPE, text=True)
@@ -51,7 +51,7 @@ def kept(file, command, env=None):
 
 
 def k6(script, clusters):
-    """Whether the script was content with each of the clusters."""
+    """Whether the script passed on each of the clusters."""
     failed = 0
     with open(RESULTS / f"k6-{script}.txt", "w") as file:
         for nodes in clusters:
@@ -62,7 +62,7 @@ def k6(script, clusters):
 
 
 def oha(clusters, directory):
-    """Reads of a few users most of the time, and writes, at a fixed rate each: whether any failed."""
+    """Reads of a few users most of the time, and writes, at fixed rates. Returns whether all succeeded."""
     rate = [OHA, "-z", "10s", "-c", "64", "--latency-correction", "--no-tui", "--no-color"]
     body = f'{{"user_id":"{generate.user_id(0)}","spp":5}}'
     write = ["-m", "POST", "-T", "application/json", "-a", f"admin:{PASSWORD}", "-d", body]
@@ -84,7 +84,7 @@ def statuses(said):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=f"of {', '.join([*SCRIPTS, 'oha'])}; nothing for all")
+    parser.add_argument("what", nargs="*", help=f"{', '.join([*SCRIPTS, 'oha'])}; default: all")
     args = parser.parse_args()
     what = args.what or [*SCRIPTS, "oha"]
     if unknown := set(what) - {*SCRIPTS, "oha"}:

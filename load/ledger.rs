@@ -1,4 +1,4 @@
-//! What was written, and what a node must therefore hold.
+//! The writes so far, and the values that a node must hold.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -11,24 +11,21 @@ use tokio::task::JoinSet;
 use crate::connection::{Connection, Error, user_id};
 
 const CHECK_CONNECTIONS: usize = 32;
-/// Of what is missing no more is shown.
+/// The number of missing values that are printed.
 const SHOWN_MAX: u64 = 5;
 
-/// A user's number and a field's.
+/// The numbers of a user and a field.
 pub(crate) type Key = (u64, usize);
 
-/// What became of one field's writes, all of them one after the other.
+/// The writes of one field, which follow each other.
 #[derive(Debug, Default, Clone)]
 struct Written {
     answered: Option<i64>,
-    /// Sent and not answered: each may have been stored, or be stored later, once or never.
+    /// Sent without a response: each may be stored, now or later, or never.
     unknown: Vec<i64>,
 }
 
-/// What was written. A write that was refused for certain is not told to it.
-///
-/// A field must hold the value that was answered last, or one whose outcome is unknown: even an
-/// older one, since it may have reached the log late.
+/// All writes, except those that were rejected.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     written: HashMap<Key, Written>,
@@ -36,22 +33,22 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// `value` was answered.
+    /// `value` was acknowledged.
     pub(crate) fn answered(&mut self, key: Key, value: i64) {
         self.answered += 1;
         self.written.entry(key).or_default().answered = Some(value);
     }
 
-    /// `value` was sent, and nobody knows whether it was written.
+    /// `value` was sent, and its outcome is unknown.
     pub(crate) fn unknown(&mut self, key: Key, value: i64) {
         self.written.entry(key).or_default().unknown.push(value);
     }
 
-    /// What is due from every node now.
+    /// The values that every node must hold.
     pub(crate) fn due(&self) -> Due {
         let mut by_user: HashMap<u64, Vec<(usize, Written)>> = HashMap::new();
         for ((user, field), written) in &self.written {
-            // Without an answer nothing is due.
+            // Without an acknowledgement there is no required value.
             if written.answered.is_some() {
                 let fields = by_user.entry(*user).or_default();
                 fields.push((*field, written.clone()));
@@ -64,23 +61,23 @@ impl Ledger {
     }
 }
 
-/// What a node must hold.
+/// A value that a node must hold.
 pub(crate) struct Due {
     users: Vec<(u64, Vec<(usize, Written)>)>,
     answered: u64,
 }
 
-/// What one node holds, and what it does not.
+/// The result for one node.
 #[derive(Default)]
 struct Found {
     as_set: u64,
-    /// Hold a value whose outcome was unknown.
+    /// Fields that hold a value with an unknown outcome.
     doubtful: u64,
     missing: u64,
     shown: Vec<String>,
 }
 
-/// Reads all that is due from a node's read port, and says what was found.
+/// Reads all required values from a node's read port.
 pub(crate) async fn check(url: &str, due: Due) -> Result<Value, Error> {
     let Due { users, answered } = due;
     let users = Rc::new(users);

@@ -1,4 +1,4 @@
-"""What the load tests share: nodes, a broker, wrk, and what everything else on the machine takes meanwhile."""
+"""Shared by the load tests: nodes, NATS, wrk, and the CPU time of everything else on the machine."""
 
 import base64
 import ctypes
@@ -15,27 +15,27 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RELEASE = ROOT / "target" / "release"
-PROGRAM = os.environ.get("PROGRAM", RELEASE / "gradestore")
+BUILT = ROOT / "target" / os.environ.get("PROFILE", "release")
+PROGRAM = os.environ.get("PROGRAM", BUILT / "gradestore")
 SERVER = ROOT / ".tools" / "bin" / "nats-server"
 SYNCS = {"default": "2m", "always": "always"}
 PASSWORD = "compare"
 AUTH = base64.b64encode(f"admin:{PASSWORD}".encode()).decode()
 CPUCLOCK_SCHED = 2
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-# The machine is quiet when everything else on it takes less than this share of a core.
+# The machine is quiet while everything else on it uses less than this share of a core.
 OTHERS_QUIET = 0.08
 QUIET_WAIT_S_MAX = 20
 
 
 def cpu_s(pid):
-    """What a process has used, to the nanosecond: /proc counts in hundredths of a second, and short runs in few of them.
-    The clock's number is what clock_getcpuclockid(3) gives."""
+    """The CPU time of a process in nanosecond resolution; /proc counts in hundredths of a second. The clock id is
+    that of clock_getcpuclockid(3)."""
     return time.clock_gettime((~pid << 3) | CPUCLOCK_SCHED)
 
 
 def machine_cpu_s():
-    """What all processes have used: user, nice, system, irq, softirq, and steal by other machines."""
+    """The CPU time of all processes: user, nice, system, irq, softirq, and steal by other machines."""
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + irq + softirq + steal) * TICK_S
 
@@ -47,7 +47,7 @@ def own_cpu_s(*servers):
 
 
 class Others:
-    """What everything else on the machine takes, in cores, while one round runs."""
+    """The CPU time of everything else on the machine, in cores, while one round runs."""
 
     def __init__(self, *servers):
         self.servers = servers
@@ -73,19 +73,19 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent():
-    """Before a child's program runs: when this process ends in whatever way, so does the child."""
+    """Runs in the child before its program: the child is killed when this process ends."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-# Below the ports that Linux assigns by itself, so that no outgoing connection and no bind to port 0 takes one that a
-# process will bind later, or binds again after a restart.
+# Below Linux' ephemeral ports, so that no outgoing connection and no bind to port 0 takes the port of a process that
+# binds later or restarts.
 PORTS = range(20_000, 32_768)
 RESERVED_PORTS = []
 
 
 def free_port():
-    """A TCP port that stays reserved until this process ends. The reservation is the UDP port of the same number:
-    everybody who reserves this way sees it, and whoever is given the TCP port can bind it as often as it likes."""
+    """A TCP port that stays reserved until this process ends. The reservation is the UDP port of the same number: all
+    callers see it, and the TCP port can be bound repeatedly."""
     while True:
         port = random.choice(PORTS)
         reserved = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -102,12 +102,12 @@ def free_port():
 
 
 def says(*command):
-    """The first line that a command prints."""
+    """The first line of a command's output."""
     return subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()[0]
 
 
 class Broker:
-    """nats-server on a port of its own. `more` is added to its configuration, `limits` to that of JetStream."""
+    """nats-server on its own port. `more` is added to its configuration, `limits` to that of JetStream."""
 
     def __init__(self, directory, sync, more="", store=None, limits=""):
         directory.mkdir()
@@ -132,12 +132,12 @@ class Broker:
             time.sleep(0.05)
 
     def reload(self, more):
-        """Replaces what was added to the configuration."""
+        """Replaces the added configuration."""
         self.config.write_text(self.base + more)
         self.child.send_signal(signal.SIGHUP)
 
     def kill(self):
-        """As a crash would."""
+        """kill -9."""
         self.child.kill()
         self.child.wait()
 
@@ -145,14 +145,14 @@ class Broker:
         return self
 
     def __exit__(self, *_):
-        # One that was stopped by a signal would not hear another.
+        # A stopped process does not receive another signal.
         self.child.send_signal(signal.SIGCONT)
         self.child.terminate()
         self.child.wait()
 
 
 class Node:
-    """A node on free ports, ready unless it is not waited for; on one core if that is given."""
+    """A node on free ports. Waits until it is ready, unless `wait` is false; `core` pins it to one core."""
 
     def __init__(self, directory, *flags, wait=True, core=None):
         self.log = Path(directory) / "node.log"
@@ -171,7 +171,7 @@ class Node:
         self.pid = self.child.pid
 
     def kill(self):
-        """As a crash would."""
+        """kill -9."""
         self.child.kill()
         self.child.wait()
 
@@ -185,7 +185,7 @@ class Node:
         try:
             return self.ask("/readyz/write") == "ready\n"
         except OSError:
-            # It does not listen yet, or answers 503.
+            # It does not listen yet, or responds with 503.
             return False
 
     def ask(self, path):
@@ -212,7 +212,7 @@ class Node:
 
 
 def last_line(out):
-    """The numbers in the last line that a load tool prints, by name."""
+    """The numbers in the last output line of a load tool, by name."""
     return {name: int(number) for name, number in re.findall(r"(\w+) (\d+)", out.splitlines()[-1])}
 
 
@@ -221,12 +221,12 @@ def pinned(core):
 
 
 def memory_mib(pid, what):
-    """VmRSS, what a process has in memory, or VmHWM, the most it ever had."""
+    """VmRSS, the resident memory of a process, or VmHWM, its maximum."""
     return int(re.search(rf"{what}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 
 def wrk(script, url, seed, args, connections=None, core=None, delay_ms=0, users=None, seconds=None, **env):
-    """One run of wrk: its last line's numbers, and the rate."""
+    """One run of wrk: the numbers of its last line, and the rate."""
     env = dict(os.environ, USERS=str(users or args.users), SEED=str(seed), AUTH=AUTH, DELAY_MS=str(delay_ms), **env)
     out = subprocess.run([*pinned(core), "wrk", "-t1", f"-c{connections or args.connections}", f"-d{seconds or args.seconds}s",
                           "-s", ROOT / "load" / script, url],
@@ -237,7 +237,7 @@ def wrk(script, url, seed, args, connections=None, core=None, delay_ms=0, users=
     return dict(row, rate=row["requests"] / (row["duration_us"] / 1e6))
 
 
-# What has been demanded so far, for a table in the end.
+# The goals so far, for the final table.
 DEMANDED = []
 
 

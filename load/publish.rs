@@ -1,11 +1,11 @@
-//! The reference that the JetStream log is measured against: one message a write.
+//! The reference for the JetStream log: one message per write.
 //!
-//! What a replica without group commit would send: each patch a message of its own, with the headers
-//! of a batch, published through the client library's JetStream context as fast as acks come back,
-//! `--in-flight` of them outstanding at most. Nothing reads the stream and nothing answers a client.
+//! Sends what a replica without group commit would send: each patch as one message with the
+//! headers of a batch, through the JetStream context of the client library, with at most `--in-
+//! flight` unacknowledged messages. Nothing reads the stream, and there are no clients.
 //!
-//! It makes its own stream, which must not be there before, and removes it at the end. The last line
-//! says how many messages the broker took in how many microseconds.
+//! Creates a stream, which must not exist, and removes it at the end. The last line has the number
+//! of acknowledged messages and the time in microseconds.
 //!
 //! `cargo run --release --example publish -- --nats-url nats://127.0.0.1:4222`
 
@@ -22,22 +22,22 @@ use gradestore::grade::{FIELDS, USER_ID};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// As many as `load/set.lua` sets.
+/// As many as in `load/set.lua`.
 const USERS: u64 = 100_000;
 
-/// Publishes one message a write, and counts
+/// Publishes one message per write, and counts the acknowledgements
 #[derive(Parser, Clone)]
 struct Args {
-    /// Where the broker is
+    /// URL of NATS
     #[arg(long, value_name = "URL", default_value = "nats://127.0.0.1:4222")]
     nats_url: String,
-    /// The stream to make, and to remove at the end
+    /// Stream to create, and to remove at the end
     #[arg(long, default_value = "PUBLISH")]
     stream: String,
-    /// How many messages may wait for their ack
+    /// Maximum number of unacknowledged messages
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=4096))]
     in_flight: u64,
-    /// How long to publish
+    /// Duration in seconds
     #[arg(long, default_value_t = 5)]
     seconds: u64,
 }
@@ -56,7 +56,7 @@ async fn main() -> ExitCode {
 async fn run(args: Args) -> Result<(), Error> {
     let context = jetstream::new(async_nats::connect(&args.nats_url).await?);
     let subject = format!("{}.set", args.stream.to_lowercase());
-    // What the log's stream has, but for what keeps it from being removed by mistake.
+    // The settings of the log's stream, without the protection against removal.
     let config = Config {
         name: args.stream.clone(),
         subjects: vec![subject.clone()],
@@ -69,7 +69,7 @@ async fn run(args: Args) -> Result<(), Error> {
     };
     context.create_stream(config).await?;
     let stream = args.stream.clone();
-    // In a task of its own, next to the one of the connection.
+    // In its own task, beside that of the connection.
     let publishing = tokio::spawn(publish(context.clone(), subject, args));
     let published = publishing.await?;
     context.delete_stream(stream).await?;
@@ -82,11 +82,12 @@ async fn run(args: Args) -> Result<(), Error> {
     Ok(())
 }
 
-/// Publishes until the time is up and every message is acknowledged; how many, in what time.
+/// Publishes until the time is up and every message is acknowledged; returns the number of
+/// messages and the time.
 async fn publish(context: Context, subject: String, args: Args) -> Result<(u64, Duration), Error> {
     let began = Instant::now();
     let until = began + Duration::from_secs(args.seconds);
-    // Acks come in the order of the messages: it is enough to wait for the oldest.
+    // Acknowledgements arrive in the order of the messages, so waiting for the oldest is enough.
     let mut unacknowledged = VecDeque::new();
     let mut messages = 0;
     while Instant::now() < until {
@@ -106,7 +107,7 @@ async fn publish(context: Context, subject: String, args: Args) -> Result<(u64, 
     Ok((messages, began.elapsed()))
 }
 
-/// The headers of a batch, one for each write.
+/// The headers of a batch, one batch for each write.
 fn headers(write: u64) -> HeaderMap {
     let id = format!("00000000000000000000000000000001-{write}");
     let mut headers = HeaderMap::new();
@@ -116,7 +117,7 @@ fn headers(write: u64) -> HeaderMap {
     headers
 }
 
-/// One field of one user, as `load/set.lua` sends it.
+/// One field of one user, as in `load/set.lua`.
 fn patch(write: u64) -> String {
     let user = 1_000_000_000_000 + write.wrapping_mul(7_919) % USERS;
     let field = FIELDS.iter().cycle().nth(write as usize % FIELDS.len());

@@ -1,5 +1,5 @@
--- wrk: the last line of a run, which the Python scripts read, and the wait between two requests of a connection. Loaded
--- by the others.
+-- wrk: prints the last line of a run, which the Python scripts parse, and delays requests. Loaded by the other
+-- scripts.
 function done(summary, latency)
   local errors = 0
   for what, count in pairs(summary.errors) do
@@ -13,7 +13,7 @@ function done(summary, latency)
     latency:percentile(50), latency:percentile(99), latency:percentile(99.9)))
 end
 
--- DELAY_MS is the mean; with DELAY_SPREAD=1 each wait is another one, so that connections do not come in step.
+-- DELAY_MS is the mean; with DELAY_SPREAD=1 each delay is random, so that connections do not synchronize.
 local delay_ms = tonumber(os.getenv("DELAY_MS") or "0")
 if delay_ms > 0 then
   local spread = os.getenv("DELAY_SPREAD") == "1"

@@ -1,9 +1,9 @@
-//! Sets many users' grades through `POST /set`, reads all back through `GET /get`, and compares.
+//! Writes many users' grades with `POST /set`, reads all with `GET /get`, and compares.
 //!
-//! What it sets is a function of the user's number alone: every field, negative values, zeros, the
-//! ends of `i64`. One user in ten comes in two requests with different fields, one more is set to
-//! ones first and then to its values, so a field that is lost or a zero that is ignored shows.
-//! Exit code 0: every answer was as wanted, byte by byte; 1: the first difference is printed.
+//! The values depend on the user's number only: every field, negative values, zeros, the extremes
+//! of `i64`. One user in ten is written in two requests with different fields, another is set to
+//! ones first and then to its values, so that a lost field or an ignored zero shows. Exit code 0:
+//! every response matched byte by byte; 1: prints the first difference.
 //!
 //! `GRADESTORE_PASSWORD=secret cargo run --release --example roundtrip -- --users 1000000`
 
@@ -20,19 +20,19 @@ use connection::{Connection, Error, basic, user_id};
 
 mod connection;
 
-/// Sets many users' grades, reads all back and compares
+/// Writes many users' grades, reads all and compares
 #[derive(Parser, Clone)]
 struct Args {
-    /// How many users
+    /// Number of users
     #[arg(long, default_value_t = 1_000_000)]
     users: u64,
     /// Keep-alive connections, each with one request at a time
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
     connections: u64,
-    /// Where POST /set is taken
+    /// URL of the write port
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8080")]
     write: String,
-    /// Where GET /get is answered
+    /// URL of the read port
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8081")]
     read: String,
     #[arg(long, default_value = "admin")]
@@ -92,8 +92,8 @@ impl Phase {
         }
     }
 
-    /// One connection's share: every `connections`-th user from `first` on. Returns how many
-    /// requests that took.
+    /// Handles every `connections`-th user from `first` on, over one connection. Returns the
+    /// number of requests.
     async fn run(self, args: Args, first: u64) -> Result<u64, Error> {
         let basic = basic(&args.username, &args.password)?;
         let mut connection = match self {
@@ -123,7 +123,7 @@ impl Phase {
 }
 
 fn value(user: u64, field: usize) -> i64 {
-    // Another one for each user and field.
+    // Distinct for each user and field.
     let n = user * FIELD_COUNT as u64 + field as u64;
     match n % 101 {
         0 => i64::MIN,
@@ -134,7 +134,7 @@ fn value(user: u64, field: usize) -> i64 {
     }
 }
 
-/// What is sent for one user: the fields of each request.
+/// The fields of each request for one user.
 fn patches(user: u64) -> Vec<Vec<(usize, i64)>> {
     let all: Vec<_> = (0..FIELD_COUNT).map(|f| (f, value(user, f))).collect();
     match user % 10 {
@@ -144,13 +144,13 @@ fn patches(user: u64) -> Vec<Vec<(usize, i64)>> {
     }
 }
 
-/// What is read back for one user.
+/// The expected response for one user.
 fn grade(user: u64) -> String {
     let all: Vec<_> = (0..FIELD_COUNT).map(|f| (f, value(user, f))).collect();
     json(user, &all)
 }
 
-/// Written out here, not by the library that is being checked.
+/// Not with the library that is being tested.
 fn json(user: u64, fields: &[(usize, i64)]) -> String {
     let mut json = format!(r#"{{"{USER_ID}":"{}""#, user_id(user));
     for (field, value) in fields {
@@ -161,7 +161,7 @@ fn json(user: u64, fields: &[(usize, i64)]) -> String {
     json
 }
 
-/// Sends `request`; anything but this status and body is an error.
+/// Sends `request`; any other status or body is an error.
 async fn expect(
     connection: &mut Connection,
     request: &str,
@@ -180,7 +180,7 @@ async fn expect(
     }
 }
 
-/// A request without its header, which holds the password.
+/// A request without its header, which has the password.
 fn shown(request: &str) -> String {
     let line = request.lines().next().unwrap_or_default();
     let body = request.split_once("\r\n\r\n").map_or("", |(_, body)| body);

@@ -10,7 +10,7 @@ from measure import Broker, free_port
 
 STREAM = "GRADES"
 SERVERS = 3
-# nats-server accepts no shorter one. It hangs up on its clients spread over this time.
+# The minimum of nats-server. Clients are disconnected over this time.
 LAME_DUCK = 'lame_duck_duration: "30s"\nlame_duck_grace_period: "1s"\n'
 
 
@@ -20,8 +20,7 @@ class Servers:
 
     def __init__(self, directory, sync, stack, proxied=False):
         ports = [free_port() for _ in range(SERVERS)]
-        # Gossip would lead around the proxies, so each server advertises an address where nobody
-        # listens.
+        # Gossip would bypass the proxies, so each server advertises an address without a listener.
         nowhere = free_port()
         self.links = {
             (source, target): Way(("127.0.0.1", ports[target]))
@@ -71,7 +70,7 @@ class Client:
         )
 
     async def ask(self, subject, wait_s):
-        """The answer as JSON; `None` without one in time."""
+        """The response as JSON; `None` after the timeout."""
         try:
             async with asyncio.timeout(wait_s):
                 if not self.streams:
@@ -87,7 +86,7 @@ class Client:
                     elif line.startswith(b"MSG"):
                         return json.loads((await reader.readexactly(int(line.split()[-1]) + 2)))
         except (OSError, EOFError, TimeoutError, asyncio.IncompleteReadError):
-            # A late answer must not be taken for that to the next question.
+            # A late response must not be taken for the response to the next request.
             self.close()
             return None
 
@@ -107,7 +106,7 @@ def consumer_names():
 
 
 async def settled(servers, wait_s=120):
-    """The server that leads the stream, once it has a leader and both others follow without lag."""
+    """The server of the stream leader, once there is one and both followers are current."""
     clients = [Client(server) for server in servers.all]
     deadline = time.monotonic() + wait_s
     try:

@@ -1,6 +1,5 @@
--- wrk: POST /set of one field of random users out of the first USERS.
--- PASSWORD is that of the user admin, base64 of "admin:PASSWORD" in AUTH. With DELAY_MS a connection waits so
--- long before each request; without it sends the next at once.
+-- wrk: POST /set of one field of random users among the first USERS. AUTH is base64 of "admin:PASSWORD". Each
+-- connection waits DELAY_MS before each request.
 local users = tonumber(os.getenv("USERS") or "100000")
 local fields = { "postpaid_limit", "spp", "shipping_fee", "return_fee" }
 local requests = {}
@@ -24,5 +23,5 @@ function request()
   return requests[at]
 end
 
--- Beside this file, from wherever wrk was started.
+-- In the directory of this file.
 dofile(debug.getinfo(1, "S").source:match("^@(.-)[^/]*$") .. "report.lua")

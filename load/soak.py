@@ -1,20 +1,19 @@
 #!/usr/bin/env python3
-"""The soak: three replicas under mixed load, a fault every so often, and nothing may grow or get lost.
+"""The soak test: three replicas under mixed load with periodic faults; no write may be lost and nothing may grow.
 
-Starts nats-server and three replicas on free ports, fills them, and writes to and reads from all of them at a
-fixed rate (load/steady.rs); now and then a backup is taken and verified. All the while faults of random kinds
-strike (load/faults.py), and what each process holds is sampled (load/watch.py). At the end all replicas must be
-ready and equal, hold every write that was answered, and take no more than they did before: the median of the last
-quarter is compared with that of the second one, leaving out the first minute of each process's life; of the broker
-what its stream takes for a write. The first replica is never ended, so that what leaks slowly shows. Exit code 1
-when any of this is not so.
+Starts nats-server and three replicas on free ports, fills them, and writes to and reads from all of them at a fixed
+rate (load/steady.rs). Now and then it fetches and verifies a backup. Random faults are injected (load/faults.py), and
+the resources of each process are sampled (load/watch.py). At the end all replicas must be ready and equal, hold every
+acknowledged write, and use no more than before: the median of the last quarter is compared with that of the second one,
+excluding the first minute of each process; for NATS the storage per write. The first replica is never stopped, so that
+a slow leak shows. Exit code 1 if any check failed.
 
     tests/install-nats.sh
-    cargo build --release --bins --examples
+    cargo build --release -p gradestore -p gradestore-load
     python3 load/soak.py --seconds 3600
 
-The report and a picture go to load/results/soak.txt and soak.svg, or elsewhere with --results.
-All it starts ends with it, in whatever way it ends; what they kept goes too, unless this is killed.
+The report and a chart are written to load/results/soak.txt and soak.svg, or to --results. All child processes end with
+this one. Their data is removed, unless this process is killed.
 """
 
 import argparse
@@ -34,23 +33,23 @@ import chart
 import generate
 from drill import NAMES, Load, Report, machine
 from faults import Faults, Replica, Way
-from measure import PASSWORD, RELEASE, ROOT, SYNCS, Broker, Node, own_cpu_s
+from measure import PASSWORD, BUILT, ROOT, SYNCS, Broker, Node, own_cpu_s
 from watch import BROKERS, SETTLED_AFTER_S, WHAT, Watch, thinned
 
 GROWTH_MAX = 1.1
-# A figure this small may vary by more than a tenth: so many descriptors and threads, or MiB, are no growth.
+# Smaller values than these may vary by more than a tenth: file descriptors, threads, or MiB.
 GROWTH_IGNORED = 2
 BACKUP_EVERY_S = 20
 RECOVER_S_MAX = 120
 LOOK_EVERY_S = 0.1
-# A connection that another replica took a backup over is kept for 75 s.
+# The connection over which another replica copied a backup is kept for 75 s.
 CLOSED_S_MAX = 90
 FILES_SHOWN_MAX = 300
 P99_SHOWN_MS_MAX = 50
 
 
 class Backups(threading.Thread):
-    """Takes one now and then, and verifies it."""
+    """Fetches a backup now and then, and verifies it."""
 
     def __init__(self, replicas, file, seed):
         super().__init__(daemon=True)
@@ -62,12 +61,12 @@ class Backups(threading.Thread):
         environment = dict(os.environ, GRADESTORE_PASSWORD=PASSWORD)
         while not self.stopped.wait(BACKUP_EVERY_S):
             url = self.random.choice(self.replicas).node.urls["write"]
-            taken = subprocess.run([RELEASE / "gradestore", "backup", "--from", url, "-o", self.file], env=environment,
+            taken = subprocess.run([BUILT / "gradestore", "backup", "--from", url, "-o", self.file], env=environment,
                                    capture_output=True)
             if taken.returncode:
                 self.failed += 1  # A fault struck it; it must say so.
                 continue
-            verified = subprocess.run([RELEASE / "gradestore", "verify", self.file], capture_output=True, text=True)
+            verified = subprocess.run([BUILT / "gradestore", "verify", self.file], capture_output=True, text=True)
             if verified.returncode:
                 self.wrong.append(verified.stderr)
             else:
@@ -79,7 +78,7 @@ class Backups(threading.Thread):
 
 
 def fill(args, directory, broker, stack):
-    """Three replicas with the same records: one begins from a file, the others from its backup."""
+    """Three replicas with the same records: one restored from a file, the others from its backup."""
     records = directory / "generated.csv.gz"
     generate.write(records, args.users)
     replicas = []
@@ -95,7 +94,7 @@ def fill(args, directory, broker, stack):
 
 
 def until_ready(replicas, since):
-    """Waits until every replica takes writes again; how long that took."""
+    """Waits until every replica accepts writes; returns the time in seconds."""
     while not all(replica.node.ready() for replica in replicas):
         for replica in replicas:
             if replica.node.child.poll() is not None:
@@ -108,7 +107,7 @@ def until_ready(replicas, since):
 
 
 def strike(args, replicas, faults, beside, began):
-    """A fault at each of its times, until the time is up; what they were."""
+    """Injects the faults at their times; returns their descriptions."""
     struck = []
     for due in range(args.fault_every, args.seconds - args.fault_every + 1, args.fault_every):
         time.sleep(max(0, began + due - time.monotonic()))
@@ -128,7 +127,7 @@ def strike(args, replicas, faults, beside, began):
 
 
 def settle(replicas):
-    """What all say of themselves once they stand at one position."""
+    """The status of each replica once all are at the same position."""
     deadline = time.monotonic() + RECOVER_S_MAX
     while True:
         said = [replica.node.status() for replica in replicas]
@@ -141,7 +140,7 @@ def settle(replicas):
 
 
 def left_open(replica):
-    """Connections to the ports for clients once these have gone: polled until there are none."""
+    """Open client connections after all clients have disconnected: polled until there are none."""
     deadline = time.monotonic() + CLOSED_S_MAX
     while True:
         still = sum(int(replica.node.metric(f'gradestore_http_connections{{port="{port}"}}'))
@@ -160,7 +159,7 @@ def tell_faults(report, struck):
 
 
 def tell_growth(report, watch, load, seconds):
-    """The parts of the time side by side; which demands were missed."""
+    """Prints the parts of the time side by side; returns the missed goals."""
     quarters = [(seconds * n / 4, seconds * (n + 1) / 4) for n in range(4)]
     report(f"\nmedians of each quarter of the time, without the first {SETTLED_AFTER_S} s of each process's life")
     report(f"{'process':8}{'':18} {'1st':>8} {'2nd':>8} {'3rd':>8} {'4th':>8}  4th / 2nd")
@@ -284,13 +283,13 @@ def main():
     parser.add_argument("--reads-per-s", type=int, default=4000)
     parser.add_argument("--log-retention", default="3m")
     parser.add_argument("--snapshot-interval", default="30s")
-    parser.add_argument("--seed", type=int, default=1, help="of the faults")
-    parser.add_argument("--sync", choices=SYNCS, default="default", help="when the broker syncs its disk")
-    parser.add_argument("--dir", type=Path, default=ROOT / "target", help="where a directory is made for what they keep")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the faults")
+    parser.add_argument("--sync", choices=SYNCS, default="default", help="sync interval of nats-server")
+    parser.add_argument("--dir", type=Path, default=ROOT / "target", help="parent of the data directories")
     parser.add_argument("--results", type=Path, default=ROOT / "load" / "results")
     args = parser.parse_args()
 
-    # Ends all, as Ctrl-C does.
+    # Stops all children, like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = Report()
     with tempfile.TemporaryDirectory(prefix="soak-", dir=args.dir) as directory, ExitStack() as stack:

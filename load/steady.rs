@@ -1,14 +1,15 @@
-//! Writes and reads at given rates, remembers every write that was answered, and reads them back.
+//! Writes and reads at fixed rates, remembers every acknowledged write, and reads them back.
 //!
-//! A request is due at its time, whether or not those before it have been answered; one that waits
-//! for its connection counts from when it was due. Each second is a line of JSON. Commands come on
-//! standard input, a line each, and the end of it ends the program at once:
+//! Each request has its due time, whether or not earlier ones have been answered; the latency of a
+//! request counts from then. Prints a line of JSON each second. Reads commands from stdin, one per
+//! line; the end of stdin ends the program immediately:
 //!
-//! - `phase`: prints what was measured since the last such line
-//! - `stop`: no more requests; prints the same when the last answer is there
-//! - `check URL`: reads every answered write from a node's read port, and prints what is missing
+//! - `phase`: prints the measurements since the last such command
+//! - `stop`: sends no more requests; prints the same after the last response
+//! - `check URL`: reads every acknowledged write from a node's read port, and prints what is
+//!   missing
 //!
-//! A user is written by one connection alone, so what must be found is what [`Ledger`] says.
+//! Each user is written by one connection only, so [`Ledger`] knows the values that must be found.
 
 use std::cell::RefCell;
 use std::fmt::Write as _;
@@ -30,24 +31,24 @@ use ledger::{Ledger, check};
 mod connection;
 mod ledger;
 
-/// Between two tries to reach a node again.
+/// Between two attempts to reach a node.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
 /// With this status nothing was written.
 const REFUSED: u16 = 503;
-/// `load/generate.py` puts something behind the ids of these.
+/// `load/generate.py` adds a suffix to these users' ids.
 const ODD: u64 = 1000;
 const ODD_REST: u64 = 7;
 
-/// Writes and reads at given rates, and reads back what was answered
+/// Writes and reads at fixed rates, and reads back the acknowledged writes
 #[derive(Parser)]
 struct Args {
-    /// Where POST /set is taken; may be given again
+    /// URL of a write port; may be repeated
     #[arg(long, value_name = "URL", required = true)]
     write: Vec<String>,
-    /// Where GET /get is answered; may be given again
+    /// URL of a read port; may be repeated
     #[arg(long, value_name = "URL", required = true)]
     read: Vec<String>,
-    /// How many users there are
+    /// Number of users
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(10_000..))]
     users: u64,
     #[arg(long, default_value_t = 10_000)]
@@ -64,12 +65,12 @@ struct Args {
     password: String,
 }
 
-/// What was measured of one kind of request.
+/// The measurements of one kind of request.
 #[derive(Default)]
 struct Measured {
-    /// This second's.
+    /// Of this second.
     second_us: Vec<u32>,
-    /// Those of this phase, up to this second.
+    /// Of this phase, up to this second.
     phase_us: Vec<u32>,
     errors: u64,
     first_error: Option<String>,
@@ -183,7 +184,7 @@ async fn run(args: &'static Args) -> Result<(), Error> {
     }
 }
 
-/// Standard input's lines, read by a thread of its own.
+/// The lines of stdin, read by a thread.
 fn commands() -> mpsc::UnboundedReceiver<String> {
     let (sender, commands) = mpsc::unbounded_channel();
     std::thread::spawn(move || {
@@ -225,7 +226,7 @@ fn start(args: &'static Args, state: &Shared) -> JoinSet<()> {
     load
 }
 
-/// When one connection's requests are due.
+/// The due times of one connection's requests.
 struct Due {
     next: Instant,
     every: Duration,
@@ -240,7 +241,7 @@ impl Due {
         }
     }
 
-    /// Waits for the next one; what it counts from. A timer that is late is not the node's doing.
+    /// Waits for the next due time and returns it. A late timer does not count as latency.
     async fn wait(&mut self) -> Instant {
         let due = self.next;
         self.next += self.every;
@@ -313,20 +314,20 @@ async fn read(args: &'static Args, index: u64, mut due: Due, state: Shared) {
     }
 }
 
-/// The connections take turns among the nodes.
+/// Distributes the connections over the nodes.
 fn nth(urls: &[String], index: u64) -> &str {
     let index = index as usize % urls.len();
     urls.get(index).map_or("", String::as_str)
 }
 
-/// A request without the answer that was wanted.
+/// A failed request.
 struct Failed {
-    /// Whether it may have been done, now or later.
+    /// Whether it may have been executed, now or later.
     unknown: bool,
     error: Error,
 }
 
-/// One request; anything but `wanted` is an error, after which the connection is a new one.
+/// Sends one request; any status but `wanted` is an error, after which the connection is replaced.
 async fn ask(
     connection: &mut Option<Connection>,
     url: &str,
@@ -365,7 +366,7 @@ struct Random(u64);
 
 impl Random {
     fn new(seed: u64) -> Self {
-        // Odd times odd: never 0.
+        // Odd times odd is never 0.
         Self((seed.wrapping_mul(2) + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15))
     }
 
@@ -376,7 +377,7 @@ impl Random {
         self.0
     }
 
-    /// Any of `index`, `index + step`, ... that has a plain id.
+    /// A random one of `index`, `index + step`, ... with an id without suffix.
     fn user(&mut self, users: u64, step: u64, index: u64) -> u64 {
         loop {
             let user = self.next() % (users / step) * step + index;

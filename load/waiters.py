@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What reads that wait for a position cost a write.
+"""Measures the cost of reads that wait for a position for a write.
 
-One connection writes, one write after the other, in turns without and with reads that wait with Grade-Position for a
-position that is not reached. The connections of these are open all the time, so only the waiting differs. Each turn's
-figure is the node's CPU time a write; a ratio is of two turns that follow each other. Then as many reads ask for a
-position far past the end of the log. Exit code 1 when the median ratio is above the demand.
+One connection sends one write after the other, in turns with and without reads that wait for a `Grade-Position` that is
+not reached. The readers' connections stay open, so only the waiting differs. A turn's result is the node's CPU time per
+write; a ratio is of two consecutive turns. Finally all readers request a position far past the end of the log. Exit
+code 1 if the median ratio is above the goal.
 
     cargo build --locked --release --bin gradestore
     python3 load/waiters.py
@@ -22,7 +22,7 @@ import urllib.parse
 
 import measure
 
-# Within what a node waits for, and never reached here.
+# Within the distance that a node waits for, and never reached here.
 AHEAD = 900_000
 FARTHEST = 2 ** 64 - 1
 RATIO_MAX = 1.2
@@ -36,7 +36,7 @@ def connect(node, port):
 
 
 def turn(node, writer, seconds):
-    """Writes for so long: the node's CPU time a write in microseconds, and writes a second."""
+    """Writes for some seconds; returns the node's CPU time per write in microseconds, and writes a second."""
     body = b'{"user_id":"waiters","spp":1}'
     request = (f"POST /set HTTP/1.1\r\nhost: node\r\nauthorization: Basic {measure.AUTH}\r\n"
                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n").encode() + body
@@ -58,7 +58,7 @@ def ask(readers, position):
 
 
 def refused(readers):
-    """Takes an answer from each, which must be 503; seconds until the last one."""
+    """Reads a response from each, which must be 503; returns the seconds until the last one."""
     began = time.monotonic()
     with selectors.DefaultSelector() as selector:
         for reader in readers:
@@ -73,7 +73,7 @@ def refused(readers):
 
 
 def waiting(node):
-    # The request for the metrics is one of them.
+    # Without the request for the metrics itself.
     return node.metric("gradestore_http_requests_in_flight") - 1
 
 
@@ -81,9 +81,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--waiters", type=int, default=8_000)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=1.5, help="a turn; all reads must wait until it ends")
-    parser.add_argument("--disk", action="store_true", help="with the log on disk instead of in memory")
-    parser.add_argument("--no-farthest", action="store_true", help="leave the last part out")
+    parser.add_argument("--seconds", type=float, default=1.5, help="duration of a turn; all reads must wait until its end")
+    parser.add_argument("--disk", action="store_true", help="use the log on disk instead of the one in memory")
+    parser.add_argument("--no-farthest", action="store_true", help="skip the last part")
     args = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""What processes hold while they run, sampled, and whether it stays."""
+"""Samples the resources of processes while they run, and checks them for growth."""
 
 import os
 import re
@@ -11,14 +11,14 @@ from pathlib import Path
 
 EVERY_S = 5
 ASK_S_MAX = 2
-# A process that was started just now is filling up.
+# A new process still fills its caches.
 SETTLED_AFTER_S = 60
 SAMPLES_MIN = 5
 DRAWN_A_MINUTE = 4
 MIB = 1024 * 1024
 WHAT = {"RSS, MiB": "rss_mib", "file descriptors": "files", "threads": "threads", "disk, MiB": "disk_mib"}
-# What a broker's stream takes goes with how many batches its retention spans, and these are the fewer and larger the
-# slower the machine is. What must not grow is what a write takes; a batch's headers take as much as three.
+# The storage of a stream depends on the number of batches in its retention time; on a slow machine they are fewer
+# and larger. The storage per write must not grow. The headers of a batch count as three writes.
 BROKERS = {"RSS, MiB": None, "file descriptors": "files", "threads": "threads", "disk, MiB": None,
            "disk, bytes/write": "write_bytes"}
 WRITES_A_HEADER = 3
@@ -37,7 +37,7 @@ def thinned(points, combine):
 
 
 def disk_mib(directory):
-    """What its files take; those that go meanwhile are none."""
+    """The size of its files, without those that are removed meanwhile."""
     taken = 0
     for path in directory.rglob("*"):
         try:
@@ -63,7 +63,7 @@ def sample(process, directory):
 
 
 class Watch(threading.Thread):
-    """Looks at each process every few seconds. `processes` are {name: (process, its directory)}."""
+    """Samples each process every few seconds. `processes` are {name: (process, directory)}."""
 
     def __init__(self, processes, began):
         super().__init__(daemon=True)
@@ -97,8 +97,8 @@ class Watch(threading.Thread):
                     pass  # It hangs, or does not listen yet.
 
     def writes_held(self):
-        """How many writes the log holds, with its headers counted in, by the node that was never ended; `None` before
-        anything was forgotten."""
+        """The number of writes in the log, with headers counted, by the node that was never stopped; `None` before
+        the first trim."""
         said = [said for _, said in next(iter(self.said.values()))]
         first, end = (said[-1]["first"], said[-1]["end"]) if said else (0, 0)
         if not said or not said[0]["end"] < first <= end:
@@ -111,25 +111,25 @@ class Watch(threading.Thread):
         self.join()
 
     def lives(self, name):
-        """How many processes there were, and how many seconds the longest was seen."""
+        """The number of processes, and the longest observation in seconds."""
         ages = defaultdict(float)
         for _, found in self.samples[name]:
             ages[found["pid"]] = max(ages[found["pid"]], found["age_s"])
         return len(ages), max(ages.values())
 
     def lines(self, names, key, most=float("inf")):
-        """What to draw of it over minutes: the most of each few samples."""
+        """The chart's lines, in minutes: the maximum of each few samples."""
         return {name: thinned([(at / 60, min(found[key], most)) for at, found in self.samples[name]], max)
                 for name in names}
 
     def settled(self, name, key, begin, end):
-        """The median of what a process held in a part of the time, some time after its start; `None` if that was
-        hardly seen."""
+        """The median in a part of the time, excluding the first minute of each process; `None` with too few
+        samples."""
         values = [found[key] for at, found in self.samples[name]
                   if begin <= at < end and found["age_s"] >= SETTLED_AFTER_S and found[key] is not None]
         return statistics.median(values) if len(values) >= SAMPLES_MIN else None
 
     def said_most(self, name, key, begin, end):
-        """Median and most of what a node said."""
+        """Median and maximum of a node's metric."""
         values = [said[key] for at, said in self.said[name] if begin <= at < end]
         return (statistics.median(values), max(values)) if values else (0, 0)

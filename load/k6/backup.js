@@ -1,5 +1,5 @@
-// k6: 95 reads to 5 writes, at RATE requests a second, while backups are fetched one after the other. Settings are in
-// gradestore.js; more USERS make longer backups.
+// k6: 95 reads to 5 writes, RATE requests a second, while backups are fetched one after the other. The settings are
+// in gradestore.js; more USERS make longer backups.
 import { DURATION, RATE, arrivals, options as optionsOf, report } from "./gradestore.js";
 
 export { backup, read, setup, write } from "./gradestore.js";

@@ -1,17 +1,17 @@
-// What the k6 scripts share: which nodes, which users, the requests and their checks, thresholds, the report.
+// Shared by the k6 scripts: nodes, users, requests and their checks, thresholds, the report.
 //
-// Environment of all scripts:
-//   NODES      HOST:PORT of write ports, with a comma between two. A node's read port is
-//              the next one, or stands behind a slash                                     127.0.0.1:8080
+// Environment variables of all scripts:
+//   NODES      HOST:PORT of write ports, separated by commas. A node's read port is the
+//              next one, or follows a slash: HOST:8080/8081                               127.0.0.1:8080
 //   RATE       requests a second                                                          500
-//   DURATION   how long                                                                   30s
-//   USERS      how many users there are                                                   10000
-//   IDS        sequential, numeric or uuid: ids as load/generate.py makes them            sequential
-//   ZIPF       how unlike users are: 0 asks for all alike, 1.1 for a few most of the time 1.1
-//   SEED       0: the users are there already                                             1
-//   P99_MS     what 99 % of the requests must stay below                                  250
-//   VUS        requests under way at once, at most                                        128
-//   REPORT     a file that gets the report too
+//   DURATION   of the load                                                                30s
+//   USERS      number of users                                                            10000
+//   IDS        sequential, numeric or uuid: the ids of load/generate.py                   sequential
+//   ZIPF       exponent of Zipf's law: 0 requests all users equally, 1.1 mostly a few     1.1
+//   SEED       0: the users exist already                                                 1
+//   P99_MS     upper bound of the 99th percentile of latencies                            250
+//   VUS        maximum number of requests in flight                                       128
+//   REPORT     file for the report, besides stdout
 //   GRADESTORE_USERNAME, GRADESTORE_PASSWORD or GRADESTORE_PASSWORD_FILE
 import { check } from "k6";
 import encoding from "k6/encoding";
@@ -61,7 +61,7 @@ export const FIELDS = ["postpaid_limit", "spp", "shipping_fee", "return_fee"];
 const id = idOf(setting("IDS", "sequential"));
 const rank = zipf(USERS, number("ZIPF", 1.1));
 export const anyUser = () => id(rank());
-/// The node that this virtual user talks to, or the one so many further on.
+/// The node of this virtual user, or the node `nth` after it.
 export const myNode = (further = 0) => NODES[(exec.vu.idInTest + further) % NODES.length];
 
 const name = setting("GRADESTORE_USERNAME", "admin");
@@ -82,7 +82,7 @@ export function get(user_id, headers = {}, from = myNode()) {
   return answer;
 }
 
-/// The whole store; its bytes are counted and dropped. An answer that breaks off is a failure to k6.
+/// A backup; its bytes are counted and dropped. A truncated response is a failure.
 export function backup(from = myNode()) {
   const how = { ...params("/backup", { Authorization: authorization }), responseType: "none", timeout: "10m" };
   const answer = http.get(`${from.write}/backup`, how);
@@ -90,7 +90,7 @@ export function backup(from = myNode()) {
   return answer;
 }
 
-/// A write of one field of any user.
+/// A write of one field of a random user.
 export function write() {
   const n = exec.scenario.iterationInTest;
   set({ user_id: anyUser(), [FIELDS[n % 4]]: n % 7 ? n : 0 });
@@ -100,7 +100,7 @@ export function read() {
   get(anyUser());
 }
 
-/// A scenario: so many starts a second, whether the answers come or not.
+/// A scenario with a fixed rate of starts, independent of responses.
 export const arrivals = (what, rate, more = {}) => ({
   executor: "constant-arrival-rate",
   exec: what,
@@ -118,7 +118,7 @@ export const ramp = (what, stages, more = {}) => ({
   ...more,
 });
 
-/// The options of a script with these scenarios; each of `timed`, as `route:/get`, is a threshold and a line of the
+/// The options of a script with these scenarios. Each of `timed`, as `route:/get`, has a threshold and a line in the
 /// report.
 export const options = (scenarios, timed, more = {}) => ({
   scenarios,
@@ -135,7 +135,7 @@ export const options = (scenarios, timed, more = {}) => ({
   },
 });
 
-/// Before the load: sets every field of every user, once.
+/// Before the load: sets every field of every user once.
 export function setup() {
   if (setting("SEED", "1") === "0") {
     return;
@@ -154,7 +154,7 @@ export function setup() {
   }
 }
 
-/// The report of a script, on standard output and in REPORT.
+/// The report of a script, on stdout and in REPORT.
 export const report = (script) => (data) => {
   const { metrics } = data;
   const seconds = data.state.testRunDurationMs / 1000;

@@ -1,8 +1,8 @@
-// The ids of load/generate.py, by the user's number.
+// The ids of load/generate.py, by user number.
 
 const FIRST = 1_000_000_000_000;
 
-// Every 32-bit number becomes another one, and neighbours no neighbours: the end of MurmurHash3.
+// A bijection of 32-bit numbers that separates neighbours: the finalizer of MurmurHash3.
 function mixed(n) {
   n = Math.imul(n ^ (n >>> 16), 0x85ebca6b);
   n = Math.imul(n ^ (n >>> 13), 0xc2b2ae35);

@@ -1,4 +1,4 @@
-// k6: 95 reads to 5 writes, at RATE requests a second. Settings are in gradestore.js.
+// k6: 95 reads to 5 writes, RATE requests a second. The settings are in gradestore.js.
 import { RATE, arrivals, options as optionsOf, report } from "./gradestore.js";
 
 export { read, setup, write } from "./gradestore.js";

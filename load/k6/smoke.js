@@ -1,6 +1,5 @@
-// k6: every iteration sets some fields of one user on one node and reads the grade back from the next, by its position.
-// Checks that the read shows what this user's one writer set, field by field, fields of earlier requests included.
-// Settings are in gradestore.js.
+// k6: each iteration sets fields of one user on one node and reads the grade from the next node at the position of
+// the write. Checks each field against all writes of this user so far. The settings are in gradestore.js.
 import { check } from "k6";
 import exec from "k6/execution";
 
@@ -8,10 +7,10 @@ import { FIELDS, RATE, arrivals, get, myNode, options as optionsOf, report, set 
 
 const USERS_PER_VU = 100;
 
-// An iteration is two requests.
+// An iteration has two requests.
 export const options = optionsOf({ smoke: arrivals("smoke", RATE / 2) }, ["route:/get", "route:/set"]);
 
-// What this VU has set so far, by user. Users are of one VU and one run alone.
+// The values that this VU has set, by user. Each user belongs to one VU of one run.
 const grades = {};
 
 export function setup() {
@@ -23,7 +22,7 @@ export function smoke(run) {
   const user_id = `smoke-${run}-${exec.vu.idInTest}-${round % USERS_PER_VU}`;
   const grade = (grades[user_id] ||= Object.fromEntries([["user_id", user_id], ...FIELDS.map((f) => [f, 0])]));
 
-  // One field or two, of any sign, every seventh time 0.
+  // One or two fields, positive or negative, every seventh value 0.
   const patch = { user_id };
   for (const field of [FIELDS[round % 4], FIELDS[(round >> 2) % 4]]) {
     patch[field] = grade[field] = round % 7 ? (round % 2 ? -round : round) : 0;

@@ -1,5 +1,5 @@
-// k6: 80 reads to 20 writes for an hour (DURATION), at RATE requests a second, with a backup every minute. Settings are
-// in gradestore.js. What grows meanwhile shows in dashboards/; load/soak.py also breaks things.
+// k6: 80 reads to 20 writes for an hour (DURATION), RATE requests a second, and a backup every minute. The settings
+// are in gradestore.js. The dashboards show growth; load/soak.py also injects faults.
 import { RATE, arrivals, options as optionsOf, report } from "./gradestore.js";
 
 export { backup, read, setup, write } from "./gradestore.js";

@@ -1,5 +1,6 @@
-// k6: RATE writes a second for DURATION; within a second SPIKE times as many, for SPIKE_DURATION; then RATE again. In
-// the spike a write may wait; nothing may fail, and afterwards latency is to be as before. Settings are in gradestore.js.
+// k6: RATE writes a second for DURATION, then SPIKE times as many for SPIKE_DURATION, then RATE again. In the spike
+// writes may be slow; no request may fail, and afterwards the latency must be as before. The settings are in
+// gradestore.js.
 import { DURATION, RATE, arrivals, options as optionsOf, ramp, report } from "./gradestore.js";
 
 export { setup, write } from "./gradestore.js";
@@ -30,7 +31,7 @@ export const options = optionsOf(
   ["scenario:before", "scenario:after"],
   {
     "http_req_duration{scenario:spike}": ["max>0", "max<5000"],
-    // In the spike all VUs may be waiting: then k6 starts fewer, which is its limit and not the node's.
+    // In the spike all VUs may be busy; k6 then drops iterations, which is not the node's limit.
     "dropped_iterations{scenario:spike}": [],
     dropped_iterations: [],
     "dropped_iterations{scenario:before}": ["count==0"],

@@ -1,4 +1,5 @@
-// k6: ids.js makes the ids that load/generate.py makes (EXPECTED has some, as JSON), and zipf.js draws what it says.
+// k6: checks that ids.js generates the ids of load/generate.py (EXPECTED has some, as JSON), and the frequencies of
+// zipf.js.
 import { check } from "k6";
 
 import { idOf } from "./ids.js";
@@ -9,7 +10,7 @@ const COUNT = 1000;
 
 export const options = { thresholds: { checks: ["rate==1"] } };
 
-// A generator of its own: the same draws each time.
+// Its own generator, so that the draws are reproducible.
 function seeded() {
   let state = 1;
   return () => {

@@ -1,4 +1,4 @@
-// k6: 90 writes to 10 reads, at RATE requests a second. Settings are in gradestore.js.
+// k6: 90 writes to 10 reads, RATE requests a second. The settings are in gradestore.js.
 import { RATE, arrivals, options as optionsOf, report } from "./gradestore.js";
 
 export { read, setup, write } from "./gradestore.js";

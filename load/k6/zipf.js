@@ -1,5 +1,5 @@
-// Draws 0..count-1 so that the k-th is drawn in proportion to 1/k^skew, exactly, without a table: rejection-inversion
-// (Hörmann and Derflinger, 1996).
+// Draws k from 0..count-1 with a probability proportional to 1/(k+1)^skew, exactly and without a table: rejection-
+// inversion (Hörmann and Derflinger, 1996).
 
 export function zipf(count, skew, random = Math.random) {
   if (skew === 0) {

@@ -1,117 +1,122 @@
-//! What can be wrong with a backup file.
+//! Errors of backup files.
 
 use std::io;
 
-/// Why a backup was refused. `row` counts from 1, the header row not counted; `line` counts those of
-/// the text.
+/// Why a backup was rejected. `row` counts rows from 1, without the header row; `line` counts lines
+/// of the text from 1, with it.
 #[derive(Debug, thiserror::Error)]
 pub enum BackupError {
-    /// The file could not be read.
-    #[error("cannot read on at byte {at}: {error}")]
+    /// The file cannot be opened.
+    #[error("cannot open the file: {0}")]
+    Open(io::Error),
+    /// The file cannot be read.
+    #[error("read error at byte {at}: {error}")]
     Io {
-        /// How far reading came.
+        /// Bytes read before the error.
         at: u64,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
     /// The file ends before its end record.
     #[error(
-        "cut off at byte {at}: the end record is missing; the backup broke off or was copied in part, fetch it again"
+        "truncated at byte {at}: the end record is missing; the backup was aborted or copied in \
+         part, fetch it again"
     )]
     Truncated {
-        /// Where it ends.
+        /// The length of the file.
         at: u64,
     },
-    /// A member is not as the format says, or its bits have changed.
+    /// A member is malformed, or its bytes have changed.
     #[error("damaged at byte {at}: {what}; fetch the backup again")]
     Damaged {
-        /// Where the member begins.
+        /// The offset of the member.
         at: u64,
-        /// What is wrong.
+        /// The reason.
         what: &'static str,
     },
-    /// Something follows the end record.
+    /// There is data after the end record.
     #[error(
-        "bytes follow the end of the backup at byte {at}; remove them or fetch the backup again"
+        "unexpected data after the end of the backup at byte {at}; remove it or fetch the backup \
+         again"
     )]
     Trailing {
-        /// Where the backup ended.
+        /// The length of the backup.
         at: u64,
     },
-    /// The file is of a later version.
+    /// A newer program wrote the file.
     #[error(
         "the backup has format {found}, this program reads up to {known}; use a newer gradestore"
     )]
     Newer {
-        /// The file's version.
+        /// The file's format.
         found: u32,
-        /// The newest one that is read.
+        /// The newest known format.
         known: u32,
     },
-    /// What was counted is not what the end record says.
+    /// The content does not match the end record.
     #[error(
-        "{what} differ: the end record says {recorded}, the file has {found}; fetch the backup again"
+        "{what} differ: the end record has {recorded}, the file {found}; fetch the backup again"
     )]
     Mismatch {
-        /// Rows, digest or checksum.
+        /// Row counts, digests or checksums.
         what: &'static str,
-        /// What should be there.
+        /// The value in the end record.
         recorded: String,
-        /// What is there.
+        /// The value of the file.
         found: String,
     },
-    /// The file is no gzip.
-    #[error("not a gzip file; a backup is a .csv.gz as GET /backup gives it")]
+    /// The file is not a gzip file.
+    #[error("not a gzip file; a backup is a .csv.gz file from GET /backup")]
     NotGzip,
-    /// The gzip or CSV of a foreign file can't be read.
+    /// The gzip or CSV of a third-party file cannot be read.
     #[error("cannot be read as gzip and CSV after row {row}: {error}")]
     Unreadable {
-        /// The last whole row.
+        /// The last complete row.
         row: u64,
-        /// What the decoder said.
+        /// The decoder's error.
         error: String,
     },
-    /// The header row is wrong.
-    #[error("the header row is wrong: {what}; it must name {}", wanted_columns())]
+    /// The header row is invalid.
+    #[error("invalid header row: {what}; the columns are {}", expected_columns())]
     Header {
-        /// What is wrong with it.
+        /// The reason.
         what: String,
     },
     /// A row has too many or too few columns.
-    #[error("row {row} has {found} columns where the header row has {wanted} (line {line})")]
+    #[error("row {row} has {found} columns, the header row has {expected} (line {line})")]
     Columns {
-        /// Which row.
+        /// The row.
         row: u64,
         /// Its line.
         line: u64,
-        /// Its columns.
+        /// The number of its columns.
         found: usize,
-        /// The header's.
-        wanted: usize,
+        /// The number of columns in the header row.
+        expected: usize,
     },
-    /// A value can't be one.
+    /// A value is invalid.
     #[error("row {row}, column {column} (line {line}): {what}")]
     Value {
-        /// Which row.
+        /// The row.
         row: u64,
         /// Its line.
         line: u64,
-        /// Which column.
+        /// The column.
         column: &'static str,
-        /// What is wrong.
+        /// The reason.
         what: String,
     },
-    /// One user has two rows.
-    #[error("{rows} rows but {users} different users: a user_id stands in the file twice")]
+    /// A user has more than one row.
+    #[error("{rows} rows but {users} different users: a user_id appears twice")]
     Repeated {
-        /// Rows.
+        /// The number of rows.
         rows: u64,
-        /// Different ids among them.
+        /// The number of different ids.
         users: u64,
     },
 }
 
-fn wanted_columns() -> String {
+fn expected_columns() -> String {
     format!(
         "{}, {}",
         crate::grade::USER_ID,

@@ -1,40 +1,41 @@
-//! One gzip member of our own files: the mirror of writing and reading its header.
+//! Writes and parses the gzip members of native files.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Head, csv_name};
+use super::format::{EndRecord, HeadRecord, csv_name};
 
-/// The longest text that a member inflates to. Bounds what a reader sets aside, whatever a file
-/// claims.
+/// The longest inflated text of a member. Bounds a reader's memory, whatever a file declares.
 pub(super) const TEXT_BYTES_MAX: usize = 1024 * 1024;
-/// The longest member. Deflate adds 5 bytes to 16 KiB that it can't shrink; the rest is header.
+/// The longest member. Deflate adds 5 bytes per 16 KiB of incompressible data.
 pub(super) const MEMBER_BYTES_MAX: usize =
     TEXT_BYTES_MAX + TEXT_BYTES_MAX / 1024 + HEADER_BYTES_MAX;
-/// A header's longest FEXTRA and name, with room.
+/// More than the longest FEXTRA and name of a header.
 const HEADER_BYTES_MAX: usize = 8 * 1024;
 
 /// ID1, ID2, and CM for deflate.
 const MAGIC: [u8; 3] = [0x1f, 0x8b, 8];
 const FLAG_EXTRA: u8 = 4;
 const FLAG_NAME: u8 = 8;
-/// OS: unknown. What made the file does not depend on it.
+/// OS: unknown, so that files do not depend on the system.
 const OS_UNKNOWN: u8 = 255;
-/// Bytes before FEXTRA's length.
+/// Bytes before the length of FEXTRA.
 pub(super) const FIXED_BYTES: usize = 10;
-/// CRC-32 and length.
+/// Enough bytes for [`kind_of`].
+pub(super) const START_BYTES: usize = FIXED_BYTES + 4;
+/// CRC-32 and inflated length.
 pub(super) const TRAILER_BYTES: usize = 8;
 
-/// The name of our subfield.
-pub(super) const SUBFIELD: [u8; 2] = *b"GS";
+/// The name of the FEXTRA subfield.
+const SUBFIELD: [u8; 2] = *b"GS";
 const KIND_HEAD: u8 = b'H';
 const KIND_ROWS: u8 = b'M';
 const KIND_END: u8 = b'E';
-/// What an empty text deflates to.
-const DEFLATED_NOTHING: [u8; 2] = [3, 0];
+/// The deflate stream of an empty text.
+const DEFLATED_EMPTY: [u8; 2] = [3, 0];
 
-/// Begins a member: all of its header, with `content` in our subfield.
-fn begin(out: &mut Vec<u8>, kind: u8, content: &[u8], name: Option<(&str, u32)>) {
+/// Appends a member's header with `content` in the subfield. `name` is FNAME and MTIME.
+fn write_header(out: &mut Vec<u8>, kind: u8, content: &[u8], name: Option<(&str, u32)>) {
     out.extend_from_slice(&MAGIC);
     out.push(FLAG_EXTRA | if name.is_some() { FLAG_NAME } else { 0 });
     out.extend_from_slice(&name.map_or(0, |(_, mtime_s)| mtime_s).to_le_bytes());
@@ -57,12 +58,12 @@ fn json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("a head or an end is JSON")
 }
 
-/// The first member: `head`, and the header row `text`.
-pub(super) fn write_head(out: &mut Vec<u8>, head: &Head, text: &[u8]) {
+/// Appends the first member: `head`, and the header row `text`.
+pub(super) fn write_head(out: &mut Vec<u8>, head: &HeadRecord, text: &[u8]) {
     let mtime_s = u32::try_from(head.time_ns / 1_000_000_000).unwrap_or(0);
     let name = csv_name(head.time_ns);
-    begin(out, KIND_HEAD, &json(head), Some((&name, mtime_s)));
-    // Stored as it is: one final block without compression.
+    write_header(out, KIND_HEAD, &json(head), Some((&name, mtime_s)));
+    // One final block, stored without compression.
     let length = text.len() as u16;
     out.push(1);
     out.extend_from_slice(&length.to_le_bytes());
@@ -71,7 +72,7 @@ pub(super) fn write_head(out: &mut Vec<u8>, head: &Head, text: &[u8]) {
     write_trailer(out, text);
 }
 
-/// A member of rows: `text`, deflated by `deflate`.
+/// Appends a member of rows: `text`, compressed by `deflate`.
 #[expect(
     clippy::expect_used,
     clippy::indexing_slicing,
@@ -83,8 +84,8 @@ pub(super) fn write_rows(
     rows: u32,
     deflate: &mut libdeflater::Compressor,
 ) {
-    let begin_at = out.len();
-    begin(out, KIND_ROWS, &[0; 12], None);
+    let start = out.len();
+    write_header(out, KIND_ROWS, &[0; 12], None);
     let content_at = out.len() - 12;
     let deflate_at = out.len();
     out.resize(deflate_at + deflate.deflate_compress_bound(text.len()), 0);
@@ -92,18 +93,18 @@ pub(super) fn write_rows(
     let deflated = deflated.expect("the output is as long as the library's bound");
     out.truncate(deflate_at + deflated);
     write_trailer(out, text);
-    let length = (out.len() - begin_at) as u32;
+    let length = (out.len() - start) as u32;
     let numbers = [length, text.len() as u32, rows].map(u32::to_le_bytes);
     out[content_at..deflate_at].copy_from_slice(numbers.as_flattened());
 }
 
-/// The last member.
-pub(super) fn write_end(out: &mut Vec<u8>, end: &super::End) {
+/// Appends the last member.
+pub(super) fn write_end(out: &mut Vec<u8>, end: &EndRecord) {
     let json = json(end);
     let mut content = libdeflater::crc32(&json).to_le_bytes().to_vec();
     content.extend_from_slice(&json);
-    begin(out, KIND_END, &content, None);
-    out.extend_from_slice(&DEFLATED_NOTHING);
+    write_header(out, KIND_END, &content, None);
+    out.extend_from_slice(&DEFLATED_EMPTY);
     write_trailer(out, &[]);
 }
 
@@ -112,30 +113,30 @@ fn write_trailer(out: &mut Vec<u8>, text: &[u8]) {
     out.extend_from_slice(&(text.len() as u32).to_le_bytes());
 }
 
-/// Whether a member is as gzip has it and what its FEXTRA holds, told from its first bytes.
-pub(super) enum Kind {
-    /// No gzip.
+/// The kind of a member, from its first bytes.
+pub(super) enum MemberKind {
+    /// Not a gzip member.
     NotGzip,
-    /// Gzip, without an extra field or with another program's.
-    Foreign,
-    /// Ours: FEXTRA's bytes are so many.
-    Ours(usize),
-    /// An extra field that may have been ours.
+    /// A gzip member of another program.
+    ThirdParty,
+    /// A member of this program, with the length of its FEXTRA in bytes.
+    Native(usize),
+    /// A gzip member with an extra field that may be a damaged one of this program.
     Unknown,
 }
 
-/// Whether `start`, which may be short, can be how a gzip file begins.
-pub(super) fn begins_gzip(start: &[u8]) -> bool {
+/// Whether a gzip file can begin with `start`, which may be short.
+pub(super) fn is_gzip_prefix(start: &[u8]) -> bool {
     start
         .iter()
         .zip(MAGIC)
         .all(|(found, wanted)| *found == wanted)
 }
 
-/// Whether one of our members of rows, or an end, begins in `bytes`.
-pub(super) fn begins_ours(bytes: &[u8]) -> bool {
+/// Whether a native member, other than a first one, begins in `bytes`.
+pub(super) fn contains_native_member(bytes: &[u8]) -> bool {
     let mut header = Vec::with_capacity(FIXED_BYTES);
-    begin(&mut header, KIND_ROWS, &[], None);
+    write_header(&mut header, KIND_ROWS, &[], None);
     let (fixed, _) = header.split_at(FIXED_BYTES);
     bytes
         .windows(FIXED_BYTES + 4)
@@ -146,37 +147,45 @@ fn bits_between(one: [u8; 2], other: [u8; 2]) -> u32 {
     (u16::from_le_bytes(one) ^ u16::from_le_bytes(other)).count_ones()
 }
 
-/// Looks at the fixed part, FEXTRA's length and the first subfield's name: 14 bytes.
-pub(super) fn kind_of(start: &[u8]) -> Kind {
+/// Examines the fixed part, the length of FEXTRA and the name of the first subfield: 14 bytes.
+pub(super) fn kind_of(start: &[u8]) -> MemberKind {
     let Some((fixed, rest)) = start.split_at_checked(FIXED_BYTES) else {
-        return Kind::NotGzip;
+        return MemberKind::NotGzip;
     };
     if !fixed.starts_with(&MAGIC) {
-        return Kind::NotGzip;
+        return MemberKind::NotGzip;
     }
     if fixed.get(3).is_none_or(|flags| flags & FLAG_EXTRA == 0) {
-        return Kind::Foreign;
+        return MemberKind::ThirdParty;
     }
     match *rest {
         [low, high, first, second, ..] if [first, second] == SUBFIELD => {
-            Kind::Ours(usize::from(u16::from_le_bytes([low, high])))
+            MemberKind::Native(usize::from(u16::from_le_bytes([low, high])))
         }
-        // bgzip's, mgzip's and others'; but not what a flipped bit or two would make of ours.
-        [_, _, first, second, ..] if bits_between([first, second], SUBFIELD) > 2 => Kind::Foreign,
-        _ => Kind::Unknown,
+        // Those of bgzip, mgzip and others, but not this program's with one or two flipped bits.
+        [_, _, first, second, ..] if bits_between([first, second], SUBFIELD) > 2 => {
+            MemberKind::ThirdParty
+        }
+        _ => MemberKind::Unknown,
     }
 }
 
-/// Our subfield's content, by kind of member.
-pub(super) enum Content {
-    Head(Head),
-    Rows { member: u32, text: u32, rows: u32 },
-    End(super::End),
+/// The content of the subfield.
+pub(super) enum MemberRecord {
+    Head(HeadRecord),
+    Rows {
+        /// The length of the member.
+        member_bytes: u32,
+        /// The length of the inflated text.
+        text_bytes: u32,
+        rows: u32,
+    },
+    End(EndRecord),
 }
 
-/// Reads FEXTRA. The error says what is wrong.
-pub(super) fn content_of(extra: &[u8]) -> Result<Content, &'static str> {
-    let wrong = "the extra field of a gzip header is not as it should be";
+/// Parses FEXTRA.
+pub(super) fn parse_extra(extra: &[u8]) -> Result<MemberRecord, &'static str> {
+    let wrong = "the extra field of a gzip header is malformed";
     let rest = extra.strip_prefix(&SUBFIELD).ok_or(wrong)?;
     let (length, rest) = rest.split_first_chunk::<2>().ok_or(wrong)?;
     if usize::from(u16::from_le_bytes(*length)) != rest.len() {
@@ -184,48 +193,48 @@ pub(super) fn content_of(extra: &[u8]) -> Result<Content, &'static str> {
     }
     let (kind, content) = rest.split_first().ok_or(wrong)?;
     match *kind {
-        KIND_HEAD => Ok(Content::Head(parse(content)?)),
+        KIND_HEAD => Ok(MemberRecord::Head(parse(content)?)),
         KIND_ROWS => {
-            let ([member, text, rows], []) = content.as_chunks() else {
+            let ([member_bytes, text_bytes, rows], []) = content.as_chunks() else {
                 return Err(wrong);
             };
-            Ok(Content::Rows {
-                member: u32::from_le_bytes(*member),
-                text: u32::from_le_bytes(*text),
+            Ok(MemberRecord::Rows {
+                member_bytes: u32::from_le_bytes(*member_bytes),
+                text_bytes: u32::from_le_bytes(*text_bytes),
                 rows: u32::from_le_bytes(*rows),
             })
         }
         KIND_END => {
             let (crc, json) = content.split_first_chunk::<4>().ok_or(wrong)?;
             if libdeflater::crc32(json) != u32::from_le_bytes(*crc) {
-                return Err("the end record has changed");
+                return Err("the end record does not match its CRC-32");
             }
-            Ok(Content::End(parse(json)?))
+            Ok(MemberRecord::End(parse(json)?))
         }
         _ => Err(wrong),
     }
 }
 
 fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, &'static str> {
-    serde_json::from_slice(json).map_err(|_| "a record in a gzip header can't be read")
+    serde_json::from_slice(json).map_err(|_| "a record in a gzip header is not valid JSON")
 }
 
-/// Inflates a member of rows into `text`, which gets exactly `wanted` bytes.
+/// Inflates a member of rows into `text`, which must become `expected_bytes` long.
 pub(super) fn inflate(
     deflated: &[u8],
     trailer: &[u8],
-    wanted: usize,
+    expected_bytes: usize,
     inflate: &mut libdeflater::Decompressor,
     text: &mut Vec<u8>,
 ) -> Result<(), &'static str> {
-    text.resize(wanted, 0);
+    text.resize(expected_bytes, 0);
     let inflated = inflate
         .deflate_decompress(deflated, text)
-        .map_err(|_| "a member does not inflate")?;
+        .map_err(|_| "a member cannot be inflated")?;
     let mut expected = Vec::with_capacity(TRAILER_BYTES);
     write_trailer(&mut expected, text);
-    match inflated == wanted && expected == trailer {
+    match inflated == expected_bytes && expected == trailer {
         true => Ok(()),
-        false => Err("a member's length or CRC-32 is wrong"),
+        false => Err("the inflated length or CRC-32 of a member is wrong"),
     }
 }

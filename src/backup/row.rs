@@ -1,26 +1,26 @@
-//! A row of the CSV: the one definition that writer and reader share.
+//! Writes and parses rows of native files.
 //!
-//! Our own files keep to a narrow form of RFC 4180 that is quick both ways: columns in the order of
-//! [`FIELDS`], numbers plain, a user id quoted unless it is made of letters, digits and `-_.:@/`
-//! alone. Foreign files are read by csv-async, which takes every form and twice the time; writing with
-//! it took three times as long (ADR 0006).
+//! Native files use a subset of RFC 4180 that is fast to write and parse: columns in the order of
+//! [`FIELDS`], unquoted numbers, and a user id in quotes unless it has only letters, digits and
+//! `-_.:@/`. csv-async, which reads third-party files, takes twice as long to parse and three times
+//! as long to write: docs/internals/adr/0006.
 
 use crate::grade::{FIELD_COUNT, FIELDS, USER_ID, UserGrade, Values, check_user_id};
 
 use super::BackupError;
 
-/// One row as it is read: the id still stands in the file's text.
+/// One row, whose id borrows from the text.
 pub type Row<'a> = UserGrade<&'a str>;
 
-/// The longest row: an id whose every byte is a quote, doubled and quoted, and the numbers.
+/// The longest row: an id of doubled quotes, in quotes, and the numbers.
 pub(super) const ROW_BYTES_MAX: usize = 2 * crate::grade::USER_ID_BYTES_MAX + 3 + FIELD_COUNT * 21;
-/// The shortest row: an id of one byte, and as many zeros as there are fields.
+/// The shortest row: an id of one byte, and zeros.
 pub(super) const ROW_BYTES_MIN: usize = 2 + FIELD_COUNT * 2;
 
-/// So many digits are never too many for 64 bits.
+/// Numbers of at most this many digits fit in 64 bits.
 const SAFE_DIGITS: usize = 19;
 
-/// The line of row `row`: no id has a line break, and the header row is the first line.
+/// The line of row `row`. Line 1 is the header row, and ids have no line breaks.
 pub(super) fn line_of(row: u64) -> u64 {
     row + 1
 }
@@ -37,7 +37,7 @@ pub(super) fn write_header(out: &mut Vec<u8>) {
 
 /// Appends one row.
 pub(super) fn write(user_id: &str, values: &Values, out: &mut Vec<u8>) {
-    if user_id.bytes().all(is_plain) {
+    if user_id.bytes().all(needs_no_quotes) {
         out.extend_from_slice(user_id.as_bytes());
     } else {
         out.push(b'"');
@@ -58,13 +58,13 @@ pub(super) fn write(user_id: &str, values: &Values, out: &mut Vec<u8>) {
 }
 
 #[expect(clippy::indexing_slicing, reason = "a byte is below 256")]
-const fn is_plain(byte: u8) -> bool {
-    PLAIN[byte as usize]
+const fn needs_no_quotes(byte: u8) -> bool {
+    NEEDS_NO_QUOTES[byte as usize]
 }
 
-/// By byte.
-#[expect(clippy::indexing_slicing, reason = "the bound stands beside it")]
-const PLAIN: [bool; 256] = {
+/// The bytes that need no quotes.
+#[expect(clippy::indexing_slicing, reason = "the loop checks the bound")]
+const NEEDS_NO_QUOTES: [bool; 256] = {
     let mut plain = [false; 256];
     let mut byte = 0;
     while byte < plain.len() {
@@ -75,8 +75,8 @@ const PLAIN: [bool; 256] = {
     plain
 };
 
-/// How many of [`FIELDS`] a header row names: a file of an older version names fewer, and those it
-/// does not name read as 0.
+/// How many of [`FIELDS`] a header row has. A file of an older version has fewer; the others read
+/// as 0.
 pub(super) fn parse_header(line: &str) -> Result<usize, BackupError> {
     let wrong = |what: String| BackupError::Header { what };
     let line = line.strip_suffix('\n').unwrap_or(line);
@@ -94,9 +94,12 @@ pub(super) fn parse_header(line: &str) -> Result<usize, BackupError> {
     Ok(fields)
 }
 
-/// Hands every row of `text` to `row`; each has `fields` columns beside the id, the first is number
-/// `first_row`.
-#[expect(clippy::indexing_slicing, reason = "values and fields are as many")]
+/// Calls `row` with every row of `text`. Each has `fields` columns besides the id. The first has
+/// the number `first_row`. Returns the number of rows.
+#[expect(
+    clippy::indexing_slicing,
+    reason = "there are as many values as fields"
+)]
 pub(super) fn parse(
     text: &str,
     fields: usize,
@@ -109,7 +112,8 @@ pub(super) fn parse(
     while !rest.is_empty() {
         let number = first_row + u64::from(rows);
         let user_id;
-        (user_id, rest) = parse_user_id(rest, &mut unquoted).ok_or_else(|| wrong_form(number))?;
+        (user_id, rest) =
+            parse_user_id(rest, &mut unquoted).ok_or_else(|| unterminated_id(number))?;
         check_user_id(user_id).map_err(|error| BackupError::Value {
             row: number,
             line: line_of(number),
@@ -124,7 +128,7 @@ pub(super) fn parse(
                 line: line_of(number),
                 column: FIELDS[index],
                 what: format!(
-                    "not an integer of 64 bits, or not the last column: {:?}",
+                    "not a 64-bit integer, or not the last column: {:?}",
                     start(rest)
                 ),
             })?;
@@ -135,16 +139,16 @@ pub(super) fn parse(
     Ok(rows)
 }
 
-fn wrong_form(row: u64) -> BackupError {
+fn unterminated_id(row: u64) -> BackupError {
     BackupError::Value {
         row,
         line: line_of(row),
         column: USER_ID,
-        what: "the column does not end, or its quotes don't".to_owned(),
+        what: "the user id or its quotes do not end".to_owned(),
     }
 }
 
-/// The beginning of what can't be read, for a message.
+/// The first 40 characters of a line, for an error message.
 fn start(text: &str) -> &str {
     let line = text.split(['\n', '\r']).next().unwrap_or_default();
     line.char_indices()
@@ -153,13 +157,13 @@ fn start(text: &str) -> &str {
         .unwrap_or(line)
 }
 
-/// The id and what follows its comma.
+/// The id, and the text after its comma.
 fn parse_user_id<'a: 'b, 'b>(
     text: &'a str,
     unquoted: &'b mut String,
 ) -> Option<(&'b str, &'a str)> {
     let Some(quoted) = text.strip_prefix('"') else {
-        let end = text.bytes().position(|byte| !is_plain(byte))?;
+        let end = text.bytes().position(|byte| !needs_no_quotes(byte))?;
         let (id, rest) = text.split_at_checked(end)?;
         return Some((id, rest.strip_prefix(',')?));
     };
@@ -178,7 +182,7 @@ fn parse_user_id<'a: 'b, 'b>(
     }
 }
 
-/// The number up to `end`, and what follows that.
+/// The number before `end`, and the text after that.
 fn parse_number(text: &str, end: u8) -> Option<(i64, &str)> {
     let (negative, digits) = match text.strip_prefix('-') {
         Some(digits) => (true, digits),
@@ -228,7 +232,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(rows in prop::collection::vec(
+        fn rows_round_trip(rows in prop::collection::vec(
             ("[ -~é\u{2028}]{1,40}", any::<[i64; FIELD_COUNT]>()), 0..20,
         )) {
             let mut text = Vec::new();
@@ -241,13 +245,13 @@ mod tests {
         }
 
         #[test]
-        fn no_text_panics(text in "[a,\"\n0-9-]{0,60}|\\PC{0,60}") {
+        fn no_input_panics(text in "[a,\"\n0-9-]{0,60}|\\PC{0,60}") {
             let _ = parsed(&text);
         }
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn errors_have_row_and_column() {
         let numbers = |values: [&str; FIELD_COUNT]| {
             format!("ok{}\n", ",0".repeat(FIELD_COUNT)) + "a," + &values.join(",") + "\n"
         };

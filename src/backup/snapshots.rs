@@ -1,28 +1,32 @@
 //! Snapshots: backups that a node keeps in its own data directory.
 //!
-//! A snapshot is written under a temporary name, synced, renamed, and its directory synced: what
-//! goes by a snapshot's name is whole, whenever the machine stopped. Two are kept, so that a
-//! damaged newest one falls back to the one before.
+//! A snapshot is written under a temporary name, synced and renamed, and its directory is synced.
+//! So a file with a snapshot's name is complete, even after a power loss. Two are kept, in case the
+//! newest is damaged.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Once;
-use std::sync::mpsc::sync_channel;
-use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{BackupError, BackupWriter, ChunkSource, Head, Progress, Summary, read, threads_for};
+use super::error::BackupError;
+use super::format::HeadRecord;
+use super::parallelism::threads_for;
+use super::pipeline::ChunkPipeline;
+use super::progress::{ReadProgress, Summary};
+use super::reader::read;
+use super::writer::{BackupWriter, ChunkSource};
 use crate::log::{Position, Seq};
-use crate::store::{Piece, Store};
+use crate::store::{RecordBatch, Store};
+use crate::sys::exec::Blocking;
 
-/// How many snapshots are kept.
-const KEPT: usize = 2;
-/// A backup is believed to have so many rows before they are there: room for them costs 73 MiB.
+const SNAPSHOTS_KEPT: usize = 2;
+/// The most rows for which a restore reserves memory before it has read them: 73 MiB.
 const RESERVED_ROWS_MAX: u64 = 16 << 20;
 const PREFIX: &str = "grades-";
 const SUFFIX: &str = ".csv.gz";
-const PARTIAL: &str = ".partial";
+const PARTIAL: &str = "partial";
 
 /// The snapshots of one data directory.
 #[derive(Debug, Clone)]
@@ -30,41 +34,49 @@ pub struct Snapshots {
     dir: PathBuf,
 }
 
-/// A snapshot that was written.
+/// A complete snapshot.
 #[derive(Debug, Clone)]
-pub struct Written {
-    /// What it holds and from where on to replay.
-    pub head: Head,
-    /// Rows.
+pub struct SnapshotInfo {
+    /// Its head record.
+    pub head: HeadRecord,
+    /// The number of rows.
     pub rows: u64,
-    /// Its size.
+    /// The size of the file.
     pub bytes: u64,
-    /// How long writing took; 0 for one that an earlier process wrote.
+    /// How long writing it took; 0 if an earlier process wrote it.
     pub took: Duration,
-    /// When it was finished.
+    /// When it was complete.
     pub at: SystemTime,
 }
 
 impl Snapshots {
-    /// The snapshots in `dir`, which is made if need be. What a stopped process left unfinished is
-    /// removed.
+    /// The snapshots in `dir`. Accesses no files yet.
+    #[must_use]
+    pub fn in_dir(dir: &Path) -> Self {
+        Self {
+            dir: dir.to_owned(),
+        }
+    }
+
+    /// Creates `dir` if it does not exist, and removes the partial snapshot of an earlier process.
     ///
     /// # Errors
-    /// The directory can't be made or read.
+    /// The directory cannot be created, read or written.
     pub fn open(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
         for entry in fs::read_dir(dir)? {
             let path = entry?.path();
-            if path.extension().is_some_and(|end| end == "partial") {
+            if path
+                .extension()
+                .is_some_and(|extension| extension == PARTIAL)
+            {
                 fs::remove_file(path)?;
             }
         }
-        Ok(Self {
-            dir: dir.to_owned(),
-        })
+        Ok(Self::in_dir(dir))
     }
 
-    /// Where they are.
+    /// The directory.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -73,7 +85,7 @@ impl Snapshots {
     /// Positions and files, newest first.
     ///
     /// # Errors
-    /// The directory can't be read.
+    /// The directory cannot be read.
     pub fn list(&self) -> io::Result<Vec<(Seq, PathBuf)>> {
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.dir)? {
@@ -97,45 +109,55 @@ impl Snapshots {
         Ok(found)
     }
 
-    /// The newest one, if there is one and the directory can be read.
+    /// The newest snapshot, if there is one and the directory can be read.
     #[must_use]
     pub fn newest(&self) -> Option<PathBuf> {
         let mut found = self.list().ok()?.into_iter();
         found.next().map(|(_, path)| path)
     }
 
-    /// Writes a snapshot of `store`; `end` tells the position once the last record has been read,
-    /// or that what was read is not to be kept.
-    /// Blocks for as long as that takes, on all cores.
+    /// Writes a snapshot of `store` on the threads of `pool`, on all cores. Calls `end` for the
+    /// position after the scan; if that fails, the snapshot is discarded.
     ///
     /// # Errors
-    /// The disk refused. The snapshots that were there are untouched.
-    pub fn write(
+    /// The file cannot be written, or `end` failed. Earlier snapshots are unchanged.
+    pub async fn write(
         &self,
         store: &Store,
-        head: Head,
+        head: HeadRecord,
         end: impl FnOnce() -> io::Result<Position>,
-    ) -> io::Result<Written> {
-        let begun = Instant::now();
-        let name = format!("{PREFIX}{:020}{SUFFIX}", head.position);
-        let partial = self.dir.join(format!("{name}{PARTIAL}"));
-        let written = write_file(&partial, store, &head, end).inspect_err(|_| {
-            // What it took is needed back; if that fails too, the next start removes it.
-            let _ = fs::remove_file(&partial);
+        pool: &Blocking,
+    ) -> io::Result<SnapshotInfo> {
+        let started = Instant::now();
+        let path = self
+            .dir
+            .join(format!("{PREFIX}{:020}{SUFFIX}", head.position));
+        let partial = path.with_added_extension(PARTIAL);
+        let written = write_file(&partial, store, &head, end, pool).await;
+        let dir = self.dir.clone();
+        let renamed = pool.run(move || match written {
+            Ok(written) => {
+                fs::rename(&partial, path)?;
+                File::open(&dir)?.sync_all()?;
+                Ok(written)
+            }
+            Err(error) => {
+                // Frees the space. If that fails too, the next start removes the file.
+                let _ = fs::remove_file(&partial);
+                Err(error)
+            }
         });
-        let (rows, bytes) = written?;
-        fs::rename(&partial, self.dir.join(name))?;
-        File::open(&self.dir)?.sync_all()?;
-        Ok(Written {
+        let (rows, bytes) = renamed.await.flatten()?;
+        Ok(SnapshotInfo {
             head,
             rows,
             bytes,
-            took: begun.elapsed(),
+            took: started.elapsed(),
             at: SystemTime::now(),
         })
     }
 
-    /// Quarantines all of them.
+    /// Quarantines all snapshots.
     pub fn quarantine_all(&self, why: &str) {
         match self.list() {
             Ok(found) => found.iter().for_each(|(_, path)| quarantine(path, why)),
@@ -143,86 +165,77 @@ impl Snapshots {
         }
     }
 
-    /// Removes all but the newest two. The position of the older one: the log is needed from there
-    /// on. `None` while there are fewer than two.
+    /// Removes all snapshots except the newest two. Returns the position of the older one, because
+    /// the log is needed from there on; `None` while there are fewer than two.
     ///
     /// # Errors
-    /// The directory can't be read, or a file not removed.
+    /// The directory cannot be read, or a file cannot be removed.
     pub fn prune(&self) -> io::Result<Option<Seq>> {
         let found = self.list()?;
-        for (_, path) in found.iter().skip(KEPT) {
+        for (_, path) in found.iter().skip(SNAPSHOTS_KEPT) {
             fs::remove_file(path)?;
         }
-        Ok(found.get(KEPT - 1).map(|(position, _)| *position))
+        Ok(found.get(SNAPSHOTS_KEPT - 1).map(|(position, _)| *position))
     }
 }
 
-/// Renames the snapshot at `path` so that no start uses it; the file stays as it is.
+/// Renames the snapshot at `path`, so that no start uses it. The file itself is unchanged.
 pub fn quarantine(path: &Path, why: &str) {
-    let mut quarantined = path.as_os_str().to_owned();
-    quarantined.push(format!(".{why}"));
+    let quarantined = path.with_added_extension(why);
     match fs::rename(path, &quarantined) {
         Ok(()) => tracing::warn!(path = %path.display(), why, "snapshot quarantined"),
         Err(error) => tracing::warn!(path = %path.display(), %error, "snapshot not quarantined"),
     }
 }
 
-fn write_file(
+/// Writes and syncs the file. Returns the number of rows and bytes.
+async fn write_file(
     path: &Path,
     store: &Store,
-    head: &Head,
+    head: &HeadRecord,
     end: impl FnOnce() -> io::Result<Position>,
+    pool: &Blocking,
 ) -> io::Result<(u64, u64)> {
-    let mut file = BufWriter::new(File::create(path)?);
-    let (mut writer, first) = BackupWriter::begin(head);
-    file.write_all(&first)?;
+    let (mut writer, first) = BackupWriter::start(head);
     let mut bytes = first.len() as u64;
-    let source = ChunkSource::new(store);
-    let threads = threads_for(head.rows_expected);
-    let written: io::Result<()> = thread::scope(|scope| {
-        let (chunks, made) = sync_channel(threads);
-        for _ in 0..threads {
-            let (source, chunks) = (&source, chunks.clone());
-            scope.spawn(move || {
-                while let Some(chunk) = source.next() {
-                    // Nobody takes it: writing has failed.
-                    if chunks.send(chunk).is_err() {
-                        break;
-                    }
-                }
-            });
-        }
-        drop(chunks);
-        for chunk in made {
-            writer.add(&chunk);
-            file.write_all(&chunk.bytes)?;
-            bytes += chunk.bytes.len() as u64;
-        }
-        Ok(())
+    let path = path.to_owned();
+    let created = pool.run(move || {
+        let mut file = File::create(path)?;
+        file.write_all(&first)?;
+        Ok(file)
     });
-    written?;
+    let mut file: File = created.await.flatten()?;
+    let mut chunks = ChunkPipeline::new(ChunkSource::new(store), pool.clone());
+    // One more than are made at once, so that all cores are busy while one is written.
+    let in_flight_max = threads_for(head.rows_expected) + 1;
+    while let Some(chunk) = chunks.next(in_flight_max).await? {
+        writer.add(&chunk);
+        bytes += chunk.bytes.len() as u64;
+        let appended = pool.run(move || file.write_all(&chunk.bytes).map(|()| file));
+        file = appended.await.flatten()?;
+    }
     let rows = writer.rows();
     let last = writer.end(&end()?);
-    file.write_all(&last)?;
     bytes += last.len() as u64;
-    let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
-    file.sync_all()?;
+    let synced = pool.run(move || file.write_all(&last).and_then(|()| file.sync_all()));
+    synced.await.flatten()?;
     Ok((rows, bytes))
 }
 
-/// Reads the backup in `source` into `store`, which must be empty and is empty again after an
-/// error. Blocks.
+/// Reads the backup in `source` into `store`, which must be empty. Clears it after an error.
+/// Blocks.
 ///
 /// # Errors
-/// The file is not a whole, unchanged backup; see [`BackupError`].
+/// The file is not a complete, unchanged backup; see [`BackupError`].
 pub fn restore(
     source: impl io::Read + Unpin + Send,
     store: &Store,
-    progress: &Progress,
+    progress: &ReadProgress,
 ) -> Result<Summary, BackupError> {
-    let sized = Once::new();
-    let sink = |rows: &Piece| {
-        sized.call_once(|| store.reserve(progress.rows_expected().min(RESERVED_ROWS_MAX) as usize));
+    let reserve = Once::new();
+    let sink = |rows: &RecordBatch| {
+        let rows_expected = progress.rows_expected().min(RESERVED_ROWS_MAX);
+        reserve.call_once(|| store.reserve(rows_expected as usize));
         store.put(rows)
     };
     let restored = read(source, &sink, progress).and_then(|summary| {
@@ -238,15 +251,15 @@ pub fn restore(
     restored
 }
 
-/// The same from a file.
+/// Reads the backup at `path` into `store`, like [`restore`].
 ///
 /// # Errors
-/// The file can't be opened, or see [`restore`].
+/// The file cannot be opened, or see [`restore`].
 pub fn restore_file(
     path: &Path,
     store: &Store,
-    progress: &Progress,
+    progress: &ReadProgress,
 ) -> Result<Summary, BackupError> {
-    let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
+    let file = File::open(path).map_err(BackupError::Open)?;
     restore(file, store, progress)
 }

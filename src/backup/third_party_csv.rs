@@ -1,6 +1,5 @@
-//! Reads any other gzip CSV: one member or many, columns in any order, quoted or not, LF or CRLF.
-//!
-//! Speed is not what this is for; every form that other tools write is.
+//! Reads gzip CSV files of other programs: any number of members, columns in any order, quoted or
+//! not, LF or CRLF. Accepts all common forms at the cost of speed.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -15,18 +14,18 @@ use futures_util::FutureExt;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, BufReader, ReadBuf};
 
-use super::reader::Sink;
-use super::{BackupError, Progress, Row, Summary};
+use super::error::BackupError;
+use super::progress::{ReadProgress, RowSink, Summary};
+use super::row::Row;
 use crate::grade::{Digest, FIELDS, USER_ID, Values, check_user_id};
-use crate::store::Piece;
+use crate::store::RecordBatch;
 
-/// The longest row of a foreign file. Also what stops a small file that inflates to one endless
-/// row.
+/// The longest row. Stops early on a small file that inflates to one endless row.
 const ROW_BYTES_MAX: u64 = 64 * 1024;
-/// What csv-async and the decoder may read ahead of the row that is parsed.
+/// How far csv-async and the decoder may read ahead of the current row.
 const AHEAD_BYTES: u64 = 64 * 1024;
 
-/// A blocking reader as an async one that is always ready.
+/// Adapts a blocking reader to an async one that is always ready.
 struct AlwaysReady<R> {
     source: R,
     bytes: Arc<AtomicU64>,
@@ -36,36 +35,36 @@ impl<R: Read + Unpin> AsyncRead for AlwaysReady<R> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         _: &mut Context<'_>,
-        room: &mut ReadBuf<'_>,
+        buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let read = self.source.read(room.initialize_unfilled())?;
-        room.advance(read);
+        let read = self.source.read(buffer.initialize_unfilled())?;
+        buffer.advance(read);
         self.bytes.fetch_add(read as u64, Ordering::Relaxed);
         Poll::Ready(Ok(()))
     }
 }
 
-/// Ends with an error when more has been read than the row being parsed may need.
-struct RowBounded<R> {
+/// Fails when the current row is longer than [`ROW_BYTES_MAX`].
+struct RowLimiter<R> {
     source: R,
-    given: u64,
-    /// Where the last whole row ended; the parser moves it.
+    bytes_read: u64,
+    /// The end of the last complete row, which the parser updates.
     row_end: Arc<AtomicU64>,
-    lines: Arc<Mutex<Lines>>,
+    lines: Arc<Mutex<LineEnds>>,
 }
 
-/// Where lines end in what has been read. csv-async counts a line when it has passed what ends it,
-/// which of `\r\n` is the next row.
+/// The ends of lines in the text. csv-async's own count is late after `\r\n`: it reads the `\n`
+/// together with the next row.
 #[derive(Default)]
-struct Lines {
-    /// Lines that ended before the row that was parsed last.
+struct LineEnds {
+    /// The number of lines that ended before the last parsed row.
     before: u64,
-    /// Where those after them end, as far as the text has been read.
+    /// The offsets of later line ends, as far as the text was read.
     ends: VecDeque<u64>,
 }
 
-impl Lines {
-    /// The line of a row that ends, with what ends it, before `end`.
+impl LineEnds {
+    /// The line of the row that ends, including its line break, before `end`.
     fn of_row(&mut self, end: u64) -> u64 {
         while self
             .ends
@@ -78,41 +77,43 @@ impl Lines {
     }
 }
 
-impl<R: AsyncRead + Unpin> AsyncRead for RowBounded<R> {
+impl<R: AsyncRead + Unpin> AsyncRead for RowLimiter<R> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        room: &mut ReadBuf<'_>,
+        buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let allowed = self.row_end.load(Ordering::Relaxed) + ROW_BYTES_MAX + AHEAD_BYTES;
-        if self.given > allowed {
+        if self.bytes_read > allowed {
             let why = format!("a row is longer than {ROW_BYTES_MAX} bytes");
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, why)));
         }
-        let before = room.filled().len();
-        let polled = Pin::new(&mut self.source).poll_read(cx, room);
-        let read = room.filled().get(before..).unwrap_or_default();
-        let breaks = (self.given..).zip(read).filter(|(_, byte)| **byte == b'\n');
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut self.source).poll_read(cx, buffer);
+        let read = buffer.filled().get(before..).unwrap_or_default();
+        let breaks = (self.bytes_read..)
+            .zip(read)
+            .filter(|(_, byte)| **byte == b'\n');
         self.lines.lock().ends.extend(breaks.map(|(at, _)| at));
-        self.given += read.len() as u64;
+        self.bytes_read += read.len() as u64;
         polled
     }
 }
 
-/// Where each column of the file goes.
-struct Columns {
+/// The columns of the file.
+struct ColumnMap {
     user_id: usize,
-    /// The column of each of [`FIELDS`]; those that a file lacks read as 0.
+    /// The column of each of [`FIELDS`]. Missing ones read as 0.
     fields: Vec<Option<usize>>,
 }
 
-impl Columns {
+impl ColumnMap {
     fn of(header: &StringRecord) -> Result<Self, BackupError> {
         let wrong = |what: String| BackupError::Header { what };
         let mut user_id = None;
         let mut fields = vec![None; FIELDS.len()];
         for (at, name) in header.iter().enumerate() {
-            // Some programs begin a UTF-8 file with a byte order mark.
+            // Some programs write a byte order mark.
             let name = if at == 0 {
                 name.trim_start_matches('\u{feff}')
             } else {
@@ -128,7 +129,7 @@ impl Columns {
                 return Err(wrong(format!("unknown column {name:?}")));
             };
             if slot.replace(at).is_some() {
-                return Err(wrong(format!("column {name} stands there twice")));
+                return Err(wrong(format!("column {name} appears twice")));
             }
         }
         match user_id {
@@ -164,8 +165,8 @@ impl Columns {
             let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
             let number = plain.then(|| text.parse().ok()).flatten();
             let shown: String = text.chars().take(40).collect();
-            *value = number
-                .ok_or_else(|| wrong(name, format!("{shown:?} is not an integer of 64 bits")))?;
+            *value =
+                number.ok_or_else(|| wrong(name, format!("{shown:?} is not a 64-bit integer")))?;
         }
         Ok(Row { user_id, values })
     }
@@ -173,22 +174,22 @@ impl Columns {
 
 pub(super) fn read(
     source: impl Read + Unpin + Send,
-    sink: &Sink<'_>,
-    progress: &Progress,
+    sink: &RowSink<'_>,
+    progress: &ReadProgress,
 ) -> Result<Summary, BackupError> {
     let bytes = Arc::new(AtomicU64::new(0));
     let row_end = Arc::new(AtomicU64::new(0));
-    let lines = Arc::<Mutex<Lines>>::default();
+    let lines = Arc::<Mutex<LineEnds>>::default();
     let source = AlwaysReady {
         source,
         bytes: Arc::clone(&bytes),
     };
     let mut inflated = GzipDecoder::new(BufReader::with_capacity(64 * 1024, source));
-    // The default stops after the first member, in silence.
+    // The default silently stops after the first member.
     inflated.multiple_members(true);
-    let bounded = RowBounded {
+    let bounded = RowLimiter {
         source: inflated,
-        given: 0,
+        bytes_read: 0,
         row_end: Arc::clone(&row_end),
         lines: Arc::clone(&lines),
     };
@@ -200,9 +201,9 @@ pub(super) fn read(
     let mut record = StringRecord::new();
     let mut rows = 0;
     let mut digest = Digest::default();
-    let mut piece = Piece::default();
+    let mut batch = RecordBatch::default();
     let mut columns = None;
-    // Nothing in this pipe ever waits, so one poll a record is all it takes.
+    // No reader in this chain is ever pending, so one poll per record is enough.
     let mut next = |record: &mut StringRecord, row: u64| -> Result<bool, BackupError> {
         let read = csv.read_record(record).now_or_never();
         let more = read
@@ -216,7 +217,7 @@ pub(super) fn read(
     };
     while next(&mut record, rows)? {
         let Some(columns) = &columns else {
-            let named = Columns::of(&record)?;
+            let named = ColumnMap::of(&record)?;
             let there = named.fields.iter().enumerate();
             progress.set_fields(there.filter_map(|(index, at)| at.map(|_| index)));
             columns = Some(named);
@@ -229,27 +230,27 @@ pub(super) fn read(
                 row: rows,
                 line,
                 found: record.len(),
-                wanted: columns.width(),
+                expected: columns.width(),
             });
         }
         let row = columns.row(&record, rows, line)?;
-        // The rows of a piece follow each other line by line.
-        let follows = line == progress.line() + piece.len() as u64;
-        if piece.is_full() || !(follows || piece.is_empty()) {
-            digest += sink(&piece);
-            piece.clear();
+        // The rows of a batch are on consecutive lines.
+        let follows = line == progress.line() + batch.len() as u64;
+        if batch.is_full() || !(follows || batch.is_empty()) {
+            digest += sink(&batch);
+            batch.clear();
         }
-        if piece.is_empty() {
+        if batch.is_empty() {
             progress.set_line(line);
         }
-        piece.push(row.user_id, row.values);
+        batch.push(row.user_id, row.values);
         progress.add_rows(1);
         progress.set_bytes(bytes.load(Ordering::Relaxed));
     }
-    digest += sink(&piece);
+    digest += sink(&batch);
     if columns.is_none() {
         return Err(BackupError::Header {
-            what: "there is none".to_owned(),
+            what: "the file is empty".to_owned(),
         });
     }
     Ok(Summary {

@@ -1,53 +1,54 @@
-//! Writes backups, chunk by chunk: several may be in work at once, and none knows the others.
+//! Writes backups in chunks, which several threads can make independently.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::{End, Head, member, row};
+use super::format::{EndRecord, HeadRecord};
+use super::{member, row};
 use crate::grade::{Digest, UserGrade};
 use crate::log::Position;
-use crate::store::{Piece, Scan, Store};
+use crate::store::{RecordBatch, Scan, Store};
 
-/// A chunk is cut when its text has reached this: large enough that the 32 KiB window of deflate is
-/// warm for most of it, small enough that a few in work are nothing beside a store.
+/// A chunk ends when its text reaches this length: much more than the 32 KiB window of deflate, so
+/// that chunks compress well; little compared with a store, so that a few in flight do not matter.
 pub const CHUNK_TEXT_BYTES: usize = 256 * 1024;
 
-const _: () =
-    assert!(CHUNK_TEXT_BYTES + Piece::RECORDS_MAX * row::ROW_BYTES_MAX <= member::TEXT_BYTES_MAX);
+const _: () = assert!(
+    CHUNK_TEXT_BYTES + RecordBatch::RECORDS_MAX * row::ROW_BYTES_MAX <= member::TEXT_BYTES_MAX
+);
 
-/// libdeflate's level. It makes smaller files than `pigz -1` at twice the speed of one of its threads;
-/// zlib-rs makes files of this size in twice the time. See ADR 0006.
+/// libdeflate's level. Twice as fast as zlib-rs at the same size: docs/internals/adr/0006.
 const DEFLATE_LEVEL: i32 = 1;
 
 /// Some rows as one gzip member.
 pub struct Chunk {
-    /// The member.
+    /// The bytes of the member.
     pub bytes: Vec<u8>,
     rows: u32,
     digest: Digest,
 }
 
 impl Chunk {
-    /// How many rows.
+    /// The number of rows.
     #[must_use]
     pub fn rows(&self) -> u32 {
         self.rows
     }
 }
 
-/// Turns a store's records into chunks. Shared between the threads that do the work.
+/// Makes chunks from a store's records. Shared between the threads that make them.
 pub struct ChunkSource {
     scan: Mutex<Scan>,
-    stored: AtomicBool,
+    store_only: AtomicBool,
     chunk_text_bytes: usize,
-    /// What a chunk is made with, kept for the next one.
-    tools: Mutex<Vec<Tools>>,
+    /// Buffers for later chunks, one per thread.
+    buffers: Mutex<Vec<ChunkBuffers>>,
 }
 
-struct Tools {
-    piece: Piece,
+struct ChunkBuffers {
+    batch: RecordBatch,
     text: Vec<u8>,
     deflate: libdeflater::Compressor,
     store: libdeflater::Compressor,
@@ -60,39 +61,39 @@ impl ChunkSource {
         Self::with_chunk_text(store, CHUNK_TEXT_BYTES)
     }
 
-    /// With chunks cut at `chunk_text_bytes`; more than [`CHUNK_TEXT_BYTES`] has no effect.
+    /// The same, with chunks of `chunk_text_bytes`, at most [`CHUNK_TEXT_BYTES`].
     #[must_use]
     pub fn with_chunk_text(store: &Store, chunk_text_bytes: usize) -> Self {
         Self {
             scan: Mutex::new(store.scan()),
-            stored: AtomicBool::new(false),
+            store_only: AtomicBool::new(false),
             chunk_text_bytes: chunk_text_bytes.min(CHUNK_TEXT_BYTES),
-            tools: Mutex::default(),
+            buffers: Mutex::default(),
         }
     }
 
-    /// Whether the chunks that are begun from now on are stored as they are: about three times as
-    /// large, and cheaper to make.
-    pub fn store_only(&self, stored: bool) {
-        self.stored.store(stored, Ordering::Relaxed);
+    /// Whether later chunks are stored without compression: about three times as large, and cheaper
+    /// to make.
+    pub fn store_only(&self, store_only: bool) {
+        self.store_only.store(store_only, Ordering::Relaxed);
     }
 
-    /// Makes the next chunk: some milliseconds of work, during which others may make the ones
-    /// after it. `None` when all records have been handed out.
+    /// Makes the next chunk, which takes some milliseconds. Other threads may make the following
+    /// ones meanwhile. `None` at the end of the scan.
     pub fn next(&self) -> Option<Chunk> {
-        let kept = self.tools.lock().pop();
-        let mut tools = kept.unwrap_or_else(|| Tools::new(self.chunk_text_bytes));
-        let Tools {
-            piece,
+        let reused = self.buffers.lock().pop();
+        let mut buffers = reused.unwrap_or_else(|| ChunkBuffers::new(self.chunk_text_bytes));
+        let ChunkBuffers {
+            batch,
             text,
             deflate,
             store,
-        } = &mut tools;
+        } = &mut buffers;
         text.clear();
         let mut rows = 0;
         let mut digest = Digest::default();
-        while text.len() < self.chunk_text_bytes && self.scan.lock().next_into(piece) {
-            for (user_id, values) in piece.iter() {
+        while text.len() < self.chunk_text_bytes && self.scan.lock().next_into(batch) {
+            for (user_id, values) in batch.iter() {
                 row::write(user_id, values, text);
                 let values = *values;
                 digest += UserGrade { user_id, values }.digest();
@@ -101,15 +102,15 @@ impl ChunkSource {
         }
         let mut bytes = Vec::new();
         if rows > 0 {
-            let compressor = match self.stored.load(Ordering::Relaxed) {
+            let compressor = match self.store_only.load(Ordering::Relaxed) {
                 true => store,
                 false => deflate,
             };
             member::write_rows(&mut bytes, text, rows, compressor);
-            // It may wait for a slow client: give back the room that compression did not need.
+            // The chunk may wait for a slow client, so free the unused capacity.
             bytes.shrink_to_fit();
         }
-        self.tools.lock().push(tools);
+        self.buffers.lock().push(buffers);
         (rows > 0).then_some(Chunk {
             bytes,
             rows,
@@ -118,7 +119,7 @@ impl ChunkSource {
     }
 }
 
-impl Tools {
+impl ChunkBuffers {
     #[expect(clippy::expect_used, reason = "both levels are constants")]
     fn new(chunk_text_bytes: usize) -> Self {
         let compressor = |level| {
@@ -126,8 +127,8 @@ impl Tools {
             libdeflater::Compressor::new(level.expect("both levels are in the library's range"))
         };
         Self {
-            // A piece is taken whole: one that holds more than a chunk would make it larger.
-            piece: Piece::of(chunk_text_bytes / row::ROW_BYTES_MIN),
+            // A chunk has whole batches, so a batch must not be larger than a chunk.
+            batch: RecordBatch::with_max(chunk_text_bytes / row::ROW_BYTES_MIN),
             text: Vec::with_capacity(chunk_text_bytes * 5 / 4),
             deflate: compressor(DEFLATE_LEVEL),
             store: compressor(0),
@@ -135,7 +136,7 @@ impl Tools {
     }
 }
 
-/// Counts what a backup is made of and closes it with the end record.
+/// Computes the end record of a backup from its members.
 pub struct BackupWriter {
     rows: u64,
     digest: Digest,
@@ -143,9 +144,9 @@ pub struct BackupWriter {
 }
 
 impl BackupWriter {
-    /// Begins a backup; the bytes are its first member.
+    /// Starts a backup. Returns the bytes of its first member.
     #[must_use]
-    pub fn begin(head: &Head) -> (Self, Vec<u8>) {
+    pub fn start(head: &HeadRecord) -> (Self, Vec<u8>) {
         let mut header_row = Vec::new();
         row::write_header(&mut header_row);
         let mut bytes = Vec::new();
@@ -160,24 +161,24 @@ impl BackupWriter {
         (writer, bytes)
     }
 
-    /// Counts `chunk`, whose bytes come next in the file.
+    /// Adds `chunk`, whose bytes follow in the file.
     pub fn add(&mut self, chunk: &Chunk) {
         self.rows += u64::from(chunk.rows);
         self.digest += chunk.digest;
         self.hash.update(&chunk.bytes);
     }
 
-    /// Rows so far.
+    /// The number of rows so far.
     #[must_use]
     pub fn rows(&self) -> u64 {
         self.rows
     }
 
-    /// Ends the backup; the bytes are its last member. `position` was taken after the last row was
-    /// read.
+    /// Ends the backup. Returns the bytes of its last member. `position` must be from after the
+    /// scan.
     #[must_use]
     pub fn end(self, position: &Position) -> Vec<u8> {
-        let end = End {
+        let end = EndRecord {
             position: position.seq,
             chain: position.chain,
             rows: self.rows,

@@ -10,10 +10,10 @@ use std::time::Duration;
 use tokio::task::block_in_place;
 use tokio::time::Instant;
 
-use crate::backup::{BackupError, Progress, Summary, read, rfc3339};
+use crate::backup::{BackupError, ReadProgress, Summary, read, rfc3339};
 use crate::cli::BackupArgs;
 use crate::replication::peer_client::{Account, Client, Compression, Download, Parts, RemoteError};
-use crate::store::Piece;
+use crate::store::RecordBatch;
 use crate::sys::progress::Bar;
 
 /// How long the node may send nothing.
@@ -124,10 +124,10 @@ async fn copy(
 ) -> Result<Summary, DownloadError> {
     let url = download.url.clone();
     let (sender, parts) = Parts::channel();
-    let progress = Arc::new(Progress::default());
+    let progress = Arc::new(ReadProgress::default());
     let verifier = {
         let progress = Arc::clone(&progress);
-        thread::spawn(move || read(parts, &Piece::digest, &progress))
+        thread::spawn(move || read(parts, &RecordBatch::digest, &progress))
     };
     let bar = Bar::new(0, Instant::now());
     let passed_on = download.pass_on(sender, |part| {
@@ -145,12 +145,12 @@ async fn copy(
 /// # Errors
 /// The backup is incomplete or damaged.
 pub fn verify(path: &Path) -> Result<Summary, BackupError> {
-    let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
+    let file = File::open(path).map_err(BackupError::Open)?;
     let bytes_total = file.metadata().map_or(0, |metadata| metadata.len());
-    let progress = Progress::default();
+    let progress = ReadProgress::default();
     let bar = Bar::new(bytes_total, Instant::now());
     thread::scope(|scope| {
-        let reader = scope.spawn(|| read(BufReader::new(file), &Piece::digest, &progress));
+        let reader = scope.spawn(|| read(BufReader::new(file), &RecordBatch::digest, &progress));
         while !reader.is_finished() {
             bar.set(progress.rows(), progress.bytes());
             thread::sleep(Duration::from_millis(50));

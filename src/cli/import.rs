@@ -18,13 +18,13 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::backup::{BackupError, Progress, Summary, read_in_order};
+use crate::backup::{BackupError, ReadProgress, Summary, read_in_order};
 use crate::cli::ImportArgs;
 use crate::cli::backup::READER_PANICKED;
 use crate::grade::{Changes, Patch};
 use crate::log::Seq;
 use crate::replication::peer_client::{Account, Client, Compression, Refusal, RemoteError};
-use crate::store::Piece;
+use crate::store::RecordBatch;
 use crate::sys::progress::Bar;
 
 /// The rows or bytes of a chunk: several groups of the node, so that neither side waits long for the
@@ -145,10 +145,8 @@ pub async fn import(
         error,
         accepted: accepted.load(Ordering::Relaxed),
     };
-    let (source, bytes_total) = open(&args.file).map_err(|error| {
-        let at = 0;
-        file(BackupError::Io { at, error })
-    })?;
+    let opened = open(&args.file).map_err(BackupError::Open);
+    let (source, bytes_total) = opened.map_err(file)?;
     let mut reader = ReaderThread::start(source);
     let sender = ChunkSender {
         client,
@@ -223,7 +221,7 @@ impl RowChunk {
 
 /// A thread that reads the file and passes chunks on. Dropping this stops it.
 struct ReaderThread {
-    progress: Arc<Progress>,
+    progress: Arc<ReadProgress>,
     chunks: mpsc::Receiver<RowChunk>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Result<Summary, BackupError>>>,
@@ -231,7 +229,7 @@ struct ReaderThread {
 
 impl ReaderThread {
     fn start(source: impl Read + Unpin + Send + 'static) -> Self {
-        let progress = Arc::<Progress>::default();
+        let progress = Arc::<ReadProgress>::default();
         let stop = Arc::<AtomicBool>::default();
         let (sender, chunks) = mpsc::channel(CHUNKS_WAITING_MAX);
         let source = StoppableFile {
@@ -247,7 +245,7 @@ impl ReaderThread {
                     stopped.store(true, Ordering::Relaxed);
                 }
             };
-            let sink = |rows: &Piece| {
+            let sink = |rows: &RecordBatch| {
                 let mut builder = builder.lock();
                 builder.add(rows, &read);
                 if builder.is_full() {
@@ -308,7 +306,7 @@ struct ChunkBuilder {
 }
 
 impl ChunkBuilder {
-    fn add(&mut self, rows: &Piece, progress: &Progress) {
+    fn add(&mut self, rows: &RecordBatch, progress: &ReadProgress) {
         if rows.is_empty() {
             return;
         }
@@ -350,7 +348,7 @@ struct ChunkSender<'a> {
     args: &'a ImportArgs,
     accepted: &'a AtomicU64,
     display: ProgressDisplay,
-    progress: Arc<Progress>,
+    progress: Arc<ReadProgress>,
 }
 
 impl ChunkSender<'_> {

@@ -1,4 +1,4 @@
-//! The digest of records.
+//! An order-independent digest of records.
 
 use std::fmt;
 use std::ops::AddAssign;
@@ -8,21 +8,21 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::{FIELD_COUNT, USER_ID_BYTES_MAX, UserGrade, Values};
 use crate::sys::hex;
 
-/// A sum over records that does not depend on their order: two stores with equal digests hold, but
-/// for a chance of 2^-128, equal records.
+/// The wrapping sum of the records' hashes. Two stores with equal digests hold equal records,
+/// except with a probability of 2^-128.
 ///
-/// Each record counts as the XXH3-128 of its id and its fields that are not 0; the sum wraps.
-/// Leaving out zeros lets replicas with and without a new, unset field agree.
+/// A record's hash is the XXH3-128 of its id and its fields other than 0. Zeros are left out, so
+/// that replicas with and without a new, unset field agree.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Digest(pub u128);
 
 impl Digest {
-    /// Reads what displaying one writes.
+    /// Parses a digest in its displayed form.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         hex::parse(text).map(Self)
     }
 
-    /// Takes `old` out of the sum and puts `new` in.
+    /// Subtracts `old` from the sum and adds `new`.
     pub fn replace(&mut self, old: Digest, new: Digest) {
         self.0 = self.0.wrapping_sub(old.0).wrapping_add(new.0);
     }
@@ -41,16 +41,16 @@ impl fmt::Display for Digest {
 }
 
 impl<S: AsRef<str>> UserGrade<S> {
-    /// What the record adds to the store's digest.
+    /// The record's part of the store's digest.
     pub fn digest(&self) -> Digest {
         let [digest] = digests(self.user_id.as_ref(), [&self.values]);
         digest
     }
 }
 
-/// What a record adds to the store's digest with one values or another.
+/// A record's part of the store's digest, for each of several values.
 pub(crate) fn digests<const N: usize>(user_id: &str, values: [&Values; N]) -> [Digest; N] {
-    // Most ids are short, and room that is not there need not be cleared.
+    // Most ids are short, and a smaller buffer takes less time to clear.
     match user_id.len() {
         0..=SHORT_ID => digests_in::<{ record_bytes(SHORT_ID) }, N>(user_id, values),
         _ => digests_in::<{ record_bytes(USER_ID_BYTES_MAX) }, N>(user_id, values),
@@ -61,8 +61,8 @@ fn digests_in<const BYTES: usize, const N: usize>(
     user_id: &str,
     values: [&Values; N],
 ) -> [Digest; N] {
-    // All are written before the first is read: what was just written in small parts is not had back in
-    // larger ones at once.
+    // Writes all records before it hashes the first: a wide load right after narrow stores to the
+    // same bytes would stall.
     let mut records = [const { RecordBytes::<BYTES>::EMPTY }; N];
     for (record, values) in records.iter_mut().zip(values) {
         record.write(user_id, values);
@@ -74,17 +74,17 @@ fn digests_in<const BYTES: usize, const N: usize>(
     digests
 }
 
-/// Bytes of an id that is called short: a UUID is.
+/// The longest id for the small buffer; a UUID fits.
 const SHORT_ID: usize = 40;
-/// Bytes of a field: its index and its value.
+/// The index of a field and its value.
 const FIELD_BYTES: usize = 1 + size_of::<i64>();
 
-/// Bytes that a record with an id of `id` bytes takes at most.
+/// The most bytes of a record with an id of `id` bytes.
 const fn record_bytes(id: usize) -> usize {
     size_of::<u64>() + id + FIELD_COUNT * FIELD_BYTES
 }
 
-/// A record's canonical bytes, on the stack.
+/// The bytes of a record that are hashed, on the stack.
 struct RecordBytes<const BYTES: usize> {
     bytes: [u8; BYTES],
     len: usize,
@@ -97,27 +97,27 @@ impl<const BYTES: usize> RecordBytes<BYTES> {
     };
 
     fn write(&mut self, user_id: &str, values: &Values) {
-        // The length first, so that no id can look like an id and a field.
+        // The length prevents an id from being confused with a shorter id and a field.
         self.put(&(user_id.len() as u64).to_le_bytes(), true);
         self.put_id(user_id.as_bytes());
         for (index, value) in values.iter().enumerate() {
-            let counts = *value != 0;
-            self.put(&[index as u8], counts);
-            self.put(&value.to_le_bytes(), counts);
+            let is_set = *value != 0;
+            self.put(&[index as u8], is_set);
+            self.put(&value.to_le_bytes(), is_set);
         }
     }
 
-    /// Puts `part` behind the others if it counts. It is written in any case, as which it is can't be
-    /// foreseen: what does not count is overwritten, or stands behind the end.
-    fn put(&mut self, part: &[u8], counts: bool) {
-        if let Some(room) = self.bytes.get_mut(self.len..self.len + part.len()) {
-            room.copy_from_slice(part);
-            self.len += part.len() * usize::from(counts);
+    /// Appends `part` if `keep` is set. Always writes it, because a branch would be unpredictable:
+    /// the next part overwrites bytes that are not kept.
+    fn put(&mut self, part: &[u8], keep: bool) {
+        if let Some(target) = self.bytes.get_mut(self.len..self.len + part.len()) {
+            target.copy_from_slice(part);
+            self.len += part.len() * usize::from(keep);
         }
     }
 
-    /// Puts an id; most are of 8 to 16 bytes, which are two numbers that may overlap: to copy as many bytes as
-    /// there happen to be is a call.
+    /// Appends an id. Copies ids of 8 to 16 bytes, which most are, as two words that may overlap:
+    /// copying a variable number of bytes would be a call.
     fn put_id(&mut self, id: &[u8]) {
         let end = self.len + id.len();
         let (8..=16, Some(first), Some(last)) =

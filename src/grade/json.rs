@@ -1,4 +1,4 @@
-//! A patch, a deletion and a record as JSON, read and written.
+//! Patches, deletions and records as JSON.
 
 use std::fmt;
 
@@ -6,11 +6,11 @@ use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 
 use super::{Changes, FIELDS, Patch, USER_ID, USER_ID_BYTES_MAX, UserGrade, Write, check_user_id};
 
-/// The name of the one key in a deletion's JSON.
+/// The only key of a deletion.
 const DELETE: &str = "delete";
 
 impl<S: AsRef<str>> Patch<S> {
-    /// Appends the patch as the JSON object that `POST /set` takes.
+    /// Appends the patch as the JSON object that `POST /set` accepts.
     pub fn write_json(&self, out: &mut Vec<u8>) {
         write_user_id(self.user_id.as_ref(), out);
         for (index, value) in self.changes.iter() {
@@ -21,12 +21,12 @@ impl<S: AsRef<str>> Patch<S> {
 }
 
 impl<S: AsRef<str>> Write<S> {
-    /// Appends the write as JSON: a patch as `POST /set` takes it, or `{"delete":"ID"}`.
+    /// Appends the write as JSON: a patch as `POST /set` accepts it, or `{"delete":"ID"}`.
     pub fn write_json(&self, out: &mut Vec<u8>) {
         match self {
             Self::Set(patch) => patch.write_json(out),
             Self::Delete(user_id) => {
-                write_id_as(DELETE, user_id.as_ref(), out);
+                write_id(DELETE, user_id.as_ref(), out);
                 out.push(b'}');
             }
         }
@@ -34,7 +34,7 @@ impl<S: AsRef<str>> Write<S> {
 }
 
 impl<S: AsRef<str>> UserGrade<S> {
-    /// Appends the record as the JSON object that `GET /get` answers.
+    /// Appends the record as the JSON object that `GET /get` returns.
     pub fn write_json(&self, out: &mut Vec<u8>) {
         write_user_id(self.user_id.as_ref(), out);
         for (index, value) in self.values.iter().enumerate() {
@@ -45,19 +45,19 @@ impl<S: AsRef<str>> UserGrade<S> {
 }
 
 fn write_user_id(user_id: &str, out: &mut Vec<u8>) {
-    write_id_as(USER_ID, user_id, out);
+    write_id(USER_ID, user_id, out);
 }
 
-/// Begins an object with an id under `key`.
-fn write_id_as(key: &str, user_id: &str, out: &mut Vec<u8>) {
+/// Starts an object with an id under `key`.
+fn write_id(key: &str, user_id: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(b"{\"");
     out.extend_from_slice(key.as_bytes());
     out.extend_from_slice(b"\":\"");
-    // A valid id has no control characters, so these two are all that JSON wants escaped.
+    // A valid id has no control characters, so only these two need an escape.
     let mut rest = user_id.as_bytes();
     while let Some(at) = rest.iter().position(|byte| matches!(byte, b'"' | b'\\')) {
-        let (plain, special) = rest.split_at(at);
-        out.extend_from_slice(plain);
+        let (unescaped, special) = rest.split_at(at);
+        out.extend_from_slice(unescaped);
         out.push(b'\\');
         let (byte, after) = special.split_at(1);
         out.extend_from_slice(byte);
@@ -67,7 +67,7 @@ fn write_id_as(key: &str, user_id: &str, out: &mut Vec<u8>) {
     out.push(b'"');
 }
 
-#[expect(clippy::indexing_slicing, reason = "`index` is a field's")]
+#[expect(clippy::indexing_slicing, reason = "`index` is that of a field")]
 fn write_field(index: usize, value: i64, out: &mut Vec<u8>) {
     out.extend_from_slice(b",\"");
     out.extend_from_slice(FIELDS[index].as_bytes());
@@ -76,16 +76,17 @@ fn write_field(index: usize, value: i64, out: &mut Vec<u8>) {
 }
 
 impl Write {
-    /// Reads a patch as [`Patch::write_json`] writes it onto the end of `writes`; what follows it. `None` for
-    /// any other text, be it another way to write a patch or none: that is for a parser to say.
-    pub(crate) fn read_set<'a>(json: &'a str, writes: &mut Vec<Self>) -> Option<&'a str> {
+    /// Parses a patch in exactly the form of [`Patch::write_json`] and appends it to `writes`.
+    /// Returns the rest of the text. `None` for any other text, which may still be a valid patch:
+    /// the caller then uses a JSON parser.
+    pub(crate) fn parse_set<'a>(json: &'a str, writes: &mut Vec<Self>) -> Option<&'a str> {
         let rest = json
             .strip_prefix("{\"")?
             .strip_prefix(USER_ID)?
             .strip_prefix("\":\"")?;
-        let (user_id, rest) = read_id(rest)?;
-        // Filled in where it is to be: a patch that is moved there is waited for, each value having
-        // been written by itself.
+        let (user_id, rest) = parse_id(rest)?;
+        // Filled in place: moving a patch right after its values were written one by one would
+        // stall on store-to-load forwarding.
         let Write::Set(Patch { changes, .. }) = writes.push_mut(Write::Set(Patch {
             user_id: user_id.into(),
             changes: Changes::default(),
@@ -95,8 +96,8 @@ impl Write {
         let mut rest = rest.strip_prefix('"')?;
         let mut next = 0;
         while let Some(field) = rest.strip_prefix(",\"") {
-            let (index, value) = read_name(field).filter(|(index, _)| *index >= next)?;
-            let (value, after) = read_integer(value)?;
+            let (index, value) = parse_name(field).filter(|(index, _)| *index >= next)?;
+            let (value, after) = parse_integer(value)?;
             changes.set(index, value);
             next = index + 1;
             rest = after;
@@ -105,11 +106,11 @@ impl Write {
     }
 }
 
-/// Reads an id that has no escapes, up to its quote.
-fn read_id(json: &str) -> Option<(&str, &str)> {
-    let plain = plain_len(json.as_bytes());
-    let (user_id, rest) = json.split_at_checked(plain)?;
-    if rest.starts_with('"') && (1..=USER_ID_BYTES_MAX).contains(&plain) {
+/// Parses an id without escapes. The rest starts at its closing quote.
+fn parse_id(json: &str) -> Option<(&str, &str)> {
+    let len = unescaped_len(json.as_bytes());
+    let (user_id, rest) = json.split_at_checked(len)?;
+    if rest.starts_with('"') && (1..=USER_ID_BYTES_MAX).contains(&len) {
         return Some((user_id, rest));
     }
     let end = json.bytes().position(|byte| matches!(byte, b'"' | b'\\'))?;
@@ -118,16 +119,16 @@ fn read_id(json: &str) -> Option<(&str, &str)> {
     Some((user_id, rest))
 }
 
-/// How many bytes `text` begins with that stand for themselves in JSON and that an id may have: printable ASCII
-/// without quote and backslash; of the last seven it may count none. Looks at eight at once (SWAR, as in "Bit
-/// Twiddling Hacks", "Determine if a word has a byte less than n"); ADR 0004 has the
-/// measurements.
-fn plain_len(text: &[u8]) -> usize {
+/// The length of the prefix of `text` that is valid in an id and needs no escape in JSON: printable
+/// ASCII without quote and backslash. May leave out up to seven bytes at the end, because it tests
+/// eight bytes at once (SWAR: "Bit Twiddling Hacks", "Determine if a word has a byte less than n").
+/// Measurements: docs/internals/adr/0004.
+fn unescaped_len(text: &[u8]) -> usize {
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
-    /// Has the high bit of each byte that is less than `least`, 0x80 at most; exact up to the first of
-    /// them, since a borrow reaches later ones alone.
-    fn below(word: u64, least: u8) -> u64 {
-        word.wrapping_sub(ONES * u64::from(least)) & !word
+    /// Sets the high bit of each byte that is less than `bound`, which is at most 0x80. Exact up to
+    /// the first such byte, because a borrow affects only later bytes.
+    fn below(word: u64, bound: u8) -> u64 {
+        word.wrapping_sub(ONES * u64::from(bound)) & !word
     }
     let is = |word: u64, byte: u8| below(word ^ (ONES * u64::from(byte)), 1);
     let (words, _) = text.as_chunks::<8>();
@@ -143,20 +144,20 @@ fn plain_len(text: &[u8]) -> usize {
     words.as_flattened().len()
 }
 
-/// Which field's name `json` begins with, and its value with what follows it.
-fn read_name(json: &str) -> Option<(usize, &str)> {
-    // Nothing else is done in this loop, so that it is unrolled and each name compared as what it is.
+/// Parses a field's name. Returns its index and the rest, which starts at its value.
+fn parse_name(json: &str) -> Option<(usize, &str)> {
+    // The loop does nothing else, so that the compiler unrolls it with constant names.
     FIELDS.iter().enumerate().find_map(|(index, name)| {
         let value = json.strip_prefix(name)?.strip_prefix("\":")?;
         Some((index, value))
     })
 }
 
-/// Reads an integer as [`write_field`] writes it, and what follows it. In one pass, where finding its end and
-/// parsing it are two.
-fn read_integer(json: &str) -> Option<(i64, &str)> {
+/// Parses an integer in the form of [`write_field`]. Returns it and the rest. Needs one pass over
+/// the digits; finding the end first would need two.
+fn parse_integer(json: &str) -> Option<(i64, &str)> {
     let digits = json.strip_prefix('-').unwrap_or(json);
-    // Summed below zero: `i64::MIN` has no positive counterpart.
+    // A negative sum, because `i64::MIN` has no positive counterpart.
     let mut negative = 0_i64;
     let mut len = 0;
     for byte in digits.bytes() {
@@ -168,7 +169,7 @@ fn read_integer(json: &str) -> Option<(i64, &str)> {
         len += 1;
     }
     let is_negative = digits.len() < json.len();
-    // JSON has no leading zeros, and a parser may take -0 for a fraction.
+    // JSON has no leading zeros, and a parser may read -0 as a float.
     if len == 0 || digits.starts_with('0') && (len > 1 || is_negative) {
         return None;
     }
@@ -184,7 +185,7 @@ where
     S: Deserialize<'de> + AsRef<str>,
 {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // Asked for a map and nothing else: a derived struct would take an array as well.
+        // A derived implementation would also accept an array.
         deserializer.deserialize_map(PatchVisitor(std::marker::PhantomData))
     }
 }
@@ -203,13 +204,13 @@ where
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let first = map.next_key()?;
-        patch_in(map, first)
+        visit_patch(map, first)
     }
 }
 
-/// Reads a patch whose first key has been read.
-#[expect(clippy::indexing_slicing, reason = "`index` is a field's")]
-fn patch_in<'de, S, A>(mut map: A, first: Option<Key>) -> Result<Patch<S>, A::Error>
+/// Reads the rest of a patch after its first key.
+#[expect(clippy::indexing_slicing, reason = "`index` is that of a field")]
+fn visit_patch<'de, S, A>(mut map: A, first: Option<JsonKey>) -> Result<Patch<S>, A::Error>
 where
     S: Deserialize<'de> + AsRef<str>,
     A: MapAccess<'de>,
@@ -219,22 +220,22 @@ where
     let mut next = first;
     while let Some(key) = next {
         match key {
-            Key::UserId if user_id.is_some() => {
+            JsonKey::UserId if user_id.is_some() => {
                 return Err(de::Error::duplicate_field(USER_ID));
             }
-            Key::UserId => {
+            JsonKey::UserId => {
                 let id: S = map.next_value()?;
                 check_user_id(id.as_ref()).map_err(de::Error::custom)?;
                 user_id = Some(id);
             }
-            Key::Field(index) => {
+            JsonKey::Field(index) => {
                 let name = FIELDS[index];
                 if changes.has(index) {
                     return Err(de::Error::duplicate_field(name));
                 }
-                changes.set(index, map.next_value_seed(Integer(name))?);
+                changes.set(index, map.next_value_seed(FieldSeed(name))?);
             }
-            Key::Delete => return Err(unknown_field(DELETE)),
+            JsonKey::Delete => return Err(unknown_field(DELETE)),
         }
         next = map.next_key()?;
     }
@@ -267,19 +268,19 @@ where
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let first = map.next_key()?;
-        if !matches!(first, Some(Key::Delete)) {
-            return patch_in(map, first).map(Write::Set);
+        if !matches!(first, Some(JsonKey::Delete)) {
+            return visit_patch(map, first).map(Write::Set);
         }
         let user_id: S = map.next_value()?;
         check_user_id(user_id.as_ref()).map_err(de::Error::custom)?;
-        match map.next_key::<Key>()? {
+        match map.next_key::<JsonKey>()? {
             None => Ok(Write::Delete(user_id)),
             Some(_) => Err(de::Error::custom("a deletion has one key, delete")),
         }
     }
 }
 
-enum Key {
+enum JsonKey {
     UserId,
     Field(usize),
     Delete,
@@ -288,41 +289,41 @@ enum Key {
 fn unknown_field<E: de::Error>(name: &str) -> E {
     E::custom(format_args!(
         "unknown field {:?}; known are {USER_ID}, {}",
-        shortened(name),
+        truncated(name),
         FIELDS.join(", ")
     ))
 }
 
-impl<'de> Deserialize<'de> for Key {
+impl<'de> Deserialize<'de> for JsonKey {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct KeyVisitor;
-        impl Visitor<'_> for KeyVisitor {
-            type Value = Key;
+        struct JsonKeyVisitor;
+        impl Visitor<'_> for JsonKeyVisitor {
+            type Value = JsonKey;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a field's name")
             }
 
-            fn visit_str<E: de::Error>(self, name: &str) -> Result<Key, E> {
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<JsonKey, E> {
                 if name == USER_ID {
-                    return Ok(Key::UserId);
+                    return Ok(JsonKey::UserId);
                 }
                 match FIELDS.iter().position(|field| *field == name) {
-                    Some(index) => Ok(Key::Field(index)),
-                    None if name == DELETE => Ok(Key::Delete),
+                    Some(index) => Ok(JsonKey::Field(index)),
+                    None if name == DELETE => Ok(JsonKey::Delete),
                     None => Err(unknown_field(name)),
                 }
             }
         }
-        deserializer.deserialize_identifier(KeyVisitor)
+        deserializer.deserialize_identifier(JsonKeyVisitor)
     }
 }
 
-/// Reads one field's value: an `i64` written as an integer.
-struct Integer(&'static str);
+/// Deserializes a field's value: an `i64` written as an integer. Has the field's name.
+struct FieldSeed(&'static str);
 
-impl Integer {
-    fn wrong<E: de::Error>(&self, what: fmt::Arguments<'_>) -> E {
+impl FieldSeed {
+    fn invalid<E: de::Error>(&self, what: fmt::Arguments<'_>) -> E {
         E::custom(format_args!(
             "{} is {what}; send an integer from {} to {}",
             self.0,
@@ -332,7 +333,7 @@ impl Integer {
     }
 }
 
-impl<'de> de::DeserializeSeed<'de> for Integer {
+impl<'de> de::DeserializeSeed<'de> for FieldSeed {
     type Value = i64;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<i64, D::Error> {
@@ -340,7 +341,7 @@ impl<'de> de::DeserializeSeed<'de> for Integer {
     }
 }
 
-impl<'de> Visitor<'de> for Integer {
+impl<'de> Visitor<'de> for FieldSeed {
     type Value = i64;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -352,38 +353,38 @@ impl<'de> Visitor<'de> for Integer {
     }
 
     fn visit_u64<E: de::Error>(self, value: u64) -> Result<i64, E> {
-        i64::try_from(value).map_err(|_| self.wrong(format_args!("{value}, out of range")))
+        i64::try_from(value).map_err(|_| self.invalid(format_args!("{value}, out of range")))
     }
 
     fn visit_f64<E: de::Error>(self, _: f64) -> Result<i64, E> {
-        Err(self.wrong(format_args!(
+        Err(self.invalid(format_args!(
             "out of range, or written with a fraction or an exponent"
         )))
     }
 
     fn visit_unit<E: de::Error>(self) -> Result<i64, E> {
-        Err(self.wrong(format_args!("null")))
+        Err(self.invalid(format_args!("null")))
     }
 
     fn visit_bool<E: de::Error>(self, _: bool) -> Result<i64, E> {
-        Err(self.wrong(format_args!("a boolean")))
+        Err(self.invalid(format_args!("a boolean")))
     }
 
     fn visit_str<E: de::Error>(self, _: &str) -> Result<i64, E> {
-        Err(self.wrong(format_args!("a string")))
+        Err(self.invalid(format_args!("a string")))
     }
 
     fn visit_seq<A: de::SeqAccess<'de>>(self, _: A) -> Result<i64, A::Error> {
-        Err(self.wrong(format_args!("an array")))
+        Err(self.invalid(format_args!("an array")))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, _: A) -> Result<i64, A::Error> {
-        Err(self.wrong(format_args!("an object")))
+        Err(self.invalid(format_args!("an object")))
     }
 }
 
-/// The beginning of a name that a client made up, short enough for a log line or an answer.
-fn shortened(name: &str) -> &str {
+/// The first 40 characters of a client's text, for log lines and responses.
+fn truncated(name: &str) -> &str {
     name.char_indices()
         .nth(40)
         .and_then(|(at, _)| name.get(..at))

@@ -1,10 +1,9 @@
-//! What a grade is: its fields, its limits, its JSON and its digest; and what a write does to it.
-//! Pure, and the only file that knows the fields.
+//! Grades: their fields, limits, JSON and digest, and the writes that change them. Performs no I/O.
 //!
-//! Adding a field is one more name in [`FIELDS`]. Everything else (the patch reader, the JSON
-//! answer, the digest, the store's record) is driven by that list; `tests/` proves it by adding one
-//! to a copy of this crate. Names stay in order and are never removed: a field's place in the list
-//! is what a stored record and a digest know it by.
+//! To add a field, append its name to [`FIELDS`]. The patch parser, the JSON response, the digest
+//! and the store's record all derive from that list; a test in `tests/` adds a field to a copy of
+//! this crate. Never reorder or remove names: stored records and digests identify a field by its
+//! index.
 
 mod digest;
 mod json;
@@ -12,23 +11,23 @@ mod json;
 pub use digest::Digest;
 pub(crate) use digest::digests;
 
-/// The fields of a grade beside its key, in the order of every answer and every file. All are
-/// `i64`; one that was never set reads as 0.
+/// The fields of a grade, in the order of all responses and files. All are `i64`. Unset fields read
+/// as 0.
 pub const FIELDS: &[&str] = &[
-    // Limit for paying later.
+    // The limit for deferred payment.
     "postpaid_limit",
-    // The loyal customer's discount, percent.
+    // The discount for regular customers, in percent.
     "spp",
-    // Fee for delivery.
+    // The fee for a delivery.
     "shipping_fee",
-    // Fee for a return.
+    // The fee for a return.
     "return_fee",
 ];
 
 /// How many fields a grade has.
 pub const FIELD_COUNT: usize = FIELDS.len();
 
-/// The key's name in JSON, in a query and in a file.
+/// The name of the key in JSON, queries and files.
 pub const USER_ID: &str = "user_id";
 
 /// The longest user id, in bytes of UTF-8.
@@ -40,16 +39,16 @@ pub type Values = [i64; FIELD_COUNT];
 // A patch marks the fields it carries in one `u32`.
 const _: () = assert!(FIELD_COUNT <= 32);
 
-/// Why a string is no user id.
+/// Why a string is not a valid user id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum UserIdError {
-    /// No bytes at all.
+    /// The id is empty.
     #[error("user_id is empty; send 1 to {USER_ID_BYTES_MAX} bytes of UTF-8")]
     Empty,
     /// More than [`USER_ID_BYTES_MAX`] bytes.
     #[error("user_id has {bytes} bytes; at most {USER_ID_BYTES_MAX} are allowed")]
     TooLong {
-        /// The length that was sent.
+        /// Its length.
         bytes: usize,
     },
     /// A control character (Unicode category Cc).
@@ -75,7 +74,7 @@ pub fn check_user_id(id: &str) -> Result<(), UserIdError> {
     if id.len() > USER_ID_BYTES_MAX {
         return Err(UserIdError::TooLong { bytes: id.len() });
     }
-    // Printable ASCII needs no decoding, and nearly every id is just that.
+    // Nearly all ids are printable ASCII, which needs no decoding.
     if id.bytes().all(|byte| (0x20..0x7f).contains(&byte)) {
         return Ok(());
     }
@@ -88,10 +87,9 @@ pub fn check_user_id(id: &str) -> Result<(), UserIdError> {
     }
 }
 
-/// Some fields and the values they are to take: what a patch does to a record.
+/// The fields that a patch sets, with their new values.
 ///
-/// Setting is all it can do, never adding, so applying the same changes again in the same order
-/// ends in the same record.
+/// A patch sets values and never adds to them, so applying it again is idempotent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Changes {
     set: u32,
@@ -99,14 +97,14 @@ pub struct Changes {
 }
 
 impl Changes {
-    /// Carries every field.
+    /// Sets all fields.
     #[must_use]
     pub fn all(values: Values) -> Self {
         let set = FIELDS.iter().fold(0, |set, _| set << 1 | 1);
         Self { set, values }
     }
 
-    /// Carries `value` for the field at `index` of [`FIELDS`]; an index past the end is ignored.
+    /// Sets the field at `index` of [`FIELDS`]. Ignores an index past the end.
     pub fn set(&mut self, index: usize, value: i64) {
         if let Some(slot) = self.values.get_mut(index) {
             *slot = value;
@@ -114,13 +112,13 @@ impl Changes {
         }
     }
 
-    /// Whether the field at `index` is carried.
+    /// Whether the field at `index` is set.
     #[must_use]
     pub fn has(&self, index: usize) -> bool {
         index < FIELD_COUNT && self.set & (1 << index) != 0
     }
 
-    /// The carried fields: index in [`FIELDS`] and value.
+    /// The fields that are set: index in [`FIELDS`] and value.
     pub fn iter(&self) -> impl Iterator<Item = (usize, i64)> + '_ {
         self.values
             .iter()
@@ -129,7 +127,7 @@ impl Changes {
             .filter(|(index, _)| self.has(*index))
     }
 
-    /// Sets the carried fields in `values` and leaves the others.
+    /// Applies the changes to `values`.
     pub fn apply_to(&self, values: &mut Values) {
         for (index, (slot, value)) in values.iter_mut().zip(self.values).enumerate() {
             if self.set & (1 << index) != 0 {
@@ -139,20 +137,20 @@ impl Changes {
     }
 }
 
-/// One write: a user id and the fields it carries. `S` is `Box<str>` where the patch is kept and
-/// `&str` where it is only passed through.
+/// A partial update of one record. `S` is `Box<str>` for a patch that is stored and `&str` for a
+/// borrowed one.
 ///
-/// A patch that came through [`serde::Deserialize`] is valid: its id passed [`check_user_id`].
+/// [`serde::Deserialize`] validates the id with [`check_user_id`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Patch<S = Box<str>> {
-    /// Whose grade it is.
+    /// The user.
     pub user_id: S,
     /// The fields and their new values.
     pub changes: Changes,
 }
 
 impl<S: AsRef<str>> Patch<S> {
-    /// The same patch, owning its id.
+    /// A copy that owns its id.
     pub fn to_owned(&self) -> Patch {
         Patch {
             user_id: Box::from(self.user_id.as_ref()),
@@ -161,20 +159,19 @@ impl<S: AsRef<str>> Patch<S> {
     }
 }
 
-/// What the log holds of one request: fields to set, or a record to remove.
+/// One write in the log: fields to set, or a record to remove.
 ///
-/// Neither depends on what was there, so the same writes again in the same order end in the same
-/// records.
+/// Neither depends on the previous state, so replaying writes in order is idempotent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Write<S = Box<str>> {
-    /// Sets fields of a record; makes it if there is none.
+    /// Sets fields of a record; inserts it if it does not exist.
     Set(Patch<S>),
-    /// Removes the record of this user, if there is one.
+    /// Removes the record of this user, if it exists.
     Delete(S),
 }
 
 impl<S: AsRef<str>> Write<S> {
-    /// The same write, owning its id.
+    /// A copy that owns its id.
     pub fn to_owned(&self) -> Write {
         match self {
             Self::Set(patch) => Write::Set(patch.to_owned()),
@@ -182,7 +179,7 @@ impl<S: AsRef<str>> Write<S> {
         }
     }
 
-    /// Whose grade it is.
+    /// The user.
     pub fn user_id(&self) -> &str {
         match self {
             Self::Set(patch) => patch.user_id.as_ref(),
@@ -190,8 +187,8 @@ impl<S: AsRef<str>> Write<S> {
         }
     }
 
-    /// Whether it removes a record.
-    pub fn deletes(&self) -> bool {
+    /// Whether this is a deletion.
+    pub fn is_delete(&self) -> bool {
         matches!(self, Self::Delete(_))
     }
 }
@@ -202,12 +199,12 @@ impl<S> From<Patch<S>> for Write<S> {
     }
 }
 
-/// One record: a user id and all its values.
+/// One record: a user id and all values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UserGrade<S = Box<str>> {
-    /// Whose grade it is.
+    /// The user.
     pub user_id: S,
-    /// What it is, in the order of [`FIELDS`].
+    /// The values, in the order of [`FIELDS`].
     pub values: Values,
 }
 
@@ -227,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn every_field_goes_through_a_patch_a_record_and_a_digest() {
+    fn every_field_is_in_patches_records_and_digests() {
         let mut values = Values::default();
         let mut seen = vec![a(values).digest()];
         for (index, name) in FIELDS.iter().enumerate() {
@@ -261,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_patch_is_refused_with_the_reason() {
+    fn an_invalid_patch_is_rejected_with_the_reason() {
         for (text, reason) in [
             ("[]", "an object"),
             (r#"["a",1,2,3,4]"#, "an object"),
@@ -304,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deletion_is_an_object_with_one_key_and_no_patch() {
+    fn a_deletion_has_one_key_and_is_not_a_patch() {
         let read = |text: &str| serde_json::from_str::<Write<String>>(text);
         for id in ["a", "\"a\\b\"é\u{1f600}"] {
             let write = Write::Delete(id.to_owned());
@@ -340,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_escaped_as_json_wants() {
+    fn ids_are_escaped_in_json() {
         let mut json = Vec::new();
         let grade = UserGrade {
             user_id: "\"a\\b\"é\u{1f600}",
@@ -352,8 +349,8 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_is_the_same_on_every_machine_and_for_ever() {
-        // Replicas of other versions and stored files compare against this.
+    fn the_digest_is_stable() {
+        // Other versions and stored files depend on this value.
         let mut values = Values::default();
         values[1] = 5;
         let grade = UserGrade {

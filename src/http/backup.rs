@@ -1,12 +1,12 @@
-//! The write port's other route: `GET /backup`, the whole store as it is read.
+//! `GET /backup` on the write port: the whole store, read while it is sent.
 //!
-//! Nothing is made ahead of the client: as many chunks are in work as the machine has cores, or, while
-//! requests are answered, one with a pause before the next; and the next begins when one has been
-//! taken. A client that stops reading therefore costs those chunks and no lock, until the port cuts
-//! its connection for doing nothing.
+//! The server makes no chunks ahead of the client: at most as many are in flight as the machine has
+//! cores, and a new one starts when the client has taken one. While other requests are answered,
+//! only one is in flight, with a pause between two. So a client that stops reading occupies these
+//! chunks and no lock, until the port closes its connection because it is idle.
 //!
-//! Few are sent at once, so that reads stay quick while many replicas start from this one; some more
-//! wait for their turn, in the order in which they came.
+//! Few backups run at once, so that reads stay fast while many replicas start from this one. A few
+//! more requests wait for their turn, first come, first served.
 
 use std::io;
 use std::mem;
@@ -18,9 +18,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
-use futures_util::stream::{FuturesUnordered, Stream, StreamExt, unfold};
+use futures_util::stream::{Stream, StreamExt, unfold};
 use http::Method;
 use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
 use metrics::{
@@ -35,7 +33,7 @@ use super::error::ApiError;
 use super::instrument::RequestCount;
 use super::ops::StartupProgress;
 use super::{Credentials, GRADE_NODE, GRADE_POSITION};
-use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
+use crate::backup::{BackupWriter, Chunk, ChunkPipeline, ChunkSource, HeadRecord, file_name};
 use crate::log::{Log, RandomId};
 use crate::replication::peer_client::{GRADE_COMPRESSION, IF_SLOW};
 use crate::replication::state::{NodeState, Readiness};
@@ -43,21 +41,22 @@ use crate::replication::{Applied, CompleteState, backup_head};
 use crate::store::Store;
 use crate::sys::exec::Blocking;
 
-/// A client that takes more bytes a second than this is limited by its own work or by the making of
-/// chunks, not by the way to it.
-const QUICK_BYTES_PER_S: f64 = 16e6;
-/// How long the first chunks, which go into the system's buffers, say nothing of the pace.
-const PACE_KNOWN_AFTER: Duration = Duration::from_millis(500);
+/// Above this rate, compression would not speed up the transfer: the client or the making of chunks
+/// is the bottleneck, not the network.
+const FAST_CLIENT_BYTES_PER_S: f64 = 16e6;
+/// Before this, the rate is unknown: the first chunks only fill the system's buffers.
+const RATE_KNOWN_AFTER: Duration = Duration::from_millis(500);
 
-/// So many bytes are sent in one turn: requests on the same thread wait for them. A replica that
-/// starts has whole members: in pieces of 64 KiB it was ready after 1.7 s in place of 1.4.
+/// The most bytes sent in one turn, because requests on the same thread wait for them. A replica
+/// that starts gets whole members: with pieces of 64 KiB it was ready after 1.7 s instead of 1.4 s
+/// (docs/internals/adr/0006).
 const PIECE_BYTES_MAX: usize = 32 * 1024;
-/// While requests are answered, one chunk is made at a time, and the next one begun so long after
-/// it. A core that is never idle is had back later, however low the priority of what it does.
+/// The pause between two chunks while requests are answered. The scheduler takes long to preempt a
+/// core that is never idle, whatever the priority of its thread (docs/internals/adr/0007).
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// The port's routes while the log is being opened: there is nothing to give yet, but the answer
-/// says which node this is.
+/// The routes of the port while the log is being opened. They only report that the node is not
+/// ready, and its id.
 pub fn routes_while_opening(progress: StartupProgress, node: RandomId) -> Router {
     Router::new().fallback(move || async move {
         let node = [(GRADE_NODE, node.to_string())];
@@ -65,40 +64,40 @@ pub fn routes_while_opening(progress: StartupProgress, node: RandomId) -> Router
     })
 }
 
-/// What a backup is made from.
+/// The state of the route.
 #[derive(Clone)]
 pub struct BackupState {
     /// The records.
     pub store: Store,
-    /// How far they have come.
+    /// The position of the records.
     pub applied: Applied,
-    /// Which log that is a place in.
+    /// The log they come from.
     pub log: Arc<dyn Log>,
-    /// Whether they may be shown.
+    /// Whether the node serves them.
     pub readiness: Readiness,
-    /// What a request must bring.
+    /// The required user name and password.
     pub credentials: Credentials,
-    /// A permit a backup that may run at once.
+    /// One permit per running backup.
     pub slots: Arc<Semaphore>,
-    /// A permit a request that may wait for its turn.
+    /// One permit per waiting request.
     pub queue: Arc<Semaphore>,
-    /// How long one may wait.
+    /// How long a request may wait.
     pub queue_wait_max: Duration,
-    /// Rows go in chunks of about so many bytes, before compression.
+    /// The size of a chunk before compression.
     pub chunk_text_bytes: usize,
-    /// Where chunks are made.
-    pub blocking: Blocking,
-    /// Where they are made for a replica that starts, which somebody waits for.
-    pub urgent: Blocking,
-    /// Tells whether requests come meanwhile.
+    /// Threads that make chunks for most clients.
+    pub pool: Blocking,
+    /// Threads that make chunks for replicas that start, whose clients wait for them.
+    pub replica_pool: Blocking,
+    /// Counts the answered requests.
     pub answered: RequestCount,
-    /// This process start's name.
+    /// The id of this process.
     pub node: Arc<str>,
-    /// What is measured about backups.
+    /// The metrics of backups.
     pub metrics: BackupMetrics,
 }
 
-/// Handles of what is measured about backups, made once.
+/// The metrics of backups.
 #[derive(Clone)]
 pub struct BackupMetrics {
     running: Gauge,
@@ -111,22 +110,22 @@ pub struct BackupMetrics {
 
 /// The name of the duration histogram.
 pub(crate) const DURATION_METRIC: &str = "gradestore_backup_duration_seconds";
-/// Its upper bounds in seconds: from a small store to a slow client's hour.
+/// Its upper bounds: from a small store to an hour with a slow client.
 pub(crate) const DURATION_BUCKETS_S: &[f64] =
     &[0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3600.0];
 
 impl BackupMetrics {
-    /// Registers the handles with the current recorder.
+    /// Registers the metrics with the current recorder.
     #[must_use]
     pub fn new() -> Self {
         describe_gauge!("gradestore_backups_running", "Backups that are being sent.");
         describe_counter!(
             "gradestore_backups_total",
-            "Backups sent, whole or broken off."
+            "Backups, by result: whole or broken."
         );
         describe_counter!("gradestore_backup_rows_total", "Rows sent in backups.");
         describe_counter!("gradestore_backup_bytes_total", "Bytes sent in backups.");
-        describe_histogram!(DURATION_METRIC, "Time that a whole backup took to be sent.");
+        describe_histogram!(DURATION_METRIC, "Duration of a complete backup.");
         Self {
             running: gauge!("gradestore_backups_running"),
             whole: counter!("gradestore_backups_total", "result" => "whole"),
@@ -160,10 +159,10 @@ async fn get_backup(
 ) -> Result<Response, ApiError> {
     state.credentials.check(request.headers())?;
     state.readiness.check()?;
-    let asked_only = request.method() == Method::HEAD;
-    let slot = match asked_only {
+    let is_head = request.method() == Method::HEAD;
+    let slot = match is_head {
         true => None,
-        false => Some(turn(&state).await?),
+        false => Some(acquire_slot(&state).await?),
     };
     let complete = CompleteState::of(&state.store, &state.readiness)?;
     let head = backup_head(&complete, &state.applied, &*state.log);
@@ -175,23 +174,23 @@ async fn get_backup(
         (GRADE_NODE, state.node.to_string()),
     ];
     let Some(slot) = slot else {
-        // As GET's, of a length that is not known.
-        let nothing = futures_util::stream::empty::<io::Result<Bytes>>();
-        return Ok((headers, Body::from_stream(nothing)).into_response());
+        // A body of unknown length, so that the headers equal those of GET.
+        let empty = futures_util::stream::empty::<io::Result<Bytes>>();
+        return Ok((headers, Body::from_stream(empty)).into_response());
     };
     let connection = request.extensions().get::<Arc<ConnectionState>>().cloned();
-    let wanted = request.headers().get(GRADE_COMPRESSION);
-    let urgent = wanted.is_some_and(|wanted| wanted == IF_SLOW);
-    let body = Body::from_stream(members(state, complete, &head, urgent, slot, connection));
-    Ok((headers, body).into_response())
+    let compression = request.headers().get(GRADE_COMPRESSION);
+    let for_replica = compression.is_some_and(|compression| compression == IF_SLOW);
+    let body = BackupStream::start(state, complete, &head, for_replica, slot, connection);
+    Ok((headers, Body::from_stream(body)).into_response())
 }
 
-/// Waits until a backup may begin.
-async fn turn(state: &BackupState) -> Result<OwnedSemaphorePermit, ApiError> {
+/// Waits until the backup may start.
+async fn acquire_slot(state: &BackupState) -> Result<OwnedSemaphorePermit, ApiError> {
     if let Ok(slot) = Arc::clone(&state.slots).try_acquire_owned() {
         return Ok(slot);
     }
-    let _place = state
+    let _waiting = state
         .queue
         .try_acquire()
         .map_err(|_full| ApiError::BackupsRunning)?;
@@ -202,27 +201,24 @@ async fn turn(state: &BackupState) -> Result<OwnedSemaphorePermit, ApiError> {
     }
 }
 
-/// A backup under way. What it holds is given back when the client has it all or is gone.
-struct Running {
-    source: Arc<ChunkSource>,
-    chunks: FuturesUnordered<BoxFuture<'static, io::Result<Option<Chunk>>>>,
-    blocking: Blocking,
-    exhausted: bool,
-    /// What is left of the member that is being sent.
+/// A running backup. Dropped when the client has received it or has disconnected.
+struct BackupStream {
+    chunks: ChunkPipeline,
+    /// The rest of the member that is being sent.
     rest: Bytes,
-    /// Whether it is for a replica that starts: its clients wait as well. Chunks are compressed only
-    /// while it is slow.
-    urgent: bool,
+    /// Whether the client is a replica that starts. Then requests do not take precedence, and
+    /// chunks are compressed only for a slow client.
+    for_replica: bool,
     answered: RequestCount,
-    /// As many as there were when that was last looked at.
+    /// The count of `answered` at the last look.
     answered_before: u64,
+    /// Bytes of chunks so far.
     bytes: u64,
-    /// Taken when the end is sent, or when it never will be.
+    /// `None` after the end or an error.
     writer: Option<BackupWriter>,
-    whole: bool,
-    begun: Instant,
+    is_complete: bool,
+    started: Instant,
     metrics: BackupMetrics,
-    /// The state that is sent.
     complete: CompleteState,
     readiness: Readiness,
     applied: Applied,
@@ -230,159 +226,157 @@ struct Running {
     _slot: OwnedSemaphorePermit,
 }
 
-fn members(
-    state: BackupState,
-    complete: CompleteState,
-    head: &Head,
-    urgent: bool,
-    slot: OwnedSemaphorePermit,
-    connection: Option<Arc<ConnectionState>>,
-) -> impl Stream<Item = io::Result<Bytes>> + use<> {
-    let (writer, first) = BackupWriter::begin(head);
-    let running = Running {
-        source: Arc::new(ChunkSource::with_chunk_text(
-            complete.store(),
-            state.chunk_text_bytes,
-        )),
-        chunks: FuturesUnordered::new(),
-        blocking: match urgent {
-            true => state.urgent,
-            false => state.blocking,
-        },
-        exhausted: false,
-        rest: Bytes::new(),
-        urgent,
-        answered_before: state.answered.count(),
-        answered: state.answered,
-        bytes: 0,
-        writer: Some(writer),
-        whole: false,
-        begun: Instant::now(),
-        metrics: state.metrics,
-        complete,
-        readiness: state.readiness,
-        applied: state.applied,
-        connection,
-        _slot: slot,
-    };
-    running.metrics.running.increment(1.0);
-    if let Some(connection) = &running.connection {
-        connection.stream(true);
-    }
-    let first = futures_util::stream::iter([Ok(Bytes::from(first))]);
-    first.chain(unfold(running, |mut running| async {
-        let next = running.next_piece().await?;
-        Some((next, running))
-    }))
-}
-
-impl Running {
-    /// Whether the client takes more than compressing would bring it; at first nobody knows.
-    fn quick(&self) -> bool {
-        let elapsed = self.begun.elapsed();
-        elapsed < PACE_KNOWN_AFTER || self.bytes as f64 / elapsed.as_secs_f64() > QUICK_BYTES_PER_S
+impl BackupStream {
+    fn start(
+        state: BackupState,
+        complete: CompleteState,
+        head: &HeadRecord,
+        for_replica: bool,
+        slot: OwnedSemaphorePermit,
+        connection: Option<Arc<ConnectionState>>,
+    ) -> impl Stream<Item = io::Result<Bytes>> + use<> {
+        let (writer, first) = BackupWriter::start(head);
+        let source = ChunkSource::with_chunk_text(complete.store(), state.chunk_text_bytes);
+        let pool = match for_replica {
+            true => state.replica_pool,
+            false => state.pool,
+        };
+        let stream = Self {
+            chunks: ChunkPipeline::new(source, pool),
+            rest: Bytes::new(),
+            for_replica,
+            answered_before: state.answered.count(),
+            answered: state.answered,
+            bytes: 0,
+            writer: Some(writer),
+            is_complete: false,
+            started: Instant::now(),
+            metrics: state.metrics,
+            complete,
+            readiness: state.readiness,
+            applied: state.applied,
+            connection,
+            _slot: slot,
+        };
+        stream.metrics.running.increment(1.0);
+        if let Some(connection) = &stream.connection {
+            connection.stream(true);
+        }
+        let first = futures_util::stream::iter([Ok(Bytes::from(first))]);
+        first.chain(unfold(stream, |mut stream| async {
+            let next = stream.next_piece().await?;
+            Some((next, stream))
+        }))
     }
 
-    /// Whether requests were answered since this was last asked, and come first.
-    fn gives_way(&mut self) -> bool {
+    /// Whether the client reads faster than compression would help; true while unknown.
+    fn client_is_fast(&self) -> bool {
+        let elapsed = self.started.elapsed();
+        elapsed < RATE_KNOWN_AFTER
+            || self.bytes as f64 / elapsed.as_secs_f64() > FAST_CLIENT_BYTES_PER_S
+    }
+
+    /// Whether requests were answered since the last call, and take precedence.
+    fn must_yield(&mut self) -> bool {
         let answered = self.answered.count();
-        mem::replace(&mut self.answered_before, answered) != answered && !self.urgent
+        mem::replace(&mut self.answered_before, answered) != answered && !self.for_replica
     }
 
-    /// Whether what was read so far is one state, and not one that is in doubt.
-    fn sound(&self) -> io::Result<()> {
+    /// Fails if the scanned state was replaced, or may be wrong.
+    fn check_state(&self) -> io::Result<()> {
         self.complete.check().map_err(io::Error::other)?;
         match self.readiness.check() {
             Err(unready) if unready.state == NodeState::Diverged => {
-                Err(io::Error::other("the state is in doubt"))
+                Err(io::Error::other("this replica has diverged"))
             }
             _ => Ok(()),
         }
     }
 
-    /// The next bytes to send, not so many that requests on the same thread wait for them long.
+    /// The next bytes to send: a part of a member, so that requests on the same thread do not wait
+    /// long.
     async fn next_piece(&mut self) -> Option<io::Result<Bytes>> {
         if let Some(connection) = &self.connection {
             connection.end();
         }
         match self.rest.is_empty() {
-            true => match self.next().await? {
+            true => match self.next_member().await? {
                 Ok(member) => self.rest = member,
                 error => return Some(error),
             },
             false => tokio::task::yield_now().await,
         }
-        let piece_bytes = match self.urgent {
+        let piece_bytes = match self.for_replica {
             true => self.rest.len(),
             false => PIECE_BYTES_MAX.min(self.rest.len()),
         };
         Some(Ok(self.rest.split_to(piece_bytes)))
     }
 
-    /// The next member's bytes; an error breaks the answer off, so that it can't look whole.
-    async fn next(&mut self) -> Option<io::Result<Bytes>> {
-        self.source.store_only(self.urgent && self.quick());
-        let at_once = match self.gives_way() {
+    /// The next member. An error aborts the response, so that it cannot look complete.
+    async fn next_member(&mut self) -> Option<io::Result<Bytes>> {
+        self.writer.as_ref()?;
+        let chunk = self.next_chunk().await;
+        let chunk = chunk.and_then(|chunk| self.check_state().map(|()| chunk));
+        let mut writer = self.writer.take()?;
+        match chunk {
+            Ok(Some(chunk)) => {
+                writer.add(&chunk);
+                self.writer = Some(writer);
+                self.metrics.rows.increment(chunk.rows().into());
+                self.metrics.bytes.increment(chunk.bytes.len() as u64);
+                self.bytes += chunk.bytes.len() as u64;
+                Some(Ok(chunk.bytes.into()))
+            }
+            Ok(None) => Some(Ok(self.finish(writer))),
+            Err(error) => {
+                let rows = writer.rows();
+                tracing::error!(rows, %error, "backup aborted");
+                Some(Err(error))
+            }
+        }
+    }
+
+    async fn next_chunk(&mut self) -> io::Result<Option<Chunk>> {
+        self.chunks
+            .store_only(self.for_replica && self.client_is_fast());
+        let in_flight_max = match self.must_yield() {
             true => {
                 tokio::time::sleep(PAUSE).await;
                 1
             }
             false => std::thread::available_parallelism().map_or(2, usize::from),
         };
-        while !self.exhausted && self.chunks.len() < at_once {
-            let source = Arc::clone(&self.source);
-            let chunk = self.blocking.run(move || source.next());
-            self.chunks.push(chunk.boxed());
-        }
-        while let Some(made) = self.chunks.next().await {
-            if let Err(error) = self.sound() {
-                tracing::error!(%error, "backup broken off");
-                self.writer = None;
-                return Some(Err(error));
-            }
-            match made {
-                Ok(Some(chunk)) => {
-                    if let Some(writer) = &mut self.writer {
-                        writer.add(&chunk);
-                    }
-                    self.metrics.rows.increment(chunk.rows().into());
-                    self.metrics.bytes.increment(chunk.bytes.len() as u64);
-                    self.bytes += chunk.bytes.len() as u64;
-                    return Some(Ok(chunk.bytes.into()));
-                }
-                // The others may still be at the last ones.
-                Ok(None) => self.exhausted = true,
-                Err(error) => {
-                    tracing::error!(%error, "backup broken off");
-                    self.writer = None;
-                    self.exhausted = true;
-                    return Some(Err(error));
-                }
-            }
-        }
-        let writer = self.writer.take()?;
+        self.chunks.next(in_flight_max).await
+    }
+
+    /// The last member.
+    fn finish(&mut self, writer: BackupWriter) -> Bytes {
         let rows = writer.rows();
         let last = writer.end(&self.applied.position());
-        let took = self.begun.elapsed();
-        self.whole = true;
+        let took = self.started.elapsed();
+        self.is_complete = true;
         self.metrics.duration_s.record(took.as_secs_f64());
         tracing::info!(rows, took_ms = took.as_millis() as u64, "backup sent");
-        Some(Ok(last.into()))
+        last.into()
     }
 }
 
-impl Drop for Running {
+impl Drop for BackupStream {
     fn drop(&mut self) {
         self.metrics.running.decrement(1.0);
         if let Some(connection) = &self.connection {
             connection.stream(false);
         }
-        match self.whole {
+        match self.is_complete {
             true => self.metrics.whole.increment(1),
             false => {
                 self.metrics.broken.increment(1);
-                let rows = self.writer.as_ref().map(BackupWriter::rows);
-                tracing::warn!(rows, "backup not taken to its end");
+                // Without a writer, an error was logged.
+                if let Some(writer) = &self.writer {
+                    let rows = writer.rows();
+                    tracing::warn!(rows, "backup aborted: the connection closed");
+                }
             }
         }
     }

@@ -29,12 +29,12 @@ impl Chain {
         hex::parse(text).map(Self)
     }
 
-    fn next(self, seq: Seq, time_ns: u64, effect: Effect<'_>) -> Self {
+    fn next(self, seq: Seq, time_ns: u64, entry: ChainEntry<'_>) -> Self {
         let mut hash = Xxh3Default::new();
         hash.update(&self.0.to_le_bytes());
         hash.update(&seq.to_le_bytes());
         hash.update(&time_ns.to_le_bytes());
-        if let Effect::Batch { id, payload } = effect {
+        if let ChainEntry::Batch { id, payload } = entry {
             hash.update(&[codec::FORMAT]);
             hash.update(&id.writer.0.to_le_bytes());
             hash.update(&id.seq.to_le_bytes());
@@ -95,12 +95,12 @@ impl fmt::Display for BatchId {
     }
 }
 
-/// What a message does to the history.
+/// A message of the log as the chain records it.
 #[derive(Debug, Clone, Copy)]
-pub enum Effect<'a> {
-    /// Nothing: all replicas skip it.
+pub enum ChainEntry<'a> {
+    /// A message that all replicas skip.
     Skipped,
-    /// Its batch is applied.
+    /// A batch, which all replicas apply.
     Batch {
         /// Its identity.
         id: BatchId,
@@ -136,22 +136,22 @@ impl Position {
         }
     }
 
-    /// The position after this one, of a message with `effect`.
+    /// The position after this one, of the message `entry`.
     #[must_use]
-    pub fn next(&self, time_ns: u64, effect: Effect<'_>) -> Self {
+    pub fn next(&self, time_ns: u64, entry: ChainEntry<'_>) -> Self {
         let seq = self.seq + 1;
         Self {
             seq,
             time_ns,
-            chain: self.chain.next(seq, time_ns, effect),
+            chain: self.chain.next(seq, time_ns, entry),
             previous: self.chain,
         }
     }
 
-    /// Whether the batch at this position has `effect`.
+    /// Whether the message at this position is `entry`.
     #[must_use]
-    pub fn holds(&self, effect: Effect<'_>) -> bool {
-        self.previous.next(self.seq, self.time_ns, effect) == self.chain
+    pub fn matches(&self, entry: ChainEntry<'_>) -> bool {
+        self.previous.next(self.seq, self.time_ns, entry) == self.chain
     }
 }
 
@@ -163,10 +163,10 @@ mod tests {
         Position::base(&LogId("log".into()), 0, 5)
     }
 
-    fn batch(seq: u64, payload: &[u8]) -> Effect<'_> {
+    fn batch(seq: u64, payload: &[u8]) -> ChainEntry<'_> {
         let writer = RandomId(7);
         let id = BatchId { writer, seq };
-        Effect::Batch { id, payload }
+        ChainEntry::Batch { id, payload }
     }
 
     #[test]
@@ -176,7 +176,7 @@ mod tests {
             start().next(11, batch(1, b"[]")),
             start().next(10, batch(2, b"[]")),
             start().next(10, batch(1, b"[1]")),
-            start().next(10, Effect::Skipped),
+            start().next(10, ChainEntry::Skipped),
             Position::base(&LogId("gol".into()), 0, 5).next(10, batch(1, b"[]")),
             Position::base(&LogId("log".into()), 1, 5).next(10, batch(1, b"[]")),
             one.next(10, batch(1, b"[]")),
@@ -188,19 +188,21 @@ mod tests {
     }
 
     #[test]
-    fn a_position_knows_its_own_batch() {
+    fn a_position_matches_only_its_own_batch() {
         let position = start().next(1, batch(1, b"a")).next(2, batch(2, b"b"));
-        assert!(position.holds(batch(2, b"b")));
-        for other in [batch(2, b"a"), batch(1, b"b"), Effect::Skipped] {
-            assert!(!position.holds(other));
+        assert!(position.matches(batch(2, b"b")));
+        for other in [batch(2, b"a"), batch(1, b"b"), ChainEntry::Skipped] {
+            assert!(!position.matches(other));
         }
     }
 
-    /// Programs that follow the stream compute the same: see `docs/internals/protocol.md`. The values were
-    /// computed with Python's `xxhash` from the definition there.
+    /// Programs that follow the stream compute the same: see `docs/internals/protocol.md`. The
+    /// values were computed with Python's `xxhash` from the definition there.
     #[test]
     fn the_chain_of_a_known_history() {
-        let position = start().next(10, batch(1, b"[]")).next(20, Effect::Skipped);
+        let position = start()
+            .next(10, batch(1, b"[]"))
+            .next(20, ChainEntry::Skipped);
         assert_eq!(
             [position.previous.to_string(), position.chain.to_string()],
             [
@@ -211,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_displayed_is_read() {
+    fn displayed_values_round_trip() {
         let chain = Chain(u128::MAX - 3);
         assert_eq!(Chain::parse(&chain.to_string()), Some(chain));
         let id = BatchId {

@@ -1,8 +1,8 @@
 //! The key that the replicas of a cluster share, and the signatures that they make with it.
 //!
 //! Any client that may publish to the broker can write a checkpoint or an announcement. Only a
-//! replica that knows the cluster's password can sign one. `docs/internals/protocol.md` specifies the signed
-//! bytes.
+//! replica that knows the cluster's password can sign one. `docs/internals/protocol.md` specifies
+//! the signed bytes.
 
 use hmac::{Hmac, Mac as _};
 use sha2::Sha256;
@@ -30,32 +30,32 @@ impl ClusterKey {
     /// The code of `checkpoint` on `log`. Ignores its `mac`.
     #[must_use]
     pub fn sign_checkpoint(&self, log: &LogId, checkpoint: &Checkpoint) -> Mac {
-        truncated(self.of_checkpoint(log, checkpoint))
+        truncated(self.checkpoint_hmac(log, checkpoint))
     }
 
     /// Whether a holder of the key signed `checkpoint` for `log`. Compares in constant time.
     #[must_use]
     pub fn verify_checkpoint(&self, log: &LogId, checkpoint: &Checkpoint) -> bool {
-        let expected = self.of_checkpoint(log, checkpoint);
+        let expected = self.checkpoint_hmac(log, checkpoint);
         expected.verify_truncated_left(&checkpoint.mac.0).is_ok()
     }
 
     /// The code of `announcement` as the answer to the request with this nonce. Ignores its `mac`.
     #[must_use]
     pub fn sign_announcement(&self, announcement: &Announcement, nonce: &str) -> Mac {
-        truncated(self.of_announcement(announcement, nonce))
+        truncated(self.announcement_hmac(announcement, nonce))
     }
 
     /// Whether a holder of the key signed `announcement` as the answer to the request with this
     /// nonce. Compares in constant time.
     #[must_use]
     pub fn verify_announcement(&self, announcement: &Announcement, nonce: &str) -> bool {
-        let expected = self.of_announcement(announcement, nonce);
+        let expected = self.announcement_hmac(announcement, nonce);
         let mac = announcement.mac.as_ref();
         mac.is_some_and(|mac| expected.verify_truncated_left(&mac.0).is_ok())
     }
 
-    fn of_checkpoint(&self, log: &LogId, checkpoint: &Checkpoint) -> Hmac<Sha256> {
+    fn checkpoint_hmac(&self, log: &LogId, checkpoint: &Checkpoint) -> Hmac<Sha256> {
         let Checkpoint {
             replica,
             position,
@@ -77,7 +77,7 @@ impl ClusterKey {
 
     /// Covers every field, so that nobody can make a ready replica look unready, or one that is
     /// behind look up to date. This costs a microsecond per answer.
-    fn of_announcement(&self, announcement: &Announcement, nonce: &str) -> Hmac<Sha256> {
+    fn announcement_hmac(&self, announcement: &Announcement, nonce: &str) -> Hmac<Sha256> {
         let Announcement {
             node,
             replica,
@@ -188,23 +188,23 @@ mod tests {
     }
 
     #[test]
-    fn every_field_of_an_announcement_is_signed_and_where_it_ends() {
+    fn every_field_of_an_announcement_and_its_boundaries_are_signed() {
         let key = ClusterKey::derive("secret");
         let announcement = announced(&key);
         assert!(key.verify_announcement(&announcement, NONCE));
         assert!(!key.verify_announcement(&announcement, &NONCE[1..]));
         assert!(!key.verify_announcement(&announcement, ""));
         let changed: [fn(&mut Announcement); 10] = [
-            |said| said.node = "x".into(),
-            |said| said.replica = "x".into(),
-            |said| said.version = "x".into(),
-            |said| said.log_id = "x".into(),
-            |said| said.url = "http://10.0.0.6:8080".into(),
-            |said| said.state = "diverged".into(),
-            |said| said.position += 1,
-            |said| said.chain.0 += 1,
-            |said| (said.node, said.replica) = ("nr".into(), "".into()),
-            |said| said.mac = None,
+            |announcement| announcement.node = "x".into(),
+            |announcement| announcement.replica = "x".into(),
+            |announcement| announcement.version = "x".into(),
+            |announcement| announcement.log_id = "x".into(),
+            |announcement| announcement.url = "http://10.0.0.6:8080".into(),
+            |announcement| announcement.state = "diverged".into(),
+            |announcement| announcement.position += 1,
+            |announcement| announcement.chain.0 += 1,
+            |announcement| (announcement.node, announcement.replica) = ("nr".into(), "".into()),
+            |announcement| announcement.mac = None,
         ];
         for (field, change) in changed.into_iter().enumerate() {
             let mut forged = announcement.clone();
@@ -213,8 +213,8 @@ mod tests {
         }
     }
 
-    /// Programs that follow the stream can verify the same: see `docs/internals/protocol.md`. The values were
-    /// computed with Python's `hmac` and `hashlib`.
+    /// Programs that follow the stream can verify the same: see `docs/internals/protocol.md`. The
+    /// values were computed with Python's `hmac` and `hashlib`.
     #[test]
     fn known_codes() {
         let key = ClusterKey::derive("secret");

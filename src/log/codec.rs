@@ -32,7 +32,7 @@ pub(super) fn write(writes: &[Write], out: &mut Vec<u8>) {
 /// # Errors
 /// The bytes are not an array of patches and deletions; says why.
 pub(super) fn read(json: &[u8]) -> Result<Arc<[Write]>, Box<str>> {
-    match read_written(json) {
+    match read_fast(json) {
         Some(writes) => Ok(writes),
         None => json::in_place(json, parse),
     }
@@ -44,13 +44,13 @@ fn parse(json: &mut [u8], buffers: &mut Buffers) -> Result<Arc<[Write]>, Box<str
     read.map_err(|error| error.to_string().into())
 }
 
-/// Reads patches in exactly the form that [`write()`] gives them, as in nearly every batch. `None`
-/// for a batch with a deletion, with escapes, or in another form. ADR 0004 has the measurements.
-fn read_written(json: &[u8]) -> Option<Arc<[Write]>> {
+/// Reads patches in exactly the form of [`write()`], which nearly all batches have. `None` for a
+/// batch with a deletion, with escapes, or in another form. Measurements: docs/internals/adr/0004.
+fn read_fast(json: &[u8]) -> Option<Arc<[Write]>> {
     let mut rest = std::str::from_utf8(json).ok()?.strip_prefix('[')?;
     let mut writes = Vec::with_capacity(rest.len() / PATCH_BYTES);
     loop {
-        let after = Write::read_set(rest, &mut writes)?;
+        let after = Write::parse_set(rest, &mut writes)?;
         match after.strip_prefix(',') {
             Some(next) => rest = next,
             None => return (after == "]").then(|| writes.into()),
@@ -66,7 +66,7 @@ mod tests {
     use crate::grade::{Changes, Patch};
 
     #[test]
-    fn what_was_written_is_read() {
+    fn writes_round_trip() {
         let mut changes = Changes::default();
         changes.set(1, i64::MIN);
         let set = |user_id: &str, changes| {
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_array_of_writes_is_refused() {
+    fn other_json_is_rejected() {
         for json in [
             "",
             "{}",
@@ -108,9 +108,9 @@ mod tests {
         json::in_place(json, parse)
     }
 
-    /// Whether `json` is read without the parser, which then reads the same.
-    fn is_read_written(json: &str) -> bool {
-        let read = read_written(json.as_bytes());
+    /// Whether the fast path reads `json`. Checks that the parser then returns the same.
+    fn is_read_fast(json: &str) -> bool {
+        let read = read_fast(json.as_bytes());
         if let Some(read) = &read {
             assert_eq!(parsed(json.as_bytes()).as_ref(), Ok(read), "{json}");
         }
@@ -118,8 +118,8 @@ mod tests {
     }
 
     #[test]
-    fn an_id_that_is_read_without_the_parser_is_one() {
-        // It is looked at by eight bytes, but for the last seven of a batch.
+    fn the_fast_path_accepts_only_valid_ids() {
+        // The fast path tests eight bytes at once, except the last seven of a batch.
         for end in ["\",\"spp\":-1}]", "\"}]"] {
             for (len, at) in (1..=17).flat_map(|len| (0..len).map(move |at| (len, at))) {
                 for byte in 0..0x80_u8 {
@@ -127,7 +127,7 @@ mod tests {
                     id[at] = byte;
                     let id = String::from_utf8(id).unwrap();
                     let plain = matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\');
-                    let read = is_read_written(&format!(r#"[{{"user_id":"{id}{end}"#));
+                    let read = is_read_fast(&format!(r#"[{{"user_id":"{id}{end}"#));
                     assert_eq!(read, plain, "{byte} at {at} of {len}");
                 }
             }
@@ -145,13 +145,13 @@ mod tests {
             ("aaaaaaa\u{7ff}", true),
         ] {
             let json = format!(r#"[{{"user_id":"{id}","spp":1}}]"#);
-            assert_eq!(is_read_written(&json), valid, "{id:?}");
+            assert_eq!(is_read_fast(&json), valid, "{id:?}");
             assert_eq!(parsed(json.as_bytes()).is_ok(), valid, "{id:?}");
         }
     }
 
     #[test]
-    fn fields_that_are_read_without_the_parser_are_as_they_are_written() {
+    fn the_fast_path_accepts_only_the_written_form_of_fields() {
         for (fields, written) in [
             ("", true),
             (r#","spp":0"#, true),
@@ -187,19 +187,19 @@ mod tests {
             (",", false),
         ] {
             let json = format!(r#"[{{"user_id":"a"{fields}}}]"#);
-            assert_eq!(is_read_written(&json), written, "{json}");
+            assert_eq!(is_read_fast(&json), written, "{json}");
         }
     }
 
     proptest! {
-        /// What is read without the parser is what the parser reads, and it is what was written.
+        /// The fast path reads the same as the parser, and only the written form.
         #[test]
-        fn what_is_read_without_the_parser_is_the_same(json in prop_oneof![
+        fn the_fast_path_agrees_with_the_parser(json in prop_oneof![
             r#"\[(\{"user_id":"[a\\\\"é]{0,3}"(,"(postpaid_limit|spp|return_fee|x)": ?-?[0-9]{0,20}){0,3}\}[,\]]?){1,3}"#,
             r#"\[\{"user_id":"[ab]{1,3}"(,"spp":-?(0|[1-9][0-9]{0,19}))?(,"return_fee":-?[1-9])?\}\]"#,
         ]) {
             let parsed = parsed(json.as_bytes());
-            if let Some(writes) = read_written(json.as_bytes()) {
+            if let Some(writes) = read_fast(json.as_bytes()) {
                 prop_assert_eq!(Ok(&writes), parsed.as_ref());
                 let mut written = Vec::new();
                 write(&writes, &mut written);
@@ -207,7 +207,7 @@ mod tests {
             } else if let Ok(writes) = parsed {
                 let mut written = Vec::new();
                 write(&writes, &mut written);
-                // Escapes alone are left to the parser.
+                // The fast path leaves only escapes to the parser.
                 prop_assert!(json.as_bytes() != written || json.contains('\\') || writes.is_empty());
             }
         }

@@ -6,11 +6,11 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use super::{
-    AppendError, Batch, BatchId, Effect, Entry, Log, LogId, Position, RandomId, ReadError, Seq,
+    AppendError, Batch, BatchId, ChainEntry, Entry, Log, LogId, Position, RandomId, ReadError, Seq,
     Subscription, now_ns,
 };
 
-/// Batches between writer and reader. One is taken while the next one fills; see
+/// Batches between writer and reader: the reader applies one while the next one fills; see
 /// [`Log::in_flight_max`].
 const IN_FLIGHT_MAX: usize = 2;
 
@@ -78,7 +78,7 @@ impl Log for MemoryLog {
                 seq: last.seq - self.base + 1,
             };
             let payload = &[];
-            *last = last.next(now_ns(), Effect::Batch { id, payload });
+            *last = last.next(now_ns(), ChainEntry::Batch { id, payload });
             let position = *last;
             permit.send(Entry { position, batch });
             Ok(())

@@ -23,9 +23,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::grade::{Digest, Write};
 use crate::sys::hex;
 use crate::sys::tasks::TaskEnded;
-pub use chain::{BatchId, Chain, Effect, Position};
+pub use chain::{BatchId, Chain, ChainEntry, Position};
 pub use cluster_key::ClusterKey;
-pub use in_flight::{Answer, InFlight, InFlightBatch, Ticket};
+pub use in_flight::{InFlight, InFlightBatch, OutcomeSender, Ticket};
 pub use jetstream::{
     AskNode, HeldData, Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError,
     broker, header_block, message, raw_message,
@@ -42,17 +42,17 @@ pub type Seq = u64;
 pub struct RandomId(u128);
 
 impl RandomId {
-    /// A new one, from the system's random source.
+    /// A new id from the system's random source.
     ///
     /// # Errors
-    /// The system has no random bytes to give.
+    /// The system returned no random bytes.
     pub fn random() -> Result<Self, getrandom::Error> {
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes)?;
         Ok(Self(u128::from_le_bytes(bytes)))
     }
 
-    /// A given one, for a caller that ensures that it is unique; not 0.
+    /// The id with this number, which must be unique and not 0.
     #[must_use]
     pub const fn of(id: u128) -> Self {
         Self(id)
@@ -94,7 +94,8 @@ pub struct Batch {
 pub struct Checkpoint {
     /// The replica.
     pub replica: RandomId,
-    /// The batch. A checkpoint at 0 is no vote: it only lets others vote on the batch that carries it.
+    /// The batch. A checkpoint at 0 is no vote: it only lets others vote on the batch that carries
+    /// it.
     pub position: Seq,
     /// The replica's chain at that batch.
     pub chain: Chain,
@@ -188,7 +189,7 @@ pub enum TrimError {
     #[error("the log is closed")]
     Closed,
     /// The log's storage failed. Some or all of the batches to remove may still be there.
-    #[error("the log can't be trimmed: {0}")]
+    #[error("cannot trim the log: {0}")]
     Failed(Arc<str>),
 }
 
@@ -201,20 +202,20 @@ pub enum ReadError {
         /// The batch that was requested.
         wanted: Seq,
     },
-    /// A stored batch is not what was written.
+    /// A stored batch is damaged.
     #[error("batch {seq} of the log is damaged: {why}; restore from a backup")]
     Damaged {
         /// The batch.
         seq: Seq,
-        /// What is wrong with it.
+        /// The reason.
         why: Box<str>,
     },
-    /// The log's storage can't be read.
-    #[error("the log can't be read: {0}")]
+    /// The log's storage cannot be read.
+    #[error("cannot read the log: {0}")]
     Failed(Arc<str>),
     /// The log has trimmed the batch before it was read.
     #[error(
-        "batch {wanted} is next and the log begins at batch {first}: this replica was away for \
+        "batch {wanted} is next and the log begins at batch {first}: this replica was down for \
          longer than the log's retention"
     )]
     Trimmed {
@@ -256,7 +257,7 @@ pub enum ReadError {
     /// The log holds another batch at a position that was read.
     #[error(
         "the log holds another batch {seq} than the one that this replica has applied: the broker \
-         lost batches and took others since; this replica keeps its state and stays unready"
+         lost batches and accepted others since; this replica keeps its state and stays unready"
     )]
     Rewritten {
         /// The position.
@@ -277,7 +278,7 @@ pub enum ReadError {
 
 /// Counts of events of a log since the process started.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Counts {
+pub struct LogCounts {
     /// Connections made after the first one.
     pub reconnects: u64,
     /// Consumers created after the first one.
@@ -349,7 +350,7 @@ pub trait Log: Send + Sync + 'static {
     fn end(&self) -> Seq;
 
     /// How many batches a writer may have in flight. One more than the log writes at a time keeps
-    /// it busy; more would only make the batches smaller.
+    /// the log busy; more would only make the batches smaller.
     fn in_flight_max(&self) -> usize;
 
     /// Appends `batch`. When this returns `Ok`, the batch has a position or will have one soon.
@@ -372,8 +373,9 @@ pub trait Log: Send + Sync + 'static {
         self.unwritable()
     }
 
-    /// Appends an empty batch in the background, unless a batch of this process was delivered already.
-    /// Otherwise a log without storage left would look writable until it rejects a client's write.
+    /// Appends an empty batch in the background, unless a batch of this process was delivered
+    /// already. Otherwise a log without storage left would look writable until it rejects a
+    /// client's write.
     fn check_append(&self) {}
 
     /// Whether the log is known to hold the batches that this replica has applied.
@@ -395,8 +397,8 @@ pub trait Log: Send + Sync + 'static {
     }
 
     /// The log's counts; all 0 for a log without such events.
-    fn counts(&self) -> Counts {
-        Counts::default()
+    fn counts(&self) -> LogCounts {
+        LogCounts::default()
     }
 
     /// Requests the current bounds of a log to which others may have written; waits until it

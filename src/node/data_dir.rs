@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use crate::backup::{BackupError, Snapshots, end_position, head, quarantine};
+use crate::backup::{BackupError, Snapshots, end_position, quarantine, read_head};
 use crate::log::{
     AskNode, ClusterKey, DiskLog, HeldData, Identity, InFlight, JetStreamConfig, JetStreamLog, Log,
     LogId, MemoryLog, OpenError, Progress, RandomId, Seq, SetupError,
@@ -159,7 +159,7 @@ impl Storage {
                     JetStreamLog::open(stream.clone(), identity, in_flight, base, opening.progress);
                 storage.log = Arc::new(Handle::current().block_on(log)?);
                 if let Some(abandoned) = abandoned {
-                    storage.abandon(&abandoned);
+                    storage.abandon(&abandoned)?;
                 }
                 Ok(storage)
             }
@@ -204,7 +204,7 @@ impl Storage {
         };
         let found = match snapshots.list() {
             Ok(found) => found,
-            Err(error) => return unreadable(snapshots.dir(), BackupError::Io { at: 0, error }),
+            Err(error) => return unreadable(snapshots.dir(), BackupError::Open(error)),
         };
         let mut held = HeldData::Nothing;
         for (_, path) in found {
@@ -219,25 +219,28 @@ impl Storage {
     }
 
     /// Quarantines the snapshots of `log`, unless the stream holds that log.
-    fn abandon(&self, log: &LogId) {
+    fn abandon(&self, log: &LogId) -> Result<(), StorageError> {
         if self.log.id() == *log {
             tracing::warn!(%log, "ignored --abandon-log: the stream holds this log");
-            return;
+            return Ok(());
         }
-        let snapshots = self.snapshots.as_ref().map(|(snapshots, _)| snapshots);
-        let found = snapshots.and_then(|snapshots| snapshots.list().ok());
-        for (_, path) in found.unwrap_or_default() {
+        let Some((snapshots, _)) = &self.snapshots else {
+            return Ok(());
+        };
+        let found = snapshots.list();
+        for (_, path) in found.map_err(|error| io_error(snapshots.dir(), error))? {
             if log_of(&path).is_ok_and(|of| of == *log) {
                 quarantine(&path, "abandoned");
             }
         }
+        Ok(())
     }
 }
 
 /// The log that the snapshot at `path` belongs to.
 fn log_of(path: &Path) -> Result<LogId, BackupError> {
-    let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
-    match head(file)? {
+    let file = File::open(path).map_err(BackupError::Open)?;
+    match read_head(file)? {
         Some(head) => Ok(LogId(head.log_id)),
         None => Err(BackupError::Damaged {
             at: 0,
@@ -269,7 +272,7 @@ fn replica_id(dir: &Path) -> Result<RandomId, StorageError> {
 /// The position after which a log seeded from `path` begins. Never 0: a log that begins at batch 1
 /// counts as complete, and this one lacks the rows of the file.
 fn base_of(path: &Path) -> Result<Seq, StorageError> {
-    let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error });
+    let file = File::open(path).map_err(BackupError::Open);
     file.and_then(end_position)
         .map(|position| position.max(1))
         .map_err(|error| StorageError::RestoreFrom {

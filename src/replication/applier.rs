@@ -128,7 +128,7 @@ impl Applier {
         let writes = &entry.batch.writes;
         self.applied
             .advance(position, || self.store.apply_all(writes));
-        let deletions = writes.iter().filter(|write| write.deletes()).count() as u64;
+        let deletions = writes.iter().filter(|write| write.is_delete()).count() as u64;
         self.patches.increment(writes.len() as u64 - deletions);
         self.deletions.increment(deletions);
         if !writes.is_empty() {

@@ -24,7 +24,9 @@ use super::Applied;
 use super::buffered::Buffered;
 use super::peers::{Peer, Peers};
 use super::tracker::{Restore, RestoreTracker};
-use crate::backup::{self, BackupError, End, Head, Snapshots, Summary, Written, restore};
+use crate::backup::{
+    self, BackupError, EndRecord, HeadRecord, SnapshotInfo, Snapshots, Summary, restore,
+};
 use crate::log::{Bounds, Chain, Log, ReadError, Seq};
 use crate::replication::memory::{self, DoesNotFit};
 use crate::replication::peer_client::RemoteError;
@@ -156,7 +158,7 @@ pub(super) struct Recovered {
     /// From where on the state is complete.
     pub complete_from: CompleteFrom,
     /// The snapshot that was restored, if it was one.
-    pub snapshot: Option<Written>,
+    pub snapshot: Option<SnapshotInfo>,
 }
 
 /// Why a snapshot or a peer's backup was not used.
@@ -266,8 +268,8 @@ impl Bootstrap {
         let mut other_log = None;
         let found = self.snapshots.as_ref().map(Snapshots::list);
         for (position, path) in found.transpose()?.unwrap_or_default() {
-            let first = File::open(&path).map_err(|error| BackupError::Io { at: 0, error });
-            let head = match first.and_then(backup::head) {
+            let first = File::open(&path).map_err(BackupError::Open);
+            let head = match first.and_then(backup::read_head) {
                 Ok(head) => head,
                 Err(error) => {
                     refuse(&path, &error);
@@ -332,11 +334,11 @@ impl Bootstrap {
     async fn restore_file(&self, path: &Path, readiness: &Readiness) -> Result<Recovered, Refused> {
         let source = path.display().to_string();
         readiness.block(NodeState::Restoring, format!("loading snapshot {source}"));
-        let file = File::open(path).map_err(|error| BackupError::Io { at: 0, error })?;
+        let file = File::open(path).map_err(BackupError::Open)?;
         let bytes_total = file.metadata().map_or(0, |metadata| metadata.len());
         let restore = self.tracker.begin(&source, bytes_total);
         let (mut recovered, head, summary) = self.restore(file, async { Ok(()) }, &restore).await?;
-        recovered.snapshot = Some(Written {
+        recovered.snapshot = Some(SnapshotInfo {
             head,
             rows: summary.rows,
             bytes: summary.bytes,
@@ -382,7 +384,7 @@ impl Bootstrap {
         source: impl Read + Unpin + Send + 'static,
         feed: impl Future<Output = Result<(), RemoteError>>,
         tracked: &Restore,
-    ) -> Result<(Recovered, Head, Summary), Refused> {
+    ) -> Result<(Recovered, HeadRecord, Summary), Refused> {
         let give_up = CancellationToken::new();
         let source = Stoppable {
             source,
@@ -435,7 +437,7 @@ impl Bootstrap {
 
     /// Checks that the end position of a backup is between its start and the log's end. The state
     /// is complete only once the log is applied up to there.
-    async fn believe_end(&self, head: &Head, end: &End) -> Result<(), Refused> {
+    async fn believe_end(&self, head: &HeadRecord, end: &EndRecord) -> Result<(), Refused> {
         let position = end.position;
         let known = self.log.end();
         let log_end = match position > known {
@@ -499,7 +501,10 @@ impl<R: Read> Read for Stoppable<R> {
 /// as one of the two that are kept, and the log would be trimmed up to it.
 fn refuse(path: &Path, error: &BackupError) {
     tracing::warn!(path = %path.display(), %error, "snapshot refused");
-    if !matches!(error, BackupError::Io { .. } | BackupError::Newer { .. }) {
+    if !matches!(
+        error,
+        BackupError::Open(_) | BackupError::Io { .. } | BackupError::Newer { .. }
+    ) {
         backup::quarantine(path, "damaged");
     }
 }

@@ -322,7 +322,7 @@ fn fits(records: u64, in_use: u64, limit: MemoryLimit) -> Result<(), DoesNotFit>
 /// # Errors
 /// Its records do not fit.
 pub fn check_file_fits(path: &Path) -> Result<(), DoesNotFit> {
-    let head = File::open(path).ok().map(backup::head);
+    let head = File::open(path).ok().map(backup::read_head);
     let Some(Ok(Some(head))) = head else {
         return Ok(());
     };

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::{Applied, CompleteState};
-use crate::backup::{FORMAT, Head, Snapshots, Written};
+use crate::backup::{FORMAT, HeadRecord, SnapshotInfo, Snapshots};
 use crate::log::{Log, Seq};
 use crate::replication::state::Readiness;
 use crate::store::Store;
@@ -40,16 +40,16 @@ pub struct LastSnapshot(Arc<Mutex<State>>);
 
 #[derive(Clone, Default)]
 struct State {
-    written: Option<Written>,
+    written: Option<SnapshotInfo>,
     failures: u64,
 }
 
-/// The head of a backup of `state` that begins now. Its position is taken before the scan: replaying the log
-/// from there overwrites the later effects that the scan sees.
+/// The head of a backup of `state` that begins now. Its position is taken before the scan:
+/// replaying the log from there overwrites the later effects that the scan sees.
 #[must_use]
-pub fn backup_head(state: &CompleteState, applied: &Applied, log: &dyn Log) -> Head {
+pub fn backup_head(state: &CompleteState, applied: &Applied, log: &dyn Log) -> HeadRecord {
     let position = applied.position();
-    Head {
+    HeadRecord {
         format: FORMAT,
         log_id: log.id().0,
         position: position.seq,
@@ -63,14 +63,14 @@ pub fn backup_head(state: &CompleteState, applied: &Applied, log: &dyn Log) -> H
 impl LastSnapshot {
     /// The last snapshot and its age.
     #[must_use]
-    pub fn written(&self) -> Option<(Written, Duration)> {
+    pub fn written(&self) -> Option<(SnapshotInfo, Duration)> {
         let written = self.0.lock().written.clone()?;
         let age = written.at.elapsed().unwrap_or_default();
         Some((written, age))
     }
 
     /// Sets the last snapshot.
-    pub fn set(&self, written: Written) {
+    pub fn set(&self, written: SnapshotInfo) {
         self.0.lock().written = Some(written);
     }
 
@@ -109,8 +109,8 @@ impl Snapshotter {
         let _ = self.write_alone(state).await;
     }
 
-    /// Writes a snapshot of `state` now and trims the log up to the older one that is kept. A failure is also
-    /// logged and counted.
+    /// Writes a snapshot of `state` now and trims the log up to the older one that is kept. A
+    /// failure is also logged and counted.
     ///
     /// # Errors
     /// The snapshot could not be written.
@@ -128,9 +128,7 @@ impl Snapshotter {
 
     /// Fails if `state` is replaced before the end of the scan.
     async fn write_alone(&self, state: CompleteState) -> io::Result<()> {
-        let this = self.clone();
-        let written = self.blocking.run(move || this.write_blocking(&state));
-        match written.await.flatten() {
+        match self.write_and_prune(&state).await {
             Ok((written, trim_through)) => {
                 let took_ms = written.took.as_millis() as u64;
                 let (position, rows, bytes) = (written.head.position, written.rows, written.bytes);
@@ -151,13 +149,19 @@ impl Snapshotter {
         }
     }
 
-    fn write_blocking(&self, state: &CompleteState) -> io::Result<(Written, Option<Seq>)> {
+    async fn write_and_prune(
+        &self,
+        state: &CompleteState,
+    ) -> io::Result<(SnapshotInfo, Option<Seq>)> {
         let head = backup_head(state, &self.applied, &*self.log);
         let end = || {
             state.check().map_err(io::Error::other)?;
             Ok(self.applied.position())
         };
-        let written = self.snapshots.write(state.store(), head, end)?;
-        Ok((written, self.snapshots.prune()?))
+        let pool = &self.blocking;
+        let written = self.snapshots.write(state.store(), head, end, pool).await?;
+        let snapshots = self.snapshots.clone();
+        let trim_through = pool.run(move || snapshots.prune()).await.flatten()?;
+        Ok((written, trim_through))
     }
 }

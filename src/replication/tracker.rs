@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::buffered::BufferCounts;
-use crate::backup::{Progress, Summary};
+use crate::backup::{ReadProgress, Summary};
 
 /// The current or last restore, for `/status` and metrics. Clones share it.
 #[derive(Clone, Default)]
@@ -21,7 +21,7 @@ pub struct Restore {
     /// Its size in bytes; 0 while that is not known.
     pub bytes_total: u64,
     /// Its progress.
-    pub progress: Arc<Progress>,
+    pub progress: Arc<ReadProgress>,
     /// The part of the log that was read ahead.
     pub buffer: Arc<BufferCounts>,
     /// When it began.

@@ -1,153 +1,154 @@
-//! Which record a hash belongs to: a table of record numbers, four bytes a slot.
+//! A hash index over the slots of a shard's records, four bytes per bucket.
 //!
-//! Open addressing with linear probing. A slot holds a record's number and, in the bits that the
-//! number leaves free, bits of its hash, so that a lookup reads one cache line of the table and
-//! then, nearly always, the right record: one cache miss less than a table with its control bytes
-//! apart. It grows by half, and fills to four fifths: 5 to 7.5 bytes a record.
+//! Open addressing with linear probing. A bucket holds a record's slot and, in the bits that the
+//! slot leaves free, a tag of its hash. So a lookup reads one cache line of the index and then,
+//! nearly always, the right record: one cache miss less than a table with separate control bytes.
+//! The index grows by half at a load factor of four fifths: 5 to 7.5 bytes per record.
 
 use prefetch_index::prefetch_index;
 
-/// No record.
 const EMPTY: u32 = 0;
-const SLOTS_MIN: usize = 16;
+const BUCKETS_MIN: usize = 16;
 
 #[derive(Default)]
 pub(super) struct Index {
-    /// Each [`EMPTY`], or a record's number plus 1 in the low [`number_bits`](Self::number_bits) and
-    /// low bits of its hash above.
-    slots: Box<[u32]>,
+    /// Each [`EMPTY`], or a record's slot plus 1 in the low [`slot_bits`](Self::slot_bits) and low
+    /// bits of its hash above.
+    buckets: Box<[u32]>,
     len: usize,
 }
 
 impl Index {
-    /// An index with room for `records`.
-    pub(super) fn with_room(records: usize) -> Self {
-        let slots = (records + 1).saturating_mul(5).div_ceil(4).max(SLOTS_MIN);
+    pub(super) fn with_capacity(records: usize) -> Self {
+        let buckets = (records + 1).saturating_mul(5).div_ceil(4).max(BUCKETS_MIN);
         Self {
-            slots: vec![EMPTY; slots].into(),
+            buckets: vec![EMPTY; buckets].into(),
             len: 0,
         }
     }
 
-    /// Whether it is to be made anew, with more room, before another record is added.
+    /// Whether the caller must build a larger index before it adds another record.
     pub(super) fn is_full(&self) -> bool {
-        self.len + 1 > self.room()
+        self.len + 1 > self.capacity()
     }
 
-    /// How many records it has room for.
-    pub(super) fn room(&self) -> usize {
-        self.slots.len() * 4 / 5
+    /// The number of records at the maximum load factor.
+    pub(super) fn capacity(&self) -> usize {
+        self.buckets.len() * 4 / 5
     }
 
-    /// How many records the next larger one has room for.
-    pub(super) fn next_room(&self) -> usize {
-        self.room() + self.room() / 2 + 1
+    /// The capacity of the next larger index.
+    pub(super) fn next_capacity(&self) -> usize {
+        self.capacity() + self.capacity() / 2 + 1
     }
 
-    /// The number of the record with `hash` for which `is` holds.
-    pub(super) fn find(&self, hash: u64, is: impl FnMut(u32) -> bool) -> Option<u32> {
-        self.probe(hash, is).map(|(_, number)| number)
+    /// The slot of the record with `hash` for which `matches` returns true.
+    pub(super) fn find(&self, hash: u64, matches: impl FnMut(u32) -> bool) -> Option<u32> {
+        self.probe(hash, matches).map(|(_, slot)| slot)
     }
 
-    /// Asks memory for the slot at which a search for `hash` begins.
+    /// Prefetches the first bucket of a search for `hash`.
     pub(super) fn prefetch(&self, hash: u64) {
-        prefetch_index(&self.slots, self.home(hash));
+        prefetch_index(&self.buckets, self.home(hash));
     }
 
-    /// Adds a record that is not there. There must be room, and `number` be less than it.
-    #[expect(clippy::indexing_slicing, reason = "the caller has made room")]
-    pub(super) fn insert(&mut self, hash: u64, number: u32) {
-        let slot = self.slot(hash, number);
+    /// Adds a record that is not in the index. The index must not be full, and `slot` must be less
+    /// than its capacity.
+    #[expect(clippy::indexing_slicing, reason = "the index is not full")]
+    pub(super) fn insert(&mut self, hash: u64, slot: u32) {
+        let entry = self.entry(hash, slot);
         let mut at = self.home(hash);
-        while self.slots[at] != EMPTY {
-            at = self.after(at);
+        while self.buckets[at] != EMPTY {
+            at = self.next(at);
         }
-        self.slots[at] = slot;
+        self.buckets[at] = entry;
         self.len += 1;
     }
 
-    /// Removes the record with `hash` for which `is` holds; `hash_of` gives the hashes of others.
-    #[expect(clippy::indexing_slicing, reason = "`hole` is a slot that was found")]
+    /// Removes the record with `hash` for which `matches` returns true, by backward shift deletion.
+    /// `hash_of` returns the hash of the record in a slot.
+    #[expect(clippy::indexing_slicing, reason = "`hole` is a bucket that was found")]
     pub(super) fn remove(
         &mut self,
         hash: u64,
-        is: impl FnMut(u32) -> bool,
+        matches: impl FnMut(u32) -> bool,
         hash_of: impl Fn(u32) -> u64,
     ) -> Option<u32> {
-        let (mut hole, removed) = self.probe(hash, is)?;
+        let (mut hole, removed) = self.probe(hash, matches)?;
         self.len -= 1;
-        // Whoever stands behind the hole and would be found through it moves into it.
+        // Entries behind the hole whose probe sequence passes through it move into it.
         let mut at = hole;
         loop {
-            at = self.after(at);
-            let Some(number) = self.number(at) else {
+            at = self.next(at);
+            let Some(slot) = self.slot(at) else {
                 break;
             };
-            let home = self.home(hash_of(number));
-            if self.steps(home, at) >= self.steps(hole, at) {
-                self.slots.swap(hole, at);
+            let home = self.home(hash_of(slot));
+            if self.distance(home, at) >= self.distance(hole, at) {
+                self.buckets.swap(hole, at);
                 hole = at;
             }
         }
-        self.slots[hole] = EMPTY;
+        self.buckets[hole] = EMPTY;
         Some(removed)
     }
 
-    /// Where the record stands, and its number.
-    fn probe(&self, hash: u64, mut is: impl FnMut(u32) -> bool) -> Option<(usize, u32)> {
-        let bits = self.number_bits();
-        let tag = self.slot(hash, 0);
+    /// The bucket of the matching record, and its slot.
+    fn probe(&self, hash: u64, mut matches: impl FnMut(u32) -> bool) -> Option<(usize, u32)> {
+        let bits = self.slot_bits();
+        let tag = self.entry(hash, 0);
         let mut at = self.home(hash);
         loop {
-            let slot = *self.slots.get(at)?;
-            if slot == EMPTY {
+            let entry = *self.buckets.get(at)?;
+            if entry == EMPTY {
                 return None;
             }
-            let differs = u64::from(slot ^ tag) >> bits != 0;
-            let number = number_of(slot, bits);
-            if !differs && is(number) {
-                return Some((at, number));
+            let differs = u64::from(entry ^ tag) >> bits != 0;
+            let slot = slot_of(entry, bits);
+            if !differs && matches(slot) {
+                return Some((at, slot));
             }
-            at = self.after(at);
+            at = self.next(at);
         }
     }
 
-    /// The number in the slot `at`, if there is one.
-    fn number(&self, at: usize) -> Option<u32> {
-        let slot = *self.slots.get(at)?;
-        (slot != EMPTY).then(|| number_of(slot, self.number_bits()))
+    /// The slot in bucket `at`, unless that is empty.
+    fn slot(&self, at: usize) -> Option<u32> {
+        let entry = *self.buckets.get(at)?;
+        (entry != EMPTY).then(|| slot_of(entry, self.slot_bits()))
     }
 
-    fn slot(&self, hash: u64, number: u32) -> u32 {
-        (hash << self.number_bits()) as u32 | (number + 1)
+    fn entry(&self, hash: u64, slot: u32) -> u32 {
+        (hash << self.slot_bits()) as u32 | (slot + 1)
     }
 
-    /// Enough for as many numbers as there are slots.
-    fn number_bits(&self) -> u32 {
-        usize::BITS - self.slots.len().leading_zeros()
+    /// Enough for as many slots as there are buckets.
+    fn slot_bits(&self) -> u32 {
+        usize::BITS - self.buckets.len().leading_zeros()
     }
 
-    /// Where a search for `hash` begins: the high bits, scaled to the slots.
+    /// The first bucket of a search for `hash`: the high bits, scaled to the buckets.
     fn home(&self, hash: u64) -> usize {
-        ((u128::from(hash) * self.slots.len() as u128) >> 64) as usize
+        ((u128::from(hash) * self.buckets.len() as u128) >> 64) as usize
     }
 
-    fn after(&self, at: usize) -> usize {
-        match at + 1 < self.slots.len() {
+    fn next(&self, at: usize) -> usize {
+        match at + 1 < self.buckets.len() {
             true => at + 1,
             false => 0,
         }
     }
 
-    fn steps(&self, from: usize, to: usize) -> usize {
+    /// How many buckets a probe sequence takes from `from` to `to`.
+    fn distance(&self, from: usize, to: usize) -> usize {
         match to >= from {
             true => to - from,
-            false => to + self.slots.len() - from,
+            false => to + self.buckets.len() - from,
         }
     }
 }
 
-fn number_of(slot: u32, bits: u32) -> u32 {
+fn slot_of(entry: u32, bits: u32) -> u32 {
     let mask = (1_u64 << bits) - 1;
-    ((u64::from(slot) & mask) as u32).wrapping_sub(1)
+    ((u64::from(entry) & mask) as u32).wrapping_sub(1)
 }

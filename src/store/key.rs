@@ -3,17 +3,17 @@
 use uuid::Uuid;
 use uuid::fmt::Hyphenated;
 
-/// Longest id that stands in the record itself, but for a UUID.
+/// The longest id, other than a UUID, that is stored in the record itself.
 const INLINE_BYTES_MAX: usize = 15;
-/// Bytes of a UUID; as a kind of key, what says that the bytes are those of one.
+/// The bytes of a UUID. As the `len` of a packed key, it means that the bytes are those of a UUID.
 pub(super) const UUID_BYTES: usize = 16;
 
 /// A user id. Two ids are equal if their keys are.
 pub(super) enum Key<'a> {
-    /// An id of up to 15 bytes as it is, or the 16 bytes of a UUID, little-endian: bytes that go through
-    /// memory are waited for.
+    /// An id of up to 15 bytes as it is, or the 16 bytes of a UUID, little-endian. A number,
+    /// because it stays in registers: bytes written to memory in parts stall the load that follows.
     Packed { len: u8, id: u128 },
-    /// Any other.
+    /// Any other id.
     Long(&'a [u8]),
 }
 
@@ -26,7 +26,7 @@ impl<'a> Key<'a> {
                 id: padded(id),
             };
         }
-        match uuid(id) {
+        match parse_uuid(id) {
             Some(bytes) => Self::Packed {
                 len: UUID_BYTES as u8,
                 id: u128::from_le_bytes(bytes),
@@ -35,18 +35,19 @@ impl<'a> Key<'a> {
         }
     }
 
-    /// Hands `take` the bytes that stand for the id, whose key this is: what it is hashed by.
-    pub(super) fn with_bytes<T>(&self, user_id: &str, take: impl FnOnce(&[u8]) -> T) -> T {
+    /// Calls `f` with the bytes to hash for `user_id`, whose key this is.
+    pub(super) fn with_bytes<T>(&self, user_id: &str, f: impl FnOnce(&[u8]) -> T) -> T {
         match self {
-            Self::Packed { len, id } if usize::from(*len) == UUID_BYTES => take(&id.to_le_bytes()),
-            // As they stand there, and not out of the number, where they would go through memory.
-            _ => take(user_id.as_bytes()),
+            Self::Packed { len, id } if usize::from(*len) == UUID_BYTES => f(&id.to_le_bytes()),
+            // The bytes of the text, because those of the number would have to be written to
+            // memory first.
+            _ => f(user_id.as_bytes()),
         }
     }
 }
 
-/// Up to sixteen bytes, and zeros behind them: as two numbers that may overlap, since copying as
-/// many bytes as there happen to be takes longer than all the rest of a lookup's arithmetic.
+/// Up to sixteen bytes as a number, padded with zeros. Loads two words that may overlap: copying a
+/// variable number of bytes takes longer than the rest of a lookup's arithmetic.
 fn padded(id: &[u8]) -> u128 {
     let bits = id.len() as u32 * 8;
     match (id.first_chunk(), id.last_chunk()) {
@@ -61,19 +62,21 @@ fn padded(id: &[u8]) -> u128 {
     }
 }
 
-/// The bytes of an id that is a UUID as most systems write one, lower case with hyphens: the one
-/// form of several that can be made again from the bytes.
-fn uuid(id: &[u8]) -> Option<[u8; UUID_BYTES]> {
+/// The bytes of a UUID in lower case with hyphens, the most common form. Other forms are stored as
+/// text, because the bytes do not tell them apart.
+fn parse_uuid(id: &[u8]) -> Option<[u8; UUID_BYTES]> {
     if id.len() != Hyphenated::LENGTH || id.get(8) != Some(&b'-') {
         return None;
     }
     let uuid = Uuid::try_parse_ascii(id).ok()?;
-    let written = with_uuid(*uuid.as_bytes(), |written| written.as_bytes() == id);
-    written.then(|| *uuid.as_bytes())
+    let is_canonical = with_uuid_text(*uuid.as_bytes(), |text| text.as_bytes() == id);
+    is_canonical.then(|| *uuid.as_bytes())
 }
 
-/// Hands `take` the id that a UUID's bytes stand for.
-pub(super) fn with_uuid<T>(bytes: [u8; UUID_BYTES], take: impl FnOnce(&str) -> T) -> T {
-    let mut room = [0; Hyphenated::LENGTH];
-    take(Uuid::from_bytes(bytes).hyphenated().encode_lower(&mut room))
+/// Calls `f` with the text of the UUID with these bytes.
+pub(super) fn with_uuid_text<T>(bytes: [u8; UUID_BYTES], f: impl FnOnce(&str) -> T) -> T {
+    let mut buffer = [0; Hyphenated::LENGTH];
+    f(Uuid::from_bytes(bytes)
+        .hyphenated()
+        .encode_lower(&mut buffer))
 }

@@ -1,27 +1,26 @@
-//! The bytes of ids that no record has room for.
+//! The bytes of ids that do not fit into a record.
 
-use super::record::Place;
+use super::record::LongIdLocation;
 
-/// Bytes a chunk.
-const CHUNK: usize = 16 * 1024;
+const CHUNK_BYTES: usize = 16 * 1024;
 
-/// Ids one behind the other, with no header and no allocation of their own.
+/// An arena of ids, without a header or an allocation per id.
 #[derive(Default)]
 pub(super) struct LongIds {
     chunks: Vec<Vec<u8>>,
-    /// Bytes that belong to nobody any more.
-    dead: usize,
+    /// Bytes of released ids.
+    dead_bytes: usize,
 }
 
 impl LongIds {
-    #[expect(clippy::indexing_slicing, reason = "each place is from `push`")]
-    pub(super) fn get(&self, place: Place) -> &[u8] {
-        let at = usize::from(place.at);
-        &self.chunks[place.chunk as usize][at..at + usize::from(place.len)]
+    #[expect(clippy::indexing_slicing, reason = "each location is from `push`")]
+    pub(super) fn get(&self, location: LongIdLocation) -> &[u8] {
+        let at = usize::from(location.at);
+        &self.chunks[location.chunk as usize][at..at + usize::from(location.len)]
     }
 
-    pub(super) fn push(&mut self, id: &[u8]) -> Place {
-        let fits = |chunk: &&mut Vec<u8>| chunk.len() + id.len() <= CHUNK;
+    pub(super) fn push(&mut self, id: &[u8]) -> LongIdLocation {
+        let fits = |chunk: &&mut Vec<u8>| chunk.len() + id.len() <= CHUNK_BYTES;
         let at = match self.chunks.last_mut().filter(fits) {
             Some(chunk) => {
                 let at = chunk.len();
@@ -29,36 +28,36 @@ impl LongIds {
                 at
             }
             None => {
-                // The first one grows with what it holds, so that a small store is small.
-                let room = if self.chunks.is_empty() {
+                // The first chunk grows with its content, so that a small store stays small.
+                let capacity = if self.chunks.is_empty() {
                     id.len()
                 } else {
-                    CHUNK
+                    CHUNK_BYTES
                 };
-                let mut chunk = Vec::with_capacity(room);
+                let mut chunk = Vec::with_capacity(capacity);
                 chunk.extend_from_slice(id);
                 self.chunks.push(chunk);
                 0
             }
         };
-        Place {
+        LongIdLocation {
             chunk: (self.chunks.len() - 1) as u32,
             at: at as u16,
             len: id.len() as u16,
         }
     }
 
-    /// Says that nobody has the id at `place` any more.
-    pub(super) fn forget(&mut self, place: Place) {
-        self.dead += usize::from(place.len);
+    /// Releases the id at `location`. Its bytes stay until the ids are compacted.
+    pub(super) fn release(&mut self, location: LongIdLocation) {
+        self.dead_bytes += usize::from(location.len);
     }
 
-    /// Whether so much is dead that moving the rest is worth it.
-    pub(super) fn is_mostly_dead(&self) -> bool {
-        self.dead > CHUNK && self.dead > self.chunks.len() * CHUNK / 2
+    /// Whether more than half of the arena, and more than a chunk, is dead.
+    pub(super) fn should_compact(&self) -> bool {
+        self.dead_bytes > CHUNK_BYTES && self.dead_bytes > self.chunks.len() * CHUNK_BYTES / 2
     }
 
-    /// Bytes of ids, in use or not.
+    /// Bytes of ids, including released ones.
     #[cfg(test)]
     pub(super) fn bytes(&self) -> usize {
         self.chunks.iter().map(Vec::len).sum()

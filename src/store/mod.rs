@@ -1,16 +1,16 @@
-//! The records, in memory: a map from user id to values, split into shards with a lock each.
+//! The in-memory store: a map from user id to values, split into shards with a lock each.
 //!
-//! The store knows nothing of logs or HTTP. Its handle is cheap to clone, its methods are short and
-//! synchronous, and no lock outlives a call, so none can be held across an `.await`.
+//! The store does not depend on the log or on HTTP. Its handle is cheap to clone. Its methods are
+//! short and synchronous, and no lock outlives a call, so none can be held across an `.await`.
 //!
-//! A shard is an index of record numbers over records of 32 bytes that keep their number (see
-//! `shard.rs`, `index.rs`, `record.rs`). Beside a concurrent map of the same records (scc) it takes
-//! half of the memory or less, and a scan is a cursor: it needs no lock between two pieces and sees every
-//! record once, however much the shard grows meanwhile. A removed record's place is taken by a later
-//! one, but not while a scan is in its shard: what is removed and made again would come up twice. `benches/store.rs` and `benches/memory.rs`
-//! measure both; ADR 0003 has the figures.
+//! A shard is an index over a slab of records of 32 bytes (see `shard.rs`, `index.rs`,
+//! `record.rs`). It takes at most half the memory of a concurrent map (scc) with the same records.
+//! A scan is a cursor: it holds no lock between two batches and sees every record once, even if the
+//! shard grows meanwhile. New records reuse the slots of removed ones, but not while a scan is in
+//! the shard: the scan could see a record twice. See `benches/store.rs`, `benches/memory.rs` and
+//! docs/internals/adr/0003.
 
-mod free;
+mod free_list;
 mod growth;
 mod index;
 mod key;
@@ -27,41 +27,41 @@ use parking_lot::RwLock;
 use prefetch_index::prefetch_index;
 use smallvec::SmallVec;
 
-use crate::grade::{Digest, Patch, UserGrade, Values, Write};
+use crate::grade::{Digest, UserGrade, Values, Write};
 use growth::Growth;
 use key::Key;
 use shard::Shard;
 
-/// A power of two. Enough that growing one shard's table (a pause for whoever wants that shard)
-/// stays near 0.2 ms at ten million records, few enough that an empty store is small.
+/// A power of two. Enough that growing one shard's table, which blocks that shard, takes about
+/// 0.2 ms at ten million records; few enough that an empty store is small.
 const SHARD_COUNT: usize = 1024;
 
-/// Says which shard an id belongs to, the same in every process: rows that were scanned together, as
-/// in a backup, are then put together as well, into tables that fit in a core's cache: ADR 0003
-/// has the times of a restore. It also makes the order of a scan depend on that
-/// of the writes alone. Who prepares ids that meet in one shard makes that one large, and slow for
-/// its own ids.
+/// Chooses the shard of an id, the same in every process: a restore then fills one shard after the
+/// other, in the order of the scan that made the backup, and each shard fits in a core's cache
+/// (times in docs/internals/adr/0003). It also makes the order of a scan depend only on that of the
+/// writes. A client that chooses ids of one shard makes that shard large, and slow for those ids.
 const SHARD_HASHER: FixedState = FixedState::with_seed(0);
 
-/// How many patches are applied side by side. Memory serves about as many reads at a time.
-const SIDE_BY_SIDE: usize = 16;
+/// How many writes are looked up together: about as many reads as a core can have outstanding.
+const GROUP_WRITES: usize = 16;
 
-/// The handle of a store; clones are the same store.
+/// A handle to a store. Clones share the store.
 #[derive(Clone)]
-pub struct Store(Arc<Inner>);
+pub struct Store(Arc<StoreInner>);
 
-struct Inner {
-    shards: Box<[Locked]>,
-    /// Seeded anew by each process, so that nobody can prepare ids that collide in a shard's table.
+struct StoreInner {
+    shards: Box<[PaddedShard]>,
+    /// Seeded randomly in each process, so that clients cannot choose ids that collide in an index.
     hasher: RandomState,
+    /// How often the store was cleared.
     epoch: AtomicU64,
 }
 
-/// In a cache line of its own.
+/// A shard padded to a cache line.
 #[repr(align(64))]
-struct Locked(RwLock<Shard>);
+struct PaddedShard(RwLock<Shard>);
 
-const _: () = assert!(size_of::<Locked>() == 64);
+const _: () = assert!(size_of::<PaddedShard>() == 64);
 
 impl Default for Store {
     fn default() -> Self {
@@ -73,50 +73,40 @@ impl Store {
     /// An empty store.
     #[must_use]
     pub fn new() -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(StoreInner {
             shards: (0..SHARD_COUNT as u16)
-                .map(|shard| Locked(RwLock::new(Shard::new(Growth::of(shard)))))
+                .map(|shard| PaddedShard(RwLock::new(Shard::new(Growth::of_shard(shard)))))
                 .collect(),
             hasher: RandomState::default(),
             epoch: AtomicU64::new(0),
         }))
     }
 
-    /// Sets the fields that `patch` carries and leaves the others; makes the record if there is
-    /// none. A reader sees all of the patch or nothing of it.
-    pub fn apply<S: AsRef<str>>(&self, patch: &Patch<S>) {
-        let sought = self.sought(patch.user_id.as_ref());
-        self.shard(sought.hashes.shard).write().apply(
-            &sought,
-            None,
-            &patch.changes,
-            &self.0.hasher,
-        );
-    }
-
-    /// Does all of `writes` in their order. Memory serves several of them at a time, which
-    /// one call each does not let it: `cargo bench --bench store -- batch` compares both.
+    /// Applies `writes` in order. Each is atomic: a reader sees all of a patch or nothing of it.
+    ///
+    /// Looks up several writes together, so that their cache misses overlap. `cargo bench --bench
+    /// store -- batch` compares this with one call per write.
     pub fn apply_all<S: AsRef<str>>(&self, writes: &[Write<S>]) {
-        for row in writes.chunks(SIDE_BY_SIDE) {
-            self.apply_row(row);
+        for group in writes.chunks(GROUP_WRITES) {
+            self.apply_group(group);
         }
     }
 
-    fn apply_row<S: AsRef<str>>(&self, writes: &[Write<S>]) {
+    fn apply_group<S: AsRef<str>>(&self, writes: &[Write<S>]) {
         let all = writes.iter().map(|write| {
             let user_id = write.user_id();
             let hashes = self.hashes(user_id, &Key::of(user_id));
             prefetch_index(&self.0.shards, hashes.shard);
             hashes
         });
-        let all: SmallVec<[_; SIDE_BY_SIDE]> = all.collect();
+        let all: SmallVec<[_; GROUP_WRITES]> = all.collect();
         let mut rest = all.iter().zip(writes).peekable();
         while rest.peek().is_some() {
-            let mut together = SmallVec::<[_; SIDE_BY_SIDE]>::new();
+            let mut together = SmallVec::<[_; GROUP_WRITES]>::new();
             while let Some((hashes, write)) = rest.peek() {
                 let shard = self.shard(hashes.shard);
-                // Waited for only while no other is held: so two who do this can't wait for each
-                // other. One that is held already, for another user's write, ends the row as well.
+                // Waits for a lock only while it holds no other, so two threads that apply writes
+                // cannot deadlock. A shard that this group has already locked ends the group, too.
                 let locked = match together.is_empty() {
                     true => shard.write(),
                     false => match shard.try_write() {
@@ -124,78 +114,70 @@ impl Store {
                         None => break,
                     },
                 };
-                // Memory is asked for what all searches read first, and then for what they read second:
-                // it serves several at a time.
+                // All searches' first reads are prefetched, then their second reads, so that their
+                // cache misses overlap.
                 locked.prefetch_index(hashes.hash);
                 together.push((locked, **hashes, None, *write));
                 rest.next();
             }
-            for (shard, hashes, likely, _) in &mut together {
-                *likely = shard.prefetch_record(hashes.hash);
+            for (shard, hashes, slot_hint, _) in &mut together {
+                *slot_hint = shard.prefetch_record(hashes.hash);
             }
-            for (shard, hashes, likely, write) in &mut together {
-                // The key is made again: to keep it from above costs more.
+            for (shard, hashes, slot_hint, write) in &mut together {
+                // Computing the key again costs less than keeping it from above.
                 let user_id = write.user_id();
-                let sought = Sought {
+                let lookup = Lookup {
                     user_id,
                     key: Key::of(user_id),
                     hashes: *hashes,
                 };
                 match write {
                     Write::Set(patch) => {
-                        shard.apply(&sought, *likely, &patch.changes, &self.0.hasher);
+                        shard.apply(&lookup, *slot_hint, &patch.changes, &self.0.hasher);
                     }
                     Write::Delete(_) => {
-                        shard.remove(&sought, &self.0.hasher);
+                        shard.remove(&lookup, &self.0.hasher);
                     }
                 }
             }
         }
     }
 
-    /// Removes the record under `user_id`; whether there was one.
-    pub fn remove(&self, user_id: &str) -> bool {
-        let sought = self.sought(user_id);
-        self.shard(sought.hashes.shard)
-            .write()
-            .remove(&sought, &self.0.hasher)
-    }
-
-    /// The values under `user_id`.
+    /// The values of this user; `None` if there is no record.
     #[must_use]
     pub fn get(&self, user_id: &str) -> Option<Values> {
-        let sought = self.sought(user_id);
-        self.shard(sought.hashes.shard).read().get(&sought)
+        let lookup = self.lookup(user_id);
+        self.shard(lookup.hashes.shard).read().get(&lookup)
     }
 
-    /// Whether there is a record under `user_id`.
+    /// Whether this user has a record.
     #[must_use]
     pub fn contains(&self, user_id: &str) -> bool {
-        let sought = self.sought(user_id);
-        self.shard(sought.hashes.shard).read().contains(&sought)
+        let lookup = self.lookup(user_id);
+        self.shard(lookup.hashes.shard).read().contains(&lookup)
     }
 
-    /// Puts the records of `piece`, with all their values; the sum of their digests.
+    /// Inserts or replaces the records of `batch`. Returns the sum of their digests.
     ///
-    /// Quickest in the order of a scan: a shard is locked once for records that follow each other.
-    pub fn put(&self, piece: &Piece) -> Digest {
+    /// Fastest in the order of a scan: consecutive records of one shard share one lock.
+    pub fn put(&self, batch: &RecordBatch) -> Digest {
         let mut sum = Digest::default();
         let mut locked = None;
-        for (user_id, values) in piece.iter() {
-            let sought = self.sought(user_id);
-            let at = sought.hashes.shard;
-            // Given back before another is taken: nobody holds two.
-            drop(locked.take_if(|(held, _)| *held != at));
+        for (user_id, values) in batch.iter() {
+            let lookup = self.lookup(user_id);
+            let at = lookup.hashes.shard;
+            // Unlocks one shard before it locks the next.
+            drop(locked.take_if(|(locked_at, _)| *locked_at != at));
             let (_, shard) = locked.get_or_insert_with(|| (at, self.shard(at).write()));
-            sum += shard.put(&sought, *values, &self.0.hasher);
+            sum += shard.put(&lookup, *values, &self.0.hasher);
         }
         sum
     }
 
-    /// Makes room for `records` in all, so that none of them has to wait for a table to grow.
+    /// Reserves capacity for `records` in total, so that no table has to grow for them.
     pub fn reserve(&self, records: usize) {
         let mean = records / SHARD_COUNT;
-        // Four standard deviations more: one shard in thirty thousand has to grow after all.
+        // Plus four standard deviations: about one shard in thirty thousand still has to grow.
         let each = mean + 4 * mean.isqrt();
         for shard in &self.0.shards {
             shard.0.write().reserve(each, &self.0.hasher);
@@ -208,8 +190,8 @@ impl Store {
         self.0.shards.iter().map(|shard| shard.0.read().len()).sum()
     }
 
-    /// Bytes that removed records left to new ones, which then need no new memory. Takes the lock of
-    /// each shard for a moment.
+    /// Bytes of free slots, which new records take before the store allocates. Locks each shard
+    /// briefly.
     #[must_use]
     pub fn reusable_bytes(&self) -> u64 {
         let shards = self.0.shards.iter();
@@ -218,14 +200,14 @@ impl Store {
             .sum()
     }
 
-    /// Whether there is no record.
+    /// Whether there are no records.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The digest of all records. Exact when nothing is applied meanwhile; the reader of the log
-    /// sees to that where it matters.
+    /// The digest of all records. Exact only if nothing is applied meanwhile, which the caller must
+    /// ensure where it matters.
     #[must_use]
     pub fn digest(&self) -> Digest {
         let mut sum = Digest::default();
@@ -241,19 +223,19 @@ impl Store {
         Scan {
             store: self.clone(),
             shard: 0,
-            record: 0,
-            entered: None,
+            slot: 0,
+            end: None,
         }
     }
 
-    /// How often the store has been cleared. A scan that ends in another epoch than it began in has
-    /// seen what was never there at one time.
+    /// How often the store was cleared. A scan that ends in another epoch than it began in has
+    /// mixed two states.
     #[must_use]
     pub fn epoch(&self) -> u64 {
         self.0.epoch.load(Ordering::Acquire)
     }
 
-    /// Removes all records and gives their memory back.
+    /// Removes all records and frees their memory.
     pub fn clear(&self) {
         self.0.epoch.fetch_add(1, Ordering::AcqRel);
         for shard in &self.0.shards {
@@ -261,10 +243,10 @@ impl Store {
         }
     }
 
-    fn sought<'a>(&self, user_id: &'a str) -> Sought<'a> {
+    fn lookup<'a>(&self, user_id: &'a str) -> Lookup<'a> {
         let key = Key::of(user_id);
         let hashes = self.hashes(user_id, &key);
-        Sought {
+        Lookup {
             user_id,
             key,
             hashes,
@@ -285,86 +267,87 @@ impl Store {
     }
 }
 
-/// What says where a user id is.
+/// The hashes of a user id.
 #[derive(Clone, Copy)]
 struct Hashes {
-    /// Which shard has it.
+    /// The index of its shard.
     shard: usize,
-    /// What the shard's index knows it by.
+    /// Its hash in the shard's index.
     hash: u64,
 }
 
-/// A user id, and where to look for it.
-struct Sought<'a> {
+/// A user id, prepared for a lookup.
+struct Lookup<'a> {
     user_id: &'a str,
     key: Key<'a>,
     hashes: Hashes,
 }
 
-/// A walk over all records in bounded pieces. No lock is held between two of them.
+/// A cursor over all records, in bounded batches. Holds no lock between two batches.
 ///
-/// A record that was there when the scan began and stays comes up exactly once; one made or removed
-/// meanwhile comes up once or not at all, and no user twice. Each comes whole, as it was when its
-/// piece was taken.
+/// Returns every record exactly once that exists during the whole scan. A record that is inserted
+/// or removed meanwhile is returned once or not at all. Each record has the values that it had when
+/// its batch was filled.
 pub struct Scan {
     store: Store,
     shard: usize,
-    record: usize,
-    /// The place in the shard that ends the scan there, once it has entered it.
-    entered: Option<usize>,
+    slot: usize,
+    /// The slot at which the scan of the current shard ends, once it has begun.
+    end: Option<usize>,
 }
 
 impl Scan {
-    /// Fills `piece` with the next records, replacing what it held; `false` at the end.
-    pub fn next_into(&mut self, piece: &mut Piece) -> bool {
-        piece.clear();
+    /// Replaces the content of `batch` with the next records. Returns `false` at the end.
+    pub fn next_into(&mut self, batch: &mut RecordBatch) -> bool {
+        batch.clear();
         while let Some(shard) = self.store.0.shards.get(self.shard) {
             let shard = shard.0.read();
-            let end = *self.entered.get_or_insert_with(|| shard.enter());
-            self.record = shard.copy(self.record..end, piece);
-            if self.record == end {
-                shard.leave();
-                self.entered = None;
+            let end = *self.end.get_or_insert_with(|| shard.begin_scan());
+            self.slot = shard.copy(self.slot..end, batch);
+            if self.slot == end {
+                shard.end_scan();
+                self.end = None;
                 self.shard += 1;
-                self.record = 0;
+                self.slot = 0;
             }
-            if piece.is_full() {
+            if batch.is_full() {
                 return true;
             }
         }
-        !piece.is_empty()
+        !batch.is_empty()
     }
 }
 
 impl Drop for Scan {
     fn drop(&mut self) {
-        if self.entered.is_some() {
-            self.store.shard(self.shard).read().leave();
+        if self.end.is_some() {
+            self.store.shard(self.shard).read().end_scan();
         }
     }
 }
 
-/// Some records of a scan, kept in two flat buffers so that refilling it allocates nothing.
-pub struct Piece {
+/// Some records, in two flat buffers, so that refilling the batch does not allocate.
+pub struct RecordBatch {
     ids: String,
-    /// Where each record's id ends in `ids`, and its values.
+    /// The end of each record's id in `ids`, and its values.
     records: Vec<(usize, Values)>,
     records_max: usize,
 }
 
-impl Default for Piece {
+impl Default for RecordBatch {
     fn default() -> Self {
-        Self::of(Self::RECORDS_MAX)
+        Self::with_max(Self::RECORDS_MAX)
     }
 }
 
-impl Piece {
-    /// The most records in one piece; what bounds the time that a shard is locked for a scan.
+impl RecordBatch {
+    /// The most records in one batch. Bounds how long a scan locks a shard.
     pub const RECORDS_MAX: usize = 1024;
 
-    /// One for `records_max` records, at least one and at most [`RECORDS_MAX`](Self::RECORDS_MAX).
+    /// An empty batch for `records_max` records: at least one and at most
+    /// [`RECORDS_MAX`](Self::RECORDS_MAX).
     #[must_use]
-    pub fn of(records_max: usize) -> Self {
+    pub fn with_max(records_max: usize) -> Self {
         Self {
             ids: String::new(),
             records: Vec::new(),
@@ -372,17 +355,18 @@ impl Piece {
         }
     }
 
-    fn room(&self) -> usize {
+    /// How many more records fit.
+    fn space(&self) -> usize {
         self.records_max.saturating_sub(self.records.len())
     }
 
-    /// How many records the piece holds.
+    /// How many records it has.
     #[must_use]
     pub fn len(&self) -> usize {
         self.records.len()
     }
 
-    /// Whether it holds none.
+    /// Whether it has no records.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.records.is_empty()
@@ -390,15 +374,15 @@ impl Piece {
 
     /// The records: user id and values.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Values)> {
-        let mut begin = 0;
+        let mut start = 0;
         self.records.iter().map(move |(end, values)| {
-            let id = &self.ids[begin..*end];
-            begin = *end;
+            let id = &self.ids[start..*end];
+            start = *end;
             (id, values)
         })
     }
 
-    /// The sum of their digests.
+    /// The sum of the records' digests.
     #[must_use]
     pub fn digest(&self) -> Digest {
         let mut sum = Digest::default();
@@ -409,10 +393,10 @@ impl Piece {
         sum
     }
 
-    /// Whether there is room for no more.
+    /// Whether no more records fit.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        self.room() == 0
+        self.space() == 0
     }
 
     /// Removes the records.
@@ -421,7 +405,7 @@ impl Piece {
         self.records.clear();
     }
 
-    /// Adds a record, beyond its room if need be.
+    /// Adds a record, even if the batch is full.
     pub fn push(&mut self, id: &str, values: Values) {
         self.ids.push_str(id);
         self.records.push((self.ids.len(), values));

@@ -1,7 +1,7 @@
-//! One shard: records under numbers that they keep, and an index of the numbers.
+//! One shard: a slab of records, and an index of their slots.
 //!
-//! A lookup reads three cache lines, those of the shard, the index and the record: at ten million
-//! records the latter two come from memory, and that is most of its time.
+//! A lookup reads three cache lines: of the shard, the index and the record. At ten million records
+//! the latter two come from main memory, which takes most of a lookup's time.
 
 use std::hash::BuildHasher;
 use std::mem;
@@ -11,142 +11,144 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use prefetch_index::prefetch_index;
 
-use super::free::{self, Free};
+use super::free_list::{self, FreeList};
 use super::growth::Growth;
 use super::index::Index;
 use super::key::{self, Key};
 use super::long_ids::LongIds;
-use super::record::{Held, Id, Record};
-use super::{Piece, Sought};
+use super::record::{PackedRecord, StoredId, StoredValues};
+use super::{Lookup, RecordBatch};
 use crate::grade::{Changes, Digest, Values, digests};
 
-/// The records whose ids hash to this shard. With its lock it fills a cache line.
+/// The records whose ids hash to this shard. With its lock it fills one cache line.
 #[derive(Default)]
 pub(super) struct Shard {
     index: Index,
-    records: Vec<Record>,
-    rare: Box<Rare>,
+    records: Vec<PackedRecord>,
+    cold: Box<ColdPart>,
 }
 
-/// What a plain read does not look at. A write looks at its first cache line.
+/// The fields that most reads do not need. A write reads the first cache line of them.
 #[derive(Default)]
 #[repr(C, align(64))]
-struct Rare {
+struct ColdPart {
     digest: Digest,
-    free_records: Free,
-    /// Values that a record has no room for.
+    free_slots: FreeList,
+    /// The values of records in which they do not fit.
     wide: Vec<Values>,
-    free_wide: Free,
+    free_wide_slots: FreeList,
     long_ids: LongIds,
-    /// Scans that are in this shard. While there is one no free place is taken again, and it ends
-    /// where the places ended when it came: so it meets nobody who was removed and made again twice.
+    /// Scans in this shard. Each ends at the number of slots when it began. While there is one, new
+    /// records f new slots, so no scan sees a record twice that was removed and inserted again.
     scans: AtomicUsize,
     growth: Growth,
 }
 
 impl Shard {
-    /// An empty one, whose tables grow so.
     pub(super) fn new(growth: Growth) -> Self {
         let mut shard = Self::default();
-        shard.rare.growth = growth;
+        shard.cold.growth = growth;
         shard
     }
 
     pub(super) fn len(&self) -> usize {
-        self.records.len() - self.rare.free_records.len()
+        self.records.len() - self.cold.free_slots.len()
     }
 
     pub(super) fn digest(&self) -> Digest {
-        self.rare.digest
+        self.cold.digest
     }
 
-    pub(super) fn get(&self, sought: &Sought<'_>) -> Option<Values> {
-        Some(self.held(self.find(sought)?))
+    pub(super) fn get(&self, lookup: &Lookup<'_>) -> Option<Values> {
+        Some(self.values_at(self.find(lookup)?))
     }
 
-    pub(super) fn contains(&self, sought: &Sought<'_>) -> bool {
-        self.find(sought).is_some()
+    pub(super) fn contains(&self, lookup: &Lookup<'_>) -> bool {
+        self.find(lookup).is_some()
     }
 
-    /// Sets what `changes` carry. The record is looked for under the number `likely` first.
+    /// Sets the fields in `changes`; inserts the record if it does not exist. Tries `slot_hint`
+    /// before the index.
     pub(super) fn apply(
         &mut self,
-        sought: &Sought<'_>,
-        likely: Option<u32>,
+        lookup: &Lookup<'_>,
+        slot_hint: Option<u32>,
         changes: &Changes,
         hasher: &impl BuildHasher,
     ) {
-        let right = |number: &u32| has(&self.records, &self.rare.long_ids, *number, &sought.key);
-        let number = likely.filter(right).or_else(|| self.find(sought));
-        let held = number.map(|number| self.held(number));
-        // A new record begins with zeros.
-        let mut values = held.unwrap_or_default();
+        let is_right =
+            |slot: &u32| id_matches(&self.records, &self.cold.long_ids, *slot, &lookup.key);
+        let slot = slot_hint.filter(is_right).or_else(|| self.find(lookup));
+        let stored = slot.map(|slot| self.values_at(slot));
+        // The fields of a new record are 0.
+        let mut values = stored.unwrap_or_default();
         changes.apply_to(&mut values);
-        self.set(number.zip(held), sought, &values, hasher);
+        self.set(slot.zip(stored), lookup, &values, hasher);
     }
 
-    /// Puts a record with all its values; its digest.
+    /// Inserts or replaces a record. Returns its digest.
     pub(super) fn put(
         &mut self,
-        sought: &Sought<'_>,
+        lookup: &Lookup<'_>,
         values: Values,
         hasher: &impl BuildHasher,
     ) -> Digest {
-        let number = self.find(sought);
-        let held = number.map(|number| self.held(number));
-        self.set(number.zip(held), sought, &values, hasher)
+        let slot = self.find(lookup);
+        let stored = slot.map(|slot| self.values_at(slot));
+        self.set(slot.zip(stored), lookup, &values, hasher)
     }
 
-    /// Gives `values` to the record that was found, with what it held, or to a new one; its digest.
+    /// Sets the values of the record that was found, given with its old values, or inserts it.
+    /// Returns its new digest.
     fn set(
         &mut self,
         found: Option<(u32, Values)>,
-        sought: &Sought<'_>,
+        lookup: &Lookup<'_>,
         values: &Values,
         hasher: &impl BuildHasher,
     ) -> Digest {
-        let (number, digest) = match found {
-            Some((number, held)) => {
-                let [old, new] = digests(sought.user_id, [&held, values]);
-                self.rare.digest.replace(old, new);
-                (number, new)
+        let (slot, digest) = match found {
+            Some((slot, stored)) => {
+                let [old, new] = digests(lookup.user_id, [&stored, values]);
+                self.cold.digest.replace(old, new);
+                (slot, new)
             }
             None => {
-                let [digest] = digests(sought.user_id, [values]);
-                self.rare.digest += digest;
-                (self.insert(sought, hasher), digest)
+                let [digest] = digests(lookup.user_id, [values]);
+                self.cold.digest += digest;
+                (self.insert(lookup, hasher), digest)
             }
         };
-        self.set_values(number, values);
+        self.set_values(slot, values);
         digest
     }
 
-    /// Adds a record whose id is not there; its number.
-    fn insert(&mut self, sought: &Sought<'_>, hasher: &impl BuildHasher) -> u32 {
-        let scanned = self.rare.scans.load(Ordering::Relaxed) > 0;
-        let grows = scanned || self.rare.free_records.len() == 0;
-        // The index has bits for as many numbers as it has room for. While there is a scan, numbers grow
-        // past the records that there are.
-        if self.index.is_full() || grows && self.records.len() >= self.index.room() {
-            let (room, next) = (self.index.room(), self.index.next_room());
-            self.reserve_index(self.rare.growth.step(room, next), hasher);
+    /// Inserts a record that does not exist, without values. Returns its slot.
+    fn insert(&mut self, lookup: &Lookup<'_>, hasher: &impl BuildHasher) -> u32 {
+        let scanned = self.cold.scans.load(Ordering::Relaxed) > 0;
+        let grows = scanned || self.cold.free_slots.len() == 0;
+        // The index has bits for as many slots as its capacity. During a scan there may be more
+        // slots than records.
+        if self.index.is_full() || grows && self.records.len() >= self.index.capacity() {
+            let (capacity, next) = (self.index.capacity(), self.index.next_capacity());
+            self.reserve_index(self.cold.growth.next_capacity(capacity, next), hasher);
         }
-        let record = match sought.key {
-            Key::Packed { len, id } => Record::packed(len, id),
-            Key::Long(id) => Record::long(self.rare.long_ids.push(id)),
+        let record = match lookup.key {
+            Key::Packed { len, id } => PackedRecord::packed(len, id),
+            Key::Long(id) => PackedRecord::long(self.cold.long_ids.push(id)),
         };
-        let (free, growth) = (&mut self.rare.free_records, self.rare.growth);
-        let number = match scanned {
+        let (free, growth) = (&mut self.cold.free_slots, self.cold.growth);
+        let slot = match scanned {
             false => free.insert(&mut self.records, record, growth),
-            true => free::append(&mut self.records, record, growth),
+            true => free_list::append(&mut self.records, record, growth),
         };
-        self.index.insert(sought.hashes.hash, number);
-        number
+        self.index.insert(lookup.hashes.hash, slot);
+        slot
     }
 
-    /// Makes room for `records` in all.
+    /// Reserves capacity for `records` in total.
     pub(super) fn reserve(&mut self, records: usize, hasher: &impl BuildHasher) {
-        let records = self.rare.growth.reserved(records);
+        let records = self.cold.growth.reserved_capacity(records);
         self.records
             .reserve_exact(records.saturating_sub(self.records.len()));
         self.reserve_index(records, hasher);
@@ -154,227 +156,226 @@ impl Shard {
 
     fn reserve_index(&mut self, records: usize, hasher: &impl BuildHasher) {
         let records = records.max(self.records.len());
-        if records <= self.index.room() {
+        if records <= self.index.capacity() {
             return;
         }
-        let mut index = Index::with_room(records);
-        for number in 0..self.records.len() as u32 {
-            if let Some(hash) = hash_of(&self.records, &self.rare.long_ids, number, hasher) {
-                index.insert(hash, number);
+        let mut index = Index::with_capacity(records);
+        for slot in 0..self.records.len() as u32 {
+            if let Some(hash) = hash_of(&self.records, &self.cold.long_ids, slot, hasher) {
+                index.insert(hash, slot);
             }
         }
         self.index = index;
     }
 
-    /// A scan comes; where it is to end.
-    pub(super) fn enter(&self) -> usize {
-        self.rare.scans.fetch_add(1, Ordering::Relaxed);
+    /// Registers a scan. Returns the slot at which it ends.
+    pub(super) fn begin_scan(&self) -> usize {
+        self.cold.scans.fetch_add(1, Ordering::Relaxed);
         self.records.len()
     }
 
-    /// A scan goes.
-    pub(super) fn leave(&self) {
-        self.rare.scans.fetch_sub(1, Ordering::Relaxed);
+    /// Unregisters a scan.
+    pub(super) fn end_scan(&self) {
+        self.cold.scans.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Appends the records of `places` until `piece` is full or has looked at as many places as it
-    /// may hold records; the next place.
-    pub(super) fn copy(&self, places: Range<usize>, piece: &mut Piece) -> usize {
-        let end = places.end.min(places.start + piece.room());
-        // A shard that was cleared since the scan entered it has fewer places.
-        for record in self.records.get(places.start..end).unwrap_or_default() {
-            self.with_id(record, |id| piece.push(id, self.values(record)));
+    /// Appends the records in `slots` to `batch`; visits at most as many slots as it has space for.
+    /// Returns the next slot.
+    pub(super) fn copy(&self, slots: Range<usize>, batch: &mut RecordBatch) -> usize {
+        let end = slots.end.min(slots.start + batch.space());
+        // A shard that was cleared during the scan has fewer slots.
+        for record in self.records.get(slots.start..end).unwrap_or_default() {
+            self.with_id(record, |id| batch.push(id, self.values(record)));
         }
         end
     }
 
-    /// Removes all records and gives their memory back.
+    /// Removes all records and frees their memory.
     pub(super) fn clear(&mut self) {
-        // The scans leave as they came.
-        let scans = mem::take(&mut self.rare.scans);
-        *self = Self::new(self.rare.growth);
-        self.rare.scans = scans;
+        // Scans in this shard still call `end_scan`.
+        let scans = mem::take(&mut self.cold.scans);
+        *self = Self::new(self.cold.growth);
+        self.cold.scans = scans;
     }
 
-    /// Asks memory for what a search reads first.
+    /// Prefetches the first read of a search.
     pub(super) fn prefetch_index(&self, hash: u64) {
         self.index.prefetch(hash);
     }
 
-    /// Asks memory for what a search reads second: the number of the record that it finds, unless
-    /// another has all the bits of the hash that the index has.
+    /// Prefetches the second read of a search, the record. Returns the record's probable slot: that
+    /// of the first record with the same tag in the index.
     pub(super) fn prefetch_record(&self, hash: u64) -> Option<u32> {
-        // Its digest is wanted as well.
-        prefetch_index(slice::from_ref(&*self.rare), 0);
-        let number = self.index.find(hash, |_| true)?;
-        prefetch_index(&self.records, number as usize);
-        Some(number)
+        // A write also updates the digest.
+        prefetch_index(slice::from_ref(&*self.cold), 0);
+        let slot = self.index.find(hash, |_| true)?;
+        prefetch_index(&self.records, slot as usize);
+        Some(slot)
     }
 
-    /// Removes the record; whether there was one.
+    /// Removes the record, if it exists.
     #[expect(clippy::expect_used, reason = "an invariant of this module")]
-    pub(super) fn remove(&mut self, sought: &Sought<'_>, hasher: &impl BuildHasher) -> bool {
+    pub(super) fn remove(&mut self, lookup: &Lookup<'_>, hasher: &impl BuildHasher) {
         let Self {
             index,
             records,
-            rare,
+            cold,
         } = self;
-        let long_ids = &rare.long_ids;
+        let long_ids = &cold.long_ids;
         let removed = index.remove(
-            sought.hashes.hash,
-            |number| has(records, long_ids, number, &sought.key),
-            |number| {
-                let hash = hash_of(records, long_ids, number, hasher);
-                hash.expect("a number in the index is a record's")
+            lookup.hashes.hash,
+            |slot| id_matches(records, long_ids, slot, &lookup.key),
+            |slot| {
+                let hash = hash_of(records, long_ids, slot, hasher);
+                hash.expect("a slot in the index has a record")
             },
         );
-        let Some(number) = removed else {
-            return false;
+        let Some(slot) = removed else {
+            return;
         };
-        let record = *record(records, number);
-        let [held] = digests(sought.user_id, [&self.values(&record)]);
-        self.rare.digest.replace(held, Digest::default());
-        if let Held::Wide(wide) = record.values() {
-            self.rare.free_wide.push(wide);
+        let record = *record(records, slot);
+        let [stored] = digests(lookup.user_id, [&self.values(&record)]);
+        self.cold.digest.replace(stored, Digest::default());
+        if let StoredValues::Wide(wide) = record.values() {
+            self.cold.free_wide_slots.push(wide);
         }
-        *record_mut(&mut self.records, number) = Record::FREE;
-        self.rare.free_records.push(number);
-        if let Id::Long(place) = record.id() {
-            self.rare.long_ids.forget(place);
-            self.move_long_ids();
+        *record_mut(&mut self.records, slot) = PackedRecord::FREE;
+        self.cold.free_slots.push(slot);
+        if let StoredId::Long(location) = record.id() {
+            self.cold.long_ids.release(location);
+            self.compact_long_ids();
         }
-        true
     }
 
-    /// Gives back the bytes of ids that nobody has any more, when they are many.
-    fn move_long_ids(&mut self) {
-        if !self.rare.long_ids.is_mostly_dead() {
+    /// Frees the bytes of released ids once they are many.
+    fn compact_long_ids(&mut self) {
+        if !self.cold.long_ids.should_compact() {
             return;
         }
-        let old = mem::take(&mut self.rare.long_ids);
+        let old = mem::take(&mut self.cold.long_ids);
         for record in &mut self.records {
-            if let Id::Long(place) = record.id() {
-                record.place(self.rare.long_ids.push(old.get(place)));
+            if let StoredId::Long(location) = record.id() {
+                record.set_location(self.cold.long_ids.push(old.get(location)));
             }
         }
     }
 
-    fn find(&self, sought: &Sought<'_>) -> Option<u32> {
-        self.index.find(sought.hashes.hash, |number| {
-            has(&self.records, &self.rare.long_ids, number, &sought.key)
+    fn find(&self, lookup: &Lookup<'_>) -> Option<u32> {
+        self.index.find(lookup.hashes.hash, |slot| {
+            id_matches(&self.records, &self.cold.long_ids, slot, &lookup.key)
         })
     }
 
     #[inline(always)]
-    fn held(&self, number: u32) -> Values {
-        self.values(record(&self.records, number))
+    fn values_at(&self, slot: u32) -> Values {
+        self.values(record(&self.records, slot))
     }
 
     #[inline(always)]
-    #[expect(clippy::indexing_slicing, reason = "the number is from `insert`")]
-    fn values(&self, record: &Record) -> Values {
+    #[expect(clippy::indexing_slicing, reason = "the slot is from `insert`")]
+    fn values(&self, record: &PackedRecord) -> Values {
         match record.values() {
-            Held::Here(values) => values,
-            Held::Wide(number) => self.rare.wide[number as usize],
+            StoredValues::Inline(values) => values,
+            StoredValues::Wide(slot) => self.cold.wide[slot as usize],
         }
     }
 
-    #[expect(clippy::indexing_slicing, reason = "the number is from `insert`")]
-    fn set_values(&mut self, number: u32, values: &Values) {
-        let record = record_mut(&mut self.records, number);
+    #[expect(clippy::indexing_slicing, reason = "the slot is from `insert`")]
+    fn set_values(&mut self, slot: u32, values: &Values) {
+        let record = record_mut(&mut self.records, slot);
         let wide = match record.values() {
-            Held::Wide(number) => Some(number),
-            Held::Here(_) => None,
+            StoredValues::Wide(slot) => Some(slot),
+            StoredValues::Inline(_) => None,
         };
-        let rare = &mut self.rare;
+        let cold = &mut self.cold;
         match (record.set(values), wide) {
             (true, None) => {}
-            (true, Some(wide)) => rare.free_wide.push(wide),
+            (true, Some(wide)) => cold.free_wide_slots.push(wide),
             (false, None) => {
-                let (wide, growth) = (&mut rare.wide, rare.growth);
-                record.set_wide(rare.free_wide.insert(wide, *values, growth));
+                let (wide, growth) = (&mut cold.wide, cold.growth);
+                record.set_wide_slot(cold.free_wide_slots.insert(wide, *values, growth));
             }
-            (false, Some(wide)) => rare.wide[wide as usize] = *values,
+            (false, Some(wide)) => cold.wide[wide as usize] = *values,
         }
     }
 
-    /// Bytes that removed records left to new ones, which then need no new memory.
+    /// Bytes of free slots, which new records take before the store allocates.
     pub(super) fn reusable_bytes(&self) -> usize {
-        let places = self.rare.free_records.len();
-        // Free wide values count for as many records as can still take them, so that nothing counts
-        // as reusable once no place is free.
-        let wide = self.rare.free_wide.len().min(places);
-        places * size_of::<Record>() + wide * size_of::<Values>()
+        let slots = self.cold.free_slots.len();
+        // Free wide values count only for as many records as there are free slots, so that nothing
+        // counts as reusable once no slot is free.
+        let wide = self.cold.free_wide_slots.len().min(slots);
+        slots * size_of::<PackedRecord>() + wide * size_of::<Values>()
     }
 
-    /// Records and free places.
+    /// The number of slots, free or not.
     #[cfg(test)]
-    pub(super) fn places(&self) -> usize {
+    pub(super) fn slots(&self) -> usize {
         self.records.len()
     }
 
-    /// Bytes of long ids, in use or not.
+    /// Bytes of long ids, including released ones.
     #[cfg(test)]
     pub(super) fn id_bytes(&self) -> usize {
-        self.rare.long_ids.bytes()
+        self.cold.long_ids.bytes()
     }
 
-    /// Hands `take` the id of `record`, if it is somebody's.
+    /// Calls `f` with the id of `record`, unless the slot is free.
     #[expect(
         clippy::expect_used,
         clippy::indexing_slicing,
-        reason = "as `insert` had the id"
+        reason = "`insert` stored a valid id"
     )]
-    fn with_id<T>(&self, record: &Record, take: impl FnOnce(&str) -> T) -> Option<T> {
-        let text = |bytes| std::str::from_utf8(bytes).expect("ids came in as text");
+    fn with_id<T>(&self, record: &PackedRecord, f: impl FnOnce(&str) -> T) -> Option<T> {
+        let text = |bytes| std::str::from_utf8(bytes).expect("ids are UTF-8");
         Some(match record.id() {
-            Id::Free => return None,
-            Id::Inline(len, bytes) => take(text(&bytes[..usize::from(len)])),
-            Id::Uuid(bytes) => key::with_uuid(bytes, take),
-            Id::Long(place) => take(text(self.rare.long_ids.get(place))),
+            StoredId::Free => return None,
+            StoredId::Inline(len, bytes) => f(text(&bytes[..usize::from(len)])),
+            StoredId::Uuid(bytes) => key::with_uuid_text(bytes, f),
+            StoredId::Long(location) => f(text(self.cold.long_ids.get(location))),
         })
     }
 }
 
-// Free functions over the parts, so that the index can be borrowed mutably beside them.
+// Functions over the fields, so that the index can be borrowed mutably at the same time.
 
-#[expect(clippy::indexing_slicing, reason = "numbers are those of records")]
-fn record(records: &[Record], number: u32) -> &Record {
-    &records[number as usize]
+#[expect(clippy::indexing_slicing, reason = "callers pass slots of records")]
+fn record(records: &[PackedRecord], slot: u32) -> &PackedRecord {
+    &records[slot as usize]
 }
 
-#[expect(clippy::indexing_slicing, reason = "numbers are those of records")]
-fn record_mut(records: &mut [Record], number: u32) -> &mut Record {
-    &mut records[number as usize]
+#[expect(clippy::indexing_slicing, reason = "callers pass slots of records")]
+fn record_mut(records: &mut [PackedRecord], slot: u32) -> &mut PackedRecord {
+    &mut records[slot as usize]
 }
 
-/// Whether the record under `number` has the id `key`.
-fn has(records: &[Record], long_ids: &LongIds, number: u32, key: &Key<'_>) -> bool {
-    let record = record(records, number);
+/// Whether the record in `slot` has the id of `key`.
+fn id_matches(records: &[PackedRecord], long_ids: &LongIds, slot: u32, key: &Key<'_>) -> bool {
+    let record = record(records, slot);
     match key {
         Key::Packed { len, id } => record.is_packed(*len, *id),
         Key::Long(id) => match record.id() {
-            Id::Long(place) => long_ids.get(place) == *id,
+            StoredId::Long(location) => long_ids.get(location) == *id,
             _ => false,
         },
     }
 }
 
-/// The hash of the record under `number`, if it is somebody's: that of its [`Key`].
+/// The hash of the id in `slot`, the same as that of its [`Key`]; `None` for a free slot.
 #[expect(
     clippy::indexing_slicing,
-    reason = "a kind below that of UUIDs is a length"
+    reason = "kinds below that of UUIDs are lengths"
 )]
 fn hash_of(
-    records: &[Record],
+    records: &[PackedRecord],
     long_ids: &LongIds,
-    number: u32,
+    slot: u32,
     hasher: &impl BuildHasher,
 ) -> Option<u64> {
-    Some(match record(records, number).id() {
-        Id::Free => return None,
-        Id::Inline(len, bytes) => hasher.hash_one(&bytes[..usize::from(len)]),
-        Id::Uuid(bytes) => hasher.hash_one(&bytes[..]),
-        Id::Long(place) => hasher.hash_one(long_ids.get(place)),
+    Some(match record(records, slot).id() {
+        StoredId::Free => return None,
+        StoredId::Inline(len, bytes) => hasher.hash_one(&bytes[..usize::from(len)]),
+        StoredId::Uuid(bytes) => hasher.hash_one(&bytes[..]),
+        StoredId::Long(location) => hasher.hash_one(long_ids.get(location)),
     })
 }

@@ -2,9 +2,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use proptest::prelude::*;
 
-use super::record::Record;
+use super::record::PackedRecord;
 use super::*;
-use crate::grade::{Changes, FIELD_COUNT, UserGrade, Values};
+use crate::grade::{Changes, FIELD_COUNT, Patch, UserGrade, Values};
 
 fn patch(user_id: &str, fields: &[(usize, i64)]) -> Patch<String> {
     let mut changes = Changes::default();
@@ -17,6 +17,24 @@ fn patch(user_id: &str, fields: &[(usize, i64)]) -> Patch<String> {
     }
 }
 
+impl Store {
+    /// Applies one patch.
+    pub(crate) fn apply<S: AsRef<str>>(&self, patch: &Patch<S>) {
+        let patch = Patch {
+            user_id: patch.user_id.as_ref(),
+            changes: patch.changes,
+        };
+        self.apply_all(&[Write::Set(patch)]);
+    }
+
+    /// Removes one record. Returns whether it existed.
+    pub(crate) fn remove(&self, user_id: &str) -> bool {
+        let existed = self.contains(user_id);
+        self.apply_all(&[Write::Delete(user_id)]);
+        existed
+    }
+}
+
 fn sets(patches: impl IntoIterator<Item = Patch<String>>) -> Vec<Write<String>> {
     patches.into_iter().map(Write::Set).collect()
 }
@@ -24,28 +42,28 @@ fn sets(patches: impl IntoIterator<Item = Patch<String>>) -> Vec<Write<String>> 
 fn scanned(store: &Store) -> Vec<(String, Values)> {
     let mut records = Vec::new();
     let mut scan = store.scan();
-    let mut piece = Piece::default();
-    while scan.next_into(&mut piece) {
-        assert!(piece.len() <= Piece::RECORDS_MAX);
-        records.extend(piece.iter().map(|(id, values)| (id.to_owned(), *values)));
+    let mut batch = RecordBatch::default();
+    while scan.next_into(&mut batch) {
+        assert!(batch.len() <= RecordBatch::RECORDS_MAX);
+        records.extend(batch.iter().map(|(id, values)| (id.to_owned(), *values)));
     }
     records
 }
 
-/// Ids of every kind that a record tells apart, few enough to meet.
+/// Ids of every kind, few enough to repeat.
 fn ids() -> impl Strategy<Value = String> {
     let uuid = "0{8}-0{4}-4000-8000-0{11}[ab]";
     prop_oneof![
         "[ab]{1,2}|[ab]{13,18}|é{100,102}",
         uuid,
-        // What looks like a UUID and can't be made again from its bytes.
+        // Like a UUID, but not in the canonical form.
         "0{8}-0{4}-4000-8000-0{11}[AB]|\\{0{8}-0{4}-4000-8000-0{10}ab\\}|[ab]{36}|a{8}-a{27}",
-        // The bytes of a UUID above, as an id of their own.
+        // The bytes of a UUID above, as text.
         Just("\0\0\0\0\0\0@\0\u{80}".to_owned()),
     ]
 }
 
-/// Values of every length, and those next to where one more byte is needed.
+/// Values of every length, and those around each change of length.
 fn values() -> impl Strategy<Value = i64> {
     let edges = (0_u32..64, -2_i64..=2).prop_map(|(bit, near)| (1_i64 << bit).wrapping_add(near));
     prop_oneof![
@@ -57,38 +75,35 @@ fn values() -> impl Strategy<Value = i64> {
 }
 
 #[derive(Debug, Clone)]
-enum Step {
+enum StoreStep {
     Apply(Vec<Write<String>>),
     Remove(String),
     Put(String, [i64; FIELD_COUNT]),
 }
 
-fn steps() -> impl Strategy<Value = Vec<Step>> {
+fn steps() -> impl Strategy<Value = Vec<StoreStep>> {
     let fields = prop::collection::vec((0..FIELD_COUNT, values()), 0..=FIELD_COUNT);
     let write = prop_oneof![
         4 => (ids(), fields).prop_map(|(id, fields)| Write::Set(patch(&id, &fields))),
         1 => ids().prop_map(Write::Delete),
     ];
     let step = prop_oneof![
-        3 => prop::collection::vec(write, 0..40).prop_map(Step::Apply),
-        2 => ids().prop_map(Step::Remove),
-        1 => (ids(), prop::array::uniform(values())).prop_map(|(id, values)| Step::Put(id, values)),
+        3 => prop::collection::vec(write, 0..40).prop_map(StoreStep::Apply),
+        2 => ids().prop_map(StoreStep::Remove),
+        1 => (ids(), prop::array::uniform(values())).prop_map(|(id, values)| StoreStep::Put(id, values)),
     ];
     prop::collection::vec(step, 0..60)
 }
 
 proptest! {
     #[test]
-    fn equals_a_plain_map(steps in steps()) {
+    fn matches_a_hash_map(steps in steps()) {
         let store = Store::new();
         let mut model: HashMap<String, Values> = HashMap::new();
         for step in &steps {
             match step {
-                Step::Apply(writes) => {
-                    match &writes[..] {
-                        [Write::Set(alone)] => store.apply(alone),
-                        many => store.apply_all(many),
-                    }
+                StoreStep::Apply(writes) => {
+                    store.apply_all(writes);
                     for write in writes {
                         match write {
                             Write::Set(patch) => patch
@@ -100,13 +115,13 @@ proptest! {
                         }
                     }
                 }
-                Step::Remove(id) => {
+                StoreStep::Remove(id) => {
                     prop_assert_eq!(store.remove(id), model.remove(id).is_some());
                 }
-                Step::Put(id, values) => {
-                    let mut piece = Piece::default();
-                    piece.push(id, *values);
-                    prop_assert_eq!(store.put(&piece), piece.digest());
+                StoreStep::Put(id, values) => {
+                    let mut batch = RecordBatch::default();
+                    batch.push(id, *values);
+                    prop_assert_eq!(store.put(&batch), batch.digest());
                     model.insert(id.clone(), *values);
                 }
             }
@@ -128,9 +143,9 @@ proptest! {
     }
 }
 
-/// Enough in one shard that its index grows, wraps and has holes to close.
+/// Enough records in a shard that its index grows, wraps around and shifts entries back.
 #[test]
-fn records_are_found_while_others_come_and_go() {
+fn records_are_found_while_others_are_inserted_and_removed() {
     let store = Store::new();
     let long = "x".repeat(200);
     let id = |user: i64| match user % 3 {
@@ -166,13 +181,13 @@ fn records_are_found_while_others_come_and_go() {
 }
 
 #[test]
-fn two_threads_that_apply_many_at_once_both_come_to_an_end() {
+fn concurrent_batches_do_not_deadlock() {
     let store = Store::new();
     std::thread::scope(|scope| {
         for field in 0..2 {
             let store = &store;
             scope.spawn(move || {
-                // One walks the users forwards, the other backwards.
+                // One thread applies in ascending order, the other in descending order.
                 let users = (0..2_000).map(|user| if field == 0 { user } else { 1_999 - user });
                 let writes = sets(users.map(|user| patch(&user.to_string(), &[(field, 7)])));
                 for _ in 0..50 {
@@ -188,30 +203,30 @@ fn two_threads_that_apply_many_at_once_both_come_to_an_end() {
 }
 
 #[test]
-fn a_scan_sees_who_stays_once_while_others_go_and_their_room_is_taken() {
+fn a_scan_sees_each_record_once_while_others_are_replaced() {
     let store = Store::new();
     for user in 0..20_000 {
-        store.apply(&patch(&format!("stays-{user}"), &[(0, user)]));
-        store.apply(&patch(&format!("goes-{user}"), &[(0, user)]));
+        store.apply(&patch(&format!("kept-{user}"), &[(0, user)]));
+        store.apply(&patch(&format!("removed-{user}"), &[(0, user)]));
     }
     let mut scan = store.scan();
-    let mut piece = Piece::default();
+    let mut batch = RecordBatch::default();
     let mut stayed = Vec::new();
-    let mut gone = 0..20_000;
-    while scan.next_into(&mut piece) {
-        let stays = piece.iter().filter(|(id, _)| id.starts_with("stays-"));
-        stayed.extend(stays.map(|(_, values)| values[0]));
-        for user in gone.by_ref().take(1_000) {
-            assert!(store.remove(&format!("goes-{user}")));
+    let mut removed = 0..20_000;
+    while scan.next_into(&mut batch) {
+        let kept = batch.iter().filter(|(id, _)| id.starts_with("kept-"));
+        stayed.extend(kept.map(|(_, values)| values[0]));
+        for user in removed.by_ref().take(1_000) {
+            assert!(store.remove(&format!("removed-{user}")));
             store.apply(&patch(&format!("new-{user}"), &[]));
         }
     }
     stayed.sort_unstable();
     assert_eq!(stayed, (0..20_000).collect::<Vec<_>>());
-    assert_eq!(gone, 20_000..20_000);
+    assert_eq!(removed, 20_000..20_000);
 }
 
-/// The digest of what a plain map holds.
+/// The digest of the records in a map.
 fn digest_of(model: &BTreeMap<String, Values>) -> Digest {
     let mut digest = Digest::default();
     for (user_id, values) in model {
@@ -221,12 +236,12 @@ fn digest_of(model: &BTreeMap<String, Values>) -> Digest {
     digest
 }
 
-/// Ids of one shard, some so short that they stand in the key, others of several lengths.
+/// Ids of one shard, of several lengths: inline, UUID-sized and long ones.
 fn ids_of_one_shard(count: usize) -> Vec<String> {
     let lengths = [8, 36, 15, 60, 14, 20];
     let store = Store::new();
     let ids = (0..).map(|n: usize| format!("{n:00$}", lengths[n % lengths.len()]));
-    let ids = ids.filter(|id| store.sought(id).hashes.shard == store.sought("a").hashes.shard);
+    let ids = ids.filter(|id| store.lookup(id).hashes.shard == store.lookup("a").hashes.shard);
     ids.take(count).collect()
 }
 
@@ -234,9 +249,8 @@ fn ids_of_one_shard(count: usize) -> Vec<String> {
 enum OneShardStep {
     Set(String, Vec<(usize, i64)>),
     Remove(String),
-    /// Puts a record with all its values.
     Put(String, Values),
-    /// Begins a scan, or takes the next piece of the one that has begun.
+    /// Starts a scan, or takes the next batch of a running one.
     Scan(usize),
     Clear,
 }
@@ -254,20 +268,20 @@ fn step() -> impl Strategy<Value = OneShardStep> {
     ]
 }
 
-/// A scan under way, and what must be true of what it shows.
-struct Watched {
+/// A running scan, and the records that it must return.
+struct ScanCheck {
     scan: Scan,
-    /// Who was there when it began, and has stayed.
+    /// The ids that existed all the time since it began.
     stayed: HashSet<String>,
     seen: HashSet<String>,
 }
 
 proptest! {
     #[test]
-    fn equals_a_plain_map_from_which_records_are_removed(steps in prop::collection::vec(step(), 0..300)) {
+    fn one_shard_matches_a_map_under_removals_and_scans(steps in prop::collection::vec(step(), 0..300)) {
         let store = Store::new();
         let mut model: BTreeMap<String, Values> = BTreeMap::new();
-        let mut watched: Option<Watched> = None;
+        let mut checked: Option<ScanCheck> = None;
         for step in steps {
             match step {
                 OneShardStep::Set(id, fields) => {
@@ -280,44 +294,44 @@ proptest! {
                 OneShardStep::Remove(id) => {
                     prop_assert_eq!(store.remove(&id), model.remove(&id).is_some());
                     prop_assert_eq!(store.get(&id), None);
-                    if let Some(watched) = &mut watched {
-                        watched.stayed.remove(&id);
+                    if let Some(checked) = &mut checked {
+                        checked.stayed.remove(&id);
                     }
                 }
                 OneShardStep::Put(id, values) => {
-                    let mut piece = Piece::default();
-                    piece.push(&id, values);
-                    store.put(&piece);
+                    let mut batch = RecordBatch::default();
+                    batch.push(&id, values);
+                    store.put(&batch);
                     model.insert(id, values);
                 }
                 OneShardStep::Clear => {
                     store.clear();
                     model.clear();
-                    // What it shows from here on was never there at one time.
-                    watched = None;
+                    // From here on the scan mixes two states.
+                    checked = None;
                 }
                 OneShardStep::Scan(records) => {
-                    let at = watched.get_or_insert_with(|| Watched {
+                    let at = checked.get_or_insert_with(|| ScanCheck {
                         scan: store.scan(),
                         stayed: model.keys().cloned().collect(),
                         seen: HashSet::new(),
                     });
-                    let mut piece = Piece::of(records);
-                    let more = at.scan.next_into(&mut piece);
-                    for (id, values) in piece.iter() {
+                    let mut batch = RecordBatch::with_max(records);
+                    let more = at.scan.next_into(&mut batch);
+                    for (id, values) in batch.iter() {
                         prop_assert_eq!(model.get(id), Some(values));
                         prop_assert!(at.seen.insert(id.to_owned()), "{} twice", id);
                     }
                     if !more {
                         prop_assert!(at.stayed.is_subset(&at.seen));
-                        watched = None;
+                        checked = None;
                     }
                 }
             }
             prop_assert_eq!(store.len(), model.len());
             prop_assert_eq!(store.digest(), digest_of(&model));
         }
-        drop(watched);
+        drop(checked);
         for (id, values) in &model {
             prop_assert_eq!(store.get(id), Some(*values));
         }
@@ -328,24 +342,24 @@ proptest! {
 }
 
 #[test]
-fn who_is_removed_and_made_again_during_a_scan_comes_up_once_at_most() {
+fn a_scan_sees_a_reinserted_record_at_most_once() {
     let ids = ids_of_one_shard(600);
     let store = Store::new();
     for (value, id) in ids.iter().enumerate() {
         store.apply(&patch(id, &[(0, value as i64)]));
     }
     let mut scan = store.scan();
-    let mut piece = Piece::of(100);
+    let mut batch = RecordBatch::with_max(100);
     let mut seen = Vec::new();
-    while scan.next_into(&mut piece) {
-        seen.extend(piece.iter().map(|(id, _)| id.to_owned()));
-        // Two that have come up and two that have not leave and come back in another order; one
-        // stays away.
+    while scan.next_into(&mut batch) {
+        seen.extend(batch.iter().map(|(id, _)| id.to_owned()));
+        // Removes two that the scan has seen and two that it has not, and inserts them in another
+        // order. One is only removed.
         for back in [[0, 300, 1, 301], [2, 302, 3, 303]] {
             for at in back {
                 assert!(store.remove(&ids[at]));
             }
-            // Each would get the place of the last one that left.
+            // Each would get the slot of the last one that was removed.
             for at in back {
                 store.apply(&patch(&ids[at], &[(1, 1)]));
             }
@@ -359,14 +373,14 @@ fn who_is_removed_and_made_again_during_a_scan_comes_up_once_at_most() {
         assert!(unique.contains(&ids[at]), "{at}");
     }
     assert_eq!(store.len(), 599);
-    // The next one shows all that is there.
+    // The next scan sees all.
     assert_eq!(scanned(&store).len(), 599);
 }
 
 #[test]
-fn what_removed_records_leave_is_reusable_until_new_ones_take_it() {
+fn free_slots_count_as_reusable_until_they_are_taken() {
     const WIDE: i64 = i64::MIN;
-    const RECORD: u64 = size_of::<Record>() as u64;
+    const RECORD: u64 = size_of::<PackedRecord>() as u64;
     const WIDE_VALUES: u64 = size_of::<Values>() as u64;
     let store = Store::new();
     let fill = |users: std::ops::Range<u64>, value| {
@@ -389,7 +403,7 @@ fn what_removed_records_leave_is_reusable_until_new_ones_take_it() {
     }
     let reusable = store.reusable_bytes();
     assert!(reusable >= 2000 * RECORD + 1000 * WIDE_VALUES, "{reusable}");
-    // The places are taken again, the wide values are not: nothing is left for a new record.
+    // The slots are taken again, the wide values are not: nothing is left for a new record.
     fill(0..2000, 1);
     assert_eq!(store.reusable_bytes(), 0);
     store.clear();
@@ -397,8 +411,8 @@ fn what_removed_records_leave_is_reusable_until_new_ones_take_it() {
 }
 
 #[test]
-fn the_list_of_free_places_shrinks_as_they_are_taken() {
-    let mut free = free::Free::default();
+fn the_free_list_shrinks_as_slots_are_taken() {
+    let mut free = free_list::FreeList::default();
     let mut items = vec![0; 10_000];
     (0..10_000).for_each(|number| free.push(number));
     assert!(free.capacity() < 10_000 + 10_000 / 3);
@@ -410,42 +424,42 @@ fn the_list_of_free_places_shrinks_as_they_are_taken() {
 }
 
 #[test]
-fn places_that_became_free_are_taken_again() {
+fn free_slots_are_reused() {
     let ids = ids_of_one_shard(200);
     let store = Store::new();
-    let places = || store.shard(store.sought("a").hashes.shard).read().places();
+    let slots = || store.shard(store.lookup("a").hashes.shard).read().slots();
     let ids_bytes = || {
         store
-            .shard(store.sought("a").hashes.shard)
+            .shard(store.lookup("a").hashes.shard)
             .read()
             .id_bytes()
     };
     for id in &ids {
         store.apply(&patch(id, &[(0, 1)]));
     }
-    let before = (places(), ids_bytes(), store.digest());
+    let before = (slots(), ids_bytes(), store.digest());
     for round in 0..10 {
-        // A scan that was given up holds nothing back.
+        // A dropped scan does not prevent reuse.
         let mut scan = store.scan();
-        assert!(scan.next_into(&mut Piece::of(1)));
+        assert!(scan.next_into(&mut RecordBatch::with_max(1)));
         drop(scan);
         ids.iter().for_each(|id| assert!(store.remove(id)));
         assert_eq!((store.len(), store.digest()), (0, Digest::default()));
         assert!(!store.remove(&ids[round]));
         for id in ids.iter().rev() {
-            // Nothing of who was in the place before shows through.
+            // The values of the previous record in the slot are gone.
             store.apply(&patch(id, &[]));
             assert_eq!(store.get(id), Some(Values::default()));
             store.apply(&patch(id, &[(0, 1)]));
         }
-        assert_eq!((places(), store.digest()), (before.0, before.2));
-        // Those of ids that are no longer there are given back once they are many.
+        assert_eq!((slots(), store.digest()), (before.0, before.2));
+        // The bytes of removed ids are freed once they are many.
         assert!(ids_bytes() < before.1 + 2 * 16 * 1024, "{}", ids_bytes());
     }
 }
 
 #[test]
-fn fields_set_from_many_threads_all_survive() {
+fn concurrent_patches_keep_all_fields() {
     let store = Store::new();
     std::thread::scope(|scope| {
         for field in 0..FIELD_COUNT {
@@ -466,7 +480,7 @@ fn fields_set_from_many_threads_all_survive() {
 }
 
 #[test]
-fn a_patch_is_seen_whole_or_not_at_all() {
+fn readers_see_a_patch_atomically() {
     let store = Store::new();
     let all = |value| {
         patch(
@@ -498,12 +512,12 @@ fn a_scan_sees_each_old_record_once_while_the_store_grows() {
         store.apply(&patch(&format!("old-{user:020}"), &[(0, user)]));
     }
     let mut scan = store.scan();
-    let mut piece = Piece::default();
+    let mut batch = RecordBatch::default();
     let mut old = Vec::new();
     let mut new = 0;
-    while scan.next_into(&mut piece) {
+    while scan.next_into(&mut batch) {
         old.extend(
-            piece
+            batch
                 .iter()
                 .filter(|(id, _)| id.starts_with("old-"))
                 .map(|(_, values)| values[0]),
@@ -519,37 +533,37 @@ fn a_scan_sees_each_old_record_once_while_the_store_grows() {
 }
 
 #[test]
-fn a_likely_number_that_is_anothers_is_not_believed() {
+fn a_slot_hint_of_another_record_is_ignored() {
     let store = Store::new();
-    let first = store.sought("a");
+    let first = store.lookup("a");
     let other = (0..).map(|n| format!("{n}"));
     let other = other
-        .filter(|id| store.sought(id).hashes.shard == first.hashes.shard)
+        .filter(|id| store.lookup(id).hashes.shard == first.hashes.shard)
         .take(2);
     let [second, absent] = other.collect::<Vec<_>>().try_into().unwrap();
     for id in ["a", &second] {
         store.apply(&patch(id, &[(0, 1)]));
     }
     for id in ["a", &second, &absent] {
-        let sought = store.sought(id);
-        for likely in [None, Some(0), Some(1)] {
-            let mut shard = store.shard(sought.hashes.shard).write();
+        let lookup = store.lookup(id);
+        for slot_hint in [None, Some(0), Some(1)] {
+            let mut shard = store.shard(lookup.hashes.shard).write();
             let changes = patch(id, &[(1, 2)]).changes;
-            shard.apply(&sought, likely, &changes, &store.0.hasher);
+            shard.apply(&lookup, slot_hint, &changes, &store.0.hasher);
         }
     }
     assert_eq!(store.len(), 3);
     for (id, first) in [("a", 1), (&second, 1), (&absent, 0)] {
-        let held = store.get(id).unwrap();
-        assert_eq!(held[..2], [first, 2], "{id}");
+        let values = store.get(id).unwrap();
+        assert_eq!(values[..2], [first, 2], "{id}");
     }
 }
 
 #[test]
-fn who_comes_and_goes_during_a_scan_is_found_however_many_there_are() {
+fn records_inserted_during_a_scan_are_found() {
     let store = Store::new();
-    let shard = store.sought("a").hashes.shard;
-    let of_shard = |id: &String| store.sought(id).hashes.shard == shard;
+    let shard = store.lookup("a").hashes.shard;
+    let of_shard = |id: &String| store.lookup(id).hashes.shard == shard;
     let ids: Vec<_> = (0..)
         .map(|n| n.to_string())
         .filter(of_shard)
@@ -559,14 +573,14 @@ fn who_comes_and_goes_during_a_scan_is_found_however_many_there_are() {
         store.apply(&patch(id, &[(0, 1)]));
     }
     let mut scan = store.scan();
-    let mut piece = Piece::of(1);
-    assert!(scan.next_into(&mut piece));
-    // Each takes a number of its own, since the scan is in their shard.
+    let mut batch = RecordBatch::with_max(1);
+    assert!(scan.next_into(&mut batch));
+    // Each takes a new slot, because the scan is in their shard.
     for pair in ids.windows(2) {
         store.apply(&patch(&pair[1], &[(0, 2)]));
         assert!(store.remove(&pair[0]));
         assert_eq!(store.get(&pair[0]), None);
-        assert_eq!(store.get(&pair[1]).map(|held| held[0]), Some(2));
+        assert_eq!(store.get(&pair[1]).map(|values| values[0]), Some(2));
     }
     drop(scan);
     store.reserve(1024 * 40);

@@ -8,8 +8,8 @@ use metrics_exporter_prometheus::{
     BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
-use crate::backup::Written;
-use crate::log::Counts;
+use crate::backup::SnapshotInfo;
+use crate::log::LogCounts;
 use crate::replication::CheckpointMetrics;
 use crate::replication::memory::MemoryUse;
 use crate::sys::host::DiskSpace;
@@ -246,7 +246,7 @@ impl LogMetrics {
         }
     }
 
-    pub(crate) fn set_counts(&self, counts: Counts) {
+    pub(crate) fn set_counts(&self, counts: LogCounts) {
         self.reconnects.absolute(counts.reconnects);
         self.resumes.absolute(counts.resumes);
         self.resends.absolute(counts.resends);
@@ -333,8 +333,8 @@ impl SnapshotMetrics {
     }
 
     /// Sets the last snapshot and its age.
-    pub(crate) fn set(&self, last: Option<&(Written, Duration)>) {
-        let number = |of: fn(&Written) -> f64| last.map_or(0.0, |(written, _)| of(written));
+    pub(crate) fn set(&self, last: Option<&(SnapshotInfo, Duration)>) {
+        let number = |of: fn(&SnapshotInfo) -> f64| last.map_or(0.0, |(written, _)| of(written));
         // An age of 0 would look like a new snapshot.
         let age_s = last.map_or(f64::NAN, |(_, age)| age.as_secs_f64());
         self.age_s.set(age_s);
@@ -467,7 +467,7 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
-    use crate::backup::{FORMAT, Head};
+    use crate::backup::{FORMAT, HeadRecord};
     use crate::log::Chain;
 
     fn value(telemetry: &Telemetry, name: &str) -> f64 {
@@ -480,7 +480,7 @@ mod tests {
     #[test]
     fn a_quarantined_snapshot_leaves_the_metrics() {
         let telemetry = Telemetry::new(&[]).unwrap();
-        let head = Head {
+        let head = HeadRecord {
             format: FORMAT,
             log_id: "x".into(),
             position: 7,
@@ -489,7 +489,7 @@ mod tests {
             previous_chain: Chain::default(),
             rows_expected: 5,
         };
-        let written = Written {
+        let written = SnapshotInfo {
             head,
             rows: 5,
             bytes: 99,

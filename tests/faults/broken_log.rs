@@ -2,11 +2,11 @@
 
 use async_nats::jetstream::stream::Config;
 
-use crate::broker::{STREAM, status_where};
 use crate::fault::not_writable;
-use crate::proxy::Rules;
+use crate::harness::cluster::broker::STREAM;
+use crate::harness::cluster::proxy::Rules;
+use crate::harness::cluster::seeded::assert_serves_nothing;
 use crate::scene::{A, B, C, Scene};
-use crate::seeded::serves_nothing;
 use crate::stage::Stage;
 
 /// Batches that are left when the stream forgets all it may.
@@ -21,24 +21,27 @@ pub(crate) async fn wiped(scene: &mut Scene) {
         let node = scene.node(index);
         let before = scene.position(index).await;
         let gap = |status: &serde_json::Value| status["state"] == "gap";
-        let status = status_where(node, "gap", gap).await;
+        let status = node.status_where("gap", gap).await;
         let reason = status["reason"].as_str().unwrap();
-        let said = ["its stream was removed", "put the right log back"];
-        assert!(said.iter().all(|said| reason.contains(said)), "{reason}");
-        let status = serves_nothing(node, &["gap"]).await;
+        let printed = ["its stream was removed", "put the right log back"];
+        assert!(
+            printed.iter().all(|printed| reason.contains(printed)),
+            "{reason}"
+        );
+        let status = assert_serves_nothing(node, &["gap"]).await;
         // What was answered is still there, for whoever can make use of it.
         assert_eq!(status["position"], before);
         assert!(status["records"].as_u64() > Some(0));
     }
     scene.release().await;
     if scene.stage == Stage::Stopping {
-        scene.ended().await;
+        scene.wait_for_exit().await;
     } else {
         let lost =
             |status: &serde_json::Value| status["state"] == "gap" || status["state"] == "no-source";
-        let status = status_where(scene.node(A), "gap or no source", lost).await;
+        let status = scene.node(A).status_where("gap or no source", lost).await;
         assert_ne!(status["reason"], "");
-        serves_nothing(scene.node(A), &["gap", "no-source"]).await;
+        assert_serves_nothing(scene.node(A), &["gap", "no-source"]).await;
     }
     // "Put the right log back."
     for index in [A, B, C] {
@@ -71,13 +74,13 @@ pub(crate) async fn trimmed_behind(scene: &mut Scene) {
 
 /// The stream forgets what the replica under test has not read, because it was cut off.
 pub(crate) async fn trimmed_beyond(scene: &mut Scene) {
-    scene.connection(Rules::DEAD);
+    scene.connection(Rules::BLACKHOLE);
     scene.proxy().cut();
     not_writable(scene, A).await;
     scene.load.progress(&[B, C], 10).await;
     let quiet = scene.load.pause().await;
     scene.read().await;
-    let end = scene.truth.position;
+    let end = scene.reference.position;
     assert!(scene.position(A).await + 1 < end - LEFT);
     trim(scene, end - LEFT).await;
     drop(quiet);
@@ -92,7 +95,7 @@ pub(crate) async fn trimmed_beyond(scene: &mut Scene) {
 
 /// Makes the stream forget all up to `through`; nobody may write meanwhile.
 async fn trim(scene: &Scene, through: u64) {
-    let end = scene.truth.position;
+    let end = scene.reference.position;
     let context = scene.client().await;
     let stream = context.get_stream(STREAM).await.unwrap();
     let config = stream.cached_info().config.clone();

@@ -5,16 +5,15 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use crate::broken_log;
-use crate::broker::status_where;
 use crate::clock::Clock;
-use crate::disk::backup_of;
-use crate::proxy::Rules;
+use crate::harness::backup_files::fetch_backup;
+use crate::harness::cluster::proxy::Rules;
+use crate::harness::cluster::seeded::assert_serves_nothing;
+use crate::harness::small_disk::SmallDisk;
+use crate::harness::wire::eventually;
 use crate::scene::{A, B, C, Scene};
-use crate::seeded::serves_nothing;
 use crate::server_fault::ServerFault;
-use crate::small_disk::SmallDisk;
 use crate::stage::Stage;
-use crate::wire::eventually;
 
 /// The disk that may be filled, and what is left of it: less than a snapshot takes.
 const DISK_MIB: usize = 64;
@@ -150,8 +149,8 @@ impl Fault {
                 scene.node(A).signal(Signal::CONT);
                 scene.go_on().await;
             }
-            Self::CutTo => cut(scene, |dead| dead.mute = false).await,
-            Self::CutFrom => cut(scene, |dead| dead.deaf = false).await,
+            Self::CutTo => cut(scene, |dead| dead.drop_replies = false).await,
+            Self::CutFrom => cut(scene, |dead| dead.drop_requests = false).await,
             Self::CutBoth => cut(scene, |_| {}).await,
             Self::Slow => {
                 scene.connection(Rules {
@@ -189,7 +188,7 @@ pub(crate) async fn not_writable(scene: &Scene, index: usize) {
 }
 
 async fn cut(scene: &mut Scene, but: fn(&mut Rules)) {
-    let mut dead = Rules::DEAD;
+    let mut dead = Rules::BLACKHOLE;
     but(&mut dead);
     scene.connection(dead);
     if scene.stage == Stage::Restoring {
@@ -198,7 +197,7 @@ async fn cut(scene: &mut Scene, but: fn(&mut Rules)) {
         scene.release().await;
         let node = scene.node(A);
         let rows = |status: &serde_json::Value| status["restore"]["rows"].as_u64();
-        status_where(node, "all rows", |status| {
+        node.status_where("all rows", |status| {
             rows(status) >= Some(Stage::Restoring.rows())
         })
         .await;
@@ -207,7 +206,7 @@ async fn cut(scene: &mut Scene, but: fn(&mut Rules)) {
     // The others do not notice.
     scene.load.progress(&[B, C], 10).await;
     if scene.stage.incomplete() {
-        serves_nothing(scene.node(A), &["restoring", "catching-up"]).await;
+        assert_serves_nothing(scene.node(A), &["restoring", "catching-up"]).await;
     }
     scene.connection(Rules::default());
     scene.go_on().await;
@@ -225,21 +224,23 @@ async fn full_disk(scene: &mut Scene) {
         (node.metric(failures).await? > failed).then_some(())
     })
     .await;
-    let said = node.stderr.lock().clone();
-    assert!(said.contains("No space left"), "{said}");
+    let printed = node.stderr.lock().clone();
+    assert!(printed.contains("No space left"), "{printed}");
     scene.load.progress(&[A], 10).await;
     let position = scene.position(A).await;
     drop(ballast);
-    status_where(scene.node(A), "a snapshot", |status| {
-        status["snapshot"]["position"].as_u64() >= Some(position)
-    })
-    .await;
+    scene
+        .node(A)
+        .status_where("a snapshot", |status| {
+            status["snapshot"]["position"].as_u64() >= Some(position)
+        })
+        .await;
 }
 
 async fn ack_lost(scene: &mut Scene) {
     // The batch itself is word enough.
     let lost = Rules {
-        lose_acks: true,
+        drop_acks: true,
         ..Rules::default()
     };
     scene.connection(lost);
@@ -247,7 +248,7 @@ async fn ack_lost(scene: &mut Scene) {
     scene.load.progress(&[A], 10).await;
     // Neither comes: it is sent again, and is in the log once.
     scene.connection(Rules {
-        lose_batches: true,
+        drop_batches: true,
         ..lost
     });
     let node = scene.node(A);
@@ -273,15 +274,18 @@ async fn clock(scene: &mut Scene, seconds: i64) {
 /// Checks that the clock of the replica under test is wrong by so much, and durations are not.
 async fn goes_by(scene: &Scene, seconds: i64) {
     let node = scene.node(A);
-    let sent = |said: &str| said.matches("backup sent").count();
+    let sent = |printed: &str| printed.matches("backup sent").count();
     let before = sent(&node.stderr.lock());
-    backup_of(node).await;
-    let said = eventually("the backup's line", async || {
-        let said = node.stderr.lock().clone();
-        (sent(&said) > before).then_some(said)
+    fetch_backup(node).await;
+    let printed = eventually("the backup's line", async || {
+        let printed = node.stderr.lock().clone();
+        (sent(&printed) > before).then_some(printed)
     })
     .await;
-    let line = said.lines().rev().find(|line| line.contains("backup sent"));
+    let line = printed
+        .lines()
+        .rev()
+        .find(|line| line.contains("backup sent"));
     let line = line.unwrap();
     let said_at = humantime::parse_rfc3339(line.split(' ').next().unwrap()).unwrap();
     let since_1970 = |time: std::time::SystemTime| {

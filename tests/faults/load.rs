@@ -10,10 +10,10 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock};
 use tokio::task::JoinSet;
 
-use crate::broker::{Answered, FIELDS, Write};
-use crate::disk::Rng;
+use crate::harness::backup_files::Rng;
+use crate::harness::cluster::broker::{AckedWrite, FIELDS, Write};
+use crate::harness::wire::{Response, eventually, with_timeout};
 use crate::harness::{AUTHORIZATION, Ports};
-use crate::wire::{Answer, eventually, in_time};
 
 /// Two writers a replica.
 const WRITERS: usize = 6;
@@ -30,7 +30,7 @@ const VALUES: i64 = 1_000_000_000;
 #[derive(Default)]
 pub(crate) struct Record {
     /// 204.
-    pub(crate) answered: Vec<Answered>,
+    pub(crate) answered: Vec<AckedWrite>,
     /// 503, 507, or nobody took the connection: not written.
     pub(crate) refused: Vec<Write>,
     /// 504, or the connection broke: perhaps written.
@@ -104,13 +104,15 @@ impl Load {
     /// Waits for the writes under way; there are no others until what is returned is dropped.
     pub(crate) async fn pause(&self) -> OwnedRwLockWriteGuard<()> {
         let gate = Arc::clone(&self.shared.gate);
-        in_time("a pause of the writers", gate.write_owned()).await
+        with_timeout("a pause of the writers", gate.write_owned()).await
     }
 
     /// Ends the clients; what became of their writes.
     pub(crate) async fn stop(&mut self) -> Record {
         self.shared.stop.store(true, Ordering::Relaxed);
-        while let Some(ended) = in_time("the clients' end", self.clients.join_next()).await {
+        while let Some(ended) =
+            with_timeout("the end of the clients", self.clients.join_next()).await
+        {
             ended.unwrap();
         }
         std::mem::take(&mut *self.shared.record.lock())
@@ -135,9 +137,9 @@ async fn write(shared: Arc<Shared>, id: usize) {
             shared.waiting[index].fetch_sub(1, Ordering::Relaxed);
             let mut record = shared.record.lock();
             match outcome {
-                Outcome::Answered(position) => {
+                Outcome::AckedWrite(position) => {
                     let write = write.into();
-                    record.answered.push(Answered { position, write });
+                    record.answered.push(AckedWrite { position, write });
                     shared.answered[index].fetch_add(1, Ordering::Relaxed);
                 }
                 Outcome::Refused => record.refused.push(write),
@@ -150,7 +152,7 @@ async fn write(shared: Arc<Shared>, id: usize) {
 }
 
 enum Outcome {
-    Answered(u64),
+    AckedWrite(u64),
     Refused,
     Unknown,
 }
@@ -163,8 +165,8 @@ async fn send(ports: &Ports, write: &Write) -> Outcome {
         .header("content-type", "application/json")
         .body(write.json());
     match request.send().await {
-        Ok(answer) => match answer.status().as_u16() {
-            204 => Outcome::Answered(Answer::of(answer).await.position()),
+        Ok(response) => match response.status().as_u16() {
+            204 => Outcome::AckedWrite(Response::of(response).await.position()),
             503 | 507 => Outcome::Refused,
             504 => Outcome::Unknown,
             other => panic!("a write was answered with {other}"),
@@ -186,17 +188,17 @@ async fn read(shared: Arc<Shared>, index: usize) {
             let back = rng.below(20) as usize + 1;
             answered.get(answered.len().saturating_sub(back)).cloned()
         };
-        let (Some(ports), Some(Answered { position, write })) = (ports, answered) else {
+        let (Some(ports), Some(AckedWrite { position, write })) = (ports, answered) else {
             continue;
         };
         let write = write.set().unwrap();
         let url = format!("http://{}/get?user_id={}", ports.read, write.user);
         let request = ports.client.get(url).timeout(SILENCE_MAX);
-        let Ok(answer) = request.header("grade-position", position).send().await else {
+        let Ok(response) = request.header("grade-position", position).send().await else {
             continue;
         };
-        let status = answer.status().as_u16();
-        let Ok(body) = answer.text().await else {
+        let status = response.status().as_u16();
+        let Ok(body) = response.text().await else {
             continue;
         };
         assert!(

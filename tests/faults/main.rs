@@ -8,28 +8,13 @@
     reason = "a test may panic, its helpers too"
 )]
 
-macro_rules! shared {
-    ($($name:ident: $path:literal;)*) => {
-        $(
-            #[path = $path]
-            #[expect(dead_code, reason = "other tests use what this one does not")]
-            mod $name;
-        )*
-    };
-}
-
-shared! {
-    broker: "../it/broker.rs";
-    disk: "../it/disk.rs";
-    harness: "../it/harness.rs";
-    nats: "../it/nats.rs";
-    seeded: "../it/seeded.rs";
-    small_disk: "../it/small_disk.rs";
-    throttle: "../it/throttle.rs";
-    wire: "../it/wire.rs";
-}
-#[path = "../it/proxy.rs"]
-mod proxy;
+#[path = "../it/harness/mod.rs"]
+#[expect(
+    dead_code,
+    unused_imports,
+    reason = "other tests use what this one does not"
+)]
+mod harness;
 
 mod broken_log;
 mod clock;
@@ -74,7 +59,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     panic::set_hook(Box::new(|info| PANICS.lock().push(info.to_string())));
-    let begun = Instant::now();
+    let started_at = Instant::now();
     let mut table = Table::default();
     for (fault, stage) in cells() {
         let wanted = filters.is_empty()
@@ -89,7 +74,7 @@ fn main() -> ExitCode {
         };
         table.add(fault, stage, outcome);
     }
-    table.print(begun.elapsed());
+    table.print(started_at.elapsed());
     match table.failed() {
         false => ExitCode::SUCCESS,
         true => ExitCode::FAILURE,
@@ -111,7 +96,7 @@ fn matches(filter: &str, (fault, stage): &(Fault, Stage)) -> bool {
 /// left.
 fn run(fault: Fault, stage: Stage) -> Option<Outcome> {
     PANICS.lock().clear();
-    let (logs, begun) = (Logs::default(), Instant::now());
+    let (logs, started_at) = (Logs::default(), Instant::now());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -137,7 +122,7 @@ fn run(fault: Fault, stage: Stage) -> Option<Outcome> {
     runtime.shutdown_timeout(TIDY_MAX);
     let why = match ended {
         Ok(None) => return None,
-        Ok(Some(Ok(()))) => return Some(Outcome::Ok(begun.elapsed())),
+        Ok(Some(Ok(()))) => return Some(Outcome::Ok(started_at.elapsed())),
         Ok(Some(Err(_elapsed))) => format!("not done within {} s", fault.time_max().as_secs()),
         Err(_) => {
             let panics = PANICS.lock();

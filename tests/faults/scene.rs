@@ -9,17 +9,17 @@ use async_nats::jetstream::Context;
 use parking_lot::Mutex;
 use tempfile::TempDir;
 
-use crate::broker::{Broker, replica_at, replica_with, status_where};
 use crate::clock::Clock;
 use crate::fault::Fault;
+use crate::harness::cluster::broker::{Broker, replica_at, replica_with};
+use crate::harness::cluster::nats::NatsCluster;
+use crate::harness::cluster::proxy::{Proxy, Rules};
+use crate::harness::cluster::seeded::{ReferenceState, seed};
+use crate::harness::cluster::throttle::Throttle;
+use crate::harness::small_disk::SmallDisk;
 use crate::harness::{Node, Ports};
 use crate::load::Load;
-use crate::nats::NatsCluster;
-use crate::proxy::{Proxy, Rules};
-use crate::seeded::{Truth, seed};
-use crate::small_disk::SmallDisk;
 use crate::stage::{Hold, Stage};
-use crate::throttle::Throttle;
 
 /// The replica under test.
 pub(crate) const A: usize = 0;
@@ -39,7 +39,7 @@ pub(crate) enum Brokers {
 /// Three replicas and what is around them. All of it ends when it is dropped.
 pub(crate) struct Scene {
     pub(crate) brokers: Brokers,
-    pub(crate) truth: Truth,
+    pub(crate) reference: ReferenceState,
     seed: PathBuf,
     /// Where replicas keep their data.
     data: TempDir,
@@ -74,7 +74,7 @@ pub(crate) struct Scene {
 impl Scene {
     /// With two replicas that are ready.
     pub(crate) async fn new(fault: Fault, stage: Stage, logs: Logs) -> Self {
-        let (truth, seed, data) = seed(stage.rows());
+        let (reference, seed, data) = seed(stage.rows());
         let (brokers, proxy) = match fault {
             Fault::Servers(fault) => {
                 let cluster = NatsCluster::start_with(fault.gossip(), fault.config()).await;
@@ -91,12 +91,12 @@ impl Scene {
             }
         };
         let ways = [
-            Throttle::to_nobody(u64::MAX).await,
-            Throttle::to_nobody(u64::MAX).await,
+            Throttle::without_target(u64::MAX).await,
+            Throttle::without_target(u64::MAX).await,
         ];
         let mut scene = Self {
             brokers,
-            truth,
+            reference,
             seed,
             data,
             proxy,
@@ -157,7 +157,7 @@ impl Scene {
     /// The data directory of a replica.
     pub(crate) fn dir(&self, index: usize) -> PathBuf {
         match &self.disk {
-            Some(disk) if index == A => disk.data(),
+            Some(disk) if index == A => disk.data_dir(),
             _ => self.data.path().join(["a", "b", "c"][index]),
         }
     }
@@ -175,7 +175,7 @@ impl Scene {
         logs.push((name, Arc::clone(&node.stderr)));
         drop(logs);
         if index != A {
-            self.ways[index - 1].lead_to(node.write);
+            self.ways[index - 1].set_target(node.write);
         }
         self.nodes[index] = Some(node);
         self.show(index);
@@ -206,11 +206,13 @@ impl Scene {
     /// Waits until a replica is ready.
     pub(crate) async fn ready(&self, index: usize) {
         let what = format!("{} is ready", ["a", "b", "c"][index]);
-        status_where(self.node(index), &what, |status| status["state"] == "ready").await;
+        self.node(index)
+            .status_where(&what, |status| status["state"] == "ready")
+            .await;
     }
 
     pub(crate) async fn position(&self, index: usize) -> u64 {
-        let status = self.node(index).ops("/status").await.json();
+        let status = self.node(index).status().await;
         status["position"].as_u64().unwrap()
     }
 
@@ -222,9 +224,9 @@ impl Scene {
     }
 
     /// Waits until the replica under test, which was told to stop, has ended as it should.
-    pub(crate) async fn ended(&mut self) {
+    pub(crate) async fn wait_for_exit(&mut self) {
         let mut node = self.nodes[A].take().expect("a replica that runs");
-        assert_eq!(node.exit().await.code(), Some(0));
+        assert_eq!(node.wait_for_exit().await.code(), Some(0));
     }
 
     /// Lets the replica under test go on, and waits until it is ready, or one that has come in its
@@ -232,7 +234,7 @@ impl Scene {
     pub(crate) async fn go_on(&mut self) {
         self.release().await;
         if self.stage == Stage::Stopping && self.nodes[A].is_some() {
-            self.ended().await;
+            self.wait_for_exit().await;
         }
         if self.nodes[A].is_none() {
             self.start(A).await;
@@ -248,7 +250,7 @@ impl Scene {
 
     pub(crate) fn open_ways(&self) {
         for way in &self.ways {
-            way.open();
+            way.remove_limit();
         }
     }
 
@@ -300,6 +302,6 @@ impl Scene {
     /// Reads the log to its end.
     pub(crate) async fn read(&mut self) {
         let client = self.client().await;
-        self.truth.read(&client).await;
+        self.reference.read(&client).await;
     }
 }

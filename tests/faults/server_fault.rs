@@ -10,16 +10,16 @@ use rustix::process::Signal;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
-use crate::broker::{STREAM, SUBJECT, status_where};
 use crate::clock::Clock;
 use crate::fault::not_writable;
 use crate::harness::AUTHORIZATION;
-use crate::nats::{Gossip, SERVERS};
-use crate::proxy::{Proxy, Rules};
+use crate::harness::cluster::broker::{STREAM, SUBJECT};
+use crate::harness::cluster::nats::{Gossip, SERVERS};
+use crate::harness::cluster::proxy::{Proxy, Rules};
+use crate::harness::cluster::seeded::{SEED_POSITION, message_at};
+use crate::harness::wire::{Response, eventually, with_timeout};
 use crate::scene::{A, B, C, Scene};
-use crate::seeded::{SEED, message_at};
 use crate::stage::Stage;
-use crate::wire::{Answer, eventually, in_time};
 
 /// What goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,7 +150,7 @@ impl ServerFault {
             }
             Self::Suspended => {
                 scene.clock = Some(Clock::that_can_stand_still());
-                let leader = scene.servers().settled().await;
+                let leader = scene.servers().leader_with_current_followers().await;
                 let address = scene.servers().servers[leader].address;
                 scene.proxy = Some(Proxy::to(address).await);
             }
@@ -163,31 +163,31 @@ impl ServerFault {
     pub(crate) async fn strike(self, scene: &mut Scene) {
         match self {
             Self::LeaderKilled => {
-                let leader = scene.servers().settled().await;
+                let leader = scene.servers().leader_with_current_followers().await;
                 scene.servers().kill(leader);
                 scene.load.progress(&[B, C], 10).await;
                 scene.servers().restart(leader).await;
             }
             Self::LeaderFrozen => {
-                let leader = scene.servers().settled().await;
+                let leader = scene.servers().leader_with_current_followers().await;
                 scene.servers().freeze(leader);
                 scene.load.progress(&[B, C], 10).await;
                 scene.servers().thaw(leader);
             }
             Self::FollowerIsolated => {
-                let leader = scene.servers().settled().await;
+                let leader = scene.servers().leader_with_current_followers().await;
                 let follower = scene.servers().other_than(&[leader]);
                 isolated(scene, follower).await;
             }
             Self::LeaderIsolated => {
-                let leader = scene.servers().settled().await;
+                let leader = scene.servers().leader_with_current_followers().await;
                 isolated(scene, leader).await;
             }
             Self::Restarted => {
                 for index in 0..SERVERS {
                     scene.servers().end(index).await;
                     scene.servers().restart(index).await;
-                    scene.servers().settled().await;
+                    scene.servers().leader_with_current_followers().await;
                     scene.load.progress(&[B, C], 5).await;
                 }
             }
@@ -207,7 +207,7 @@ impl ServerFault {
             Self::ForgedVotes => forged_votes(scene).await,
             Self::StoreFull => store_full(scene).await,
         }
-        scene.servers().settled().await;
+        scene.servers().leader_with_current_followers().await;
         scene.go_on().await;
     }
 }
@@ -253,13 +253,13 @@ async fn full(scene: &mut Scene) {
 async fn publish_raw(server: SocketAddr, headers: &[u8], payload: &[u8]) {
     let stream = TcpStream::connect(server).await.unwrap();
     let (from, mut to) = stream.into_split();
-    let mut said = BufReader::new(from).lines();
+    let mut printed = BufReader::new(from).lines();
     let (head, all) = (headers.len(), headers.len() + payload.len());
     let mut bytes = b"CONNECT {\"verbose\":false,\"headers\":true}\r\n".to_vec();
     bytes.extend(format!("HPUB {SUBJECT} {head} {all}\r\n").as_bytes());
     bytes.extend([headers, payload, b"\r\nPING\r\n"].concat());
     to.write_all(&bytes).await.unwrap();
-    while let Some(line) = in_time("PONG", said.next_line()).await.unwrap() {
+    while let Some(line) = with_timeout("PONG", printed.next_line()).await.unwrap() {
         assert!(!line.starts_with("-ERR"), "{line}");
         if line == "PONG" {
             return;
@@ -292,8 +292,8 @@ async fn no_right(scene: &mut Scene) {
     if scene.stage == Stage::Steady {
         not_writable(scene, A).await;
         let detail = eventually("the broker's reason", async || {
-            let answer = scene.node(A).set(r#"{"user_id":"user 1"}"#).await;
-            Some(answer.body).filter(|body| body.contains("Permissions Violation"))
+            let response = scene.node(A).set(r#"{"user_id":"user 1"}"#).await;
+            Some(response.body).filter(|body| body.contains("Permissions Violation"))
         });
         let detail = detail.await;
         assert!(detail.contains(SUBJECT), "{detail}");
@@ -309,8 +309,8 @@ async fn no_right(scene: &mut Scene) {
 /// forgotten the batch's id. Others set the same fields meanwhile.
 async fn suspended(scene: &mut Scene) {
     let silent = Rules {
-        lose_acks: true,
-        lose_batches: true,
+        drop_acks: true,
+        drop_batches: true,
         ..Rules::default()
     };
     scene.connection(silent);
@@ -324,7 +324,7 @@ async fn suspended(scene: &mut Scene) {
         node.ops("/status").await;
     }
     scene.node(A).signal(Signal::STOP);
-    let begun = std::time::Instant::now();
+    let started_at = std::time::Instant::now();
     let client = scene.client().await;
     let stored_again = async || {
         let mut headers = async_nats::HeaderMap::new();
@@ -337,7 +337,7 @@ async fn suspended(scene: &mut Scene) {
         scene.load.progress(&[B, C], 1).await;
     }
     // As if it had been suspended with its clocks.
-    let seconds = begun.elapsed().as_secs();
+    let seconds = started_at.elapsed().as_secs();
     scene
         .clock
         .as_ref()
@@ -357,7 +357,7 @@ async fn forged_votes(scene: &mut Scene) {
         eventually("a checkpoint", async || {
             let stream = client.get_stream(STREAM).await.ok()?;
             let last = stream.cached_info().state.last_sequence;
-            for position in (last.saturating_sub(50).max(SEED + 1)..=last).rev() {
+            for position in (last.saturating_sub(50).max(SEED_POSITION + 1)..=last).rev() {
                 let message = message_at(client, position).await;
                 let headers = BASE64.decode(message["hdrs"].as_str().unwrap_or_default());
                 let headers = String::from_utf8(headers.unwrap()).unwrap();
@@ -382,9 +382,9 @@ async fn forged_votes(scene: &mut Scene) {
     let unready = async {
         loop {
             for index in [B, C] {
-                let answer = scene.node(index).ops("/readyz").await;
-                if answer.status != 200 {
-                    return answer.body;
+                let response = scene.node(index).ops("/readyz").await;
+                if response.status != 200 {
+                    return response.body;
                 }
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -437,29 +437,29 @@ async fn store_full(scene: &mut Scene) {
             .header("authorization", AUTHORIZATION)
             .header("content-type", "application/x-ndjson")
             .body(lines);
-        let answer = in_time("lines", sent.send()).await.unwrap();
-        let answer = Answer::of(answer).await;
-        if answer.status == 507 {
-            refused = Some(answer);
+        let response = with_timeout("lines", sent.send()).await.unwrap();
+        let response = Response::of(response).await;
+        if response.status == 507 {
+            refused = Some(response);
             break;
         }
-        assert_eq!(answer.status, 200, "{answer:?}");
+        assert_eq!(response.status, 200, "{response:?}");
     }
     let refused = refused.expect("no request was refused");
-    refused.problem(507, "store-full");
+    refused.expect_problem(507, "store-full");
     let mut number = 0;
     eventually("another replica that refuses new users", async || {
         number += 1;
         let user = format!(r#"{{"user_id":"one more {number}","spp":1}}"#);
-        let answer = scene.node(C).set(user).await;
-        (answer.status == 507).then_some(())
+        let response = scene.node(C).set(user).await;
+        (response.status == 507).then_some(())
     })
     .await;
     scene.load.progress(&[B, C], 10).await;
     for index in [B, C] {
-        status_where(scene.node(index), "ready", |status| {
-            status["state"] == "ready"
-        })
-        .await;
+        scene
+            .node(index)
+            .status_where("ready", |status| status["state"] == "ready")
+            .await;
     }
 }

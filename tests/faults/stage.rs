@@ -6,13 +6,12 @@ use std::io::Read;
 use rustix::process::Signal;
 use tokio::task::JoinHandle;
 
-use crate::broker::status_where;
-use crate::disk::{ask_backup, open_pipe, rest_of};
 use crate::harness::Ports;
+use crate::harness::backup_files::{open_pipe, read_pipe_to_end, request_backup};
+use crate::harness::cluster::seeded::assert_serves_nothing;
+use crate::harness::cluster::throttle::Throttle;
+use crate::harness::wire::{eventually, with_timeout};
 use crate::scene::{A, B, C, Scene};
-use crate::seeded::serves_nothing;
-use crate::throttle::Throttle;
-use crate::wire::{eventually, in_time};
 
 /// What a client takes of a backup before it stops: with what the system holds it is less than all.
 const TAKEN_BYTES: u64 = 100_000;
@@ -121,7 +120,10 @@ async fn snapshot(scene: &mut Scene) -> Hold {
     scene.ready(A).await;
     // Nobody writes yet, so it is known where the next snapshot will be.
     let written = |status: &serde_json::Value| status["snapshot"]["position"] == status["position"];
-    let status = status_where(scene.node(A), "a snapshot of all", written).await;
+    let status = scene
+        .node(A)
+        .status_where("a snapshot of all", written)
+        .await;
     let next = status["position"].as_u64().unwrap() + 1;
     let name = format!("snapshots/grades-{next:020}.csv.gz.partial");
     let mut pipe = open_pipe(&scene.dir(A).join(name));
@@ -138,14 +140,14 @@ async fn snapshot(scene: &mut Scene) -> Hold {
 
 async fn backup(scene: &mut Scene) -> Hold {
     steady(scene).await;
-    let throttle = Throttle::to_nobody(TAKEN_BYTES).await;
-    throttle.lead_to(scene.node(A).write);
+    let throttle = Throttle::without_target(TAKEN_BYTES).await;
+    throttle.set_target(scene.node(A).write);
     let through = Ports::new(throttle.address, throttle.address, throttle.address);
     let client = tokio::spawn(async move {
-        let answer = ask_backup(&through).await.error_for_status()?;
-        Ok(answer.bytes().await?.to_vec())
+        let response = request_backup(&through).await.error_for_status()?;
+        Ok(response.bytes().await?.to_vec())
     });
-    throttle.reached(1).await;
+    throttle.wait_until_limited(1).await;
     let running = scene.node(A).metric("gradestore_backups_running").await;
     assert_eq!(running, Some(1.0));
     Hold::Backup(throttle, client)
@@ -155,23 +157,25 @@ async fn restoring(scene: &mut Scene) {
     scene.load_on();
     scene.load.progress(&[B, C], 10).await;
     for way in &scene.ways {
-        way.limit(PASSED_BYTES);
+        way.set_limit(PASSED_BYTES);
     }
     scene.held_at = scene.position(B).await;
     scene.start(A).await;
     let [one, other] = &scene.ways;
     tokio::select! {
-        () = one.reached(1) => {}
-        () = other.reached(1) => {}
+        () = one.wait_until_limited(1) => {}
+        () = other.wait_until_limited(1) => {}
     }
-    status_where(scene.node(A), "rows and batches", |status| {
-        let restore = &status["restore"];
-        status["state"] == "restoring"
-            && restore["rows"].as_u64() > Some(0)
-            && restore["buffered_batches"].as_u64() > Some(10)
-    })
-    .await;
-    serves_nothing(scene.node(A), &["restoring"]).await;
+    scene
+        .node(A)
+        .status_where("rows and batches", |status| {
+            let restore = &status["restore"];
+            status["state"] == "restoring"
+                && restore["rows"].as_u64() > Some(0)
+                && restore["buffered_batches"].as_u64() > Some(10)
+        })
+        .await;
+    assert_serves_nothing(scene.node(A), &["restoring"]).await;
 }
 
 async fn draining(scene: &mut Scene) -> Hold {
@@ -179,13 +183,15 @@ async fn draining(scene: &mut Scene) -> Hold {
     scene.hold_batches(true);
     scene.load.progress(&[B, C], 10).await;
     scene.open_ways();
-    status_where(scene.node(A), "catching up", |status| {
-        status["state"] == "catching-up" && status["restore"]["stage"] == "catching-up"
-    })
-    .await;
+    scene
+        .node(A)
+        .status_where("catching up", |status| {
+            status["state"] == "catching-up" && status["restore"]["stage"] == "catching-up"
+        })
+        .await;
     // And it stays so, however much the others answer.
     scene.load.progress(&[B, C], 10).await;
-    serves_nothing(scene.node(A), &["catching-up"]).await;
+    assert_serves_nothing(scene.node(A), &["catching-up"]).await;
     Hold::Batches
 }
 
@@ -209,7 +215,7 @@ async fn stopping(scene: &mut Scene) -> Hold {
     .await;
     scene.node(A).signal(Signal::TERM);
     let stopping = |status: &serde_json::Value| status["state"] == "stopping";
-    status_where(scene.node(A), "stopping", stopping).await;
+    scene.node(A).status_where("stopping", stopping).await;
     assert!(running().await >= 1.0, "nothing is running");
     Hold::Batches
 }
@@ -220,11 +226,11 @@ impl Hold {
         match self {
             Self::Nothing => {}
             Self::Snapshot(mut pipe) => {
-                rest_of(&mut pipe).await;
+                read_pipe_to_end(&mut pipe).await;
             }
             Self::Backup(throttle, client) => {
-                throttle.open();
-                let ended = in_time("the backup's end", client).await.unwrap();
+                throttle.remove_limit();
+                let ended = with_timeout("the backup's end", client).await.unwrap();
                 scene.backup = Some(ended.ok());
             }
             Self::Restoring => scene.open_ways(),

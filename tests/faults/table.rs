@@ -27,8 +27,8 @@ impl Outcome {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(&dir);
         let _ = fs::remove_dir_all(&path);
         fs::create_dir_all(&path).unwrap();
-        for (name, said) in logs.lock().iter() {
-            fs::write(path.join(format!("{name}.log")), &*said.lock()).unwrap();
+        for (name, printed) in logs.lock().iter() {
+            fs::write(path.join(format!("{name}.log")), &*printed.lock()).unwrap();
         }
         fs::write(path.join("why"), &why).unwrap();
         // Of a panic the place stands first.
@@ -45,11 +45,11 @@ pub(crate) struct Table(Vec<(Fault, Stage, Outcome)>);
 impl Table {
     /// Adds a cell, and says what became of it.
     pub(crate) fn add(&mut self, fault: Fault, stage: Stage, outcome: Outcome) {
-        let said = match &outcome {
+        let printed = match &outcome {
             Outcome::Ok(took) => format!("ok {:.1} s", took.as_secs_f64()),
             Outcome::Failed(why) => format!("FAILED: {why}"),
         };
-        println!("{}/{}: {said}", fault.name(), stage.name());
+        println!("{}/{}: {printed}", fault.name(), stage.name());
         self.0.push((fault, stage, outcome));
     }
 

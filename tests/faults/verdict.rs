@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::broker::{FIELDS, Logged, Write, get_at};
-use crate::disk::restored;
 use crate::fault::Fault;
+use crate::harness::backup_files::read_backup;
+use crate::harness::cluster::broker::{FIELDS, LoggedWrite, Write};
+use crate::harness::cluster::seeded::apply;
 use crate::load::assert_not_before;
 use crate::scene::{A, B, C, Scene};
-use crate::seeded::apply;
 
 /// Ends the clients and judges.
 pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
@@ -21,10 +21,17 @@ pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
     let nodes = scene.nodes().map(Clone::clone);
     let nodes = [&nodes[0], &nodes[1], &nodes[2]];
     let client = scene.client().await;
-    scene.truth.check(&client, &nodes, &record.answered).await;
+    scene
+        .reference
+        .check(&client, &nodes, &record.answered)
+        .await;
 
-    let truth = &scene.truth;
-    let stored = truth.log.values().flatten().filter_map(Logged::set);
+    let reference = &scene.reference;
+    let stored = reference
+        .log
+        .values()
+        .flatten()
+        .filter_map(LoggedWrite::set);
     let stored: BTreeSet<&Write> = stored.collect();
     for refused in &record.refused {
         assert!(
@@ -45,7 +52,7 @@ pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
     let users: BTreeSet<&str> = last.keys().map(|(user, _)| *user).collect();
     for node in nodes {
         for user in &users {
-            let grade = get_at(node, user, truth.position).await;
+            let grade = node.get_at(user, reference.position).await;
             for (field, name) in FIELDS.iter().enumerate() {
                 if let Some(write) = last.get(&(*user, field)) {
                     assert_not_before(write, grade[name].as_i64().unwrap());
@@ -64,13 +71,13 @@ fn judge_backup(scene: &Scene, fault: Fault, backup: Option<Vec<u8>>) {
         assert!(fault.breaks_backups(), "the backup was broken off");
         return;
     };
-    let (store, summary) = restored(&file);
+    let (store, summary) = read_backup(&file);
     let (head, end) = summary.records.unwrap();
-    let truth = &scene.truth;
-    assert!(head.position <= end.position && end.position <= truth.position);
-    let after = truth.log.range(head.position + 1..);
+    let reference = &scene.reference;
+    assert!(head.position <= end.position && end.position <= reference.position);
+    let after = reference.log.range(head.position + 1..);
     for write in after.flat_map(|(_, writes)| writes) {
         apply(&store, write);
     }
-    assert_eq!(store.digest(), truth.store.digest());
+    assert_eq!(store.digest(), reference.store.digest());
 }

@@ -1,5 +1,5 @@
-//! Adding a field is a change in `src/grade/mod.rs` alone: here one is added to a copy of the crate,
-//! which then passes its tests, but for those of the log on disk, and serves the field.
+//! A new field needs a change in `src/grade/mod.rs` only. The test adds one to a copy of the crate,
+//! runs the copy's unit tests, except those of the write-ahead log, and uses the field.
 
 use std::fs;
 use std::path::Path;
@@ -7,8 +7,8 @@ use std::process::Command;
 
 use crate::harness::{ANY_PORTS, Node, PASSWORD, program_at};
 
-/// What the copy and its program are called. Under its own name cargo would take the copy for the
-/// crate itself, wherever it lies, and put its build in the place of the one that other tests run.
+/// The name of the copy and its program. Under the crate's own name cargo would put the build of
+/// the copy in place of the program that other tests run.
 const PACKAGE: &str = "gradestore-fifth-field";
 
 fn copy(from: &Path, to: &Path) {
@@ -34,21 +34,16 @@ fn edit(path: &Path, old: &str, new: &str) {
     fs::write(path, text.replace(old, new)).unwrap();
 }
 
-#[tokio::test]
-async fn a_fifth_field_needs_one_more_name_in_one_file() {
-    // Always the same place, so that a second run builds little and leaves nothing more behind.
-    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let target = scratch.parent().unwrap();
-    let crate_copy = scratch.join("fifth-field");
-    let _ = fs::remove_dir_all(&crate_copy);
-    fs::create_dir(&crate_copy).unwrap();
+/// Copies the crate as the package [`PACKAGE`].
+fn copy_crate(crate_copy: &Path) {
+    let _ = fs::remove_dir_all(crate_copy);
+    fs::create_dir(crate_copy).unwrap();
     for name in [
         "Cargo.toml",
         "Cargo.lock",
         "askama.toml",
         "docs",
         "src",
-        "load",
         "benches",
     ] {
         copy(
@@ -57,10 +52,12 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
         );
     }
     let manifest = crate_copy.join("Cargo.toml");
-    // What needs files that the copy does not have.
-    edit(&manifest, "members = [\"tests/sim\"]\n", "");
-    let faults = "[[test]]\nname = \"faults\"\nharness = false\ntest = false\n";
-    edit(&manifest, faults, "");
+    // The copy lacks the files of these targets.
+    edit(&manifest, "members = [\"load\", \"tests/sim\"]\n", "");
+    let text = fs::read_to_string(&manifest).unwrap();
+    let (before, tests) = text.split_once("[[test]]\n").unwrap();
+    let (_, after) = tests.split_once("[[bench]]\n").unwrap();
+    fs::write(&manifest, format!("{before}[[bench]]\n{after}")).unwrap();
     edit(
         &manifest,
         "[package]\nname = \"gradestore\"\n",
@@ -72,15 +69,23 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
         &locked("gradestore"),
         &locked(PACKAGE),
     );
-    // With a test beside the library's own, cargo builds the program too, and all dependencies as
-    // they were built for the tests that run now.
+    // With an integration test cargo builds the program too, and the dependencies with the same
+    // features as for the tests that run now.
     fs::create_dir(crate_copy.join("tests")).unwrap();
     fs::write(
         crate_copy.join("tests/built.rs"),
         "#[test]\nfn built() {}\n",
     )
     .unwrap();
+}
 
+#[tokio::test]
+async fn a_fifth_field_needs_one_more_name_in_one_file() {
+    // Always the same directory, so that a second run compiles little.
+    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let target = scratch.parent().unwrap();
+    let crate_copy = scratch.join("fifth-field");
+    copy_crate(&crate_copy);
     edit(
         &crate_copy.join("src/grade/mod.rs"),
         "    \"return_fee\",\n];",
@@ -98,14 +103,15 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
             "--target-dir",
         ])
         .arg(target)
-        // The write-ahead log stores bytes that `log::codec` makes, which is tested. Its own tests take
+        // The write-ahead log stores the bytes of `log::codec`, which is tested. Its own tests take
         // as long as all others together.
         .args(["--", "--skip", "log::wal"])
         .current_dir(&crate_copy)
         .output()
         .unwrap();
-    let said = String::from_utf8(tests.stdout).unwrap() + &String::from_utf8(tests.stderr).unwrap();
-    assert!(tests.status.success(), "{said}");
+    let printed =
+        String::from_utf8(tests.stdout).unwrap() + &String::from_utf8(tests.stderr).unwrap();
+    assert!(tests.status.success(), "{printed}");
 
     let program = target.join("debug").join(PACKAGE);
     let mut command = program_at(&program);
@@ -121,6 +127,6 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
     let detail = node
         .set(r#"{"user_id":"a","fifth_fee":1.5}"#)
         .await
-        .problem(422, "not-a-patch");
+        .expect_problem(422, "not-a-patch");
     assert!(detail.contains("fifth_fee"), "{detail}");
 }

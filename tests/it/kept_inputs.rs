@@ -1,5 +1,4 @@
-//! What fuzzing has found and made, tried again: `tests/fuzz` has the checks, the seeds and the inputs
-//! that were kept.
+//! Runs the checks of `tests/fuzz` on its seeds and on the inputs that fuzzing has kept.
 
 use std::fs;
 use std::io::Read;
@@ -29,57 +28,57 @@ mod query;
 mod stored_batch;
 
 #[test]
-fn backups() {
-    each("backup_reader", backup_reader::check);
+fn kept_backups_pass() {
+    check_each("backup_reader", backup_reader::check);
 }
 
 #[test]
-fn authorization_headers() {
-    each("basic_header", basic_header::check);
+fn kept_authorization_headers_pass() {
+    check_each("basic_header", basic_header::check);
 }
 
 #[test]
-fn command_lines() {
-    // Their variables are not set: other tests run in this process.
-    each("config", |input| config::check(config::input(input)));
+fn kept_command_lines_pass() {
+    // Without setting the variables, because other tests run in this process.
+    check_each("config", |input| config::check(config::input(input)));
 }
 
 #[test]
-fn header_blocks() {
-    each("header_block", header_block::check);
+fn kept_header_blocks_pass() {
+    check_each("header_block", header_block::check);
 }
 
 #[test]
-fn messages() {
-    each("log_message", log_message::check);
+fn kept_log_messages_pass() {
+    check_each("log_message", log_message::check);
 }
 
 #[test]
-fn bodies() {
-    each("patch_body", patch_body::check);
+fn kept_patch_bodies_pass() {
+    check_each("patch_body", patch_body::check);
 }
 
 #[test]
-fn fast_requests() {
-    each("fast_request", fast_request::check);
+fn kept_fast_path_requests_pass() {
+    check_each("fast_request", fast_request::check);
 }
 
 #[test]
-fn position_headers() {
-    each("position_header", position_header::check);
+fn kept_position_headers_pass() {
+    check_each("position_header", position_header::check);
 }
 
 #[test]
-fn queries() {
-    each("query", query::check);
+fn kept_queries_pass() {
+    check_each("query", query::check);
 }
 
 #[test]
-fn stored_batches() {
-    each("stored_batch", stored_batch::check);
+fn kept_stored_batches_pass() {
+    check_each("stored_batch", stored_batch::check);
 }
 
-fn each(target: &str, check: impl Fn(&[u8])) {
+fn check_each(target: &str, check: impl Fn(&[u8])) {
     let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz");
     let mut tried = 0;
     let mut one = |name: &str, input: &[u8]| {
@@ -93,7 +92,7 @@ fn each(target: &str, check: impl Fn(&[u8])) {
         one(&path.display().to_string(), &fs::read(&path).unwrap());
     }
     let archive = fuzz.join(format!("kept/{target}.tar.gz"));
-    // A new target has none yet.
+    // A new target has no archive yet.
     if archive.exists() {
         for (name, input) in kept(&archive) {
             one(&name, &input);
@@ -102,8 +101,8 @@ fn each(target: &str, check: impl Fn(&[u8])) {
     assert!(tried > 3, "{tried}");
 }
 
-/// The files in a tar archive of the plain kind: a header of 512 bytes, then the content, filled up to
-/// as many.
+/// The files in a plain tar archive: for each a header of 512 bytes and the content, padded to a
+/// multiple of that.
 fn kept(archive: &PathBuf) -> Vec<(String, Vec<u8>)> {
     let mut tar = Vec::new();
     let file = fs::File::open(archive).unwrap();

@@ -1,14 +1,14 @@
 #!/bin/sh
-# Puts what the tests of load/, dashboards/, compose/ and docs/ run into .tools: nats-server, k6, Prometheus with
-# promtool, what checks YAML against schemas, and what reads the stream and backups without this program. What is there already is left alone. Needs python3 with pip and venv, apt-get and
-# dpkg-deb; no root, once apt-get knows its packages.
+# Installs the programs of the tests of load/, dashboards/, compose/ and docs/ into .tools/: nats-server, k6, Prometheus
+# with promtool, schema checkers for YAML, and Python libraries for NATS and xxHash. Skips installed ones. Needs python3
+# with pip and venv, apt-get and dpkg-deb, and root only if apt-get has no package lists.
 set -eu
 cd "$(dirname "$0")/../.."
 
 CHECK_JSONSCHEMA=0.33.2
 KUBERNETES_VALIDATE=1.33.1
 NATS_PY=2.16.0
-# The one that docs/internals/read.py names.
+# The version that docs/internals/read.py names.
 XXHASH=4.1.0
 
 tests/install-nats.sh

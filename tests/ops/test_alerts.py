@@ -1,5 +1,5 @@
-"""What keeps a replica from storing writes, on real brokers: each fires the alert for it on a real Prometheus, and a
-replica whose writes are stored fires none. promtool sees to the times (test_dashboards.py); here they are short."""
+"""Faults that keep a node from storing writes, on real nats-servers: each fires its alerts on a real Prometheus, and a
+healthy node fires none. The `for` of the rules is shortened here; promtool tests it (test_dashboards.py)."""
 
 import contextlib
 import json
@@ -23,12 +23,12 @@ from show import RULES, Prometheus, until  # noqa: E402
 
 FOR = "3s"
 PAUSE_S = 0.1
-# What the machine that runs this may be short of, whatever the replicas do.
-OF_THE_MACHINE = {"GradestoreDisk", "GradestoreMemory"}
-OF_WRITES = {("GradestoreNotWritable", None), ("GradestoreErrors", "/set lines")}
+# These depend on the machine that runs the tests.
+MACHINE_ALERTS = {"GradestoreDisk", "GradestoreMemory"}
+WRITE_ALERTS = {("GradestoreNotWritable", None), ("GradestoreErrors", "/set lines")}
 USER = "authorization {{ users: [{{ user: u, password: p, permissions: {{ publish: {{ deny: {} }} }} }}] }}"
 # All ways to read a stream.
-READING = ["$JS.API.CONSUMER.>", "$JS.API.STREAM.MSG.GET.>", "$JS.API.DIRECT.GET.>"]
+READ_SUBJECTS = ["$JS.API.CONSUMER.>", "$JS.API.STREAM.MSG.GET.>", "$JS.API.DIRECT.GET.>"]
 
 
 class Alerts(unittest.TestCase):
@@ -36,7 +36,7 @@ class Alerts(unittest.TestCase):
         self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
         self.nodes, self.ended = {}, threading.Event()
         self.stack = self.enterContext(contextlib.ExitStack())
-        # Cleanups run last first: writing ends before the brokers do.
+        # Cleanups run in reverse order: writing stops before NATS does.
         self.addCleanup(self.ended.set)
 
     def broker(self, name, more="", **options):
@@ -54,7 +54,7 @@ class Alerts(unittest.TestCase):
         self.nodes[name] = self.stack.enter_context(Node(home, *flags, wait=False))
 
     def write(self, node):
-        """Again and again; what is written fills a small store."""
+        """Writes repeatedly, which fills a small store."""
         lines = "".join(json.dumps({"user_id": f"user-{n}", "spp": n}) + "\n" for n in range(1000))
         request = urllib.request.Request(f"{node.urls['write']}/set", lines.encode(), {
             "Authorization": f"Basic {AUTH}", "Content-Type": "application/x-ndjson"})
@@ -63,7 +63,7 @@ class Alerts(unittest.TestCase):
                 urllib.request.urlopen(request).close()
 
     def small_disk(self, mib):
-        """A disk in a mount namespace that ends with the process that holds it."""
+        """A tmpfs in a mount namespace that ends with its holder process."""
         mount = f"mount -t tmpfs -o size={mib}m none /mnt && echo mounted && exec cat"
         holder = subprocess.Popen(["unshare", "--map-root-user", "--mount", "sh", "-c", mount], stdin=subprocess.PIPE,
                                   stdout=subprocess.PIPE, preexec_fn=end_with_parent)
@@ -72,15 +72,15 @@ class Alerts(unittest.TestCase):
         self.assertEqual(holder.stdout.readline(), b"mounted\n")
         return Path(f"/proc/{holder.pid}/root/mnt")
 
-    def test_what_keeps_writes_from_being_stored(self):
+    def test_faults_that_prevent_writes_fire_their_alerts(self):
         self.replica("healthy", self.broker("healthy").url)
         self.replica("store full", self.broker("store-full", limits="max_file_store: 1MB").url)
         self.replica("disk full", self.broker("disk-full", store=self.small_disk(mib=1)).url)
-        of_two_gone, of_no_leader = self.servers("two-gone"), self.servers("no-leader")
-        self.replica("two of three servers gone", of_two_gone.url, "--replicas=3")
-        self.replica("no leader", of_no_leader.url, "--replicas=3")
-        rights = {name: self.broker(name.replace(" ", "-"), USER.format("[]")) for name in ("no right", "reading stuck")}
-        for name, broker in rights.items():
+        two_down, leaderless = self.servers("two-down"), self.servers("no-leader")
+        self.replica("two of three servers down", two_down.url, "--replicas=3")
+        self.replica("no leader", leaderless.url, "--replicas=3")
+        denied = {name: self.broker(name.replace(" ", "-"), USER.format("[]")) for name in ("no permission", "no reading")}
+        for name, broker in denied.items():
             self.replica(name, broker.url.replace("://", "://u:p@"))
 
         for node in self.nodes.values():
@@ -97,25 +97,25 @@ class Alerts(unittest.TestCase):
         instances = {node.urls["ops"].removeprefix("http://"): name for name, node in self.nodes.items()}
         prometheus = self.stack.enter_context(Prometheus(self.directory, list(instances), rules_file))
 
-        for server in of_two_gone.all[1:]:
+        for server in two_down.all[1:]:
             server.kill()
-        for server in of_no_leader.all:
-            of_no_leader.isolate(server)
-        rights["no right"].reload(USER.format('["grades.set"]'))
-        rights["reading stuck"].reload(USER.format(json.dumps(READING)))
+        for server in leaderless.all:
+            leaderless.isolate(server)
+        denied["no permission"].reload(USER.format('["grades.set"]'))
+        denied["no reading"].reload(USER.format(json.dumps(READ_SUBJECTS)))
 
         def firing():
             found = {name: set() for name in self.nodes}
             for alert in prometheus.api("alerts")["alerts"]:
                 labels = alert["labels"]
-                if alert["state"] == "firing" and labels["alertname"] not in OF_THE_MACHINE:
+                if alert["state"] == "firing" and labels["alertname"] not in MACHINE_ALERTS:
                     found[instances[labels["instance"]]].add((labels["alertname"], labels.get("route")))
             return found
 
-        def not_fired():
-            return {name: found for name, found in firing().items() if name != "healthy" and not found >= OF_WRITES}
+        def missing_alerts():
+            return {name: found for name, found in firing().items() if name != "healthy" and not found >= WRITE_ALERTS}
 
-        until(not_fired)
+        until(missing_alerts)
         self.assertEqual(firing()["healthy"], set())
 
 

@@ -1,5 +1,5 @@
-"""Dashboards and alert rules, on a real Prometheus that scrapes a real cluster of three under load: every query of every
-panel gives data, and no rule an error. promtool shows each alert firing and silent."""
+"""Dashboards and alert rules on a real Prometheus that scrapes three nodes under load: every query of every panel returns
+data, and no rule fails. promtool tests each alert firing and silent."""
 
 import json
 import os
@@ -20,24 +20,24 @@ sys.path[:0] = [str(ROOT / "load"), str(DASHBOARDS)]
 
 import generate_dashboards  # noqa: E402
 from measure import AUTH, PASSWORD, Broker, Node, end_with_parent  # noqa: E402
-from show import FILES, RULES, Prometheus, asked, panels, shown, until  # noqa: E402
+from show import FILES, RULES, Prometheus, panels, query_of, text_lines, until  # noqa: E402
 
 PROMTOOL = ROOT / ".tools" / "prometheus" / "promtool"
 K6 = ROOT / ".tools" / "bin" / "k6"
-# What the machine that runs this may be short of, whatever the nodes do.
-OF_THE_MACHINE = {"GradestoreDisk", "GradestoreMemory"}
+# These depend on the machine that runs the tests.
+MACHINE_ALERTS = {"GradestoreDisk", "GradestoreMemory"}
 METRIC = re.compile(r"\b(?:gradestore|process)_\w+")
 
 
 def queries():
-    """Every query of every panel: dashboard, panel, legend, query with Grafana's variables filled in."""
+    """Every query of every panel: dashboard, panel, legend, query with variables filled in."""
     for dashboard, panel in panels():
         for target in panel["targets"]:
-            yield dashboard, panel["title"], target["legendFormat"], asked(target)
+            yield dashboard, panel["title"], target["legendFormat"], query_of(target)
 
 
 def post(node, **patch):
-    """The status of a write."""
+    """Sends a write; returns the status."""
     request = urllib.request.Request(f"{node.urls['write']}/set", json.dumps(patch).encode(),
                                      {"Authorization": f"Basic {AUTH}", "Content-Type": "application/json"})
     try:
@@ -55,11 +55,11 @@ class UnderLoad(unittest.TestCase):
         for n in range(3):
             home = cls.directory / str(n)
             home.mkdir()
-            # Often, so that there are some.
+            # Short intervals, so that the test sees some.
             flags = ("--nats-url", cls.broker.url, "--data-dir", home, "--snapshot-interval=1s",
                      "--checkpoint-interval=1s")
             cls.nodes.append(cls.enterClassContext(Node(home, *flags)))
-            # The next one has something to restore.
+            # Data for the next node to restore.
             assert post(cls.nodes[n], user_id=f"user-{n}", spp=5) == 204
         cls.prometheus = cls.enterClassContext(Prometheus(cls.directory, cls.instances()))
 
@@ -68,7 +68,7 @@ class UnderLoad(unittest.TestCase):
         return [node.urls["ops"].removeprefix("http://") for node in cls.nodes]
 
     def load(self):
-        """Backups, reads and writes on all three, for longer than this test takes."""
+        """Runs backups, reads and writes on all nodes until the test ends."""
         addresses = (re.findall(r"\d+$", node.urls[port])[0] for node in self.nodes for port in ("write", "read"))
         nodes = ",".join(f"127.0.0.1:{write}/{read}" for write, read in zip(addresses, addresses))
         env = dict(os.environ, NODES=nodes, GRADESTORE_PASSWORD=PASSWORD, RATE="100", USERS="500", DURATION="10m", VUS="16")
@@ -77,82 +77,82 @@ class UnderLoad(unittest.TestCase):
         self.addCleanup(child.wait)
         self.addCleanup(child.kill)
 
-    def test_every_query_gives_data(self):
+    def test_every_query_returns_data(self):
         self.load()
         instances = set(self.instances())
 
         def without_data():
             for dashboard, panel, legend, query in queries():
-                found = self.prometheus.ask(query)
+                found = self.prometheus.query(query)
                 if "{{instance}}" in legend:
-                    # From each of the three.
+                    # One series for each node.
                     if {labels.get("instance") for labels, _ in found} != instances:
                         yield dashboard, panel, query, found
                 elif not found:
                     yield dashboard, panel, query
 
-        # A user that nobody set, for a panel of what is refused.
+        # An unknown user, for the panel of errors.
         for node in self.nodes:
             with self.assertRaisesRegex(urllib.error.HTTPError, "404"):
                 urllib.request.urlopen(f"{node.urls['read']}/get?user_id=nobody")
         until(lambda: list(without_data()))
-        self.assertEqual({value for _, value in self.prometheus.ask("gradestore_restore_rows")}, {0, 1, 2})
+        self.assertEqual({value for _, value in self.prometheus.query("gradestore_restore_rows")}, {0, 1, 2})
 
-        rules = [rule for group in self.prometheus.api("rules")["groups"] for rule in group["rules"]]
-        self.assertEqual([rule["name"] for rule in rules], [rule["alert"] for rule in written_rules()])
+        loaded = [rule["name"] for group in self.prometheus.api("rules")["groups"] for rule in group["rules"]]
+        self.assertEqual(loaded, [rule["alert"] for rule in rules()])
         until(lambda: [rule for group in self.prometheus.api("rules")["groups"] for rule in group["rules"]
                        if rule["health"] != "ok"])
         alerts = {alert["labels"]["alertname"] for alert in self.prometheus.api("alerts")["alerts"]}
-        self.assertLessEqual(alerts, OF_THE_MACHINE)
+        self.assertLessEqual(alerts, MACHINE_ALERTS)
 
-        # As text, each panel has a line for what it is and one at least for what it shows.
-        said = list(shown(self.prometheus, [file.stem for file in FILES]))
+        # In the text each panel has a title and at least one value.
+        lines = list(text_lines(self.prometheus, [file.stem for file in FILES]))
         for _, panel in panels():
-            at = said.index(panel["title"])
-            self.assertRegex(said[at + 1], r"^    \S.* -?[\d.e+-]+( |/|$)")
-        told = said[said.index("\n== alerts ==") + 1:]
-        self.assertEqual([line for line in told if not any(name in line for name in OF_THE_MACHINE)], [])
+            at = lines.index(panel["title"])
+            self.assertRegex(lines[at + 1], r"^    \S.* -?[\d.e+-]+( |/|$)")
+        firing = lines[lines.index("\n== alerts ==") + 1:]
+        self.assertEqual([line for line in firing if not any(name in line for name in MACHINE_ALERTS)], [])
 
-        # With the broker away, writes fail, and the first alert begins to wait.
+        # Without NATS writes fail, and the first alert becomes pending.
         self.broker.kill()
-        failed = next(query for _, panel, _, query in queries() if panel == "Failed")
+        failed = next(query for _, panel, _, query in queries() if panel == "Error ratio")
 
         def no_failures_seen():
             self.assertNotEqual(post(self.nodes[0], user_id="alice", spp=5), 204)
-            seen = {labels["route"]: value for labels, value in self.prometheus.ask(failed)}
+            seen = {labels["route"]: value for labels, value in self.prometheus.query(failed)}
             alerts = {alert["labels"]["alertname"] for alert in self.prometheus.api("alerts")["alerts"]}
             if not seen.get("/set", 0) > 0 or "GradestoreNotWritable" not in alerts:
                 return seen, alerts
 
         until(no_failures_seen)
 
-    def test_only_metrics_that_a_node_has(self):
+    def test_panels_and_rules_use_only_existing_metrics(self):
         exposed = set(METRIC.findall(self.nodes[0].ask("/metrics")))
         used = {metric for *_, query in queries() for metric in METRIC.findall(query)}
-        used |= {metric for rule in written_rules() for metric in METRIC.findall(rule["expr"])}
+        used |= {metric for rule in rules() for metric in METRIC.findall(rule["expr"])}
         self.assertEqual(used - exposed, set())
 
-    def test_what_a_node_has_is_shown(self):
+    def test_panels_show_all_metrics(self):
         exposed = set(re.findall(r"^# TYPE (\S+)", self.nodes[0].ask("/metrics"), re.MULTILINE))
-        shown = " ".join(query for *_, query in queries())
-        self.assertEqual({metric for metric in exposed if metric not in shown}, {
-            # The kernel's, which says that there is none.
+        used = " ".join(query for *_, query in queries())
+        self.assertEqual({metric for metric in exposed if metric not in used}, {
+            # The kernel reports no limit.
             "process_virtual_memory_max_bytes",
         })
 
 
-def written_rules():
+def rules():
     return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
 
 class Files(unittest.TestCase):
-    def test_dashboards_are_generated(self):
+    def test_dashboards_match_the_generator(self):
         self.assertEqual([file.stem for file in FILES], sorted(generate_dashboards.DASHBOARDS))
         for file in FILES:
-            self.assertEqual(file.read_text(), generate_dashboards.written(file.stem),
+            self.assertEqual(file.read_text(), generate_dashboards.dashboard_json(file.stem),
                              f"{file}: run python3 dashboards/generate_dashboards.py")
 
-    def test_variables(self):
+    def test_queries_use_the_variables(self):
         for file in FILES:
             dashboard = json.loads(file.read_text())
             self.assertEqual([v["name"] for v in dashboard["templating"]["list"]], ["datasource", "job", "instance"])
@@ -162,7 +162,7 @@ class Files(unittest.TestCase):
                     for selectors in re.findall(r"\b(?:gradestore|process)_\w+(\{.*?\})?", target["expr"]):
                         self.assertIn('job="$job",instance=~"$instance"', selectors, target["expr"])
 
-    def test_panels_have_a_place_of_their_own(self):
+    def test_panels_do_not_overlap(self):
         for file in FILES:
             taken, numbers = set(), []
             for panel in json.loads(file.read_text())["panels"]:
@@ -175,7 +175,7 @@ class Files(unittest.TestCase):
             self.assertEqual(len(numbers), len(set(numbers)))
 
 
-NAMES = {rule["alert"] for rule in written_rules()}
+NAMES = {rule["alert"] for rule in rules()}
 
 
 def alerts(lines):
@@ -186,35 +186,35 @@ def seconds(duration):
     return int(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
 
 
-def promtool_test(rules):
-    """What the tests of the rules say of these."""
+def promtool_test(changed_rules):
+    """The output of the rule tests with other rules."""
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "rules.yml").write_text(json.dumps({"groups": [{"name": "gradestore", "rules": rules}]}))
+        (Path(directory) / "rules.yml").write_text(json.dumps({"groups": [{"name": "gradestore", "rules": changed_rules}]}))
         (Path(directory) / "rules_test.yml").write_text((DASHBOARDS / "rules_test.yml").read_text())
         return subprocess.run([PROMTOOL, "test", "rules", "rules_test.yml"], cwd=directory, capture_output=True,
                               text=True).stderr
 
 
 class Rules(unittest.TestCase):
-    def test_firing_and_silent(self):
+    def test_each_alert_fires_and_is_silent(self):
         run = subprocess.run([PROMTOOL, "test", "rules", DASHBOARDS / "rules_test.yml"], capture_output=True, text=True)
         self.assertEqual(run.returncode, 0, run.stdout + run.stderr)
 
-    def test_rules_that_fire_always_are_found(self):
-        said = promtool_test([rule | {"expr": "vector(1)"} for rule in written_rules()])
-        self.assertEqual(alerts(re.findall(r"exp: nil\n\s*got: (.*)", said)), NAMES)
+    def test_rules_that_always_fire_are_detected(self):
+        output = promtool_test([rule | {"expr": "vector(1)"} for rule in rules()])
+        self.assertEqual(alerts(re.findall(r"exp: nil\n\s*got: (.*)", output)), NAMES)
 
-    def test_rules_that_fire_a_minute_later_are_found(self):
-        said = promtool_test([rule | {"for": f"{seconds(rule.get('for', '0s')) + 60}s"} for rule in written_rules()])
-        self.assertEqual(alerts(re.findall(r"exp: (.*)\n\s*got: nil", said)), NAMES)
+    def test_rules_that_fire_a_minute_late_are_detected(self):
+        output = promtool_test([rule | {"for": f"{seconds(rule.get('for', '0s')) + 60}s"} for rule in rules()])
+        self.assertEqual(alerts(re.findall(r"exp: (.*)\n\s*got: nil", output)), NAMES)
 
-    def test_each_says_what_to_do(self):
-        for rule in written_rules():
+    def test_each_alert_has_a_runbook(self):
+        for rule in rules():
             self.assertIn(rule["labels"]["severity"], ("critical", "warning"))
             self.assertEqual(set(rule["annotations"]), {"summary", "runbook", "runbook_url"}, rule["alert"])
 
-    def test_each_is_a_heading_of_the_runbook(self):
-        for rule in written_rules():
+    def test_each_alert_is_a_heading_of_the_runbook(self):
+        for rule in rules():
             file, anchor = rule["annotations"]["runbook_url"].split("#")
             headings = re.findall(r"^#+ (.*)$", (ROOT / file).read_text(), re.MULTILINE)
             self.assertIn(rule["alert"], headings)

@@ -1,5 +1,5 @@
-"""The documents. A reader written from protocol.md alone reads the stream of real nodes and their backups. The commands of
-the README run in order, and the client examples against real nodes. Every link of every page leads somewhere."""
+"""The documents. A reader written from protocol.md alone reads the stream and the backups of real nodes. The commands of the
+README run in order, and the client examples on real nodes. Every link of every page has a target."""
 
 import asyncio
 import csv
@@ -31,8 +31,8 @@ from show import until  # noqa: E402
 
 STREAM, SUBJECT = "GRADES", "grades.set"
 IDS = ["alice", 'a "b"', "one, two", " =1+1 ", "привет 😀", "é" * 128, "a\\nb\u2028c", "-_.:@/"]
-# What a stranger may publish, with what headers, and whether it sets something.
-STRANGERS = [
+# Messages that another client may publish: headers, payload, and whether it is applied.
+FOREIGN_MESSAGES = [
     (None, b'[{"user_id":"stranger","spp":1}]', True),
     ({"Grade-Format": "1"}, b'[ {"spp" : -9223372036854775808, "user_id": "stranger"} , {"user_id":"bare"} ]', True),
     ({"Grade-Checkpoint": "0 0"}, b'[{"user_id":"stranger","spp":2,"return_fee":3}]', True),
@@ -107,14 +107,14 @@ def refused(data):
 
 
 async def stored(broker, position):
-    """The message there, its header block unparsed."""
+    """The message at `position`, with its header block unparsed."""
     request = json.dumps({"seq": position}).encode()
     answer = await broker.request(f"$JS.API.STREAM.MSG.GET.{STREAM}", request)
     return json.loads(answer.data)["message"]
 
 
 def publish_raw(url, messages):
-    """Publishes header blocks as bytes; where the last one is."""
+    """Publishes header blocks as bytes; returns the position of the last message."""
     address = urllib.parse.urlsplit(url)
     with socket.create_connection((address.hostname, address.port), 30) as connection:
         broker = connection.makefile("rwb")
@@ -129,17 +129,17 @@ def publish_raw(url, messages):
         return ack["seq"]
 
 
-class Follower:
-    """Has read the stream up to `position`."""
+class StreamReader:
+    """The state of the stream up to `position`."""
 
     def __init__(self, url):
         self.url, self.position, self.state, self.digests, self.checkpoints = url, 0, {}, {0: "0" * 32}, []
         self.chains = {}
 
-    def follow(self, through, digests=True):
-        asyncio.run(self.read(through, digests))
+    def read_through(self, through, digests=True):
+        asyncio.run(self.read_messages(through, digests))
 
-    async def read(self, through, digests):
+    async def read_messages(self, through, digests):
         broker = await nats.connect(self.url)
         for position in range(self.position + 1, through + 1):
             message = await stored(broker, position)
@@ -158,7 +158,7 @@ class Follower:
         await broker.close()
 
     def publish(self, messages):
-        """Where the last one is."""
+        """Publishes messages; returns the position of the last one."""
         async def publish():
             broker = await nats.connect(self.url)
             for headers, payload in messages:
@@ -180,8 +180,8 @@ class Protocol(unittest.TestCase):
             self.nodes.append(self.enterContext(Node(home, *flags)))
         self.directory = directory
 
-    def held(self, at_least=0):
-        """What a node says of itself, once it has come so far."""
+    def status_at(self, at_least=0):
+        """The status of the first node once it has applied this position."""
         def behind():
             self.status = self.nodes[0].status()
             return self.status["position"] < at_least and self.status
@@ -195,73 +195,73 @@ class Protocol(unittest.TestCase):
         write(self.nodes[0], user_id="zeros", spp=0)
         return write(self.nodes[1], user_id="alice", spp=0)
 
-    def test_the_stream(self):
-        follower = Follower(self.broker.url)
-        follower.chains[0] = read.first_chain(self.held()["log_id"])
+    def test_the_reader_has_the_state_of_a_node(self):
+        reader = StreamReader(self.broker.url)
+        reader.chains[0] = read.first_chain(self.status_at()["log_id"])
         self.fill()
         before = self.nodes[0].metric("gradestore_log_poisoned_total")
-        follower.publish((headers, payload) for headers, payload, _ in STRANGERS)
+        reader.publish((headers, payload) for headers, payload, _ in FOREIGN_MESSAGES)
         end = write(self.nodes[0], user_id="last", spp=1)
-        status = self.held(end)
-        follower.follow(status["position"])
-        self.assertEqual(len(follower.state), status["records"])
-        self.assertEqual(follower.digests[status["position"]], status["digest"])
-        self.assertEqual(f"{follower.chains[status['position']]:032x}", status["chain"])
-        skipped = sum(read.parse_batch(headers or {}, payload) is None for headers, payload, _ in STRANGERS)
-        # All that set nothing but the empty array, which is a batch.
-        self.assertEqual(skipped, sum(not sets for *_, sets in STRANGERS) - 1)
+        status = self.status_at(end)
+        reader.read_through(status["position"])
+        self.assertEqual(len(reader.state), status["records"])
+        self.assertEqual(reader.digests[status["position"]], status["digest"])
+        self.assertEqual(f"{reader.chains[status['position']]:032x}", status["chain"])
+        skipped = sum(read.parse_batch(headers or {}, payload) is None for headers, payload, _ in FOREIGN_MESSAGES)
+        # The empty array is a batch, although it sets nothing.
+        self.assertEqual(skipped, sum(not sets for *_, sets in FOREIGN_MESSAGES) - 1)
         self.assertEqual(self.nodes[0].metric("gradestore_log_poisoned_total") - before, skipped)
 
-        # The nodes compare the same digests.
+        # The checkpoints of the nodes have the same digests.
         def no_checkpoint():
-            follower.follow(self.held()["position"])
-            return not [position for _, position, *_ in follower.checkpoints if position > end]
+            reader.read_through(self.status_at()["position"])
+            return not [position for _, position, *_ in reader.checkpoints if position > end]
 
         until(no_checkpoint)
-        for at, position, chain, digest in follower.checkpoints:
-            self.assertEqual(digest, follower.digests[position], f"in message {at}")
+        for at, position, chain, digest in reader.checkpoints:
+            self.assertEqual(digest, reader.digests[position], f"in message {at}")
             if position > 0:
-                self.assertEqual(chain, f"{follower.chains[position]:032x}", f"in message {at}")
+                self.assertEqual(chain, f"{reader.chains[position]:032x}", f"in message {at}")
 
-        # What has a newer format stops both.
-        newer = follower.publish([({"Grade-Format": "99"}, b'[{"user_id":"alice","spp":7}]')])
+        # A newer format stops both.
+        newer = reader.publish([({"Grade-Format": "99"}, b'[{"user_id":"alice","spp":7}]')])
         until(lambda: self.nodes[0].ready())
         with self.assertRaises(read.Newer):
-            follower.follow(newer)
+            reader.read_through(newer)
         self.assertEqual(self.nodes[0].status()["position"], newer - 1)
-        self.assertEqual(follower.position, newer - 1)
+        self.assertEqual(reader.position, newer - 1)
 
-    def test_header_blocks(self):
-        follower = Follower(self.broker.url)
-        self.held(write(self.nodes[0], user_id="first", spp=1))
+    def test_header_blocks_are_parsed_like_by_a_node(self):
+        reader = StreamReader(self.broker.url)
+        self.status_at(write(self.nodes[0], user_id="first", spp=1))
         before = self.nodes[0].metric("gradestore_log_poisoned_total")
         blocks = [(block, f'[{{"user_id":"{n}","spp":{n}}}]'.encode()) for n, (block, _) in enumerate(HEADER_BLOCKS)]
-        self.held(publish_raw(self.broker.url, blocks))
+        self.status_at(publish_raw(self.broker.url, blocks))
         end = write(self.nodes[0], user_id="last", spp=1)
-        status = self.held(end)
-        follower.follow(status["position"])
+        status = self.status_at(end)
+        reader.read_through(status["position"])
         applied = {str(n) for n, (_, applies) in enumerate(HEADER_BLOCKS) if applies}
-        self.assertEqual(set(follower.state), applied | {"first", "last"})
-        self.assertEqual(follower.digests[status["position"]], status["digest"])
+        self.assertEqual(set(reader.state), applied | {"first", "last"})
+        self.assertEqual(reader.digests[status["position"]], status["digest"])
         skipped = len(HEADER_BLOCKS) - len(applied)
         self.assertEqual(self.nodes[0].metric("gradestore_log_poisoned_total") - before, skipped)
 
-    def test_a_batch_that_is_sent_again_is_stored_once(self):
-        follower = Follower(self.broker.url)
+    def test_a_resent_batch_is_stored_once(self):
+        reader = StreamReader(self.broker.url)
         headers = {"Grade-Format": "1", "Grade-Batch": "a" * 32 + "-1", "Nats-Msg-Id": "a" * 32 + "-1"}
-        follower.publish([(headers, b'[{"user_id":"alice","spp":1}]')] * 3)
-        self.held(write(self.nodes[0], user_id="bob", spp=1))
-        end = self.held()["position"]
-        follower.follow(end)
-        names = asyncio.run(self.names(end))
-        self.assertEqual(names.count("a" * 32 + "-1"), 1)
-        # A writer and its own numbers, in their order.
-        writers = {name.rsplit("-", 1)[0] for name in names}
+        reader.publish([(headers, b'[{"user_id":"alice","spp":1}]')] * 3)
+        self.status_at(write(self.nodes[0], user_id="bob", spp=1))
+        end = self.status_at()["position"]
+        reader.read_through(end)
+        ids = asyncio.run(self.batch_ids(end))
+        self.assertEqual(ids.count("a" * 32 + "-1"), 1)
+        # The sequences of each writer are increasing.
+        writers = {batch_id.rsplit("-", 1)[0] for batch_id in ids}
         for writer in writers:
-            numbers = [int(name.rsplit("-", 1)[1]) for name in names if name.startswith(writer)]
+            numbers = [int(batch_id.rsplit("-", 1)[1]) for batch_id in ids if batch_id.startswith(writer)]
             self.assertEqual(numbers, sorted(set(numbers)))
 
-    async def names(self, end):
+    async def batch_ids(self, end):
         broker = await nats.connect(self.broker.url)
         found = [(await broker.jetstream().get_msg(STREAM, position)).headers for position in range(1, end + 1)]
         await broker.close()
@@ -269,21 +269,21 @@ class Protocol(unittest.TestCase):
             self.assertEqual(headers["Nats-Msg-Id"], headers["Grade-Batch"])
         return [headers["Nats-Msg-Id"] for headers in found]
 
-    def test_a_backup(self):
-        follower = Follower(self.broker.url)
-        self.held(self.fill())
+    def test_a_backup_has_the_documented_bytes(self):
+        reader = StreamReader(self.broker.url)
+        self.status_at(self.fill())
         data = backup(self.nodes[0])
         head, records, end = read.read_backup(data)
         self.assertEqual(head["log_id"], self.nodes[0].status()["log_id"])
-        # Nobody writes, but a checkpoint may come in between.
+        # No client writes, but a checkpoint may be appended meanwhile.
         self.assertLessEqual(head["position"], end["position"])
-        follower.follow(end["position"])
-        self.assertEqual(records, follower.state)
-        self.assertEqual(end["digest"], follower.digests[end["position"]])
-        # As it says, plain CSV to other tools.
+        reader.read_through(end["position"])
+        self.assertEqual(records, reader.state)
+        self.assertEqual(end["digest"], reader.digests[end["position"]])
+        # It is plain CSV to other tools.
         rows = list(csv.DictReader(io.StringIO(gzip.decompress(data).decode(), newline="")))
         self.assertEqual({row.pop("user_id"): [int(row[field]) for field in read.FIELDS] for row in rows}, records)
-        # The first page of the table of bytes, for what the reader does not look at.
+        # The documented bytes that the reader ignores.
         self.assertEqual(data[3], 0x0c)
         self.assertEqual(data[8:10], b"\x00\xff")
         self.assertEqual(int.from_bytes(data[4:8], "little"), head["time_ns"] // 10**9)
@@ -292,8 +292,8 @@ class Protocol(unittest.TestCase):
         self.assertRegex(name.decode(), r"^grades-\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\.csv$")
         self.assertEqual(after[0], 1)
 
-    def test_whatever_is_done_to_a_backup_is_noticed(self):
-        self.held(self.fill())
+    def test_any_change_of_a_backup_is_detected(self):
+        self.status_at(self.fill())
         data = backup(self.nodes[0])
         self.assertFalse(refused(data))
         for at in range(len(data)):
@@ -302,11 +302,11 @@ class Protocol(unittest.TestCase):
         self.assertTrue(refused(data + b"\0"))
         self.assertTrue(refused(data + data))
 
-    def test_a_backup_under_writes_and_the_log_after_it(self):
-        self.held(self.fill())
+    def test_a_backup_under_writes_and_the_log_after_it_give_the_state(self):
+        self.status_at(self.fill())
         for first in range(0, 40_000, 1000):
             entries = [{"user_id": f"user-{n}", "spp": n} for n in range(first, first + 1000)]
-            Follower(self.broker.url).publish([(None, json.dumps(entries).encode())])
+            StreamReader(self.broker.url).publish([(None, json.dumps(entries).encode())])
         stop = threading.Event()
 
         def keep_writing():
@@ -318,38 +318,38 @@ class Protocol(unittest.TestCase):
         writer = threading.Thread(target=keep_writing)
         writer.start()
         try:
-            under_way = []
+            overlapping = []
 
-            def not_overtaken():
+            def no_overlap():
                 head, records, end = read.read_backup(backup(self.nodes[0]))
-                under_way[:] = [head, records, end]
+                overlapping[:] = [head, records, end]
                 return head["position"] == end["position"] and "nothing was written during a backup"
 
-            until(not_overtaken)
+            until(no_overlap)
         finally:
             stop.set()
             writer.join()
-        head, records, end = under_way
+        head, records, end = overlapping
         self.assertGreater(members(backup(self.nodes[0])), 3)
-        status = self.held(write(self.nodes[0], user_id="last", spp=1))
-        follower = Follower(self.broker.url)
-        follower.position, follower.state = head["position"], records
-        follower.follow(status["position"], digests=False)
-        self.assertEqual(read.digest(follower.state), status["digest"])
+        status = self.status_at(write(self.nodes[0], user_id="last", spp=1))
+        reader = StreamReader(self.broker.url)
+        reader.position, reader.state = head["position"], records
+        reader.read_through(status["position"], digests=False)
+        self.assertEqual(read.digest(reader.state), status["digest"])
 
-    def test_the_program_on_the_page(self):
-        self.held(self.fill())
+    def test_the_reader_of_the_document_reads_a_backup(self):
+        self.status_at(self.fill())
         file = self.directory / "grades.csv.gz"
         file.write_bytes(backup(self.nodes[0]))
-        said = subprocess.run([sys.executable, ROOT / "docs" / "internals" / "read.py", file], capture_output=True, text=True)
-        self.assertEqual(said.returncode, 0, said.stderr)
-        self.assertEqual(json.loads(said.stdout)["records"], len(IDS) + 1)
-        said = subprocess.run([PROGRAM, "verify", file], capture_output=True, text=True)
-        self.assertEqual(said.returncode, 0, said.stderr)
+        result = subprocess.run([sys.executable, ROOT / "docs" / "internals" / "read.py", file], capture_output=True, text=True)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(json.loads(result.stdout)["records"], len(IDS) + 1)
+        result = subprocess.run([PROGRAM, "verify", file], capture_output=True, text=True)
+        self.assertEqual(result.returncode, 0, result.stderr)
 
 
 class Operations(unittest.TestCase):
-    def test_a_backup_into_a_cluster(self):
+    def test_the_steps_of_a_restore_into_a_cluster(self):
         """The steps of docs/operations/backup.md, under "Into a cluster"."""
         directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
         broker = self.enterContext(Broker(directory / "nats", "default"))
@@ -369,7 +369,7 @@ class Operations(unittest.TestCase):
         write(nodes[0], user_id="alice", spp=1)
         file = directory / "grades.csv.gz"
         file.write_bytes(backup(nodes[0]))
-        # What is to be undone; each has it in a snapshot then.
+        # The restore must undo this write, which is in the snapshots of both.
         write(nodes[0], user_id="alice", spp=666)
         stop(nodes)
 
@@ -385,7 +385,7 @@ class Operations(unittest.TestCase):
         nodes.append(start(homes[1]))
         for node in nodes:
             self.assertEqual(json.load(ask(node, "read", "/get?user_id=alice"))["spp"], 1)
-        # Without the file from then on.
+        # Restarted without --restore-from.
         stop(nodes[:1])
         nodes[0] = start(homes[0])
         position = write(nodes[0], user_id="alice", spp=2)
@@ -394,32 +394,32 @@ class Operations(unittest.TestCase):
             self.assertEqual(json.load(urllib.request.urlopen(found))["spp"], 2)
 
 
-class Page(unittest.TestCase):
+class ProtocolExamples(unittest.TestCase):
     text = (ROOT / "docs" / "internals" / "protocol.md").read_text()
 
-    def test_the_digest_of_the_example(self):
+    def test_the_digest(self):
         self.assertEqual(read.digest({"alice": [0, 5, 0, 0]}), "dd6a0570c454b97f66aac1625bf5536d")
         self.assertIn("dd6a0570c454b97f66aac1625bf5536d", self.text)
 
-    def test_deletions(self):
+    def test_a_batch_with_deletions(self):
         state = {}
         batch = b'[{"user_id":"a","spp":1},{"delete":"a"},{"delete":"nobody"},{"user_id":"b"}]'
         read.apply(state, read.parse_batch({"Grade-Format": "1"}, batch))
         self.assertEqual(state, {"b": [0, 0, 0, 0]})
 
-    def test_its_example_of_a_message(self):
+    def test_the_message(self):
         headers, payload = self.text.split("### A message\n\n```\n")[1].split("\n```")[0].split("\n\n")
         headers = dict(line.split(": ") for line in headers.splitlines())
         self.assertEqual([entry["user_id"] for entry in read.parse_batch(headers, payload.encode())], ["alice", "bob"])
 
 
 def blocks(page):
-    """The fenced blocks of a page: language and text."""
+    """The fenced code blocks of a page: language and text."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 class Clients(unittest.TestCase):
-    """The program of each page of docs/clients writes on one node and reads on another."""
+    """The program of each page in docs/clients writes on one node and reads on another."""
 
     def setUp(self):
         self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -435,11 +435,11 @@ class Clients(unittest.TestCase):
         (program,) = (text for name, text in page_blocks if name == language)
         (printed,) = (text for name, text in page_blocks if name == "")
         (self.directory / file).write_text(program)
-        # The first node of each list is away, so every first request is sent again.
-        away = f"http://127.0.0.1:{free_port()}"
+        # The first node of each list is down, so every first request is retried.
+        down = f"http://127.0.0.1:{free_port()}"
         settings = {
-            "GRADES_WRITE": f"{away},{self.nodes[0].urls['write']}",
-            "GRADES_READ": f"{away},{self.nodes[1].urls['read']}",
+            "GRADES_WRITE": f"{down},{self.nodes[0].urls['write']}",
+            "GRADES_READ": f"{down},{self.nodes[1].urls['read']}",
             "GRADES_PASSWORD": PASSWORD,
         }
         done = subprocess.run([*command, file], cwd=self.directory, env=os.environ | settings, capture_output=True, text=True)
@@ -465,15 +465,15 @@ class Clients(unittest.TestCase):
 
 class Readme(unittest.TestCase):
     page = ROOT / "README.md"
-    # What it takes from the repository.
+    # The parts of the repository that its commands use.
     PARTS = ("Makefile", "load", "tests", ".tools")
-    # Commands that run until they are stopped, and the ops ports that are ready then.
+    # Commands that run until they are stopped, and the ops ports on which they become ready.
     SERVERS = {
         "GRADESTORE_PASSWORD=secret cargo run --release": (8082,),
         "make cluster": (18082, 28082, 38082),
         "gradestore serve": (9082,),
     }
-    # The program is built already, and its shim is on the PATH.
+    # The program is built already, and on the PATH as a shim.
     SKIPPED = ("cargo build", "sudo install")
     HEAD = """set -eu
 ip link set lo up
@@ -487,14 +487,14 @@ ready() {
 }
 """
 
-    def test_is_short_and_names_the_two_commands(self):
+    def test_is_short_and_names_the_main_commands(self):
         text = self.page.read_text()
         self.assertLessEqual(text.count("\n"), 150)
         self.assertIn("cargo run --release", text)
         self.assertIn("make test", text)
 
     def test_its_commands_run_in_order(self):
-        """In a network and with processes of their own, since the README has fixed ports and kills a process by its name."""
+        """In network and PID namespaces, because the README has fixed ports and kills a process by its name."""
         directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
         for part in self.PARTS:
             (directory / part).symlink_to(ROOT / part)
@@ -524,7 +524,7 @@ ready() {
                     else:
                         script.append(f"bash {n}-{k}.sh >>{n}.out")
             elif language == "json":
-                # What the block before it prints.
+                # The output of the block before it.
                 printed.append((n - 1, text))
         script.append("curl -s 'http://127.0.0.1:9081/get?user_id=alice' >restored.out")
         (directory / "all.sh").write_text("\n".join(script))
@@ -532,8 +532,8 @@ ready() {
 
         env = {name: value for name, value in os.environ.items() if not name.startswith("GRADESTORE_")}
         env |= {"PATH": f"{shims}:{env['PATH']}", "PROGRAM": str(program)}
-        own = ("--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-        done = subprocess.run(["unshare", *own, "bash", "all.sh"], cwd=directory, env=env, capture_output=True, text=True)
+        namespaces = ("--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+        done = subprocess.run(["unshare", *namespaces, "bash", "all.sh"], cwd=directory, env=env, capture_output=True, text=True)
         logs = "\n".join(f"{log.name}: {log.read_text()}" for log in directory.glob("*.log"))
         self.assertEqual(done.returncode, 0, done.stderr + logs)
         self.assertGreater(len(printed), 1)
@@ -545,9 +545,9 @@ ready() {
 
 
 class Troubleshooting(unittest.TestCase):
-    def test_the_program_has_its_messages(self):
+    def test_each_message_is_in_the_source(self):
         source = "".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.rs")))
-        # As the compiler joins a literal that goes on in the next line.
+        # The compiler joins continued string literals like this.
         source = re.sub(r"\\\n\s*", "", source)
         text = (ROOT / "docs" / "operations" / "troubleshooting.md").read_text()
         found = 0
@@ -562,14 +562,14 @@ class Troubleshooting(unittest.TestCase):
 
 
 def anchors(page):
-    """What the headings of a page are linked to by."""
+    """The anchors of the headings of a page."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 class Links(unittest.TestCase):
-    def test_each_leads_somewhere(self):
+    def test_each_link_has_a_target(self):
         listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
         links = 0
         for page in (ROOT / name for name in listed.stdout.split()):

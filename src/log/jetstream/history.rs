@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::broker::{BrokerError, Connection, InfoSource, Outgoing, RawMessage, StreamInfo};
 use super::message::{self, Unreadable};
 use super::{Shared, header_block, stream};
-use crate::log::{Bounds, Effect, InFlight, Position, ReadError};
+use crate::log::{Bounds, ChainEntry, InFlight, Position, ReadError};
 
 /// How long the leader must report the same before a suspicion is confirmed.
 const CONFIRM_AFTER: Duration = Duration::from_secs(30);
@@ -244,11 +244,12 @@ fn is_batch_at(stored: &RawMessage, position: &Position) -> bool {
         Ok((label, _)) => {
             let times = [Some(stored.time_ns), label.time_ns];
             let id = label.id;
-            times.contains(&Some(position.time_ns)) && position.holds(Effect::Batch { id, payload })
+            times.contains(&Some(position.time_ns))
+                && position.matches(ChainEntry::Batch { id, payload })
         }
         // The time tells it from another skipped message in its place.
         Err(Unreadable::Poisoned(_)) => {
-            stored.time_ns == position.time_ns && position.holds(Effect::Skipped)
+            stored.time_ns == position.time_ns && position.matches(ChainEntry::Skipped)
         }
         Err(Unreadable::Newer(_)) => false,
     }

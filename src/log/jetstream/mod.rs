@@ -55,7 +55,7 @@ use self::subscription::JetStreamSubscription;
 use self::watched::Watched;
 use self::write_health::WriteHealth;
 use super::{
-    Announce, Announcement, AppendError, Batch, BatchId, Bounds, Counts, InFlight, Log, LogId,
+    Announce, Announcement, AppendError, Batch, BatchId, Bounds, InFlight, Log, LogCounts, LogId,
     Position, RandomId, ReadError, Seq, Subscription,
 };
 use crate::sys::tasks::{CriticalTasks, TaskEnded};
@@ -413,10 +413,10 @@ impl Log for JetStreamLog {
         true
     }
 
-    fn counts(&self) -> Counts {
+    fn counts(&self) -> LogCounts {
         let counts = &self.shared.counts;
         let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        Counts {
+        LogCounts {
             reconnects: load(&counts.reconnects),
             resumes: load(&counts.resumes),
             resends: load(&counts.resends),

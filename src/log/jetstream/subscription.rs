@@ -27,7 +27,7 @@ use super::history::Verdict;
 use super::message::{self, Unreadable};
 use super::session::Backoff;
 use super::{Shared, header_block};
-use crate::log::{Batch, Effect, Entry, Position, ReadError, Seq, Subscription};
+use crate::log::{Batch, ChainEntry, Entry, Position, ReadError, Seq, Subscription};
 
 /// A call returns at most this many entries, and no more batches after this many writes: all of
 /// them are decoded without yielding.
@@ -399,7 +399,7 @@ impl JetStreamSubscription {
                     self.shared.health.delivered(id);
                 }
                 (
-                    self.last.next(time_ns, Effect::Batch { id, payload }),
+                    self.last.next(time_ns, ChainEntry::Batch { id, payload }),
                     batch,
                 )
             }
@@ -409,7 +409,10 @@ impl JetStreamSubscription {
             Err(Unreadable::Poisoned(why)) => {
                 self.shared.counts.poisoned.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(seq, why, "skipped a message that is no batch");
-                (self.last.next(stored_ns, Effect::Skipped), Batch::default())
+                (
+                    self.last.next(stored_ns, ChainEntry::Skipped),
+                    Batch::default(),
+                )
             }
         };
         self.last = position;

@@ -1,23 +1,23 @@
-//! A batch of the log on disk as bytes. Integers are little-endian:
+//! The value of a record: one batch. Integers are little-endian:
 //!
-//! | bytes | what |
+//! | bytes | content |
 //! | --- | --- |
 //! | 1 | format: 1 |
-//! | 8 | the log's time, nanoseconds since 1970 |
+//! | 8 | when the log stored the batch, in nanoseconds since 1970 |
 //! | 16 | the writer |
-//! | 8 | the writer's number of the batch |
+//! | 8 | the writer's sequence number of the batch |
 //! | rest | the writes, a JSON array |
 //!
-//! The record around it has the checksum.
+//! The record has the checksum.
 
 use crate::grade::Write;
 use crate::log::codec::{self, FORMAT};
-use crate::log::{Batch, BatchId, Effect, Entry, Position, RandomId, ReadError, Seq};
+use crate::log::{Batch, BatchId, ChainEntry, Entry, Position, RandomId, ReadError, Seq};
 
 /// Bytes before the writes.
 pub(super) const HEADER_BYTES: usize = 1 + 8 + 16 + 8;
 
-/// Appends the value of the batch after `previous` to `out`; its position.
+/// Appends the value of the batch after `previous` to `out`. Returns the batch's position.
 #[expect(clippy::indexing_slicing, reason = "the header was appended before")]
 pub fn write(
     previous: &Position,
@@ -33,10 +33,10 @@ pub fn write(
     out.extend_from_slice(&id.seq.to_le_bytes());
     codec::write(writes, out);
     let payload = &out[payload_at..];
-    previous.next(time_ns, Effect::Batch { id, payload })
+    previous.next(time_ns, ChainEntry::Batch { id, payload })
 }
 
-/// Takes the value of batch `seq` apart: its time, its identity, and the writes as JSON.
+/// Splits the value of batch `seq` into its time, its identity and the writes as JSON.
 fn split(seq: Seq, value: &[u8]) -> Result<(u64, BatchId, &[u8]), ReadError> {
     let damaged = |why: &str| ReadError::Damaged {
         seq,
@@ -46,7 +46,7 @@ fn split(seq: Seq, value: &[u8]) -> Result<(u64, BatchId, &[u8]), ReadError> {
         return Err(damaged("it is empty"));
     };
     if *format != FORMAT {
-        let why = format!("its format is {format}, this version reads {FORMAT} only");
+        let why = format!("it has format {format}, this version reads only {FORMAT}");
         return Err(damaged(&why));
     }
     let parts = (|| {
@@ -63,22 +63,22 @@ fn split(seq: Seq, value: &[u8]) -> Result<(u64, BatchId, &[u8]), ReadError> {
 /// The position of the batch with this value, which comes after `previous`.
 ///
 /// # Errors
-/// `value` is not what [`write()`] wrote.
+/// `value` is not an output of [`write()`].
 pub fn position(previous: &Position, value: &[u8]) -> Result<Position, ReadError> {
     let (time_ns, id, payload) = split(previous.seq + 1, value)?;
-    Ok(previous.next(time_ns, Effect::Batch { id, payload }))
+    Ok(previous.next(time_ns, ChainEntry::Batch { id, payload }))
 }
 
-/// The whole batch with this value, which comes after `previous`.
+/// The batch with this value, which comes after `previous`.
 ///
 /// # Errors
-/// `value` is not what [`write()`] wrote.
+/// `value` is not an output of [`write()`].
 pub fn read(previous: &Position, value: &[u8]) -> Result<Entry, ReadError> {
     let seq = previous.seq + 1;
     let (time_ns, id, payload) = split(seq, value)?;
     let writes = codec::read(payload).map_err(|why| ReadError::Damaged { seq, why })?;
     Ok(Entry {
-        position: previous.next(time_ns, Effect::Batch { id, payload }),
+        position: previous.next(time_ns, ChainEntry::Batch { id, payload }),
         batch: Batch {
             ticket: None,
             writes,

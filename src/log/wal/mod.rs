@@ -1,36 +1,26 @@
-//! The log of a node alone, on its disk: an answered write survives kill -9 and power loss.
+//! The write-ahead log of a single node: an acknowledged write survives kill -9 and power loss.
 //!
-//! A batch is written and synced before anyone sees it, so its reply, which goes out after the
-//! reader has applied it, never comes before its sync. One sync a batch; while it runs the next
-//! batch fills, which makes batches as large as the disk is slow.
+//! A batch is written and synced before readers see it. It is acknowledged once it is applied, so
+//! never before it is synced. Each batch has one sync; the next batch fills meanwhile (group
+//! commit).
 //!
-//! A log is a row of [segments](segment), files of [records](record); batches go to the last one, and
-//! forgetting removes whole segments from the front.
+//! The log is a sequence of [segments](segment), files of [records](record). Batches are appended
+//! to the last segment, and trimming removes whole segments from the front.
 //!
-//! # Why a format of our own
-//!
-//! Until it was measured the log was kept in *fjall*, a log-structured store, whose journal does what
-//! is done here. It grows as it is written, so each sync also commits the file's length and blocks: a
-//! batch took 0.18 ms of CPU, and `POST /set` came to 0.46 of what it does with the log in memory.
-//! Writing 2,500 bytes and syncing them took 192 us, 68 of them CPU, at a file's end; 184 and 70 in
-//! room that was only reserved; 104 and 37 over zeros that were written and synced before, and the
-//! same with `O_DSYNC` in place of the sync. Only the owner of the file can make such room. *redb* and
-//! *SQLite* write pages of a tree where appending wants one run of bytes.
-//!
-//! A format of one's own is quickly written and long in being trusted. What is to keep its bugs away:
-//! it does nothing but append and remove whole files, with no index and no work in the background;
-//! each batch is synced before the next, so there is one place that a crash can tear; and the tests
-//! cut and zero that place at every 8 bytes and every page, flip bits in all others, fail writes and
-//! syncs, compare with a plain list, and kill a node under load.
+//! The format is our own, because only the owner of a file can overwrite zeros that were synced in
+//! advance: a sync then costs 104 us instead of 192 (docs/internals/adr/0001). The log only appends
+//! and removes whole files, without an index or background work, and syncs each batch before the
+//! next. So a crash can tear a log at one place only. The tests truncate and zero that place at
+//! every 8 bytes and every page, flip bits elsewhere, fail writes and syncs, and compare with a
+//! `Vec`.
 //!
 //! # A full disk
 //!
-//! Room is made a [step](Sizes) at a time and synced before a batch is written there. Free space is
-//! looked at before each batch: with less than a reserve left, or without the next step where that is
-//! needed, the batch is refused before any of it is written; reading goes on, and when there is room
-//! again so does writing. A segment can be forgotten once the
-//! next one is begun, so the log comes to 17 MiB before a trim can free any of it: 20 MiB, and what
-//! the snapshots take, are about the least for a disk.
+//! Space is zeroed and synced in [steps](WalSizes). Before each batch the writer checks the free
+//! space. With less than the reserve, or less than the next step where it needs one, it rejects the
+//! batch before it has written any of it. Reads continue, and writes continue once there is space
+//! again. A segment can be trimmed once the next one exists, so the log grows to 17 MiB before a
+//! trim can free anything: a disk needs about 20 MiB plus the snapshots.
 
 pub mod format;
 mod reader;
@@ -54,61 +44,61 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
 
-use self::reader::{DiskSubscription, Recent};
-use self::recovery::Opened;
-use self::writer::{Append, Keeper};
+use self::reader::{DiskSubscription, RecentEntries};
+use self::recovery::RecoveredLog;
+use self::writer::{AppendRequest, WalWriter};
 use super::{
     AppendError, Batch, Log, LogId, Position, RandomId, ReadError, Seq, Subscription, TrimError,
 };
 
-/// What comes while one batch is written and synced makes the next one larger. With two, batches of 64
-/// connections held 21 writes in place of 30, and `POST /set` did 0.61 of what it does with
-/// the log in memory in place of 0.70: a sync costs more than the disk's waiting for the next one.
+/// Writes that arrive during a sync make the next batch larger. With two batches in flight, batches
+/// of 64 connections had 21 writes instead of 30, and `POST /set` reached 0.61 of its rate with the
+/// log in memory instead of 0.70: more syncs cost more than a disk that is sometimes idle.
 const IN_FLIGHT_MAX: usize = 1;
 
-/// Why a log can't be opened.
+/// Why a log cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The disk said no.
+    /// A file cannot be read or written.
     #[error("cannot open the log in {dir}: {why}")]
     Storage {
-        /// Where the log is.
+        /// The log's directory.
         dir: PathBuf,
-        /// What was said.
+        /// The system's error.
         why: Box<str>,
     },
-    /// What is there is not what was written.
+    /// A file was changed or lost.
     #[error("the log in {dir} is damaged: {why}; move it away and restore from a backup")]
     Damaged {
-        /// Where the log is.
+        /// The log's directory.
         dir: PathBuf,
-        /// What is wrong.
+        /// The reason.
         why: Box<str>,
     },
-    /// What is there is no log, or none that this version reads.
+    /// The directory has no log that this version can read.
     #[error(
-        "{dir} holds no log of this version: {why}; move it away and restore from a backup, or use \
-         another data directory"
+        "{dir} has no log that this version can read: {why}; move it away and restore from a backup, \
+         or use another data directory"
     )]
-    Foreign {
-        /// Where the log should be.
+    Unrecognized {
+        /// The log's directory.
         dir: PathBuf,
-        /// What is there.
+        /// The reason.
         why: Box<str>,
     },
-    /// Numbering was to begin anew in a log that has batches.
+    /// A base was given for a log that has batches.
     #[error(
-        "the log in {dir} is not empty: it has come to batch {end}; move it away, or use another \
-         data directory"
+        "the log in {dir} is not empty: its last batch is {end}; move it away, or use another data \
+         directory"
     )]
     NotEmpty {
-        /// Where the log is.
+        /// The log's directory.
         dir: PathBuf,
         /// Its last batch.
         end: Seq,
     },
-    /// The system has no random bytes to name the log with.
-    #[error("the system gave no random bytes: {0}")]
+    /// The system returned no random bytes for the log's id.
+    #[error("the system returned no random bytes: {0}")]
     Random(#[from] getrandom::Error),
 }
 
@@ -119,113 +109,112 @@ impl OpenError {
     }
 }
 
-/// The measures of a log, in bytes.
+/// The sizes of a log's parts.
 #[derive(Debug, Clone, Copy)]
-struct Sizes {
-    /// Room that is made at once.
+struct WalSizes {
+    /// How much space is zeroed at once.
     step_bytes: u64,
-    /// Records in a segment, the unit of forgetting; more only where one record is larger.
+    /// The size of a segment, the unit of trimming. Larger only for a single larger record.
     segment_bytes: u64,
-    /// What must stay free on the disk when room is made.
+    /// The free space that the log leaves on the disk.
     reserve_bytes: u64,
 }
 
 /// A log on disk.
 ///
-/// Dropping it waits for what is being written, which may take as long as the disk does.
+/// Dropping it waits for the batch that is being written.
 pub struct DiskLog {
-    shared: Arc<Shared>,
+    shared: Arc<WalShared>,
     end: watch::Receiver<Seq>,
-    /// `None` while it is dropped.
-    queue: Option<SyncSender<Append>>,
+    /// `None` only while the log is dropped.
+    queue: Option<SyncSender<AppendRequest>>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the log, its thread and its readers share.
-struct Shared {
+/// State shared by the log, its writer and its readers.
+struct WalShared {
     dir: PathBuf,
     log: RandomId,
-    /// What numbering began after.
+    /// The first batch is base + 1.
     base: Seq,
-    sizes: Sizes,
+    sizes: WalSizes,
     /// The first batch of each segment, in order; never empty.
     segments: Mutex<Vec<Seq>>,
     first: AtomicU64,
-    recent: Mutex<Recent>,
-    refusal: Mutex<Option<Arc<str>>>,
-    /// Held while segments are removed: they must go oldest first.
+    recent: Mutex<RecentEntries>,
+    stall_reason: Mutex<Option<Arc<str>>>,
+    /// Locked while segments are removed, because the oldest must be removed first.
     trimming: Mutex<()>,
-    /// Comes before a record is written.
+    /// Called before a record is written.
     #[cfg(test)]
     fault: Mutex<Option<tests::Fault>>,
 }
 
 impl DiskLog {
-    /// Opens the log in `dir`, or makes one. That no other process has it open is the caller's to
-    /// see to.
+    /// Opens the log in `dir`, or creates it. The caller must ensure that no other process has it
+    /// open.
     ///
-    /// With a `base` the log must never have held a batch, and its first one will be `base` + 1; it
-    /// gets a new [`LogId`] then, as its numbers mean something else. A log made without begins
-    /// at 1.
+    /// With a `base`, the log must never have had a batch. Its first one will be `base` + 1, and it
+    /// gets a new [`LogId`], because its sequence numbers have another meaning.
     ///
     /// # Errors
-    /// The log can't be read or written, is damaged, or there is a `base` and it is in use.
+    /// The log cannot be read or written, is damaged, or has batches and a `base` was given.
     pub fn open(dir: &Path, base: Option<Seq>) -> Result<Self, OpenError> {
-        Self::open_with(dir, base, Sizes::NODE)
+        Self::open_with(dir, base, WalSizes::NODE)
     }
 
-    fn open_with(dir: &Path, base: Option<Seq>, sizes: Sizes) -> Result<Self, OpenError> {
+    fn open_with(dir: &Path, base: Option<Seq>, sizes: WalSizes) -> Result<Self, OpenError> {
         let exists = dir.try_exists();
         if !exists.map_err(|error| OpenError::io(dir, error))? {
-            Opened::create(dir, base.unwrap_or(0), sizes)?;
+            RecoveredLog::create(dir, base.unwrap_or(0), sizes)?;
         }
-        let mut opened = Opened::open(dir)?;
+        let mut recovered = RecoveredLog::open(dir)?;
         if let Some(base) = base
-            && !(opened.unused() && opened.base == base)
+            && !(recovered.is_unused() && recovered.base == base)
         {
-            if !opened.unused() {
-                let (dir, end) = (dir.into(), opened.last.seq);
+            if !recovered.is_unused() {
+                let (dir, end) = (dir.into(), recovered.last.seq);
                 return Err(OpenError::NotEmpty { dir, end });
             }
-            opened.discard(dir)?;
-            Opened::create(dir, base, sizes)?;
-            opened = Opened::open(dir)?;
+            recovered.discard(dir)?;
+            RecoveredLog::create(dir, base, sizes)?;
+            recovered = RecoveredLog::open(dir)?;
         }
-        Self::start(dir, opened, sizes)
+        Self::start(dir, recovered, sizes)
     }
 
-    fn start(dir: &Path, opened: Opened, sizes: Sizes) -> Result<Self, OpenError> {
-        let (sender, end) = watch::channel(opened.last.seq);
-        let first = opened.segments.first().copied();
-        let shared = Arc::new(Shared {
+    fn start(dir: &Path, recovered: RecoveredLog, sizes: WalSizes) -> Result<Self, OpenError> {
+        let (sender, end) = watch::channel(recovered.last.seq);
+        let first = recovered.segments.first().copied();
+        let shared = Arc::new(WalShared {
             dir: dir.into(),
-            log: opened.log,
-            base: opened.base,
+            log: recovered.log,
+            base: recovered.base,
             sizes,
-            first: AtomicU64::new(first.unwrap_or(opened.last.seq + 1)),
-            segments: Mutex::new(opened.segments),
+            first: AtomicU64::new(first.unwrap_or(recovered.last.seq + 1)),
+            segments: Mutex::new(recovered.segments),
             recent: Mutex::default(),
-            refusal: Mutex::default(),
+            stall_reason: Mutex::default(),
             trimming: Mutex::default(),
             #[cfg(test)]
             fault: Mutex::default(),
         });
-        let keeper = Keeper {
+        let writer = WalWriter {
             shared: Arc::clone(&shared),
             end: sender,
-            last: opened.last,
+            last: recovered.last,
             writer: RandomId::random()?,
             written: 0,
-            pen: Some(opened.pen),
-            doubt: None,
-            refusing: None,
+            active: Some(recovered.active),
+            uncertain: None,
+            stall: None,
             record: Vec::new(),
         };
-        // Senders hold to the bound of what is in flight, so there is always room.
+        // Callers keep to `in_flight_max`, so the queue is never full.
         let (queue, received) = mpsc::sync_channel(IN_FLIGHT_MAX);
         let thread = thread::Builder::new()
             .name("disk-log".to_owned())
-            .spawn(move || keeper.run(&received))
+            .spawn(move || writer.run(&received))
             .map_err(|error| OpenError::io(dir, error))?;
         Ok(Self {
             shared,
@@ -235,22 +224,16 @@ impl DiskLog {
         })
     }
 
-    /// Whether this log never held a batch and has no batches before it either.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.end() == 0
-    }
-
-    /// The position of batch `seq`, or of the one before the first that is held; read from the log's
-    /// files, so not for a hot path. `None` where they don't have it. Blocks.
+    /// The position of batch `seq`, or of the batch before the first one; `None` if the log does
+    /// not have it. Reads whole segments, so it is slow, and blocks.
     ///
     /// # Errors
-    /// A file can't be read.
+    /// A file cannot be read.
     pub fn position(&self, seq: Seq) -> io::Result<Option<Position>> {
         let segments = self.shared.segments.lock().clone();
         for first in segments {
             let bytes = fs::read(segment::path(&self.shared.dir, first))?;
-            let header = segment::Header::read(&bytes).map_err(io::Error::other)?;
+            let header = segment::SegmentHeader::read(&bytes).map_err(io::Error::other)?;
             let mut position = header.start;
             let mut rest = bytes.get(segment::HEADER_BYTES as usize..);
             while position.seq != seq
@@ -269,8 +252,8 @@ impl DiskLog {
     }
 }
 
-impl Shared {
-    /// The segment that batch `seq` is in, and the last batch that may be in it; each by its number.
+impl WalShared {
+    /// The first and the last possible batch of the segment with batch `seq`.
     fn segment_of(&self, seq: Seq) -> Option<(Seq, Seq)> {
         let segments = self.segments.lock();
         let next = segments.partition_point(|first| *first <= seq);
@@ -279,19 +262,19 @@ impl Shared {
         Some((*first, last))
     }
 
-    /// Removes the segments wholly at or below `through`. Blocks.
+    /// Removes the segments that end at or before `through`. Blocks.
     fn trim(&self, through: Seq) -> Result<(), TrimError> {
         let failed = |error: io::Error| TrimError::Failed(error.to_string().into());
         let _oldest_first = self.trimming.lock();
         loop {
-            // What was removed before must not come back while what is after it is gone.
+            // Removals must become durable in order.
             segment::sync_dir(&self.dir).map_err(failed)?;
             let (oldest, next) = match self.segments.lock().as_slice() {
                 [oldest, next, ..] if *next <= through.saturating_add(1) => (*oldest, *next),
                 _ => return Ok(()),
             };
-            // Nothing of it is promised from here on. The lock is not held: appending must not wait
-            // for this.
+            // From here on the log does not have these batches. The lock is not held, so that
+            // appends do not wait for the removal.
             self.first.store(next, Ordering::Release);
             fs::remove_file(segment::path(&self.dir, oldest)).map_err(|error| {
                 self.first.store(oldest, Ordering::Release);
@@ -325,25 +308,25 @@ impl Log for DiskLog {
 
     fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>> {
         async {
-            let (verdict, given) = oneshot::channel();
+            let (reply, result) = oneshot::channel();
             let queue = self.queue.as_ref().ok_or(AppendError::Closed)?;
-            match queue.try_send(Append { batch, verdict }) {
+            match queue.try_send(AppendRequest { batch, reply }) {
                 Ok(()) => {}
                 Err(TrySendError::Disconnected(_)) => return Err(AppendError::Closed),
                 Err(TrySendError::Full(_)) => {
-                    let why = format!("more batches than {IN_FLIGHT_MAX} wait to be written");
+                    let why = format!("more than {IN_FLIGHT_MAX} batches in flight");
                     return Err(AppendError::Refused(why.into()));
                 }
             }
-            // A thread that died with the batch at hand may have written it. That is not an error:
-            // a batch is committed once it is delivered.
-            given.await.unwrap_or(Ok(()))
+            // If the thread panicked, it may have written the batch. That is not an error here,
+            // because a batch is committed once it is delivered.
+            result.await.unwrap_or(Ok(()))
         }
         .boxed()
     }
 
     fn unwritable(&self) -> Option<Arc<str>> {
-        self.shared.refusal.lock().clone()
+        self.shared.stall_reason.lock().clone()
     }
 
     fn trim(&self, through: Seq) -> BoxFuture<'_, Result<(), TrimError>> {
@@ -368,7 +351,7 @@ impl Log for DiskLog {
                 shared: Arc::clone(&self.shared),
                 end: self.end.clone(),
                 last: after,
-                place: None,
+                cursor: None,
             }) as Box<dyn Subscription>)
         }
         .boxed()
@@ -377,7 +360,7 @@ impl Log for DiskLog {
 
 impl Drop for DiskLog {
     fn drop(&mut self) {
-        // Nothing more can come: the thread finishes what waits and ends.
+        // The thread finishes the queued batches and ends.
         drop(self.queue.take());
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()

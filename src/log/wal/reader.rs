@@ -1,8 +1,8 @@
-//! Reading: from the disk while far behind, from memory while close.
+//! Reads the log: recent batches from memory, older ones from the disk.
 //!
-//! There is no hand-over to get wrong. A reader knows the one batch it wants; when that is among
-//! the few newest it comes from memory, undecoded, else from the disk. The thread that writes
-//! never waits for a reader: what a slow one misses in memory is on the disk.
+//! There is no state that says which. A reader takes the next batch from memory if it is there,
+//! which needs no decoding, and otherwise from the disk. The writer never waits for a reader: a
+//! slow reader finds on the disk what it missed in memory.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -14,20 +14,20 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
-use super::segment::{HEADER_BYTES, Heads, path, read_at};
-use super::{Shared, format, record};
+use super::segment::{HEADER_BYTES, RecordHeaders, path, read_at};
+use super::{WalShared, format, record};
 use crate::log::{Entry, Position, ReadError, Seq, Subscription};
 
-/// Entries kept in memory: enough that a reader that keeps up never goes to the disk.
+/// Entries kept in memory: enough that a reader that keeps up never reads the disk.
 const RECENT_MAX: usize = 8;
-/// What is read off the disk at once; a record that is larger is read alone.
-const PIECE_BYTES: usize = 256 * 1024;
+/// Bytes read from the disk at once; a larger record is read alone.
+const READ_BYTES: usize = 256 * 1024;
 
 /// The newest entries, without a gap.
 #[derive(Default)]
-pub(super) struct Recent(VecDeque<Entry>);
+pub(super) struct RecentEntries(VecDeque<Entry>);
 
-impl Recent {
+impl RecentEntries {
     /// Adds the entry after the last.
     pub(super) fn push(&mut self, entry: Entry) {
         if self.0.len() == RECENT_MAX {
@@ -36,7 +36,7 @@ impl Recent {
         self.0.push_back(entry);
     }
 
-    /// Copies the entries after `last`; `false` if the next one is not here.
+    /// Copies the entries after `last`. Returns `false` if the next one is not in memory.
     fn copy(&self, last: &Position, out: &mut Vec<Entry>) -> Result<bool, ReadError> {
         let mut newer = self
             .0
@@ -54,30 +54,30 @@ impl Recent {
     }
 }
 
-/// A reader's place.
+/// A reader of the log.
 pub(super) struct DiskSubscription {
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<WalShared>,
     /// The last durable batch.
     pub(super) end: watch::Receiver<Seq>,
-    /// The batch that was given last.
+    /// The last batch that was returned.
     pub(super) last: Position,
-    /// Where it last stopped reading the disk.
-    pub(super) place: Option<Place>,
+    /// Where the last read from the disk ended.
+    pub(super) cursor: Option<ReadCursor>,
 }
 
-/// A place in a segment: reading from front to back opens each file once and looks for nothing.
+/// A position in a segment, so that sequential reads open each file once and skip no records.
 #[derive(Clone)]
-pub(super) struct Place {
+pub(super) struct ReadCursor {
     file: Arc<File>,
     /// The segment's first batch.
     first: Seq,
-    /// The batch whose record begins at `at`.
+    /// The batch whose record is at `at`.
     seq: Seq,
     at: u64,
 }
 
 impl DiskSubscription {
-    async fn give(&mut self, entries: &mut Vec<Entry>) -> Result<(), ReadError> {
+    async fn read_next(&mut self, entries: &mut Vec<Entry>) -> Result<(), ReadError> {
         let wanted = self.last.seq + 1;
         let ended = self.end.wait_for(|end| *end >= wanted).await;
         let end = *ended.map_err(|_closed| ReadError::Closed)?;
@@ -90,47 +90,47 @@ impl DiskSubscription {
         Ok(())
     }
 
-    /// Reads and decodes a piece off the disk, on a thread that may block.
+    /// Reads and decodes some entries from the disk, on a blocking thread.
     async fn read(&mut self, end: Seq) -> Result<Vec<Entry>, ReadError> {
-        let (shared, last, place) = (Arc::clone(&self.shared), self.last, self.place.take());
-        let read = tokio::task::spawn_blocking(move || shared.read(place, last, end));
-        // A thread that panicked, or a runtime that is going away.
-        let (entries, place) = read.await.map_err(|_| ReadError::Closed)??;
-        self.place = Some(place);
+        let (shared, last, cursor) = (Arc::clone(&self.shared), self.last, self.cursor.take());
+        let read = tokio::task::spawn_blocking(move || shared.read(cursor, last, end));
+        // The thread panicked, or the runtime is stopping.
+        let (entries, cursor) = read.await.map_err(|_| ReadError::Closed)??;
+        self.cursor = Some(cursor);
         Ok(entries)
     }
 }
 
-impl Shared {
-    /// Some entries after `last`, `end` at most; at least one. `place` is where it was stopped.
+impl WalShared {
+    /// Reads at least one entry after `last`, up to `end`. Continues at `cursor` if it can.
     fn read(
         &self,
-        place: Option<Place>,
+        cursor: Option<ReadCursor>,
         last: Position,
         end: Seq,
-    ) -> Result<(Vec<Entry>, Place), ReadError> {
+    ) -> Result<(Vec<Entry>, ReadCursor), ReadError> {
         let wanted = last.seq + 1;
-        let read = self.read_piece(place, last, end);
-        // What could not be read because it is forgotten by now was not damaged.
+        let read = self.read_at_cursor(cursor, last, end);
+        // A batch that was trimmed meanwhile is not damaged.
         match wanted < self.first.load(Ordering::Acquire) {
             true => Err(ReadError::NotHeld { wanted }),
             false => read,
         }
     }
 
-    fn read_piece(
+    fn read_at_cursor(
         &self,
-        place: Option<Place>,
+        cursor: Option<ReadCursor>,
         mut position: Position,
         end: Seq,
-    ) -> Result<(Vec<Entry>, Place), ReadError> {
+    ) -> Result<(Vec<Entry>, ReadCursor), ReadError> {
         let wanted = position.seq + 1;
         let failed = |error: io::Error| ReadError::Failed(error.to_string().into());
         let segment = self.segment_of(wanted);
         let (first, last) = segment.ok_or(ReadError::NotHeld { wanted })?;
-        let mut place = match place {
-            Some(place) if place.first == first && place.seq <= wanted => place,
-            _ => Place {
+        let mut cursor = match cursor {
+            Some(cursor) if cursor.first == first && cursor.seq <= wanted => cursor,
+            _ => ReadCursor {
                 file: Arc::new(File::open(path(&self.dir, first)).map_err(failed)?),
                 first,
                 seq: first,
@@ -141,33 +141,34 @@ impl Shared {
             seq: wanted,
             why: why.into(),
         };
-        let mut heads = Heads::of(&place.file);
-        while place.seq < wanted {
-            let head = heads.at(place.at).map_err(failed)?;
-            let head = head.filter(|head| head.seq == place.seq);
-            let head = head.ok_or_else(|| damaged("the records before it do not lead to it"))?;
-            place.at += head.bytes_padded() as u64;
-            place.seq += 1;
+        let mut headers = RecordHeaders::of(&cursor.file);
+        while cursor.seq < wanted {
+            let header = headers.at(cursor.at).map_err(failed)?;
+            let header = header.filter(|header| header.seq == cursor.seq);
+            let header = header.ok_or_else(|| damaged("a record before it is damaged"))?;
+            cursor.at += header.bytes_padded() as u64;
+            cursor.seq += 1;
         }
         let mut bytes = Vec::new();
-        read_at(&place.file, place.at, PIECE_BYTES, &mut bytes).map_err(failed)?;
-        let head = record::Head::read(&bytes).filter(|head| head.seq == wanted);
-        let head = head.ok_or_else(|| damaged("it is missing"))?;
-        if head.bytes() > bytes.len() {
-            // A length that is damaged must not be believed.
-            let rest = place
+        read_at(&cursor.file, cursor.at, READ_BYTES, &mut bytes).map_err(failed)?;
+        let header = record::RecordHeader::read(&bytes).filter(|header| header.seq == wanted);
+        let header = header.ok_or_else(|| damaged("its record is missing"))?;
+        if header.bytes() > bytes.len() {
+            // A damaged length may be larger than the file.
+            let rest = cursor
                 .file
                 .metadata()
                 .map_err(failed)?
                 .len()
-                .saturating_sub(place.at);
-            let wanted = usize::try_from(rest).map_or(head.bytes(), |rest| rest.min(head.bytes()));
-            read_at(&place.file, place.at, wanted, &mut bytes).map_err(failed)?;
+                .saturating_sub(cursor.at);
+            let wanted =
+                usize::try_from(rest).map_or(header.bytes(), |rest| rest.min(header.bytes()));
+            read_at(&cursor.file, cursor.at, wanted, &mut bytes).map_err(failed)?;
         }
         let (mut entries, mut rest) = (Vec::new(), bytes.as_slice());
-        while place.seq <= end.min(last)
+        while cursor.seq <= end.min(last)
             && let Some(record) = record::read(rest)
-            && record.seq == place.seq
+            && record.seq == cursor.seq
         {
             match format::read(&position, record.value) {
                 Ok(entry) => {
@@ -178,18 +179,18 @@ impl Shared {
                 Err(_) => break,
             }
             rest = rest.get(record.bytes..).unwrap_or_default();
-            place.at += record.bytes as u64;
-            place.seq += 1;
+            cursor.at += record.bytes as u64;
+            cursor.seq += 1;
         }
         match entries.is_empty() {
-            true => Err(damaged("its checksum is not that of what was written")),
-            false => Ok((entries, place)),
+            true => Err(damaged("its checksum does not match")),
+            false => Ok((entries, cursor)),
         }
     }
 }
 
 impl Subscription for DiskSubscription {
     fn next<'a>(&'a mut self, entries: &'a mut Vec<Entry>) -> BoxFuture<'a, Result<(), ReadError>> {
-        self.give(entries).boxed()
+        self.read_next(entries).boxed()
     }
 }

@@ -1,59 +1,54 @@
-//! From files to a log: making one, checking that its segments follow each other, and finding its end.
-//! All calls block.
+//! Creates a log, or opens one: checks that its segments are contiguous, and finds its end. All
+//! calls block.
 //!
-//! Each batch is synced before the next one is written, so of all that is in the files only the last
-//! batch can be torn by a power loss, and then it was never answered. It is cut off. Whatever else is
-//! not as it was written is damage: the log is refused and its files are left as they are.
+//! Each batch is synced before the next one is written. So a power loss can only tear the last
+//! batch, and that was never acknowledged: recovery truncates it. Anything else that does not match
+//! its checksum is damage: opening fails and leaves the files unchanged.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::segment::{HEADER_BYTES, Header, Heads, create, list, path, read_at, sync_dir};
-use super::{OpenError, Sizes, format, record, segment};
+use super::segment::{
+    ActiveSegment, HEADER_BYTES, RecordHeaders, SegmentHeader, create, list, path, read_at,
+    sync_dir,
+};
+use super::{OpenError, WalSizes, format, record, segment};
 use crate::log::{LogId, Position, RandomId, Seq};
 
-/// The opened log.
-pub(super) struct Opened {
-    /// Which log it is.
+/// A log that was opened and checked.
+pub(super) struct RecoveredLog {
+    /// The log's id.
     pub(super) log: RandomId,
-    /// What numbering began after.
+    /// Its first batch is base + 1.
     pub(super) base: Seq,
     /// The first batch of each segment, in order; never empty.
     pub(super) segments: Vec<Seq>,
-    /// The last batch's position, or where numbering began.
+    /// The last batch's position, or the base position.
     pub(super) last: Position,
-    pub(super) pen: Pen,
+    pub(super) active: ActiveSegment,
 }
 
-/// Where the next batch goes.
-pub(super) struct Pen {
-    pub(super) file: File,
-    /// Where the next record begins.
-    pub(super) at: u64,
-    /// Up to where there are zeros: the file's end.
-    pub(super) room_end: u64,
-}
-
-/// What was found in the last segment.
-pub(super) struct Found {
+/// The content of the last segment.
+pub(super) struct SegmentScan {
     /// The last batch's position.
     pub(super) position: Position,
-    /// Where the last record begins, if there is one, and where it ends.
+    /// The offset of the last record, if there is one.
     last: Option<usize>,
-    at: usize,
-    /// Whether zeros are all that comes after it.
-    clean: bool,
+    /// The end of the last record.
+    end: usize,
+    /// Whether only zeros follow.
+    is_clean: bool,
 }
 
-impl Opened {
-    /// Makes an empty log at `dir`, which must not exist. Its first batch will be `base` + 1.
+impl RecoveredLog {
+    /// Creates an empty log in `dir`, which must not exist. Its first batch will be `base` + 1.
     ///
-    /// It is built beside and moved: a crash leaves either no log or a whole one.
-    pub(super) fn create(dir: &Path, base: Seq, sizes: Sizes) -> Result<(), OpenError> {
+    /// Creates it under another name and renames it, so that a crash leaves no partial log.
+    pub(super) fn create(dir: &Path, base: Seq, sizes: WalSizes) -> Result<(), OpenError> {
         let log = RandomId::random()?;
-        let header = Header {
+        let header = SegmentHeader {
             log,
             base,
             start: Position::base(&log_id(log), base, 0),
@@ -68,14 +63,14 @@ impl Opened {
     }
 
     /// Whether no batch was ever appended.
-    pub(super) fn unused(&self) -> bool {
+    pub(super) fn is_unused(&self) -> bool {
         self.last.seq == self.base
     }
 
-    /// Removes a log that holds nothing.
+    /// Removes an empty log.
     pub(super) fn discard(self, dir: &Path) -> Result<(), OpenError> {
         drop(self);
-        // Out of the way in one step first, so that no half of it is ever opened.
+        // Renames it first, so that a partly removed log is never opened.
         let old = dir.with_extension("old");
         remove(&old)
             .and_then(|()| fs::rename(dir, &old))
@@ -84,59 +79,61 @@ impl Opened {
             .map_err(|error| OpenError::io(dir, error))
     }
 
-    /// Opens the log at `dir`. Nothing in it is changed before all of it is checked.
+    /// Opens the log in `dir`. Changes nothing before it has checked everything.
     pub(super) fn open(dir: &Path) -> Result<Self, OpenError> {
         let io = |error| OpenError::io(dir, error);
         let damaged = |why: String| OpenError::Damaged {
             dir: dir.into(),
             why: why.into(),
         };
-        let listing = list(dir).map_err(io)?;
-        let Some((&last, earlier)) = listing.segments.split_last() else {
+        let files = list(dir).map_err(io)?;
+        let Some((&last, earlier)) = files.segments.split_last() else {
             let (dir, why) = (dir.into(), "it has no segment file".into());
-            return Err(OpenError::Foreign { dir, why });
+            return Err(OpenError::Unrecognized { dir, why });
         };
         let mut options = File::options();
         let file = options.read(true).write(true).open(path(dir, last));
         let file = file.map_err(io)?;
-        let bytes = whole(&file).map_err(io)?;
-        let header = headers(dir, &listing.segments, &bytes)?;
-        for (first, next) in earlier.iter().zip(listing.segments.iter().skip(1)) {
+        let bytes = read_all(&file).map_err(io)?;
+        let header = check_headers(dir, &files.segments, &bytes)?;
+        for (first, next) in earlier.iter().zip(files.segments.iter().skip(1)) {
             let file = File::open(path(dir, *first)).map_err(io)?;
-            follow(&file, *first, *next).map_err(io)?.map_err(damaged)?;
+            check_contiguous(&file, *first, *next)
+                .map_err(io)?
+                .map_err(damaged)?;
         }
-        let found = Found::in_segment(&header, &bytes).map_err(damaged)?;
-        // Now the log is known to be whole, and things may be changed.
-        let pen = found.settle(file, &bytes).map_err(io)?;
-        for left in [dir.with_extension("new"), dir.with_extension("old")] {
-            remove(&left).map_err(io)?;
+        let scan = SegmentScan::new(&header, &bytes).map_err(damaged)?;
+        // The log is complete, so its files may be changed.
+        let active = scan.activate(file, &bytes).map_err(io)?;
+        for leftover in [dir.with_extension("new"), dir.with_extension("old")] {
+            remove(&leftover).map_err(io)?;
         }
-        for unfinished in &listing.unfinished {
+        for unfinished in &files.unfinished {
             fs::remove_file(unfinished).map_err(io)?;
         }
-        // A process before may have failed to do so.
+        // An earlier process may have failed to do so.
         sync_dir(dir).map_err(io)?;
         Ok(Self {
             log: header.log,
             base: header.base,
-            segments: listing.segments,
-            last: found.position,
-            pen,
+            segments: files.segments,
+            last: scan.position,
+            active,
         })
     }
 }
 
-/// The header of the last segment, which `bytes` are, if all segments' headers are of the same log
-/// and each is in its own file.
+/// Checks that all segments have headers of the same log and are in the right files. Returns the
+/// header of the last segment, whose content is `bytes`.
 #[expect(clippy::expect_used, reason = "a precondition")]
-fn headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<Header, OpenError> {
+fn check_headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<SegmentHeader, OpenError> {
     let check = |bytes: &[u8], first: Seq| {
         let file = path(dir, first);
         let damaged = |why: String| OpenError::Damaged {
             dir: dir.into(),
             why: format!("{}: {why}", file.display()).into(),
         };
-        let header = Header::read(bytes).map_err(damaged)?;
+        let header = SegmentHeader::read(bytes).map_err(damaged)?;
         match header.first() == first && header.base < first {
             true => Ok(header),
             false => Err(damaged(format!("it begins with batch {}", header.first()))),
@@ -144,112 +141,120 @@ fn headers(dir: &Path, segments: &[Seq], bytes: &[u8]) -> Result<Header, OpenErr
     };
     let (last, earlier) = segments
         .split_last()
-        .expect("the caller has read the last one");
-    let of_last = check(bytes, *last)?;
+        .expect("there is at least one segment");
+    let last_header = check(bytes, *last)?;
     let mut bytes = Vec::new();
     for first in earlier {
         let read = File::open(path(dir, *first))
             .and_then(|file| read_at(&file, 0, HEADER_BYTES as usize, &mut bytes));
         read.map_err(|error| OpenError::io(dir, error))?;
         let header = check(&bytes, *first)?;
-        if (header.log, header.base) != (of_last.log, of_last.base) {
+        if (header.log, header.base) != (last_header.log, last_header.base) {
             let (dir, file) = (dir.into(), path(dir, *first));
-            let why = format!("{} is of another log", file.display()).into();
+            let why = format!("{} belongs to another log", file.display()).into();
             return Err(OpenError::Damaged { dir, why });
         }
     }
-    Ok(of_last)
+    Ok(last_header)
 }
 
-/// Goes from record to record of a segment, from `first` to the batch before `next`; says what is
-/// wrong if that is not reached. Values are checked when they are read.
-fn follow(file: &File, first: Seq, next: Seq) -> io::Result<Result<(), String>> {
+/// Checks that a segment has the records from `first` up to `next` - 1. The inner error is the
+/// reason why not. Checks only the headers; readers check the values.
+fn check_contiguous(file: &File, first: Seq, next: Seq) -> io::Result<Result<(), String>> {
     let file_bytes = file.metadata()?.len();
-    let (mut heads, mut at) = (Heads::of(file), HEADER_BYTES);
+    let (mut headers, mut at) = (RecordHeaders::of(file), HEADER_BYTES);
     for seq in first..next {
         let missing = || format!("batches {seq} to {} are missing", next - 1);
-        let Some(head) = heads.at(at)?.filter(|head| !head.is_zero()) else {
+        let Some(header) = headers.at(at)?.filter(|header| !header.is_zero()) else {
             return Ok(Err(missing()));
         };
-        if head.seq != seq {
-            return Ok(Err(format!("batch {seq} is not where it should be")));
+        if header.seq != seq {
+            return Ok(Err(format!(
+                "batch {} is in the place of batch {seq}",
+                header.seq
+            )));
         }
-        if at + head.bytes() as u64 > file_bytes {
+        if at + header.bytes() as u64 > file_bytes {
             return Ok(Err(missing()));
         }
-        at += head.bytes_padded() as u64;
+        at += header.bytes_padded() as u64;
     }
     Ok(Ok(()))
 }
 
-impl Found {
-    /// Looks through the last segment.
-    pub(super) fn in_segment(header: &Header, bytes: &[u8]) -> Result<Self, String> {
-        let mut found = Self {
+impl SegmentScan {
+    /// Scans the last segment. The error is the reason why it is damaged.
+    pub(super) fn new(header: &SegmentHeader, bytes: &[u8]) -> Result<Self, String> {
+        let mut scan = Self {
             position: header.start,
             last: None,
-            at: HEADER_BYTES as usize,
-            clean: true,
+            end: HEADER_BYTES as usize,
+            is_clean: true,
         };
         let after = |at: usize| bytes.get(at..).unwrap_or_default();
-        while let Some(record) = record::read(after(found.at)) {
-            if record.seq != found.position.seq + 1 {
+        while let Some(record) = record::read(after(scan.end)) {
+            if record.seq != scan.position.seq + 1 {
                 break;
             }
-            let position = format::position(&found.position, record.value);
-            found.position = position.map_err(|error| error.to_string())?;
-            found.last = Some(found.at);
-            found.at += record.bytes;
+            let position = format::position(&scan.position, record.value);
+            scan.position = position.map_err(|error| error.to_string())?;
+            scan.last = Some(scan.end);
+            scan.end += record.bytes;
         }
-        let rest = after(found.at);
-        found.clean = rest.iter().all(|byte| *byte == 0);
-        let seq = found.position.seq + 1;
-        if !found.clean {
+        let rest = after(scan.end);
+        scan.is_clean = rest.iter().all(|byte| *byte == 0);
+        let seq = scan.position.seq + 1;
+        if !scan.is_clean {
             let steps = (0..rest.len()).step_by(record::ALIGNMENT);
-            let mut behind = steps.filter_map(|at| record::read(rest.get(at..)?));
-            if let Some(record) = behind.next() {
+            let mut later_records = steps.filter_map(|at| record::read(rest.get(at..)?));
+            if let Some(record) = later_records.next() {
                 return Err(format!(
-                    "batch {seq} is not what was written, and batch {} comes after it",
+                    "batch {seq} does not match its checksum, and batch {} follows it",
                     record.seq
                 ));
             }
             if !record::is_torn(rest, seq) {
-                return Err(format!("batch {seq} is not what was written"));
+                return Err(format!("batch {seq} does not match its checksum"));
             }
         }
-        Ok(found)
+        Ok(scan)
     }
 
-    /// Makes the last segment, which `bytes` are, durable as it was found, without what is torn.
-    fn settle(&self, file: File, bytes: &[u8]) -> io::Result<Pen> {
-        let (at, room_end) = (self.at as u64, bytes.len() as u64);
-        if !self.clean {
+    /// Truncates a torn record, syncs the segment, whose content is `bytes`, and makes it the
+    /// active one.
+    fn activate(&self, file: File, bytes: &[u8]) -> io::Result<ActiveSegment> {
+        let (at, zeroed_end) = (self.end as u64, bytes.len() as u64);
+        if !self.is_clean {
             let seq = self.position.seq + 1;
             tracing::warn!(
                 seq,
                 "truncated a torn record at the tail (never acknowledged)"
             );
-            segment::write_zeros(&file, at, room_end)?;
+            segment::write_zeros(&file, at, zeroed_end)?;
         }
-        // A process before may have written the last batch and gone when the sync failed. Then the
-        // system shows what the disk does not have, and syncs it only if it is written again. The
-        // batches before it were synced before it was written.
+        // An earlier process may have written the last batch and ended when the sync failed. Then
+        // the page cache has data that the disk lacks, and only a new write makes the next sync
+        // write it. All batches before were synced before this one was written.
         if let Some(last) = self.last
-            && let Some(record) = bytes.get(last..self.at.min(bytes.len()))
+            && let Some(record) = bytes.get(last..self.end.min(bytes.len()))
         {
             file.write_all_at(record, last as u64)?;
         }
         file.sync_all()?;
-        Ok(Pen { file, at, room_end })
+        Ok(ActiveSegment {
+            file,
+            at,
+            zeroed_end,
+        })
     }
 }
 
-/// How a log on disk is known.
+/// The id of a log on disk.
 pub(super) fn log_id(log: RandomId) -> LogId {
     LogId(format!("disk-{log}").into())
 }
 
-fn whole(file: &File) -> io::Result<Vec<u8>> {
+fn read_all(file: &File) -> io::Result<Vec<u8>> {
     let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
     let mut bytes = Vec::new();
     read_at(file, 0, length, &mut bytes)?;

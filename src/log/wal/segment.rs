@@ -1,23 +1,24 @@
-//! A segment: a file in the log's directory, named for its first batch in 20 digits,
-//! `00000000000000000001.seg`. It begins with a header of 4 KiB; integers are little-endian:
+//! A segment: a file in the log's directory, named after its first batch in 20 digits,
+//! `00000000000000000001.seg`. It begins with a header of 4 KiB. Integers are little-endian:
 //!
-//! | bytes | what |
+//! | bytes | content |
 //! | --- | --- |
 //! | 8 | `gradeseg` |
 //! | 8 | version of the format: 1 |
-//! | 16 | which log it is of |
-//! | 8 | the sequence number that the log's numbering began after |
-//! | 8 | the first batch |
-//! | 8 | the time of the batch before that, nanoseconds since 1970; 0 if there was none |
-//! | 8 | XXH3-64 of all before |
+//! | 16 | the log's id |
+//! | 8 | the log's base: its first batch is base + 1 |
+//! | 8 | the segment's first batch |
+//! | 8 | the time of the batch before it, in nanoseconds since 1970; 0 without one |
+//! | 16 | the chain of the batch before it |
+//! | 16 | the chain before that one |
+//! | 8 | XXH3-64 of the bytes before |
 //! | rest | zeros |
 //!
-//! After it come [records](super::record) without a gap, and after the last one room: zeros up to the
-//! file's end, written and synced before a record goes there. Writing over what is there changes
-//! nothing but data, so a sync has neither the file's length nor its blocks to write.
+//! [Records](super::record) follow without a gap. After the last one there are zeros up to the end
+//! of the file, written and synced in advance. A record overwrites them, so a sync writes data
+//! only, and neither the file's length nor its blocks.
 //!
-//! A segment ends where the next one begins: what it has of that batch or later ones counts for
-//! nothing.
+//! A segment ends where the next one begins: the log ignores records of that batch and later ones.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -26,35 +27,35 @@ use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::record::{HEAD_BYTES, Head};
+use super::record::{RECORD_HEADER_BYTES, RecordHeader};
 use crate::log::{Chain, Position, RandomId, Seq};
 
-/// Where the first record is: a page of its own, so that no record's write touches the header.
+/// The offset of the first record: a page, so that writing records does not touch the header.
 pub(super) const HEADER_BYTES: u64 = 4096;
-/// What of it the checksum is of.
+/// The checksum covers this many bytes.
 const SUMMED_BYTES: usize = 88;
 const MAGIC: &[u8; 8] = b"gradeseg";
 const VERSION: u64 = 1;
 const EXTENSION: &str = "seg";
-/// Of a segment that is being made.
+/// The extension of a segment that is being created.
 const NEW_EXTENSION: &str = "new";
-/// What is read at once to go from record to record.
+/// Bytes read at once while skipping records.
 const WINDOW_BYTES: usize = 64 * 1024;
 
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
-/// What a segment says of itself.
+/// The header of a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct SegmentHeader {
     pub(super) log: RandomId,
-    /// What the log's numbering began after.
+    /// The log's base: its first batch is base + 1.
     pub(super) base: Seq,
     /// The position before its first batch.
     pub(super) start: Position,
 }
 
-impl Header {
-    /// Its first batch.
+impl SegmentHeader {
+    /// The segment's first batch.
     pub(super) fn first(&self) -> Seq {
         self.start.seq + 1
     }
@@ -76,23 +77,23 @@ impl Header {
         bytes
     }
 
-    /// Reads what [`write`](Self::write) wrote, or says what is wrong.
+    /// Parses the output of [`write`](Self::write). The error is the reason why it is invalid.
     pub(super) fn read(bytes: &[u8]) -> Result<Self, String> {
         let number = |at: usize| {
             let bytes = bytes.get(at..)?.first_chunk()?;
             Some(u64::from_le_bytes(*bytes))
         };
         if !bytes.starts_with(MAGIC) {
-            return Err("it does not begin as one of the log's files does".to_owned());
+            return Err("it is not a segment of a log".to_owned());
         }
         if let Some(version) = number(8)
             && version != VERSION
         {
             return Err(format!(
-                "its format is {version}, this version reads {VERSION} only"
+                "it has format {version}, this version reads only {VERSION}"
             ));
         }
-        let whole = (|| {
+        let header = (|| {
             let summed = bytes.get(..SUMMED_BYTES)?;
             let wide = |at: usize| Some(u128::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
             let header = Self {
@@ -107,7 +108,7 @@ impl Header {
             };
             (number(SUMMED_BYTES)? == xxh3_64(summed)).then_some(header)
         })();
-        whole.ok_or_else(|| "its header is not what was written".to_owned())
+        header.ok_or_else(|| "its header does not match its checksum".to_owned())
     }
 }
 
@@ -116,18 +117,18 @@ pub(super) fn path(dir: &Path, first: Seq) -> PathBuf {
     dir.join(format!("{first:020}.{EXTENSION}"))
 }
 
-/// What of a log a directory holds, by name.
+/// The files of a log.
 #[derive(Debug, Default)]
-pub(super) struct Listing {
-    /// First batches, in order.
+pub(super) struct LogFiles {
+    /// The segments' first batches, in order.
     pub(super) segments: Vec<Seq>,
-    /// Segments that were never finished.
+    /// Segments whose creation did not finish.
     pub(super) unfinished: Vec<PathBuf>,
 }
 
-/// Looks through `dir`.
-pub(super) fn list(dir: &Path) -> io::Result<Listing> {
-    let mut listing = Listing::default();
+/// Lists the files of the log in `dir`. Ignores other files.
+pub(super) fn list(dir: &Path) -> io::Result<LogFiles> {
+    let mut files = LogFiles::default();
     for file in fs::read_dir(dir)? {
         let path = file?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -139,33 +140,33 @@ pub(super) fn list(dir: &Path) -> io::Result<Listing> {
             .split_once('.')
             .and_then(|(digits, extension)| Some((number(digits)?, extension)));
         match numbered {
-            Some((first, EXTENSION)) => listing.segments.push(first),
-            Some((_, NEW_EXTENSION)) => listing.unfinished.push(path),
+            Some((first, EXTENSION)) => files.segments.push(first),
+            Some((_, NEW_EXTENSION)) => files.unfinished.push(path),
             _ => {}
         }
     }
-    listing.segments.sort_unstable();
-    Ok(listing)
+    files.segments.sort_unstable();
+    Ok(files)
 }
 
-/// Makes a segment with `room_bytes` for records, durable when this returns. One that begins with the
-/// same batch is replaced: none of its batches counted.
+/// Creates a segment with `space_bytes` of zeros for records, and syncs it. Replaces a segment with
+/// the same first batch.
 ///
-/// After an error it may be there or not.
-pub(super) fn create(dir: &Path, header: &Header, room_bytes: u64) -> io::Result<File> {
+/// After an error the segment may exist or not.
+pub(super) fn create(dir: &Path, header: &SegmentHeader, space_bytes: u64) -> io::Result<File> {
     let path = path(dir, header.first());
     let new = path.with_extension(NEW_EXTENSION);
-    let make = || -> io::Result<File> {
+    let create = || -> io::Result<File> {
         let mut options = File::options();
         let options = options.read(true).write(true).create(true).truncate(true);
         let file = options.open(&new)?;
         file.write_all_at(&header.write(), 0)?;
-        write_zeros(&file, HEADER_BYTES, HEADER_BYTES + room_bytes)?;
+        write_zeros(&file, HEADER_BYTES, HEADER_BYTES + space_bytes)?;
         file.sync_all()?;
         Ok(file)
     };
-    let file = make().inspect_err(|_| {
-        // It may hold room that others need. Opening the log removes it too.
+    let file = create().inspect_err(|_| {
+        // Frees the space. Opening the log removes the file, too.
         let _ = fs::remove_file(&new);
     })?;
     fs::rename(&new, &path)?;
@@ -173,7 +174,31 @@ pub(super) fn create(dir: &Path, header: &Header, room_bytes: u64) -> io::Result
     Ok(file)
 }
 
-/// Makes the bytes from `from` up to `to` zeros.
+/// The segment to which the next batch is written.
+pub(super) struct ActiveSegment {
+    pub(super) file: File,
+    /// The offset of the next record.
+    pub(super) at: u64,
+    /// The end of the zeros, which is the end of the file.
+    pub(super) zeroed_end: u64,
+}
+
+impl ActiveSegment {
+    /// Extends the zeros up to `end` and syncs them. After an error nothing may be written to this
+    /// segment any more: the state of the file after its last record is unknown.
+    pub(super) fn reserve_space(&mut self, end: u64) -> io::Result<()> {
+        let written = write_zeros(&self.file, self.zeroed_end, end);
+        if let Err(error) = written.and_then(|()| self.file.sync_all()) {
+            // Frees the space for others.
+            let _ = self.file.set_len(self.zeroed_end);
+            return Err(error);
+        }
+        self.zeroed_end = end;
+        Ok(())
+    }
+}
+
+/// Writes zeros from `from` up to `to`.
 pub(super) fn write_zeros(file: &File, from: u64, to: u64) -> io::Result<()> {
     let mut at = from;
     while at < to {
@@ -185,12 +210,13 @@ pub(super) fn write_zeros(file: &File, from: u64, to: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes which files there are in `dir` durable.
+/// Syncs the directory's entries.
 pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-/// Replaces what is in `bytes` by up to `wanted` bytes from `at` on: fewer only at the file's end.
+/// Replaces the content of `bytes` with up to `wanted` bytes from `at`: fewer only at the end of
+/// the file.
 pub(super) fn read_at(file: &File, at: u64, wanted: usize, bytes: &mut Vec<u8>) -> io::Result<()> {
     bytes.resize(wanted, 0);
     let mut filled = 0;
@@ -208,14 +234,14 @@ pub(super) fn read_at(file: &File, at: u64, wanted: usize, bytes: &mut Vec<u8>) 
     Ok(())
 }
 
-/// The heads of records, one after the other, without what is between them.
-pub(super) struct Heads<'a> {
+/// Reads the headers of consecutive records through a window, without their values.
+pub(super) struct RecordHeaders<'a> {
     file: &'a File,
     window: Vec<u8>,
     window_at: u64,
 }
 
-impl<'a> Heads<'a> {
+impl<'a> RecordHeaders<'a> {
     pub(super) fn of(file: &'a File) -> Self {
         Self {
             file,
@@ -224,16 +250,16 @@ impl<'a> Heads<'a> {
         }
     }
 
-    /// The head at `at`; `None` where the file ends before it does.
-    pub(super) fn at(&mut self, at: u64) -> io::Result<Option<Head>> {
+    /// The header at `at`; `None` if the file ends within it.
+    pub(super) fn at(&mut self, at: u64) -> io::Result<Option<RecordHeader>> {
         let skipped = at.checked_sub(self.window_at);
         let skipped = skipped.and_then(|bytes| usize::try_from(bytes).ok());
-        let held = skipped.and_then(|skipped| self.window.get(skipped..));
-        if let Some(held) = held.filter(|held| held.len() >= HEAD_BYTES) {
-            return Ok(Head::read(held));
+        let buffered = skipped.and_then(|skipped| self.window.get(skipped..));
+        if let Some(buffered) = buffered.filter(|buffered| buffered.len() >= RECORD_HEADER_BYTES) {
+            return Ok(RecordHeader::read(buffered));
         }
         read_at(self.file, at, WINDOW_BYTES, &mut self.window)?;
         self.window_at = at;
-        Ok(Head::read(&self.window))
+        Ok(RecordHeader::read(&self.window))
     }
 }

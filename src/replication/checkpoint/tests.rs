@@ -3,7 +3,7 @@ use proptest::prelude::*;
 
 use super::super::votes::KnownMark;
 use super::*;
-use crate::log::{Effect, Position};
+use crate::log::{ChainEntry, Position};
 use crate::replication::votes::ROUNDS;
 
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -66,7 +66,7 @@ impl Replica {
     }
 
     fn apply(&mut self, entry: Entry) {
-        self.position = self.position.next(7, Effect::Skipped);
+        self.position = self.position.next(7, ChainEntry::Skipped);
         match entry {
             Entry::Write => {
                 self.writes += 1;
@@ -393,7 +393,7 @@ fn a_vote_proves_the_history_of_another_replica_only() {
         .replicas
         .iter()
         .position(|one| one.checkpoints.0.me == vote.replica);
-    let position = cluster.replicas[0].position.next(7, Effect::Skipped);
+    let position = cluster.replicas[0].position.next(7, ChainEntry::Skipped);
     for (number, replica) in cluster.replicas.iter().enumerate() {
         let observed = replica.checkpoints.observe(&position, &vote, || Digest(0));
         assert_eq!(observed.same_history, Some(number) != voter);

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::checkpoint::Checkpoints;
 use crate::grade::Write;
-use crate::log::{Answer, AppendError, Batch, InFlight, Log, Seq, Ticket};
+use crate::log::{AppendError, Batch, InFlight, Log, OutcomeSender, Seq, Ticket};
 
 /// The bounds of the write path.
 #[derive(Debug, Clone, Copy)]
@@ -75,7 +75,7 @@ impl From<AppendError> for WriteError {
 
 struct Waiting {
     writes: Writes,
-    answer: Answer,
+    answer: OutcomeSender,
     submitted: Instant,
 }
 
@@ -391,7 +391,7 @@ impl WriterTask {
     }
 
     /// Takes as many waiting writes as fit into one batch.
-    fn next_batch(&mut self) -> (Arc<[Write]>, Vec<Answer>) {
+    fn next_batch(&mut self) -> (Arc<[Write]>, Vec<OutcomeSender>) {
         let fitting = fitting(&self.waiting, self.limits.batch_patches_max);
         let (mut writes, mut bytes) = (Vec::with_capacity(fitting), 0);
         let answers = self.waiting.drain(..fitting).map(|waiting| {
@@ -399,7 +399,7 @@ impl WriterTask {
             waiting.writes.append_to(&mut writes);
             waiting.answer
         });
-        let answers: Vec<Answer> = answers.collect();
+        let answers: Vec<OutcomeSender> = answers.collect();
         self.queue.release(answers.len(), bytes);
         (writes.into(), answers)
     }

@@ -9,12 +9,12 @@ use std::sync::LazyLock;
 
 use flate2::Crc;
 use gradestore::backup::{
-    BackupError, BackupWriter, ChunkSource, End, FORMAT, Head, Progress, Summary, end_position,
-    read,
+    BackupError, BackupWriter, ChunkSource, EndRecord, FORMAT, HeadRecord, ReadProgress, Summary,
+    end_position, read,
 };
-use gradestore::grade::{Changes, Digest, FIELDS, Patch, USER_ID, Values};
+use gradestore::grade::{Changes, Digest, FIELDS, Patch, USER_ID, Values, Write};
 use gradestore::log::Chain;
-use gradestore::store::{Piece, Store};
+use gradestore::store::{RecordBatch, Store};
 use parking_lot::Mutex;
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -46,14 +46,14 @@ type Rows = Vec<(String, Values)>;
 fn checked(file: &[u8]) -> Result<(Summary, Rows), BackupError> {
     let rows = Mutex::new(Rows::new());
     let digest = Mutex::new(Digest::default());
-    let sink = |piece: &Piece| {
-        let given = piece.iter().map(|(id, values)| (id.to_owned(), *values));
+    let sink = |batch: &RecordBatch| {
+        let given = batch.iter().map(|(id, values)| (id.to_owned(), *values));
         rows.lock().extend(given);
-        *digest.lock() += piece.digest();
-        piece.digest()
+        *digest.lock() += batch.digest();
+        batch.digest()
     };
     let end = end_position(file);
-    let summary = read(file, &sink, &Progress::default())?;
+    let summary = read(file, &sink, &ReadProgress::default())?;
     let rows = rows.into_inner();
     assert_eq!(summary.rows, rows.len() as u64);
     assert_eq!(summary.digest, digest.into_inner());
@@ -121,8 +121,8 @@ fn deflated(text: &[u8]) -> Vec<u8> {
     blocks
 }
 
-fn head() -> Head {
-    Head {
+fn head() -> HeadRecord {
+    HeadRecord {
         format: FORMAT,
         log_id: "fuzz".into(),
         position: 3,
@@ -139,12 +139,12 @@ fn written() -> Vec<u8> {
         .iter()
         .enumerate()
     {
-        store.apply(&Patch {
+        store.apply_all(&[Write::Set(Patch {
             user_id: *id,
             changes: Changes::all([user as i64 - 2, 0, i64::MIN, i64::MAX]),
-        });
+        })]);
     }
-    let (mut writer, mut file) = BackupWriter::begin(&head());
+    let (mut writer, mut file) = BackupWriter::start(&head());
     let source = ChunkSource::new(&store);
     while let Some(chunk) = source.next() {
         writer.add(&chunk);
@@ -157,7 +157,7 @@ fn written() -> Vec<u8> {
 /// A file by the description in `src/backup/mod.rs`: a 0 in `text` begins another member. Without a
 /// digest it gets the one that the reader finds.
 fn ours(text: &[u8], digest: Option<String>) -> Vec<u8> {
-    let (_, mut file) = BackupWriter::begin(&head());
+    let (_, mut file) = BackupWriter::start(&head());
     let mut rows = 0;
     for text in text.split(|byte| *byte == 0) {
         // No id has a line break.
@@ -172,7 +172,7 @@ fn ours(text: &[u8], digest: Option<String>) -> Vec<u8> {
         }
         member(&mut file, &content, &deflated, text);
     }
-    let end = End {
+    let end = EndRecord {
         position: 4,
         chain: Chain::default(),
         rows,
@@ -182,7 +182,7 @@ fn ours(text: &[u8], digest: Option<String>) -> Vec<u8> {
     let end = serde_json::to_vec(&end).unwrap();
     let content = [&b"E"[..], &crc32(&end).to_le_bytes(), &end].concat();
     member(&mut file, &content, &[3, 0], &[]);
-    match read(&file[..], &Piece::digest, &Progress::default()) {
+    match read(&file[..], &RecordBatch::digest, &ReadProgress::default()) {
         Err(BackupError::Mismatch { found, .. }) if digest.is_none() => ours(text, Some(found)),
         _ => file,
     }

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use gradestore::replication::state::NodeState;
-use gradestore::store::Piece;
+use gradestore::store::RecordBatch;
 use tokio::time::Instant;
 
 use crate::process::{Knobs, Process, WRITE_SILENCE};
@@ -112,9 +112,9 @@ fn whole(world: &World, node: usize, process: &Process, fields: bool) {
     }
     if fields {
         let mut found = 0;
-        let (mut scan, mut piece) = (shown.store.scan(), Piece::default());
-        while scan.next_into(&mut piece) {
-            for (user_id, values) in piece.iter() {
+        let (mut scan, mut batch) = (shown.store.scan(), RecordBatch::default());
+        while scan.next_into(&mut batch) {
+            for (user_id, values) in batch.iter() {
                 found += 1;
                 if expected.get(user_id) != Some(values) {
                     wrong = Some(format!(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_nats::HeaderMap;
 use gradestore::grade::Write;
-use gradestore::log::{BatchId, Effect, Position, RandomId, header_block};
+use gradestore::log::{BatchId, ChainEntry, Position, RandomId, header_block};
 
 /// What the client library does with a message.
 #[derive(Debug, Clone)]
@@ -28,11 +28,11 @@ impl Read {
     /// The place of the message after `last`, stored at `stored_ns`.
     pub fn position(&self, last: &Position, stored_ns: u64, payload: &[u8]) -> Position {
         let Some((id, time_ns, _)) = &self.batch else {
-            return last.next(stored_ns, Effect::Skipped);
+            return last.next(stored_ns, ChainEntry::Skipped);
         };
         let given = time_ns.filter(|time_ns| (last.time_ns..=stored_ns).contains(time_ns));
-        let effect = Effect::Batch { id: *id, payload };
-        last.next(given.unwrap_or(stored_ns), effect)
+        let entry = ChainEntry::Batch { id: *id, payload };
+        last.next(given.unwrap_or(stored_ns), entry)
     }
 
     pub fn writes(&self) -> Arc<[Write]> {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 use gradestore::log::{
-    Announce, Announcement, AppendError, Batch, Bounds, Counts, JetStreamLog, Log, LogId, Position,
-    ReadError, Seq, Subscription, TrimError,
+    Announce, Announcement, AppendError, Batch, Bounds, JetStreamLog, Log, LogCounts, LogId,
+    Position, ReadError, Seq, Subscription, TrimError,
 };
 use gradestore::sys::tasks::TaskEnded;
 
@@ -73,7 +73,7 @@ impl Log for PausedLog {
         self.log.problem()
     }
 
-    fn counts(&self) -> Counts {
+    fn counts(&self) -> LogCounts {
         self.log.counts()
     }
 

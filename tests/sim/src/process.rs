@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use axum::Router;
-use gradestore::backup::{Head, Snapshots, head};
+use gradestore::backup::{HeadRecord, Snapshots, read_head};
 use gradestore::http::Credentials;
 use gradestore::http::RequestCount;
 use gradestore::http::backup::BackupMetrics;
@@ -250,10 +250,10 @@ impl State {
 }
 
 /// The heads of the snapshots on a disk.
-pub fn heads(slot: &Slot) -> Vec<Head> {
-    let snapshots = slot.dir.as_ref().map(|dir| Snapshots::open(dir.path()));
-    let found = snapshots.and_then(|snapshots| snapshots.ok()?.list().ok());
-    let head = |(_, path): (_, PathBuf)| head(File::open(path).ok()?).ok()?;
+pub fn heads(slot: &Slot) -> Vec<HeadRecord> {
+    let snapshots = slot.dir.as_ref().map(|dir| Snapshots::in_dir(dir.path()));
+    let found = snapshots.and_then(|snapshots| snapshots.list().ok());
+    let head = |(_, path): (_, PathBuf)| read_head(File::open(path).ok()?).ok()?;
     found
         .unwrap_or_default()
         .into_iter()

@@ -3,11 +3,11 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use gradestore::backup::Head;
-use gradestore::grade::{Changes, Patch};
+use gradestore::backup::HeadRecord;
+use gradestore::grade::{Changes, Patch, Write};
 use gradestore::log::Chain;
 use gradestore::replication::state::NodeState;
-use gradestore::store::Piece;
+use gradestore::store::RecordBatch;
 use tokio::runtime::Builder;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -217,8 +217,8 @@ fn nobody_has_it(world: &World, plan: &Plan) -> bool {
     });
     let kept = state.nodes.iter().any(|slot| {
         let dir = slot.dir.as_ref().filter(|_| plan.knobs.snapshots);
-        let snapshots = dir.map(|dir| gradestore::backup::Snapshots::open(dir.path()));
-        let found = snapshots.and_then(|snapshots| snapshots.ok()?.list().ok());
+        let snapshots = dir.map(|dir| gradestore::backup::Snapshots::in_dir(dir.path()));
+        let found = snapshots.and_then(|snapshots| snapshots.list().ok());
         let usable = |position: u64| (first..=end + 1).contains(&(position + 1));
         found.is_some_and(|found| found.iter().any(|(position, _)| usable(*position)))
     });
@@ -274,7 +274,7 @@ impl State {
         slot.process.as_ref().is_some_and(has_lost)
             || heads(slot)
                 .iter()
-                .any(|head: &Head| lost(head.chain) || is_other_log(&head.log_id))
+                .any(|head: &HeadRecord| lost(head.chain) || is_other_log(&head.log_id))
     }
 }
 
@@ -464,10 +464,10 @@ fn corrupt(world: &World, node: usize) {
         return;
     };
     let store = &process.node.store;
-    let (mut scan, mut piece) = (store.scan(), Piece::default());
+    let (mut scan, mut batch) = (store.scan(), RecordBatch::default());
     let mut first: Option<Patch> = None;
-    while scan.next_into(&mut piece) {
-        for (user_id, values) in piece.iter() {
+    while scan.next_into(&mut batch) {
+        for (user_id, values) in batch.iter() {
             // The order of a scan is not the same in two runs.
             if first.as_ref().is_none_or(|first| user_id < &*first.user_id) {
                 let mut changes = Changes::default();
@@ -479,7 +479,7 @@ fn corrupt(world: &World, node: usize) {
         }
     }
     if let Some(patch) = first {
-        store.apply(&patch);
+        store.apply_all(&[Write::Set(patch)]);
         state.corrupted = Some(node);
         state.nodes[node].is_corrupted = true;
     }

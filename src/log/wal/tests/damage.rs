@@ -1,14 +1,14 @@
-//! What crashes and broken disks leave, and what it is made of at opening.
+//! Opening a log after a crash or on a damaged disk.
 
-use super::recovery::Found;
-use super::segment::Header;
+use super::recovery::SegmentScan;
+use super::segment::SegmentHeader;
 use super::*;
 
-/// Of a batch that is a few pages long.
+/// The writes of a batch of a few pages.
 const LARGE: usize = 250;
 
 #[tokio::test]
-async fn what_a_crash_left_of_making_a_log_is_cleared_away() {
+async fn leftovers_of_a_crash_during_creation_are_removed() {
     let (root, dir) = dir();
     for name in ["log.new", "log.old"] {
         fs::create_dir(root.path().join(name)).unwrap();
@@ -25,7 +25,7 @@ async fn what_a_crash_left_of_making_a_log_is_cleared_away() {
 }
 
 #[tokio::test]
-async fn what_is_no_log_of_this_version_is_left_alone() {
+async fn a_directory_without_a_log_is_left_unchanged() {
     let (_root, dir) = dir();
     fs::create_dir(&dir).unwrap();
     for file in ["", "0.jnl", "version"] {
@@ -33,9 +33,12 @@ async fn what_is_no_log_of_this_version_is_left_alone() {
             fs::write(dir.join(file), b"kept").unwrap();
         }
         for base in [None, Some(3)] {
-            let refused = DiskLog::open(&dir, base).err().unwrap();
-            assert!(matches!(refused, OpenError::Foreign { .. }), "{refused}");
-            let said = refused.to_string();
+            let rejection = DiskLog::open(&dir, base).err().unwrap();
+            assert!(
+                matches!(rejection, OpenError::Unrecognized { .. }),
+                "{rejection}"
+            );
+            let said = rejection.to_string();
             assert!(
                 said.contains("no segment") && said.contains(dir.to_str().unwrap()),
                 "{said}"
@@ -48,8 +51,8 @@ async fn what_is_no_log_of_this_version_is_left_alone() {
     }
 }
 
-/// Opening must refuse, twice, and change nothing; what it says.
-fn refused(dir: &Path) -> String {
+/// Checks that opening fails twice and changes nothing. Returns the error.
+fn rejection(dir: &Path) -> String {
     let bytes = || -> Vec<_> {
         segments(dir)
             .iter()
@@ -66,7 +69,7 @@ fn refused(dir: &Path) -> String {
 }
 
 #[tokio::test]
-async fn a_hole_is_found() {
+async fn missing_batches_are_detected() {
     let (root, dir) = dir();
     let log = tiny(&dir);
     append(&log, 1..=60).await;
@@ -76,24 +79,24 @@ async fn a_hole_is_found() {
         let copied = root.path().join(name);
         copy(&dir, &copied);
         damage(&segment::path(&copied, firsts[2]));
-        refused(&copied)
+        rejection(&copied)
     };
     let wanted = |from: Seq| format!("batches {from} to {} are missing", firsts[3] - 1);
     let said = gone("removed", &|path| fs::remove_file(path).unwrap());
     assert!(said.contains(&wanted(firsts[2])), "{said}");
     let bytes = fs::read(segment::path(&dir, firsts[2])).unwrap();
-    let places = places(&bytes);
-    for (at, place) in places[..places.len() - 1].iter().enumerate() {
+    let offsets = offsets(&bytes);
+    for (at, offset) in offsets[..offsets.len() - 1].iter().enumerate() {
         let wanted = wanted(firsts[2] + at as Seq);
         for (cut, more) in [("head", 8), ("value", 40)] {
             let said = gone(&format!("{cut}-{at}"), &|path| {
-                fs::write(path, &bytes[..place + more]).unwrap();
+                fs::write(path, &bytes[..offset + more]).unwrap();
             });
             assert!(said.contains(&wanted), "{said}");
         }
         let said = gone(&format!("zero-{at}"), &|path| {
             let mut bytes = bytes.clone();
-            bytes[*place..].fill(0);
+            bytes[*offset..].fill(0);
             fs::write(path, bytes).unwrap();
         });
         assert!(said.contains(&wanted), "{said}");
@@ -101,7 +104,7 @@ async fn a_hole_is_found() {
 }
 
 #[tokio::test]
-async fn segments_that_do_not_belong_together_are_refused() {
+async fn segments_of_different_logs_are_rejected() {
     let (root, dir) = dir();
     let log = tiny(&dir);
     append(&log, 1..=60).await;
@@ -115,18 +118,18 @@ async fn segments_that_do_not_belong_together_are_refused() {
         let (path, from) = (segment::path(&dir, first), segment::path(&other, first));
         let own = fs::read(&path).unwrap();
         fs::copy(from, &path).unwrap();
-        let said = refused(&dir);
+        let said = rejection(&dir);
         assert!(said.contains("another log"), "{said}");
-        // Under another's name.
+        // A segment under another name.
         fs::copy(segment::path(&dir, firsts[1]), &path).unwrap();
-        let said = refused(&dir);
+        let said = rejection(&dir);
         assert!(said.contains("begins with batch"), "{said}");
-        // Any bit of what its header says.
+        // Any bit of its header.
         for bit in (0..64 * 8).step_by(17) {
             let mut bytes = own.clone();
             bytes[bit / 8] ^= 1 << (bit % 8);
             fs::write(&path, bytes).unwrap();
-            let said = refused(&dir);
+            let said = rejection(&dir);
             assert!(said.contains(path.to_str().unwrap()), "{said}");
         }
         fs::write(&path, own).unwrap();
@@ -134,20 +137,20 @@ async fn segments_that_do_not_belong_together_are_refused() {
     assert_eq!(DiskLog::open(&dir, None).unwrap().end(), 60);
 }
 
-/// Nine batches, and as the tenth one that is long; the segment's file, and where the tenth begins
-/// and ends in it.
-async fn ten(dir: &Path) -> (Vec<u8>, usize, usize) {
+/// Writes nine batches and a long tenth one. Returns the segment, and the start and end of the
+/// tenth batch in it.
+async fn ten_batches(dir: &Path) -> (Vec<u8>, usize, usize) {
     let log = DiskLog::open(dir, None).unwrap();
     append(&log, 1..=9).await;
     log.append(batch(10, LARGE)).await.unwrap();
     drop(log);
     let bytes = fs::read(&segments(dir)[0]).unwrap();
-    let places = places(&bytes);
-    assert_eq!(places.len(), 11);
-    (bytes, places[9], places[10])
+    let offsets = offsets(&bytes);
+    assert_eq!(offsets.len(), 11);
+    (bytes, offsets[9], offsets[10])
 }
 
-/// Opens the log as it is with `bytes` for its segment; where that says that it ends.
+/// Opens the log with `bytes` as its segment. Returns its end.
 async fn end_of(dir: &Path, bytes: &[u8], what: &str) -> Seq {
     let file = segments(dir).remove(0);
     fs::write(&file, bytes).unwrap();
@@ -156,11 +159,11 @@ async fn end_of(dir: &Path, bytes: &[u8], what: &str) -> Seq {
     let end = log.end();
     check(&read(&log, 0).await, 0);
     if end == 9 {
-        // Shorter than what was cut off, none of which may be left behind it.
+        // Shorter batches than the truncated one, none of which may remain behind them.
         append(&log, 10..=11).await;
         drop(log);
         let bytes = fs::read(&file).unwrap();
-        let end = *places(&bytes).last().unwrap();
+        let end = *offsets(&bytes).last().unwrap();
         assert!(bytes[end..].iter().all(|byte| *byte == 0), "{what}");
         let log = DiskLog::open(dir, None).unwrap();
         assert_eq!(log.end(), 11, "{what}");
@@ -169,7 +172,7 @@ async fn end_of(dir: &Path, bytes: &[u8], what: &str) -> Seq {
     end
 }
 
-/// What is left of `bytes` when the part from `begin` to `end` of it is torn at `cut`.
+/// Ways in which the part of `bytes` from `begin` to `end` can be torn at `cut`.
 fn torn(bytes: &[u8], begin: usize, end: usize, cut: usize) -> [Vec<u8>; 3] {
     let with_zeros = |from: usize, to: usize| {
         let mut bytes = bytes.to_vec();
@@ -181,16 +184,16 @@ fn torn(bytes: &[u8], begin: usize, end: usize, cut: usize) -> [Vec<u8>; 3] {
 }
 
 #[tokio::test]
-async fn a_torn_tail_is_cut_off_and_nothing_else() {
+async fn only_a_torn_tail_is_truncated() {
     let (_root, dir) = dir();
-    let (bytes, begin, end) = ten(&dir).await;
+    let (bytes, begin, end) = ten_batches(&dir).await;
     let last = bytes.iter().rposition(|byte| *byte != 0).unwrap() + 1;
     assert!(end - begin > 2 * 4096 && end - last < 8);
-    // At every place in memory, and at some in files.
-    let header = Header::read(&bytes).unwrap();
+    // Tests every offset in memory, and some in files.
+    let header = SegmentHeader::read(&bytes).unwrap();
     for cut in (begin..last).step_by(8).chain([last - 1]) {
         for (shape, torn) in torn(&bytes[..end + 8], begin, end, cut).iter().enumerate() {
-            let found = Found::in_segment(&header, torn);
+            let found = SegmentScan::new(&header, torn);
             assert_eq!(
                 found.map(|found| found.position.seq),
                 Ok(9),
@@ -205,16 +208,16 @@ async fn a_torn_tail_is_cut_off_and_nothing_else() {
             assert_eq!(end_of(&dir, torn, &what).await, 9, "{what}");
         }
     }
-    // Room and padding that are gone are no loss.
+    // Missing zeros and padding are harmless.
     for cut in [last, end, end + 1, end + 4096] {
         assert_eq!(end_of(&dir, &bytes[..cut], "room").await, 10);
     }
 }
 
 #[tokio::test]
-async fn a_batch_that_lacks_any_of_its_pages_or_sectors_is_cut_off() {
+async fn a_last_batch_with_missing_pages_or_sectors_is_truncated() {
     let (_root, dir) = dir();
-    let (bytes, begin, end) = ten(&dir).await;
+    let (bytes, begin, end) = ten_batches(&dir).await;
     let pages = begin / 4096..=(end - 1) / 4096;
     let count = pages.clone().count();
     for lost in 1..1_u32 << count {
@@ -234,29 +237,29 @@ async fn a_batch_that_lacks_any_of_its_pages_or_sectors_is_cut_off() {
 }
 
 #[tokio::test]
-async fn a_bit_that_changed_in_the_last_segment_is_refused() {
+async fn a_flipped_bit_in_the_last_segment_is_rejected() {
     let (_root, dir) = dir();
-    let (bytes, begin, end) = ten(&dir).await;
-    let places = places(&bytes);
-    let header = Header::read(&bytes).unwrap();
+    let (bytes, begin, end) = ten_batches(&dir).await;
+    let offsets = offsets(&bytes);
+    let header = SegmentHeader::read(&bytes).unwrap();
     let mut files = 0;
-    for (count, bit) in (places[0] * 8..end * 8).step_by(5).enumerate() {
+    for (count, bit) in (offsets[0] * 8..end * 8).step_by(5).enumerate() {
         let at = bit / 8;
         let mut changed = bytes[..end + 8].to_vec();
         changed[at] ^= 1 << (bit % 8);
-        let record = places.partition_point(|place| *place <= at);
-        let padding = record::read(&changed[places[record - 1]..]).is_some();
-        // A last batch's number and length may as well be torn, and so may a byte that became 0.
+        let record = offsets.partition_point(|offset| *offset <= at);
+        let padding = record::read(&changed[offsets[record - 1]..]).is_some();
+        // A wrong sequence number or length, or a byte that became 0, may also be a torn write.
         let torn = (begin + 8..begin + 20).contains(&at) || (at > begin && changed[at] == 0);
         if padding || torn {
             continue;
         }
-        let why = Found::in_segment(&header, &changed).err().unwrap();
-        assert!(why.contains(&format!("batch {record} is not")), "{why}");
+        let why = SegmentScan::new(&header, &changed).err().unwrap();
+        assert!(why.contains(&format!("batch {record} does not")), "{why}");
         if count % 500 == 0 {
             changed.resize(bytes.len(), 0);
             fs::write(&segments(&dir)[0], changed).unwrap();
-            assert!(refused(&dir).contains(&why));
+            assert!(rejection(&dir).contains(&why));
             files += 1;
         }
     }
@@ -264,7 +267,7 @@ async fn a_bit_that_changed_in_the_last_segment_is_refused() {
 }
 
 #[tokio::test]
-async fn a_bit_that_changed_in_an_earlier_segment_is_named() {
+async fn a_flipped_bit_in_an_earlier_segment_names_the_batch() {
     let (_root, dir) = dir();
     let log = tiny(&dir);
     append(&log, 1..=30).await;
@@ -272,13 +275,13 @@ async fn a_bit_that_changed_in_an_earlier_segment_is_named() {
     let file = segments(&dir).remove(1);
     let first = segment::list(&dir).unwrap().segments[1];
     let bytes = fs::read(&file).unwrap();
-    let places = places(&bytes);
+    let offsets = offsets(&bytes);
     let mut opened = 0;
-    for bit in (places[0] * 8..places[places.len() - 1] * 8).step_by(13) {
+    for bit in (offsets[0] * 8..offsets[offsets.len() - 1] * 8).step_by(13) {
         let mut changed = bytes.clone();
         changed[bit / 8] ^= 1 << (bit % 8);
-        let index = places.partition_point(|place| *place <= bit / 8) - 1;
-        if record::read(&changed[places[index]..]).is_some() {
+        let index = offsets.partition_point(|offset| *offset <= bit / 8) - 1;
+        if record::read(&changed[offsets[index]..]).is_some() {
             // Padding.
             continue;
         }
@@ -308,22 +311,22 @@ async fn a_bit_that_changed_in_an_earlier_segment_is_named() {
 }
 
 #[tokio::test]
-async fn a_damaged_batch_is_named() {
+async fn a_damaged_value_names_the_batch() {
     let (_root, dir) = dir();
     let log = tiny(&dir);
     append(&log, 1..=10).await;
     drop(log);
-    // With a checksum that is right: what is wrong is told by the value.
+    // The checksum is valid, so the error is in the value.
     let file = segments(&dir).remove(0);
     let bytes = fs::read(&file).unwrap();
-    let places = places(&bytes);
+    let offsets = offsets(&bytes);
     for (index, change) in [(0, 20), (1, 20), (2, 60)] {
         let mut bytes = bytes.clone();
-        bytes[places[index] + change] = b'\x07';
-        let head = record::Head::read(&bytes[places[index]..]).unwrap();
-        let summed = &bytes[places[index] + 8..places[index] + head.bytes()];
+        bytes[offsets[index] + change] = b'\x07';
+        let header = record::RecordHeader::read(&bytes[offsets[index]..]).unwrap();
+        let summed = &bytes[offsets[index] + 8..offsets[index] + header.bytes()];
         let checksum = xxhash_rust::xxh3::xxh3_64(summed).to_le_bytes();
-        bytes[places[index]..places[index] + 8].copy_from_slice(&checksum);
+        bytes[offsets[index]..offsets[index] + 8].copy_from_slice(&checksum);
         fs::write(&file, bytes).unwrap();
         let log = tiny(&dir);
         let seq = index as Seq + 1;

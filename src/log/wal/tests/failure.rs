@@ -1,4 +1,4 @@
-//! A disk that fails, or has no room, while the log is open.
+//! Write errors and full disks while the log is open.
 
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
@@ -7,36 +7,36 @@ use super::*;
 
 /// How a write fails.
 #[derive(Debug, Clone, Copy)]
-enum Fails {
+enum WriteFault {
     /// Nothing is written.
     Before,
-    /// Half of it is.
+    /// Half of the record is written.
     Within,
-    /// All is, and the sync says no.
+    /// The record is written, and the sync fails.
     AtSync,
 }
 
-/// Makes writes fail from now on.
-fn fail(log: &DiskLog, fails: Fails) {
+/// Makes all writes fail from now on.
+fn fail(log: &DiskLog, fault: WriteFault) {
     *log.shared.fault.lock() = Some(Box::new(move |file, at, record| {
-        let written = match fails {
-            Fails::Before => 0,
-            Fails::Within => record.len() / 2,
-            Fails::AtSync => record.len(),
+        let written = match fault {
+            WriteFault::Before => 0,
+            WriteFault::Within => record.len() / 2,
+            WriteFault::AtSync => record.len(),
         };
         file.write_all_at(&record[..written], at)?;
         Err(io::Error::other("input/output error"))
     }));
 }
 
-/// Keeps a segment that begins with batch `seq` from being made.
+/// Prevents the creation of a segment with first batch `seq`.
 fn block(dir: &Path, seq: Seq) -> PathBuf {
     let way = segment::path(dir, seq).with_extension("new");
     fs::create_dir(&way).unwrap();
     way
 }
 
-fn assert_refused(append: Result<(), AppendError>) {
+fn assert_rejected(append: Result<(), AppendError>) {
     let Err(AppendError::Refused(why)) = append else {
         panic!("{append:?}");
     };
@@ -48,30 +48,30 @@ async fn pending(append: &mut BoxFuture<'_, Result<(), AppendError>>) -> bool {
     waited.await.is_err()
 }
 
-/// Waits until a batch's write has failed, and not until it is tried again.
-async fn refused(log: &DiskLog, doubtful: &mut BoxFuture<'_, Result<(), AppendError>>) {
+/// Waits until a write has failed, but not until the retry.
+async fn wait_for_stall(log: &DiskLog, uncertain: &mut BoxFuture<'_, Result<(), AppendError>>) {
     while log.unwritable().is_none() {
-        assert!(doubtful.now_or_never().is_none());
+        assert!(uncertain.now_or_never().is_none());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
 #[tokio::test]
-async fn a_failed_write_is_settled_in_a_new_segment() {
-    for fails in [Fails::Before, Fails::Within, Fails::AtSync] {
-        // Also where the failed batch is the first of its segment, which the new one then replaces.
+async fn a_failed_write_is_retried_in_a_new_segment() {
+    for fault in [WriteFault::Before, WriteFault::Within, WriteFault::AtSync] {
+        // With 0, the failed batch is the first of its segment, which the new one replaces.
         for before in [0, 4, 10] {
             let (root, dir) = dir();
             let log = tiny(&dir);
             append(&log, 1..=before).await;
             let mut subscription = log.subscribe(position(&log, before)).await.unwrap();
-            fail(&log, fails);
-            let mut doubtful = log.append(batch(before + 1, 2));
-            assert!(pending(&mut doubtful).await);
-            assert_refused(log.append(batch(99, 2)).await);
+            fail(&log, fault);
+            let mut uncertain = log.append(batch(before + 1, 2));
+            assert!(pending(&mut uncertain).await);
+            assert_rejected(log.append(batch(99, 2)).await);
             assert!(log.unwritable().is_some());
             assert_eq!(log.end(), before);
-            // A crash now leaves it in the log or not, and nothing else.
+            // After a crash now, the batch is in the log or not.
             let crashed = root.path().join("crashed");
             copy(&dir, &crashed);
             let other = tiny(&crashed);
@@ -80,7 +80,7 @@ async fn a_failed_write_is_settled_in_a_new_segment() {
             drop(other);
 
             *log.shared.fault.lock() = None;
-            doubtful.await.unwrap();
+            uncertain.await.unwrap();
             assert_eq!(log.unwritable(), None);
             append(&log, before + 2..=before + 9).await;
             let mut entries = Vec::new();
@@ -100,7 +100,7 @@ async fn a_failed_write_is_settled_in_a_new_segment() {
             };
             assert_eq!(numbers(&again), (1..=before + 9).collect::<Vec<_>>());
             assert_eq!(numbers(&all), numbers(&again));
-            // It may be forgotten like any other.
+            // The segment can be trimmed.
             log.trim(before + 9).await.unwrap();
             assert!(log.first() > before + 1);
         }
@@ -108,15 +108,15 @@ async fn a_failed_write_is_settled_in_a_new_segment() {
 }
 
 #[tokio::test]
-async fn a_batch_in_doubt_is_not_read() {
+async fn an_uncertain_batch_is_not_published() {
     let (_root, dir) = dir();
-    // So large that all of it is in one segment, and the first batches not in memory any more.
+    // All batches are in one segment, and the first ones no longer in memory.
     let log = DiskLog::open(&dir, None).unwrap();
     append(&log, 1..=20).await;
-    fail(&log, Fails::AtSync);
-    let mut doubtful = log.append(batch(21, 2));
-    // Before there is a new segment: all of it is in the old one.
-    refused(&log, &mut doubtful).await;
+    fail(&log, WriteFault::AtSync);
+    let mut uncertain = log.append(batch(21, 2));
+    // There is no new segment yet: the whole batch is in the old one.
+    wait_for_stall(&log, &mut uncertain).await;
     let mut subscription = log.subscribe(position(&log, 0)).await.unwrap();
     let mut entries = Vec::new();
     subscription.next(&mut entries).await.unwrap();
@@ -125,24 +125,24 @@ async fn a_batch_in_doubt_is_not_read() {
     assert!((&mut more).now_or_never().is_none());
     drop(more);
     *log.shared.fault.lock() = None;
-    doubtful.await.unwrap();
+    uncertain.await.unwrap();
     subscription.next(&mut entries).await.unwrap();
     assert_eq!(entries.len(), 21);
     check(&entries, 0);
 }
 
 #[tokio::test]
-async fn what_a_new_segment_took_over_counts_for_nothing_in_the_old_one() {
+async fn a_batch_in_a_new_segment_is_ignored_in_the_old_one() {
     let (_root, dir) = dir();
     let log = tiny(&dir);
     append(&log, 1..=4).await;
-    // Whole in the old segment, and half in the new one that was begun with it.
-    fail(&log, Fails::AtSync);
-    let mut doubtful = log.append(batch(5, 2));
-    refused(&log, &mut doubtful).await;
-    fail(&log, Fails::Within);
-    assert!(pending(&mut doubtful).await);
-    drop(doubtful);
+    // The batch is complete in the old segment, and half written in the new one.
+    fail(&log, WriteFault::AtSync);
+    let mut uncertain = log.append(batch(5, 2));
+    wait_for_stall(&log, &mut uncertain).await;
+    fail(&log, WriteFault::Within);
+    assert!(pending(&mut uncertain).await);
+    drop(uncertain);
     drop(log);
     assert_eq!(segments(&dir).len(), 2);
     let log = tiny(&dir);
@@ -161,20 +161,20 @@ async fn what_a_new_segment_took_over_counts_for_nothing_in_the_old_one() {
 }
 
 #[tokio::test]
-async fn a_doubtful_batch_waits_for_a_new_segment_that_cannot_be_made() {
+async fn an_uncertain_batch_waits_until_a_new_segment_can_be_created() {
     let (_root, dir) = dir();
     let log = tiny(&dir);
     append(&log, 1..=4).await;
     let way = block(&dir, 5);
-    fail(&log, Fails::Within);
-    let mut doubtful = log.append(batch(5, 2));
-    assert!(pending(&mut doubtful).await);
+    fail(&log, WriteFault::Within);
+    let mut uncertain = log.append(batch(5, 2));
+    assert!(pending(&mut uncertain).await);
     *log.shared.fault.lock() = None;
-    assert!(pending(&mut doubtful).await);
-    assert_refused(log.append(batch(99, 2)).await);
+    assert!(pending(&mut uncertain).await);
+    assert_rejected(log.append(batch(99, 2)).await);
     log.trim(4).await.unwrap();
     fs::remove_dir(way).unwrap();
-    doubtful.await.unwrap();
+    uncertain.await.unwrap();
     append(&log, 6..=9).await;
     drop(log);
     let log = tiny(&dir);
@@ -183,35 +183,35 @@ async fn a_doubtful_batch_waits_for_a_new_segment_that_cannot_be_made() {
 }
 
 #[tokio::test]
-async fn a_closed_log_lets_go_of_a_doubtful_batch() {
+async fn closing_the_log_drops_an_uncertain_batch() {
     let (_root, dir) = dir();
     let log = tiny(&dir);
     append(&log, 1..=4).await;
-    fail(&log, Fails::AtSync);
-    let (verdict, given) = oneshot::channel();
-    let sent = Append {
+    fail(&log, WriteFault::AtSync);
+    let (reply, result) = oneshot::channel();
+    let sent = AppendRequest {
         batch: batch(5, 2),
-        verdict,
+        reply,
     };
     log.queue.as_ref().unwrap().send(sent).unwrap();
     while log.unwritable().is_none() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     drop(log);
-    assert!(given.await.is_err());
+    assert!(result.await.is_err());
     check(&read(&tiny(&dir), 0).await, 0);
 }
 
 #[tokio::test]
-async fn a_segment_that_cannot_be_begun_refuses_and_its_batch_is_not_written() {
+async fn a_batch_is_rejected_when_its_segment_cannot_be_created() {
     let (_root, dir) = dir();
     let log = tiny(&dir);
     append(&log, 1..=4).await;
     let way = block(&dir, 5);
-    // Too large for what is left of the first.
-    assert_refused(log.append(batch(5, 40)).await);
-    // Nor does a smaller one go there: the file may have been made all the same.
-    assert_refused(log.append(batch(6, 0)).await);
+    // Too large for the rest of the first segment.
+    assert_rejected(log.append(batch(5, 40)).await);
+    // A smaller one is not written there either, because the new file may exist.
+    assert_rejected(log.append(batch(6, 0)).await);
     fs::remove_dir(way).unwrap();
     while log.unwritable().is_some() {
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -228,24 +228,24 @@ async fn a_segment_that_cannot_be_begun_refuses_and_its_batch_is_not_written() {
 }
 
 #[test]
-fn less_free_space_than_the_reserve_refuses_and_reading_goes_on() {
+fn writes_are_rejected_and_reads_continue_without_the_free_reserve() {
     let (_root, dir) = dir();
     runtime().block_on(async {
         let log = tiny(&dir);
         append(&log, 1..=3).await;
         drop(log);
-        let sizes = Sizes {
+        let sizes = WalSizes {
             reserve_bytes: u64::MAX,
             ..TINY
         };
         let log = DiskLog::open_with(&dir, None, sizes).unwrap();
         assert_eq!(log.unwritable(), None);
-        let refused = log.append(batch(4, 1)).await.unwrap_err().to_string();
+        let rejection = log.append(batch(4, 1)).await.unwrap_err().to_string();
         assert!(
-            refused.contains("is full") && refused.contains("free some"),
-            "{refused}"
+            rejection.contains("is full") && rejection.contains("free some"),
+            "{rejection}"
         );
-        assert_eq!(log.unwritable().as_deref(), Some(refused.as_str()));
+        assert_eq!(log.unwritable().as_deref(), Some(rejection.as_str()));
         check(&read(&log, 0).await, 0);
     });
 }

@@ -1,4 +1,4 @@
-//! What a log on disk does, by subject; here is what all of them need.
+//! Tests of the disk log, by subject. This file has their shared helpers.
 
 mod damage;
 mod failure;
@@ -13,11 +13,11 @@ use super::*;
 use crate::grade::{Changes, Patch, Write};
 use crate::log::Entry;
 
-/// Comes before a record is written: the file, where, and the record.
+/// Called before a record is written, with the file, the offset and the record.
 pub(super) type Fault = Box<dyn FnMut(&File, u64, &[u8]) -> io::Result<()> + Send>;
 
-/// Small enough that a few batches make a segment.
-const TINY: Sizes = Sizes {
+/// Small enough that a few batches fill a segment.
+const TINY: WalSizes = WalSizes {
     step_bytes: 200,
     segment_bytes: 800,
     reserve_bytes: 0,
@@ -41,13 +41,13 @@ fn batch(number: u64, writes: usize) -> Batch {
     }
 }
 
-/// The number that [`batch`] was given.
+/// The number passed to [`batch`].
 fn number(batch: &Batch) -> u64 {
     let user_id = batch.writes[0].user_id();
     user_id.split('-').nth(1).unwrap().parse().unwrap()
 }
 
-/// The log's position at `seq`; any where it has none.
+/// The log's position at `seq`; an arbitrary one if the log does not have it.
 fn position(log: &DiskLog, seq: Seq) -> Position {
     let position = log.position(seq).unwrap();
     position.unwrap_or(Position::base(&log.id(), seq, 0))
@@ -74,7 +74,7 @@ async fn append(log: &DiskLog, numbers: std::ops::RangeInclusive<u64>) {
     }
 }
 
-/// Reads from `after` to the end.
+/// Reads the batches after `after`.
 async fn read(log: &DiskLog, after: Seq) -> Vec<Entry> {
     let mut subscription = log.subscribe(position(log, after)).await.unwrap();
     let mut entries = Vec::new();
@@ -84,7 +84,8 @@ async fn read(log: &DiskLog, after: Seq) -> Vec<Entry> {
     entries
 }
 
-/// The entries are whole, follow each other from `after` on, and time never goes back.
+/// Checks that the entries are complete and contiguous after `after`, and that time never goes
+/// back.
 fn check(entries: &[Entry], after: Seq) {
     let mut time_ns = 0;
     for (seq, entry) in (after + 1..).zip(entries) {
@@ -96,7 +97,7 @@ fn check(entries: &[Entry], after: Seq) {
     }
 }
 
-/// What a crash would leave: `from` as it is now, for nothing is done in the background.
+/// Copies the log as a crash would leave it: nothing runs in the background.
 fn copy(from: &Path, to: &Path) {
     fs::create_dir(to).unwrap();
     for file in fs::read_dir(from).unwrap() {
@@ -107,17 +108,17 @@ fn copy(from: &Path, to: &Path) {
 
 /// The log's segments, oldest first.
 fn segments(dir: &Path) -> Vec<PathBuf> {
-    let listing = segment::list(dir).unwrap();
-    assert_eq!(fs::read_dir(dir).unwrap().count(), listing.segments.len());
-    let firsts = listing.segments.iter();
+    let files = segment::list(dir).unwrap();
+    assert_eq!(fs::read_dir(dir).unwrap().count(), files.segments.len());
+    let firsts = files.segments.iter();
     firsts.map(|first| segment::path(dir, *first)).collect()
 }
 
-/// Where the records of a segment begin, and the last one's end.
-fn places(bytes: &[u8]) -> Vec<usize> {
-    let mut places = vec![segment::HEADER_BYTES as usize];
-    while let Some(record) = record::read(&bytes[places[places.len() - 1]..]) {
-        places.push(places[places.len() - 1] + record.bytes);
+/// The offsets of the records of a segment, and the end of the last one.
+fn offsets(bytes: &[u8]) -> Vec<usize> {
+    let mut offsets = vec![segment::HEADER_BYTES as usize];
+    while let Some(record) = record::read(&bytes[offsets[offsets.len() - 1]..]) {
+        offsets.push(offsets[offsets.len() - 1] + record.bytes);
     }
-    places
+    offsets
 }

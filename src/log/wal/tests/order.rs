@@ -1,4 +1,4 @@
-//! What was appended comes back, each batch once and in its place.
+//! Appended batches are read once each and in order.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
@@ -9,10 +9,9 @@ use proptest::prelude::*;
 use super::*;
 
 #[tokio::test]
-async fn what_was_appended_is_there_after_reopening() {
+async fn batches_survive_reopening() {
     let (_root, dir) = dir();
     let log = DiskLog::open(&dir, None).unwrap();
-    assert!(log.is_empty());
     assert_eq!((log.first(), log.end()), (1, 0));
     append(&log, 1..=5).await;
     let (id, entries) = (log.id(), read(&log, 0).await);
@@ -21,28 +20,27 @@ async fn what_was_appended_is_there_after_reopening() {
     drop(log);
 
     let log = DiskLog::open(&dir, None).unwrap();
-    assert!(!log.is_empty());
     assert_eq!((log.id(), log.first(), log.end()), (id, 1, 5));
     let again = read(&log, 0).await;
     check(&again, 0);
-    let places = |entries: &[Entry]| -> Vec<_> {
-        let place = |entry: &Entry| {
+    let offsets = |entries: &[Entry]| -> Vec<_> {
+        let offset = |entry: &Entry| {
             (
                 entry.position.seq,
                 entry.position.time_ns,
                 number(&entry.batch),
             )
         };
-        entries.iter().map(place).collect()
+        entries.iter().map(offset).collect()
     };
-    assert_eq!(places(&again), places(&entries));
+    assert_eq!(offsets(&again), offsets(&entries));
     append(&log, 6..=6).await;
     assert_eq!(log.end(), 6);
     assert_eq!(number(&read(&log, 5).await[0].batch), 6);
 }
 
 #[tokio::test]
-async fn own_batches_come_back_undecoded() {
+async fn recent_batches_are_not_decoded() {
     let (_root, dir) = dir();
     let log = DiskLog::open(&dir, None).unwrap();
     let sent = batch(1, 3);
@@ -54,12 +52,12 @@ async fn own_batches_come_back_undecoded() {
 }
 
 #[tokio::test]
-async fn numbering_begins_where_it_is_told_to_and_only_in_an_unused_log() {
+async fn a_base_is_accepted_only_for_an_unused_log() {
     let (_root, dir) = dir();
     let first_id = DiskLog::open(&dir, None).unwrap().id();
     let log = DiskLog::open(&dir, Some(500)).unwrap();
     assert_ne!(log.id(), first_id);
-    assert_eq!((log.first(), log.end(), log.is_empty()), (501, 500, false));
+    assert_eq!((log.first(), log.end()), (501, 500));
     assert!(matches!(
         log.subscribe(position(&log, 499)).await.err(),
         Some(ReadError::NotHeld { wanted: 500 })
@@ -82,7 +80,7 @@ async fn numbering_begins_where_it_is_told_to_and_only_in_an_unused_log() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn readers_see_each_batch_once_and_in_order_while_batches_come() {
+async fn readers_see_each_batch_once_and_in_order_during_appends() {
     const BATCHES: u64 = 400;
     let (_root, dir) = dir();
     let log = Arc::new(tiny(&dir));
@@ -95,7 +93,7 @@ async fn readers_see_each_batch_once_and_in_order_while_batches_come() {
                 let mut subscription = log.subscribe(position(&log, after)).await.unwrap();
                 let mut entries = Vec::new();
                 while (entries.len() as u64) < BATCHES - after {
-                    // A call that is given up loses nothing.
+                    // A cancelled call loses nothing.
                     let wait = Duration::from_micros(after * 20);
                     let next = subscription.next(&mut entries);
                     match tokio::time::timeout(wait, next).await {
@@ -103,7 +101,7 @@ async fn readers_see_each_batch_once_and_in_order_while_batches_come() {
                         Err(_) => subscription.next(&mut entries).await.unwrap(),
                     }
                     if after == 7 {
-                        // So slow that it goes back to the disk again and again.
+                        // So slow that it reads from the disk again and again.
                         tokio::time::sleep(Duration::from_millis(30)).await;
                     }
                 }
@@ -116,7 +114,7 @@ async fn readers_see_each_batch_once_and_in_order_while_batches_come() {
     for reader in readers {
         reader.await.unwrap();
     }
-    // A closed log ends its readers, after all that it has.
+    // Readers of a closed log get all its batches before the error.
     let mut subscription = log.subscribe(position(&log, BATCHES - 1)).await.unwrap();
     drop(Arc::into_inner(log).unwrap());
     let mut entries = Vec::new();
@@ -127,7 +125,7 @@ async fn readers_see_each_batch_once_and_in_order_while_batches_come() {
 }
 
 #[derive(Debug, Clone)]
-enum Step {
+enum LogStep {
     Append {
         writes: usize,
     },
@@ -135,23 +133,23 @@ enum Step {
         through_percent: u64,
     },
     Reopen,
-    /// A crash within the last batch, which loses from some byte of it on.
+    /// A crash that loses the last batch from some byte on.
     Tear {
         kept_percent: usize,
         short: bool,
     },
-    /// A write that fails, part of it being done.
+    /// A write that fails after a part of it.
     Fail {
         done_percent: usize,
     },
 }
 
-/// Takes the last batch's end off the file that has it.
+/// Tears the last batch.
 fn tear(dir: &Path, kept_percent: usize, short: bool) -> bool {
     let file = segments(dir).pop().unwrap();
     let mut bytes = std::fs::read(&file).unwrap();
-    let places = places(&bytes);
-    let &[.., begin, end] = places.as_slice() else {
+    let offsets = offsets(&bytes);
+    let &[.., begin, end] = offsets.as_slice() else {
         return false;
     };
     let end = end
@@ -172,17 +170,17 @@ fn tear(dir: &Path, kept_percent: usize, short: bool) -> bool {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// Whatever is done in whatever order, the log is the model from its first batch on.
+    /// After any operations the log equals the model from its first batch on.
     #[test]
     fn agrees_with_a_vec(steps in prop::collection::vec(prop_oneof![
-        6 => (0..12_usize).prop_map(|writes| Step::Append { writes }),
-        1 => (0..130_u64).prop_map(|through_percent| Step::Trim { through_percent }),
-        1 => Just(Step::Reopen),
-        1 => (0..100_usize, any::<bool>()).prop_map(|(kept_percent, short)| Step::Tear {
+        6 => (0..12_usize).prop_map(|writes| LogStep::Append { writes }),
+        1 => (0..130_u64).prop_map(|through_percent| LogStep::Trim { through_percent }),
+        1 => Just(LogStep::Reopen),
+        1 => (0..100_usize, any::<bool>()).prop_map(|(kept_percent, short)| LogStep::Tear {
             kept_percent,
             short,
         }),
-        1 => (0..=100_usize).prop_map(|done_percent| Step::Fail { done_percent }),
+        1 => (0..=100_usize).prop_map(|done_percent| LogStep::Fail { done_percent }),
     ], 1..60)) {
         let (_root, dir) = dir();
         runtime().block_on(async {
@@ -191,22 +189,22 @@ proptest! {
             for step in steps {
                 let (first, end) = (log.first(), log.end());
                 match step {
-                    Step::Append { writes } => {
+                    LogStep::Append { writes } => {
                         let batch = batch(end * 10, writes);
                         log.append(batch.clone()).await.unwrap();
                         model.insert(end + 1, batch);
                     }
-                    Step::Trim { through_percent } => {
+                    LogStep::Trim { through_percent } => {
                         let through = end * through_percent / 100;
                         log.trim(through).await.unwrap();
                         assert!(log.first() >= first && log.first() <= (through + 1).max(first));
                     }
-                    Step::Reopen => {
+                    LogStep::Reopen => {
                         drop(log);
                         log = tiny(&dir);
                         assert_eq!((log.first(), log.end()), (first, end));
                     }
-                    Step::Tear { kept_percent, short } => {
+                    LogStep::Tear { kept_percent, short } => {
                         drop(log);
                         if tear(&dir, kept_percent, short) {
                             model.pop_last();
@@ -214,7 +212,7 @@ proptest! {
                         log = tiny(&dir);
                         assert_eq!(log.first(), first);
                     }
-                    Step::Fail { done_percent } => {
+                    LogStep::Fail { done_percent } => {
                         let mut once = true;
                         *log.shared.fault.lock() = Some(Box::new(move |file, at, record| {
                             let done = &record[..record.len() * done_percent / 100];

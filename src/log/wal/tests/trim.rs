@@ -1,9 +1,9 @@
-//! What was forgotten, and what a crash leaves of forgetting.
+//! Trimming, and crashes while trimming.
 
 use super::*;
 
 #[tokio::test]
-async fn what_is_not_held_is_not_read() {
+async fn trimmed_batches_cannot_be_read() {
     let (_root, dir) = dir();
     let log = tiny(&dir);
     append(&log, 1..=60).await;
@@ -11,23 +11,23 @@ async fn what_is_not_held_is_not_read() {
         log.subscribe(position(&log, 61)).await.err(),
         Some(ReadError::NotHeld { wanted: 62 })
     ));
-    let mut early = log.subscribe(position(&log, 0)).await.unwrap();
+    let mut subscription = log.subscribe(position(&log, 0)).await.unwrap();
     log.trim(40).await.unwrap();
     let first = log.first();
     assert!((30..=41).contains(&first), "{first}");
     for after in [0, first - 2] {
-        let refused = log.subscribe(position(&log, after)).await.err();
-        assert!(matches!(refused, Some(ReadError::NotHeld { .. })));
+        let rejection = log.subscribe(position(&log, after)).await.err();
+        assert!(matches!(rejection, Some(ReadError::NotHeld { .. })));
     }
-    let late = early.next(&mut Vec::new()).await;
-    assert!(matches!(late, Err(ReadError::NotHeld { wanted: 1 })));
+    let behind = subscription.next(&mut Vec::new()).await;
+    assert!(matches!(behind, Err(ReadError::NotHeld { wanted: 1 })));
     check(&read(&log, first - 1).await, first - 1);
     drop(log);
     let log = tiny(&dir);
     assert_eq!((log.first(), log.end()), (first, 60));
     check(&read(&log, first - 1).await, first - 1);
 
-    // All of it may go but what is being written.
+    // All segments but the active one can be trimmed.
     log.trim(Seq::MAX).await.unwrap();
     assert!(log.first() <= 60);
     append(&log, 61..=80).await;
@@ -36,7 +36,7 @@ async fn what_is_not_held_is_not_read() {
 }
 
 #[tokio::test]
-async fn a_crash_at_any_step_of_a_trim_leaves_a_whole_log() {
+async fn a_crash_during_a_trim_leaves_a_complete_log() {
     let (root, dir) = dir();
     let log = tiny(&dir);
     append(&log, 1..=60).await;
@@ -51,7 +51,7 @@ async fn a_crash_at_any_step_of_a_trim_leaves_a_whole_log() {
     let mut steps = 0;
     while let [oldest, second, ..] = segments(&dir).as_slice() {
         let next = segment::list(&dir).unwrap().segments[1];
-        // As it is when the file is gone and the directory was not synced, and the other way round.
+        // The states before and after the removal is durable.
         assert_eq!(opened(&format!("held-{steps}")).await, (log.first(), 80));
         log.trim(next - 1).await.unwrap();
         assert!(!oldest.exists() && second.exists());
@@ -63,17 +63,17 @@ async fn a_crash_at_any_step_of_a_trim_leaves_a_whole_log() {
 }
 
 #[tokio::test]
-async fn a_trim_that_fails_forgets_nothing() {
+async fn a_failed_trim_removes_nothing() {
     let (_root, dir) = dir();
     let log = tiny(&dir);
     append(&log, 1..=20).await;
     let oldest = segments(&dir).remove(0);
-    let aside = oldest.with_extension("aside");
-    fs::rename(&oldest, &aside).unwrap();
+    let renamed = oldest.with_extension("renamed");
+    fs::rename(&oldest, &renamed).unwrap();
     let failed = log.trim(20).await;
     assert!(matches!(failed, Err(TrimError::Failed(_))), "{failed:?}");
     assert_eq!(log.first(), 1);
-    fs::rename(&aside, &oldest).unwrap();
+    fs::rename(&renamed, &oldest).unwrap();
     check(&read(&log, 0).await, 0);
     log.trim(20).await.unwrap();
     assert!(log.first() > 10);

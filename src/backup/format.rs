@@ -1,0 +1,75 @@
+//! The records and names of a backup file.
+
+use serde::{Deserialize, Serialize};
+
+use crate::log::{Chain, Position, Seq};
+
+/// The format that this program writes, and the newest that it reads.
+pub const FORMAT: u32 = 1;
+
+/// The record in the first member.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeadRecord {
+    /// The version of the format.
+    pub format: u32,
+    /// The log of the positions.
+    pub log_id: Box<str>,
+    /// The position before the scan. Replay starts after it.
+    pub position: Seq,
+    /// When the log stored the batch at `position`, in nanoseconds since 1970.
+    pub time_ns: u64,
+    /// The chain at `position`.
+    pub chain: Chain,
+    /// The chain before `position`, for checking that the log holds the same batch there.
+    pub previous_chain: Chain,
+    /// How many records the store had when the scan began: about the number of rows.
+    pub rows_expected: u64,
+}
+
+impl HeadRecord {
+    /// The position after which replay starts.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        Position {
+            seq: self.position,
+            time_ns: self.time_ns,
+            chain: self.chain,
+            previous: self.previous_chain,
+        }
+    }
+}
+
+/// The record in the last member.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndRecord {
+    /// The position after the scan. From here on a replayed state is complete.
+    pub position: Seq,
+    /// The chain at `position`. A log with another chain there has lost batches whose effects may
+    /// be in the rows.
+    pub chain: Chain,
+    /// The number of rows.
+    pub rows: u64,
+    /// The sum of the rows' digests, 32 hexadecimal digits.
+    pub digest: String,
+    /// XXH3-128 of all bytes before the last member, 32 hexadecimal digits.
+    pub checksum: String,
+}
+
+/// The file name of a backup: `grades-<RFC 3339 time>.csv.gz`, in whole seconds.
+#[must_use]
+pub fn file_name(time_ns: u64) -> String {
+    format!("{}.gz", csv_name(time_ns))
+}
+
+pub(super) fn csv_name(time_ns: u64) -> String {
+    format!("grades-{}.csv", rfc3339(time_ns))
+}
+
+/// `time_ns` since 1970 as `2026-01-31T23:59:59Z`.
+#[must_use]
+pub fn rfc3339(time_ns: u64) -> String {
+    humantime::format_rfc3339_seconds(
+        std::time::UNIX_EPOCH + std::time::Duration::from_nanos(time_ns),
+    )
+    .to_string()
+}
