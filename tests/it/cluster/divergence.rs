@@ -7,6 +7,7 @@ use std::process::Command;
 
 use gradestore::backup::Snapshots;
 use gradestore::grade::{Changes, Patch, Write};
+use gradestore::sys::exec::Blocking;
 use gradestore::log::Position;
 use tempfile::TempDir;
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use gradestore::backup::{FORMAT, HeadRecord, Summary};
-use gradestore::grade::{Changes, FIELD_COUNT, Patch};
+use gradestore::grade::{Changes, FIELD_COUNT, Patch, Write};
 use gradestore::log::Position;
 use gradestore::store::Store;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -40,10 +40,10 @@ impl ValidBackup {
     /// The same backup, ending with one more batch that the log then lost. That batch created the
     /// user `lost`.
     pub(crate) fn with_a_lost_batch(self) -> PeerBehavior {
-        self.store.apply(&Patch {
+        self.store.apply_all(&[Write::Set(Patch {
             user_id: "lost".to_owned(),
             changes: Changes::all([1; FIELD_COUNT]),
-        });
+        })]);
         let end = Position {
             seq: self.head.position + 1,
             ..self.head.position()

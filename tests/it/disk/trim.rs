@@ -27,7 +27,7 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
             let user_id = format!("{user:0>250}").into_boxed_str();
             Patch { user_id, changes }
         });
-        let patches: Vec<Patch> = patches.collect();
+        let writes: Vec<Write> = patches.map(Write::Set).collect();
         // Any four batches set all fields of all users, so older ones leave no trace.
         if number + 4 > batches || (snapshot_at - 3..=snapshot_at).contains(&number) {
             store.apply_all(&writes);

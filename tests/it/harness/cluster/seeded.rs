@@ -10,7 +10,7 @@ use async_nats::jetstream::Context;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD as BASE64;
 use futures_util::StreamExt;
-use gradestore::grade::{Changes, Patch};
+use gradestore::grade::{self, Changes, Patch};
 use gradestore::store::Store;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -225,9 +225,9 @@ pub(crate) fn apply(store: &Store, write: &LoggedWrite) {
             let mut changes = Changes::default();
             changes.set(write.field, write.value);
             let user_id = write.user.as_str();
-            store.apply(&Patch { user_id, changes });
+            store.apply_all(&[grade::Write::Set(Patch { user_id, changes })]);
         }
-        LoggedWrite::Delete(user) => drop(store.remove(user)),
+        LoggedWrite::Delete(user) => store.apply_all(&[grade::Write::Delete(user.as_str())]),
     }
 }
 
