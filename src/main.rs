@@ -10,12 +10,12 @@ use std::thread;
 use std::time::Duration;
 
 use gradestore::cli::{
-    self, BackupArgs, Command, HealthArgs, ImportArgs, MadePassword, ServeArgs, VerifyArgs, backup,
-    health, import,
+    self, BackupArgs, Command, GeneratedPassword, HealthArgs, ImportArgs, ServeArgs, VerifyArgs,
+    backup, health, import,
 };
-use gradestore::http::ops::OpeningProgress;
+use gradestore::http::ops::StartupProgress;
 use gradestore::log::{ClusterKey, RandomId};
-use gradestore::node::data_dir::{Opening, Storage};
+use gradestore::node::data_dir::{Storage, StorageOptions};
 use gradestore::node::lifecycle::{self, Sockets};
 use gradestore::telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -25,21 +25,21 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// How long fetching a backup may take to tidy up once it is interrupted.
+/// How long an interrupted download may take to remove its temporary file.
 const INTERRUPT_WAIT_MAX: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     let command = cli::parse_args().command;
-    let done = cli::check_env()
+    let result = cli::check_env()
         .map_err(Into::into)
         .and_then(|()| match command {
             Command::Serve(args) => serve(&args),
-            Command::Backup(args) => fetch_backup(&args),
+            Command::Backup(args) => download_backup(&args),
             Command::Import(args) => import_file(args),
             Command::Verify(args) => verify(&args),
-            Command::Health(HealthArgs { ops_addr }) => health::check(ops_addr).map_err(Into::into),
+            Command::Health(HealthArgs { ops }) => health::check(ops.ops_addr).map_err(Into::into),
         });
-    match done {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(io::stderr(), "gradestore: {error}");
@@ -50,61 +50,61 @@ fn main() -> ExitCode {
 
 fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
     telemetry::init_logs(args.log_format);
-    let (config, made_password) = args.config()?;
+    let (config, generated_password) = args.config()?;
     let runtime = lifecycle::runtime(args.threads)?;
-    let ended = runtime.block_on(async {
+    let result = runtime.block_on(async {
         let node = RandomId::random()?;
         let mut shutdown = pin!(shutdown()?);
         let sockets = Sockets::bind(&config)?;
         let storage = args.storage();
-        let progress = OpeningProgress::default();
-        let told = progress.clone();
-        let opening = Opening {
+        let progress = StartupProgress::default();
+        let reported = progress.clone();
+        let options = StorageOptions {
             node,
             url: lifecycle::advertised(&config.cluster, sockets.write.local_addr()?),
-            ask_node: Arc::new(lifecycle::client_to_peers(&config)?),
+            ask_node: Arc::new(lifecycle::peer_client(&config)?),
             key: ClusterKey::derive(&config.credentials.account().password),
             restore_from: config.restore_from.clone(),
-            progress: Arc::new(move |what| told.set(what)),
+            progress: Arc::new(move |reason| reported.set(reason)),
         };
-        let opening = tokio::task::spawn_blocking(move || Storage::open(&storage, opening));
+        let opening = tokio::task::spawn_blocking(move || Storage::open(&storage, options));
         let storage = tokio::select! {
-            opened = lifecycle::alive_while(&config, node, &sockets, progress, opening) => opened???,
-            // A slow disk, or a broker that is away, must not keep the process from being stopped.
+            opened = lifecycle::serve_while_opening(&config, node, &sockets, progress, opening) => opened???,
+            // A slow disk or an unreachable NATS must not delay the end of the process.
             () = &mut shutdown => return Ok(()),
         };
-        greet(&sockets, &args.credentials.username, made_password.as_ref())?;
+        let username = &args.credentials.username;
+        print_addresses(&sockets, username, generated_password.as_ref())?;
         lifecycle::run(config, node, storage, sockets, shutdown).await?;
         Ok(())
     });
-    // What did not end within its deadline is not waited for again: dropped here, it might wait for a
-    // disk.
+    // Dropping the runtime would wait for blocking jobs, which have had their deadline.
     std::mem::forget(runtime);
-    ended
+    result
 }
 
-fn fetch_backup(args: &BackupArgs) -> Result<(), Box<dyn std::error::Error>> {
+fn download_backup(args: &BackupArgs) -> Result<(), Box<dyn std::error::Error>> {
     let password = args.credentials.password()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()?;
-    let fetched = runtime.block_on(async {
+    let downloaded = runtime.block_on(async {
         let shutdown = shutdown()?;
         let args = args.clone();
-        let mut fetching = tokio::spawn(async move { backup::backup(&args, &password).await });
+        let mut download = tokio::spawn(async move { backup::backup(&args, &password).await });
         tokio::select! {
-            fetched = &mut fetching => Ok(fetched??),
+            downloaded = &mut download => Ok(downloaded??),
             () = shutdown => {
-                fetching.abort();
-                let _ = tokio::time::timeout(INTERRUPT_WAIT_MAX, fetching).await;
-                Err::<_, Box<dyn std::error::Error>>("interrupted; nothing was kept".into())
+                download.abort();
+                let _ = tokio::time::timeout(INTERRUPT_WAIT_MAX, download).await;
+                Err::<_, Box<dyn std::error::Error>>("interrupted; no file was written".into())
             }
         }
     });
     runtime.shutdown_background();
-    let summary = fetched?;
-    // Standard output may be the backup.
+    let summary = downloaded?;
+    // The backup may go to standard output.
     write!(io::stderr(), "{}", backup::describe(&summary))?;
     Ok(())
 }
@@ -123,8 +123,8 @@ fn import_file(args: ImportArgs) -> Result<(), Box<dyn std::error::Error>> {
             imported = importing => Ok(imported?),
             () = shutdown => {
                 let accepted = accepted.load(Ordering::Relaxed);
-                let said = format!("interrupted; {accepted} rows or some more were accepted and stay");
-                Err::<_, Box<dyn std::error::Error>>(said.into())
+                let text = format!("interrupted; at least {accepted} rows were imported");
+                Err::<_, Box<dyn std::error::Error>>(text.into())
             }
         }
     });
@@ -140,20 +140,20 @@ fn verify(args: &VerifyArgs) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Resolves at the first SIGTERM or Ctrl-C; a second one ends the process at once. That is seen to on
-/// a thread of its own, as the one that tasks share may be waiting for a disk.
+/// Resolves at the first SIGTERM or Ctrl-C. A second one ends the process at once. A separate thread
+/// waits for it, because a disk may block the threads of the tasks.
 fn shutdown() -> io::Result<impl Future<Output = ()>> {
-    let aside = tokio::runtime::Builder::new_current_thread()
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()?;
     let mut first = Signals::new()?;
-    let entered = aside.enter();
+    let entered = runtime.enter();
     let mut both = Signals::new()?;
     drop(entered);
     thread::Builder::new()
         .name("signals".to_owned())
         .spawn(move || {
-            aside.block_on(async {
+            runtime.block_on(async {
                 both.next().await;
                 both.next().await;
             });
@@ -162,7 +162,7 @@ fn shutdown() -> io::Result<impl Future<Output = ()>> {
     Ok(async move { first.next().await })
 }
 
-/// What asks the process to end.
+/// The signals that end the process.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -184,8 +184,12 @@ impl Signals {
     }
 }
 
-/// Says where the node listens, and shows a password that was made, once, in a line to paste.
-fn greet(sockets: &Sockets, username: &str, made: Option<&MadePassword>) -> io::Result<()> {
+/// Logs the addresses of the node. Prints a generated password in commands to copy.
+fn print_addresses(
+    sockets: &Sockets,
+    username: &str,
+    generated: Option<&GeneratedPassword>,
+) -> io::Result<()> {
     let url = |address: SocketAddr| format!("http://{}", health::reachable(address));
     let (write, read) = (
         url(sockets.write.local_addr()?),
@@ -199,13 +203,13 @@ fn greet(sockets: &Sockets, username: &str, made: Option<&MadePassword>) -> io::
         ops,
         "listening"
     );
-    let Some(MadePassword(password)) = made else {
+    let Some(GeneratedPassword(password)) = generated else {
         return Ok(());
     };
     let user = format!("{username}:{password}").replace('\'', r"'\''");
     writeln!(
         io::stdout(),
-        "\nNo password was given, so one was made for this run. Set a grade and get it back:\n\n  \
+        "\nGenerated a password for this run, because none is set. Write a grade and read it back:\n\n  \
          curl -u '{user}' -H 'content-type: application/json' -d '{{\"user_id\":\"alice\",\"spp\":5}}' {write}/set\n  \
          curl '{read}/get?user_id=alice'\n"
     )

@@ -152,7 +152,7 @@ async fn a_pipeline_starts_chunks_only_when_asked_and_no_more_than_allowed() {
     let store = store_of(5_000);
     let started = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&started);
-    let pool = Blocking::by(Arc::new(move |work| {
+    let pool = Blocking::with_executor(Arc::new(move |work| {
         count.fetch_add(1, Ordering::Relaxed);
         work();
         futures_util::future::ready(()).boxed()
@@ -174,7 +174,7 @@ async fn a_pipeline_starts_chunks_only_when_asked_and_no_more_than_allowed() {
 #[tokio::test]
 async fn a_pipeline_ends_after_a_panic() {
     let store = store_of(10);
-    let pool = Blocking::by(Arc::new(|work| {
+    let pool = Blocking::with_executor(Arc::new(|work| {
         drop(work);
         futures_util::future::ready(()).boxed()
     }));

@@ -1,4 +1,4 @@
-//! The flags and their environment twins.
+//! The flags and their environment variables.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -7,10 +7,9 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use super::error::ConfigError;
-use super::password::{self, MadePassword};
+use super::password::{self, GeneratedPassword};
 use super::values::{
-    address, at_least, base_url, expect_peers, memory_max, replicas, servers, stream_name, threads,
-    username, yes_or_no,
+    address, at_least, base_url, count, memory_max, servers, stream_name, username, yes_or_no,
 };
 use crate::http::Credentials;
 use crate::log::{JetStreamConfig, Servers};
@@ -26,36 +25,36 @@ use crate::telemetry::LogFormat;
     name = "gradestore",
     version,
     about = "A replicated in-memory store of user grades",
-    after_help = "Without a command, `serve` runs. `gradestore serve --help` shows its flags."
+    after_help = "Without a command, gradestore runs `serve`. `gradestore serve --help` lists its flags."
 )]
 pub struct Cli {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What the program can do.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a node
     Serve(Box<ServeArgs>),
-    /// Fetch a backup from a node, verify it, and keep it
+    /// Download a backup from a node and verify it
     Backup(BackupArgs),
-    /// Load a backup, or another gzip CSV, into a node that runs
+    /// Import a backup, or another gzip CSV, into a running node
     Import(ImportArgs),
-    /// Check that a backup file is whole and unchanged; exit code 0 if so, else 1
+    /// Check that a backup file is complete and undamaged; exit code 0 if so, otherwise 1
     Verify(VerifyArgs),
-    /// Ask a node on this machine whether it is ready; exit code 0 if so, else 1
+    /// Check whether a node on this machine is ready; exit code 0 if so, otherwise 1
     Health(HealthArgs),
 }
 
-/// A part that a node leaves out to measure its cost.
+/// A part of a node that can be disabled to measure its cost.
 #[cfg(feature = "measure")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Part {
-    /// Credentials: every client may write.
+pub enum MeasuredPart {
+    /// The check of credentials: every client may write.
     Auth,
-    /// Metrics of requests.
+    /// The metrics of requests.
     Metrics,
     /// The fast path.
     FastPath,
@@ -64,26 +63,25 @@ pub enum Part {
 /// Flags of `gradestore serve`.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Where POST /set is taken
+    /// Address of the write port: POST /set, DELETE /set, GET /backup
     #[arg(long, env = "GRADESTORE_WRITE_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:8080",
-        value_parser = address("--write-addr", "GRADESTORE_WRITE_ADDR", "127.0.0.1:8080"))]
+        value_parser = address("--write-addr", "127.0.0.1:8080"))]
     pub write_addr: SocketAddr,
 
-    /// Where GET /get is answered
+    /// Address of the read port: GET /get
     #[arg(long, env = "GRADESTORE_READ_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:8081",
-        value_parser = address("--read-addr", "GRADESTORE_READ_ADDR", "127.0.0.1:8081"))]
+        value_parser = address("--read-addr", "127.0.0.1:8081"))]
     pub read_addr: SocketAddr,
 
-    /// Where /livez, /readyz, /metrics and /status are answered
-    #[arg(long, env = "GRADESTORE_OPS_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:8082",
-        value_parser = address("--ops-addr", "GRADESTORE_OPS_ADDR", "127.0.0.1:8082"))]
-    pub ops_addr: SocketAddr,
+    /// Address of the ops port
+    #[command(flatten)]
+    pub ops: OpsAddrArgs,
 
     /// Name and password
     #[command(flatten)]
     pub credentials: CredentialArgs,
 
-    /// Where the log and the snapshots are kept
+    /// Directory of the log and the snapshots
     #[arg(
         long,
         env = "GRADESTORE_DATA_DIR",
@@ -92,36 +90,36 @@ pub struct ServeArgs {
     )]
     pub data_dir: PathBuf,
 
-    /// Keep nothing on disk: what is written is gone when the process ends
+    /// Store nothing on disk: all data is lost when the process ends
     #[arg(long, env = "GRADESTORE_EPHEMERAL", value_parser = yes_or_no)]
     pub ephemeral: bool,
 
-    /// How often a snapshot is written to the data directory
+    /// How often to write a snapshot to the data directory
     #[arg(long, env = "GRADESTORE_SNAPSHOT_INTERVAL", value_name = "TIME", default_value = "5m",
-        value_parser = at_least("1s", "--snapshot-interval", "GRADESTORE_SNAPSHOT_INTERVAL", "5m or 90s"))]
+        value_parser = at_least("1s", "--snapshot-interval", "5m or 90s"))]
     pub snapshot_interval: Duration,
 
-    /// A backup to begin from; only for a data directory that nothing has been written to
+    /// Backup to start from; only for an empty data directory or a new stream
     #[arg(long, env = "GRADESTORE_RESTORE_FROM", value_name = "FILE")]
     pub restore_from: Option<PathBuf>,
 
-    /// How long a write waits for its acknowledgement. A client's own timeout should be longer
+    /// How long a write waits for its acknowledgement. Clients need a longer timeout
     #[arg(long, env = "GRADESTORE_WRITE_TIMEOUT", value_name = "TIME", default_value = "10s",
-        value_parser = at_least("1s", "--write-timeout", "GRADESTORE_WRITE_TIMEOUT", "10s or 30s"))]
+        value_parser = at_least("1s", "--write-timeout", "10s or 30s"))]
     pub write_timeout: Duration,
 
-    /// Threads that answer requests and follow the log; by default half as many as there are cores.
-    /// Backups and restores have others
-    #[arg(long, env = "GRADESTORE_THREADS", value_name = "N", value_parser = threads)]
+    /// Worker threads for requests and replication; half of the cores by default. Backups and restores
+    /// use other threads
+    #[arg(long, env = "GRADESTORE_THREADS", value_name = "N", value_parser = count(1..=1024, "--threads", "4"))]
     pub threads: Option<usize>,
 
-    /// Above so much memory in use the node refuses writes for new users, with 507: bytes with a
-    /// unit, such as 900MB or 8GiB, or a share of what the control group or the machine has
+    /// Memory in use above which the node rejects writes for new users with 507: a size such as 900MB
+    /// or 8GiB, or a percentage of the memory of the control group or machine
     #[arg(long, env = "GRADESTORE_MEMORY_MAX", value_name = "SIZE", default_value = "80%",
         value_parser = memory_max)]
     pub memory_max: MemoryMax,
 
-    /// How log lines are written, on standard error; RUST_LOG says which
+    /// Format of log lines on standard error; RUST_LOG selects them
     #[arg(
         long,
         env = "GRADESTORE_LOG_FORMAT",
@@ -130,19 +128,19 @@ pub struct ServeArgs {
     )]
     pub log_format: LogFormat,
 
-    /// Leave parts out to measure their cost
+    /// Disable parts to measure their cost
     #[cfg(feature = "measure")]
     #[arg(long, value_name = "PART", value_delimiter = ',')]
-    pub measure_without: Vec<Part>,
+    pub measure_without: Vec<MeasuredPart>,
 
-    /// NATS servers with JetStream, with a comma between two; all nodes that share them and
-    /// --stream are one store. Without it a node is alone
-    // Without `hide_env_values` the help shows the variable's value, and a password in it.
+    /// NATS servers with JetStream, separated by commas; all nodes with the same servers and --stream
+    /// form one cluster. Without it the node is a single node
+    // Otherwise the help would show the value of the variable, which may contain a password.
     #[arg(long, env = "GRADESTORE_NATS_URL", hide_env_values = true, value_name = "URL",
         value_parser = servers)]
     pub nats_url: Option<Servers>,
 
-    /// A file with credentials for the NATS servers
+    /// Credentials file for the NATS servers
     #[arg(
         long,
         env = "GRADESTORE_NATS_CREDS",
@@ -151,42 +149,42 @@ pub struct ServeArgs {
     )]
     pub nats_creds: Option<PathBuf>,
 
-    /// The stream that holds the log; it is made if it is not there
+    /// Stream of the log; created if it does not exist
     #[arg(long, env = "GRADESTORE_STREAM", value_name = "NAME", default_value = "GRADES",
         value_parser = stream_name, requires = "nats_url")]
     pub stream: String,
 
-    /// On how many NATS servers the stream is kept, 1 to 5
+    /// Number of NATS servers that store a copy of the stream, 1 to 5
     #[arg(long, env = "GRADESTORE_REPLICAS", value_name = "N", default_value = "1",
-        value_parser = replicas, requires = "nats_url")]
+        value_parser = count(1..=5, "--replicas", "3"), requires = "nats_url")]
     pub replicas: usize,
 
-    /// How long the stream keeps a batch; a node that was away for longer can't follow it
+    /// How long the stream keeps a batch; a node that was down for longer copies the data of another node
     #[arg(long, env = "GRADESTORE_LOG_RETENTION", value_name = "TIME", default_value = "24h",
-        value_parser = at_least("1m", "--log-retention", "GRADESTORE_LOG_RETENTION", "24h or 7d"),
+        value_parser = at_least("1m", "--log-retention", "24h or 7d"),
         requires = "nats_url")]
     pub log_retention: Duration,
 
-    /// Where other nodes reach this one's write port, for its backup; by default its address as
-    /// the NATS servers see it
+    /// URL of this node's write port for other nodes, which download backups from it; by default its
+    /// address on the route to NATS
     #[arg(long, env = "GRADESTORE_ADVERTISE_URL", value_name = "URL",
-        value_parser = base_url("--advertise-url", "GRADESTORE_ADVERTISE_URL"), requires = "nats_url")]
+        value_parser = base_url("--advertise-url"), requires = "nats_url")]
     pub advertise_url: Option<String>,
 
-    /// Another node's write port, beside those that are found through NATS; may be given again. In
-    /// the variable, with a comma between two
+    /// Write port of another node, in addition to those found through NATS; repeatable, and separated
+    /// by commas in the variable
     #[arg(long, env = "GRADESTORE_PEER", value_name = "URL", value_delimiter = ',',
-        value_parser = base_url("--peer", "GRADESTORE_PEER"), requires = "nats_url")]
+        value_parser = base_url("--peer"), requires = "nats_url")]
     pub peer: Vec<String>,
 
-    /// How many replicas, this one included, must have announced that they hold no data before one of
-    /// them creates the stream
+    /// How many replicas, including this one, must announce that they have no data before one of them
+    /// creates the stream
     #[arg(long, env = "GRADESTORE_EXPECT_PEERS", value_name = "N", default_value = "1",
-        value_parser = expect_peers, requires = "nats_url")]
+        value_parser = count(1..=100, "--expect-peers", "3"), requires = "nats_url")]
     pub expect_peers: usize,
 
-    /// Discard this replica's data of this log, and follow the log that the stream holds; for once,
-    /// after a stream was lost for good. The files are kept under another name
+    /// Discard this replica's data of the log ID and follow the log of the stream; for one start, after
+    /// the old stream is lost for good. The snapshots are renamed, not deleted
     #[arg(
         long,
         env = "GRADESTORE_ABANDON_LOG",
@@ -197,21 +195,21 @@ pub struct ServeArgs {
 
     /// How often nodes exchange digests to detect divergence
     #[arg(long, env = "GRADESTORE_CHECKPOINT_INTERVAL", value_name = "TIME", default_value = "1m",
-        value_parser = at_least("100ms", "--checkpoint-interval", "GRADESTORE_CHECKPOINT_INTERVAL", "1m or 10s"),
+        value_parser = at_least("100ms", "--checkpoint-interval", "1m or 10s"),
         requires = "nats_url")]
     pub checkpoint_interval: Duration,
 }
 
-/// Whom to ask or let in as.
+/// The user name and the password.
 #[derive(Debug, Clone, Args)]
 pub struct CredentialArgs {
-    /// The user name of the node
+    /// User name
     #[arg(long, env = "GRADESTORE_USERNAME", value_name = "NAME", default_value = "admin",
         value_parser = username)]
     pub username: String,
 
-    /// A file that holds the password; GRADESTORE_PASSWORD may hold the password itself. A node
-    /// that is alone and has neither makes one and shows it at the start
+    /// File with the password; or set GRADESTORE_PASSWORD to the password itself. A single node without
+    /// either generates a password and prints it
     #[arg(long, env = "GRADESTORE_PASSWORD_FILE", value_name = "FILE")]
     pub password_file: Option<PathBuf>,
 }
@@ -219,12 +217,12 @@ pub struct CredentialArgs {
 /// Flags of `gradestore backup`.
 #[derive(Debug, Clone, Args)]
 pub struct BackupArgs {
-    /// The node's write port, such as http://127.0.0.1:8080
+    /// Write port of the node, such as http://127.0.0.1:8080
     #[arg(long, env = "GRADESTORE_FROM", value_name = "URL",
-        value_parser = base_url("--from", "GRADESTORE_FROM"))]
+        value_parser = base_url("--from"))]
     pub from: String,
 
-    /// Where to put it; - for standard output
+    /// File to write; - for standard output
     #[arg(short, long, env = "GRADESTORE_OUTPUT", value_name = "FILE")]
     pub output: PathBuf,
 
@@ -236,17 +234,17 @@ pub struct BackupArgs {
 /// Flags of `gradestore import`.
 #[derive(Debug, Clone, Args)]
 pub struct ImportArgs {
-    /// The backup, or any gzip CSV with a header row of the same columns; - for standard input
+    /// Backup, or another gzip CSV with a header row of the same columns; - for standard input
     pub file: PathBuf,
 
-    /// The node's write port, such as http://127.0.0.1:8080
+    /// Write port of the node, such as http://127.0.0.1:8080
     #[arg(long, env = "GRADESTORE_TO", value_name = "URL",
-        value_parser = base_url("--to", "GRADESTORE_TO"))]
+        value_parser = base_url("--to"))]
     pub to: String,
 
-    /// How long a node that takes nothing for now is waited for
+    /// How long to retry while the node rejects writes
     #[arg(long, env = "GRADESTORE_WAIT", value_name = "TIME", default_value = "1m",
-        value_parser = at_least("0s", "--wait", "GRADESTORE_WAIT", "1m or 10s"))]
+        value_parser = at_least("0s", "--wait", "1m or 10s"))]
     pub wait: Duration,
 
     /// Name and password
@@ -257,33 +255,41 @@ pub struct ImportArgs {
 /// Flags of `gradestore verify`.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
-    /// The backup
+    /// Backup
     pub file: PathBuf,
 }
 
 /// Flags of `gradestore health`.
 #[derive(Debug, Args)]
 pub struct HealthArgs {
-    /// The node's ops address
+    /// Address of the ops port
+    #[command(flatten)]
+    pub ops: OpsAddrArgs,
+}
+
+/// The address of the ops port.
+#[derive(Debug, Clone, Args)]
+pub struct OpsAddrArgs {
+    /// Address of the ops port: status page, /livez, /readyz, /metrics, /status
     #[arg(long, env = "GRADESTORE_OPS_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:8082",
-        value_parser = address("--ops-addr", "GRADESTORE_OPS_ADDR", "127.0.0.1:8082"))]
+        value_parser = address("--ops-addr", "127.0.0.1:8082"))]
     pub ops_addr: SocketAddr,
 }
 
-/// How much longer than a write appends may wait before the log counts as unwritable: an election
+/// How much longer than a write an append may take before the log counts as unwritable: an election
 /// alone takes 4 to 9 s.
 const WRITE_SILENCE_BEYOND_TIMEOUT: Duration = Duration::from_millis(1500);
 
 impl ServeArgs {
-    /// Checks what the flags say together and reads the password; makes one if none is given.
+    /// Checks combinations of flags and reads the password, or generates one.
     ///
     /// # Errors
     /// See [`ConfigError`].
-    pub fn config(&self) -> Result<(Config, Option<MadePassword>), ConfigError> {
+    pub fn config(&self) -> Result<(Config, Option<GeneratedPassword>), ConfigError> {
         let addresses = [
             ("--write-addr", self.write_addr),
             ("--read-addr", self.read_addr),
-            ("--ops-addr", self.ops_addr),
+            ("--ops-addr", self.ops.ops_addr),
         ];
         for (index, (first, address)) in addresses.iter().enumerate() {
             let same = |(_, other): &&(_, SocketAddr)| other == address && address.port() != 0;
@@ -296,15 +302,15 @@ impl ServeArgs {
             }
         }
         let given = password::given(self.credentials.password_file.as_deref())?;
-        let made = match &given {
+        let generated = match &given {
             Some(_) => None,
-            // One made here would be another one on each node.
+            // A generated one would differ between nodes.
             None if self.nats_url.is_some() => return Err(ConfigError::NoSharedPassword),
-            None => Some(MadePassword(password::make()?)),
+            None => Some(GeneratedPassword(password::generate()?)),
         };
         let password = given
             .as_deref()
-            .or(made.as_ref().map(|made| made.0.as_str()))
+            .or(generated.as_ref().map(|generated| generated.0.as_str()))
             .unwrap_or_default();
         let credentials = Credentials::new(&self.credentials.username, password);
         #[cfg_attr(
@@ -314,7 +320,7 @@ impl ServeArgs {
         let mut config = Config {
             write_addr: self.write_addr,
             read_addr: self.read_addr,
-            ops_addr: self.ops_addr,
+            ops_addr: self.ops.ops_addr,
             credentials,
             http: HttpConfig::default(),
             writer: WriterLimits {
@@ -328,26 +334,26 @@ impl ServeArgs {
                 broker: self.nats_url.as_ref().and_then(Servers::first),
                 peers: self.peer.clone(),
                 checkpoint_interval: self.checkpoint_interval,
-                ..ClusterConfig::alone()
+                ..ClusterConfig::single_node()
             },
         };
         #[cfg(feature = "measure")]
-        self.leave_out(&mut config);
-        Ok((config, made))
+        self.disable_parts(&mut config);
+        Ok((config, generated))
     }
 
     #[cfg(feature = "measure")]
-    fn leave_out(&self, config: &mut Config) {
+    fn disable_parts(&self, config: &mut Config) {
         for part in &self.measure_without {
             match part {
-                Part::Auth => config.credentials.admit_all(),
-                Part::Metrics => config.http.counted = false,
-                Part::FastPath => config.http.fast_path = false,
+                MeasuredPart::Auth => config.credentials.accept_all(),
+                MeasuredPart::Metrics => config.http.metrics = false,
+                MeasuredPart::FastPath => config.http.fast_path = false,
             }
         }
     }
 
-    /// Where the log is kept.
+    /// Where the log is stored.
     #[must_use]
     pub fn storage(&self) -> StorageConfig {
         let dir = (!self.ephemeral).then(|| DataDir {
@@ -376,10 +382,10 @@ impl ServeArgs {
 }
 
 impl CredentialArgs {
-    /// The password to ask a node with.
+    /// The password for requests to a node.
     ///
     /// # Errors
-    /// None is given, or it can't be one.
+    /// No password is given, or it is invalid.
     pub fn password(&self) -> Result<String, ConfigError> {
         password::given(self.password_file.as_deref())?.ok_or(ConfigError::NoPassword)
     }

@@ -1,4 +1,4 @@
-//! `gradestore backup` and `gradestore verify`: backups from outside a node.
+//! `gradestore backup` and `gradestore verify`.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Write};
@@ -16,43 +16,49 @@ use crate::replication::peer_client::{Account, Client, Compression, Download, Pa
 use crate::store::RecordBatch;
 use crate::sys::progress::Bar;
 
-/// How long the node may be silent.
+/// How long the node may send nothing.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 
-/// Why a backup was not fetched.
+pub(super) const READER_PANICKED: BackupError = BackupError::Damaged {
+    at: 0,
+    what: "the thread that reads it panicked",
+};
+
+/// Why a backup was not downloaded.
 #[derive(Debug, thiserror::Error)]
-pub enum FetchError {
-    /// The node can't be asked, said no or broke off.
-    #[error("{0}; nothing was kept")]
+pub enum DownloadError {
+    /// The node can't be reached, rejected the request or aborted the response.
+    #[error("{0}; no file was written")]
     Remote(#[from] RemoteError),
-    /// What came is no whole backup.
-    #[error("the backup from {url} is no good: {error}; nothing was kept")]
-    Bad {
-        /// What was asked.
+    /// The response is not a valid backup.
+    #[error("the backup from {url} is invalid: {error}; no file was written")]
+    Invalid {
+        /// The URL of the backup.
         url: String,
-        /// What is wrong with it.
+        /// What is wrong with the backup.
         error: BackupError,
     },
-    /// It can't be kept.
+    /// The file can't be written.
     #[error("cannot write {path}: {error}")]
     Write {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
 }
 
-/// Fetches a backup, verifies it on the way and keeps it under the name wanted once it is whole.
+/// Downloads a backup to a temporary file, verifies it at the same time, and renames the file once the
+/// backup is complete.
 ///
-/// Writing may block, on a pipe for ever: this needs a runtime of several threads.
+/// Writing may block, on a pipe indefinitely, so this needs a runtime with several threads.
 ///
 /// # Errors
-/// See [`FetchError`]; whatever stood under that name before is untouched then. Standard output has
-/// got what came.
-pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchError> {
+/// See [`DownloadError`]. An existing file of that name is then unchanged; standard output has the part
+/// that arrived.
+pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, DownloadError> {
     let path = args.output.as_path();
-    let write_error = |error| FetchError::Write {
+    let write_error = |error| DownloadError::Write {
         path: path.to_owned(),
         error,
     };
@@ -73,7 +79,7 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
         return copy(download, &mut io::stdout(), write_error).await;
     }
     if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
-        // A device or a pipe is written to: there is nothing to put in its place.
+        // A device or a pipe can't be replaced by a renamed file.
         let file = block_in_place(|| File::options().write(true).open(path));
         let mut file = file.map_err(write_error)?;
         return copy(download, &mut file, write_error).await;
@@ -94,7 +100,7 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
     Ok(summary)
 }
 
-/// What a link leads to, also to a file that is not there yet: that is replaced, not the link.
+/// The target of a link, which may not exist yet. The backup replaces the target, not the link.
 fn target_of(path: &Path) -> PathBuf {
     fs::canonicalize(path).unwrap_or_else(|_| match fs::read_link(path) {
         Ok(target) => path.parent().unwrap_or(Path::new("")).join(target),
@@ -102,7 +108,7 @@ fn target_of(path: &Path) -> PathBuf {
     })
 }
 
-/// A file that is removed unless it was renamed, however fetching ends.
+/// A temporary file, which is removed when this is dropped, unless it was renamed.
 struct Partial(PathBuf);
 
 impl Drop for Partial {
@@ -114,8 +120,8 @@ impl Drop for Partial {
 async fn copy(
     download: Download,
     out: &mut impl Write,
-    write_error: impl Fn(io::Error) -> FetchError,
-) -> Result<Summary, FetchError> {
+    write_error: impl Fn(io::Error) -> DownloadError,
+) -> Result<Summary, DownloadError> {
     let url = download.url.clone();
     let (sender, parts) = Parts::channel();
     let progress = Arc::new(ReadProgress::default());
@@ -130,17 +136,14 @@ async fn copy(
     });
     passed_on.await?;
     out.flush().map_err(&write_error)?;
-    let verified = verifier.join().unwrap_or(Err(BackupError::Damaged {
-        at: 0,
-        what: "the thread that reads it has ended",
-    }));
-    verified.map_err(|error| FetchError::Bad { url, error })
+    let verified = verifier.join().unwrap_or(Err(READER_PANICKED));
+    verified.map_err(|error| DownloadError::Invalid { url, error })
 }
 
-/// Reads the backup at `path` to its end.
+/// Reads and checks the backup at `path`.
 ///
 /// # Errors
-/// It is not whole or has changed; the error says where.
+/// The backup is incomplete or damaged.
 pub fn verify(path: &Path) -> Result<Summary, BackupError> {
     let file = File::open(path).map_err(BackupError::Open)?;
     let bytes_total = file.metadata().map_or(0, |metadata| metadata.len());
@@ -152,14 +155,11 @@ pub fn verify(path: &Path) -> Result<Summary, BackupError> {
             bar.set(progress.rows(), progress.bytes());
             thread::sleep(Duration::from_millis(50));
         }
-        reader.join().unwrap_or(Err(BackupError::Damaged {
-            at: 0,
-            what: "the thread that reads it has ended",
-        }))
+        reader.join().unwrap_or(Err(READER_PANICKED))
     })
 }
 
-/// What a summary says, a line each, for people.
+/// The text that the commands print at the end.
 #[must_use]
 pub fn describe(summary: &Summary) -> String {
     let mut lines = format!("rows      {}\nbytes     {}\n", summary.rows, summary.bytes);

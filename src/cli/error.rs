@@ -1,60 +1,63 @@
-//! Why the configuration can't be used.
+//! Errors of the configuration.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-/// Why the configuration can't be used. The text names the key, the value and the fix.
+/// An error of the configuration. The text has the setting, its value and the fix.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// An environment variable that begins like ours but is none.
+    /// A variable with the prefix of this program that is not a setting.
     #[error("unknown environment variable {name}; remove it, or use one of {known}")]
     UnknownEnv {
         /// The variable.
         name: String,
-        /// The ones there are.
+        /// The known variables.
         known: String,
     },
-    /// Two ways to say the password.
+    /// Two passwords.
     #[error("both GRADESTORE_PASSWORD and GRADESTORE_PASSWORD_FILE are set; remove one of them")]
     TwoPasswords,
-    /// A password that can't be one.
-    #[error("the password in {key} {why}; put one there of at least one character, on one line")]
+    /// An invalid password.
+    #[error("the password in {key} {why}; set a password of at least one character, on one line")]
     BadPassword {
-        /// Where it came from.
+        /// The source of the password.
         key: String,
         /// What is wrong with it.
         why: &'static str,
     },
-    /// The password's file can't be read.
+    /// The password file can't be read.
     #[error(
-        "cannot read the password from --password-file {path}: {error}; make the file, readable for this user, with the password in it"
+        "cannot read the password from --password-file {path}: {error}; create the file with the \
+         password in it, readable by this user"
     )]
     PasswordFile {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         error: std::io::Error,
     },
-    /// Two listeners at one address.
+    /// Two ports with the same address.
     #[error("{first} and {second} are both {address}; give each its own port")]
     SameAddress {
-        /// A flag.
+        /// The flag of one port.
         first: &'static str,
-        /// Another.
+        /// The flag of the other port.
         second: &'static str,
-        /// What both say.
+        /// The address of both.
         address: SocketAddr,
     },
-    /// Nodes of one store must have one password.
+    /// A node of a cluster has no password.
     #[error(
-        "--nats-url needs a password, the same for all nodes of the store; set GRADESTORE_PASSWORD \
+        "--nats-url needs a password, the same on all nodes of the cluster; set GRADESTORE_PASSWORD \
          or --password-file"
     )]
     NoSharedPassword,
-    /// A node can't be asked without a password.
-    #[error("no password; set GRADESTORE_PASSWORD or --password-file to the node's")]
+    /// No password for requests to a node.
+    #[error("no password; set GRADESTORE_PASSWORD or --password-file to that of the node")]
     NoPassword,
     /// No random bytes for a password.
-    #[error("the system gave no random bytes for a password: {0}; set GRADESTORE_PASSWORD")]
+    #[error(
+        "cannot generate a password: the system returned no random bytes: {0}; set GRADESTORE_PASSWORD"
+    )]
     Random(#[from] getrandom::Error),
 }

@@ -1,8 +1,9 @@
-//! `gradestore import`: a backup, or another gzip CSV, into a node that runs.
+//! `gradestore import`: imports a backup, or another gzip CSV, into a running node.
 //!
-//! One thread reads the file and turns rows into lines; they go to the node in parts, one after the
-//! other, each a request of its own. A part that the node takes in part only, because it is full or
-//! its log is away, goes on where it ended. What has been sent stays sent, whatever comes after it.
+//! One thread reads the file and converts rows to lines of patches. The lines are sent in chunks, one
+//! request after the other. If the node accepts a chunk in part only, because its queue is full or its
+//! log is unavailable, the import resumes after the last accepted line. Accepted rows are not rolled
+//! back after an error.
 
 use std::fs::File;
 use std::io::{self, BufReader, IsTerminal, Read, Write};
@@ -19,106 +20,106 @@ use tokio::time::Instant;
 
 use crate::backup::{BackupError, ReadProgress, Summary, read_in_order};
 use crate::cli::ImportArgs;
+use crate::cli::backup::READER_PANICKED;
 use crate::grade::{Changes, Patch};
 use crate::log::Seq;
 use crate::replication::peer_client::{Account, Client, Compression, Refusal, RemoteError};
 use crate::store::RecordBatch;
 use crate::sys::progress::Bar;
 
-/// A part is sent when it has so many rows, or so many bytes: some groups of the node's, so that
-/// neither waits long for the other.
-const PART_ROWS: usize = 4000;
-const PART_BYTES: usize = 1 << 20;
-/// Parts that may wait to be sent.
-const PARTS_WAITING_MAX: usize = 2;
-/// How long the node may be silent: it answers a part when the last of its groups is written.
+/// The rows or bytes of a chunk: several groups of the node, so that neither side waits long for the
+/// other.
+const CHUNK_ROWS: usize = 4000;
+const CHUNK_BYTES: usize = 1 << 20;
+/// Chunks that are read ahead.
+const CHUNKS_WAITING_MAX: usize = 2;
+/// How long the node may take to respond, which it does after the last group of a chunk.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
-/// How long a node that does not say is left alone before it is asked again.
+/// The pause before a retry if the response has no `Retry-After`.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
-/// How often it is said how far it is, where there is no terminal.
+/// How often a line with the progress is printed if there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
-/// Why a file was not imported to its end. `accepted` are the rows that the node has.
+/// Why a file was not imported completely.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// The file can't be read on, or is no whole and unchanged backup.
-    #[error("{file}: {error}; {}", stay(*.accepted))]
+    /// The file can't be read, or is damaged.
+    #[error("{file}: {error}; {}", imported_rows(*.accepted))]
     File {
         /// The file.
         file: PathBuf,
         /// What is wrong with it.
         error: BackupError,
-        /// Rows that the node has.
+        /// Rows that the node has accepted.
         accepted: u64,
     },
-    /// The node refused a row.
-    #[error("{file}: row {row}, line {line}, was refused: {what}; {}", stay(*.accepted))]
+    /// The node rejected a row.
+    #[error("{file}: row {row}, line {line}, was rejected: {what}; {}", imported_rows(*.accepted))]
     Row {
         /// The file.
         file: PathBuf,
-        /// Which row, the header row not counted.
+        /// The number of the row, from 1, without the header row.
         row: u64,
-        /// Its line in the text.
+        /// The number of its line in the text.
         line: u64,
-        /// What the node said.
+        /// The error of the node.
         what: String,
-        /// Rows that the node has.
+        /// Rows that the node has accepted.
         accepted: u64,
     },
-    /// The node refused what was sent.
-    #[error("{to} answered {}: {}; {}", .refusal.status, .refusal.detail, stay(*.accepted))]
+    /// The node rejected a request.
+    #[error("{to} answered {}: {}; {}", .refusal.status, .refusal.detail, imported_rows(*.accepted))]
     Refused {
         /// The node.
         to: String,
-        /// What it said.
+        /// The response.
         refusal: Refusal,
-        /// Rows that it has.
+        /// Rows that the node has accepted.
         accepted: u64,
     },
-    /// Nobody knows what became of some rows.
+    /// The node may or may not have accepted some rows.
     #[error(
-        "{error}; {}; of rows {} to {until} some or all may be there as well",
-        stay(*.accepted), .accepted + 1
+        "{error}; {}; rows {} to {until} may or may not have been imported",
+        imported_rows(*.accepted), .accepted + 1
     )]
     Unknown {
-        /// What went wrong.
+        /// The error.
         error: Box<str>,
-        /// Rows that the node has.
+        /// Rows that the node has accepted.
         accepted: u64,
         /// The last row that was sent.
         until: u64,
     },
-    /// The node can't be asked.
-    #[error("{error}; {}", stay(*.accepted))]
+    /// The node can't be reached.
+    #[error("{error}; {}", imported_rows(*.accepted))]
     Remote {
-        /// What went wrong.
+        /// The error.
         error: RemoteError,
-        /// Rows that the node has.
+        /// Rows that the node has accepted.
         accepted: u64,
     },
 }
 
-/// What has become of the rows that were accepted.
-fn stay(accepted: u64) -> String {
+/// How many rows were imported before an error.
+fn imported_rows(accepted: u64) -> String {
     match accepted {
-        0 => "no row was accepted before".to_owned(),
-        _ => format!(
-            "{accepted} rows before were accepted and stay; to import it again sets them once more, \
-             to the same"
-        ),
+        0 => "no row was imported".to_owned(),
+        _ => {
+            format!("the first {accepted} rows were imported; it is safe to import the file again")
+        }
     }
 }
 
-/// A file that was imported.
+/// The result of an import.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Imported {
-    /// Rows.
+    /// Imported rows.
     pub rows: u64,
-    /// The position of the last of them; `None` if there was none.
+    /// The position of the last row; `None` if the file has no rows.
     pub position: Option<Seq>,
 }
 
-/// Sends the rows of a file to a node. `accepted` counts those that it has.
+/// Sends the rows of a file to a node. `accepted` counts the rows that the node has accepted.
 ///
 /// # Errors
 /// See [`ImportError`].
@@ -146,34 +147,36 @@ pub async fn import(
     };
     let opened = open(&args.file).map_err(BackupError::Open);
     let (source, bytes_total) = opened.map_err(file)?;
-    let mut reading = Reading::begin(source);
-    let sender = Sender {
+    let mut reader = ReaderThread::start(source);
+    let sender = ChunkSender {
         client,
         args,
         accepted: &accepted,
-        told: Told::new(bytes_total),
-        progress: Arc::clone(&reading.progress),
+        display: ProgressDisplay::new(bytes_total),
+        progress: Arc::clone(&reader.progress),
     };
     let mut position = None;
-    while let Some(part) = reading.parts.recv().await {
-        position = Some(sender.send(&part).await?);
+    while let Some(chunk) = reader.chunks.recv().await {
+        position = Some(sender.send(&chunk).await?);
     }
-    let summary = reading.ended().map_err(file)?;
+    let summary = reader.join().map_err(file)?;
     Ok(Imported {
         rows: summary.rows,
         position,
     })
 }
 
-/// What an import says when it is done, a line each, for people.
+/// The text that the command prints at the end.
 #[must_use]
 pub fn describe(imported: &Imported) -> String {
     let Imported { rows, position } = imported;
-    let position = position.map_or("none, there was no row".to_owned(), |seq| seq.to_string());
+    let position = position.map_or("none (the file has no rows)".to_owned(), |seq| {
+        seq.to_string()
+    });
     format!("rows      {rows}\nposition  {position}\n")
 }
 
-/// The file, and its size if that is known.
+/// Opens the file. Returns it and its size, or 0 if the size is unknown.
 fn open(path: &Path) -> io::Result<(Box<dyn Read + Unpin + Send>, u64)> {
     if path == Path::new("-") {
         return Ok((Box::new(io::stdin()), 0));
@@ -183,19 +186,19 @@ fn open(path: &Path) -> io::Result<(Box<dyn Read + Unpin + Send>, u64)> {
     Ok((Box::new(BufReader::new(file)), bytes_total))
 }
 
-/// Rows as lines.
-struct Part {
-    /// Which row of the file the first one is.
+/// Consecutive rows of the file, as lines of patches.
+struct RowChunk {
+    /// The number of the first row.
     first_row: u64,
     lines: Bytes,
-    /// Where each line ends in `lines`.
+    /// The end of each line in `lines`.
     ends: Vec<usize>,
-    /// From which of its rows on the file's lines are counted from which: rows follow each other but
-    /// where a line of the file is empty.
-    places: Vec<(u64, u64)>,
+    /// Rows and their line numbers in the file. Between two entries the line numbers are consecutive;
+    /// an empty line in the file starts a new entry.
+    row_lines: Vec<(u64, u64)>,
 }
 
-impl Part {
+impl RowChunk {
     /// The lines after the first `lines`.
     fn after(&self, lines: u64) -> Bytes {
         let lines = usize::try_from(lines).unwrap_or(usize::MAX);
@@ -203,12 +206,12 @@ impl Part {
         self.lines.slice(from.copied().unwrap_or(0)..)
     }
 
-    /// The row of the file that line `line` of this part is, counted from 1, and its line there.
-    fn place(&self, line: u64) -> (u64, u64) {
+    /// The row of line `line` of this chunk, counted from 1, and its line number in the file.
+    fn locate(&self, line: u64) -> (u64, u64) {
         let row = self.first_row + line.saturating_sub(1);
-        let mut places = self.places.iter().rev();
-        let place = places.find(|(from, _)| *from <= row);
-        (row, place.map_or(0, |(from, line)| line + row - from))
+        let mut row_lines = self.row_lines.iter().rev();
+        let nearest = row_lines.find(|(from, _)| *from <= row);
+        (row, nearest.map_or(0, |(from, line)| line + row - from))
     }
 
     fn last_row(&self) -> u64 {
@@ -216,42 +219,42 @@ impl Part {
     }
 }
 
-/// A file that is being read, by a thread of its own.
-struct Reading {
+/// A thread that reads the file and passes chunks on. Dropping this stops it.
+struct ReaderThread {
     progress: Arc<ReadProgress>,
-    parts: mpsc::Receiver<Part>,
+    chunks: mpsc::Receiver<RowChunk>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Result<Summary, BackupError>>>,
 }
 
-impl Reading {
-    fn begin(source: impl Read + Unpin + Send + 'static) -> Self {
+impl ReaderThread {
+    fn start(source: impl Read + Unpin + Send + 'static) -> Self {
         let progress = Arc::<ReadProgress>::default();
         let stop = Arc::<AtomicBool>::default();
-        let (sender, parts) = mpsc::channel(PARTS_WAITING_MAX);
-        let source = Stoppable {
+        let (sender, chunks) = mpsc::channel(CHUNKS_WAITING_MAX);
+        let source = StoppableFile {
             source,
             stop: Arc::clone(&stop),
         };
         let (read, stopped) = (Arc::clone(&progress), Arc::clone(&stop));
         let thread = thread::spawn(move || {
-            let gathered = Mutex::new(Gathered::default());
-            let pass_on = |part| {
-                // Nobody sends any more: there is no use in reading on.
-                if sender.blocking_send(part).is_err() {
+            let builder = Mutex::new(ChunkBuilder::default());
+            let pass_on = |chunk| {
+                // Without a receiver there is no reason to continue.
+                if sender.blocking_send(chunk).is_err() {
                     stopped.store(true, Ordering::Relaxed);
                 }
             };
             let sink = |rows: &RecordBatch| {
-                let mut gathered = gathered.lock();
-                gathered.add(rows, &read);
-                if gathered.is_full() {
-                    pass_on(gathered.take());
+                let mut builder = builder.lock();
+                builder.add(rows, &read);
+                if builder.is_full() {
+                    pass_on(builder.take());
                 }
                 rows.digest()
             };
             let summary = read_in_order(source, &sink, &read)?;
-            let mut rest = gathered.lock();
+            let mut rest = builder.lock();
             if !rest.ends.is_empty() {
                 pass_on(rest.take());
             }
@@ -259,62 +262,59 @@ impl Reading {
         });
         Self {
             progress,
-            parts,
+            chunks,
             stop,
             thread: Some(thread),
         }
     }
 
-    /// How reading ended, once there are no more parts.
-    fn ended(mut self) -> Result<Summary, BackupError> {
-        let ended = self.thread.take().and_then(|thread| thread.join().ok());
-        ended.unwrap_or(Err(BackupError::Damaged {
-            at: 0,
-            what: "the thread that reads it has ended",
-        }))
+    /// Waits for the thread, after the last chunk.
+    fn join(mut self) -> Result<Summary, BackupError> {
+        let result = self.thread.take().and_then(|thread| thread.join().ok());
+        result.unwrap_or(Err(READER_PANICKED))
     }
 }
 
-impl Drop for Reading {
+impl Drop for ReaderThread {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }
 }
 
-/// A source that ends with an error once it is told to.
-struct Stoppable<R> {
+/// A file whose reads fail once `stop` is set.
+struct StoppableFile<R> {
     source: R,
     stop: Arc<AtomicBool>,
 }
 
-impl<R: Read> Read for Stoppable<R> {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+impl<R: Read> Read for StoppableFile<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self.stop.load(Ordering::Relaxed) {
-            true => Err(io::Error::other("nothing is sent any more")),
-            false => self.source.read(room),
+            true => Err(io::Error::other("the import has ended")),
+            false => self.source.read(buffer),
         }
     }
 }
 
-/// Rows on their way into a part.
+/// Collects rows into a chunk.
 #[derive(Default)]
-struct Gathered {
+struct ChunkBuilder {
     rows_before: u64,
     lines: Vec<u8>,
     ends: Vec<usize>,
-    places: Vec<(u64, u64)>,
+    row_lines: Vec<(u64, u64)>,
 }
 
-impl Gathered {
+impl ChunkBuilder {
     fn add(&mut self, rows: &RecordBatch, progress: &ReadProgress) {
         if rows.is_empty() {
             return;
         }
         let first_row = self.rows_before + self.ends.len() as u64 + 1;
-        self.places.push((first_row, progress.line()));
+        self.row_lines.push((first_row, progress.line()));
         for (user_id, values) in rows.iter() {
             let mut changes = Changes::default();
-            // What the file does not say stays as it is.
+            // Fields without a column keep their values.
             for (index, value) in values.iter().enumerate() {
                 if progress.has_field(index) {
                     changes.set(index, *value);
@@ -327,85 +327,74 @@ impl Gathered {
     }
 
     fn is_full(&self) -> bool {
-        self.ends.len() >= PART_ROWS || self.lines.len() >= PART_BYTES
+        self.ends.len() >= CHUNK_ROWS || self.lines.len() >= CHUNK_BYTES
     }
 
-    fn take(&mut self) -> Part {
+    fn take(&mut self) -> RowChunk {
         let first_row = self.rows_before + 1;
         self.rows_before += self.ends.len() as u64;
-        Part {
+        RowChunk {
             first_row,
             lines: std::mem::take(&mut self.lines).into(),
             ends: std::mem::take(&mut self.ends),
-            places: std::mem::take(&mut self.places),
+            row_lines: std::mem::take(&mut self.row_lines),
         }
     }
 }
 
-/// Sends parts to a node.
-struct Sender<'a> {
+/// Sends chunks to a node.
+struct ChunkSender<'a> {
     client: Client,
     args: &'a ImportArgs,
     accepted: &'a AtomicU64,
-    told: Told,
+    display: ProgressDisplay,
     progress: Arc<ReadProgress>,
 }
 
-impl Sender<'_> {
-    /// Sends `part` until the node has all of it; the position of its last row.
-    async fn send(&self, part: &Part) -> Result<Seq, ImportError> {
-        let rows_before = part.first_row - 1;
+impl ChunkSender<'_> {
+    /// Sends `chunk` until the node has accepted all of it. Returns the position of its last row.
+    async fn send(&self, chunk: &RowChunk) -> Result<Seq, ImportError> {
+        let rows_before = chunk.first_row - 1;
         let to = &self.args.to;
-        let mut moved = Instant::now();
-        let mut taken = 0;
+        let mut last_progress = Instant::now();
+        let mut sent = 0;
         loop {
-            let accepted = rows_before + taken;
-            let unknown = |error: String| ImportError::Unknown {
+            let accepted = rows_before + sent;
+            let unknown = |error: String, accepted| ImportError::Unknown {
                 error: error.into(),
                 accepted,
-                until: part.last_row(),
+                until: chunk.last_row(),
             };
-            let sent = self.client.set_lines(to, part.after(taken)).await;
-            let sent = sent.map_err(|error| match error {
+            let response = self.client.set_lines(to, chunk.after(sent)).await;
+            let response = response.map_err(|error| match error {
                 RemoteError::Unreachable { .. } => ImportError::Remote { error, accepted },
-                error => unknown(error.to_string()),
+                error => unknown(error.to_string(), accepted),
             })?;
-            let refusal = match sent {
+            let refusal = match response {
                 Ok(position) => {
-                    self.tell(rows_before + part.ends.len() as u64);
+                    self.report(chunk.last_row());
                     return Ok(position);
                 }
                 Err(refusal) => refusal,
             };
             if refusal.accepted > 0 {
-                taken += refusal.accepted;
-                moved = Instant::now();
-                self.tell(rows_before + taken);
+                sent += refusal.accepted;
+                last_progress = Instant::now();
+                self.report(rows_before + sent);
             }
-            let accepted = rows_before + taken;
+            let accepted = rows_before + sent;
             let pause = refusal.retry_after.unwrap_or(RETRY_AFTER);
-            match refusal.status {
-                503 if moved.elapsed() + pause <= self.args.wait => {
+            match (refusal.status, refusal.line) {
+                (503, _) if last_progress.elapsed() + pause <= self.args.wait => {
                     tokio::time::sleep(pause).await;
                 }
-                504 => {
-                    return Err(ImportError::Unknown {
-                        error: format!("{to} answered 504: {}", refusal.detail).into(),
-                        accepted,
-                        until: part.last_row(),
-                    });
+                (504, _) => {
+                    let error = format!("{to} answered 504: {}", refusal.detail);
+                    return Err(unknown(error, accepted));
                 }
-                _ => {
-                    let Some(line) = refusal.line else {
-                        let to = to.clone();
-                        return Err(ImportError::Refused {
-                            to,
-                            refusal,
-                            accepted,
-                        });
-                    };
-                    // It counted from the first line that it was sent this time.
-                    let (row, line) = part.place(taken - refusal.accepted + line);
+                (_, Some(line)) => {
+                    // The node counts from the first line of this request.
+                    let (row, line) = chunk.locate(sent - refusal.accepted + line);
                     return Err(ImportError::Row {
                         file: self.args.file.clone(),
                         row,
@@ -414,41 +403,48 @@ impl Sender<'_> {
                         accepted,
                     });
                 }
+                (_, None) => {
+                    return Err(ImportError::Refused {
+                        to: to.clone(),
+                        refusal,
+                        accepted,
+                    });
+                }
             }
         }
     }
 
-    fn tell(&self, accepted: u64) {
+    fn report(&self, accepted: u64) {
         self.accepted.store(accepted, Ordering::Relaxed);
-        self.told.tell(accepted, self.progress.bytes());
+        self.display.update(accepted, self.progress.bytes());
     }
 }
 
-/// How far an import is, for people: a bar on a terminal, a line now and then where there is none.
-struct Told {
+/// Shows the progress of an import: a bar on a terminal, otherwise lines.
+struct ProgressDisplay {
     bar: Option<Bar>,
-    next: Mutex<Instant>,
+    next_line: Mutex<Instant>,
 }
 
-impl Told {
+impl ProgressDisplay {
     fn new(bytes_total: u64) -> Self {
         let now = Instant::now();
         let terminal = io::stderr().is_terminal();
         Self {
             bar: terminal.then(|| Bar::new(bytes_total, now)),
-            next: Mutex::new(now + LINE_EVERY),
+            next_line: Mutex::new(now + LINE_EVERY),
         }
     }
 
-    fn tell(&self, rows: u64, bytes: u64) {
+    fn update(&self, rows: u64, bytes: u64) {
         if let Some(bar) = &self.bar {
             return bar.set(rows, bytes);
         }
-        let mut next = self.next.lock();
-        if *next <= Instant::now() {
-            *next = Instant::now() + LINE_EVERY;
-            // Who closed it does not want it.
-            let _ = writeln!(io::stderr(), "{rows} rows accepted");
+        let mut next_line = self.next_line.lock();
+        if *next_line <= Instant::now() {
+            *next_line = Instant::now() + LINE_EVERY;
+            // stderr may be closed.
+            let _ = writeln!(io::stderr(), "{rows} rows imported");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The command line: flags and their environment variables, and the commands.
+//! The command line: flags, environment variables, and the client commands.
 
 mod args;
 pub mod backup;
@@ -10,8 +10,9 @@ mod password;
 mod values;
 
 pub use args::{
-    BackupArgs, Cli, Command, CredentialArgs, HealthArgs, ImportArgs, ServeArgs, VerifyArgs,
+    BackupArgs, Cli, Command, CredentialArgs, HealthArgs, ImportArgs, OpsAddrArgs, ServeArgs,
+    VerifyArgs,
 };
 pub use error::ConfigError;
 pub use parse::{check_env, check_env_names, parse, parse_args};
-pub use password::MadePassword;
+pub use password::GeneratedPassword;

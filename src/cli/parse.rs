@@ -1,4 +1,4 @@
-//! From a command line and an environment to flags.
+//! Parses the command line and the environment.
 
 use std::any::TypeId;
 use std::ffi::{OsStr, OsString};
@@ -13,29 +13,29 @@ use super::password;
 
 /// Replaces a value that may contain a password.
 const HIDDEN: &str = "***";
-/// What every environment twin begins with.
+/// The prefix of all variables.
 const ENV_PREFIX: &str = "GRADESTORE_";
 
-/// Refuses environment variables that begin like ours and are none.
+/// Checks the environment of this process with [`check_env_names`].
 ///
 /// # Errors
-/// Names the first one.
+/// The first unknown variable.
 pub fn check_env() -> Result<(), ConfigError> {
     check_env_names(std::env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned()))
 }
 
-/// Parses this process's command line and environment. Ends the process after help, version or an
-/// error, as clap does.
+/// Parses the command line and environment of this process. Exits after printing help, version or an
+/// error.
 #[must_use]
 pub fn parse_args() -> Cli {
     parse(std::env::args_os().collect()).unwrap_or_else(|error| error.exit())
 }
 
-/// Parses a command line, the program's name first, in which `serve` may be left out. What it leaves
-/// out is taken from the environment.
+/// Parses a command line, including the program's name. `serve` is the default command, and the
+/// environment has the defaults of flags.
 ///
 /// # Errors
-/// Says which argument or variable is wrong, and what to do; or it is help or the version.
+/// An argument or variable is invalid, with the fix; or the command line asks for help or the version.
 pub fn parse(mut args: Vec<OsString>) -> Result<Cli, clap::Error> {
     let first = args.get(1).map(|arg| arg.to_string_lossy().into_owned());
     let serve = match first.as_deref() {
@@ -47,19 +47,19 @@ pub fn parse(mut args: Vec<OsString>) -> Result<Cli, clap::Error> {
         args.insert(1.min(args.len()), "serve".into());
     }
     Cli::try_parse_from(&args).map_err(|error| match error.kind() {
-        // The library does not say which one it is.
+        // clap does not report which argument it is.
         ErrorKind::InvalidUtf8 => {
             let wrong = not_utf8(&args).join(", ");
             Cli::command().error(
                 ErrorKind::InvalidUtf8,
-                format!("only a path may be other than UTF-8; change {wrong}"),
+                format!("only paths may contain invalid UTF-8; change {wrong}"),
             )
         }
         _ => without_password(error),
     })
 }
 
-/// Hides the value of a refused URL that may contain a password.
+/// Hides the value of an invalid URL that may contain a password.
 fn without_password(mut error: clap::Error) -> clap::Error {
     let argument = error.get(ContextKind::InvalidArg);
     let of_url =
@@ -74,8 +74,8 @@ fn without_password(mut error: clap::Error) -> clap::Error {
     error
 }
 
-/// Whether a list of URLs has more than hosts and ports. Without an `@`, a password may be where a
-/// port belongs.
+/// Whether a list of URLs contains more than hosts and ports. Without an `@`, a password may be in the
+/// place of a port.
 fn may_contain_password(urls: &str) -> bool {
     urls.split(',').any(|url| {
         let (_, rest) = url.split_once("://").unwrap_or(("", url));
@@ -85,7 +85,7 @@ fn may_contain_password(urls: &str) -> bool {
     })
 }
 
-/// The arguments and variables that are not UTF-8, with what names them.
+/// The arguments and variables that are not UTF-8, with their flags and names.
 fn not_utf8(args: &[OsString]) -> Vec<String> {
     let mut wrong = Vec::new();
     let mut before = "";
@@ -115,8 +115,7 @@ fn not_utf8(args: &[OsString]) -> Vec<String> {
     wrong
 }
 
-/// A value that is not UTF-8, with U+FFFD for each invalid byte; hidden if it may be a URL with a
-/// password.
+/// A value with U+FFFD in place of invalid bytes; hidden if it may be a URL with a password.
 fn shown(value: &OsStr) -> String {
     let value = value.to_string_lossy();
     match value.contains('@') {
@@ -125,10 +124,11 @@ fn shown(value: &OsStr) -> String {
     }
 }
 
-/// Refuses variables that begin like ours and are none: a misspelt one would be ignored in silence.
+/// Rejects unknown variables with the prefix of this program. Otherwise a misspelt one would be
+/// ignored silently.
 ///
 /// # Errors
-/// Names the first one.
+/// The first unknown variable.
 pub fn check_env_names(names: impl Iterator<Item = String>) -> Result<(), ConfigError> {
     let command = Cli::command();
     let mut known: Vec<String> = command
@@ -143,10 +143,10 @@ pub fn check_env_names(names: impl Iterator<Item = String>) -> Result<(), Config
         let Some(rest) = name.strip_prefix(ENV_PREFIX) else {
             continue;
         };
-        // What Kubernetes puts into every pod beside a service that is named gradestore.
-        let of_kubernetes =
+        // Kubernetes sets these in every pod if there is a service named gradestore.
+        let is_from_kubernetes =
             rest == "PORT" || rest.starts_with("PORT_") || rest.starts_with("SERVICE_");
-        if !of_kubernetes && !known.contains(&name) {
+        if !is_from_kubernetes && !known.contains(&name) {
             return Err(ConfigError::UnknownEnv {
                 name,
                 known: known.join(", "),
@@ -159,14 +159,28 @@ pub fn check_env_names(names: impl Iterator<Item = String>) -> Result<(), Config
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::values::env_of;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn a_misspelt_variable_is_refused_and_others_are_none_of_ours() {
+    fn every_variable_is_named_after_its_flag() {
+        let command = Cli::command();
+        let args = command
+            .get_subcommands()
+            .flat_map(clap::Command::get_arguments);
+        for arg in args {
+            if let (Some(flag), Some(env)) = (arg.get_long(), arg.get_env()) {
+                assert_eq!(env.to_str(), Some(&*env_of(flag)));
+            }
+        }
+    }
+
+    #[test]
+    fn rejects_a_misspelt_variable_and_ignores_those_of_other_programs() {
         let check = |names: &[&str]| check_env_names(names.iter().map(|name| (*name).to_owned()));
         assert!(check(&["PATH", "GRADESTORE_PASSWORD", "GRADESTORE_USERNAME"]).is_ok());
         assert!(check(&["GRADESTORE_SERVICE_HOST", "GRADESTORE_PORT_8080_TCP"]).is_ok());
@@ -174,7 +188,7 @@ mod tests {
         assert!(error.contains("GRADESTORE_USER_NAME") && error.contains("GRADESTORE_USERNAME"));
     }
 
-    fn refused(args: &[&[u8]]) -> String {
+    fn error_of(args: &[&[u8]]) -> String {
         use std::os::unix::ffi::OsStringExt;
         let args = args.iter().map(|arg| OsString::from_vec(arg.to_vec()));
         let program = std::iter::once("gradestore".into());
@@ -184,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_utf8_is_named() {
+    fn reports_arguments_that_are_not_utf8() {
         for (args, wanted) in [
             (
                 &[&b"--username"[..], b"\xff"][..],
@@ -197,14 +211,14 @@ mod tests {
                 "change --nats-url ***\u{fffd}***",
             ),
         ] {
-            let said = refused(args);
-            assert!(said.contains(wanted), "{said}");
-            assert!(!said.contains("SECRET"), "{said}");
+            let error = error_of(args);
+            assert!(error.contains(wanted), "{error}");
+            assert!(!error.contains("SECRET"), "{error}");
         }
     }
 
     #[test]
-    fn a_refused_url_is_shown_unless_it_may_contain_a_password() {
+    fn an_error_shows_the_url_unless_it_may_contain_a_password() {
         for (flag, url, shown) in [
             ("--nats-url", "a:65536", true),
             ("--nats-url", "nats://a,", true),
@@ -217,11 +231,11 @@ mod tests {
             ("--peer", "http://u:SECRET@a", false),
             ("--advertise-url", "http://u:SECRET@a", false),
         ] {
-            let said = refused(&[flag.as_bytes(), url.as_bytes()]);
+            let error = error_of(&[flag.as_bytes(), url.as_bytes()]);
             let wanted = format!("'{}' for '{flag} <URL>'", if shown { url } else { "***" });
-            assert!(said.contains(&wanted), "{said}");
-            assert!(shown || !said.contains(url), "{said}");
-            assert!(!said.contains("SECRET"), "{said}");
+            assert!(error.contains(&wanted), "{error}");
+            assert!(shown || !error.contains(url), "{error}");
+            assert!(!error.contains("SECRET"), "{error}");
         }
     }
 }

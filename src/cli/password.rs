@@ -1,16 +1,17 @@
-//! Where the password comes from.
+//! Reads or generates the password.
 
 use std::path::Path;
 
 use super::error::ConfigError;
 
-/// A password that was made because none was given; to be shown once.
-pub struct MadePassword(pub String);
+/// A password that was generated because none was given; to be printed once.
+pub struct GeneratedPassword(pub String);
 
-/// The password itself; it has no flag, since a command line is public on its machine.
+/// The variable with the password. There is no flag, because other users of the machine can see
+/// command lines.
 pub(super) const ENV: &str = "GRADESTORE_PASSWORD";
 
-/// The password that was given, in a file or the environment.
+/// The password in the file or in the environment.
 pub(super) fn given(password_file: Option<&Path>) -> Result<Option<String>, ConfigError> {
     let from_env = std::env::var_os(ENV);
     let file_by_flag = std::env::args_os().any(|arg| {
@@ -19,7 +20,7 @@ pub(super) fn given(password_file: Option<&Path>) -> Result<Option<String>, Conf
     });
     match (password_file, from_env) {
         (Some(_), Some(_)) if !file_by_flag => Err(ConfigError::TwoPasswords),
-        (Some(path), _) => in_file(path).map(Some),
+        (Some(path), _) => read_file(path).map(Some),
         (None, Some(password)) => {
             let password = password.to_str().unwrap_or_default();
             check(password, ENV).map(Some)
@@ -28,12 +29,12 @@ pub(super) fn given(password_file: Option<&Path>) -> Result<Option<String>, Conf
     }
 }
 
-fn in_file(path: &Path) -> Result<String, ConfigError> {
+fn read_file(path: &Path) -> Result<String, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|error| ConfigError::PasswordFile {
         path: path.to_owned(),
         error,
     })?;
-    // Editors and echo end the line.
+    // Editors and echo add a newline.
     let password = text.strip_suffix('\n').unwrap_or(&text);
     let password = password.strip_suffix('\r').unwrap_or(password);
     check(password, &format!("--password-file {}", path.display()))
@@ -53,16 +54,16 @@ fn check(password: &str, key: &str) -> Result<String, ConfigError> {
     Ok(password.to_owned())
 }
 
-/// 24 letters and digits: over 120 bits.
-pub(super) fn make() -> Result<String, getrandom::Error> {
-    // 32 of them, so that a byte's low bits choose evenly; none that looks like another.
-    const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
+/// Generates a password of 24 letters and digits (120 bits).
+pub(super) fn generate() -> Result<String, getrandom::Error> {
+    // 32, so that each is equally likely, and without similar ones such as l and 1.
+    const ALPHABET: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
     let mut bytes = [0; 24];
     getrandom::fill(&mut bytes)?;
-    let letters = bytes
+    let chars = bytes
         .iter()
-        .filter_map(|byte| LETTERS.get(usize::from(byte % 32)));
-    Ok(letters.map(|letter| char::from(*letter)).collect())
+        .filter_map(|byte| ALPHABET.get(usize::from(byte % 32)));
+    Ok(chars.map(|byte| char::from(*byte)).collect())
 }
 
 #[cfg(test)]
@@ -70,10 +71,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn made_passwords_differ_and_need_no_quoting() {
-        let one = make().unwrap();
-        assert_eq!(one.len(), 24);
-        assert!(one.chars().all(|c| c.is_ascii_alphanumeric()));
-        assert_ne!(one, make().unwrap());
+    fn generated_passwords_differ_and_need_no_quoting() {
+        let password = generate().unwrap();
+        assert_eq!(password.len(), 24);
+        assert!(password.chars().all(|c| c.is_ascii_alphanumeric()));
+        assert_ne!(password, generate().unwrap());
     }
 }

@@ -1,4 +1,4 @@
-//! HTTP Basic authentication (RFC 7617) against one pair of name and password.
+//! HTTP Basic authentication (RFC 7617) with one user name and password.
 
 use axum_extra::headers::authorization::{Basic, Credentials as _};
 use axum_extra::headers::{Authorization, HeaderMapExt};
@@ -9,18 +9,18 @@ use subtle::{Choice, ConstantTimeEq};
 use super::error::ApiError;
 use crate::replication::peer_client::Account;
 
-/// The name and password that writes need. Never printed.
+/// The user name and password of a node, which its write port and `/backup` require.
 #[derive(Debug, Clone)]
 pub struct Credentials {
     account: Account,
-    /// The header as nearly every client writes it.
+    /// The `Authorization` header as nearly every client encodes it.
     header: HeaderValue,
     #[cfg(feature = "measure")]
-    admits_all: bool,
+    accepts_all: bool,
 }
 
 impl Credentials {
-    /// What a request must bring.
+    /// Credentials of this name and password.
     #[must_use]
     pub fn new(username: &str, password: &str) -> Self {
         Self {
@@ -30,46 +30,45 @@ impl Credentials {
             },
             header: Authorization::basic(username, password).0.encode(),
             #[cfg(feature = "measure")]
-            admits_all: false,
+            accepts_all: false,
         }
     }
 
-    /// Admits every client, to measure the cost of the check.
+    /// Accepts every client, to measure the cost of the check.
     #[cfg(feature = "measure")]
-    pub fn admit_all(&mut self) {
-        self.admits_all = true;
+    pub fn accept_all(&mut self) {
+        self.accepts_all = true;
     }
 
-    /// The same, to ask other nodes with: they want what this one wants.
+    /// The account for requests to other nodes, which all have the same credentials.
     #[must_use]
     pub fn account(&self) -> Account {
         self.account.clone()
     }
 
-    /// Whether the value of an `Authorization` header is these credentials, encoded as nearly every
-    /// client does. Another encoding may be as good: [`check`](Self::check) decides.
-    pub(super) fn are(&self, sent: Option<&[u8]>) -> bool {
+    /// Whether the value of an `Authorization` header is these credentials in their usual encoding.
+    /// Other encodings may be valid too: [`check`](Self::check) decides.
+    pub(super) fn matches(&self, sent: Option<&[u8]>) -> bool {
         #[cfg(feature = "measure")]
-        if self.admits_all {
+        if self.accepts_all {
             return true;
         }
         sent.is_some_and(|sent| bool::from(sent.ct_eq(self.header.as_bytes())))
     }
 
-    /// Checks a request's `Authorization` header. Takes the same time wherever name or password
-    /// differ.
+    /// Checks a request's `Authorization` header, in constant time.
     ///
     /// # Errors
-    /// The header is missing, there twice, unreadable or wrong.
+    /// The header is missing, repeated, malformed or wrong.
     pub fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
         let mut sent = headers.get_all(AUTHORIZATION).iter();
         let (first, second) = (sent.next(), sent.next());
-        // Of two, who checked the request before this node may have looked at the other one.
+        // Of two headers, a proxy in front of this node may have checked the other one.
         if second.is_some() {
             return Err(ApiError::Unauthorized);
         }
-        // What is the same byte for byte needs no decoding.
-        if self.are(first.map(HeaderValue::as_bytes)) {
+        // Equal bytes need no decoding.
+        if self.matches(first.map(HeaderValue::as_bytes)) {
             return Ok(());
         }
         let given: Authorization<Basic> = headers.typed_get().ok_or(ApiError::Unauthorized)?;
@@ -82,7 +81,7 @@ impl Credentials {
     }
 }
 
-/// Compares without stopping at the first difference; one of another length costs the same.
+/// Compares in constant time, also for different lengths.
 fn equal(given: &str, wanted: &str) -> Choice {
     let same_length = given.len() == wanted.len();
     let compared = if same_length { given } else { wanted };

@@ -28,10 +28,10 @@ use metrics::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use super::connection::Connection;
+use super::connection::ConnectionState;
 use super::error::ApiError;
-use super::instrument::Answered;
-use super::ops::OpeningProgress;
+use super::instrument::RequestCount;
+use super::ops::StartupProgress;
 use super::{Credentials, GRADE_NODE, GRADE_POSITION};
 use crate::backup::{BackupWriter, Chunk, ChunkPipeline, ChunkSource, HeadRecord, file_name};
 use crate::log::{Log, RandomId};
@@ -57,7 +57,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 
 /// The routes of the port while the log is being opened. They only report that the node is not
 /// ready, and its id.
-pub fn routes_while_opening(progress: OpeningProgress, node: RandomId) -> Router {
+pub fn routes_while_opening(progress: StartupProgress, node: RandomId) -> Router {
     Router::new().fallback(move || async move {
         let node = [(GRADE_NODE, node.to_string())];
         (node, ApiError::NotReady(progress.unready()))
@@ -90,7 +90,7 @@ pub struct BackupState {
     /// Threads that make chunks for replicas that start, whose clients wait for them.
     pub replica_pool: Blocking,
     /// Counts the answered requests.
-    pub answered: Answered,
+    pub answered: RequestCount,
     /// The id of this process.
     pub node: Arc<str>,
     /// The metrics of backups.
@@ -178,7 +178,7 @@ async fn get_backup(
         let empty = futures_util::stream::empty::<io::Result<Bytes>>();
         return Ok((headers, Body::from_stream(empty)).into_response());
     };
-    let connection = request.extensions().get::<Arc<Connection>>().cloned();
+    let connection = request.extensions().get::<Arc<ConnectionState>>().cloned();
     let compression = request.headers().get(GRADE_COMPRESSION);
     let for_replica = compression.is_some_and(|compression| compression == IF_SLOW);
     let body = BackupStream::start(state, complete, &head, for_replica, slot, connection);
@@ -209,7 +209,7 @@ struct BackupStream {
     /// Whether the client is a replica that starts. Then requests do not take precedence, and
     /// chunks are compressed only for a slow client.
     for_replica: bool,
-    answered: Answered,
+    answered: RequestCount,
     /// The count of `answered` at the last look.
     answered_before: u64,
     /// Bytes of chunks so far.
@@ -222,7 +222,7 @@ struct BackupStream {
     complete: CompleteState,
     readiness: Readiness,
     applied: Applied,
-    connection: Option<Arc<Connection>>,
+    connection: Option<Arc<ConnectionState>>,
     _slot: OwnedSemaphorePermit,
 }
 
@@ -233,7 +233,7 @@ impl BackupStream {
         head: &HeadRecord,
         for_replica: bool,
         slot: OwnedSemaphorePermit,
-        connection: Option<Arc<Connection>>,
+        connection: Option<Arc<ConnectionState>>,
     ) -> impl Stream<Item = io::Result<Bytes>> + use<> {
         let (writer, first) = BackupWriter::start(head);
         let source = ChunkSource::with_chunk_text(complete.store(), state.chunk_text_bytes);

@@ -1,4 +1,4 @@
-//! One open connection, as its task and its port see it.
+//! The state of one open connection, shared by its task and the listener.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
@@ -6,23 +6,23 @@ use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
 
-/// What the port tells a connection's task to do.
-pub(super) enum Order {
+/// How the listener asks a connection's task to close.
+pub(super) enum CloseMode {
     /// Finish the request, then close.
     Drain,
     /// Close now.
-    Cut,
+    Abort,
 }
 
-/// The orders of a connection, for its task.
-pub(super) struct Orders<'a> {
-    connection: &'a Connection,
-    /// The waker for the next one.
+/// Waits for the listener to close a connection. One per connection task.
+pub(super) struct CloseListener<'a> {
+    connection: &'a ConnectionState,
+    /// The waker that `connection` has.
     registered: Waker,
 }
 
-impl<'a> Orders<'a> {
-    pub(super) fn new(connection: &'a Connection) -> Self {
+impl<'a> CloseListener<'a> {
+    pub(super) fn new(connection: &'a ConnectionState) -> Self {
         let registered = Waker::noop().clone();
         Self {
             connection,
@@ -30,39 +30,38 @@ impl<'a> Orders<'a> {
         }
     }
 
-    /// The last order.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Order> {
-        // Registering writes to memory that others read. It is rarely needed: only an order takes the
-        // waker out.
-        if !self.connection.has_order() && self.registered.will_wake(cx.waker()) {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<CloseMode> {
+        // Registering writes to memory that other threads read. It is rarely necessary: only closing
+        // takes the waker out.
+        if !self.connection.is_closing() && self.registered.will_wake(cx.waker()) {
             return Poll::Pending;
         }
         self.registered.clone_from(cx.waker());
-        self.connection.poll_order(cx)
+        self.connection.poll_close(cx)
     }
 }
 
-/// One open connection.
-pub(super) struct Connection {
+/// The state of one open connection.
+pub(super) struct ConnectionState {
     pub(super) id: u64,
     opened: Instant,
     /// Milliseconds since `opened` at which it last became idle; [`BUSY`] while a request runs.
     idle_since_ms: AtomicU64,
-    /// Whether a request's header has come whole, ever.
-    greeted: AtomicBool,
-    /// Whether it is being sent a long answer: then it is not cut to make room.
+    /// Whether the header of a first request is complete.
+    has_sent_request: AtomicBool,
+    /// Whether it receives a streamed response. Then it is not evicted.
     streaming: AtomicBool,
     drain: AtomicBool,
-    cut: AtomicBool,
+    abort: AtomicBool,
     task: AtomicWaker,
     exchange: Exchange,
 }
 
-/// The current or last exchange with hyper: it has ended once all is `true`. Used by the connection's
-/// task alone.
+/// The current or last request and response handled by hyper; it has ended once all are `true`. Only
+/// the connection's task uses it.
 #[derive(Default)]
 struct Exchange {
-    /// The whole request was read.
+    /// The request's body was read to its end.
     request_read: AtomicBool,
     /// hyper has taken the whole response.
     response_taken: AtomicBool,
@@ -74,50 +73,50 @@ struct Exchange {
 
 const BUSY: u64 = u64::MAX;
 
-impl Connection {
+impl ConnectionState {
     pub(super) fn new(id: u64) -> Self {
         Self {
             id,
             opened: Instant::now(),
             idle_since_ms: AtomicU64::new(0),
-            greeted: AtomicBool::new(false),
+            has_sent_request: AtomicBool::new(false),
             streaming: AtomicBool::new(false),
             drain: AtomicBool::new(false),
-            cut: AtomicBool::new(false),
+            abort: AtomicBool::new(false),
             task: AtomicWaker::new(),
             exchange: Exchange::default(),
         }
     }
 
-    /// A request begins.
+    /// Marks the connection as busy with a request.
     pub(super) fn begin(&self) {
-        self.greeted.store(true, Ordering::Relaxed);
+        self.has_sent_request.store(true, Ordering::Relaxed);
         self.idle_since_ms.store(BUSY, Ordering::Relaxed);
     }
 
-    /// A request has been answered, or another part of a long answer has been taken.
+    /// Marks the connection as idle from now on: after a response, or after a chunk of a streamed one.
     pub(super) fn end(&self) {
         self.end_at(Instant::now());
     }
 
-    /// The same, for who knows what time it is.
+    /// [`end`](Self::end) for a caller that has read the clock.
     pub(super) fn end_at(&self, now: Instant) {
         let since_ms = now.saturating_duration_since(self.opened).as_millis() as u64;
         self.idle_since_ms.store(since_ms, Ordering::Relaxed);
     }
 
-    /// A long answer begins or ends; between its parts the connection counts as idle, for the
-    /// deadline alone.
+    /// Marks the beginning or end of a streamed response. Between its chunks the connection is idle
+    /// for its deadline only.
     pub(super) fn stream(&self, streaming: bool) {
         self.streaming.store(streaming, Ordering::Relaxed);
     }
 
     /// Whether the connection closes after the current response.
-    pub(super) fn drains(&self) -> bool {
+    pub(super) fn is_draining(&self) -> bool {
         self.drain.load(Ordering::Acquire)
     }
 
-    /// For how long nothing has run; `None` while something does.
+    /// How long the connection has been idle; `None` while a request runs.
     pub(super) fn idle(&self) -> Option<Duration> {
         match self.idle_since_ms.load(Ordering::Relaxed) {
             BUSY => None,
@@ -129,50 +128,48 @@ impl Connection {
         }
     }
 
-    /// Whether it was ever told to do something.
-    fn has_order(&self) -> bool {
-        self.drain.load(Ordering::Acquire) || self.cut.load(Ordering::Acquire)
+    fn is_closing(&self) -> bool {
+        self.drain.load(Ordering::Acquire) || self.abort.load(Ordering::Acquire)
     }
 
-    pub(super) fn poll_order(&self, cx: &mut Context<'_>) -> Poll<Order> {
+    pub(super) fn poll_close(&self, cx: &mut Context<'_>) -> Poll<CloseMode> {
         self.task.register(cx.waker());
-        if self.cut.load(Ordering::Acquire) {
-            return Poll::Ready(Order::Cut);
+        if self.abort.load(Ordering::Acquire) {
+            return Poll::Ready(CloseMode::Abort);
         }
         match self.drain.load(Ordering::Acquire) {
-            true => Poll::Ready(Order::Drain),
+            true => Poll::Ready(CloseMode::Drain),
             false => Poll::Pending,
         }
     }
 
-    /// Orders the task to finish the request and then to close.
-    pub(super) fn order_drain(&self) {
+    /// Asks the task to finish the request and then to close.
+    pub(super) fn drain(&self) {
         self.drain.store(true, Ordering::Release);
         self.task.wake();
     }
 
-    /// Orders the task to close now.
-    pub(super) fn order_cut(&self) {
-        self.cut.store(true, Ordering::Release);
+    /// Asks the task to close now.
+    pub(super) fn abort(&self) {
+        self.abort.store(true, Ordering::Release);
         self.task.wake();
     }
 
-    /// Whether it was ordered to close now.
-    pub(super) fn is_cut(&self) -> bool {
-        self.cut.load(Ordering::Acquire)
+    pub(super) fn is_aborted(&self) -> bool {
+        self.abort.load(Ordering::Acquire)
     }
 
-    /// Whether it is being sent a long response.
     pub(super) fn is_streaming(&self) -> bool {
         self.streaming.load(Ordering::Relaxed)
     }
 
-    /// Whether a request's header was ever complete.
-    pub(super) fn is_greeted(&self) -> bool {
-        self.greeted.load(Ordering::Relaxed)
+    /// Whether the header of a first request is complete.
+    pub(super) fn has_sent_request(&self) -> bool {
+        self.has_sent_request.load(Ordering::Relaxed)
     }
 
-    /// An exchange with hyper begins; `request_read` says whether the request has no body.
+    /// Marks the beginning of an exchange with hyper. `request_read` is true if the request has no
+    /// body.
     pub(super) fn exchange_begins(&self, request_read: bool) {
         self.exchange
             .request_read
@@ -180,18 +177,18 @@ impl Connection {
         self.exchange.response_taken.store(false, Ordering::Relaxed);
     }
 
-    /// The request's body was read to its end.
+    /// Marks the request's body as read to its end.
     pub(super) fn request_read(&self) {
         self.exchange.request_read.store(true, Ordering::Relaxed);
     }
 
-    /// hyper has taken the whole response.
+    /// Marks the whole response as taken by hyper.
     pub(super) fn response_taken(&self) {
         self.exchange.flushed.store(false, Ordering::Relaxed);
         self.exchange.response_taken.store(true, Ordering::Relaxed);
     }
 
-    /// hyper has written all that it took.
+    /// Marks all that hyper took as written.
     pub(super) fn flushed(&self) {
         self.exchange.flushed.store(true, Ordering::Relaxed);
     }
@@ -205,16 +202,16 @@ impl Connection {
             ..
         } = &self.exchange;
         let ended = [request_read, response_taken, flushed];
-        ended.iter().all(|done| done.load(Ordering::Relaxed)) && !self.drains()
+        ended.iter().all(|done| done.load(Ordering::Relaxed)) && !self.is_draining()
     }
 
-    /// The fast path answers the next request.
+    /// Leaves the next request to the fast path.
     pub(super) fn return_to_fast_path(&self) {
         self.exchange.returns.store(true, Ordering::Relaxed);
     }
 
-    /// Whether that was said since the last call.
-    pub(super) fn takes_return(&self) -> bool {
+    /// Whether [`return_to_fast_path`](Self::return_to_fast_path) was called since the last call.
+    pub(super) fn take_return(&self) -> bool {
         let returns = self.exchange.returns.swap(false, Ordering::Relaxed);
         if returns {
             self.exchange.response_taken.store(false, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! What can go wrong with a request, and how it is said: RFC 9457 problem details.
+//! The errors of requests, and their responses: RFC 9457 problem details.
 
 use std::sync::Arc;
 
@@ -7,162 +7,164 @@ use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use serde::Serialize;
 
-use super::failures::Failure;
+use super::error_log::ErrorDetail;
 use crate::grade::{USER_ID, UserIdError};
 use crate::replication::WriteError;
 use crate::replication::memory::StoreFull;
 use crate::replication::state::Unready;
 
-/// Seconds a client should wait before it tries again, in `Retry-After`.
+/// `Retry-After`, in seconds.
 const RETRY_AFTER_S: HeaderValue = HeaderValue::from_static("1");
 
-/// One cause each; its [`Display`](std::fmt::Display) is the `detail` and says what to do.
+/// An error of a request. Its [`Display`](std::fmt::Display) is the `detail` of the response: the
+/// cause, and how to fix it.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ApiError {
-    /// The body is no JSON text.
+    /// The body is not JSON.
     #[error(
         "the body is not JSON: {0}; send one object such as {{\"user_id\":\"alice\",\"spp\":5}}"
     )]
     NotJson(String),
     /// The body is not UTF-8.
-    #[error("the body is not UTF-8 from byte {at} on; encode it as UTF-8")]
+    #[error("the body is not UTF-8 at byte {at}; encode it as UTF-8")]
     BodyNotUtf8 {
-        /// The first byte that is wrong.
+        /// The offset of the first invalid byte.
         at: usize,
     },
     /// The body could not be read to its end.
     #[error(
-        "the body ended early or is wrongly framed; send as many bytes as Content-Length says, or whole chunks"
+        "the body is incomplete or malformed; send exactly Content-Length bytes, or complete chunks"
     )]
     BodyBroken,
     /// The body is JSON but not a patch.
-    #[error("the body is no patch: {0}")]
+    #[error("the body is not a patch: {0}")]
     NotAPatch(String),
     /// No `user_id` in the query.
-    #[error("the query has no {USER_ID}; put ?{USER_ID}=alice behind the path")]
+    #[error("the query has no {USER_ID}; append ?{USER_ID}=alice to the path")]
     UserIdMissing,
     /// More than one `user_id` in the query.
     #[error("the query has {USER_ID} more than once; send it once")]
     UserIdRepeated,
     /// `user_id` and `user_ids` in one query.
-    #[error("the query has both {USER_ID} and user_ids; send one {USER_ID}, or user_ids alone")]
+    #[error("the query has both {USER_ID} and user_ids; send one {USER_ID}, or only user_ids")]
     UserIdAndIds,
-    /// `user_ids` where there may be one user only.
-    #[error("the query has user_ids, which only GET /get takes; send one {USER_ID}")]
+    /// `user_ids` on a route that accepts a single `user_id`.
+    #[error("the query has user_ids, which only GET /get accepts; send one {USER_ID}")]
     UserIdsHere,
-    /// More `user_ids` than may be asked for at once.
-    #[error(
-        "the query has {found} user_ids; send {} at most, and ask for the others next",
-        super::get::USER_IDS_MAX
-    )]
+    /// More `user_ids` than one request may have.
+    #[error("the query has {found} user_ids; send at most {limit} per request")]
     UserIdsTooMany {
-        /// How many.
+        /// The number of `user_ids`.
         found: usize,
+        /// The limit.
+        limit: usize,
     },
-    /// A `user_id` that no user can have.
+    /// An invalid `user_id`.
     #[error(transparent)]
     UserIdInvalid(UserIdError),
-    /// The query's percent-encoding is broken.
-    #[error("the query is wrongly percent-encoded: {0}")]
+    /// The query's percent-encoding is invalid.
+    #[error("the query has invalid percent-encoding: {0}")]
     QueryEncoding(&'static str),
-    /// A `Grade-Position` that is no number.
+    /// `Grade-Position` is not a number.
     #[error(
-        "Grade-Position must be one decimal number, as an answer to POST /set or DELETE /set gave it"
+        "Grade-Position must be one decimal number, as in the response to a POST /set or DELETE /set"
     )]
     PositionInvalid,
-    /// No or wrong credentials.
+    /// Missing or wrong credentials.
     #[error(
-        "send the user name and password by HTTP Basic authentication, as curl -u NAME:PASSWORD does"
+        "missing or wrong user name or password; use HTTP Basic authentication (curl -u NAME:PASSWORD)"
     )]
     Unauthorized,
-    /// No record under this id.
+    /// No record with this id.
     #[error("no grade is stored for this {USER_ID}")]
     UserUnknown,
     /// No such route on this port.
-    #[error("this port has no such path; it has {0}")]
+    #[error("this port has no such path; it serves {0}")]
     RouteUnknown(&'static str),
-    /// The route takes another method.
-    #[error("this path takes {0}")]
+    /// The route does not support the method.
+    #[error("this path accepts only {0}")]
     MethodNotAllowed(&'static str),
-    /// The body did not come in time.
-    #[error("the body did not arrive within {seconds} s; send it at once")]
+    /// The body did not arrive in time.
+    #[error("the body did not arrive within {seconds} s; send it faster")]
     BodySlow {
         /// The limit.
         seconds: u64,
     },
     /// The body is too large.
-    #[error("the body has more than {limit_bytes} bytes; one patch is far smaller")]
+    #[error("the body of one patch is limited to {limit_bytes} bytes; send a smaller one")]
     BodyTooLarge {
         /// The limit.
         limit_bytes: usize,
     },
     /// Neither `application/json` nor `application/x-ndjson`.
     #[error(
-        "Content-Type must be application/json for one patch, or application/x-ndjson for a patch a line"
+        "Content-Type must be application/json for one patch, or application/x-ndjson for one patch per line"
     )]
     UnsupportedMediaType,
-    /// One of many lines is no patch.
+    /// One of many lines is not a patch.
     #[error(
-        "line {line}: {what}; {accepted} lines were accepted and stay, nothing after them was \
-         written; mend it and go on from line {}", .accepted + 1
+        "line {line}: {what}; {accepted} lines were accepted, and nothing after them was written; fix \
+         the line and resume from line {}", .accepted + 1
     )]
     BadLine {
-        /// Which one, from 1.
+        /// The number of the line, from 1.
         line: u64,
         /// Lines up to the last group that was written.
         accepted: u64,
-        /// What is wrong with it.
+        /// What is wrong with the line.
         what: String,
     },
     /// There is no memory for a new user.
     #[error(transparent)]
     StoreFull(#[from] StoreFull),
-    /// There is none for that of one of many lines.
+    /// There is no memory for the new user of one of many lines.
     #[error(
-        "line {line} is for a new user, and {full}; {accepted} lines were accepted and stay, \
-         nothing after them was written; go on from line {} when the store is no longer full",
+        "line {line} is for a new user, and {full}; {accepted} lines were accepted, and nothing after \
+         them was written; resume from line {} when the store is no longer full",
         .accepted + 1
     )]
     LineStoreFull {
-        /// Which one, from 1.
+        /// The number of the line, from 1.
         line: u64,
         /// Lines up to the last group that was written.
         accepted: u64,
-        /// Why it is refused.
+        /// Why new users are rejected.
         full: StoreFull,
     },
-    /// Something ended a body of many lines before it was written to its end.
-    #[error("{cause}; {accepted} lines were accepted and stay, go on from line {}", .accepted + 1)]
+    /// A body of many lines was written in part only.
+    #[error("{cause}; {accepted} lines were accepted; resume from line {}", .accepted + 1)]
     InPart {
         /// Lines up to the last group that was written.
         accepted: u64,
-        /// What it was.
+        /// Why the rest was not written.
         cause: Box<ApiError>,
     },
-    /// This replica may not answer now.
+    /// This replica does not serve requests now.
     #[error("not ready ({}): {}; try again, or ask another replica", .0.state, .0.reason)]
     NotReady(Unready),
-    /// The position asked for was not reached in time.
+    /// This replica did not apply the requested position in time.
     #[error(
-        "this replica has applied {applied} and not yet {wanted}; try again, or ask another replica"
+        "this replica has applied position {applied}, and not yet {wanted}; try again, or ask another \
+         replica"
     )]
     PositionNotReached {
-        /// What was asked for.
+        /// The requested position.
         wanted: u64,
-        /// How far this replica is.
+        /// The position of this replica.
         applied: u64,
     },
-    /// The position asked for is too far past the log's end to wait for.
+    /// The requested position is too far past the log's end to wait for.
     #[error(
-        "Grade-Position {wanted} is more than {} past the end of the log, {end}; send the \
-         Grade-Position of an acknowledged write, or ask another replica",
-        super::get::POSITION_AHEAD_MAX
+        "Grade-Position {wanted} is more than {ahead_max} past the end of the log, {end}; send the \
+         Grade-Position of an acknowledged write, or ask another replica"
     )]
     PositionTooFar {
-        /// What was asked for.
+        /// The requested position.
         wanted: u64,
         /// The last batch of the log that this replica knows of.
         end: u64,
+        /// The limit of the distance.
+        ahead_max: u64,
     },
     /// The maximum number of reads wait for a position.
     #[error(
@@ -174,19 +176,19 @@ pub enum ApiError {
         waits_max: usize,
     },
     /// The write queue is full.
-    #[error("the write queue is full and nothing was written; try again later, or slower")]
+    #[error("not written: the write queue is full; try again later, or write more slowly")]
     QueueFull,
-    /// As many backups run as may at once.
-    #[error("as many backups are being sent as may be at once; try again later")]
+    /// The maximum number of backups is being sent.
+    #[error("the maximum number of backups is being sent; try again later")]
     BackupsRunning,
-    /// The log did not take the write.
-    #[error("nothing was written: {0}; try again")]
+    /// The log rejected the write.
+    #[error("not written: {0}; safe to retry")]
     NotWritten(Arc<str>),
-    /// The write may or may not have happened.
-    #[error("outcome unknown: {0}; read the grade back, or send the write again")]
+    /// The write may or may not have been applied.
+    #[error("write status unknown: {0}; read the grade back, or send the write again")]
     OutcomeUnknown(WriteError),
-    /// A fault of this program.
-    #[error("a fault in gradestore, which its log describes; please report it")]
+    /// A bug in this program.
+    #[error("internal error in gradestore; see its log, and please report it")]
     Internal,
 }
 
@@ -208,20 +210,20 @@ impl From<Unready> for ApiError {
 }
 
 impl ApiError {
-    /// What is wrong with a line, if that is what this says of a body.
+    /// The text of an error in the body of a patch, for a patch that is one of many lines.
     #[must_use]
-    pub fn of_line(&self) -> String {
-        let said = match self {
+    pub fn line_text(&self) -> String {
+        let text = match self {
             Self::NotJson(why) => format!("it is not JSON: {why}"),
-            Self::BodyNotUtf8 { at } => format!("it is not UTF-8 from byte {at} on"),
-            Self::NotAPatch(why) => format!("it is no patch: {why}"),
+            Self::BodyNotUtf8 { at } => format!("it is not UTF-8 at byte {at}"),
+            Self::NotAPatch(why) => format!("it is not a patch: {why}"),
             other => other.to_string(),
         };
-        // Which line it is among its kind is known better.
-        said.replace(" at line 1 column ", " at column ")
+        // The parser sees one line only.
+        text.replace(" at line 1 column ", " at column ")
     }
 
-    /// The status, and the word that names the cause in `type`.
+    /// The status, and the last part of `type`.
     #[must_use]
     pub fn kind(&self) -> (StatusCode, &'static str) {
         use StatusCode as S;
@@ -262,7 +264,7 @@ impl ApiError {
         }
     }
 
-    /// The line that is wrong, and how many are accepted, where a body has many.
+    /// The invalid line and the number of accepted lines, for a body of many lines.
     fn lines(&self) -> (Option<u64>, Option<u64>) {
         match self {
             Self::BadLine { line, accepted, .. } | Self::LineStoreFull { line, accepted, .. } => {
@@ -292,7 +294,7 @@ impl ApiError {
     }
 }
 
-/// RFC 9457, section 3.1; `line` and `accepted` are extensions by its section 3.2.
+/// RFC 9457, section 3.1; `line` and `accepted` are extension members (section 3.2).
 #[derive(Serialize)]
 struct Problem<'a> {
     r#type: String,
@@ -306,41 +308,41 @@ struct Problem<'a> {
 }
 
 impl ApiError {
-    /// The body of its response.
+    /// The body of the response.
     pub(super) fn to_json(&self) -> Vec<u8> {
         self.to_json_with(&self.to_string())
     }
 
     #[expect(clippy::expect_used, reason = "it can't fail")]
     fn to_json_with(&self, detail: &str) -> Vec<u8> {
-        let (status, cause) = self.kind();
+        let (status, problem) = self.kind();
         let (line, accepted) = self.lines();
         let problem = Problem {
-            r#type: format!("urn:gradestore:problem:{cause}"),
+            r#type: format!("urn:gradestore:problem:{problem}"),
             title: status.canonical_reason().unwrap_or_default(),
             status: status.as_u16(),
             detail,
             line,
             accepted,
         };
-        serde_json::to_vec(&problem).expect("texts and numbers are JSON")
+        serde_json::to_vec(&problem).expect("strings and numbers are JSON")
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let (status, cause) = self.kind();
+        let (status, problem) = self.kind();
         let detail = self.to_string();
         let body = self.to_json_with(&detail);
         let mut headers = self.headers(status);
         let problem_json = HeaderValue::from_static("application/problem+json");
         headers.insert(CONTENT_TYPE, problem_json);
         let mut response = (status, headers, body).into_response();
-        if Failure::is_told(status) {
-            let (problem, detail) = (cause, detail.into());
+        if ErrorDetail::is_logged(status) {
+            let detail = detail.into();
             response
                 .extensions_mut()
-                .insert(Failure { problem, detail });
+                .insert(ErrorDetail { problem, detail });
         }
         response
     }

@@ -15,16 +15,16 @@ use percent_encoding::percent_decode;
 
 use super::GRADE_POSITION;
 use super::error::ApiError;
-use super::fast::{Found, GetRoute, request};
+use super::fast::{GetOutcome, GetRoute, request};
 use crate::grade::{USER_ID, UserGrade, check_user_id};
 use crate::log::{Log, Seq};
 use crate::replication::state::Readiness;
 use crate::replication::{Applied, WaitError};
 use crate::store::Store;
 
-/// The name of a query's parameter for one of many users.
+/// The query parameter of a request for many users; one per user.
 const USER_IDS: &str = "user_ids";
-/// The most users that may be asked for at once.
+/// The maximum number of users in one request.
 pub const USER_IDS_MAX: usize = 1000;
 /// The maximum distance of `Grade-Position` past the end of the log.
 ///
@@ -35,16 +35,16 @@ pub const USER_IDS_MAX: usize = 1000;
 /// status is 503, not 400, because another replica may have applied the position.
 pub const POSITION_AHEAD_MAX: Seq = 1_000_000;
 
-/// What the read port answers from.
+/// The state of the read port.
 #[derive(Clone)]
 pub struct ReadState {
     /// The records.
     pub store: Store,
-    /// How far they have come.
+    /// The position of the records.
     pub applied: Applied,
-    /// The log that is applied.
+    /// The log that the replica applies.
     pub log: Arc<dyn Log>,
-    /// Whether they may be shown.
+    /// Whether the replica serves reads.
     pub readiness: Readiness,
     /// How long a read with `Grade-Position` may wait.
     pub position_wait_max: Duration,
@@ -66,24 +66,24 @@ pub fn routes(state: ReadState) -> Router {
 }
 
 impl GetRoute for ReadState {
-    fn get(&self, request: &request::Get<'_>, body: &mut Vec<u8>) -> Found {
+    fn get(&self, request: &request::Get<'_>, body: &mut Vec<u8>) -> GetOutcome {
         if request
             .position
             .is_some_and(|wanted| self.applied.seq() < wanted)
         {
-            return Found::Fallback;
+            return GetOutcome::Fallback;
         }
-        let Ok(user_id) = id_in(request.user_id) else {
-            return Found::Fallback;
+        let Ok(user_id) = decode_id(request.user_id) else {
+            return GetOutcome::Fallback;
         };
         match append_one(self, &user_id, body) {
-            Ok(()) => Found::Grade,
-            // The router logs it at that level.
+            Ok(()) => GetOutcome::Grade,
+            // At debug level the router logs this error.
             Err(ApiError::UserUnknown) if !tracing::enabled!(tracing::Level::DEBUG) => {
                 body.extend_from_slice(&USER_UNKNOWN);
-                Found::Nobody
+                GetOutcome::NotFound
             }
-            Err(_) => Found::Fallback,
+            Err(_) => GetOutcome::Fallback,
         }
     }
 }
@@ -94,19 +94,24 @@ static USER_UNKNOWN: LazyLock<Vec<u8>> = LazyLock::new(|| ApiError::UserUnknown.
 async fn get_grade(State(state): State<ReadState>, request: Request) -> Result<Response, ApiError> {
     if let Some(wanted) = position_of(request.headers())? {
         state.readiness.check()?;
-        reach(&state, wanted).await?;
+        wait_for(&state, wanted).await?;
     }
-    answer(&state, request.uri())
+    respond(&state, request.uri())
 }
 
 /// Waits until this replica has applied `wanted`.
-async fn reach(state: &ReadState, wanted: Seq) -> Result<(), ApiError> {
+async fn wait_for(state: &ReadState, wanted: Seq) -> Result<(), ApiError> {
     if state.applied.seq() >= wanted {
         return Ok(());
     }
     let end = state.log.end();
     if wanted.saturating_sub(end) > POSITION_AHEAD_MAX {
-        return Err(ApiError::PositionTooFar { wanted, end });
+        let ahead_max = POSITION_AHEAD_MAX;
+        return Err(ApiError::PositionTooFar {
+            wanted,
+            end,
+            ahead_max,
+        });
     }
     let (wait_max, waits_max) = (state.position_wait_max, state.position_waits_max);
     let waited = state.applied.wait_for(wanted, wait_max, waits_max).await;
@@ -119,11 +124,11 @@ async fn reach(state: &ReadState, wanted: Seq) -> Result<(), ApiError> {
     })
 }
 
-/// The grade, or the grades, that `uri` asks for, as they are now.
-fn answer(state: &ReadState, uri: &Uri) -> Result<Response, ApiError> {
-    let json = match asked(uri.query().unwrap_or_default())? {
-        Asked::One(user_id) => one(state, &user_id)?,
-        Asked::Many(user_ids) => many(state, &user_ids)?,
+/// The response with the grades that `uri` asks for.
+fn respond(state: &ReadState, uri: &Uri) -> Result<Response, ApiError> {
+    let json = match parse_query(uri.query().unwrap_or_default())? {
+        GetQuery::One(user_id) => one(state, &user_id)?,
+        GetQuery::Many(user_ids) => many(state, &user_ids)?,
     };
     let mut response = Response::new(Body::from(json));
     let json_type = HeaderValue::from_static("application/json");
@@ -148,9 +153,8 @@ fn append_one(state: &ReadState, user_id: &str, json: &mut Vec<u8>) -> Result<()
     Ok(())
 }
 
-/// The grades of `user_ids` as a JSON array, in their order, with `null` for who has none. Each is
-/// whole; they are looked up one after the other while writes go on, so together they are no
-/// snapshot.
+/// The grades of `user_ids` as a JSON array in request order, with `null` for unknown users. Each
+/// grade is consistent. Together they are not a snapshot, because writes continue between the lookups.
 fn many(state: &ReadState, user_ids: &[Cow<'_, str>]) -> Result<Vec<u8>, ApiError> {
     let store = &state.store;
     let found = state.readiness.read(
@@ -172,79 +176,85 @@ fn many(state: &ReadState, user_ids: &[Cow<'_, str>]) -> Result<Vec<u8>, ApiErro
     Ok(json)
 }
 
-/// Whom a query asks for.
+/// The users that a query asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Asked<'a> {
+pub enum GetQuery<'a> {
     /// `user_id`.
     One(Cow<'a, str>),
-    /// All `user_ids`, in their order.
+    /// All `user_ids`, in request order.
     Many(Vec<Cow<'a, str>>),
 }
 
-/// Reads a query of `application/x-www-form-urlencoded`: one `user_id`, or one to [`USER_IDS_MAX`]
-/// `user_ids`; other names are ignored.
+/// Parses a query in `application/x-www-form-urlencoded`: one `user_id`, or one to [`USER_IDS_MAX`]
+/// `user_ids`. Other parameters are ignored.
 ///
-/// Stricter than a form: a broken percent sign or bytes that are no UTF-8 are errors, since a
-/// guess would read another user's grade.
+/// Stricter than HTML forms: invalid percent-encoding and invalid UTF-8 are errors, because a guess
+/// could return another user's grade.
 ///
 /// # Errors
-/// It asks for nobody, for one user twice, in both ways or for too many; or an id is wrongly encoded,
-/// or can be none.
-pub fn asked(query: &str) -> Result<Asked<'_>, ApiError> {
-    let mut found = None;
+/// The query has no id, more than one `user_id`, both parameters or too many ids; or an id is not
+/// valid.
+pub fn parse_query(query: &str) -> Result<GetQuery<'_>, ApiError> {
+    let mut user_id = None;
     for pair in query.split('&') {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         if name == USER_ID {
-            if found.replace(value).is_some() {
+            if user_id.replace(value).is_some() {
                 return Err(ApiError::UserIdRepeated);
             }
             continue;
         }
-        match decoded(name).as_deref() {
-            Ok(USER_ID) if found.replace(value).is_some() => return Err(ApiError::UserIdRepeated),
-            Ok(USER_IDS) => return all_in(query).map(Asked::Many),
+        match decode(name).as_deref() {
+            Ok(USER_ID) if user_id.replace(value).is_some() => {
+                return Err(ApiError::UserIdRepeated);
+            }
+            Ok(USER_IDS) => return parse_user_ids(query).map(GetQuery::Many),
             _ => {}
         }
     }
-    id_in(found.ok_or(ApiError::UserIdMissing)?).map(Asked::One)
+    decode_id(user_id.ok_or(ApiError::UserIdMissing)?).map(GetQuery::One)
 }
 
-/// The one `user_id` of a query; see [`asked`].
+/// Parses a query with a single `user_id`; see [`parse_query`].
 ///
 /// # Errors
-/// It asks for nobody or for more, or the id is wrongly encoded, or can be none.
-pub fn user_id_of(query: &str) -> Result<Cow<'_, str>, ApiError> {
-    match asked(query)? {
-        Asked::One(user_id) => Ok(user_id),
-        Asked::Many(_) => Err(ApiError::UserIdsHere),
+/// The query does not have exactly one id, or the id is not valid.
+pub fn parse_user_id(query: &str) -> Result<Cow<'_, str>, ApiError> {
+    match parse_query(query)? {
+        GetQuery::One(user_id) => Ok(user_id),
+        GetQuery::Many(_) => Err(ApiError::UserIdsHere),
     }
 }
 
-/// The `user_ids` of a query that has some.
-fn all_in(query: &str) -> Result<Vec<Cow<'_, str>>, ApiError> {
-    let mut found = Vec::new();
+/// Parses a query that has `user_ids`.
+fn parse_user_ids(query: &str) -> Result<Vec<Cow<'_, str>>, ApiError> {
+    let mut user_ids = Vec::new();
     for pair in query.split('&') {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        match decoded(name).as_deref() {
+        match decode(name).as_deref() {
             Ok(USER_ID) => return Err(ApiError::UserIdAndIds),
-            Ok(USER_IDS) => found.push(value),
+            Ok(USER_IDS) => user_ids.push(value),
             _ => {}
         }
     }
-    if found.len() > USER_IDS_MAX {
-        return Err(ApiError::UserIdsTooMany { found: found.len() });
+    if user_ids.len() > USER_IDS_MAX {
+        return Err(ApiError::UserIdsTooMany {
+            found: user_ids.len(),
+            limit: USER_IDS_MAX,
+        });
     }
-    found.into_iter().map(id_in).collect()
+    user_ids.into_iter().map(decode_id).collect()
 }
 
-/// The id that stands in a query as `value`.
-fn id_in(value: &str) -> Result<Cow<'_, str>, ApiError> {
-    let user_id = decoded(value)?;
+/// Decodes and checks an id.
+fn decode_id(value: &str) -> Result<Cow<'_, str>, ApiError> {
+    let user_id = decode(value)?;
     check_user_id(&user_id).map_err(ApiError::UserIdInvalid)?;
     Ok(user_id)
 }
 
-fn decoded(text: &str) -> Result<Cow<'_, str>, ApiError> {
+/// Decodes a name or value of a query.
+fn decode(text: &str) -> Result<Cow<'_, str>, ApiError> {
     if !text.bytes().any(|byte| matches!(byte, b'%' | b'+')) {
         return Ok(Cow::Borrowed(text));
     }
@@ -253,8 +263,8 @@ fn decoded(text: &str) -> Result<Cow<'_, str>, ApiError> {
         hex.is_some_and(|hex| hex.iter().all(u8::is_ascii_hexdigit))
     };
     if !text.split('%').skip(1).all(hex_follows) {
-        let broken = "after % two hexadecimal digits must follow; a percent sign itself is %25";
-        return Err(ApiError::QueryEncoding(broken));
+        let what = "% must be followed by two hexadecimal digits; encode a percent sign as %25";
+        return Err(ApiError::QueryEncoding(what));
     }
     let spaced = match text.contains('+') {
         true => Cow::Owned(text.replace('+', " ")),
@@ -266,19 +276,19 @@ fn decoded(text: &str) -> Result<Cow<'_, str>, ApiError> {
     Ok(Cow::Owned(text))
 }
 
-/// The position that a read wants to see, if it says one.
+/// The `Grade-Position` of a read, if it has one.
 ///
 /// # Errors
-/// It is no number, or more than one.
+/// It is not a number, or is repeated.
 pub fn position_of(headers: &HeaderMap) -> Result<Option<Seq>, ApiError> {
-    let mut given = headers.get_all(GRADE_POSITION).iter();
-    let Some(position) = given.next() else {
+    let mut values = headers.get_all(GRADE_POSITION).iter();
+    let Some(position) = values.next() else {
         return Ok(None);
     };
     let digits = position
         .to_str()
         .ok()
-        .filter(|text| given.next().is_none() && text.bytes().all(|byte| byte.is_ascii_digit()));
+        .filter(|text| values.next().is_none() && text.bytes().all(|byte| byte.is_ascii_digit()));
     let position = digits.and_then(|digits| digits.parse().ok());
     position.map(Some).ok_or(ApiError::PositionInvalid)
 }
@@ -289,13 +299,13 @@ mod tests {
     use proptest::prelude::*;
 
     fn outcome(query: &str) -> Result<String, &'static str> {
-        user_id_of(query)
+        parse_user_id(query)
             .map(Cow::into_owned)
             .map_err(|error| error.kind().1)
     }
 
     #[test]
-    fn finds_the_one_user_id() {
+    fn parses_a_single_user_id() {
         for (query, wanted) in [
             ("user_id=alice", Ok("alice")),
             ("x=1&user_id=alice&y", Ok("alice")),
@@ -321,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn finds_all_user_ids_in_their_order() {
+    fn parses_many_user_ids_in_order() {
         let most = vec!["user_ids=a"; USER_IDS_MAX].join("&");
         let more = format!("{most}&user_ids=a");
         for (query, wanted) in [
@@ -343,8 +353,8 @@ mod tests {
             ("user_ids[]=a", Err("user-id-missing")),
             ("USER_IDS=a", Err("user-id-missing")),
         ] {
-            let found = asked(query).map_err(|error| error.kind().1);
-            let wanted = wanted.map(|ids| Asked::Many(ids.into_iter().map(Cow::from).collect()));
+            let found = parse_query(query).map_err(|error| error.kind().1);
+            let wanted = wanted.map(|ids| GetQuery::Many(ids.into_iter().map(Cow::from).collect()));
             assert_eq!(found, wanted, "{query:.60}");
         }
         assert_eq!(outcome("user_ids=a"), Err("user-ids-here"));
@@ -352,7 +362,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_encoded_is_found(id in "\\PC{1,64}") {
+        fn decodes_every_encoded_id(id in "\\PC{1,64}") {
             prop_assume!(check_user_id(&id).is_ok());
             let encoded = percent_encoding::utf8_percent_encode(&id, percent_encoding::NON_ALPHANUMERIC);
             prop_assert_eq!(outcome(&format!("user_id={encoded}")), Ok(id));
@@ -360,7 +370,7 @@ mod tests {
 
         #[test]
         fn no_query_panics(query in "[a-z_=&%+0-9]{0,40}|(user_ids?=[%0-9a-f]{0,9}&?){0,3}") {
-            let _ = (outcome(&query), asked(&query));
+            let _ = (outcome(&query), parse_query(&query));
         }
     }
 }

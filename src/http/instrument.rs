@@ -1,4 +1,4 @@
-//! Counts, times and names every request, and turns a panic into an answer.
+//! Counts and times every request, gives it an id, and answers a panic with 500.
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -22,94 +22,94 @@ use hyper::body::{Frame, Incoming, SizeHint};
 use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use tower::Service;
 
-use super::connection::Connection;
+use super::connection::ConnectionState;
 use super::error::ApiError;
-use super::failures::{Failed, Failure, FailureLog};
-use super::latency::{self, Counts, Latency};
+use super::error_log::{ErrorDetail, ErrorLog, FailedRequest};
+use super::latency::{self, Latency, LatencyCounts};
 use super::request_id::{self, X_REQUEST_ID};
 use super::route::{PerRoute, Route};
 
 const PATH_METRIC: &str = "gradestore_http_path_total";
 
-/// Statuses are counted one by one, from 100 to 599.
+/// Each status from 100 to 599 has a counter.
 const STATUS_MIN: u16 = 100;
 const STATUSES: usize = 500;
 
-/// How many requests for grades were answered: who works beside them looks whether there are any.
-/// Clones are the same.
+/// The number of answered requests for grades. Backups compare it with an earlier value, and slow down
+/// while requests arrive. Clones share it.
 #[derive(Clone, Default)]
-pub struct Answered(Arc<AtomicU64>);
+pub struct RequestCount(Arc<AtomicU64>);
 
-impl Answered {
-    /// So many since the start.
+impl RequestCount {
+    /// Requests since the start.
     pub(super) fn count(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// What is measured about requests; handles are made once.
+/// The metrics of requests.
 pub struct HttpMetrics {
-    answered: Answered,
-    /// Whether more is measured than what others work by.
-    counted: bool,
+    request_count: RequestCount,
+    /// Whether metrics other than `request_count` are recorded.
+    enabled: bool,
     routes: PerRoute<RouteMetrics>,
     in_flight: Gauge,
     /// Requests that the fast path answered.
     fast: Counter,
-    /// Those that the router answered.
+    /// Requests that the router answered.
     router: Counter,
-    failures: FailureLog,
+    error_log: ErrorLog,
 }
 
 struct RouteMetrics {
     latency: Latency,
-    /// A counter a status, made when it first occurs.
+    /// The counter of each status, registered when the status first occurs.
     requests: Box<[OnceLock<Counter>; STATUSES]>,
-    /// Makes them, bound to the recorder that the handles belong to.
-    make: Box<dyn Fn(u16) -> Counter + Send + Sync>,
+    /// Registers a counter with the recorder of the node.
+    register: Box<dyn Fn(u16) -> Counter + Send + Sync>,
 }
 
 impl HttpMetrics {
-    /// Registers the handles through `counter_of`, which makes the counter of a route and status,
-    /// and with the current recorder.
+    /// Registers the metrics with the current recorder, and later the counter of each route and status
+    /// through `counter_of`.
     pub fn new(
         counter_of: impl Fn(&'static str, u16) -> Counter + Clone + Send + Sync + 'static,
     ) -> Self {
         describe_counter!(
             "gradestore_http_requests_total",
-            "Requests answered, by route and status."
+            "Answered requests, by route and status."
         );
         describe_gauge!(
             "gradestore_http_requests_in_flight",
-            "Requests that are being answered."
+            "Requests in progress."
         );
         describe_counter!(
             PATH_METRIC,
-            "Requests answered by the fast path, and by hyper and the router."
+            "Answered requests, by path: fast, or router for those that took hyper and the router."
         );
         Self {
-            answered: Answered::default(),
-            counted: true,
+            request_count: RequestCount::default(),
+            enabled: true,
             routes: PerRoute::new(|route| {
                 let counter_of = counter_of.clone();
                 RouteMetrics {
                     latency: Latency::default(),
                     requests: Box::new([const { OnceLock::new() }; STATUSES]),
-                    make: Box::new(move |status| counter_of(route.name(), status)),
+                    register: Box::new(move |status| counter_of(route.name(), status)),
                 }
             }),
             in_flight: gauge!("gradestore_http_requests_in_flight"),
             fast: counter!(PATH_METRIC, "path" => "fast"),
             router: counter!(PATH_METRIC, "path" => "router"),
-            failures: FailureLog::default(),
+            error_log: ErrorLog::default(),
         }
     }
 
-    /// Measures nothing for anybody to see.
+    /// Records nothing but the number of requests.
     #[must_use]
-    pub fn uncounted() -> Self {
+    pub fn disabled() -> Self {
         Self {
-            counted: false,
+            enabled: false,
             in_flight: Gauge::noop(),
             fast: Counter::noop(),
             router: Counter::noop(),
@@ -117,66 +117,76 @@ impl HttpMetrics {
         }
     }
 
-    /// The counter of a route's answers with a status, from the current recorder.
+    /// The counter of a route's responses with a status, from the current recorder.
     pub fn requests_counter(route: &'static str, status: u16) -> Counter {
         let status = status.to_string();
         counter!("gradestore_http_requests_total", "route" => route, "status" => status)
     }
 
-    /// Appends what is counted here and not in the recorder, in Prometheus' text format.
+    /// Appends the latency histograms, which the recorder does not have, in Prometheus' text format.
     pub fn render(&self, out: &mut String) {
-        if self.counted {
+        if self.enabled {
             let latencies = self.routes.iter();
             let latencies = latencies.map(|(route, metrics)| (route.name(), &metrics.latency));
-            // Nothing fails to be written to memory.
+            // Writing to a string can't fail.
             let _ = latency::render(latencies, out);
         }
     }
 
-    /// How many requests for grades were answered, counted as long as this is.
+    /// The number of answered requests for grades; recorded even if these metrics are disabled.
     #[must_use]
-    pub fn answered(&self) -> Answered {
-        self.answered.clone()
+    pub fn request_count(&self) -> RequestCount {
+        self.request_count.clone()
     }
 
-    /// How long the requests for one grade and the single writes took; `None` where that is not counted.
-    pub(super) fn reads_and_writes(&self) -> Option<[Counts; 2]> {
+    /// The latencies of `GET /get` and of `POST /set` and `DELETE /set` of one user; `None` if
+    /// disabled.
+    pub(super) fn reads_and_writes(&self) -> Option<[LatencyCounts; 2]> {
         let counts = |route| self.routes[route].latency.counts();
-        self.counted.then(|| [Route::Get, Route::Set].map(counts))
+        self.enabled.then(|| [Route::Get, Route::Set].map(counts))
     }
 
-    /// Measures a `GET /get` on the fast path.
-    pub(super) fn fast_get(&self, found: bool, started: Instant, connection: &Connection) {
+    /// Records a `GET /get` on the fast path.
+    pub(super) fn record_fast_get(
+        &self,
+        found: bool,
+        started: Instant,
+        connection: &ConnectionState,
+    ) {
         connection.begin();
         let status = match found {
             true => StatusCode::OK,
             false => StatusCode::NOT_FOUND,
         };
         self.fast.increment(1);
-        self.end(Route::Get, status, started, connection);
+        self.finish(Route::Get, status, started, connection);
     }
 
-    /// Measures a `POST /set` on the fast path; returns the time.
-    pub(super) fn fast_set(&self, started: Instant, connection: &Connection) -> Instant {
+    /// Records a `POST /set` on the fast path. Returns the current time.
+    pub(super) fn record_fast_set(
+        &self,
+        started: Instant,
+        connection: &ConnectionState,
+    ) -> Instant {
         self.fast.increment(1);
-        self.end(Route::Set, StatusCode::NO_CONTENT, started, connection)
+        self.finish(Route::Set, StatusCode::NO_CONTENT, started, connection)
     }
 
-    /// A request ends: what time it is.
-    fn end(
+    /// Records the end of a request. Returns the current time.
+    fn finish(
         &self,
         route: Route,
         status: StatusCode,
         started: Instant,
-        connection: &Connection,
+        connection: &ConnectionState,
     ) -> Instant {
-        // The clock is read once for all.
+        // One reading of the clock for all uses.
         let now = Instant::now();
         connection.end_at(now);
         if route.is_hot() {
-            self.answered.0.fetch_add(1, Ordering::Relaxed);
+            self.request_count.0.fetch_add(1, Ordering::Relaxed);
         }
-        self.count(route, status, now - started);
+        self.record(route, status, now - started);
         now
     }
 
@@ -184,54 +194,53 @@ impl HttpMetrics {
         clippy::indexing_slicing,
         reason = "no handler answers with a status above 599"
     )]
-    fn count(&self, route: Route, status: StatusCode, took: Duration) {
-        if !self.counted {
+    fn record(&self, route: Route, status: StatusCode, took: Duration) {
+        if !self.enabled {
             return;
         }
         let route = &self.routes[route];
-        // Refusals are quick: they would make the latency look better than it is.
+        // Errors are fast: they would make the latency look better than it is.
         if !status.is_server_error() {
             route.latency.record(took);
         }
         let status = status.as_u16();
         route.requests[usize::from(status - STATUS_MIN)]
-            .get_or_init(|| (route.make)(status))
+            .get_or_init(|| (route.register)(status))
             .increment(1);
     }
 
-    /// Counts a `GET /get` that took so long.
     #[cfg(test)]
-    pub(super) fn count_read(&self, took: Duration) {
-        self.count(Route::Get, StatusCode::OK, took);
+    pub(super) fn record_read(&self, took: Duration) {
+        self.record(Route::Get, StatusCode::OK, took);
     }
 }
 
-/// A request that is being answered; counted as one until dropped.
-pub(super) struct InFlight(Arc<HttpMetrics>);
+/// Counts a request as in progress until it is dropped.
+pub(super) struct InFlightGuard(Arc<HttpMetrics>);
 
-impl InFlight {
+impl InFlightGuard {
     pub(super) fn begin(metrics: &Arc<HttpMetrics>) -> Self {
         metrics.in_flight.increment(1.0);
         Self(Arc::clone(metrics))
     }
 }
 
-impl Drop for InFlight {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
         self.0.in_flight.decrement(1.0);
     }
 }
 
-/// The error of a request on the fast path, which hyper reports, and when the request began.
-pub(super) type FailedFast = (ApiError, Instant);
+/// The error of a request on the fast path, which hyper reports, and the start of the request.
+pub(super) type FastPathError = (ApiError, Instant);
 
-/// The service of one connection: a port's router, instrumented.
+/// The service of one connection: the port's router with metrics and request ids.
 pub(super) struct Instrumented {
     pub(super) router: Router,
     pub(super) metrics: Arc<HttpMetrics>,
-    pub(super) connection: Arc<Connection>,
+    pub(super) connection: Arc<ConnectionState>,
     /// The error of the first request, if it was executed on the fast path.
-    pub(super) failed: Cell<Option<FailedFast>>,
+    pub(super) failed: Cell<Option<FastPathError>>,
 }
 
 impl hyper::service::Service<Request<Incoming>> for Instrumented {
@@ -248,15 +257,15 @@ impl hyper::service::Service<Request<Incoming>> for Instrumented {
         let mut context = RequestContext {
             started,
             route,
-            request_id: request_id::sent(request.headers()),
-            // Replicas ask each other so whether they would give a backup.
+            request_id: request_id::from_client(request.headers()),
+            // Replicas use HEAD /backup to find out whether a peer is ready.
             head: request.method() == Method::HEAD,
         };
         let response = if let Some((error, started)) = self.failed.take() {
             context.started = started;
             let mut response = error.into_response();
-            if connection.drains() {
-                // hyper does not know it yet.
+            if connection.is_draining() {
+                // hyper does not know yet that the connection drains.
                 let close = HeaderValue::from_static("close");
                 response.headers_mut().insert(CONNECTION, close);
             }
@@ -268,7 +277,7 @@ impl hyper::service::Service<Request<Incoming>> for Instrumented {
                 let connection = Arc::clone(&connection);
                 Body::new(RequestBody { body, connection })
             });
-            // A backup tells its connection when its body begins and ends.
+            // A backup marks its connection as streaming.
             if route == Route::Backup {
                 request.extensions_mut().insert(Arc::clone(&connection));
             }
@@ -277,11 +286,11 @@ impl hyper::service::Service<Request<Incoming>> for Instrumented {
                 response: AssertUnwindSafe(response).catch_unwind(),
             }
         };
-        let running = Running {
-            in_flight: InFlight::begin(&self.metrics),
+        let running = RunningRequest {
+            in_flight: InFlightGuard::begin(&self.metrics),
             connection,
             context,
-            answered: false,
+            has_response: false,
         };
         InstrumentedFuture { response, running }
     }
@@ -293,7 +302,7 @@ pin_project_lite::pin_project! {
     pub(super) struct InstrumentedFuture {
         #[pin]
         response: ResponseFuture,
-        running: Running,
+        running: RunningRequest,
     }
 }
 
@@ -330,10 +339,10 @@ fn internal() -> Response {
     ApiError::Internal.into_response()
 }
 
-/// A request's body, which tells the connection when it was read to its end.
+/// A request's body, which marks the connection when it was read to its end.
 struct RequestBody {
     body: Incoming,
-    connection: Arc<Connection>,
+    connection: Arc<ConnectionState>,
 }
 
 impl HttpBody for RequestBody {
@@ -360,10 +369,10 @@ impl HttpBody for RequestBody {
     }
 }
 
-/// A response's body, which tells the connection when hyper has taken all of it.
+/// A response's body, which marks the connection when hyper has taken all of it.
 pub(super) struct ResponseBody {
     body: Body,
-    connection: Arc<Connection>,
+    connection: Arc<ConnectionState>,
 }
 
 impl Drop for ResponseBody {
@@ -392,65 +401,65 @@ impl HttpBody for ResponseBody {
     }
 }
 
-/// A request that is being answered.
+/// The properties of a request that its metrics and log line need.
 struct RequestContext {
     started: Instant,
     route: Route,
-    /// What the client calls it.
+    /// The id that the client sent.
     request_id: Option<HeaderValue>,
     head: bool,
 }
 
 impl RequestContext {
-    /// Measures the response, and names it.
-    fn answered(
+    /// Records the response in the metrics, and adds the request's id to it.
+    fn finish(
         &mut self,
         response: &mut Response,
         metrics: &HttpMetrics,
-        connection: &Connection,
+        connection: &ConnectionState,
     ) {
         if let Some(route) = response.extensions().get() {
             self.route = *route;
         }
-        let now = metrics.end(self.route, response.status(), self.started, connection);
+        let now = metrics.finish(self.route, response.status(), self.started, connection);
         metrics.router.increment(1);
-        self.name(response, now - self.started, &metrics.failures);
+        self.add_request_id(response, now - self.started, &metrics.error_log);
     }
 
-    /// Adds the request's id to the response, where it has or needs one, and logs a failure.
-    fn name(&mut self, response: &mut Response, took: Duration, failures: &FailureLog) {
+    /// Adds the request's id to the response, if the request has or needs one, and logs an error.
+    fn add_request_id(&mut self, response: &mut Response, took: Duration, error_log: &ErrorLog) {
         let status = response.status();
         let failed = status.is_client_error() || status.is_server_error();
-        let sent = self.request_id.take();
-        if sent.is_none() && !failed && self.route.is_hot() {
+        let from_client = self.request_id.take();
+        if from_client.is_none() && !failed && self.route.is_hot() {
             return;
         }
-        let request_id = sent.unwrap_or_else(request_id::made);
-        if let Some(failure) = response.extensions_mut().remove::<Failure>() {
-            let failed = Failed {
+        let request_id = from_client.unwrap_or_else(request_id::generate);
+        if let Some(error) = response.extensions_mut().remove::<ErrorDetail>() {
+            let failed = FailedRequest {
                 route: self.route.name(),
                 status,
                 request_id: &request_id,
                 took,
                 expected: self.head || self.route.is_ops(),
             };
-            failures.tell(&failed, &failure);
+            error_log.log(&failed, &error);
         }
         response.headers_mut().insert(X_REQUEST_ID, request_id);
     }
 }
 
-/// A request that has started; ends when dropped, so that one whose client went away ends too.
-struct Running {
-    in_flight: InFlight,
-    connection: Arc<Connection>,
+/// A request in progress. Dropping it ends the request, also if the client closed the connection.
+struct RunningRequest {
+    in_flight: InFlightGuard,
+    connection: Arc<ConnectionState>,
     context: RequestContext,
-    answered: bool,
+    has_response: bool,
 }
 
-impl Drop for Running {
+impl Drop for RunningRequest {
     fn drop(&mut self) {
-        if !self.answered {
+        if !self.has_response {
             self.connection.end();
         }
     }
@@ -462,14 +471,14 @@ impl Future for InstrumentedFuture {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let mut response = std::task::ready!(this.response.poll(cx));
-        let Running {
+        let RunningRequest {
             context,
             in_flight,
             connection,
-            answered,
+            has_response,
         } = this.running;
-        *answered = true;
-        context.answered(&mut response, &in_flight.0, connection);
+        *has_response = true;
+        context.finish(&mut response, &in_flight.0, connection);
         let connection = Arc::clone(connection);
         Poll::Ready(Ok(response.map(|body| ResponseBody { body, connection })))
     }

@@ -1,19 +1,18 @@
-//! How long requests took, counted by bounds.
+//! Latency histograms of requests.
 //!
-//! A histogram of the recorder keeps each sample, with a time that it asks a clock for, until all are
-//! sorted in a second later. Here a request is counted at once, in the one place where it belongs. ADR 0002
-//! has the measurements.
+//! A histogram of the `metrics` recorder reads the clock for each sample and stores all samples until
+//! they are sorted into buckets, once per second. These histograms count a request in its bucket at
+//! once. ADR 0002 has the measurements.
 
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// The name of the histograms.
 const LATENCY_METRIC: &str = "gradestore_http_request_duration_seconds";
-const HELP: &str = "Time from a request's header to its answer, by route.";
+const HELP: &str = "Time from the header of a request to its response, by route.";
 
-/// Upper bounds. From 50 µs, below which a request is mostly system calls, in steps of about 2, to 10 s, the
-/// longest wait that is allowed by default.
+/// Upper bounds of the buckets: from 50 µs, below which a request is mostly system calls, in steps of
+/// about 2, to 10 s, the default of `--write-timeout`.
 const BOUNDS_NS: [u64; 18] = [
     50_000,
     100_000,
@@ -34,13 +33,13 @@ const BOUNDS_NS: [u64; 18] = [
     5_000_000_000,
     10_000_000_000,
 ];
-/// One for each bound, and one above.
+/// One bucket for each bound, and one above the last.
 const BUCKETS: usize = BOUNDS_NS.len() + 1;
 
-/// How long the requests of one route took.
+/// The latency histogram of one route.
 #[derive(Default)]
 pub(super) struct Latency {
-    /// Each request is in one of them.
+    /// Not cumulative: each request is in one of them.
     buckets: [AtomicU64; BUCKETS],
     sum_ns: AtomicU64,
 }
@@ -57,9 +56,9 @@ impl Latency {
         self.sum_ns.fetch_add(ns, Ordering::Relaxed);
     }
 
-    pub(super) fn counts(&self) -> Counts {
+    pub(super) fn counts(&self) -> LatencyCounts {
         let mut all = 0;
-        Counts(self.buckets.each_ref().map(|bucket| {
+        LatencyCounts(self.buckets.each_ref().map(|bucket| {
             all += bucket.load(Ordering::Relaxed);
             all
         }))
@@ -85,7 +84,7 @@ impl Latency {
     }
 }
 
-/// Appends the histograms of those `routes` that were asked for, in Prometheus' text format.
+/// Appends the histograms of all `routes` that have had a request, in Prometheus' text format.
 pub(super) fn render<'a>(
     routes: impl Iterator<Item = (&'a str, &'a Latency)>,
     out: &mut String,
@@ -102,17 +101,17 @@ fn seconds(ns: u64) -> f64 {
     ns as f64 / 1e9
 }
 
-/// How many requests took at most as long as each bound says; the last one is all.
+/// Cumulative counts of requests by bound. The last one counts all requests.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Counts([u64; BUCKETS]);
+pub(super) struct LatencyCounts([u64; BUCKETS]);
 
-impl Counts {
+impl LatencyCounts {
     pub(super) fn all(&self) -> u64 {
         let [.., all] = self.0;
         all
     }
 
-    /// Those that came after `before`.
+    /// The counts of the requests after `before`.
     pub(super) fn since(&self, before: &Self) -> Self {
         let mut since = *self;
         for (count, before) in since.0.iter_mut().zip(before.0) {
@@ -121,13 +120,14 @@ impl Counts {
         since
     }
 
-    /// As Prometheus' `histogram_quantile` has it, in seconds: within a bucket all values are taken to be
-    /// equally likely, and what is above the last bound to be at it. `None` if there are none.
-    pub(super) fn quantile_s(&self, part: f64) -> Option<f64> {
+    /// A quantile in seconds, computed as in Prometheus' `histogram_quantile`: values are uniformly
+    /// distributed within a bucket, and values above the last bound count as that bound. `None`
+    /// without requests.
+    pub(super) fn quantile_s(&self, quantile: f64) -> Option<f64> {
         if self.all() == 0 {
             return None;
         }
-        let rank = part * self.all() as f64;
+        let rank = quantile * self.all() as f64;
         let (mut bound_before, mut count_before) = (0.0, 0.0);
         for (bound, count) in BOUNDS_NS.into_iter().zip(self.0) {
             let (bound, count) = (seconds(bound), count as f64);
@@ -146,15 +146,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_request_is_in_the_bucket_of_the_first_bound_that_is_not_below_it() {
+    fn counts_a_request_in_the_bucket_of_the_lowest_bound_that_includes_it() {
         let latency = Latency::default();
         for ns in [0, 50_000, 50_001, 10_000_000_000, 10_000_000_001] {
             latency.record(Duration::from_nanos(ns));
         }
         latency.record(Duration::from_secs(60));
         let mut text = String::new();
-        let (asked, never) = (latency, Latency::default());
-        render([("/get", &asked), ("/set", &never)].into_iter(), &mut text).unwrap();
+        let unused = Latency::default();
+        let routes = [("/get", &latency), ("/set", &unused)];
+        render(routes.into_iter(), &mut text).unwrap();
         let line = |end: &str| {
             let line = format!("{LATENCY_METRIC}_{end}\n");
             assert!(text.contains(&line), "{line}{text}");
@@ -170,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_of_what_came_since() {
+    fn computes_quantiles_of_recent_requests() {
         let latency = Latency::default();
         let many = |count: u64, us: u64| {
             (0..count).for_each(|_| latency.record(Duration::from_micros(us)));
@@ -184,7 +185,8 @@ mod tests {
         many(1, 11_000_000);
         let since = latency.counts().since(&before);
         assert_eq!(since.all(), 100);
-        let near = |part, wanted: f64| (since.quantile_s(part).unwrap() - wanted).abs() < 1e-9;
+        let near =
+            |quantile, wanted: f64| (since.quantile_s(quantile).unwrap() - wanted).abs() < 1e-9;
         assert!(near(0.5, 0.000_05 * 50.0 / 98.0));
         assert!(near(0.99, 0.000_1));
         assert!(near(1.0, 10.0));

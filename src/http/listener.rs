@@ -25,55 +25,55 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::connection::{Connection, Order, Orders};
-use super::fast::{FastPath, FastRoute, Prefixed};
+use super::connection::{CloseListener, CloseMode, ConnectionState};
+use super::fast::{FastPath, FastRoute, PrefixedStream};
 use super::instrument::{HttpMetrics, Instrumented};
 
-/// The most header bytes of a request; more is answered with 431. So are more than 100 lines, which
-/// is hyper's own bound: with another it would allocate for each request.
+/// The largest request header in bytes; a larger one gets 431. So do more than 100 lines: that is
+/// hyper's default, and with another limit hyper allocates for each request.
 const HEADER_BYTES_MAX: usize = 32 * 1024;
-/// How often deadlines are looked at.
+/// How often deadlines are checked.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
-/// Of how many places one is freed when all are taken, those idle longest first: to look for the
-/// idlest means to look at all of them.
-const PLACES_A_CUT: usize = 128;
-/// After an answer that ends the connection early, what the client still sends is read and thrown
-/// away for this long and this far. Closing at once would reset the connection, and the client
-/// would lose the answer that says what it did wrong.
+/// At the limit, one of this many connections is evicted, the longest idle first. Finding those means
+/// checking all connections, so more than one is evicted at once.
+const EVICTED_SHARE: usize = 128;
+/// After a response that closes the connection early, the listener reads and discards what the client
+/// still sends, up to this time and size. Closing at once would reset the connection, and the client
+/// could lose the response with the error.
 const LINGER_MAX: Duration = Duration::from_secs(2);
 const LINGER_BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// The bounds of one port.
+/// The limits of one port.
 #[derive(Debug, Clone, Copy)]
 pub struct ListenerLimits {
-    /// Connections open at once. One more takes the place of the one that has been idle longest;
-    /// while all are at work it waits to be accepted.
+    /// Open connections. At the limit, a new one evicts the longest idle ones; while none is idle, it
+    /// waits to be accepted.
     pub connections_max: usize,
-    /// From connecting to the end of the first request's header.
+    /// The time from connecting to the end of the first request's header.
     pub header_wait_max: Duration,
-    /// From one answer to the next request's header.
+    /// The time from one response to the next request's header.
     pub idle_max: Duration,
 }
 
-/// One port: where it listens, what it answers and how it is bounded.
+/// One port.
 pub struct Listener {
     /// `read`, `write` or `ops`, in logs and metrics.
     pub name: &'static str,
-    /// Listens already.
+    /// The listening socket.
     pub socket: TcpListener,
-    /// Answers.
+    /// The routes of the port.
     pub router: Router,
-    /// Answers the requests of one route before hyper reads them.
+    /// The route whose requests the fast path answers.
     pub fast_route: Option<FastRoute>,
-    /// Bounds.
+    /// The limits of the port.
     pub limits: ListenerLimits,
-    /// Handles for what is measured about requests.
+    /// The metrics of requests.
     pub metrics: Arc<HttpMetrics>,
-    /// Handles for what is measured about connections.
+    /// The metrics of connections.
     pub connection_metrics: ConnectionMetrics,
 }
 
-/// Handles of what is measured about one port's connections, made once.
+/// The metrics of one port's connections.
 #[derive(Clone)]
 pub struct ConnectionMetrics {
     open: Gauge,
@@ -82,17 +82,17 @@ pub struct ConnectionMetrics {
 }
 
 impl ConnectionMetrics {
-    /// Registers the handles of the port `name` with the current recorder.
+    /// Registers the metrics of the port `name` with the current recorder.
     #[must_use]
     pub fn new(name: &'static str) -> Self {
         describe_gauge!("gradestore_http_connections", "Open connections, by port.");
         describe_counter!(
             "gradestore_http_connections_accepted_total",
-            "Connections accepted, by port."
+            "Accepted connections, by port."
         );
         describe_counter!(
             "gradestore_http_connections_cut_total",
-            "Connections closed for a deadline or to make room, by port."
+            "Connections closed by the node at a deadline or at the limit of connections, by port."
         );
         Self {
             open: gauge!("gradestore_http_connections", "port" => name),
@@ -103,7 +103,7 @@ impl ConnectionMetrics {
 }
 
 impl Listener {
-    /// Serves until `drain` is cancelled, then finishes what runs and returns.
+    /// Serves until `drain` is cancelled, then finishes the running requests and returns.
     pub async fn serve(self, drain: CancellationToken) {
         let connections = Connections::new(self.limits, self.connection_metrics.clone());
         let path = self.fast_route.clone().map(|route| {
@@ -113,7 +113,7 @@ impl Listener {
         let tasks = TaskTracker::new();
         let mut sweep = tokio::time::interval(SWEEP_EVERY);
         {
-            // Kept from turn to turn: it may hold a connection that waits for a place.
+            // Kept across iterations: it may hold a connection that waits for an eviction.
             let mut accepting = pin!(self.accept(&connections));
             loop {
                 let accepted = tokio::select! {
@@ -127,7 +127,7 @@ impl Listener {
                 accepting.set(self.accept(&connections));
                 match accepted {
                     Ok((stream, _peer)) => {
-                        // Answers are written whole: waiting to send more at once only delays them.
+                        // Responses are written whole, so Nagle's algorithm would only delay them.
                         let _ = stream.set_nodelay(true);
                         let connection = connections.add();
                         let service = Instrumented {
@@ -139,16 +139,16 @@ impl Listener {
                         let path = path.clone();
                         let connections = Arc::clone(&connections);
                         tasks.spawn(async move {
-                            // Removes it on every way out, a panic too.
-                            let _place = Place(&connections, &connection);
+                            // Removes the connection at the end, also after a panic.
+                            let _guard = ConnectionGuard(&connections, &connection);
                             serve_connection(stream, path, service, &connection).await;
                         });
                     }
                     Err(error) => {
-                        // Out of file descriptors, most likely: making room may end it, trying again
-                        // at once won't.
-                        tracing::warn!(port = self.name, %error, "accept failed");
-                        connections.make_room();
+                        // Most likely the process is out of file descriptors. Evicting connections
+                        // helps; trying again at once does not.
+                        tracing::warn!(port = self.name, %error, "cannot accept a connection");
+                        connections.evict_idle();
                         tokio::time::sleep(Duration::from_millis(10)).await;
                     }
                 }
@@ -166,16 +166,16 @@ impl Listener {
         }
     }
 
-    /// The next connection that has a place. Room is made when there is someone to take it and not
-    /// before, or the newest one, which has not sent its request yet, would be cut for it.
+    /// Accepts a connection. At the limit it evicts idle ones first. It does not evict in advance,
+    /// because that would close the newest connection, which has not sent its request yet.
     async fn accept(&self, connections: &Connections) -> io::Result<(TcpStream, SocketAddr)> {
         let accepted = self.socket.accept().await?;
         while connections.full() {
-            if connections.make_room() {
-                // Lets those that were cut go.
+            if connections.evict_idle() {
+                // Lets the tasks of the evicted connections end.
                 tokio::task::yield_now().await;
             } else {
-                // All are at work; each has a deadline.
+                // None is idle; each request has a deadline.
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         }
@@ -183,22 +183,22 @@ impl Listener {
     }
 }
 
-/// Serves a connection: the fast path and hyper take turns.
+/// Serves a connection with the fast path and hyper, alternately.
 async fn serve_connection(
     mut stream: TcpStream,
     path: Option<Arc<FastPath>>,
     mut service: Instrumented,
-    connection: &Connection,
+    connection: &ConnectionState,
 ) {
-    let mut orders = Orders::new(connection);
+    let mut close = CloseListener::new(connection);
     let mut read = Vec::new();
     loop {
         if let Some(path) = &path {
             let handoff = {
                 let mut fast = pin!(path.serve(read, &mut stream, connection));
-                let handoff = poll_fn(|cx| match orders.poll(cx) {
-                    Poll::Ready(Order::Cut) => Poll::Ready(None),
-                    // It checks itself whether it has to drain.
+                let handoff = poll_fn(|cx| match close.poll(cx) {
+                    Poll::Ready(CloseMode::Abort) => Poll::Ready(None),
+                    // The fast path checks itself whether to drain.
                     _ => fast.as_mut().poll(cx).map(Some),
                 });
                 handoff.await
@@ -212,60 +212,61 @@ async fn serve_connection(
                 Some(Ok(None) | Err(_)) => return linger(&mut stream, connection).await,
             }
         }
-        match serve_hyper(read, stream, path.clone(), service, &mut orders).await {
+        match serve_hyper(read, stream, path.clone(), service, &mut close).await {
             Some(returned) => (read, stream, service) = returned,
             None => return,
         }
     }
 }
 
-/// The end of hyper's turn.
-enum Turn {
+/// Why hyper stopped serving a connection.
+enum HyperOutcome {
     /// The connection ended.
-    Ended,
-    /// It was cut.
-    Cut,
+    Closed,
+    /// The listener closed it.
+    Aborted,
     /// The fast path answers the next request.
-    Returns,
+    FastPath,
 }
 
-/// Serves with hyper, which reads `read` before the bytes of `stream`, until the connection ends or the
-/// fast path answers its next request: then with the bytes that were read.
+/// Serves with hyper, which reads `read` before the bytes of `stream`. Returns `None` once the
+/// connection has ended, or the bytes already read if the fast path answers the next request.
 async fn serve_hyper(
     read: Vec<u8>,
     stream: TcpStream,
     path: Option<Arc<FastPath>>,
     service: Instrumented,
-    orders: &mut Orders<'_>,
+    close: &mut CloseListener<'_>,
 ) -> Option<(Vec<u8>, TcpStream, Instrumented)> {
     let connection = Arc::clone(&service.connection);
     let mut to_be_read = !read.is_empty();
-    let stream = Prefixed::new(read, stream, Arc::clone(&connection), path);
+    let stream = PrefixedStream::new(read, stream, Arc::clone(&connection), path);
     let mut http = http1::Builder::new()
         .max_buf_size(2 * HEADER_BYTES_MAX)
         .max_header_size(HEADER_BYTES_MAX)
         // A client that has sent everything may still want the response.
         .half_close(true)
-        // Most responses are short: to copy one behind its header costs less than to send it in parts.
+        // Most responses are short: copying the body behind the header costs less than `writev`.
         .writev(false)
         .serve_connection(stream, service);
     let (mut to_drain, mut draining) = (false, false);
-    let turn = poll_fn(|cx| {
-        match orders.poll(cx) {
-            Poll::Ready(Order::Cut) => return Poll::Ready(Turn::Cut),
-            Poll::Ready(Order::Drain) => to_drain = true,
+    let outcome = poll_fn(|cx| {
+        match close.poll(cx) {
+            Poll::Ready(CloseMode::Abort) => return Poll::Ready(HyperOutcome::Aborted),
+            Poll::Ready(CloseMode::Drain) => to_drain = true,
             Poll::Pending => {}
         }
-        // An error of hyper's is about one client: it hung up, or broke the protocol and was answered.
+        // An error of hyper concerns one client: it closed the connection, or violated the protocol and
+        // got a response.
         loop {
-            // hyper would end a connection of which it has read nothing.
+            // hyper would close a connection from which it has read nothing.
             if to_drain && !draining && !to_be_read {
                 draining = true;
                 Pin::new(&mut http).graceful_shutdown();
             }
-            let ended = http.poll_without_shutdown(cx).map(|_| Turn::Ended);
-            if ended.is_pending() && connection.takes_return() {
-                return Poll::Ready(Turn::Returns);
+            let ended = http.poll_without_shutdown(cx).map(|_| HyperOutcome::Closed);
+            if ended.is_pending() && connection.take_return() {
+                return Poll::Ready(HyperOutcome::FastPath);
             }
             let again = to_drain && to_be_read;
             to_be_read = false;
@@ -274,13 +275,13 @@ async fn serve_hyper(
             }
         }
     });
-    let turn = turn.await;
-    let parts = match turn {
-        Turn::Cut => return None,
-        Turn::Ended | Turn::Returns => http.into_parts(),
+    let outcome = outcome.await;
+    let parts = match outcome {
+        HyperOutcome::Aborted => return None,
+        HyperOutcome::Closed | HyperOutcome::FastPath => http.into_parts(),
     };
     let (rest, mut stream) = parts.io.into_parts();
-    if let Turn::Ended = turn {
+    if let HyperOutcome::Closed = outcome {
         connection.end();
         linger(&mut stream, &connection).await;
         return None;
@@ -290,27 +291,28 @@ async fn serve_hyper(
     Some((read, stream, parts.service))
 }
 
-async fn linger(stream: &mut TcpStream, connection: &Connection) {
+/// Discards what the client still sends, within [`LINGER_MAX`] and [`LINGER_BYTES_MAX`].
+async fn linger(stream: &mut TcpStream, connection: &ConnectionState) {
     let discard = async {
         if stream.shutdown().await.is_err() {
             return;
         }
-        let mut room = [0; 4096];
+        let mut buffer = [0; 4096];
         let mut discarded = 0;
         while discarded < LINGER_BYTES_MAX {
-            match stream.read(&mut room).await {
+            match stream.read(&mut buffer).await {
                 Ok(0) | Err(_) => return,
                 Ok(bytes) => discarded += bytes,
             }
         }
     };
-    let cut = poll_fn(|cx| match connection.poll_order(cx) {
-        Poll::Ready(Order::Cut) => Poll::Ready(()),
+    let aborted = poll_fn(|cx| match connection.poll_close(cx) {
+        Poll::Ready(CloseMode::Abort) => Poll::Ready(()),
         _ => Poll::Pending,
     });
     tokio::select! {
         () = discard => {}
-        () = cut => {}
+        () = aborted => {}
         () = tokio::time::sleep(LINGER_MAX) => {}
     }
 }
@@ -319,22 +321,22 @@ async fn linger(stream: &mut TcpStream, connection: &Connection) {
 struct Connections {
     limits: ListenerLimits,
     metrics: ConnectionMetrics,
-    /// By id, so oldest first.
-    open: Mutex<BTreeMap<u64, Arc<Connection>>>,
-    /// How many of them have been told to close and did not yet.
-    leaving: AtomicUsize,
+    /// By id, so the oldest is first.
+    open: Mutex<BTreeMap<u64, Arc<ConnectionState>>>,
+    /// Connections in `open` that are aborted and have not ended yet.
+    aborting: AtomicUsize,
     next_id: AtomicU64,
 }
 
-/// A connection's place among the open ones.
-struct Place<'a>(&'a Connections, &'a Connection);
+/// Removes a connection from the open ones when it is dropped.
+struct ConnectionGuard<'a>(&'a Connections, &'a ConnectionState);
 
-impl Drop for Place<'_> {
+impl Drop for ConnectionGuard<'_> {
     fn drop(&mut self) {
         self.0.open.lock().remove(&self.1.id);
-        // From here on nobody can cut it any more.
-        if self.1.is_cut() {
-            self.0.leaving.fetch_sub(1, Ordering::Relaxed);
+        // Once it is removed, nothing can abort it any more.
+        if self.1.is_aborted() {
+            self.0.aborting.fetch_sub(1, Ordering::Relaxed);
         }
         self.0.metrics.open.decrement(1.0);
     }
@@ -346,70 +348,69 @@ impl Connections {
             limits,
             metrics,
             open: Mutex::default(),
-            leaving: AtomicUsize::new(0),
+            aborting: AtomicUsize::new(0),
             next_id: AtomicU64::new(0),
         })
     }
 
-    fn add(&self) -> Arc<Connection> {
+    fn add(&self) -> Arc<ConnectionState> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let connection = Arc::new(Connection::new(id));
+        let connection = Arc::new(ConnectionState::new(id));
         self.open.lock().insert(id, Arc::clone(&connection));
         self.metrics.open.increment(1.0);
         self.metrics.accepted.increment(1);
         connection
     }
 
-    /// Whether all places are taken. One that is being given up is free: else a burst of new
-    /// connections, quicker than the old ones' tasks, would cut many times what it needs.
+    /// Whether the limit of connections is reached. Aborted ones do not count. Otherwise a burst of
+    /// new connections would evict many more than necessary before the tasks of the old ones end.
     fn full(&self) -> bool {
         let open = self.open.lock().len();
-        let leaving = self.leaving.load(Ordering::Relaxed);
-        open.saturating_sub(leaving) >= self.limits.connections_max
+        let aborting = self.aborting.load(Ordering::Relaxed);
+        open.saturating_sub(aborting) >= self.limits.connections_max
     }
 
-    /// Cuts the connections that are idle longest; says whether there was one. Their places are
-    /// free once their tasks have run.
-    fn make_room(&self) -> bool {
+    /// Aborts the longest idle connections. Returns false if none is idle.
+    fn evict_idle(&self) -> bool {
         let open = self.open.lock();
         let mut idle: Vec<_> = open
             .values()
-            .filter(|connection| !connection.is_cut() && !connection.is_streaming())
+            .filter(|connection| !connection.is_aborted() && !connection.is_streaming())
             .filter_map(|connection| Some((connection.idle()?, connection)))
             .collect();
         idle.sort_unstable_by_key(|(idle, _)| std::cmp::Reverse(*idle));
-        idle.truncate((self.limits.connections_max / PLACES_A_CUT).max(1));
+        idle.truncate((self.limits.connections_max / EVICTED_SHARE).max(1));
         for (_, connection) in &idle {
-            self.cut(connection);
+            self.abort(connection);
         }
         !idle.is_empty()
     }
 
-    /// Cuts the connections whose deadline has passed.
+    /// Aborts the connections whose deadline has passed.
     fn sweep(&self) {
         for connection in self.open.lock().values() {
-            let wait_max = match connection.is_greeted() {
+            let wait_max = match connection.has_sent_request() {
                 true => self.limits.idle_max,
                 false => self.limits.header_wait_max,
             };
             if connection.idle().is_some_and(|idle| idle > wait_max) {
-                self.cut(connection);
+                self.abort(connection);
             }
         }
     }
 
     fn drain(&self) {
         for connection in self.open.lock().values() {
-            connection.order_drain();
+            connection.drain();
         }
     }
 
-    /// Only while `open` is locked and has `connection`.
-    fn cut(&self, connection: &Connection) {
-        if !connection.is_cut() {
-            self.leaving.fetch_add(1, Ordering::Relaxed);
+    /// Call this only while `open` is locked and contains `connection`.
+    fn abort(&self, connection: &ConnectionState) {
+        if !connection.is_aborted() {
+            self.aborting.fetch_add(1, Ordering::Relaxed);
             self.metrics.cut.increment(1);
-            connection.order_cut();
+            connection.abort();
         }
     }
 }

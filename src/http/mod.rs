@@ -2,20 +2,20 @@
 //!
 //! | port | route | module |
 //! | --- | --- | --- |
-//! | write | `POST /set` `DELETE /set` | [`set`], and [`set::ndjson`] for many patches at once |
+//! | write | `POST /set` `DELETE /set` | [`set`], and [`set::ndjson`] for many patches in one body |
 //! | write | `GET /backup` | [`backup`] |
 //! | read | `GET /get` | [`get`] |
 //! | ops | all | [`ops`]: health, metrics, status, status page, OpenAPI document |
 //!
 //! [`listener`] accepts connections and bounds them. [`fast`] answers most requests before hyper
-//! reads them. `instrument` counts and times requests by `route`, `request_id` names them, `failures`
-//! logs those that failed. [`error::ApiError`] alone maps errors to statuses.
+//! reads them. `instrument` counts and times requests by `route`, `request_id` identifies them, and
+//! `error_log` logs those that failed. [`error::ApiError`] alone maps errors to statuses.
 
 mod auth;
 pub mod backup;
 mod connection;
 pub mod error;
-mod failures;
+mod error_log;
 pub mod fast;
 pub mod get;
 mod instrument;
@@ -27,7 +27,7 @@ mod route;
 pub mod set;
 
 pub use auth::Credentials;
-pub use instrument::{Answered, HttpMetrics};
+pub use instrument::{HttpMetrics, RequestCount};
 
 /// The upper bounds of this module's histograms, by name.
 pub const BUCKETS: [(&str, &[f64]); 1] = [(backup::DURATION_METRIC, backup::DURATION_BUCKETS_S)];

@@ -1,37 +1,35 @@
-//! `X-Request-Id`: names a request in its answer and in the log line of one that failed.
+//! `X-Request-Id`: identifies a request in its response, and in the log if it failed.
 //!
-//! A client may bring one, and gets it back with every answer. Else one is made, but for a `GET /get`, a
-//! `POST /set` of one patch or a `DELETE /set` that succeeds: nobody asks for it there, and it would cost
-//! what those routes are spared.
+//! The node returns the id that a client sent. Otherwise it generates one, except for a successful
+//! `GET /get`, `POST /set` of one patch, or `DELETE /set`, where the cost would be noticeable.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-/// The header's name.
 pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// The longest one that is taken from a client: enough for two UUIDs or a trace's name.
+/// The longest id that is accepted from a client: enough for two UUIDs or a trace id.
 const BYTES_MAX: usize = 128;
 
-/// Counts from a number of this process' own, so that two processes make no two alike.
+/// Starts at a random number, so that two processes do not generate the same ids.
 static NEXT: LazyLock<AtomicU64> =
     LazyLock::new(|| AtomicU64::new(getrandom::u64().unwrap_or_default()));
 
-/// The one that a client sent, unless there are two, or it is long, or has what is not printable ASCII
-/// in it: it goes into logs.
-pub(super) fn sent(headers: &HeaderMap) -> Option<HeaderValue> {
+/// The id that the client sent. It is ignored if it is repeated, too long, or not printable ASCII,
+/// because it goes into the log.
+pub(super) fn from_client(headers: &HeaderMap) -> Option<HeaderValue> {
     let mut sent = headers.get_all(X_REQUEST_ID).iter();
     let id = sent.next()?;
-    let sane = sent.next().is_none()
+    let valid = sent.next().is_none()
         && (1..=BYTES_MAX).contains(&id.len())
         && id.as_bytes().iter().all(u8::is_ascii_graphic);
-    sane.then(|| id.clone())
+    valid.then(|| id.clone())
 }
 
-/// A new one: 16 hexadecimal digits.
+/// A new id of 16 hexadecimal digits.
 #[expect(clippy::expect_used, reason = "it can't fail")]
-pub(super) fn made() -> HeaderValue {
+pub(super) fn generate() -> HeaderValue {
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
-    HeaderValue::try_from(format!("{id:016x}")).expect("digits are a header's value")
+    HeaderValue::try_from(format!("{id:016x}")).expect("digits are a valid header value")
 }

@@ -2,14 +2,14 @@
 
 use std::ops::Index;
 
-/// A route.
+/// A route of one of the three ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Route {
     /// `POST /set` and `DELETE /set` of one user.
     Set,
     /// `GET /get`.
     Get,
-    /// `POST /set` of many lines. It has its own name because it takes as long as its body.
+    /// `POST /set` of many lines. It has a separate name because its latency depends on its body.
     SetLines,
     Backup,
     Livez,
@@ -24,7 +24,7 @@ pub(super) enum Route {
 }
 
 impl Route {
-    /// In the order of their discriminants.
+    /// All routes, in the order of their discriminants.
     pub(super) const ALL: [Self; 12] = [
         Self::Set,
         Self::Get,
@@ -49,7 +49,7 @@ impl Route {
             .unwrap_or(Self::Other)
     }
 
-    /// The path; `None` for a route that a path alone does not name.
+    /// The path; `None` for a route that a path alone does not determine.
     pub(super) const fn path(self) -> Option<&'static str> {
         match self {
             Self::SetLines | Self::Other => None,
@@ -75,12 +75,12 @@ impl Route {
         }
     }
 
-    /// Whether it reads or writes one user: many requests per second, each of them short.
+    /// Whether it reads or writes single users: many short requests per second.
     pub(super) const fn is_hot(self) -> bool {
         matches!(self, Self::Set | Self::Get)
     }
 
-    /// Whether it is one of the ops port.
+    /// Whether it belongs to the ops port.
     pub(super) const fn is_ops(self) -> bool {
         match self {
             Self::Set | Self::Get | Self::SetLines | Self::Backup | Self::Other => false,

@@ -1,4 +1,4 @@
-//! What a node is built from.
+//! The configuration of a node.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,48 +10,49 @@ use crate::http::listener::ListenerLimits;
 use crate::replication::WriterLimits;
 use crate::replication::memory::MemoryMax;
 
-/// Everything a node is built from.
+/// The configuration of a node.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Where the write port listens.
+    /// The address of the write port.
     pub write_addr: SocketAddr,
-    /// Where the read port listens.
+    /// The address of the read port.
     pub read_addr: SocketAddr,
-    /// Where the ops port listens.
+    /// The address of the ops port.
     pub ops_addr: SocketAddr,
-    /// What writes need.
+    /// The credentials for writes and backups.
     pub credentials: Credentials,
-    /// Bounds of requests and connections.
+    /// Limits of requests and connections.
     pub http: HttpConfig,
-    /// Bounds of the write path.
+    /// Limits of the write path.
     pub writer: WriterLimits,
-    /// Above so much memory in use writes for new users are refused.
+    /// The memory in use above which writes for new users are rejected.
     pub memory_max: MemoryMax,
-    /// A backup to begin from.
+    /// A backup to start from.
     pub restore_from: Option<PathBuf>,
-    /// How nodes of one store find and compare each other.
+    /// How the nodes of a cluster find each other and compare their data.
     pub cluster: ClusterConfig,
 }
 
-/// How nodes of one store find and compare each other.
+/// How the nodes of a cluster find each other and compare their data.
 #[derive(Debug, Clone)]
 pub struct ClusterConfig {
-    /// Where the others reach this one's write port; `None`: as `broker` sees it.
+    /// The URL of this node's write port for other nodes; `None`: its address on the route to
+    /// `broker`.
     pub advertise_url: Option<String>,
-    /// A server of the broker: host and port.
+    /// Host and port of a NATS server.
     pub broker: Option<(String, u16)>,
-    /// Write ports of others, given by hand.
+    /// The write ports of other nodes, from `--peer`.
     pub peers: Vec<String>,
-    /// How often this one tells the others what it holds.
+    /// How often nodes exchange digests.
     pub checkpoint_interval: Duration,
-    /// How many bytes of the log may be read ahead while a backup is being restored.
+    /// How many bytes of the log are buffered while a backup is being restored.
     pub restore_buffer_bytes_max: u64,
 }
 
 impl ClusterConfig {
-    /// For a node that is alone.
+    /// The configuration of a single node.
     #[must_use]
-    pub fn alone() -> Self {
+    pub fn single_node() -> Self {
         Self {
             advertise_url: None,
             broker: None,
@@ -62,12 +63,12 @@ impl ClusterConfig {
     }
 }
 
-/// Bounds of requests and connections.
+/// Limits of requests and connections.
 #[derive(Debug, Clone)]
 pub struct HttpConfig {
-    /// The read and the write port.
+    /// The limits of the read and of the write port.
     pub data: ListenerLimits,
-    /// The ops port, whose clients are few.
+    /// The limits of the ops port, which has few clients.
     pub ops: ListenerLimits,
     /// How long a body may take to arrive.
     pub body_wait_max: Duration,
@@ -76,19 +77,19 @@ pub struct HttpConfig {
     /// The maximum number of reads that wait for a `Grade-Position` at once. Less than
     /// `connections_max`: each holds a connection of the read port, and other reads need some too.
     pub position_waits_max: usize,
-    /// Backups that may be sent at once.
+    /// The maximum number of backups that are sent at once.
     pub backups_max: usize,
-    /// Requests for one that may wait for their turn.
+    /// The maximum number of requests that wait to start a backup.
     pub backups_waiting_max: usize,
-    /// How long a request for a backup may wait for its turn.
+    /// How long a request may wait to start a backup.
     pub backup_wait_max: Duration,
-    /// Rows of a backup go in chunks of about so many bytes, before compression.
+    /// The approximate size of a backup's chunks before compression.
     pub backup_chunk_text_bytes: usize,
-    /// Whether requests are counted.
-    pub counted: bool,
+    /// Whether metrics of requests are recorded.
+    pub metrics: bool,
     /// Whether the fast path answers requests.
     pub fast_path: bool,
-    /// How long running requests may take to finish once the node stops.
+    /// How long running requests may take to finish when the node stops.
     pub drain_max: Duration,
 }
 
@@ -112,14 +113,14 @@ impl Default for HttpConfig {
             backups_waiting_max: 16,
             backup_wait_max: Duration::from_secs(2),
             backup_chunk_text_bytes: CHUNK_TEXT_BYTES,
-            counted: true,
+            metrics: true,
             fast_path: true,
             drain_max: Duration::from_secs(10),
         }
     }
 }
 
-/// The write path's bounds where nothing else is said.
+/// The default limits of the write path.
 #[must_use]
 pub fn default_writer_limits() -> WriterLimits {
     WriterLimits {

@@ -61,13 +61,13 @@ pub enum StorageError {
         error: io::Error,
     },
     /// The file does not contain a replica id.
-    #[error("{path} holds no replica id; remove it, and the replica gets a new one")]
+    #[error("{path} does not contain a replica id; remove it, and the replica gets a new one")]
     ReplicaId {
         /// The file.
         path: PathBuf,
     },
     /// The system returned no random bytes for a replica id.
-    #[error("the system gave no random bytes: {0}")]
+    #[error("cannot get random bytes from the system: {0}")]
     Random(#[from] getrandom::Error),
     /// The log can't be opened.
     #[error(transparent)]
@@ -100,7 +100,7 @@ pub struct Storage {
 }
 
 /// The parameters for opening a log.
-pub struct Opening {
+pub struct StorageOptions {
     /// This process.
     pub node: RandomId,
     /// The URL of its write port.
@@ -121,7 +121,7 @@ impl Storage {
     ///
     /// # Errors
     /// See [`StorageError`].
-    pub fn open(config: &StorageConfig, opening: Opening) -> Result<Self, StorageError> {
+    pub fn open(config: &StorageConfig, opening: StorageOptions) -> Result<Self, StorageError> {
         let base = opening.restore_from.as_deref().map(base_of).transpose()?;
         let node = opening.node;
         match config {
@@ -221,7 +221,7 @@ impl Storage {
     /// Quarantines the snapshots of `log`, unless the stream holds that log.
     fn abandon(&self, log: &LogId) -> Result<(), StorageError> {
         if self.log.id() == *log {
-            tracing::warn!(%log, "--abandon-log names the log that the stream holds: ignored");
+            tracing::warn!(%log, "ignored --abandon-log: the stream holds this log");
             return Ok(());
         }
         let Some((snapshots, _)) = &self.snapshots else {
@@ -302,7 +302,7 @@ fn make_dir(dir: &Path) -> io::Result<()> {
     match File::open(dir.join("..")).and_then(|parent| parent.sync_all()) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             let dir = dir.display();
-            tracing::warn!(%dir, "the directory above may not be read, so not synced");
+            tracing::warn!(%dir, "cannot sync the parent directory: permission denied");
             Ok(())
         }
         synced => synced,

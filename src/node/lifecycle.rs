@@ -16,12 +16,12 @@ use tokio_util::task::TaskTracker;
 use crate::http::backup::{self, BackupMetrics};
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops::traffic::RecentTraffic;
-use crate::http::ops::{self, OpeningProgress};
+use crate::http::ops::{self, StartupProgress};
 use crate::http::{self, HttpMetrics};
 use crate::log::{RandomId, now_ns};
 use crate::node::config::{ClusterConfig, Config};
 use crate::node::data_dir::Storage;
-use crate::node::{Node, Parts, StartError};
+use crate::node::{Node, NodeResources, NodeTasks, StartError};
 use crate::node::{restore_report, sd_notify};
 use crate::replication::SILENCE_MAX;
 use crate::replication::peer_client::{Client, Compression};
@@ -42,10 +42,11 @@ const SEND_BUFFER_BYTES: u32 = 512 * 1024;
 
 /// Why a node did not start, or stopped by itself.
 #[derive(Debug, thiserror::Error)]
-pub enum AppError {
+pub enum LifecycleError {
     /// The address is in use or cannot be assigned.
     #[error(
-        "cannot listen on {flag} {address}: {error}; stop what listens there, or choose another"
+        "cannot listen on {flag} {address}: {error}; stop the process that listens there, or choose \
+         another address"
     )]
     Bind {
         /// The flag of the address.
@@ -58,11 +59,11 @@ pub enum AppError {
     /// The store can't be restored, or a critical task has ended.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// A system call failed that a node needs.
+    /// A necessary system call failed.
     #[error("cannot start: {0}")]
     System(#[from] io::Error),
     /// The HTTP client for other nodes can't be set up.
-    #[error("cannot set up HTTP to other nodes: {0}")]
+    #[error("cannot set up the HTTP client for other nodes: {0}")]
     Client(#[from] reqwest::Error),
     /// The metrics can't be set up.
     #[error("cannot set up metrics: {0}")]
@@ -84,9 +85,9 @@ impl Sockets {
     ///
     /// # Errors
     /// An address is in use or does not belong to this machine.
-    pub fn bind(config: &Config) -> Result<Self, AppError> {
+    pub fn bind(config: &Config) -> Result<Self, LifecycleError> {
         let bind = |flag, address| {
-            listen(address).map_err(|error| AppError::Bind {
+            listen(address).map_err(|error| LifecycleError::Bind {
                 flag,
                 address,
                 error,
@@ -114,7 +115,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 /// The runtime of a node's tasks. By default it has half as many threads as there are cores.
 ///
 /// The other cores are left to the kernel, which does more than half of the work of a request, and
-/// to the broker. If these share two cores with the node, two threads keep waking each other
+/// to NATS. If these share two cores with the node, two threads keep waking each other
 /// (ADR 0008 has the measurements). One thread also needs no scheduler that moves tasks
 /// between threads.
 ///
@@ -138,25 +139,26 @@ pub fn runtime(threads: Option<usize>) -> io::Result<Runtime> {
 ///
 /// # Errors
 /// The client can't be set up.
-pub fn client_to_peers(config: &Config) -> Result<Client, AppError> {
+pub fn peer_client(config: &Config) -> Result<Client, LifecycleError> {
     let account = config.credentials.account();
     Ok(Client::new(account, SILENCE_MAX, Compression::IfSlow)?)
 }
 
-/// Serves the ops port while `opening` runs, which may wait for a disk or a broker. The write port
-/// answers with the node id, which other starting nodes ask for.
+/// Serves the ops port while `opening` runs, which may wait for a disk or NATS. The write port
+/// responds with the node id, which other starting nodes request.
 ///
 /// # Errors
 /// The sockets can't be used.
-pub async fn alive_while<T>(
+pub async fn serve_while_opening<T>(
     config: &Config,
     node: RandomId,
     sockets: &Sockets,
-    progress: OpeningProgress,
+    progress: StartupProgress,
     opening: impl Future<Output = T>,
 ) -> io::Result<T> {
     let stop = CancellationToken::new();
     let serving = TaskTracker::new();
+    let status = progress.clone();
     let write_router = backup::routes_while_opening(progress.clone(), node);
     let ops_router = ops::routes_while_opening(progress);
     for (name, socket, router, limits) in [
@@ -171,7 +173,7 @@ pub async fn alive_while<T>(
             router,
             fast_route: None,
             limits,
-            metrics: Arc::new(HttpMetrics::uncounted()),
+            metrics: Arc::new(HttpMetrics::disabled()),
             connection_metrics: ConnectionMetrics::new(name),
         };
         serving.spawn(listener.serve(stop.clone()));
@@ -179,7 +181,7 @@ pub async fn alive_while<T>(
     serving.close();
     let opened = tokio::select! {
         opened = opening => opened,
-        never = sd_notify::opening() => match never {},
+        never = sd_notify::report_opening(&status) => match never {},
     };
     stop.cancel();
     let _ = tokio::time::timeout(OPS_DRAIN_MAX, serving.wait()).await;
@@ -197,121 +199,150 @@ pub async fn run(
     storage: Storage,
     sockets: Sockets,
     shutdown: impl Future<Output = ()>,
-) -> Result<(), AppError> {
+) -> Result<(), LifecycleError> {
     let telemetry = Arc::new(Telemetry::new(&http::BUCKETS)?);
     let recorder = Arc::clone(&telemetry);
-    let count =
+    let counter_of =
         move |route, status| recorder.register(|| HttpMetrics::requests_counter(route, status));
-    let http_metrics = Arc::new(match config.http.counted {
-        true => telemetry.register(|| HttpMetrics::new(count)),
-        false => HttpMetrics::uncounted(),
+    let http_metrics = Arc::new(match config.http.metrics {
+        true => telemetry.register(|| HttpMetrics::new(counter_of)),
+        false => HttpMetrics::disabled(),
     });
-    let peers = client_to_peers(&config)?;
     let background = Blocking::background()?;
     let critical = CriticalTasks::default();
-    let parts = Parts {
+    let resources = NodeResources {
         node,
-        began_ns: now_ns(),
+        started_ns: now_ns(),
         critical: critical.clone(),
         store: Store::new(),
         storage,
-        peers: Arc::new(peers),
+        peers: Arc::new(peer_client(&config)?),
         blocking: Blocking::threads(),
         idle: Blocking::idle(background.clone())?,
         background,
         backup_metrics: telemetry.register(BackupMetrics::new),
-        answered: http_metrics.answered(),
+        request_count: http_metrics.request_count(),
     };
-    let (node, mut tasks) = Node::new(&config, parts, &telemetry.replication);
-
-    let stop_listening = CancellationToken::new();
-    let stop_rest = CancellationToken::new();
-    let data = TaskTracker::new();
-    let rest = TaskTracker::new();
-
-    let limits = connection_limits(&config);
+    let (node, mut tasks) = Node::new(&config, resources, &telemetry.replication);
     let url = advertised(&config.cluster, sockets.write.local_addr()?);
-    let listener = |name, socket, router, fast_route, limits| Listener {
-        name,
-        socket,
-        router,
-        fast_route,
-        limits,
-        metrics: Arc::clone(&http_metrics),
-        connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
-    };
-    let traffic = RecentTraffic::default();
-    let ops_state = node.ops(
-        Arc::clone(&telemetry),
-        Arc::clone(&http_metrics),
-        traffic.clone(),
-    );
-    let ops_router = ops::routes(ops_state);
-    let ops = listener("ops", sockets.ops, ops_router, None, limits.ops);
-    let serving = ops.serve(stop_rest.child_token());
-    rest.spawn(critical.guard("ops listener", serving));
-    let data_ports = [
-        ("write", sockets.write, node.write()),
-        ("read", sockets.read, node.read()),
-    ];
-    for (name, socket, (router, fast_route)) in data_ports {
-        let fast_route = config.http.fast_path.then_some(fast_route);
-        let port = listener(name, socket, router, fast_route, limits.data);
-        let serving = port.serve(stop_listening.child_token());
-        data.spawn(critical.guard("listener", serving));
-    }
-    let upkeep = Arc::clone(&telemetry);
-    let upkeep = async move { upkeep.upkeep().await };
-    rest.spawn(until(&stop_rest, &critical, "metrics upkeep", upkeep));
-    let watch = async move { traffic.watch(&http_metrics).await };
-    rest.spawn(until(&stop_rest, &critical, "traffic watch", watch));
-    let report = restore_report::report(node.restore.clone());
-    rest.spawn(until(&stop_rest, &critical, "restore report", report));
-    let report = sd_notify::report(node.readiness.clone(), node.restore.clone());
-    rest.spawn(until(
-        &stop_rest,
-        &critical,
-        "service manager report",
-        report,
-    ));
-    let watch = node.watch_memory();
-    rest.spawn(until(&stop_rest, &critical, "memory watch", watch));
+    let services = Services::start(&config, &node, sockets, critical, telemetry, http_metrics);
     node.announce(url);
 
     tokio::select! {
         failed = tasks.run(config.restore_from.as_deref()) => failed?,
         () = shutdown => {}
     }
-
-    // Unready first, so that load balancers send requests elsewhere; then drain.
-    tracing::info!("stopping");
-    sd_notify::stopping();
-    let stopping = node.stopping();
-    stop_listening.cancel();
-    let deadline = tokio::time::Instant::now() + config.http.drain_max;
-    let drained = async {
-        data.close();
-        data.wait().await;
-        tasks.finish_writing().await;
-    };
-    if tokio::time::timeout_at(deadline, drained).await.is_err() {
-        let waited_s = config.http.drain_max.as_secs();
-        tracing::warn!(waited_s, "stopping before all requests ended");
-    }
-    stopping.write_snapshot().await;
-    stop_rest.cancel();
-    rest.close();
-    let ended = tokio::time::timeout(OPS_DRAIN_MAX, rest.wait()).await;
-    tracing::info!(
-        position = node.applied.seq(),
-        all_ended = ended.is_ok(),
-        "stopped"
-    );
+    services.stop(&node, tasks, config.http.drain_max).await;
     Ok(())
 }
 
+/// The ports of a node and the tasks around it.
+struct Services {
+    /// The listeners of the read and write port.
+    data: TaskTracker,
+    stop_data: CancellationToken,
+    /// The ops port, and tasks that report the node's state until the end.
+    rest: TaskTracker,
+    stop_rest: CancellationToken,
+}
+
+impl Services {
+    fn start(
+        config: &Config,
+        node: &Node,
+        sockets: Sockets,
+        critical: CriticalTasks,
+        telemetry: Arc<Telemetry>,
+        http_metrics: Arc<HttpMetrics>,
+    ) -> Self {
+        let services = Self {
+            data: TaskTracker::new(),
+            stop_data: CancellationToken::new(),
+            rest: TaskTracker::new(),
+            stop_rest: CancellationToken::new(),
+        };
+        let limits = connection_limits(config);
+        let listener = |name, socket, router, fast_route, limits| Listener {
+            name,
+            socket,
+            router,
+            fast_route,
+            limits,
+            metrics: Arc::clone(&http_metrics),
+            connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
+        };
+        let traffic = RecentTraffic::default();
+        let ops_state = node.ops(
+            Arc::clone(&telemetry),
+            Arc::clone(&http_metrics),
+            traffic.clone(),
+        );
+        let ops = listener("ops", sockets.ops, ops::routes(ops_state), None, limits.ops);
+        let serving = ops.serve(services.stop_rest.child_token());
+        services.rest.spawn(critical.guard("ops listener", serving));
+        for (name, socket, (router, fast_route)) in [
+            ("write", sockets.write, node.write()),
+            ("read", sockets.read, node.read()),
+        ] {
+            let fast_route = config.http.fast_path.then_some(fast_route);
+            let port = listener(name, socket, router, fast_route, limits.data);
+            let serving = port.serve(services.stop_data.child_token());
+            services.data.spawn(critical.guard("listener", serving));
+        }
+        let upkeep = async move { telemetry.upkeep().await };
+        services.spawn(&critical, "metrics upkeep", upkeep);
+        let watch = async move { traffic.watch(&http_metrics).await };
+        services.spawn(&critical, "traffic watch", watch);
+        let report = restore_report::report(node.restore.clone());
+        services.spawn(&critical, "restore report", report);
+        let report = sd_notify::report(node.readiness.clone(), node.restore.clone());
+        services.spawn(&critical, "service manager report", report);
+        services.spawn(&critical, "memory watch", node.watch_memory());
+        services
+    }
+
+    /// Spawns a task that runs until `stop_rest` is cancelled. A panic in it ends the process.
+    fn spawn(
+        &self,
+        critical: &CriticalTasks,
+        task: &'static str,
+        run: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let (stop, guarded) = (self.stop_rest.child_token(), critical.guard(task, run));
+        self.rest.spawn(async move {
+            stop.run_until_cancelled(guarded).await;
+        });
+    }
+
+    /// Drains the read and write port, writes the last snapshot, then stops the rest.
+    async fn stop(self, node: &Node, mut tasks: NodeTasks, drain_max: Duration) {
+        // Unready first, so that load balancers send requests elsewhere.
+        tracing::info!("shutting down");
+        sd_notify::stopping();
+        let snapshot = node.stop_serving();
+        self.stop_data.cancel();
+        self.data.close();
+        let drained = async {
+            self.data.wait().await;
+            tasks.finish_writing().await;
+        };
+        if tokio::time::timeout(drain_max, drained).await.is_err() {
+            let waited_s = drain_max.as_secs();
+            tracing::warn!(waited_s, "requests are still running; shutting down anyway");
+        }
+        snapshot.write().await;
+        self.stop_rest.cancel();
+        self.rest.close();
+        let position = node.applied.seq();
+        match tokio::time::timeout(OPS_DRAIN_MAX, self.rest.wait()).await {
+            Ok(()) => tracing::info!(position, "shut down cleanly"),
+            Err(_elapsed) => tracing::warn!(position, "shut down with requests still running"),
+        }
+    }
+}
+
 /// The URL at which other nodes reach the write port on `local`. If the port listens on all
-/// addresses, this is the address of the route to the broker.
+/// addresses, this is the address of the route to NATS.
 #[must_use]
 pub fn advertised(cluster: &ClusterConfig, local: SocketAddr) -> String {
     if let Some(url) = &cluster.advertise_url {
@@ -324,32 +355,19 @@ pub fn advertised(cluster: &ClusterConfig, local: SocketAddr) -> String {
         .filter(|_| local.ip().is_unspecified())
     {
         // This sends nothing: the system only chooses a route.
-        let way = UdpSocket::bind((local.ip(), 0)).and_then(|socket| {
+        let route = UdpSocket::bind((local.ip(), 0)).and_then(|socket| {
             socket.connect((host.as_str(), *port))?;
             socket.local_addr()
         });
-        match way {
-            Ok(way) => address.set_ip(way.ip()),
+        match route {
+            Ok(route) => address.set_ip(route.ip()),
             Err(error) => tracing::warn!(
                 %error,
-                "no way to the broker, so other nodes won't reach this one; set --advertise-url"
+                "no route to NATS, so other nodes cannot reach this one; set --advertise-url"
             ),
         }
     }
     format!("http://{address}")
-}
-
-/// Runs `run` until `stop`. A panic in it ends the process.
-fn until(
-    stop: &CancellationToken,
-    critical: &CriticalTasks,
-    task: &'static str,
-    run: impl Future<Output = ()> + Send + 'static,
-) -> impl Future<Output = ()> + Send + 'static {
-    let (stop, guarded) = (stop.child_token(), critical.guard(task, run));
-    async move {
-        stop.run_until_cancelled(guarded).await;
-    }
 }
 
 struct ConnectionLimits {
@@ -371,7 +389,7 @@ fn connection_limits(config: &Config) -> ConnectionLimits {
             open_files_max = files,
             wanted = data.connections_max,
             connections_max = fitting,
-            "fewer connections a port than configured; raise the limit of open files (ulimit -n)"
+            "limit of open files is too low for the connections of each port; raise it (ulimit -n)"
         );
         data.connections_max = fitting;
     }

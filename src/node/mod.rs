@@ -1,23 +1,18 @@
-//! A node without its ports: its parts and its tasks.
+//! A node without its ports: its components and its tasks.
 //!
-//! [`app`](crate::node::lifecycle) adds sockets, signals and metrics.
+//! [`lifecycle`] adds sockets, signals and metrics.
 
 pub mod config;
 pub mod data_dir;
 pub mod lifecycle;
 mod restore_report;
 pub mod sd_notify;
+mod tasks;
 
-use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
-use futures_util::FutureExt;
 use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
 
 use crate::http::backup::{self, BackupMetrics, BackupState};
 use crate::http::fast::FastRoute;
@@ -25,88 +20,59 @@ use crate::http::get::{self, ReadState};
 use crate::http::ops::OpsState;
 use crate::http::ops::traffic::RecentTraffic;
 use crate::http::set::{self, WriteState};
-use crate::http::{Answered, HttpMetrics};
-use crate::log::{Announcement, ClusterKey, InFlight, Log, Position, RandomId};
-use crate::node::config::Config;
+use crate::http::{Credentials, HttpMetrics, RequestCount};
+use crate::log::{Announcement, ClusterKey, Log, Position, RandomId};
+use crate::node::config::{Config, HttpConfig};
 use crate::node::data_dir::Storage;
-use crate::replication::memory::{self, DoesNotFit, MemoryGuard};
+use crate::replication::memory::MemoryGuard;
 use crate::replication::peer_client::PeerClient;
 use crate::replication::state::{NodeState, Readiness};
 use crate::replication::{
-    Applied, Applier, Bootstrap, BootstrapError, Checkpoints, CompleteState, LastSnapshot, Peers,
-    ReplicaDriver, RestoreTracker, Snapshotter, Writer, WriterTask, restore_seed,
+    Applied, Applier, Bootstrap, Checkpoints, CompleteState, LastSnapshot, Peers, ReplicaDriver,
+    RestoreTracker, Snapshotter, Writer,
 };
 use crate::store::Store;
 use crate::sys::exec::Blocking;
-use crate::sys::tasks::{CriticalTasks, TaskEnded};
-use crate::telemetry::{Replication, Telemetry};
+use crate::sys::tasks::CriticalTasks;
+use crate::telemetry::{ReplicationMetrics, Telemetry};
 
-/// How often requests that have waited too long are answered with an error.
-const EXPIRE_EVERY: Duration = Duration::from_millis(250);
+pub use tasks::{FinalSnapshot, NodeTasks, StartError};
 
-/// Why a node did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The store can't be restored.
-    #[error(transparent)]
-    Bootstrap(#[from] BootstrapError),
-    /// The restored state can't be written as a snapshot: the next start would not have it.
-    #[error(
-        "no snapshot of what was restored can be written: {0}; make room for it, and start again \
-         with --restore-from"
-    )]
-    SeedNotKept(#[source] io::Error),
-    /// The file needs more memory than the system gives.
-    #[error("cannot restore {path}: {error}")]
-    DoesNotFit {
-        /// The file.
-        path: PathBuf,
-        /// The memory that it needs.
-        error: DoesNotFit,
-    },
-    /// The thread that restores the store failed.
-    #[error("cannot restore: {0}")]
-    System(#[source] io::Error),
-    /// A critical task has ended.
-    #[error("{0}; restart this node, and report this")]
-    TaskEnded(#[from] TaskEnded),
-}
-
-/// What a node is built from.
-pub struct Parts {
-    /// This process.
+/// The resources that a node is built from, besides its configuration.
+pub struct NodeResources {
+    /// The id of this process.
     pub node: RandomId,
     /// When this process started, in nanoseconds since 1970.
-    pub began_ns: u64,
+    pub started_ns: u64,
     /// An empty store.
     pub store: Store,
-    /// The tasks that a node can't go on without.
+    /// Watches the tasks that a node can't run without.
     pub critical: CriticalTasks,
     /// The log and the snapshots.
     pub storage: Storage,
     /// The client for other nodes.
     pub peers: Arc<dyn PeerClient>,
-    /// Threads for blocking work.
+    /// Threads for blocking jobs.
     pub blocking: Blocking,
-    /// Threads of low priority: for snapshots, and for backups for replicas that start.
+    /// Threads of low priority: for snapshots, and for backups that bootstrap other replicas.
     pub background: Blocking,
-    /// Threads of the lowest priority: for other backups.
+    /// Threads of idle priority: for other backups.
     pub idle: Blocking,
     /// The metrics of backups.
     pub backup_metrics: BackupMetrics,
     /// Counts the answered requests.
-    pub answered: Answered,
+    pub request_count: RequestCount,
 }
 
-/// A node's handles.
+/// A node's components.
 pub struct Node {
     /// The records.
     pub store: Store,
     /// The position of the records.
     pub applied: Applied,
-    /// The log they come from.
+    /// The log that the replica applies.
     pub log: Arc<dyn Log>,
-    /// Whether the node serves them.
+    /// Whether the node serves requests.
     pub readiness: Readiness,
     /// Submits writes.
     pub writer: Writer,
@@ -117,203 +83,171 @@ pub struct Node {
     name: Arc<str>,
     replica: RandomId,
     key: ClusterKey,
+    credentials: Credentials,
+    http: HttpConfig,
     peers: Peers,
     snapshotter: Option<Snapshotter>,
     last_snapshot: LastSnapshot,
     blocking: Blocking,
-    write: WriteState,
-    backup: BackupState,
-    read: ReadState,
+    background: Blocking,
+    idle: Blocking,
+    backup_metrics: BackupMetrics,
+    request_count: RequestCount,
     /// Keeps the data directory locked.
-    _storage: Storage,
-}
-
-/// A node's tasks. Dropping this aborts them at once, as the end of the process would.
-pub struct Tasks {
-    blocking: Blocking,
-    snapshotter: Option<Snapshotter>,
-    critical: CriticalTasks,
-    log: Arc<dyn Log>,
-    /// `None` once it is started.
-    driver: Option<ReplicaDriver>,
-    /// Tasks that must finish before shutdown: writer and snapshotter.
-    writing: JoinSet<()>,
-    stop_writing: CancellationToken,
-    rest: JoinSet<()>,
-}
-
-/// A node that accepts no more requests.
-pub struct Stopping {
-    /// Writes the last snapshot, of the state at the stop.
-    last: Option<(Snapshotter, CompleteState)>,
+    storage: Storage,
 }
 
 impl Node {
-    /// A node whose tasks wait to be [run](Tasks::run).
+    /// A node whose tasks wait to be [run](NodeTasks::run).
     #[must_use]
-    pub fn new(config: &Config, parts: Parts, metrics: &Replication) -> (Self, Tasks) {
-        let Parts {
-            node,
-            began_ns,
-            critical,
-            store,
-            storage,
-            peers,
-            blocking,
-            background,
-            idle,
-            backup_metrics,
-            answered,
-        } = parts;
+    pub fn new(
+        config: &Config,
+        resources: NodeResources,
+        metrics: &ReplicationMetrics,
+    ) -> (Self, NodeTasks) {
+        let NodeResources { node, storage, .. } = resources;
         let (log, cluster) = (Arc::clone(&storage.log), &config.cluster);
-        let name: Arc<str> = node.to_string().into();
-        let (replica, in_flight) = (storage.replica, storage.in_flight.clone());
-        let readiness = Readiness::starting("looking for a state to start from");
-        let applied = Applied::new(Position::base(&log.id(), 0, began_ns));
-        let restore = RestoreTracker::default();
+        let (store, in_flight) = (resources.store, storage.in_flight.clone());
+        let position = Position::base(&log.id(), 0, resources.started_ns);
+        let applied = Applied::new(position);
         let last_snapshot = LastSnapshot::default();
         let key = ClusterKey::derive(&config.credentials.account().password);
         let checkpoints = Checkpoints::new(
-            replica,
+            storage.replica,
             log.id(),
             key.clone(),
             log.is_replicated().then_some(cluster.checkpoint_interval),
             metrics.checkpoints.clone(),
         );
-        let static_peers = cluster.peers.clone();
-        let peers = Peers::new(node, Arc::clone(&log), static_peers, peers);
         let (writer, writer_task) = Writer::new(
             Arc::clone(&log),
-            in_flight.clone(),
+            in_flight,
             checkpoints.clone(),
             config.writer,
             metrics.batch_patches.clone(),
         );
-        let kept = storage.snapshots.as_ref();
-        let snapshotter = kept.map(|(snapshots, _)| Snapshotter {
-            store: store.clone(),
-            applied: applied.clone(),
-            log: Arc::clone(&log),
-            snapshots: snapshots.clone(),
-            last: last_snapshot.clone(),
-            writing: Arc::default(),
-            blocking: background.clone(),
-        });
-        let driver = ReplicaDriver {
-            bootstrap: Bootstrap {
+        let snapshotter = storage
+            .snapshots
+            .as_ref()
+            .map(|(snapshots, _)| Snapshotter {
                 store: store.clone(),
                 applied: applied.clone(),
                 log: Arc::clone(&log),
-                snapshots: kept.map(|(snapshots, _)| snapshots.clone()),
-                peers: peers.clone(),
-                tracker: restore.clone(),
-                buffer_bytes_max: cluster.restore_buffer_bytes_max,
-                blocking: blocking.clone(),
+                snapshots: snapshots.clone(),
+                last: last_snapshot.clone(),
+                writing: Arc::default(),
+                blocking: resources.background.clone(),
+            });
+        let static_peers = cluster.peers.clone();
+        let node = Self {
+            store,
+            applied,
+            readiness: Readiness::starting("looking for a state to start from"),
+            writer,
+            restore: RestoreTracker::default(),
+            memory: MemoryGuard::new(config.memory_max),
+            name: node.to_string().into(),
+            replica: storage.replica,
+            key,
+            credentials: config.credentials.clone(),
+            http: config.http.clone(),
+            peers: Peers::new(node, Arc::clone(&log), static_peers, resources.peers),
+            log,
+            snapshotter,
+            last_snapshot,
+            blocking: resources.blocking,
+            background: resources.background,
+            idle: resources.idle,
+            backup_metrics: resources.backup_metrics,
+            request_count: resources.request_count,
+            storage,
+        };
+        let driver = node.driver(config, checkpoints, metrics);
+        let tasks = NodeTasks::spawn(config, &node, resources.critical, writer_task, driver);
+        (node, tasks)
+    }
+
+    fn driver(
+        &self,
+        config: &Config,
+        checkpoints: Checkpoints,
+        metrics: &ReplicationMetrics,
+    ) -> ReplicaDriver {
+        let snapshots = self.storage.snapshots.as_ref();
+        ReplicaDriver {
+            bootstrap: Bootstrap {
+                store: self.store.clone(),
+                applied: self.applied.clone(),
+                log: Arc::clone(&self.log),
+                snapshots: snapshots.map(|(snapshots, _)| snapshots.clone()),
+                peers: self.peers.clone(),
+                tracker: self.restore.clone(),
+                buffer_bytes_max: config.cluster.restore_buffer_bytes_max,
+                blocking: self.blocking.clone(),
             },
             applier: Applier {
-                log: Arc::clone(&log),
-                store: store.clone(),
-                applied: applied.clone(),
-                in_flight: in_flight.clone(),
+                log: Arc::clone(&self.log),
+                store: self.store.clone(),
+                applied: self.applied.clone(),
+                in_flight: self.storage.in_flight.clone(),
                 checkpoints,
                 patches: metrics.patches_applied.clone(),
                 deletions: metrics.deletions_applied.clone(),
                 round_trip: metrics.batch_duration.clone(),
             },
-            readiness: readiness.clone(),
-            snapshotter: snapshotter.clone(),
+            readiness: self.readiness.clone(),
+            snapshotter: self.snapshotter.clone(),
             gaps: metrics.gaps.clone(),
             resyncs: metrics.resyncs.clone(),
-        };
-        let http = &config.http;
-        let memory = MemoryGuard::new(config.memory_max);
-        let write = WriteState {
-            store: store.clone(),
-            memory: memory.clone(),
-            writer: writer.clone(),
-            readiness: readiness.clone(),
-            applied: applied.clone(),
-            credentials: config.credentials.clone(),
-            body_wait_max: http.body_wait_max,
-        };
-        let backup = BackupState {
-            store: store.clone(),
-            applied: applied.clone(),
-            log: Arc::clone(&log),
-            readiness: readiness.clone(),
-            credentials: config.credentials.clone(),
-            slots: Arc::new(Semaphore::new(http.backups_max)),
-            queue: Arc::new(Semaphore::new(http.backups_waiting_max)),
-            queue_wait_max: http.backup_wait_max,
-            chunk_text_bytes: http.backup_chunk_text_bytes,
-            pool: idle,
-            replica_pool: background,
-            answered,
-            node: Arc::clone(&name),
-            metrics: backup_metrics,
-        };
-        let read = ReadState {
-            store: store.clone(),
-            applied: applied.clone(),
-            log: Arc::clone(&log),
-            readiness: readiness.clone(),
-            position_wait_max: http.position_wait_max,
-            position_waits_max: http.position_waits_max,
-        };
-        let interval = kept.map(|(_, interval)| *interval);
-        let mut tasks = Tasks {
-            blocking: blocking.clone(),
-            snapshotter: snapshotter.clone(),
-            critical,
-            log: Arc::clone(&log),
-            driver: Some(driver),
-            writing: JoinSet::new(),
-            stop_writing: CancellationToken::new(),
-            rest: JoinSet::new(),
-        };
-        tasks.spawn(writer_task, interval, &readiness);
-        let wait_max = config.writer.wait_max;
-        tasks.spawn_rest("expire", expire(in_flight, wait_max));
-        let watched = peers.clone();
-        tasks.spawn_rest("peers", async move { watched.watch().await });
-        let node = Self {
-            store,
-            applied,
-            log,
-            readiness,
-            writer,
-            restore,
-            memory,
-            name,
-            replica,
-            key,
-            peers,
-            snapshotter,
-            last_snapshot,
-            blocking,
-            write,
-            backup,
-            read,
-            _storage: storage,
-        };
-        (node, tasks)
+        }
     }
 
-    /// The routes of the write port, and the one that the fast path answers.
+    /// The routes of the write port, and the one that the fast path answers. To be called once,
+    /// because each call has separate limits of backups.
     pub fn write(&self) -> (Router, FastRoute) {
-        let (write, backup) = (&self.write, &self.backup);
-        let routes = set::routes(write.clone()).merge(backup::routes(backup.clone()));
-        (routes, FastRoute::Set(Arc::new(write.clone())))
+        let write = WriteState {
+            store: self.store.clone(),
+            memory: self.memory.clone(),
+            writer: self.writer.clone(),
+            readiness: self.readiness.clone(),
+            applied: self.applied.clone(),
+            credentials: self.credentials.clone(),
+            body_wait_max: self.http.body_wait_max,
+        };
+        let backup = BackupState {
+            store: self.store.clone(),
+            applied: self.applied.clone(),
+            log: Arc::clone(&self.log),
+            readiness: self.readiness.clone(),
+            credentials: self.credentials.clone(),
+            slots: Arc::new(Semaphore::new(self.http.backups_max)),
+            queue: Arc::new(Semaphore::new(self.http.backups_waiting_max)),
+            queue_wait_max: self.http.backup_wait_max,
+            chunk_text_bytes: self.http.backup_chunk_text_bytes,
+            pool: self.idle.clone(),
+            replica_pool: self.background.clone(),
+            answered: self.request_count.clone(),
+            node: Arc::clone(&self.name),
+            metrics: self.backup_metrics.clone(),
+        };
+        let routes = set::routes(write.clone()).merge(backup::routes(backup));
+        (routes, FastRoute::Set(Arc::new(write)))
     }
 
     /// The routes of the read port, and the one that the fast path answers.
     pub fn read(&self) -> (Router, FastRoute) {
-        let read = &self.read;
-        let fast_route = FastRoute::Get(Arc::new(read.clone()));
-        (get::routes(read.clone()), fast_route)
+        let read = ReadState {
+            store: self.store.clone(),
+            applied: self.applied.clone(),
+            log: Arc::clone(&self.log),
+            readiness: self.readiness.clone(),
+            position_wait_max: self.http.position_wait_max,
+            position_waits_max: self.http.position_waits_max,
+        };
+        (get::routes(read.clone()), FastRoute::Get(Arc::new(read)))
     }
 
-    /// The state that the ops port reports.
+    /// The state of the ops port.
     #[must_use]
     pub fn ops(
         &self,
@@ -372,123 +306,13 @@ impl Node {
         }));
     }
 
-    /// Makes the node unready, so that it rejects new requests.
+    /// Makes the node unready, so that it rejects new requests. Returns the snapshot to write after
+    /// the running requests.
     #[must_use]
-    pub fn stopping(&self) -> Stopping {
+    pub fn stop_serving(&self) -> FinalSnapshot {
         let state = CompleteState::of(&self.store, &self.readiness).ok();
         self.readiness
             .block(NodeState::Stopping, "the node is stopping");
-        Stopping {
-            last: self.snapshotter.clone().zip(state),
-        }
-    }
-}
-
-impl Stopping {
-    /// Writes the last snapshot, if the node was ready.
-    pub async fn write_snapshot(&self) {
-        if let Some((snapshotter, state)) = &self.last {
-            snapshotter.write_if_changed(state.clone()).await;
-        }
-    }
-}
-
-impl Tasks {
-    fn spawn(&mut self, writer: WriterTask, interval: Option<Duration>, readiness: &Readiness) {
-        let writing = writer.run(self.stop_writing.child_token());
-        let writing = self.critical.guard("writer", writing).map(drop);
-        self.writing.spawn(writing);
-        if let (Some(snapshotter), Some(interval)) = (self.snapshotter.clone(), interval) {
-            let stop = self.stop_writing.child_token();
-            let run = snapshotter.run(interval, readiness.clone(), stop);
-            let run = self.critical.guard("snapshotter", run).map(drop);
-            self.writing.spawn(run);
-        }
-    }
-
-    /// Starts a task that runs as long as the node.
-    fn spawn_rest(&mut self, task: &'static str, run: impl Future<Output = ()> + Send + 'static) {
-        let critical = self.critical.clone();
-        let guarded = self.critical.guard(task, run);
-        self.rest.spawn(async move {
-            if guarded.await.is_some() {
-                critical.fail(task, "it returned");
-            }
-        });
-    }
-
-    /// Recovers a state, from the backup at `seed` if there is one, then follows the log forever.
-    ///
-    /// # Errors
-    /// `seed` can't be restored, or a critical task has ended.
-    pub async fn run(&mut self, seed: Option<&Path>) -> Result<(), StartError> {
-        if let Some(driver) = self.driver.take() {
-            self.check_memory(&driver.bootstrap, seed).await?;
-            if let Some(seed) = seed {
-                let reason = format!("loading backup {}", seed.display());
-                driver.readiness.block(NodeState::Restoring, reason);
-                self.restore_seed(&driver.bootstrap, seed).await?;
-            }
-            self.spawn_rest("driver", driver.run(seed.is_some()));
-        }
-        let failed = tokio::select! {
-            failed = self.critical.failed() => failed,
-            failed = self.log.failed() => failed,
-        };
-        Err(failed.into())
-    }
-
-    /// Checks that the file to restore fits into memory. Otherwise a failed allocation would abort
-    /// the process, and again after each restart.
-    async fn check_memory(
-        &self,
-        bootstrap: &Bootstrap,
-        seed: Option<&Path>,
-    ) -> Result<(), StartError> {
-        let (seed, snapshots) = (seed.map(Path::to_owned), bootstrap.snapshots.clone());
-        let checked = self.blocking.run(move || {
-            let file = match seed {
-                Some(seed) => Some(seed),
-                None => snapshots.and_then(|snapshots| snapshots.newest()),
-            };
-            // A pipe can be read only once.
-            let Some(path) = file.filter(|path| path.is_file()) else {
-                return Ok(());
-            };
-            memory::check_file_fits(&path).map_err(|error| StartError::DoesNotFit { path, error })
-        });
-        checked.await.map_err(StartError::System)?
-    }
-
-    async fn restore_seed(&self, bootstrap: &Bootstrap, seed: &Path) -> Result<(), StartError> {
-        let (store, applied) = (bootstrap.store.clone(), bootstrap.applied.clone());
-        let (log, snapshots) = (Arc::clone(&bootstrap.log), bootstrap.snapshots.clone());
-        let (seed, tracker) = (seed.to_owned(), bootstrap.tracker.clone());
-        let restored = self.blocking.run(move || {
-            restore_seed(&seed, &store, &applied, &*log, snapshots.as_ref(), &tracker)
-        });
-        restored.await.map_err(StartError::System)??;
-        if let Some(snapshotter) = &self.snapshotter {
-            // The log never held these records, so only a snapshot can restore them.
-            let state = CompleteState::known(&bootstrap.store);
-            let written = snapshotter.write(state).await;
-            written.map_err(StartError::SeedNotKept)?;
-        }
-        Ok(())
-    }
-
-    /// Appends the waiting writes, and waits until they are applied and no snapshot is being
-    /// written.
-    pub async fn finish_writing(&mut self) {
-        self.stop_writing.cancel();
-        while self.writing.join_next().await.is_some() {}
-    }
-}
-
-async fn expire(in_flight: InFlight, wait_max: Duration) {
-    let mut every = tokio::time::interval(EXPIRE_EVERY);
-    loop {
-        every.tick().await;
-        in_flight.expire(wait_max);
+        FinalSnapshot(self.snapshotter.clone().zip(state))
     }
 }

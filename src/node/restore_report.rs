@@ -1,4 +1,4 @@
-//! Shows how far a restore is: a bar on a terminal, otherwise a log line now and then.
+//! Shows the progress of a restore: a bar on a terminal, otherwise log lines.
 
 use std::io::{self, IsTerminal};
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::replication::RestoreTracker;
 use crate::sys::progress::Bar;
 
-/// How often a bar moves.
+/// How often a bar is updated.
 const BAR_EVERY: Duration = Duration::from_millis(100);
 /// How often a line is logged.
 const LINE_EVERY: Duration = Duration::from_secs(5);

@@ -1,8 +1,8 @@
-//! Tells a service manager how the node is: systemd with `Type=notify`, or whatever else listens at
-//! `NOTIFY_SOCKET`. Without one there is nobody to tell.
+//! Reports the state of the node to a service manager: systemd with `Type=notify`, or another one that
+//! sets `NOTIFY_SOCKET`.
 //!
-//! The node counts as started once it answers reads, as `/readyz` has it. Until then it asks for more
-//! time again and again: a restore takes as long as it takes.
+//! The node counts as started once it serves reads, as in `/readyz`. Until then it extends the start
+//! timeout again and again, because a restore may take long.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -10,104 +10,112 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::time::Instant;
 
+use crate::http::ops::StartupProgress;
 use crate::replication::RestoreTracker;
-use crate::replication::state::Readiness;
+use crate::replication::state::{NodeState, Readiness, Unready};
 
-/// How often it is looked whether there is something new to tell.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// How often more time is asked for, and how much.
+/// How often the state is checked for changes.
+const CHECK_EVERY: Duration = Duration::from_millis(100);
+/// How often the start timeout is extended, and by how much.
 const EXTEND_EVERY: Duration = Duration::from_secs(5);
 const EXTEND_BY_US: u32 = 30_000_000;
 
-/// Asks for time while the log is being opened, for ever.
-pub async fn opening() -> Infallible {
+/// Extends the start timeout while the log is being opened; never returns.
+pub async fn report_opening(progress: &StartupProgress) -> Infallible {
     let mut every = tokio::time::interval(EXTEND_EVERY);
-    let status = NotifyState::Status("starting: the log is being opened");
-    let news = [NotifyState::ExtendTimeoutUsec(EXTEND_BY_US), status];
     loop {
         every.tick().await;
-        tell(&news);
+        let status = unready_line(&progress.unready());
+        notify(&[
+            NotifyState::ExtendTimeoutUsec(EXTEND_BY_US),
+            NotifyState::Status(&status),
+        ]);
     }
 }
 
-/// Tells of the node while it runs, for ever.
+/// Reports the state of the node while it runs; never returns if there is a service manager.
 pub async fn report(readiness: Readiness, restore: RestoreTracker) {
     if std::env::var_os("NOTIFY_SOCKET").is_none() {
         return;
     }
     let watchdog = sd_notify::watchdog_enabled().map(|within| within / 2);
-    let (mut told, mut ready) = (String::new(), false);
+    let (mut reported, mut ready) = (String::new(), false);
     let mut extended: Option<Instant> = None;
-    let mut barked: Option<Instant> = None;
+    let mut watchdog_sent: Option<Instant> = None;
     let due = |last: Option<Instant>, every| last.is_none_or(|last| last.elapsed() >= every);
-    let look_every = watchdog.map_or(LOOK_EVERY, |every| every.min(LOOK_EVERY));
-    let mut every = tokio::time::interval(look_every);
+    let check_every = watchdog.map_or(CHECK_EVERY, |every| every.min(CHECK_EVERY));
+    let mut every = tokio::time::interval(check_every);
     loop {
         every.tick().await;
-        let mut news = Vec::new();
+        let mut changes = Vec::new();
         if !ready && readiness.check().is_ok() {
             ready = true;
-            news.push(NotifyState::Ready);
+            changes.push(NotifyState::Ready);
         }
         if !ready && due(extended, EXTEND_EVERY) {
             extended = Some(Instant::now());
-            news.push(NotifyState::ExtendTimeoutUsec(EXTEND_BY_US));
+            changes.push(NotifyState::ExtendTimeoutUsec(EXTEND_BY_US));
         }
-        // That this task runs says that the others may: they share their threads.
+        // This task shares its threads with all others, so if it runs, the others can run.
         if let Some(watchdog) = watchdog
-            && due(barked, watchdog)
+            && due(watchdog_sent, watchdog)
         {
-            barked = Some(Instant::now());
-            news.push(NotifyState::Watchdog);
+            watchdog_sent = Some(Instant::now());
+            changes.push(NotifyState::Watchdog);
         }
-        let now = status(&readiness, &restore);
-        if now != told {
-            told = now;
-            news.push(NotifyState::Status(&told));
+        let status = status_line(&readiness, &restore);
+        if status != reported {
+            reported = status;
+            changes.push(NotifyState::Status(&reported));
         }
-        if !news.is_empty() {
-            tell(&news);
+        if !changes.is_empty() {
+            notify(&changes);
         }
     }
 }
 
-/// Tells that the node ends.
+/// Reports that the node stops.
 pub fn stopping() {
-    tell(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
+    let status = NotifyState::Status(NodeState::Stopping.name());
+    notify(&[NotifyState::Stopping, status]);
 }
 
-/// The state in a line.
-fn status(readiness: &Readiness, restore: &RestoreTracker) -> String {
+/// The state in one line.
+fn status_line(readiness: &Readiness, restore: &RestoreTracker) -> String {
     let Err(unready) = readiness.check() else {
-        return "ready".to_owned();
+        return NodeState::Ready.name().to_owned();
     };
-    let mut status = format!("{}: {}", unready.state, unready.reason);
+    let mut status = unready_line(&unready);
     if let Some(restore) = restore.current().filter(|restore| restore.took.is_none()) {
         let (rows, expected) = (restore.progress.rows(), restore.progress.rows_expected());
         status.push_str(&format!(", {rows} of about {expected} rows"));
     }
-    // Another line would be another message, and some reasons are what others said.
-    status.replace(char::is_control, " ")
+    status
 }
 
-fn tell(news: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(news) {
-        tracing::warn!(%error, "service manager not told");
+/// The state and the reason in one line. A reason may contain text of other nodes, and a line break
+/// would start another message.
+fn unready_line(unready: &Unready) -> String {
+    format!("{}: {}", unready.state, unready.reason).replace(char::is_control, " ")
+}
+
+fn notify(changes: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(changes) {
+        tracing::warn!(%error, "sd_notify failed");
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::replication::state::NodeState;
 
     #[test]
-    fn a_state_is_one_line_whatever_others_said() {
+    fn a_status_is_one_line_with_any_reason() {
         let (readiness, restore) = (Readiness::starting(""), RestoreTracker::default());
         readiness.set_ready();
-        assert_eq!(status(&readiness, &restore), "ready");
+        assert_eq!(status_line(&readiness, &restore), "ready");
         readiness.block(NodeState::NoSource, "answered 500: a\nREADY=1\r\n");
         let line = "no-source: answered 500: a READY=1  ";
-        assert_eq!(status(&readiness, &restore), line);
+        assert_eq!(status_line(&readiness, &restore), line);
     }
 }

@@ -282,7 +282,7 @@ impl Inner {
 
     fn counted_bytes(&self) -> u64 {
         let memory = host::process_memory();
-        memory.map_or(0, |memory| memory.counted_by(self.limit.by))
+        memory.map_or(0, |memory| memory.counted_by(self.limit.kind))
     }
 }
 
@@ -300,7 +300,7 @@ fn is_full(was_full: bool, used_bytes: u64, max_bytes: u64) -> bool {
 /// They do not.
 pub fn check_fits(records: u64) -> Result<(), DoesNotFit> {
     let limit = host::memory_limit();
-    let in_use = host::process_memory().map_or(0, |memory| memory.counted_by(limit.by));
+    let in_use = host::process_memory().map_or(0, |memory| memory.counted_by(limit.kind));
     fits(records, in_use, limit)
 }
 
@@ -333,7 +333,7 @@ pub fn check_file_fits(path: &Path) -> Result<(), DoesNotFit> {
 mod tests {
     use super::*;
     use crate::grade::{Changes, Patch};
-    use crate::sys::host::LimitedBy;
+    use crate::sys::host::MemoryLimitKind;
 
     #[test]
     fn sizes_are_bytes_with_a_unit_or_a_percentage() {
@@ -423,7 +423,7 @@ mod tests {
     fn what_does_not_fit_is_named_with_what_it_needs() {
         let limit = MemoryLimit {
             bytes: 1 << 30,
-            by: LimitedBy::ControlGroup,
+            kind: MemoryLimitKind::ControlGroup,
         };
         assert_eq!(fits(10_000_000, 11 << 20, limit), Ok(()));
         let error = fits(40_000_000, 11 << 20, limit).unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! Work that keeps a thread busy, or waits for a disk: beside the tasks, not among them.
+//! Thread pools for jobs that use much CPU time or wait for a disk, and so must not run in tasks.
 
 use std::fmt;
 use std::future::Future;
@@ -20,100 +20,98 @@ use thread_priority::unix::{
 use tokio::runtime::{self, Runtime};
 use tokio::sync::oneshot;
 
-/// As `nice -n 10`: where a core is wanted by both, a thread of this priority gets a tenth of what
-/// one that answers requests gets. Less, and other programs could keep a snapshot from ever ending.
+/// As `nice -n 10`: on a busy core, a thread of this priority gets a tenth of the CPU time of a thread
+/// that answers requests. With less, other programs could keep a snapshot from ever completing.
 const BACKGROUND_NICE: i32 = 10;
-/// A short piece of work that took so long was kept from its core by others.
-const SHORT_WORK_MAX: Duration = Duration::from_millis(50);
-/// So many pieces after that are not left to idle cores. With eight times as many a moment in which others took
-/// all cores, as a client's start, was felt by requests for a second (ADR 0007).
-const HURRIED_PIECES: usize = 32;
+/// A job of idle priority that takes longer than this did not get a core.
+const IDLE_JOB_MAX: Duration = Duration::from_millis(50);
+/// After that, this many jobs run at background priority. With eight times as many, a short moment
+/// without idle cores, such as the start of a client, slowed requests for a second (ADR 0007).
+const PROMOTED_JOBS: usize = 32;
 
-/// A piece of such work.
-pub type Work = Box<dyn FnOnce() + Send>;
+/// A job.
+pub type Job = Box<dyn FnOnce() + Send>;
 
-/// What runs a piece of work; the future ends when it is done.
-pub type Run = dyn Fn(Work) -> BoxFuture<'static, ()> + Send + Sync;
+/// Runs a job. The future completes when the job is done.
+pub type RunJob = dyn Fn(Job) -> BoxFuture<'static, ()> + Send + Sync;
 
-/// Where such work is done. Clones are the same.
+/// A thread pool for blocking jobs. Clones share it.
 #[derive(Clone)]
-pub struct Blocking(Option<Arc<Run>>);
+pub struct Blocking(Option<Arc<RunJob>>);
 
 impl fmt::Debug for Blocking {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let by = if self.0.is_some() { "other" } else { "threads" };
-        write!(f, "Blocking({by})")
+        let pool = if self.0.is_some() { "own" } else { "tokio" };
+        write!(f, "Blocking({pool})")
     }
 }
 
 impl Blocking {
-    /// On the runtime's threads for such work.
+    /// The blocking threads of the tokio runtime, at normal priority.
     #[must_use]
     pub fn threads() -> Self {
         Self(None)
     }
 
-    /// On a few threads of low priority, and those that they start: for what must not stand in the
-    /// way of requests.
+    /// A few threads of low priority, for jobs that must not delay requests. Threads that they start
+    /// have the same priority.
     ///
     /// # Errors
-    /// The system refused.
+    /// The runtime of the threads can't be created.
     pub fn background() -> io::Result<Self> {
-        let threads = Pool::new(low_priority)?;
-        Ok(Self::by(Arc::new(move |work| threads.run(work))))
+        let threads = ThreadPool::new(low_priority)?;
+        Ok(Self::with_executor(Arc::new(move |job| threads.run(job))))
     }
 
-    /// The same for short pieces of work, some milliseconds each: they are left to cores that nobody
-    /// else wants, and give them back at once when a request comes, where a thread that is only of
-    /// low priority may keep one for some milliseconds. If that makes one wait too long, those that
-    /// follow are done by `hurried`.
+    /// A few threads of idle priority, for jobs of a few milliseconds. They run only on idle cores, and
+    /// a request preempts them at once, while a thread of low priority may keep its core for some
+    /// milliseconds. If a job waits too long for a core, the next ones run on `promoted`.
     ///
     /// # Errors
-    /// The system refused.
-    pub fn idle(hurried: Self) -> io::Result<Self> {
-        let threads = Pool::new(idle_priority)?;
+    /// The runtime of the threads can't be created.
+    pub fn idle(promoted: Self) -> io::Result<Self> {
+        let threads = ThreadPool::new(idle_priority)?;
         let left = Arc::new(AtomicUsize::new(0));
-        Ok(Self::by(Arc::new(move |work| {
+        Ok(Self::with_executor(Arc::new(move |job| {
             let less = |left: usize| left.checked_sub(1);
-            let hurry = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
-            if let (Ok(_), Some(run)) = (hurry, &hurried.0) {
-                return run(work);
+            let promote = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+            if let (Ok(_), Some(run)) = (promote, &promoted.0) {
+                return run(job);
             }
             let left = Arc::clone(&left);
             threads.run(Box::new(move || {
-                let begun = Instant::now();
-                work();
-                if begun.elapsed() > SHORT_WORK_MAX {
-                    left.store(HURRIED_PIECES, Ordering::Relaxed);
+                let started = Instant::now();
+                job();
+                if started.elapsed() > IDLE_JOB_MAX {
+                    left.store(PROMOTED_JOBS, Ordering::Relaxed);
                 }
             }))
         })))
     }
 
-    /// By `run`: for who wants to say when what happens, such as a simulation.
+    /// A custom executor, such as that of the simulator.
     #[must_use]
-    pub fn by(run: Arc<Run>) -> Self {
+    pub fn with_executor(run: Arc<RunJob>) -> Self {
         Self(Some(run))
     }
 
-    /// Begins `work`; the future brings what it returns. Dropping the future stops nothing on a
-    /// thread.
+    /// Starts `job`. The future resolves to its result; dropping the future does not stop the job.
     ///
     /// # Errors
-    /// The work panicked, or the runtime is stopping.
-    pub fn run<T, W>(&self, work: W) -> impl Future<Output = io::Result<T>> + Send + use<T, W>
+    /// The job panicked, or the runtime is stopping.
+    pub fn run<T, J>(&self, job: J) -> impl Future<Output = io::Result<T>> + Send + use<T, J>
     where
         T: Send + 'static,
-        W: FnOnce() -> T + Send + 'static,
+        J: FnOnce() -> T + Send + 'static,
     {
         let Some(run) = &self.0 else {
-            let done = tokio::task::spawn_blocking(work);
+            let done = tokio::task::spawn_blocking(job);
             return Either::Left(done.map(|done| done.map_err(io::Error::other)));
         };
         let (sender, result) = oneshot::channel();
         let running = run(Box::new(move || {
-            // Who does not wait for it does not want it.
-            let _ = sender.send(work());
+            // The receiver may have been dropped.
+            let _ = sender.send(job());
         }));
         Either::Right(async {
             running.await;
@@ -122,29 +120,29 @@ impl Blocking {
     }
 }
 
-/// Threads that are kept for the next piece of work: a runtime of which nothing else is used. A new
-/// thread competes with requests until it has lowered its priority, which showed in their p99 when
-/// each chunk of a backup had one (ADR 0007).
-struct Pool(Option<Runtime>);
+/// A pool of threads: a tokio runtime of which only the blocking threads are used. Threads are reused,
+/// because a new one competes with requests until it has lowered its priority. That raised their p99
+/// when each chunk of a backup had a new thread (ADR 0007).
+struct ThreadPool(Option<Runtime>);
 
-impl Pool {
-    /// Each of its threads begins with `lower`.
-    fn new(lower: fn()) -> io::Result<Self> {
+impl ThreadPool {
+    /// A pool whose threads call `set_priority` first.
+    fn new(set_priority: fn()) -> io::Result<Self> {
         let cores = thread::available_parallelism().map_or(2, usize::from);
         let runtime = runtime::Builder::new_current_thread()
             .thread_name("background")
-            // One more than are at work, for a snapshot that waits for its disk.
+            // One thread per core, and one for a snapshot that waits for its disk.
             .max_blocking_threads(cores + 1)
-            .on_thread_start(lower)
+            .on_thread_start(set_priority)
             .build()?;
         Ok(Self(Some(runtime)))
     }
 
-    fn run(&self, work: Work) -> BoxFuture<'static, ()> {
-        let done = self.0.as_ref().map(|runtime| runtime.spawn_blocking(work));
+    fn run(&self, job: Job) -> BoxFuture<'static, ()> {
+        let done = self.0.as_ref().map(|runtime| runtime.spawn_blocking(job));
         async {
             if let Some(done) = done {
-                // That the work panicked its sender hears from the channel that is gone with it.
+                // A panic drops the sender of the result, which the caller notices.
                 let _ = done.await;
             }
         }
@@ -152,16 +150,16 @@ impl Pool {
     }
 }
 
-impl Drop for Pool {
+impl Drop for ThreadPool {
     fn drop(&mut self) {
-        // Waits for nothing, which an asynchronous task may not.
+        // Dropping a runtime would wait for its threads, which panics in an asynchronous task.
         if let Some(runtime) = self.0.take() {
             runtime.shutdown_background();
         }
     }
 }
 
-// Where it is not allowed, the thread is as quick as all else.
+// If the system does not allow this, the thread keeps its normal priority.
 
 fn low_priority() {
     let _ = setpriority_process(Some(gettid()), BACKGROUND_NICE);
@@ -190,7 +188,7 @@ mod tests {
     const IDLE: u32 = 5;
 
     #[tokio::test]
-    async fn background_work_gives_way_to_requests() {
+    async fn background_jobs_have_a_low_priority() {
         let (own, policy) = scheduled();
         let threads = Blocking::threads();
         assert_eq!(threads.run(scheduled).await.unwrap(), (own, policy));
@@ -202,14 +200,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn idle_work_is_hurried_once_it_had_to_wait() {
+    async fn promotes_idle_jobs_after_one_had_to_wait() {
         let (own, _) = scheduled();
         let idle = Blocking::idle(Blocking::background().unwrap()).unwrap();
         let (_, policy) = idle.run(scheduled).await.unwrap();
         assert_eq!(policy, IDLE);
-        let wait = || thread::sleep(SHORT_WORK_MAX + Duration::from_millis(1));
+        let wait = || thread::sleep(IDLE_JOB_MAX + Duration::from_millis(1));
         idle.run(wait).await.unwrap();
-        for _ in 0..HURRIED_PIECES {
+        for _ in 0..PROMOTED_JOBS {
             let lowered = (own.max(BACKGROUND_NICE), OTHER);
             assert_eq!(idle.run(scheduled).await.unwrap(), lowered);
         }
@@ -218,7 +216,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn work_that_panics_is_an_error_and_the_next_is_done() {
+    async fn a_job_that_panics_is_an_error_and_the_next_one_runs() {
         let background = Blocking::background().unwrap();
         let panicking = background.run(|| -> () { panic!("on purpose") });
         panicking.await.unwrap_err();

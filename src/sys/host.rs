@@ -1,4 +1,4 @@
-//! What the machine gives this process: memory, and room on a disk.
+//! The resources of this process: memory limits and disk space.
 
 use std::fmt;
 use std::fs;
@@ -10,59 +10,59 @@ use rustix::param::page_size;
 use rustix::process::{Resource, getrlimit};
 use rustix::system::sysinfo;
 
-/// Room on the file system of a directory, in bytes.
+/// The space of a file system, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Room {
-    /// What a process without privileges may still write.
+pub struct DiskSpace {
+    /// Free space for unprivileged processes.
     pub free: u64,
-    /// How much there is in all.
+    /// The size of the file system.
     pub size: u64,
 }
 
-/// The room where `dir` is. It asks the file system, which may be one that takes its time.
+/// The space of the file system that contains `dir`. Blocks if the file system is slow.
 ///
 /// # Errors
-/// The directory is not there, or not to be had.
-pub fn room_in(dir: &Path) -> io::Result<Room> {
+/// The directory does not exist or can't be accessed.
+pub fn disk_space(dir: &Path) -> io::Result<DiskSpace> {
     let stat = statvfs(dir)?;
-    Ok(Room {
+    Ok(DiskSpace {
         free: stat.f_bavail * stat.f_frsize,
         size: stat.f_blocks * stat.f_frsize,
     })
 }
 
-/// What ends a process that takes more memory than that.
+/// The lowest limit of the memory of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryLimit {
     /// The limit.
     pub bytes: u64,
-    /// Whose it is.
-    pub by: LimitedBy,
+    /// What sets the limit.
+    pub kind: MemoryLimitKind,
 }
 
-/// Whose a limit of memory is.
+/// What sets a memory limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LimitedBy {
-    /// There is no more.
+pub enum MemoryLimitKind {
+    /// The memory of the machine.
     Machine,
-    /// A control group's: the kernel kills the process.
+    /// A control group. Above its limit the kernel kills the process.
     ControlGroup,
-    /// `ulimit -v`: the process aborts when an allocation fails.
+    /// `ulimit -v`. Above it allocations fail, and the process aborts.
     AddressSpace,
 }
 
 impl fmt::Display for MemoryLimit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.by {
-            LimitedBy::Machine => "the memory of the machine",
-            LimitedBy::ControlGroup => "the memory limit of the control group",
-            LimitedBy::AddressSpace => "the limit of the address space (ulimit -v)",
+        f.write_str(match self.kind {
+            MemoryLimitKind::Machine => "the memory of the machine",
+            MemoryLimitKind::ControlGroup => "the memory limit of the control group",
+            MemoryLimitKind::AddressSpace => "the limit of the address space (ulimit -v)",
         })
     }
 }
 
-/// How much memory this process may take: the lowest limit of its control groups, the memory of the
-/// machine or the limit of its address space, whichever is the least.
+/// The lowest of the limits of the control groups, the memory of the machine, and the limit of the
+/// address space.
 #[must_use]
 pub fn memory_limit() -> MemoryLimit {
     let info = sysinfo();
@@ -76,43 +76,43 @@ pub fn memory_limit() -> MemoryLimit {
 
 fn lowest(machine: u64, group: Option<u64>, address_space: Option<u64>) -> MemoryLimit {
     let limits = [
-        (Some(machine), LimitedBy::Machine),
-        (group, LimitedBy::ControlGroup),
-        (address_space, LimitedBy::AddressSpace),
+        (Some(machine), MemoryLimitKind::Machine),
+        (group, MemoryLimitKind::ControlGroup),
+        (address_space, MemoryLimitKind::AddressSpace),
     ];
     let mut lowest = MemoryLimit {
         bytes: u64::MAX,
-        by: LimitedBy::Machine,
+        kind: MemoryLimitKind::Machine,
     };
-    for (bytes, by) in limits {
+    for (bytes, kind) in limits {
         if let Some(bytes) = bytes.filter(|bytes| *bytes < lowest.bytes) {
-            lowest = MemoryLimit { bytes, by };
+            lowest = MemoryLimit { bytes, kind };
         }
     }
     lowest
 }
 
-/// What a process takes.
+/// The memory of a process, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProcessMemory {
-    /// In memory, in bytes.
+    /// Resident memory.
     pub resident: u64,
-    /// Addresses that are mapped, in memory or not, in bytes.
+    /// The mapped address space, resident or not.
     pub address_space: u64,
 }
 
 impl ProcessMemory {
-    /// What a limit of that kind counts.
+    /// The memory that counts against a limit.
     #[must_use]
-    pub fn counted_by(self, limit: LimitedBy) -> u64 {
+    pub fn counted_by(self, limit: MemoryLimitKind) -> u64 {
         match limit {
-            LimitedBy::Machine | LimitedBy::ControlGroup => self.resident,
-            LimitedBy::AddressSpace => self.address_space,
+            MemoryLimitKind::Machine | MemoryLimitKind::ControlGroup => self.resident,
+            MemoryLimitKind::AddressSpace => self.address_space,
         }
     }
 }
 
-/// What this process takes now; `None` where `/proc` is not mounted.
+/// The memory of this process; `None` if `/proc` is not mounted.
 #[must_use]
 pub fn process_memory() -> Option<ProcessMemory> {
     let statm = fs::read_to_string("/proc/self/statm").ok()?;
@@ -127,8 +127,8 @@ pub fn process_memory() -> Option<ProcessMemory> {
     })
 }
 
-/// The lowest limit of the control groups that `groups`, a `/proc/PID/cgroup`, names, and of those
-/// above them, below `mounts`. In a container that sees none but its own, its group is the top.
+/// The lowest limit of the control groups in `groups` (the text of `/proc/PID/cgroup`) and of their
+/// ancestors, read below `mounts`. In a container, only its own group is visible, as the root.
 fn group_limit(groups: &str, mounts: &Path) -> Option<u64> {
     let lines = groups.lines().filter_map(|line| {
         let mut parts = line.splitn(3, ':').skip(1);
@@ -136,15 +136,15 @@ fn group_limit(groups: &str, mounts: &Path) -> Option<u64> {
     });
     let limits = lines.filter_map(|(controllers, group)| {
         let (top, file) = match controllers {
-            // Version 2, and where it stands beside version 1 it has no memory controller.
+            // Version 2. Beside version 1 it has no memory controller.
             "" => (mounts.to_owned(), "memory.max"),
             "memory" => (mounts.join("memory"), "memory.limit_in_bytes"),
             _ => return None,
         };
         let group = top.join(group.trim_start_matches('/'));
-        // What a container's own group is called outside is not to be found inside, but the top is.
-        let above = group.ancestors().take_while(|dir| dir.starts_with(&top));
-        above
+        // The name that a container's group has outside does not exist inside, but the root does.
+        let ancestors = group.ancestors().take_while(|dir| dir.starts_with(&top));
+        ancestors
             .filter_map(|dir| fs::read_to_string(dir.join(file)).ok()?.trim().parse().ok())
             .min()
     });
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn the_lowest_limit_of_a_group_and_those_above_it_counts() {
+    fn finds_the_lowest_limit_of_a_group_and_its_ancestors() {
         let two = mounts(&[
             ("memory.max", "9000\n"),
             ("system.slice/memory.max", "2000\n"),
@@ -184,14 +184,14 @@ mod tests {
         assert_eq!(
             limit("0::/not/seen/in/here\n"),
             Some(9000),
-            "a container that is told its name outside"
+            "a container that sees its name outside"
         );
         assert_eq!(limit(""), None);
         assert_eq!(limit("0::/../../etc\n"), Some(9000));
     }
 
     #[test]
-    fn version_1_is_asked_too() {
+    fn reads_version_1_too() {
         let one = mounts(&[
             ("memory/memory.limit_in_bytes", "9223372036854771712\n"),
             ("memory/pod/memory.limit_in_bytes", "3000\n"),
@@ -206,14 +206,14 @@ mod tests {
     }
 
     #[test]
-    fn the_lowest_limit_counts_and_decides_what_is_counted() {
+    fn the_lowest_limit_decides_which_memory_counts() {
         let limit = |machine, group, address_space| {
             let limit = lowest(machine, group, address_space);
             let memory = ProcessMemory {
                 resident: 1,
                 address_space: 2,
             };
-            (limit.bytes, memory.counted_by(limit.by))
+            (limit.bytes, memory.counted_by(limit.kind))
         };
         assert_eq!(limit(900, None, None), (900, 1));
         assert_eq!(limit(900, Some(300), Some(400)), (300, 1));
@@ -222,23 +222,23 @@ mod tests {
     }
 
     #[test]
-    fn what_this_process_takes_grows_with_what_it_holds() {
+    fn allocating_memory_raises_the_memory_of_this_process() {
         const BYTES: usize = 64 << 20;
         let before = process_memory().unwrap();
-        let held = std::hint::black_box(vec![1_u8; BYTES]);
+        let allocated = std::hint::black_box(vec![1_u8; BYTES]);
         let after = process_memory().unwrap();
-        // Other tests run beside this one.
+        // Other tests run at the same time.
         assert!(after.resident > before.resident + (BYTES / 2) as u64);
         assert!(after.address_space >= after.resident);
-        drop(held);
+        drop(allocated);
     }
 
     #[test]
-    fn there_is_some_memory_and_room_only_where_a_directory_is() {
+    fn reports_the_memory_of_the_machine_and_the_space_of_a_directory() {
         assert!(memory_limit().bytes > 1 << 20);
         let here = tempfile::tempdir().unwrap();
-        let room = room_in(here.path()).unwrap();
-        assert!(0 < room.free && room.free <= room.size, "{room:?}");
-        assert!(room_in(&here.path().join("nowhere")).is_err());
+        let space = disk_space(here.path()).unwrap();
+        assert!(0 < space.free && space.free <= space.size, "{space:?}");
+        assert!(disk_space(&here.path().join("nowhere")).is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! simd-json, with what it works in kept between calls.
+//! simd-json with buffers that are reused between calls.
 
 use std::cell::RefCell;
 
@@ -14,8 +14,8 @@ struct Scratch {
     buffers: Buffers,
 }
 
-/// Hands `parse` a copy of `json`, since simd-json rewrites strings in place and the bytes of a
-/// request or a message are shared, and the buffers that it would else allocate each time.
+/// Calls `parse` with a copy of `json` and reused buffers. The copy is necessary because simd-json
+/// rewrites strings in place, and the bytes of a request or a message are shared.
 pub(crate) fn in_place<T>(json: &[u8], parse: impl FnOnce(&mut [u8], &mut Buffers) -> T) -> T {
     SCRATCH.with_borrow_mut(|Scratch { bytes, buffers }| {
         bytes.clear();

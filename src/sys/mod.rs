@@ -1,8 +1,9 @@
-//! What the modules above need of the system and of libraries.
+//! Interfaces to the operating system, and small wrappers of libraries.
 //!
 //! - [`exec`]: thread pools for blocking work, with their priorities.
-//! - [`tasks`]: tasks whose end is the end of the process.
-//! - [`host`]: control groups, processors and disks.
+//! - [`tasks`]: tasks whose failure ends the process.
+//! - [`host`]: memory limits and disk space.
+//! - [`progress`]: a progress bar.
 
 pub mod exec;
 pub(crate) mod hex;

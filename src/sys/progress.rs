@@ -3,35 +3,35 @@
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::time::Instant;
 
-/// Rows and bytes that were transferred; shows on a terminal only.
+/// A bar with the transferred rows and bytes; invisible if stderr is not a terminal.
 pub struct Bar {
     bar: ProgressBar,
-    begun: Instant,
+    started: Instant,
 }
 
 impl Bar {
-    /// Of `bytes_total` bytes (0: unknown) that are transferred since `begun`.
+    /// A bar for a transfer of `bytes_total` bytes (0 if unknown) since `started`.
     #[must_use]
-    pub fn new(bytes_total: u64, begun: Instant) -> Self {
+    pub fn new(bytes_total: u64, started: Instant) -> Self {
         let bar = ProgressBar::with_draw_target(
             (bytes_total > 0).then_some(bytes_total),
             ProgressDrawTarget::stderr(),
         )
-        .with_elapsed(begun.elapsed());
+        .with_elapsed(started.elapsed());
         let template = match bytes_total {
             0 => "{spinner} {bytes} {bytes_per_sec} {msg}",
             _ => "{bar:30} {percent}% {bytes}/{total_bytes} {bytes_per_sec} {msg} {eta} left",
         };
-        // The templates are constants that hold.
+        // The templates are valid constants.
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
-        Self { bar, begun }
+        Self { bar, started }
     }
 
-    /// Shows the progress.
+    /// Updates the bar.
     pub fn set(&self, rows: u64, bytes: u64) {
-        let elapsed_s = self.begun.elapsed().as_secs_f64().max(0.001);
+        let elapsed_s = self.started.elapsed().as_secs_f64().max(0.001);
         self.bar.set_position(bytes);
         let rows_per_s = (rows as f64 / elapsed_s) as u64;
         self.bar

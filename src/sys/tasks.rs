@@ -1,7 +1,7 @@
-//! Tasks that a process can't go on without.
+//! Critical tasks: if one of them fails, the process ends.
 //!
-//! After a panic in a task a process could look healthy and do only a part of its work. Here a
-//! panic in a critical task ends the process with the reason, and a service manager restarts it.
+//! After a panic in a task, a process could look healthy and do only part of its work. Here a panic in
+//! a critical task ends the process with the reason, and a service manager restarts it.
 
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
@@ -11,7 +11,7 @@ use futures_util::FutureExt;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// Why a process can't go on.
+/// A critical task has ended.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("task {task} ended: {why}")]
 pub struct TaskEnded {
@@ -21,7 +21,7 @@ pub struct TaskEnded {
     pub why: Arc<str>,
 }
 
-/// Starts critical tasks and records the first that failed. Clones share the record.
+/// Starts critical tasks and records the first failure. Clones share the record.
 #[derive(Clone)]
 pub struct CriticalTasks(Arc<watch::Sender<Option<TaskEnded>>>);
 
@@ -56,7 +56,7 @@ impl CriticalTasks {
         }
     }
 
-    /// Reports that `task` ended, so that the process can't go on.
+    /// Records that `task` has ended, which ends the process.
     pub fn fail(&self, task: &'static str, why: &str) {
         let ended = TaskEnded {
             task,
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_panic_is_the_end_and_a_return_is_not() {
+    async fn a_panic_is_a_failure_and_a_return_is_not() {
         let tasks = CriticalTasks::default();
         assert_eq!(tasks.spawn("quick", async { 1 }).await.unwrap(), Some(1));
         assert_eq!(tasks.failed().now_or_never(), None);

@@ -1,13 +1,13 @@
 //! The fast path: answers `GET /get?user_id=ID` and `POST /set` of one patch before hyper reads them.
 //!
-//! Nearly all requests are of these two kinds. Beyond the kernel's part, most of their cost was hyper's
-//! and axum's: a header map, a URI, a service's future, a channel for the body, a header encoded from a
-//! map. ADR 0002 in `docs/internals/adr` has the measurements.
+//! Nearly all requests are of these two kinds. Apart from the kernel, most of their cost was in hyper
+//! and axum: a header map, a URI, the future of a service, a channel for the body, encoding headers.
+//! ADR 0002 in `docs/internals/adr` has the measurements.
 //!
-//! A connection begins here. The first request that the fast path does not handle (see `request`) goes
-//! to hyper, unread, together with the connection. So hyper and the router alone decide what is an
-//! error, and report it. The connection comes back with the next request that the fast path handles
-//! (see `prefixed`). The responses are hyper's, byte for byte (`response`).
+//! Every connection starts on the fast path. The first request that it does not handle (see `request`)
+//! goes to hyper, unparsed, together with the connection. So only hyper and the router decide what is
+//! an error, and report it. The connection returns with the next request that the fast path handles
+//! (see `prefixed`). The responses are byte for byte those of hyper (`response`).
 
 mod prefixed;
 pub mod request;
@@ -25,10 +25,10 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::http::connection::Connection;
-use crate::http::instrument::{FailedFast, HttpMetrics, InFlight};
+use crate::http::connection::ConnectionState;
+use crate::http::instrument::{FastPathError, HttpMetrics, InFlightGuard};
 use crate::replication::PendingWrite;
-pub(super) use prefixed::Prefixed;
+pub(super) use prefixed::PrefixedStream;
 use request::{Get, NotFast, Set};
 use response::Responses;
 
@@ -36,9 +36,9 @@ use response::Responses;
 const READ_BYTES: usize = 4096;
 /// The longest header on the fast path, in bytes.
 const HEADER_BYTES_MAX: usize = 8 * 1024;
-/// Reads before other tasks have their turn; hyper allows as many.
+/// Reads without waiting before the task yields to others; as many as in hyper.
 const READS_MAX: usize = 16;
-/// How long the fast path waits for the rest of a body. Then hyper waits on.
+/// How long the fast path waits for the rest of a body. After that, hyper waits for it.
 const BODY_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// The route of a port that the fast path answers.
@@ -52,16 +52,16 @@ pub enum FastRoute {
 
 /// Answers reads.
 pub trait GetRoute: Send + Sync {
-    /// Appends the body of the response to `body`; appends nothing for [`Found::Fallback`].
-    fn get(&self, request: &Get<'_>, body: &mut Vec<u8>) -> Found;
+    /// Appends the body of the response to `body`; appends nothing for [`GetOutcome::Fallback`].
+    fn get(&self, request: &Get<'_>, body: &mut Vec<u8>) -> GetOutcome;
 }
 
 /// The outcome of a read.
-pub enum Found {
+pub enum GetOutcome {
     /// 200.
     Grade,
     /// 404.
-    Nobody,
+    NotFound,
     /// The router answers.
     Fallback,
 }
@@ -81,17 +81,17 @@ pub(super) struct FastPath {
     pub(super) metrics: Arc<HttpMetrics>,
 }
 
-/// A connection that is handed to hyper.
+/// The state of a connection that hyper takes over.
 pub(super) struct Handoff {
     /// The bytes that were read and not answered.
     pub(super) bytes: Vec<u8>,
     /// The error of the first request, if it has been executed.
-    pub(super) failed: Option<FailedFast>,
+    pub(super) failed: Option<FastPathError>,
 }
 
 impl FastPath {
-    /// Answers requests until one comes that hyper has to answer, or until the client has sent all or
-    /// `connection` drains (`None`). `held` was read from `stream` before.
+    /// Answers requests until one arrives that hyper has to answer. Returns `None` once the client has
+    /// closed its side or `connection` drains. `held` was read from `stream` before.
     ///
     /// # Errors
     /// The connection broke.
@@ -99,7 +99,7 @@ impl FastPath {
         &self,
         held: Vec<u8>,
         stream: &mut TcpStream,
-        connection: &Connection,
+        connection: &ConnectionState,
     ) -> io::Result<Option<Handoff>> {
         let connection = FastConnection {
             stream,
@@ -107,29 +107,29 @@ impl FastPath {
             connection,
             reads: 0,
             held,
-            missing: Missing::Nothing,
+            awaiting: Awaiting::Request,
             unsent: Vec::new(),
         };
         connection.serve().await
     }
 
-    /// Whether the fast path answers the request at the beginning of `bytes`, as far as its header tells.
-    pub(super) fn takes(&self, bytes: &[u8]) -> bool {
+    /// Whether the fast path handles the request at the beginning of `bytes`, judging by its header.
+    pub(super) fn accepts(&self, bytes: &[u8]) -> bool {
         match self.route {
             FastRoute::Get(_) => request::get(bytes).is_ok(),
             FastRoute::Set(_) => request::set(bytes).is_ok(),
         }
     }
 
-    /// Answers the reads at the beginning of `bytes`; the bytes that follow them, and why they were not
-    /// answered.
+    /// Answers the reads at the beginning of `bytes`. Returns the bytes after them, and why those were
+    /// not answered.
     #[expect(clippy::indexing_slicing, reason = "`get` was read from `bytes`")]
     fn get_all<'a>(
         &self,
         mut bytes: &'a [u8],
         route: &dyn GetRoute,
         responses: &mut Responses,
-        connection: &Connection,
+        connection: &ConnectionState,
     ) -> (&'a [u8], NotFast) {
         while !bytes.is_empty() {
             let get = match request::get(bytes) {
@@ -137,26 +137,26 @@ impl FastPath {
                 Err(not_fast) => return (bytes, not_fast),
             };
             let started = Instant::now();
-            let found = responses.read(started, |body| {
-                caught(|| route.get(&get, body)).unwrap_or(Found::Fallback)
+            let outcome = responses.read(started, |body| {
+                catch_panic(|| route.get(&get, body)).unwrap_or(GetOutcome::Fallback)
             });
-            match found {
-                Found::Grade => self.metrics.fast_get(true, started, connection),
-                Found::Nobody => self.metrics.fast_get(false, started, connection),
-                Found::Fallback => return (bytes, NotFast::Fallback),
+            match outcome {
+                GetOutcome::Grade => self.metrics.record_fast_get(true, started, connection),
+                GetOutcome::NotFound => self.metrics.record_fast_get(false, started, connection),
+                GetOutcome::Fallback => return (bytes, NotFast::Fallback),
             }
             bytes = &bytes[get.len..];
         }
         (bytes, NotFast::Incomplete)
     }
 
-    /// Submits the write at the beginning of `bytes`; `waited` if its body was missing before.
+    /// Submits the write at the beginning of `bytes`. `waited` is set if its body was incomplete before.
     fn set(
         &self,
         bytes: &[u8],
-        waited: Option<Running>,
+        waited: Option<PendingSet>,
         route: &dyn SetRoute,
-        connection: &Connection,
+        connection: &ConnectionState,
     ) -> Submitted {
         let Set {
             authorization,
@@ -164,137 +164,136 @@ impl FastPath {
             len,
         } = match request::set(bytes) {
             Ok(set) => set,
-            Err(NotFast::Incomplete) => return Submitted::Missing(Missing::Header),
+            Err(NotFast::Incomplete) => return Submitted::Incomplete(Awaiting::Header),
             Err(NotFast::Fallback) => return Submitted::Fallback,
         };
         let started = Instant::now();
-        let admitted = || caught(|| route.admits(authorization)).unwrap_or(false);
+        let admitted = || catch_panic(|| route.admits(authorization)).unwrap_or(false);
         if waited.is_none() && !admitted() {
             return Submitted::Fallback;
         }
         let body = bytes.get(body_at..len);
         let write = match body {
-            Some(body) => match caught(|| route.submit(body)).flatten() {
+            Some(body) => match catch_panic(|| route.submit(body)).flatten() {
                 Some(write) => Some(write),
                 None => return Submitted::Fallback,
             },
             None => None,
         };
         connection.begin();
-        let running = waited.unwrap_or_else(|| Running {
+        let running = waited.unwrap_or_else(|| PendingSet {
             started,
             len,
-            _in_flight: InFlight::begin(&self.metrics),
+            _in_flight: InFlightGuard::begin(&self.metrics),
         });
         match write {
             Some(write) => Submitted::Pending(write, running),
-            None => Submitted::Missing(Missing::Body(running)),
+            None => Submitted::Incomplete(Awaiting::Body(running)),
         }
     }
 }
 
 /// The outcome of submitting a write.
 enum Submitted {
-    Pending(PendingWrite, Running),
-    Missing(Missing),
+    Pending(PendingWrite, PendingSet),
+    Incomplete(Awaiting),
     Fallback,
 }
 
-/// A write whose header was read.
-struct Running {
+/// A write whose header is complete.
+struct PendingSet {
     started: Instant,
     /// The length of its request in bytes.
     len: usize,
-    _in_flight: InFlight,
+    _in_flight: InFlightGuard,
 }
 
-/// What the held bytes lack to be a request.
-enum Missing {
-    /// They may be one.
-    Nothing,
+/// The part of a request that a connection waits for.
+enum Awaiting {
+    /// A whole request: the held bytes, if any, are not parsed yet.
+    Request,
     /// The end of the header.
     Header,
     /// The end of the body.
-    Body(Running),
+    Body(PendingSet),
 }
 
 /// The next step of a connection.
-enum Step {
-    /// Reads, or goes on with the held bytes.
-    GoOn,
-    /// Waits for a write.
-    Wait(PendingWrite, Running),
-    /// Hands the held bytes to hyper.
-    Handoff(Option<FailedFast>),
-    /// Ends.
-    End,
+enum ConnectionStep {
+    /// Parse the held bytes, or read more.
+    Continue,
+    /// Wait for a write.
+    Wait(PendingWrite, PendingSet),
+    /// Hand the held bytes to hyper.
+    Handoff(Option<FastPathError>),
+    /// Close the connection.
+    Close,
 }
 
 /// A connection on the fast path.
 struct FastConnection<'a> {
     stream: &'a mut TcpStream,
     path: &'a FastPath,
-    connection: &'a Connection,
-    /// Reads since there was nothing to read.
+    connection: &'a ConnectionState,
+    /// Consecutive reads that did not have to wait.
     reads: usize,
-    /// Read and not answered. Where writes come one by one its memory is kept for the next.
+    /// Bytes that were read and not answered. The memory is reused for the next write.
     held: Vec<u8>,
-    /// What they lack.
-    missing: Missing,
-    /// Responses that are not sent yet. Nothing more is read until they are.
+    awaiting: Awaiting,
+    /// Responses that are not sent yet. The connection reads nothing more until they are.
     unsent: Vec<u8>,
 }
 
 impl FastConnection<'_> {
     async fn serve(mut self) -> io::Result<Option<Handoff>> {
         loop {
-            let step = if self.held.is_empty() || self.lacks_bytes() {
+            let step = if self.held.is_empty() || self.is_incomplete() {
                 self.read().await?
             } else {
-                self.take_held()?
+                self.process_held()?
             };
             let step = match step {
-                Step::Wait(write, running) => self.finish(write, running).await?,
+                ConnectionStep::Wait(write, running) => self.finish(write, running).await?,
                 step => step,
             };
             if !self.unsent.is_empty() {
                 self.stream.write_all(&self.unsent).await?;
-                // There is rarely more.
+                // Unsent responses are rare, so their memory is not kept.
                 self.unsent = Vec::new();
             }
             match step {
-                Step::Handoff(failed) => {
+                ConnectionStep::Handoff(failed) => {
                     let bytes = self.held;
                     return Ok(Some(Handoff { bytes, failed }));
                 }
-                Step::End => return Ok(None),
-                // The response has announced the end of the connection.
-                _ if self.connection.drains() && !self.lacks_bytes() => return Ok(None),
+                ConnectionStep::Close => return Ok(None),
+                // The response had the header `connection: close`.
+                _ if self.connection.is_draining() && !self.is_incomplete() => return Ok(None),
                 _ => {}
             }
         }
     }
 
-    fn lacks_bytes(&self) -> bool {
-        !matches!(self.missing, Missing::Nothing)
+    fn is_incomplete(&self) -> bool {
+        !matches!(self.awaiting, Awaiting::Request)
     }
 
-    async fn read(&mut self) -> io::Result<Step> {
-        let in_body = matches!(self.missing, Missing::Body(_));
+    async fn read(&mut self) -> io::Result<ConnectionStep> {
+        let in_body = matches!(self.awaiting, Awaiting::Body(_));
         let read = poll_fn(|cx| self.poll_read(cx));
         if !in_body {
             return read.await;
         }
         let read = tokio::time::timeout(BODY_WAIT_MAX, read).await;
-        read.unwrap_or(Ok(Step::Handoff(None)))
+        read.unwrap_or(Ok(ConnectionStep::Handoff(None)))
     }
 
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Step>> {
-        // A request that was admitted is finished.
-        if self.connection.drains() && !matches!(self.missing, Missing::Body(_)) {
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<ConnectionStep>> {
+        // An admitted request is finished first.
+        if self.connection.is_draining() && !matches!(self.awaiting, Awaiting::Body(_)) {
             return Poll::Ready(Ok(match self.held.is_empty() {
-                true => Step::End,
-                false => Step::Handoff(None),
+                true => ConnectionStep::Close,
+                false => ConnectionStep::Handoff(None),
             }));
         }
         self.reads += 1;
@@ -303,8 +302,8 @@ impl FastConnection<'_> {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let mut space = [const { MaybeUninit::uninit() }; READ_BYTES];
-        let mut read = ReadBuf::uninit(&mut space);
+        let mut buffer = [const { MaybeUninit::uninit() }; READ_BYTES];
+        let mut read = ReadBuf::uninit(&mut buffer);
         let Poll::Ready(done) = Pin::new(&mut *self.stream).poll_read(cx, &mut read) else {
             self.reads = 0;
             return Poll::Pending;
@@ -312,87 +311,91 @@ impl FastConnection<'_> {
         done?;
         let read = read.filled();
         Poll::Ready(match (self.held.is_empty(), read.is_empty()) {
-            (true, true) => Ok(Step::End),
-            (true, false) => self.take(read),
-            // hyper judges a request that the client did not finish.
-            (false, true) => Ok(Step::Handoff(None)),
+            (true, true) => Ok(ConnectionStep::Close),
+            (true, false) => self.process(read),
+            // hyper handles a request that the client did not finish.
+            (false, true) => Ok(ConnectionStep::Handoff(None)),
             (false, false) => {
                 self.held.extend_from_slice(read);
-                let complete = match &self.missing {
-                    Missing::Body(running) => self.held.len() >= running.len,
-                    // Some clients send a byte at a time: a header ends with a line.
+                let complete = match &self.awaiting {
+                    Awaiting::Body(running) => self.held.len() >= running.len,
+                    // Some clients send a byte at a time, and a header ends with a newline.
                     _ => read.contains(&b'\n') || self.held.len() >= HEADER_BYTES_MAX,
                 };
                 match complete {
-                    true => self.take_held(),
-                    false => Ok(Step::GoOn),
+                    true => self.process_held(),
+                    false => Ok(ConnectionStep::Continue),
                 }
             }
         })
     }
 
-    fn take_held(&mut self) -> io::Result<Step> {
+    fn process_held(&mut self) -> io::Result<ConnectionStep> {
         let held = mem::take(&mut self.held);
-        self.take(&held)
+        self.process(&held)
     }
 
     /// Answers the requests at the beginning of `bytes`, up to the first write, and holds the rest.
-    fn take(&mut self, bytes: &[u8]) -> io::Result<Step> {
+    fn process(&mut self, bytes: &[u8]) -> io::Result<ConnectionStep> {
         let (path, connection) = (self.path, self.connection);
         let (rest, submitted) = match &path.route {
             FastRoute::Get(route) => Responses::with(|responses| {
                 let (rest, not_fast) = path.get_all(bytes, &**route, responses, connection);
                 let submitted = match not_fast {
-                    NotFast::Incomplete => Submitted::Missing(Missing::Header),
+                    NotFast::Incomplete => Submitted::Incomplete(Awaiting::Header),
                     NotFast::Fallback => Submitted::Fallback,
                 };
                 self.send(responses.bytes()).map(|()| (rest, submitted))
             })?,
             FastRoute::Set(route) => {
-                let waited = match mem::replace(&mut self.missing, Missing::Nothing) {
-                    Missing::Body(running) => Some(running),
-                    Missing::Nothing | Missing::Header => None,
+                let waited = match mem::replace(&mut self.awaiting, Awaiting::Request) {
+                    Awaiting::Body(running) => Some(running),
+                    Awaiting::Request | Awaiting::Header => None,
                 };
                 (bytes, path.set(bytes, waited, &**route, connection))
             }
         };
         self.held.extend_from_slice(rest);
-        self.missing = Missing::Nothing;
+        self.awaiting = Awaiting::Request;
         Ok(match submitted {
-            Submitted::Pending(write, running) => Step::Wait(write, running),
-            Submitted::Missing(Missing::Header) if rest.len() >= HEADER_BYTES_MAX => {
-                Step::Handoff(None)
+            Submitted::Pending(write, running) => ConnectionStep::Wait(write, running),
+            Submitted::Incomplete(Awaiting::Header) if rest.len() >= HEADER_BYTES_MAX => {
+                ConnectionStep::Handoff(None)
             }
-            Submitted::Missing(missing) => {
-                self.missing = missing;
-                Step::GoOn
+            Submitted::Incomplete(awaiting) => {
+                self.awaiting = awaiting;
+                ConnectionStep::Continue
             }
-            Submitted::Fallback => Step::Handoff(None),
+            Submitted::Fallback => ConnectionStep::Handoff(None),
         })
     }
 
-    /// Waits for a write, and answers it, unless it failed.
-    async fn finish(&mut self, write: PendingWrite, running: Running) -> io::Result<Step> {
-        let Running {
+    /// Waits for a write and answers it. A failed write is handed to hyper.
+    async fn finish(
+        &mut self,
+        write: PendingWrite,
+        running: PendingSet,
+    ) -> io::Result<ConnectionStep> {
+        let PendingSet {
             started,
             len,
             _in_flight,
         } = running;
         let seq = match write.await {
             Ok(seq) => seq,
-            Err(error) => return Ok(Step::Handoff(Some((error.into(), started)))),
+            Err(error) => return Ok(ConnectionStep::Handoff(Some((error.into(), started)))),
         };
-        let now = self.path.metrics.fast_set(started, self.connection);
-        let closes = self.connection.drains();
+        let now = self.path.metrics.record_fast_set(started, self.connection);
+        let closes = self.connection.is_draining();
         Responses::with(|responses| {
             responses.written(seq, closes, now);
             self.send(responses.bytes())
         })?;
         self.held.drain(..len.min(self.held.len()));
-        Ok(Step::GoOn)
+        Ok(ConnectionStep::Continue)
     }
 
-    /// Sends `responses`, and keeps what can't be sent now as `unsent`.
+    /// Sends `responses`. The part that can't be sent now goes into `unsent`.
     #[expect(clippy::indexing_slicing, reason = "no more was sent than there was")]
     fn send(&mut self, responses: &[u8]) -> io::Result<()> {
         if responses.is_empty() {
@@ -407,7 +410,7 @@ impl FastConnection<'_> {
     }
 }
 
-/// The result of `run`; `None` if it panics. The router runs it again, and reports the panic.
-fn caught<T>(run: impl FnOnce() -> T) -> Option<T> {
+/// The result of `run`; `None` if it panics. Then the router runs it again and reports the panic.
+fn catch_panic<T>(run: impl FnOnce() -> T) -> Option<T> {
     std::panic::catch_unwind(AssertUnwindSafe(run)).ok()
 }

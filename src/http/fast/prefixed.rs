@@ -1,7 +1,7 @@
-//! A socket for hyper, from which bytes were read before, and which hyper gives back.
+//! The socket that hyper uses, with bytes that the fast path has already read.
 //!
-//! Between two exchanges hyper reads the next request. These bytes are looked at first: if the fast path
-//! answers them, hyper gets nothing and the connection returns to the fast path.
+//! Between two exchanges hyper reads the next request. This module inspects these bytes first: if the
+//! fast path handles the request, hyper gets nothing and the connection returns to the fast path.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -15,21 +15,21 @@ use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::{FastPath, READ_BYTES};
-use crate::http::connection::Connection;
+use crate::http::connection::ConnectionState;
 
-/// Gives hyper the bytes that were read before, and then those of the socket.
-pub(in crate::http) struct Prefixed {
+/// Yields the bytes that were read before, then those of the socket.
+pub(in crate::http) struct PrefixedStream {
     read: Vec<u8>,
     io: TokioIo<TcpStream>,
-    connection: Arc<Connection>,
+    connection: Arc<ConnectionState>,
     path: Option<Arc<FastPath>>,
 }
 
-impl Prefixed {
+impl PrefixedStream {
     pub(in crate::http) fn new(
         read: Vec<u8>,
         stream: TcpStream,
-        connection: Arc<Connection>,
+        connection: Arc<ConnectionState>,
         path: Option<Arc<FastPath>>,
     ) -> Self {
         let io = TokioIo::new(stream);
@@ -46,13 +46,13 @@ impl Prefixed {
         (self.read, self.io.into_inner())
     }
 
-    /// Reads the beginning of the next request. Pending if the connection returns to the fast path, too.
+    /// Reads the beginning of the next request. Also pending if the connection returns to the fast path.
     fn poll_next_request(&mut self, path: &FastPath, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut space = [const { MaybeUninit::uninit() }; READ_BYTES];
-        let mut read = ReadBuf::uninit(&mut space);
+        let mut buffer = [const { MaybeUninit::uninit() }; READ_BYTES];
+        let mut read = ReadBuf::uninit(&mut buffer);
         std::task::ready!(Pin::new(self.io.inner_mut()).poll_read(cx, &mut read))?;
         self.read.extend_from_slice(read.filled());
-        if path.takes(&self.read) {
+        if path.accepts(&self.read) {
             self.connection.return_to_fast_path();
             return Poll::Pending;
         }
@@ -60,12 +60,12 @@ impl Prefixed {
     }
 }
 
-impl Read for Prefixed {
-    #[expect(clippy::indexing_slicing, reason = "`given` is at most its length")]
+impl Read for PrefixedStream {
+    #[expect(clippy::indexing_slicing, reason = "`copied` is at most its length")]
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        mut space: ReadBufCursor<'_>,
+        mut buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.read.is_empty() {
@@ -74,13 +74,13 @@ impl Read for Prefixed {
                 .clone()
                 .filter(|_| this.connection.is_between_exchanges())
             else {
-                return Pin::new(&mut this.io).poll_read(cx, space);
+                return Pin::new(&mut this.io).poll_read(cx, buffer);
             };
             std::task::ready!(this.poll_next_request(&path, cx))?;
         }
-        let given = this.read.len().min(space.remaining());
-        space.put_slice(&this.read[..given]);
-        this.read.drain(..given);
+        let copied = this.read.len().min(buffer.remaining());
+        buffer.put_slice(&this.read[..copied]);
+        this.read.drain(..copied);
         if this.read.is_empty() {
             this.read = Vec::new();
         }
@@ -88,7 +88,7 @@ impl Read for Prefixed {
     }
 }
 
-impl Write for Prefixed {
+impl Write for PrefixedStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -98,7 +98,7 @@ impl Write for Prefixed {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // hyper flushes once it has written all that it holds.
+        // hyper flushes once it has written all of its buffer.
         let flushed = Pin::new(&mut self.io).poll_flush(cx);
         if let Poll::Ready(Ok(())) = flushed {
             self.connection.flushed();

@@ -1,9 +1,9 @@
-//! Parses the requests that the fast path answers. `httparse` reads header lines, as it does in hyper.
+//! Parses the requests that the fast path answers, with `httparse`, as hyper does.
 //!
-//! A few headers change the response; all others do not. A request with one of the few that the fast
-//! path does not handle is left to hyper and the router.
+//! Only a few headers affect the response. Hyper and the router answer a request that has one of them
+//! that the fast path does not support.
 //!
-//! `tests/fuzz` compares this with a plain reading of the same rules.
+//! `tests/fuzz` compares this parser with a simple implementation of the same rules.
 
 use std::mem::MaybeUninit;
 
@@ -11,7 +11,7 @@ use httparse::{Header, Request, Status};
 
 use crate::log::Seq;
 
-/// The most header lines, as in hyper.
+/// The maximum number of header lines, as in hyper.
 const LINES_MAX: usize = 100;
 /// The target of a read, up to the id.
 const GET_TARGET: &str = "/get?user_id=";
@@ -19,12 +19,12 @@ const SET_TARGET: &str = "/set";
 /// The largest body of a write on the fast path, in bytes.
 pub const BODY_BYTES_MAX: usize = 8 * 1024;
 
-/// Why bytes are no request for the fast path.
+/// Why the fast path does not handle a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NotFast {
     /// The header is not complete.
     Incomplete,
-    /// Another request, or an invalid one: hyper decides.
+    /// Another request, or an invalid one, which hyper handles.
     Fallback,
 }
 
@@ -44,7 +44,7 @@ pub struct Get<'a> {
 pub struct Set<'a> {
     /// The value of `Authorization`.
     pub authorization: Option<&'a [u8]>,
-    /// Where the body begins.
+    /// The offset of the body.
     pub body_at: usize,
     /// The length of the request in bytes, with its body, which may not have arrived yet.
     pub len: usize,
@@ -65,25 +65,25 @@ pub fn get(bytes: &[u8]) -> Result<Get<'_>, NotFast> {
         len,
     };
     for line in head.headers.iter() {
-        let understood = match Special::of(line) {
+        let supported = match RelevantHeader::of(line) {
             None => true,
-            Some(Special::GradePosition) => {
+            Some(RelevantHeader::GradePosition) => {
                 let position = position(line.value).ok_or(NotFast::Fallback)?;
                 get.position.replace(position).is_none()
             }
-            Some(Special::Connection) => keeps_alive(line.value),
-            // They say something about bodies, and a read has none.
-            Some(Special::Authorization | Special::ContentType) => true,
-            Some(Special::ContentLength | Special::Other) => false,
+            Some(RelevantHeader::Connection) => keeps_alive(line.value),
+            // They have no effect on a read.
+            Some(RelevantHeader::Authorization | RelevantHeader::ContentType) => true,
+            Some(RelevantHeader::ContentLength | RelevantHeader::Unsupported) => false,
         };
-        if !understood {
+        if !supported {
             return Err(NotFast::Fallback);
         }
     }
     Ok(get)
 }
 
-/// Parses the write at the beginning of `bytes`, of which the body may be missing.
+/// Parses the write at the beginning of `bytes`. Its body may be incomplete.
 ///
 /// # Errors
 /// See [`NotFast`].
@@ -99,20 +99,20 @@ fn set_of<'a>(head: &Request<'_, 'a>, body_at: usize) -> Option<Set<'a>> {
     }
     let (mut authorization, mut body_len, mut is_json) = (None, None, false);
     for line in head.headers.iter() {
-        let understood = match Special::of(line) {
+        let supported = match RelevantHeader::of(line) {
             None => true,
-            Some(Special::ContentLength) => body_len.replace(length(line.value)?).is_none(),
-            Some(Special::Authorization) => authorization.replace(line.value).is_none(),
-            Some(Special::ContentType) => {
+            Some(RelevantHeader::ContentLength) => body_len.replace(length(line.value)?).is_none(),
+            Some(RelevantHeader::Authorization) => authorization.replace(line.value).is_none(),
+            Some(RelevantHeader::ContentType) => {
                 let json = line.value.eq_ignore_ascii_case(b"application/json");
                 !std::mem::replace(&mut is_json, true) && json
             }
-            Some(Special::Connection) => keeps_alive(line.value),
-            // A write waits for no position.
-            Some(Special::GradePosition) => true,
-            Some(Special::Other) => false,
+            Some(RelevantHeader::Connection) => keeps_alive(line.value),
+            // A write does not wait for a position.
+            Some(RelevantHeader::GradePosition) => true,
+            Some(RelevantHeader::Unsupported) => false,
         };
-        if !understood {
+        if !supported {
             return None;
         }
     }
@@ -123,7 +123,7 @@ fn set_of<'a>(head: &Request<'_, 'a>, body_at: usize) -> Option<Set<'a>> {
     })
 }
 
-/// The request line and header lines of a request with `method`, and their length.
+/// Parses the request line and header lines of a request with `method`. Returns them and their length.
 fn head<'a, 'lines>(
     bytes: &'a [u8],
     lines: &'lines mut [MaybeUninit<Header<'a>>],
@@ -141,31 +141,31 @@ fn head<'a, 'lines>(
     }
 }
 
-/// A header that may change the response.
-enum Special {
+/// A header that may affect the response.
+enum RelevantHeader {
     Authorization,
     Connection,
     ContentLength,
     ContentType,
     GradePosition,
-    /// One that the fast path does not handle.
-    Other,
+    /// A header that the fast path does not support.
+    Unsupported,
 }
 
-impl Special {
+impl RelevantHeader {
     fn of(line: &Header<'_>) -> Option<Self> {
         let named = |name: &str| line.name.eq_ignore_ascii_case(name);
-        // Most names are told apart by their length.
+        // The length rules out most names.
         match line.name.len() {
-            6 if named("expect") => Some(Self::Other),
-            7 if named("upgrade") => Some(Self::Other),
+            6 if named("expect") => Some(Self::Unsupported),
+            7 if named("upgrade") => Some(Self::Unsupported),
             10 if named("connection") => Some(Self::Connection),
             12 if named("content-type") => Some(Self::ContentType),
-            12 if named("x-request-id") => Some(Self::Other),
+            12 if named("x-request-id") => Some(Self::Unsupported),
             13 if named("authorization") => Some(Self::Authorization),
             14 if named("content-length") => Some(Self::ContentLength),
             14 if named("grade-position") => Some(Self::GradePosition),
-            17 if named("transfer-encoding") => Some(Self::Other),
+            17 if named("transfer-encoding") => Some(Self::Unsupported),
             _ => None,
         }
     }
@@ -175,7 +175,7 @@ fn keeps_alive(value: &[u8]) -> bool {
     value.eq_ignore_ascii_case(b"keep-alive")
 }
 
-/// A length as RFC 9110 writes one.
+/// Parses `Content-Length` (RFC 9110).
 fn length(digits: &[u8]) -> Option<usize> {
     let length = number(digits, 4)?;
     usize::try_from(length)
@@ -193,8 +193,8 @@ fn number(digits: &[u8], digits_max: usize) -> Option<u64> {
     digits.parse().ok()
 }
 
-/// Whether a byte of a query belongs to the value and ends nothing: RFC 3986's unreserved ones, two
-/// that ids often contain, and those of an encoded id.
+/// Whether a byte of a query is part of the value: the unreserved bytes of RFC 3986, two that ids often
+/// contain, and those of a percent-encoded id.
 fn is_value(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"-._~:@%+".contains(&byte)
 }
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn reads() {
+    fn parses_reads() {
         let whole =
             "GET /get?user_id=a-Z.0_~:@%20+ HTTP/1.1\r\nHost: x\r\nconnection: Keep-Alive\r\n\r\n";
         let wanted = Get {
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn writes() {
+    fn parses_writes() {
         let head = "POST /set HTTP/1.1\r\nHost: x\r\nvia: 1.1 proxy\r\nCONTENT-type: Application/JSON\r\nContent-Length: 2\r\n";
         let whole = format!("{head}Authorization: Basic eDp5\r\n\r\n{{}}");
         let wanted = Set {
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_for_hyper() {
+    fn leaves_other_requests_to_hyper() {
         for target in [
             "/get",
             "/get?user_ids=a",

@@ -1,25 +1,25 @@
-//! The responses of the fast path, as hyper would write them.
+//! The responses of the fast path, byte for byte those of hyper.
 
 use std::cell::RefCell;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::Found;
+use super::GetOutcome;
 use crate::http::request_id;
 use crate::log::Seq;
 
 thread_local! {
-    /// Memory for responses, which is kept.
+    /// Buffers for responses, reused by all connections of a thread.
     static RESPONSES: RefCell<Responses> = RefCell::new(Responses::new());
 }
 
-/// Consecutive responses.
+/// Consecutive responses in one buffer.
 pub(super) struct Responses {
     out: Vec<u8>,
-    /// The body of one.
+    /// The body of the current response.
     body: Vec<u8>,
-    /// The value of `date`.
+    /// The value of the header `date`.
     date: String,
-    /// When the second ends; `None` before the first response.
+    /// The end of the second that `date` names; `None` before the first response.
     date_until: Option<Instant>,
 }
 
@@ -33,11 +33,11 @@ impl Responses {
         }
     }
 
-    /// Passes this thread's to `make`, empty.
-    pub(super) fn with<T>(make: impl FnOnce(&mut Self) -> T) -> T {
+    /// Calls `run` with the empty buffer of this thread.
+    pub(super) fn with<T>(run: impl FnOnce(&mut Self) -> T) -> T {
         RESPONSES.with_borrow_mut(|responses| {
             responses.out.clear();
-            make(responses)
+            run(responses)
         })
     }
 
@@ -46,29 +46,34 @@ impl Responses {
     }
 
     /// Adds the response to a read, whose body `read` appends.
-    pub(super) fn read(&mut self, now: Instant, read: impl FnOnce(&mut Vec<u8>) -> Found) -> Found {
+    pub(super) fn read(
+        &mut self,
+        now: Instant,
+        read: impl FnOnce(&mut Vec<u8>) -> GetOutcome,
+    ) -> GetOutcome {
         self.body.clear();
-        let found = read(&mut self.body);
-        match found {
-            Found::Grade => self.out.extend_from_slice(
+        let outcome = read(&mut self.body);
+        match outcome {
+            GetOutcome::Grade => self.out.extend_from_slice(
                 b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: ",
             ),
-            Found::Nobody => {
+            GetOutcome::NotFound => {
                 self.out.extend_from_slice(
-                    b"HTTP/1.1 404 Not Found\r\ncontent-type: application/problem+json\r\n\
+                    b"HTTP/1.1 404 Not GetOutcome\r\ncontent-type: application/problem+json\r\n\
                       content-length: ",
                 );
             }
-            Found::Fallback => return found,
+            GetOutcome::Fallback => return outcome,
         }
         self.number(self.body.len() as u64);
-        if let Found::Nobody = found {
+        if let GetOutcome::NotFound = outcome {
             self.out.extend_from_slice(b"\r\nx-request-id: ");
-            self.out.extend_from_slice(request_id::made().as_bytes());
+            self.out
+                .extend_from_slice(request_id::generate().as_bytes());
         }
         self.end(now);
         self.out.extend_from_slice(&self.body);
-        found
+        outcome
     }
 
     /// Adds the response to a write that was applied with batch `seq`.
@@ -87,7 +92,7 @@ impl Responses {
         self.out.extend_from_slice(digits.format(number).as_bytes());
     }
 
-    /// Ends the header lines with the date.
+    /// Adds `date` and ends the header.
     fn end(&mut self, now: Instant) {
         if self.date_until.is_none_or(|until| now >= until) {
             let time = SystemTime::now();

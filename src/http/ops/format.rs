@@ -1,4 +1,4 @@
-//! Numbers as people read them. All are taken by reference, as a template gives them.
+//! Formats values for the status page. All take references, because templates pass references.
 
 use std::time::Duration;
 
@@ -7,17 +7,17 @@ use indicatif::{BinaryBytes, HumanCount};
 use crate::http::ops::status::RestoreStatus;
 use crate::http::ops::traffic::RouteTraffic;
 
-/// With a comma between thousands.
+/// `1,234,567`.
 pub(super) fn count(count: &u64) -> HumanCount {
     HumanCount(*count)
 }
 
-/// As `1.50 MiB`.
+/// `1.50 MiB`.
 pub(super) fn bytes(bytes: &u64) -> BinaryBytes {
     BinaryBytes(*bytes)
 }
 
-/// The same in three digits, as `1.50` and `MiB`, for where there is little room.
+/// A size in three digits and its unit: `1.50` and `MiB`.
 pub(super) fn amount(bytes: &u64) -> (String, &'static str) {
     let mut amount = *bytes as f64;
     for unit in ["B", "KiB", "MiB"] {
@@ -29,56 +29,63 @@ pub(super) fn amount(bytes: &u64) -> (String, &'static str) {
     (digits(amount), "GiB")
 }
 
-/// Three of them, or more where they stand before the point.
+/// At least three digits.
 fn digits(number: f64) -> String {
-    let after_point = match number {
-        few if few < 10.0 => 2,
-        some if some < 100.0 => 1,
+    let decimals = match number {
+        number if number < 10.0 => 2,
+        number if number < 100.0 => 1,
         _ => 0,
     };
-    format!("{number:.after_point$}")
+    format!("{number:.decimals$}")
 }
 
-/// The word for so many.
+/// A name such as `catching-up` as a title: `Catching up`. The names of states have no other form on
+/// the page.
+pub(super) fn title(name: &str) -> String {
+    let mut chars = name.chars();
+    let first = chars.next().into_iter().flat_map(char::to_uppercase);
+    first.chain(chars).collect::<String>().replace('-', " ")
+}
+
 pub(super) fn plural(count: &u64, one: &'static str, more: &'static str) -> &'static str {
     if *count == 1 { one } else { more }
 }
 
-/// How many a second.
+/// A rate: `2.2`, or `98,765`.
 pub(super) fn per_s(per_s: &f64) -> String {
     match *per_s {
-        few if few < 10.0 && few > 0.0 => format!("{few:.1}"),
-        many => HumanCount(many.round() as u64).to_string(),
+        rate if rate < 10.0 && rate > 0.0 => format!("{rate:.1}"),
+        rate => HumanCount(rate.round() as u64).to_string(),
     }
 }
 
-/// How many requests a second.
+/// Requests per second.
 pub(super) fn rate(route: &Option<&RouteTraffic>) -> String {
     route.map_or_else(|| "–".to_owned(), |route| per_s(&route.per_s))
 }
 
-/// What they took.
+/// The latencies of recent requests.
 pub(super) fn latencies(route: &Option<&RouteTraffic>) -> String {
     let Some(route) = route else {
         return "not measured yet".to_owned();
     };
     match (route.latency_s_p50, route.latency_s_p99) {
         (Some(p50), Some(p99)) => format!("p50\u{a0}{}, p99\u{a0}{}", short(&p50), short(&p99)),
-        _ => "none lately".to_owned(),
+        _ => "no requests in the last 10 s".to_owned(),
     }
 }
 
-/// In whole seconds, as `1h 2m 3s`.
+/// Whole seconds, as `1h 2m 3s`.
 pub(super) fn duration(seconds: &f64) -> String {
     self::seconds(&(*seconds as u64))
 }
 
-/// The same.
+/// Seconds, as `1h 2m 3s`.
 pub(super) fn seconds(seconds: &u64) -> String {
     humantime::format_duration(Duration::from_secs(*seconds)).to_string()
 }
 
-/// With the unit that fits, as `81.3 µs`; a line does not end within it.
+/// A short time with its unit, as `81.3 µs`, with a no-break space.
 pub(super) fn short(seconds: &f64) -> String {
     let (value, unit) = match *seconds {
         s if s < 0.001 => (s * 1e6, "µs"),
@@ -88,7 +95,7 @@ pub(super) fn short(seconds: &f64) -> String {
     format!("{}\u{a0}{unit}", digits(value))
 }
 
-/// How much of a restore whose size is known is done.
+/// The progress of a restore; `None` if it is done or its size is unknown.
 pub(super) fn percent(restore: &RestoreStatus) -> Option<u64> {
     let share = (restore.rows * 100).checked_div(restore.rows_expected)?;
     (!restore.done).then_some(share.min(100))
@@ -99,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_have_the_unit_that_fits() {
+    fn formats_numbers_with_units() {
         for (seconds, wanted) in [
             (0.0, "0.00 µs"),
             (0.000_081_26, "81.3 µs"),
@@ -132,7 +139,14 @@ mod tests {
             assert_eq!(rate(&Some(&at(per_s))), wanted);
         }
         assert_eq!(rate(&None), "–");
-        let said = latencies(&Some(&at(1.0))).replace('\u{a0}', " ");
-        assert_eq!(said, "p50 100 µs, p99 2.00 ms");
+        let text = latencies(&Some(&at(1.0))).replace('\u{a0}', " ");
+        assert_eq!(text, "p50 100 µs, p99 2.00 ms");
+    }
+
+    #[test]
+    fn formats_names_as_titles() {
+        for (name, wanted) in [("catching-up", "Catching up"), ("éa", "Éa"), ("", "")] {
+            assert_eq!(title(name), wanted);
+        }
     }
 }

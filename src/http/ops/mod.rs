@@ -1,4 +1,4 @@
-//! The ops port: is it alive, is it ready, what does it hold, what does it measure.
+//! The ops port: health checks, metrics, status, the status page and the OpenAPI document.
 
 mod format;
 mod openapi;
@@ -21,8 +21,8 @@ use crate::backup::Snapshots;
 use crate::http::HttpMetrics;
 use crate::http::error::ApiError;
 use crate::http::ops::openapi::OpenApi;
-use crate::http::ops::page::View;
-use crate::http::ops::status::Status;
+use crate::http::ops::page::StatusPage;
+use crate::http::ops::status::NodeStatus;
 use crate::http::ops::traffic::RecentTraffic;
 use crate::log::{Log, RandomId, Seq, now_ns};
 use crate::replication::memory::MemoryGuard;
@@ -30,55 +30,55 @@ use crate::replication::state::{NodeState, Readiness, Unready};
 use crate::replication::{Applied, LastSnapshot, Peers, RestoreTracker, Writer};
 use crate::store::Store;
 use crate::sys::exec::Blocking;
-use crate::sys::host::{Room, memory_limit, room_in};
+use crate::sys::host::{DiskSpace, disk_space, memory_limit};
 use crate::telemetry::Telemetry;
 
-/// How long a file system may take to say how much room it has.
-const ROOM_WAIT_MAX: Duration = Duration::from_secs(1);
+/// How long the file system of the data directory may take to report its space.
+const DISK_SPACE_WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// What the ops port tells of.
+/// The state of the ops port.
 #[derive(Clone)]
 pub struct OpsState {
-    /// This process start's name.
+    /// The id of this process.
     pub node: Arc<str>,
-    /// The replica.
+    /// The id of the replica.
     pub replica: RandomId,
     /// The records.
     pub store: Store,
-    /// How far they have come.
+    /// The position of the records.
     pub applied: Applied,
-    /// The log they come from.
+    /// The log that the replica applies.
     pub log: Arc<dyn Log>,
     /// The write queue.
     pub writer: Writer,
-    /// Whether the replica may answer.
+    /// Whether the replica serves requests.
     pub readiness: Readiness,
-    /// What is measured.
+    /// The metrics of the node.
     pub telemetry: Arc<Telemetry>,
-    /// What is measured about requests.
+    /// The metrics of requests.
     pub http_metrics: Arc<HttpMetrics>,
-    /// What the data ports answered lately.
+    /// The recent requests of the read and write port.
     pub traffic: RecentTraffic,
-    /// What is being restored, or was.
+    /// The current or last restore.
     pub restore: RestoreTracker,
     /// Whether writes may create records.
     pub memory: MemoryGuard,
-    /// Where snapshots go, if any do.
+    /// The snapshots; `None` without a data directory.
     pub snapshots: Option<Snapshots>,
-    /// What was written last.
+    /// The last snapshot.
     pub last_snapshot: LastSnapshot,
     /// The other replicas.
     pub peers: Peers,
-    /// Where the machine is asked.
+    /// Threads for blocking system calls.
     pub blocking: Blocking,
 }
 
 impl OpsState {
-    /// Whether writes are answered.
+    /// Whether the node accepts writes.
     ///
     /// # Errors
-    /// Why not; the log may refuse them while reads go on.
-    pub(super) fn not_ready_for_writes(&self) -> Result<(), Unready> {
+    /// Why not. The log may reject writes while the node serves reads.
+    pub(super) fn check_writable(&self) -> Result<(), Unready> {
         self.readiness.check()?;
         match self.log.unwritable() {
             Some(reason) => Err(Unready {
@@ -89,7 +89,7 @@ impl OpsState {
         }
     }
 
-    /// How old the last batch applied is while the log goes on to `log_end`, in seconds, else 0.
+    /// The age of the last applied batch in seconds, or 0 if it is the last one of the log.
     pub(super) fn lag_s(&self, log_end: Seq) -> f64 {
         let position = self.applied.position();
         let lag_ns = match log_end > position.seq {
@@ -102,20 +102,20 @@ impl OpsState {
 
 /// The port's routes.
 pub fn routes(state: OpsState) -> Router {
-    let getting = |handler: MethodRouter<OpsState>| {
+    let get_only = |handler: MethodRouter<OpsState>| {
         handler.fallback(|| async { ApiError::MethodNotAllowed("GET, HEAD") })
     };
     let openapi = OpenApi::new();
     Router::new()
-        .route("/", getting(get(status_page)))
-        .route("/livez", getting(get(alive)))
-        .route("/readyz", getting(get(ready)))
-        .route("/readyz/write", getting(get(ready_for_writes)))
-        .route("/metrics", getting(get(metrics)))
-        .route("/status", getting(get(status)))
+        .route("/", get_only(get(status_page)))
+        .route("/livez", get_only(get(livez)))
+        .route("/readyz", get_only(get(readyz)))
+        .route("/readyz/write", get_only(get(readyz_write)))
+        .route("/metrics", get_only(get(metrics)))
+        .route("/status", get_only(get(status)))
         .route(
             "/openapi.json",
-            getting(get(move || async { openapi.answer() })),
+            get_only(get(move || async { openapi.into_response() })),
         )
         .fallback(|| async {
             ApiError::RouteUnknown(
@@ -125,24 +125,24 @@ pub fn routes(state: OpsState) -> Router {
         .with_state(state)
 }
 
-/// What an opening log waits for. Clones share it.
+/// Why a node that opens its log is not ready yet. Clones share the reason.
 #[derive(Clone)]
-pub struct OpeningProgress(Arc<Mutex<Arc<str>>>);
+pub struct StartupProgress(Arc<Mutex<Arc<str>>>);
 
-impl Default for OpeningProgress {
+impl Default for StartupProgress {
     fn default() -> Self {
         Self(Arc::new(Mutex::new("opening the log".into())))
     }
 }
 
-impl OpeningProgress {
-    /// It waits for this now.
-    pub fn set(&self, what: &str) {
-        *self.0.lock() = what.into();
+impl StartupProgress {
+    /// Sets the reason.
+    pub fn set(&self, reason: &str) {
+        *self.0.lock() = reason.into();
     }
 
-    /// Why the node is not ready.
-    pub(super) fn unready(&self) -> Unready {
+    /// The state [`NodeState::Starting`] and the reason.
+    pub(crate) fn unready(&self) -> Unready {
         Unready {
             state: NodeState::Starting,
             reason: Arc::clone(&self.0.lock()),
@@ -150,100 +150,96 @@ impl OpeningProgress {
     }
 }
 
-/// The port's routes while the log is being opened: the process is alive and no more.
-pub fn routes_while_opening(progress: OpeningProgress) -> Router {
+/// The port's routes while the log is being opened: `/livez`, and the page with the reason.
+pub fn routes_while_opening(progress: StartupProgress) -> Router {
     let opening = move || progress.unready();
     let opening_page = opening.clone();
     Router::new()
-        .route("/livez", get(alive))
+        .route("/livez", get(livez))
         .route(
             "/",
-            get(move || async move { View::opening(&opening_page()).answer() }),
+            get(move || async move { StatusPage::opening(&opening_page()).into_response() }),
         )
         .fallback(move || async move { ApiError::NotReady(opening()) })
 }
 
-async fn alive() -> &'static str {
+async fn livez() -> &'static str {
     "alive\n"
 }
 
-async fn ready(State(state): State<OpsState>) -> Result<&'static str, ApiError> {
+async fn readyz(State(state): State<OpsState>) -> Result<&'static str, ApiError> {
     state.readiness.check()?;
     Ok("ready\n")
 }
 
-async fn ready_for_writes(State(state): State<OpsState>) -> Result<&'static str, ApiError> {
-    state.not_ready_for_writes()?;
+async fn readyz_write(State(state): State<OpsState>) -> Result<&'static str, ApiError> {
+    state.check_writable()?;
     Ok("ready\n")
 }
 
 async fn metrics(State(state): State<OpsState>) -> Response {
-    let gauges = &state.telemetry.gauges;
-    gauges.records.set(state.store.len() as f64);
+    let telemetry = &state.telemetry;
+    let flag = |set| f64::from(u8::from(set));
     let position = state.applied.position();
     let log_end = state.log.end();
-    gauges.position.set(position.seq as f64);
-    gauges.log_end.set(log_end as f64);
-    let log = &state.telemetry.log;
-    log.lag_batches
-        .set(log_end.saturating_sub(position.seq) as f64);
-    log.lag_s.set(state.lag_s(log_end));
-    log.count(state.log.counts());
+
+    let node = &telemetry.node;
     let peers = state.peers.known();
-    gauges.peers.set(peers.len() as f64);
-    gauges
-        .peers_ready
-        .set(peers.iter().filter(|peer| peer.ready()).count() as f64);
-    gauges
-        .queue_patches
-        .set(state.writer.queue_requests() as f64);
-    gauges
-        .ready
-        .set(f64::from(u8::from(state.readiness.check().is_ok())));
-    let recovery = &state.telemetry.recovery;
-    recovery.log_first.set(state.log.first() as f64);
-    recovery
-        .writable
-        .set(f64::from(u8::from(state.log.unwritable().is_none())));
+    let peers_ready = peers.iter().filter(|peer| peer.ready()).count();
+    node.records.set(state.store.len() as f64);
+    node.ready.set(flag(state.readiness.check().is_ok()));
+    node.queue_patches.set(state.writer.queue_requests() as f64);
+    node.peers.set(peers.len() as f64);
+    node.peers_ready.set(peers_ready as f64);
+
+    let log = &telemetry.log;
+    let lag_batches = log_end.saturating_sub(position.seq);
+    log.position.set(position.seq as f64);
+    log.end.set(log_end as f64);
+    log.first.set(state.log.first() as f64);
+    log.writable.set(flag(state.log.unwritable().is_none()));
+    log.lag_batches.set(lag_batches as f64);
+    log.lag_s.set(state.lag_s(log_end));
+    log.set_counts(state.log.counts());
+
     if let Some(restore) = state.restore.current() {
-        recovery.restore_rows.set(restore.progress.rows() as f64);
-        recovery.restore_bytes.set(restore.progress.bytes() as f64);
-        recovery
-            .restore_duration_s
-            .set(restore.duration().as_secs_f64());
-        recovery
+        let metrics = &telemetry.restore;
+        metrics.running.set(flag(restore.took.is_none()));
+        metrics.rows.set(restore.progress.rows() as f64);
+        metrics.bytes.set(restore.progress.bytes() as f64);
+        metrics.duration_s.set(restore.duration().as_secs_f64());
+        metrics
             .buffered_batches
             .set(restore.buffer.batches() as f64);
-        recovery.buffered_bytes.set(restore.buffer.bytes() as f64);
-        recovery
-            .restoring
-            .set(f64::from(u8::from(restore.took.is_none())));
+        metrics.buffered_bytes.set(restore.buffer.bytes() as f64);
     }
-    recovery
-        .snapshot_failures
-        .absolute(state.last_snapshot.failures());
-    recovery.set_snapshot(state.last_snapshot.written().as_ref());
-    let machine = &state.telemetry.machine;
-    machine.set_use(state.memory.measure(&state.store));
-    machine.set(memory_limit().bytes, room(&state).await);
+
+    let (snapshot, last_snapshot) = (&telemetry.snapshot, &state.last_snapshot);
+    snapshot.failures.absolute(last_snapshot.failures());
+    snapshot.set(last_snapshot.written().as_ref());
+
+    let memory = state.memory.measure(&state.store);
+    telemetry.host.set_memory(memory_limit().bytes, memory);
+    telemetry.host.set_disk(data_dir_space(&state).await);
+
     let text_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    let mut text = state.telemetry.render();
+    let mut text = telemetry.render();
     state.http_metrics.render(&mut text);
     ([(CONTENT_TYPE, text_type)], text).into_response()
 }
 
-/// How much room the data directory has, if there is one and its file system answers.
-async fn room(state: &OpsState) -> Option<Room> {
+/// The space of the data directory; `None` without one, or if its file system does not answer in time.
+async fn data_dir_space(state: &OpsState) -> Option<DiskSpace> {
     let snapshots = state.snapshots.clone()?;
-    let asked = state.blocking.run(move || room_in(snapshots.dir()));
-    let room = tokio::time::timeout(ROOM_WAIT_MAX, asked).await;
-    room.ok()?.ok()?.ok()
+    let space = state.blocking.run(move || disk_space(snapshots.dir()));
+    let space = tokio::time::timeout(DISK_SPACE_WAIT_MAX, space).await;
+    space.ok()?.ok()?.ok()
 }
 
-async fn status(State(state): State<OpsState>) -> Json<Status> {
-    Json(Status::of(&state))
+async fn status(State(state): State<OpsState>) -> Json<NodeStatus> {
+    Json(NodeStatus::of(&state))
 }
 
 async fn status_page(State(state): State<OpsState>) -> Response {
-    View::of(&Status::of(&state)).answer()
+    StatusPage::of(&NodeStatus::of(&state)).into_response()
 }

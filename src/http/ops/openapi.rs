@@ -1,5 +1,5 @@
-//! `GET /openapi.json`: what all three ports answer, for programs. The document stands in `openapi.json`;
-//! the fields of a grade, which only [`grade`](crate::grade) knows, and the version are put in here.
+//! `GET /openapi.json`: the OpenAPI document of all three ports. The source is `openapi.json`. This
+//! module adds the fields of a grade, which only [`grade`](crate::grade) knows, and the version.
 
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use crate::http::error::ApiError;
 
 const DOCUMENT: &str = include_str!("openapi.json");
 
-/// The document, made once.
+/// The serialized document.
 #[derive(Clone)]
 pub(super) struct OpenApi(Option<Bytes>);
 
@@ -21,8 +21,10 @@ impl OpenApi {
         let document = document().and_then(|document| serde_json::to_vec(&document));
         Self(document.ok().map(Bytes::from))
     }
+}
 
-    pub(super) fn answer(self) -> Response {
+impl IntoResponse for OpenApi {
+    fn into_response(self) -> Response {
         let Some(document) = self.0 else {
             return ApiError::Internal.into_response();
         };
@@ -36,7 +38,7 @@ fn document() -> serde_json::Result<Value> {
     if let Some(version) = document.pointer_mut("/info/version") {
         *version = env!("CARGO_PKG_VERSION").into();
     }
-    for (schema, always) in [("Patch", false), ("Grade", true)] {
+    for (schema, is_required) in [("Patch", false), ("Grade", true)] {
         let Some(schema) = document.pointer_mut(&format!("/components/schemas/{schema}")) else {
             continue;
         };
@@ -47,7 +49,7 @@ fn document() -> serde_json::Result<Value> {
                 });
                 properties.insert((*field).to_owned(), integer);
             }
-            if let Some(required) = schema["required"].as_array_mut().filter(|_| always) {
+            if let Some(required) = schema["required"].as_array_mut().filter(|_| is_required) {
                 required.push((*field).into());
             }
         }
@@ -66,7 +68,7 @@ mod tests {
     use crate::replication::memory::StoreFull;
     use crate::replication::state::{NodeState, Unready};
 
-    /// The error after `error`. Who adds one is made to give it a place here.
+    /// The error after `error`. The match is exhaustive, so that every new error gets tested.
     fn next(error: &ApiError) -> Option<ApiError> {
         use ApiError as E;
         Some(match error {
@@ -77,7 +79,7 @@ mod tests {
             E::UserIdMissing => E::UserIdRepeated,
             E::UserIdRepeated => E::UserIdAndIds,
             E::UserIdAndIds => E::UserIdsHere,
-            E::UserIdsHere => E::UserIdsTooMany { found: 0 },
+            E::UserIdsHere => E::UserIdsTooMany { found: 0, limit: 0 },
             E::UserIdsTooMany { .. } => E::UserIdInvalid(UserIdError::Empty),
             E::UserIdInvalid(_) => E::QueryEncoding(""),
             E::QueryEncoding(_) => E::PositionInvalid,
@@ -93,7 +95,7 @@ mod tests {
                 accepted: 0,
                 what: String::new(),
             },
-            // It is of its cause's kind.
+            // Its kind is that of its cause.
             E::BadLine { .. } => E::InPart {
                 accepted: 0,
                 cause: Box::new(E::BodyBroken),
@@ -106,7 +108,11 @@ mod tests {
                 wanted: 0,
                 applied: 0,
             },
-            E::PositionNotReached { .. } => E::PositionTooFar { wanted: 0, end: 0 },
+            E::PositionNotReached { .. } => E::PositionTooFar {
+                wanted: 0,
+                end: 0,
+                ahead_max: 0,
+            },
             E::PositionTooFar { .. } => E::PositionWaitsFull { waits_max: 0 },
             E::PositionWaitsFull { .. } => E::QueueFull,
             E::QueueFull => E::BackupsRunning,
@@ -127,7 +133,7 @@ mod tests {
         let first = ApiError::NotJson(String::new());
         let all = std::iter::successors(Some(first), next);
         all.map(|error| error.kind())
-            .map(|(status, cause)| (status.as_u16(), cause))
+            .map(|(status, problem)| (status.as_u16(), problem))
             .collect()
     }
 
@@ -149,18 +155,18 @@ mod tests {
     fn the_document_has_every_problem_with_its_status_and_no_other() {
         let document = document().unwrap();
         let mut documented = BTreeSet::new();
-        let mut of_name: BTreeMap<&str, u64> = BTreeMap::new();
+        let mut statuses: BTreeMap<&str, u64> = BTreeMap::new();
         for (name, response) in document["components"]["responses"].as_object().unwrap() {
             let schema = &response["content"]["application/problem+json"]["schema"]["allOf"][1];
             let status = schema["properties"]["status"]["const"].as_u64().unwrap();
-            of_name.insert(name, status);
-            for cause in schema["properties"]["type"]["enum"].as_array().unwrap() {
-                let (_, cause) = cause.as_str().unwrap().rsplit_once(':').unwrap();
-                documented.insert((status as u16, cause));
+            statuses.insert(name, status);
+            for problem in schema["properties"]["type"]["enum"].as_array().unwrap() {
+                let (_, problem) = problem.as_str().unwrap().rsplit_once(':').unwrap();
+                documented.insert((status as u16, problem));
             }
         }
         assert_eq!(documented, kinds());
-        // And each stands under its own status.
+        // Every route lists each response under its status.
         for path in document["paths"].as_object().unwrap().values() {
             for operation in path
                 .as_object()
@@ -173,24 +179,24 @@ mod tests {
                         continue;
                     };
                     let (_, name) = reference.rsplit_once('/').unwrap();
-                    assert_eq!(of_name.get(name).unwrap().to_string(), *status, "{name}");
+                    assert_eq!(statuses.get(name).unwrap().to_string(), *status, "{name}");
                 }
             }
         }
     }
 
     #[test]
-    fn the_page_of_errors_names_every_problem_at_its_status() {
+    fn the_api_documentation_lists_every_problem_at_its_status() {
         let page = include_str!("../../../docs/api.md");
-        for (status, cause) in kinds()
+        for (status, problem) in kinds()
             .into_iter()
-            .filter(|(_, cause)| *cause != "internal")
+            .filter(|(_, problem)| *problem != "internal")
         {
             let row = format!("| {status} |");
-            let named = page
+            let listed = page
                 .lines()
-                .any(|line| line.starts_with(&row) && line.contains(&format!("`{cause}`")));
-            assert!(named, "{status} {cause}");
+                .any(|line| line.starts_with(&row) && line.contains(&format!("`{problem}`")));
+            assert!(listed, "{status} {problem}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! What a node says of itself: `GET /status`, and the page for people.
+//! The state of a node, for `GET /status` and the status page.
 
 use std::sync::Arc;
 
@@ -11,65 +11,64 @@ use crate::log::{Chain, Seq};
 use crate::replication::state::NodeState;
 use crate::replication::{LastSnapshot, Peer, Restore};
 
-/// The answer of `GET /status`.
+/// The response of `GET /status`.
 #[derive(Debug, Serialize)]
-pub struct Status {
-    /// This process start.
+pub struct NodeStatus {
+    /// The id of this process.
     pub node: Arc<str>,
-    /// The program's version.
+    /// The version of the program.
     pub version: &'static str,
-    /// `ready`, or why not in one word.
+    /// The state of the node.
     pub state: NodeState,
-    /// Why not in a sentence.
+    /// Why the node is not ready; `null` if it is.
     pub reason: Option<Arc<str>>,
-    /// Whether reads are answered.
+    /// Whether the node serves reads.
     pub reads: bool,
-    /// Whether writes are answered.
+    /// Whether the node accepts writes.
     pub writes: bool,
-    /// `memory`, …
+    /// `memory`, `disk` or `jetstream`.
     pub log_kind: &'static str,
-    /// Which log `position` counts in.
+    /// The id of the log that `position` belongs to.
     pub log_id: Box<str>,
-    /// The replica; it keeps this id in its data directory.
+    /// The id of the replica, stored in its data directory.
     pub replica: String,
-    /// The last batch applied.
+    /// The last applied batch.
     pub position: Seq,
-    /// The hash of the log's history up to there.
+    /// The hash of the log's history up to `position`.
     pub chain: Chain,
-    /// Whether the log, or another replica, was seen to have the same history.
+    /// Whether `chain` was compared with the log or another replica, and was equal.
     pub verified: bool,
-    /// The log's last batch.
+    /// The last batch of the log.
     pub log_end: Seq,
-    /// How many batches lie between.
+    /// Batches between `position` and `log_end`.
     pub lag: u64,
-    /// How old the last batch applied is while the log has newer ones, else 0.
+    /// Age of the last applied batch while the log has newer ones, otherwise 0.
     pub lag_s: f64,
     /// Records at `position`.
     pub records: u64,
-    /// Their digest.
+    /// The digest of the records.
     pub digest: String,
-    /// Patches that wait for a batch.
+    /// Requests that wait for a batch.
     pub queue: u64,
     /// Seconds since the process started.
     pub uptime_s: u64,
-    /// How much memory the process takes; `null` where the system does not tell.
+    /// Resident memory of the process; `null` if the system does not report it.
     pub memory_bytes: Option<u64>,
-    /// How much of it counts against `memory_max_bytes`: without what deleted records left to new
-    /// ones.
+    /// Memory that counts against `memory_max_bytes`: without what deleted records left for new ones.
     pub memory_used_bytes: u64,
-    /// Above so much in use this replica is full.
+    /// The limit of `memory_used_bytes` above which this replica is full.
     pub memory_max_bytes: u64,
-    /// Whether it is.
+    /// Whether this replica is full.
     pub full: bool,
     /// Whether writes for new users are accepted: neither this replica nor a ready peer is full.
     pub creates: bool,
-    /// What was answered lately; `null` in the first second, and where nothing is counted.
+    /// Recent requests; `null` in the first second, and if metrics are disabled.
     pub traffic: Option<Traffic>,
-    /// The restore that runs or ran at the start; `null` if there was none.
+    /// The current or last restore; `null` if there was none.
     pub restore: Option<RestoreStatus>,
     /// The last snapshot that this process wrote or started from; `null` before the first.
     pub snapshot: Option<SnapshotStatus>,
-    /// The other replicas, as they were some seconds ago; the one that is furthest comes first.
+    /// The other replicas as of the last query, highest position first.
     pub peers: Vec<Peer>,
 }
 
@@ -79,61 +78,61 @@ impl Serialize for NodeState {
     }
 }
 
-/// How a restore stands.
+/// The progress of a restore.
 #[derive(Debug, Serialize)]
 pub struct RestoreStatus {
-    /// The file or the peer's URL.
+    /// The path of the file, or the URL of the peer.
     pub source: Arc<str>,
-    /// `restoring` while rows come in, `catching-up` while the log is read to its end, `done`, or
+    /// `restoring` while rows are loaded, `catching-up` while the log is applied, `done`, or
     /// `failed`.
     pub stage: &'static str,
-    /// Whether all rows are in.
+    /// Whether all rows are loaded.
     pub done: bool,
-    /// Rows restored.
+    /// Rows loaded.
     pub rows: u64,
-    /// About how many there are; 0 while that is not known.
+    /// Approximate number of all rows; 0 while unknown.
     pub rows_expected: u64,
     /// Bytes read.
     pub bytes: u64,
-    /// How many there are; 0 while that is not known.
+    /// The size of the backup; 0 while unknown.
     pub bytes_total: u64,
-    /// How long it has taken.
+    /// Duration so far.
     pub duration_s: f64,
-    /// Rows a second.
+    /// Rows per second.
     pub rows_per_s: f64,
-    /// About how long the rest will take; `null` while that is not known.
+    /// Estimated remaining time; `null` while unknown.
     pub remaining_s: Option<f64>,
-    /// Batches of the log that are read already and wait for the rows.
+    /// Batches of the log that are buffered until all rows are loaded.
     pub buffered_batches: u64,
-    /// About how many bytes of memory they take.
+    /// Approximate memory of these batches.
     pub buffered_bytes: u64,
 }
 
 /// The last snapshot.
 #[derive(Debug, Serialize)]
 pub struct SnapshotStatus {
-    /// From where on the log is needed with it.
+    /// The position after which the log is needed in addition.
     pub position: Seq,
     /// The log's time of that position.
     pub time: String,
-    /// How long ago it was finished.
+    /// Time since the snapshot was completed.
     pub age_s: f64,
-    /// Its rows.
+    /// Rows of the snapshot.
     pub rows: u64,
-    /// Its size.
+    /// Size of the snapshot.
     pub bytes: u64,
-    /// How long writing it took; 0 for one that an earlier process wrote.
+    /// Time that writing it took; 0 if an earlier process wrote it.
     pub duration_s: f64,
 }
 
-impl Status {
-    /// How the node is now.
+impl NodeStatus {
+    /// The current state of the node.
     #[must_use]
     pub fn of(state: &OpsState) -> Self {
         let at = state.applied.snapshot(&state.store);
         let log_end = state.log.end();
         let memory = state.memory.measure(&state.store);
-        let unready = state.not_ready_for_writes().err();
+        let unready = state.check_writable().err();
         Self {
             node: Arc::clone(&state.node),
             version: env!("CARGO_PKG_VERSION"),
@@ -198,5 +197,58 @@ impl SnapshotStatus {
             bytes: written.bytes,
             duration_s: written.took.as_secs_f64(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::Value;
+
+    use super::*;
+
+    /// The state after `state`. The match is exhaustive, so that every new state gets tested.
+    fn next(state: &NodeState) -> Option<NodeState> {
+        use NodeState as S;
+        Some(match state {
+            S::Starting => S::Restoring,
+            S::Restoring => S::CatchingUp,
+            S::CatchingUp => S::Ready,
+            S::Ready => S::ReadOnly,
+            S::ReadOnly => S::NoSource,
+            S::NoSource => S::Gap,
+            S::Gap => S::OtherLog,
+            S::OtherLog => S::Diverged,
+            S::Diverged => S::Stopping,
+            S::Stopping => return None,
+        })
+    }
+
+    fn names() -> BTreeSet<&'static str> {
+        let states = std::iter::successors(Some(NodeState::Starting), next);
+        states.map(NodeState::name).collect()
+    }
+
+    #[test]
+    fn the_openapi_document_has_every_state_and_no_other() {
+        let document: Value = serde_json::from_str(include_str!("openapi.json")).unwrap();
+        let states = &document["components"]["schemas"]["Status"]["properties"]["state"]["enum"];
+        let states = states.as_array().unwrap();
+        assert_eq!(states.len(), names().len());
+        let documented: BTreeSet<&str> = states.iter().filter_map(Value::as_str).collect();
+        assert_eq!(documented, names());
+    }
+
+    #[test]
+    fn the_troubleshooting_page_lists_every_state_and_no_other() {
+        let page = include_str!("../../../docs/operations/troubleshooting.md");
+        let (_, section) = page.split_once("## States").unwrap();
+        let (section, _) = section.split_once("\n## ").unwrap();
+        let rows = section.lines().filter_map(|line| line.strip_prefix("| `"));
+        let listed: BTreeSet<&str> = rows
+            .filter_map(|row| row.split_once('`').map(|(name, _)| name))
+            .collect();
+        assert_eq!(listed, names());
     }
 }

@@ -1,4 +1,4 @@
-//! What the data ports have answered in the last seconds: how much, and how fast.
+//! Rates and latencies of the read and write port over the last seconds.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,22 +8,22 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::http::instrument::HttpMetrics;
-use crate::http::latency::Counts;
+use crate::http::latency::LatencyCounts;
 
-/// How often it is looked how much was answered.
+/// How often the counters are sampled.
 const SAMPLE_EVERY: Duration = Duration::from_secs(1);
-/// Over how many looks a rate is taken: ten seconds, in which even a lone request shows, and a change
-/// shows soon.
+/// Samples in the window: ten seconds. That is long enough to show a single request, and short enough
+/// to show changes soon.
 const SAMPLES: usize = 11;
 
-/// Knows what was answered lately. Clones are the same.
+/// Samples of the request counters. Clones share them.
 #[derive(Clone, Default)]
 pub struct RecentTraffic(Arc<Mutex<VecDeque<Sample>>>);
 
-/// What was answered in the last seconds.
+/// Rates and latencies over the last seconds.
 #[derive(Debug, Serialize)]
 pub struct Traffic {
-    /// How many seconds.
+    /// The length of the window.
     pub window_s: f64,
     /// `GET /get`.
     pub reads: RouteTraffic,
@@ -31,27 +31,27 @@ pub struct Traffic {
     pub writes: RouteTraffic,
 }
 
-/// One route's.
+/// Rate and latencies of one route.
 #[derive(Debug, PartialEq, Serialize)]
 pub struct RouteTraffic {
-    /// Requests answered since the start, with whatever status.
+    /// Answered requests since the start, with any status.
     pub answered: u64,
-    /// Requests answered a second.
+    /// Answered requests per second.
     pub per_s: f64,
-    /// What half of them took at most, about; `null` if there was none.
+    /// Median latency, interpolated; `null` without requests.
     pub latency_s_p50: Option<f64>,
-    /// What 99 of 100 of them took at most, about; `null` if there was none.
+    /// 99th percentile of the latency, interpolated; `null` without requests.
     pub latency_s_p99: Option<f64>,
 }
 
 struct Sample {
     at: Instant,
-    reads: Counts,
-    writes: Counts,
+    reads: LatencyCounts,
+    writes: LatencyCounts,
 }
 
 impl RecentTraffic {
-    /// Looks at what `metrics` have counted, for ever.
+    /// Samples `metrics` every [`SAMPLE_EVERY`]; never returns.
     pub async fn watch(&self, metrics: &HttpMetrics) {
         let mut every = tokio::time::interval(SAMPLE_EVERY);
         loop {
@@ -60,8 +60,8 @@ impl RecentTraffic {
         }
     }
 
-    /// What was answered lately; `None` until it has been looked at twice, and where nothing is
-    /// counted.
+    /// The traffic between the oldest and the newest sample; `None` until there are two samples, and
+    /// if metrics are disabled.
     #[must_use]
     pub fn now(&self) -> Option<Traffic> {
         let samples = self.0.lock();
@@ -87,7 +87,7 @@ impl RecentTraffic {
 }
 
 impl RouteTraffic {
-    fn between(first: &Counts, last: &Counts, window_s: f64) -> Self {
+    fn between(first: &LatencyCounts, last: &LatencyCounts, window_s: f64) -> Self {
         let recent = last.since(first);
         Self {
             answered: last.all(),
@@ -105,16 +105,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rates_and_latencies_are_those_of_the_last_ten_seconds() {
-        let (recent, metrics) = (RecentTraffic::default(), HttpMetrics::uncounted());
-        let begun = Instant::now();
-        let at = |seconds| begun + Duration::from_secs(seconds);
+    fn computes_rates_and_latencies_over_ten_seconds() {
+        let (recent, metrics) = (RecentTraffic::default(), HttpMetrics::disabled());
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
         recent.sample(at(0), &metrics);
         recent.sample(at(1), &metrics);
         assert!(recent.now().is_none());
 
         let metrics = HttpMetrics::new(|_, _| Counter::noop());
-        let read = |times| (0..times).for_each(|_| metrics.count_read(Duration::from_micros(10)));
+        let read = |times| (0..times).for_each(|_| metrics.record_read(Duration::from_micros(10)));
         read(1000);
         recent.sample(at(0), &metrics);
         assert!(recent.now().is_none());
@@ -135,7 +135,7 @@ mod tests {
         };
         assert_eq!(now.writes, none);
 
-        // What was before does not count any more.
+        // Requests before the window do not count.
         for seconds in 6..16 {
             recent.sample(at(seconds), &metrics);
         }

@@ -1,4 +1,4 @@
-//! From a request's bytes to a patch.
+//! Parses patches.
 
 use serde::de::IgnoredAny;
 
@@ -9,7 +9,7 @@ use crate::sys::json;
 /// Parses the body of `POST /set`.
 ///
 /// # Errors
-/// Not UTF-8 or not JSON; or JSON, but no patch.
+/// The body is not UTF-8, not JSON, or not a patch.
 pub fn parse_patch(body: &[u8]) -> Result<Patch, ApiError> {
     let parsed = json::in_place(body, |bytes, buffers| {
         simd_json::serde::from_slice_with_buffers::<Patch<&str>>(bytes, buffers)
@@ -18,8 +18,8 @@ pub fn parse_patch(body: &[u8]) -> Result<Patch, ApiError> {
     parsed.map_err(|_| explain(body))
 }
 
-/// Finds out what is wrong with a body that simd-json refused. It does not tell a text that is no
-/// JSON from one that is but holds, say, a number beyond 64 bits, and its messages name no place.
+/// Finds the error in a body that simd-json rejected. simd-json does not distinguish invalid JSON from
+/// valid JSON with, for example, a number beyond 64 bits, and its messages have no location.
 fn explain(body: &[u8]) -> ApiError {
     let text = match std::str::from_utf8(body) {
         Ok(text) => text,
@@ -29,22 +29,21 @@ fn explain(body: &[u8]) -> ApiError {
             };
         }
     };
-    // Skipping checks the grammar alone, at any depth: not the range of a number, nor whether an
-    // escape is half of a surrogate pair.
+    // This checks only the grammar, at any depth: neither the range of numbers nor surrogate pairs.
     if let Err(error) = serde_json::from_str::<IgnoredAny>(text) {
         return ApiError::NotJson(error.to_string());
     }
     match serde_json::from_str::<Patch<String>>(text) {
-        // The grammar holds. What is left of syntax is a number that no float can hold, and an
-        // escape that stands for no character.
+        // The grammar is valid. The remaining syntax errors are numbers beyond the range of a float,
+        // and escapes of half a surrogate pair.
         Err(error) if error.to_string().contains("number out of range") => {
-            ApiError::NotAPatch(format!("{error}; send integers of 64 bits"))
+            ApiError::NotAPatch(format!("{error}; send 64-bit integers"))
         }
         Err(error) if error.is_syntax() => ApiError::NotAPatch(format!(
             "a \\u escape is half of a surrogate pair ({error}); escape both halves, or neither"
         )),
         Err(error) => ApiError::NotAPatch(error.to_string()),
-        Ok(_) => ApiError::NotAPatch("it could not be read".to_owned()),
+        Ok(_) => ApiError::NotAPatch("simd-json rejected it".to_owned()),
     }
 }
 
@@ -61,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn json_that_is_no_patch_is_told_from_what_is_no_json() {
+    fn distinguishes_invalid_json_from_invalid_patches() {
         let deep = "[".repeat(30_000);
         let deep_whole = format!("{deep}{}", "]".repeat(30_000));
         let nested = format!(r#"{{"user_id":"a","spp":{deep_whole}}}"#);
@@ -111,18 +110,18 @@ mod tests {
     }
 
     proptest! {
-        /// The fast parser takes exactly what the plain one takes, whatever comes.
+        /// simd-json accepts exactly the same bodies as serde_json.
         #[test]
         fn agrees_with_serde_json(body in prop_oneof![
             prop::collection::vec(any::<u8>(), 0..60),
             r#"[{\[]"(user_id|spp|s\\u0070p|x)":("[a\\u0041é"]{0,3}"|-?[0-9]{1,20}|null|1\.0|[0-9]e1)(,"(user_id|spp|return_fee)":("a"|-?[0-9]{1,19})){0,3}[}\]]"#
                 .prop_map(String::into_bytes),
         ]) {
-            // The plain one reads -0 as a float.
+            // serde_json parses -0 as a float.
             prop_assume!(!body.windows(2).any(|two| two == b"-0"));
-            let plain = serde_json::from_slice::<Patch<String>>(&body).ok();
-            let fast = parse_patch(&body).ok();
-            prop_assert_eq!(fast, plain.map(|patch| patch.to_owned()));
+            let serde = serde_json::from_slice::<Patch<String>>(&body).ok();
+            let simd = parse_patch(&body).ok();
+            prop_assert_eq!(simd, serde.map(|patch| patch.to_owned()));
         }
     }
 }

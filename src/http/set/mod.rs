@@ -21,7 +21,7 @@ use http_body_util::BodyExt;
 use crate::grade::{Patch, Write};
 use crate::http::error::ApiError;
 use crate::http::fast::SetRoute;
-use crate::http::get::user_id_of;
+use crate::http::get::parse_user_id;
 use crate::http::route::Route;
 use crate::http::set::ndjson::set_lines;
 use crate::http::{Credentials, GRADE_POSITION, parse_patch};
@@ -38,27 +38,27 @@ const TOO_LARGE: ApiError = ApiError::BodyTooLarge {
     limit_bytes: BODY_BYTES_MAX,
 };
 
-/// What the write port works with.
+/// The state of the write port.
 #[derive(Clone)]
 pub struct WriteState {
-    /// The records: a write for one of them is an update.
+    /// The records. Writes for existing records need no memory.
     pub store: Store,
-    /// Whether other writes may be taken.
+    /// Whether writes may create records.
     pub memory: MemoryGuard,
-    /// Where writes go.
+    /// Submits writes.
     pub writer: Writer,
-    /// Whether they may.
+    /// Whether the replica accepts writes.
     pub readiness: Readiness,
-    /// How far this replica has come.
+    /// The position of this replica.
     pub applied: Applied,
-    /// What a request must bring.
+    /// The credentials that a request must have.
     pub credentials: Credentials,
-    /// How long a body may take to arrive; of one with many lines, its next part.
+    /// How long a body may take to arrive, or the next part of a body of many lines.
     pub body_wait_max: Duration,
 }
 
 impl WriteState {
-    /// Whether there is memory for what `patch` sets.
+    /// Checks that there is memory for the record of `patch`.
     pub(super) fn admit(&self, patch: &Patch) -> Result<(), StoreFull> {
         self.memory.admit(&self.store, &patch.user_id)
     }
@@ -79,7 +79,7 @@ pub fn routes(state: WriteState) -> Router {
 
 impl SetRoute for WriteState {
     fn admits(&self, authorization: Option<&[u8]>) -> bool {
-        self.credentials.are(authorization) && self.readiness.check().is_ok()
+        self.credentials.matches(authorization) && self.readiness.check().is_ok()
     }
 
     fn submit(&self, body: &[u8]) -> Option<PendingWrite> {
@@ -95,10 +95,10 @@ async fn set_grade(
 ) -> Result<Response, ApiError> {
     state.credentials.check(request.headers())?;
     state.readiness.check()?;
-    match content_of(request.headers())? {
-        Content::Patch => {}
-        // Boxed: it is many times as large as what a single patch needs.
-        Content::Lines => {
+    match body_format(request.headers())? {
+        BodyFormat::Patch => {}
+        // Boxed, because this future is many times larger than that of a single patch.
+        BodyFormat::Ndjson => {
             let response = Box::pin(set_lines(&state, request.into_body())).await;
             let mut response = response.into_response();
             response.extensions_mut().insert(Route::SetLines);
@@ -112,15 +112,15 @@ async fn set_grade(
     Ok(written(seq))
 }
 
-/// Removes a grade. That there is none is no error: what another replica has sent meanwhile decides
-/// whether there is, and that is known only once the log has given the deletion its place.
+/// Deletes a grade. Deleting an unknown user is not an error: whether the user exists is known only
+/// once the log has ordered the deletion among the writes of other replicas.
 async fn delete_grade(
     State(state): State<WriteState>,
     request: Request,
 ) -> Result<Response, ApiError> {
     state.credentials.check(request.headers())?;
     state.readiness.check()?;
-    let user_id = user_id_of(request.uri().query().unwrap_or_default())?;
+    let user_id = parse_user_id(request.uri().query().unwrap_or_default())?;
     let delete = Write::Delete(user_id.into());
     let seq = state.writer.write(delete).await?;
     Ok(written(seq))
@@ -134,14 +134,16 @@ fn written(seq: Seq) -> Response {
     response
 }
 
-/// What a body holds.
-enum Content {
+/// The format of a body.
+enum BodyFormat {
+    /// One patch.
     Patch,
-    Lines,
+    /// One patch per line.
+    Ndjson,
 }
 
-/// The content type, with or without parameters.
-fn content_of(headers: &HeaderMap) -> Result<Content, ApiError> {
+/// The format that `Content-Type` names, with or without parameters.
+fn body_format(headers: &HeaderMap) -> Result<BodyFormat, ApiError> {
     let content_type = headers
         .get(CONTENT_TYPE)
         .and_then(|value| value.to_str().ok());
@@ -149,10 +151,10 @@ fn content_of(headers: &HeaderMap) -> Result<Content, ApiError> {
     let essence = value.split_once(';').map_or(value, |(essence, _)| essence);
     let essence = essence.trim();
     if essence.eq_ignore_ascii_case("application/json") {
-        return Ok(Content::Patch);
+        return Ok(BodyFormat::Patch);
     }
     match essence.eq_ignore_ascii_case("application/x-ndjson") {
-        true => Ok(Content::Lines),
+        true => Ok(BodyFormat::Ndjson),
         false => Err(ApiError::UnsupportedMediaType),
     }
 }
@@ -161,30 +163,30 @@ async fn read_body<B>(request: Request<B>, wait_max: Duration) -> Result<Bytes, 
 where
     B: HttpBody<Data = Bytes> + Unpin,
 {
-    let announced = request.headers().get(CONTENT_LENGTH);
-    let announced = announced.and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|bytes| bytes > BODY_BYTES_MAX as u64) {
+    let length = request.headers().get(CONTENT_LENGTH);
+    let length = length.and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if length.is_some_and(|bytes| bytes > BODY_BYTES_MAX as u64) {
         return Err(TOO_LARGE);
     }
-    let mut whole = pin!(whole(request.into_body()));
-    if let Some(whole) = at_once(whole.as_mut()).await {
-        return whole;
+    let mut body = pin!(collect(request.into_body()));
+    if let Some(body) = poll_twice(body.as_mut()).await {
+        return body;
     }
-    let in_time = tokio::time::timeout(wait_max, whole).await;
+    let in_time = tokio::time::timeout(wait_max, body).await;
     in_time.unwrap_or(Err(ApiError::BodySlow {
         seconds: wait_max.as_secs(),
     }))
 }
 
-/// What `future` gives in its first two polls. A short body comes with the second one: hyper passes
-/// it on once it has been asked for. No timer is made for it.
-async fn at_once<T>(mut future: Pin<&mut impl Future<Output = T>>) -> Option<T> {
-    let mut asked = false;
+/// The output of `future` if it completes within two polls. A short body completes at the second one,
+/// because hyper passes it on after the first. This saves a timer.
+async fn poll_twice<T>(mut future: Pin<&mut impl Future<Output = T>>) -> Option<T> {
+    let mut polled = false;
     poll_fn(|cx| match future.as_mut().poll(cx) {
         Poll::Ready(done) => Poll::Ready(Some(done)),
-        Poll::Pending if asked => Poll::Ready(None),
+        Poll::Pending if polled => Poll::Ready(None),
         Poll::Pending => {
-            asked = true;
+            polled = true;
             cx.waker().wake_by_ref();
             Poll::Pending
         }
@@ -192,11 +194,11 @@ async fn at_once<T>(mut future: Pin<&mut impl Future<Output = T>>) -> Option<T> 
     .await
 }
 
-async fn whole<B>(mut body: B) -> Result<Bytes, ApiError>
+async fn collect<B>(mut body: B) -> Result<Bytes, ApiError>
 where
     B: HttpBody<Data = Bytes> + Unpin,
 {
-    // Nearly every body comes in one part, which needs no copy.
+    // Nearly every body arrives in one frame, which needs no copy.
     let (mut first, mut whole) = (Bytes::new(), BytesMut::new());
     while !body.is_end_stream()
         && let Some(frame) = body.frame().await

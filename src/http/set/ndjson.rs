@@ -1,11 +1,11 @@
-//! `POST /set` with many patches, a line each, as `application/x-ndjson`.
+//! `POST /set` with many patches, one per line, as `application/x-ndjson`.
 //!
-//! The body is taken as it comes and may be of any length. Its lines go in groups: a group goes into
-//! one batch of the log, so all of it is written or none, and the next one is begun when this replica
-//! has applied it. What is held meanwhile is a group, the rest of what has arrived, and no more.
+//! The body is a stream of any length. Its lines are written in groups. A group is one batch of the
+//! log, so it is atomic, and the next one starts once this replica has applied it. Memory holds only
+//! one group and the rest of the received frame.
 //!
-//! Whatever ends a body early, the groups before stay, and the answer says how many lines those are:
-//! who sends the lines after them goes on where it ended.
+//! If an error ends the body early, the groups before it remain written. The response has their number
+//! of lines, so the client can resume after them.
 
 use std::time::Duration;
 
@@ -25,21 +25,21 @@ use crate::log::Seq;
 use crate::replication::BulkWriter;
 use crate::replication::memory::StoreFull;
 
-/// The longest line, in bytes, without what ends it.
+/// The longest line, in bytes, without its newline.
 pub const LINE_BYTES_MAX: usize = crate::http::set::BODY_BYTES_MAX;
-/// The most bytes of lines in a group.
+/// The maximum size of a group's lines, in bytes.
 pub const GROUP_BYTES_MAX: usize = 256 * 1024;
 
-/// What is answered when all of it was written.
+/// The body of the response if all lines were written.
 #[derive(Serialize)]
-struct Accepted {
-    /// Lines, empty ones too.
+struct LinesAccepted {
+    /// Lines, including empty ones.
     accepted: u64,
     /// The batch of the last group.
     position: Seq,
 }
 
-/// Takes the lines of `body`.
+/// Writes the lines of `body`.
 #[expect(clippy::expect_used, reason = "it can't fail")]
 pub(super) async fn set_lines<B>(state: &WriteState, body: B) -> Result<Response, ApiError>
 where
@@ -51,35 +51,35 @@ where
     };
     let bulk = state.writer.bulk();
     let bulk = bulk.map_err(|error| in_part(0, error.into()))?;
-    let mut lines = Lines {
+    let mut lines = LineWriter {
         state,
         group_max: bulk.group_max(),
         bulk,
-        taken: 0,
+        parsed: 0,
         accepted: 0,
         position: state.applied.seq(),
         group: Vec::new(),
         group_bytes: 0,
     };
-    if let Err(error) = lines.take_all(body, state.body_wait_max).await {
+    if let Err(error) = lines.write_all(body, state.body_wait_max).await {
         return Err(match error {
-            Stopped::Line(what) => ApiError::BadLine {
-                line: lines.taken,
+            LinesError::InvalidLine(what) => ApiError::BadLine {
+                line: lines.parsed,
                 accepted: lines.accepted,
                 what,
             },
-            Stopped::Full(full) => ApiError::LineStoreFull {
-                line: lines.taken,
+            LinesError::StoreFull(full) => ApiError::LineStoreFull {
+                line: lines.parsed,
                 accepted: lines.accepted,
                 full,
             },
-            Stopped::By(cause) => in_part(lines.accepted, cause),
+            LinesError::Other(cause) => in_part(lines.accepted, cause),
         });
     }
-    let Lines {
+    let LineWriter {
         accepted, position, ..
     } = lines;
-    let json = serde_json::to_vec(&Accepted { accepted, position });
+    let json = serde_json::to_vec(&LinesAccepted { accepted, position });
     let json = json.expect("numbers are JSON");
     let mut response = Response::new(Body::from(json));
     let headers = response.headers_mut();
@@ -88,44 +88,44 @@ where
     Ok(response)
 }
 
-/// Why a body is not taken further.
-enum Stopped {
-    /// Its last line is wrong; what is wrong with it.
-    Line(String),
-    /// Its last line would create a record, for which there is no memory.
-    Full(StoreFull),
-    /// Something else.
-    By(ApiError),
+/// Why the rest of a body is not written.
+enum LinesError {
+    /// The last parsed line is invalid, with the reason.
+    InvalidLine(String),
+    /// The last parsed line would create a record, and there is no memory for it.
+    StoreFull(StoreFull),
+    /// The error does not depend on the line.
+    Other(ApiError),
 }
 
-impl<E: Into<ApiError>> From<E> for Stopped {
+impl<E: Into<ApiError>> From<E> for LinesError {
     fn from(error: E) -> Self {
-        Self::By(error.into())
+        Self::Other(error.into())
     }
 }
 
-/// A body that is being taken.
-struct Lines<'a> {
+/// Parses the lines of a body and writes them in groups.
+struct LineWriter<'a> {
     state: &'a WriteState,
     bulk: BulkWriter,
     group_max: usize,
-    /// Lines looked at.
-    taken: u64,
-    /// Those up to the last group that was written.
+    /// Lines parsed.
+    parsed: u64,
+    /// Lines up to the last group that was written.
     accepted: u64,
-    /// That group's.
+    /// The position of the last group that was written.
     position: Seq,
     group: Vec<Write>,
     group_bytes: usize,
 }
 
-impl Lines<'_> {
-    async fn take_all<B>(&mut self, mut body: B, silence_max: Duration) -> Result<(), Stopped>
+impl LineWriter<'_> {
+    async fn write_all<B>(&mut self, mut body: B, silence_max: Duration) -> Result<(), LinesError>
     where
         B: HttpBody<Data = Bytes> + Unpin,
     {
         // The beginning of a line whose end has not arrived.
-        let mut begun = BytesMut::new();
+        let mut partial = BytesMut::new();
         loop {
             let frame = tokio::time::timeout(silence_max, body.frame()).await;
             let frame = frame.map_err(|_elapsed| ApiError::BodySlow {
@@ -140,59 +140,59 @@ impl Lines<'_> {
             while let Some(end) = data.iter().position(|byte| *byte == b'\n') {
                 let line = data.split_to(end);
                 data.advance(1);
-                match begun.is_empty() {
-                    true => self.take(&line).await?,
+                match partial.is_empty() {
+                    true => self.add(&line).await?,
                     false => {
-                        begun.extend_from_slice(&line);
-                        self.take(&begun.split()).await?;
+                        partial.extend_from_slice(&line);
+                        self.add(&partial.split()).await?;
                     }
                 }
             }
-            begun.extend_from_slice(&data);
-            if begun.len() > LINE_BYTES_MAX {
+            partial.extend_from_slice(&data);
+            if partial.len() > LINE_BYTES_MAX {
                 break;
             }
         }
-        // The last line may do without its end.
-        if !begun.is_empty() {
-            self.take(&begun).await?;
+        // The last line needs no newline.
+        if !partial.is_empty() {
+            self.add(&partial).await?;
         }
-        self.write().await
+        self.write_group().await
     }
 
-    /// Takes one line; writes its group if that is full.
-    async fn take(&mut self, line: &[u8]) -> Result<(), Stopped> {
+    /// Adds one line to the group, and writes the group if it is full.
+    async fn add(&mut self, line: &[u8]) -> Result<(), LinesError> {
         if self.group_bytes + line.len() > GROUP_BYTES_MAX {
-            self.write().await?;
+            self.write_group().await?;
         }
-        self.taken += 1;
+        self.parsed += 1;
         if line.len() > LINE_BYTES_MAX {
             let what = format!("it has more than {LINE_BYTES_MAX} bytes");
-            return Err(Stopped::Line(what));
+            return Err(LinesError::InvalidLine(what));
         }
-        // As JSON has it, so that lines may end in \r\n.
+        // The whitespace of JSON, so that lines may end in \r\n.
         if line.iter().all(|byte| matches!(byte, b' ' | b'\t' | b'\r')) {
             return Ok(());
         }
-        let patch = parse_patch(line).map_err(|error| Stopped::Line(error.of_line()))?;
-        self.state.admit(&patch).map_err(Stopped::Full)?;
+        let patch =
+            parse_patch(line).map_err(|error| LinesError::InvalidLine(error.line_text()))?;
+        self.state.admit(&patch).map_err(LinesError::StoreFull)?;
         self.group.push(patch.into());
         self.group_bytes += line.len();
         if self.group.len() == self.group_max {
-            self.write().await?;
+            self.write_group().await?;
         }
         Ok(())
     }
 
-    /// Writes the group.
-    async fn write(&mut self) -> Result<(), Stopped> {
+    async fn write_group(&mut self) -> Result<(), LinesError> {
         if !self.group.is_empty() {
             self.state.readiness.check()?;
             let group = std::mem::take(&mut self.group);
             self.position = self.bulk.write(group).await?;
             self.group_bytes = 0;
         }
-        self.accepted = self.taken;
+        self.accepted = self.parsed;
         Ok(())
     }
 }

@@ -17,7 +17,7 @@ use tokio::sync::{oneshot, watch};
 use super::segment::{self, ActiveSegment, HEADER_BYTES, SegmentHeader};
 use super::{WalShared, WalSizes, format, record};
 use crate::log::{AppendError, Batch, BatchId, Entry, Position, RandomId, Seq, now_ns};
-use crate::sys::host::room_in;
+use crate::sys::host::disk_space;
 
 /// The interval of retries during a write stall.
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
@@ -279,7 +279,7 @@ impl WalShared {
     /// Fails if the disk has less than `bytes` plus the reserve.
     fn check_free_space(&self, bytes: u64) -> Result<(), Arc<str>> {
         let dir = self.dir.display();
-        let free_bytes = match room_in(&self.dir) {
+        let free_bytes = match disk_space(&self.dir) {
             Ok(room) => room.free,
             Err(error) => return Err(format!("cannot get the free space of {dir}: {error}").into()),
         };

@@ -3,7 +3,7 @@
 //! `user_ids`. Where those hold, the URL standard's own parser must see the same.
 
 use gradestore::grade::{USER_ID, check_user_id};
-use gradestore::http::get::{Asked, USER_IDS_MAX, asked, user_id_of};
+use gradestore::http::get::{GetQuery, USER_IDS_MAX, parse_query, parse_user_id};
 
 pub(crate) fn check(data: &[u8]) {
     let Ok(query) = str::from_utf8(data) else {
@@ -32,7 +32,7 @@ pub(crate) fn check(data: &[u8]) {
         ([], _) => many.iter().map(|value| id_in(value)).collect(),
         // Which of the two is said depends on what comes first.
         _ => {
-            let said = asked(query).map_err(|error| error.kind().1);
+            let said = parse_query(query).map_err(|error| error.kind().1);
             assert!(matches!(said, Err("user-id-and-ids" | "user-id-repeated")));
             assert!(one.len() > 1 || said == Err("user-id-and-ids"));
             return;
@@ -47,13 +47,13 @@ pub(crate) fn check(data: &[u8]) {
                 .eq(ids.iter().cloned())
         );
     }
-    let found = asked(query).map(|asked| match asked {
-        Asked::One(id) => vec![id.into_owned()],
-        Asked::Many(ids) => ids.into_iter().map(|id| id.into_owned()).collect(),
+    let found = parse_query(query).map(|parse_query| match parse_query {
+        GetQuery::One(id) => vec![id.into_owned()],
+        GetQuery::Many(ids) => ids.into_iter().map(|id| id.into_owned()).collect(),
     });
     let found = found.map_err(|error| error.kind().1);
     assert_eq!(found, wanted);
-    let alone = user_id_of(query).map_err(|error| error.kind().1);
+    let alone = parse_user_id(query).map_err(|error| error.kind().1);
     match many.is_empty() || wanted.is_err() {
         true => assert_eq!(alone.map(|id| vec![id.into_owned()]), wanted),
         false => assert_eq!(alone, Err("user-ids-here")),

@@ -197,7 +197,7 @@ async fn a_position_that_is_not_reached_in_time_returns_503() {
         let detail = send_get(&node, "?user_id=a", &headers)
             .await
             .expect_problem(503, "position-not-reached");
-        let expected = format!("this replica has applied 1 and not yet {position};");
+        let expected = format!("this replica has applied position 1, and not yet {position};");
         assert!(detail.starts_with(&expected), "{detail}");
     }
 }

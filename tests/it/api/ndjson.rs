@@ -176,7 +176,7 @@ async fn every_invalid_patch_is_a_bad_line() {
         let printed = match cause {
             "not-json" => "it is not JSON",
             "body-not-utf8" => "it is not UTF-8",
-            _ => "it is no patch",
+            _ => "it is not a patch",
         };
         assert!(detail.contains(printed), "{detail}");
         assert_eq!(response.json()["accepted"], 0);

@@ -264,16 +264,16 @@ async fn the_backup_command_keeps_the_old_file_on_failure() {
     let ops = format!("http://{}", node.ops);
     for (from, password, words) in [
         (own.clone(), "wrong", &["401", "user name and password"][..]),
-        (nobody, PASSWORD, &["refused", "nothing was kept"]),
+        (nobody, PASSWORD, &["refused", "no file was written"]),
         (
             serve_once(html),
             PASSWORD,
-            &["not a gzip", "nothing was kept"],
+            &["not a gzip", "no file was written"],
         ),
         (
             serve_once(empty),
             PASSWORD,
-            &["truncated at byte 0", "nothing was kept"],
+            &["truncated at byte 0", "no file was written"],
         ),
         (ops, PASSWORD, &["404", "no such path"]),
         (own, "", &["GRADESTORE_PASSWORD", "empty"]),
@@ -284,7 +284,7 @@ async fn the_backup_command_keeps_the_old_file_on_failure() {
             if let Some(before) = before {
                 fs::write(&path, before).unwrap();
             }
-            if before.is_some() && words[1] == "nothing was kept" && words[0] != "refused" {
+            if before.is_some() && words[1] == "no file was written" && words[0] != "refused" {
                 // This server responds only once.
                 continue;
             }

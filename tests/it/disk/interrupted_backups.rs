@@ -328,7 +328,11 @@ async fn the_backup_command_keeps_nothing_of_an_incomplete_backup() {
         let left = usize::from(before.is_some());
         assert_eq!(file_names(directory.path()).len(), left);
         // stdout has a part of it, which is rejected.
-        let got = read(&*output.stdout, &RecordBatch::digest, &ReadProgress::default());
+        let got = read(
+            &*output.stdout,
+            &RecordBatch::digest,
+            &ReadProgress::default(),
+        );
         assert!(got.is_err());
     }
 }
@@ -365,7 +369,7 @@ async fn the_backup_command_keeps_nothing_when_interrupted() {
         eventually("the last line", async || {
             let printed = printed.lock();
             printed
-                .contains("interrupted; nothing was kept")
+                .contains("interrupted; no file was written")
                 .then_some(())
         })
         .await;

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use gradestore::http::Credentials;
 use gradestore::log::{ClusterKey, Log, MemoryLog, RandomId};
 use gradestore::node::config::{ClusterConfig, Config, HttpConfig, default_writer_limits};
-use gradestore::node::data_dir::{Opening, Storage};
-use gradestore::node::lifecycle::{self, AppError, Sockets};
+use gradestore::node::data_dir::{Storage, StorageOptions};
+use gradestore::node::lifecycle::{self, LifecycleError, Sockets};
 use gradestore::replication::SILENCE_MAX;
 use gradestore::replication::memory::MemoryMax;
 use gradestore::replication::peer_client::{Client, Compression};
@@ -126,7 +126,7 @@ impl Node {
 pub(crate) struct InProcessNode {
     ports: Ports,
     stop: Option<oneshot::Sender<()>>,
-    running: JoinHandle<Result<(), AppError>>,
+    running: JoinHandle<Result<(), LifecycleError>>,
 }
 
 impl Deref for InProcessNode {
@@ -144,8 +144,8 @@ pub(crate) fn client() -> Client {
 }
 
 /// The parameters for opening a log.
-pub(crate) fn opening(node: RandomId, restore_from: Option<PathBuf>) -> Opening {
-    Opening {
+pub(crate) fn opening(node: RandomId, restore_from: Option<PathBuf>) -> StorageOptions {
+    StorageOptions {
         node,
         url: String::new(),
         ask_node: Arc::new(client()),
@@ -201,7 +201,7 @@ impl InProcessNode {
             writer: default_writer_limits(),
             memory_max: MemoryMax::Percent(80),
             restore_from: None,
-            cluster: ClusterConfig::alone(),
+            cluster: ClusterConfig::single_node(),
         };
         adjust(&mut config);
         let sockets = Sockets::bind(&config).unwrap();

@@ -120,7 +120,7 @@ fn an_invalid_password_is_rejected_and_not_printed() {
     let file = path.to_str().unwrap();
 
     let missing = failed_start(program().args(["--password-file", file]));
-    assert_contains(&missing, &["--password-file", file, "make the file"]);
+    assert_contains(&missing, &["--password-file", file, "create the file"]);
     for content in ["", "\n", "secret\nsecond", "secret\0"] {
         std::fs::write(&path, content).unwrap();
         let printed = failed_start(program().args(["--password-file", file]));
@@ -233,7 +233,7 @@ async fn the_password_is_not_printed_logged_or_served() {
     node.wait_for_exit().await;
     let encoded = crate::harness::AUTHORIZATION.trim_start_matches("Basic ");
     let logs = eventually("the last log line", async || {
-        Some(node.stderr.lock().clone()).filter(|logs| logs.contains("stopped"))
+        Some(node.stderr.lock().clone()).filter(|logs| logs.contains("shut down"))
     })
     .await;
     assert!(
@@ -259,7 +259,7 @@ async fn the_health_command_reports_readiness() {
     let nobody = health(&address);
     assert_eq!(nobody.status.code(), Some(1));
     let printed = String::from_utf8(nobody.stderr).unwrap();
-    assert_contains(&printed, &[&address, "no answer", "--ops-addr"]);
+    assert_contains(&printed, &[&address, "no response", "--ops-addr"]);
 }
 
 #[test]

@@ -55,7 +55,10 @@ fn error_of(output: &Output) -> String {
 #[track_caller]
 fn accepted_in(printed: &str) -> u64 {
     let mut parts = printed.split("; ");
-    let rows = parts.find_map(|part| part.split_once(" rows before were accepted and stay"));
+    let rows = parts.find_map(|part| {
+        part.strip_prefix("the first ")?
+            .split_once(" rows were imported")
+    });
     rows.unwrap().0.parse().unwrap()
 }
 
@@ -130,7 +133,10 @@ async fn import_reads_stdin_and_accepts_a_file_without_rows() {
     let file = write_file(dir.path(), "empty.csv.gz", &gzip(b"user_id\n"));
     let output = import(&file, &node).await;
     let printed = String::from_utf8(output.stdout).unwrap();
-    assert_eq!(printed, "rows      0\nposition  none, there was no row\n");
+    assert_eq!(
+        printed,
+        "rows      0\nposition  none (the file has no rows)\n"
+    );
 }
 
 #[tokio::test]
@@ -178,7 +184,7 @@ async fn a_row_that_the_node_rejects_is_named_with_its_line() {
     let output = spawn_blocking(move || run(&mut command)).await.unwrap();
     let printed = error_of(&output);
     for part in [
-        "good.csv.gz: row 6500, line 6502, was refused: line ",
+        "good.csv.gz: row 6500, line 6502, was rejected: line ",
         "unknown field \"xpp\"",
     ] {
         assert!(printed.contains(part), "{part} in {printed}");
@@ -230,10 +236,13 @@ async fn a_damaged_file_is_detected_and_accepted_rows_stay() {
     // Truncated in its last members.
     let cut = write_file(dir.path(), "cut.csv.gz", &whole[..whole.len() - 100]);
     let printed = error_of(&import(&cut, &node).await);
-    assert!(printed.contains("cut.csv.gz: truncated at byte"), "{printed}");
+    assert!(
+        printed.contains("cut.csv.gz: truncated at byte"),
+        "{printed}"
+    );
     let accepted = NodeState::of(&node).await.records;
     assert!((10_000..30_000).contains(&accepted), "{accepted}");
-    let stay = format!("{accepted} rows before were accepted and stay");
+    let stay = format!("the first {accepted} rows were imported");
     assert!(printed.contains(&stay), "{printed}");
     // With another checksum.
     let mut changed = whole.clone();
@@ -290,11 +299,11 @@ async fn a_node_that_dies_during_an_import_is_reported_with_the_accepted_rows() 
     let accepted = accepted_in(&printed);
     let node = Node::start_with(&mut program_with_data_dir(&data)).await;
     let held = NodeState::of(&node).await.records;
-    let until = printed.split_once(&format!("; of rows {} to ", accepted + 1));
+    let until = printed.split_once(&format!("; rows {} to ", accepted + 1));
     let until = until.map_or(accepted, |(_, rest)| {
         let (until, rest) = rest.split_once(' ').unwrap();
         assert!(
-            rest.starts_with("some or all may be there as well"),
+            rest.starts_with("may or may not have been imported"),
             "{printed}"
         );
         until.parse().unwrap()
@@ -318,11 +327,11 @@ async fn a_lost_response_and_a_refused_connection_are_reported_differently() {
     }
     drop((connection, listener));
     let printed = error_of(&wait_for_import(child).await);
-    let expected = "no row was accepted before; of rows 1 to 2 some or all may be there as well";
+    let expected = "no row was imported; rows 1 to 2 may or may not have been imported";
     assert!(printed.contains(expected), "{printed}");
     let printed = error_of(&wait_for_import(start_import(&file, &to, "1m")).await);
-    assert!(printed.contains("no row was accepted before"), "{printed}");
-    assert!(!printed.contains("may be there"), "{printed}");
+    assert!(printed.contains("no row was imported"), "{printed}");
+    assert!(!printed.contains("may or may not"), "{printed}");
 }
 
 #[tokio::test]
@@ -339,7 +348,7 @@ async fn import_waits_for_a_full_queue_up_to_its_deadline() {
     let held = incomplete_ndjson_request(&node).await;
 
     let printed = error_of(&wait_for_import(start_import(&file, &to, "0s")).await);
-    for part in ["answered 503: ", "queue is full", "no row was accepted"] {
+    for part in ["answered 503: ", "queue is full", "no row was imported"] {
         assert!(printed.contains(part), "{part} in {printed}");
     }
     assert_eq!(node.metric(refused).await, Some(1.0));

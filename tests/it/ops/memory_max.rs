@@ -113,7 +113,7 @@ async fn a_full_node_rejects_only_new_users() {
         node.metric("gradestore_memory_max_bytes").await,
         Some(max_bytes as f64)
     );
-    assert!(node.ops("/").await.body.contains("New users refused"));
+    assert!(node.ops("/").await.body.contains("Rejecting new users"));
     let printed = node.stderr.lock().clone();
     assert_eq!(printed.matches("store full").count(), 1, "{printed}");
 

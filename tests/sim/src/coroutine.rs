@@ -15,7 +15,7 @@ use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
-use gradestore::sys::exec::Work;
+use gradestore::sys::exec::Job;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
@@ -29,7 +29,7 @@ thread_local! {
 
 /// A thread for blocking work.
 struct Worker {
-    work: Sender<Work>,
+    work: Sender<Job>,
     go: Sender<Go>,
     said: Receiver<Said>,
 }
@@ -72,7 +72,7 @@ impl Wake {
 
 impl Worker {
     fn new() -> Self {
-        let (work, works) = channel::<Work>();
+        let (work, works) = channel::<Job>();
         let (go, goes) = channel();
         let (say, said) = channel();
         thread::spawn(move || {
@@ -125,14 +125,14 @@ pub fn pause(runtime: &Handle, time: Duration) {
 
 /// Blocking work under way.
 pub struct Coroutine {
-    work: Option<Work>,
+    work: Option<Job>,
     worker: Option<Worker>,
     waits_for: Option<Arc<Mutex<Wake>>>,
 }
 
 impl Coroutine {
     /// Begins when it is first polled.
-    pub fn new(work: Work) -> Self {
+    pub fn new(work: Job) -> Self {
         Self {
             work: Some(work),
             worker: None,

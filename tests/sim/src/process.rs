@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use axum::Router;
 use gradestore::backup::{HeadRecord, Snapshots, read_head};
-use gradestore::http::Answered;
 use gradestore::http::Credentials;
+use gradestore::http::RequestCount;
 use gradestore::http::backup::BackupMetrics;
 use gradestore::log::{
     ClusterKey, HeldData, Identity, JetStreamConfig, JetStreamLog, LogId, MemoryLog, RandomId,
@@ -18,13 +18,13 @@ use gradestore::log::{
 };
 use gradestore::node::config::{ClusterConfig, Config, HttpConfig};
 use gradestore::node::data_dir::Storage;
-use gradestore::node::{Node, Parts};
+use gradestore::node::{Node, NodeResources};
 use gradestore::replication::memory::MemoryMax;
 use gradestore::replication::{CheckpointMetrics, WriterLimits};
 use gradestore::store::Store;
 use gradestore::sys::exec::Blocking;
 use gradestore::sys::tasks::CriticalTasks;
-use gradestore::telemetry::Replication;
+use gradestore::telemetry::ReplicationMetrics;
 use metrics::{Counter, Histogram};
 use tempfile::TempDir;
 use tokio::task::AbortHandle;
@@ -116,7 +116,7 @@ impl Knobs {
                 peers: self.peers(nodes),
                 checkpoint_interval: self.checkpoint_interval,
                 restore_buffer_bytes_max: self.buffer_bytes_max,
-                ..ClusterConfig::alone()
+                ..ClusterConfig::single_node()
             },
         }
     }
@@ -350,9 +350,9 @@ async fn live(
     };
     let log = storage.log.id();
     let (gaps, resyncs, divergences) = (Arc::default(), Arc::default(), Arc::default());
-    let parts = Parts {
+    let resources = NodeResources {
         node: process,
-        began_ns: world.lock().broker.now_ns(),
+        started_ns: world.lock().broker.now_ns(),
         critical: CriticalTasks::default(),
         store: Store::new(),
         storage,
@@ -361,9 +361,9 @@ async fn live(
         background: blocking(world.clone(), knobs.work_wait_ms),
         idle: blocking(world.clone(), knobs.work_wait_ms),
         backup_metrics: BackupMetrics::new(),
-        answered: Answered::default(),
+        request_count: RequestCount::default(),
     };
-    let (built, mut tasks) = Node::new(&config, parts, &metrics(&gaps, &resyncs, &divergences));
+    let (built, mut tasks) = Node::new(&config, resources, &metrics(&gaps, &resyncs, &divergences));
     let built = Arc::new(built);
     built.announce(url(node));
     world.slot(node).process = Some(Process {
@@ -382,7 +382,7 @@ async fn live(
         () = stop.cancelled() => {}
         failed = tasks.run(None) => world.violate(format!("node {node} has ended: {failed:?}")),
     }
-    let stopping = built.stopping();
+    let snapshot = built.stop_serving();
     let finished = async {
         while world.slot(node).requests > 0 {
             world.wait().await;
@@ -390,14 +390,14 @@ async fn live(
         tasks.finish_writing().await;
     };
     let _ = timeout(DRAIN_MAX, finished).await;
-    stopping.write_snapshot().await;
+    snapshot.write().await;
     world.note(|| format!("node {node} has stopped"));
     drop(forget(&world, node));
 }
 
 /// Blocking work: begun after a while, then in step with all else.
 fn blocking(world: World, wait_ms: u64) -> Blocking {
-    Blocking::by(Arc::new(move |work| {
+    Blocking::with_executor(Arc::new(move |work| {
         let wait = world.pause(0..wait_ms);
         let work = Coroutine::new(work);
         Box::pin(async move {
@@ -411,8 +411,8 @@ fn metrics(
     gaps: &Arc<AtomicU64>,
     resyncs: &Arc<AtomicU64>,
     divergences: &Arc<AtomicU64>,
-) -> Replication {
-    Replication {
+) -> ReplicationMetrics {
+    ReplicationMetrics {
         batch_patches: Histogram::noop(),
         batch_duration: Histogram::noop(),
         patches_applied: Counter::noop(),

@@ -1,5 +1,5 @@
-//! The ops port's page for people: `GET /`. It is whole as it is served; its script only asks for it
-//! again and again.
+//! The status page of the ops port: `GET /`. It is complete without JavaScript; its script only
+//! refreshes it.
 
 use std::sync::LazyLock;
 
@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use crate::backup::rfc3339;
 use crate::http::error::ApiError;
 use crate::http::ops::format;
-use crate::http::ops::status::{RestoreStatus, Status};
+use crate::http::ops::status::{NodeStatus, RestoreStatus};
 use crate::http::ops::traffic::RouteTraffic;
 use crate::log::now_ns;
 use crate::replication::state::{NodeState, Unready};
@@ -22,43 +22,48 @@ use crate::replication::state::{NodeState, Unready};
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
 
-/// The page.
+/// The status page.
 #[derive(Template)]
 #[template(path = "page.html")]
-pub(super) struct View<'a> {
+pub(super) struct StatusPage<'a> {
     headline: String,
-    level: Level,
+    severity: Severity,
     reason: Option<&'a str>,
     reads: bool,
     writes: bool,
     node: &'a str,
     /// `None` while the log is being opened.
-    status: Option<&'a Status>,
-    /// When this was so.
+    status: Option<&'a NodeStatus>,
+    /// When the page was rendered.
     at: String,
 }
 
-/// How bad it is.
+/// How urgently a state needs an operator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Level {
+enum Severity {
     Ok,
-    /// It may pass by itself.
+    /// The state may pass without an operator.
     Wait,
-    /// Somebody should look.
+    /// An operator should look.
     Bad,
 }
 
-impl Level {
+impl Severity {
     fn of(state: NodeState) -> Self {
         match state {
             NodeState::Ready => Self::Ok,
+            NodeState::Starting
+            | NodeState::Restoring
+            | NodeState::CatchingUp
+            | NodeState::ReadOnly
+            | NodeState::Stopping => Self::Wait,
             NodeState::Gap | NodeState::NoSource | NodeState::OtherLog | NodeState::Diverged => {
                 Self::Bad
             }
-            _ => Self::Wait,
         }
     }
 
+    /// The class in `page.css`.
     fn class(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -67,7 +72,7 @@ impl Level {
         }
     }
 
-    /// Of the icon, which stands on the browser's own ground.
+    /// The percent-encoded colour of the icon, which works on light and dark backgrounds.
     fn colour(self) -> &'static str {
         match self {
             Self::Ok => "%232e9e4f",
@@ -77,9 +82,9 @@ impl Level {
     }
 }
 
-impl<'a> View<'a> {
-    /// Of a node that runs.
-    pub(super) fn of(status: &'a Status) -> Self {
+impl<'a> StatusPage<'a> {
+    /// The page of a running node.
+    pub(super) fn of(status: &'a NodeStatus) -> Self {
         Self {
             reason: status.reason.as_deref(),
             reads: status.reads,
@@ -90,7 +95,7 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Of one that has no log yet.
+    /// The page of a node that opens its log.
     pub(super) fn opening(unready: &'a Unready) -> Self {
         Self {
             reason: Some(&unready.reason),
@@ -99,10 +104,9 @@ impl<'a> View<'a> {
     }
 
     fn in_state(state: NodeState) -> Self {
-        let (first, rest) = state.name().split_at(1);
         Self {
-            headline: format!("{}{}", first.to_uppercase(), rest.replace('-', " ")),
-            level: Level::of(state),
+            headline: format::title(state.name()),
+            severity: Severity::of(state),
             reason: None,
             reads: false,
             writes: false,
@@ -123,9 +127,10 @@ impl<'a> View<'a> {
     fn restore(&self) -> Option<&RestoreStatus> {
         self.status?.restore.as_ref()
     }
+}
 
-    /// The page, and what forbids a browser to take anything in it for more than text.
-    pub(super) fn answer(self) -> Response {
+impl IntoResponse for StatusPage<'_> {
+    fn into_response(self) -> Response {
         let Ok(html) = self.render() else {
             return ApiError::Internal.into_response();
         };
@@ -140,8 +145,8 @@ impl<'a> View<'a> {
     }
 }
 
-/// Which style and which script are the page's own, by their hashes. A nonce would not do: the page
-/// that the script asks for comes with another one, and the policy of the first holds for it.
+/// The Content-Security-Policy: allows only this style and this script, by their hashes. Nonces do not
+/// work, because a refreshed page has another nonce than the policy of the first one.
 #[expect(clippy::expect_used, reason = "the policy is ASCII")]
 static POLICY: LazyLock<HeaderValue> = LazyLock::new(|| {
     let hash = |text: &str| STANDARD.encode(Sha256::digest(text));
@@ -151,5 +156,5 @@ static POLICY: LazyLock<HeaderValue> = LazyLock::new(|| {
         hash(SCRIPT),
         hash(STYLE)
     );
-    HeaderValue::try_from(policy).expect("ASCII is a header's value")
+    HeaderValue::try_from(policy).expect("ASCII is a valid header value")
 });
