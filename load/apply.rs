@@ -22,7 +22,7 @@ use gradestore::log::{
 };
 use gradestore::replication::state::Readiness;
 use gradestore::replication::{
-    Applied, Applier, ApplyError, CheckpointMetrics, Checkpoints, CompleteFrom,
+    AppliedIndex, Applier, ApplyError, CheckpointMetrics, Checkpoints, CompleteFrom,
 };
 use gradestore::store::Store;
 use metrics::{Counter, Histogram};
@@ -62,8 +62,8 @@ struct Messages<'a> {
 impl Subscription for Messages<'_> {
     fn next<'a>(&'a mut self, entries: &'a mut Vec<Entry>) -> BoxFuture<'a, Result<(), ReadError>> {
         for (headers, payload) in self.rest.by_ref().take(MESSAGES_AT_ONCE) {
-            let (label, batch) = read(headers, payload, &self.in_flight);
-            let (id, time_ns) = (label.id, self.last.time_ns + 1);
+            let (headers, batch) = read(headers, payload, &self.in_flight);
+            let (id, time_ns) = (headers.id, self.last.time_ns + 1);
             self.last = self.last.next(time_ns, Effect::Batch { id, payload });
             entries.push(Entry {
                 position: self.last,
@@ -82,7 +82,7 @@ fn read(
     headers: &async_nats::HeaderMap,
     payload: &Bytes,
     in_flight: &InFlight,
-) -> (message::Label, Batch) {
+) -> (message::BatchHeaders, Batch) {
     let batch = message::read(Some(headers), payload, in_flight);
     batch.unwrap_or_else(|_| panic!("a message can't be read"))
 }
@@ -144,7 +144,7 @@ fn applier(args: &Args) -> Applier {
         checkpoints: Checkpoints::new(replica, log.id(), key, None, metrics),
         log: Arc::new(log),
         store,
-        applied: Applied::new(base()),
+        applied: AppliedIndex::new(base()),
         in_flight: InFlight::default(),
         patches: Counter::noop(),
         deletions: Counter::noop(),

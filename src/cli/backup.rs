@@ -12,7 +12,9 @@ use tokio::time::Instant;
 
 use crate::backup::{BackupError, Progress, Summary, read, rfc3339};
 use crate::cli::BackupArgs;
-use crate::replication::peer_client::{Account, Client, Compression, Download, Parts, RemoteError};
+use crate::replication::peer_client::{
+    BodyReader, Client, ClientCredentials, Compression, Download, RemoteError,
+};
 use crate::store::Piece;
 use crate::sys::progress::Bar;
 
@@ -58,7 +60,7 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, FetchE
     };
     let target = target_of(path);
     let path = target.as_path();
-    let account = Account {
+    let account = ClientCredentials {
         username: args.credentials.username.as_str().into(),
         password: password.into(),
     };
@@ -117,7 +119,7 @@ async fn copy(
     write_error: impl Fn(io::Error) -> FetchError,
 ) -> Result<Summary, FetchError> {
     let url = download.url.clone();
-    let (sender, parts) = Parts::channel();
+    let (sender, parts) = BodyReader::channel();
     let progress = Arc::new(Progress::default());
     let verifier = {
         let progress = Arc::clone(&progress);

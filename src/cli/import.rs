@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, BufReader, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -16,13 +16,17 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::backup::{BackupError, Progress, Summary, read_in_order};
 use crate::cli::ImportArgs;
 use crate::grade::{Changes, Patch};
 use crate::log::Seq;
-use crate::replication::peer_client::{Account, Client, Compression, Refusal, RemoteError};
+use crate::replication::peer_client::{
+    Client, ClientCredentials, Compression, ErrorResponse, RemoteError,
+};
 use crate::store::Piece;
+use crate::sys::cancellable_reader::CancellableReader;
 use crate::sys::progress::Bar;
 
 /// A part is sent when it has so many rows, or so many bytes: some groups of the node's, so that
@@ -71,7 +75,7 @@ pub enum ImportError {
         /// The node.
         to: String,
         /// What it said.
-        refusal: Refusal,
+        refusal: ErrorResponse,
         /// Rows that it has.
         accepted: u64,
     },
@@ -128,7 +132,7 @@ pub async fn import(
     accepted: Arc<AtomicU64>,
 ) -> Result<Imported, ImportError> {
     let remote = |error| ImportError::Remote { error, accepted: 0 };
-    let account = Account {
+    let account = ClientCredentials {
         username: args.credentials.username.as_str().into(),
         password: password.into(),
     };
@@ -222,26 +226,26 @@ impl Part {
 struct Reading {
     progress: Arc<Progress>,
     parts: mpsc::Receiver<Part>,
-    stop: Arc<AtomicBool>,
+    stop: CancellationToken,
     thread: Option<JoinHandle<Result<Summary, BackupError>>>,
 }
 
 impl Reading {
     fn begin(source: impl Read + Unpin + Send + 'static) -> Self {
         let progress = Arc::<Progress>::default();
-        let stop = Arc::<AtomicBool>::default();
+        let stop = CancellationToken::new();
         let (sender, parts) = mpsc::channel(PARTS_WAITING_MAX);
-        let source = Stoppable {
+        let source = CancellableReader {
             source,
-            stop: Arc::clone(&stop),
+            cancel: stop.clone(),
         };
-        let (read, stopped) = (Arc::clone(&progress), Arc::clone(&stop));
+        let (read, stopped) = (Arc::clone(&progress), stop.clone());
         let thread = thread::spawn(move || {
             let gathered = Mutex::new(Gathered::default());
             let pass_on = |part| {
                 // Nobody sends any more: there is no use in reading on.
                 if sender.blocking_send(part).is_err() {
-                    stopped.store(true, Ordering::Relaxed);
+                    stopped.cancel();
                 }
             };
             let sink = |rows: &Piece| {
@@ -279,22 +283,7 @@ impl Reading {
 
 impl Drop for Reading {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-/// A source that ends with an error once it is told to.
-struct Stoppable<R> {
-    source: R,
-    stop: Arc<AtomicBool>,
-}
-
-impl<R: Read> Read for Stoppable<R> {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        match self.stop.load(Ordering::Relaxed) {
-            true => Err(io::Error::other("nothing is sent any more")),
-            false => self.source.read(room),
-        }
+        self.stop.cancel();
     }
 }
 

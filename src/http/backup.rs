@@ -39,7 +39,7 @@ use crate::backup::{BackupWriter, Chunk, ChunkSource, Head, file_name};
 use crate::log::{Log, RandomId};
 use crate::replication::peer_client::{GRADE_COMPRESSION, IF_SLOW};
 use crate::replication::state::{NodeState, Readiness};
-use crate::replication::{Applied, CompleteState, backup_head};
+use crate::replication::{AppliedIndex, CompleteState, backup_head};
 use crate::store::Store;
 use crate::sys::exec::Blocking;
 
@@ -71,7 +71,7 @@ pub struct BackupState {
     /// The records.
     pub store: Store,
     /// How far they have come.
-    pub applied: Applied,
+    pub applied: AppliedIndex,
     /// Which log that is a place in.
     pub log: Arc<dyn Log>,
     /// Whether they may be shown.
@@ -225,7 +225,7 @@ struct Running {
     /// The state that is sent.
     complete: CompleteState,
     readiness: Readiness,
-    applied: Applied,
+    applied: AppliedIndex,
     connection: Option<Arc<Connection>>,
     _slot: OwnedSemaphorePermit,
 }

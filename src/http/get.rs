@@ -19,7 +19,7 @@ use super::fast::{Found, GetRoute, request};
 use crate::grade::{USER_ID, UserGrade, check_user_id};
 use crate::log::{Log, Seq};
 use crate::replication::state::Readiness;
-use crate::replication::{Applied, WaitError};
+use crate::replication::{AppliedIndex, WaitError};
 use crate::store::Store;
 
 /// The name of a query's parameter for one of many users.
@@ -41,7 +41,7 @@ pub struct ReadState {
     /// The records.
     pub store: Store,
     /// How far they have come.
-    pub applied: Applied,
+    pub applied: AppliedIndex,
     /// The log that is applied.
     pub log: Arc<dyn Log>,
     /// Whether they may be shown.
@@ -109,7 +109,10 @@ async fn reach(state: &ReadState, wanted: Seq) -> Result<(), ApiError> {
         return Err(ApiError::PositionTooFar { wanted, end });
     }
     let (wait_max, waits_max) = (state.position_wait_max, state.position_waits_max);
-    let waited = state.applied.wait_for(wanted, wait_max, waits_max).await;
+    let waited = state
+        .applied
+        .wait_for_timeout(wanted, wait_max, waits_max)
+        .await;
     waited.map_err(|error| match error {
         WaitError::TimedOut => ApiError::PositionNotReached {
             wanted,

@@ -21,7 +21,7 @@ const FORGET_AFTER: Duration = Duration::from_secs(60);
 pub struct Ticket(pub u64);
 
 /// Sends the outcome of a write to the request that waits for it.
-pub type Answer = oneshot::Sender<Result<Seq, AppendError>>;
+pub type ResultSender = oneshot::Sender<Result<Seq, AppendError>>;
 
 /// Batches in flight, oldest first; the writer bounds their number. Clones share the same batches.
 #[derive(Clone, Default)]
@@ -31,7 +31,7 @@ pub struct InFlight(Arc<Mutex<VecDeque<InFlightBatch>>>);
 pub struct InFlightBatch {
     ticket: Ticket,
     writes: Arc<[Write]>,
-    answers: Vec<Answer>,
+    answers: Vec<ResultSender>,
     appended: Instant,
     /// The identity and the bytes with which the batch was sent, if it was.
     sent: Option<(BatchId, Bytes)>,
@@ -63,7 +63,7 @@ impl InFlight {
         &self,
         ticket: Ticket,
         writes: Arc<[Write]>,
-        answers: Vec<Answer>,
+        answers: Vec<ResultSender>,
         slot: OwnedSemaphorePermit,
     ) {
         self.0.lock().push_back(InFlightBatch {

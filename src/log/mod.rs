@@ -25,10 +25,10 @@ use crate::sys::hex;
 use crate::sys::tasks::TaskEnded;
 pub use chain::{BatchId, Chain, Effect, Position};
 pub use cluster_key::ClusterKey;
-pub use in_flight::{Answer, InFlight, InFlightBatch, Ticket};
+pub use in_flight::{InFlight, InFlightBatch, ResultSender, Ticket};
 pub use jetstream::{
-    AskNode, HeldData, Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError,
-    broker, header_block, message, raw_message,
+    AskNode, ExistingData, JetStreamConfig, JetStreamLog, ReplicaIdentity, ReportWait, Servers,
+    SetupError, broker, header_block, message, raw_message,
 };
 pub use memory::MemoryLog;
 pub use wal::{DiskLog, OpenError, format as stored};

@@ -139,7 +139,7 @@ pub fn runtime(threads: Option<usize>) -> io::Result<Runtime> {
 /// # Errors
 /// The client can't be set up.
 pub fn client_to_peers(config: &Config) -> Result<Client, AppError> {
-    let account = config.credentials.account();
+    let account = config.credentials.for_client();
     Ok(Client::new(account, SILENCE_MAX, Compression::IfSlow)?)
 }
 

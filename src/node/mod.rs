@@ -33,8 +33,8 @@ use crate::replication::memory::{self, DoesNotFit, MemoryGuard};
 use crate::replication::peer_client::PeerClient;
 use crate::replication::state::{NodeState, Readiness};
 use crate::replication::{
-    Applied, Applier, Bootstrap, BootstrapError, Checkpoints, CompleteState, LastSnapshot, Peers,
-    ReplicaDriver, RestoreTracker, Snapshotter, Writer, WriterTask, restore_seed,
+    AppliedIndex, Applier, Bootstrap, BootstrapError, Checkpoints, CompleteState, LastSnapshot,
+    Peers, ReplicaDriver, RestoreTracker, Snapshotter, Writer, WriterTask, restore_seed,
 };
 use crate::store::Store;
 use crate::sys::exec::Blocking;
@@ -103,7 +103,7 @@ pub struct Node {
     /// The records.
     pub store: Store,
     /// The position of the records.
-    pub applied: Applied,
+    pub applied: AppliedIndex,
     /// The log they come from.
     pub log: Arc<dyn Log>,
     /// Whether the node serves them.
@@ -169,10 +169,10 @@ impl Node {
         let name: Arc<str> = node.to_string().into();
         let (replica, in_flight) = (storage.replica, storage.in_flight.clone());
         let readiness = Readiness::starting("looking for a state to start from");
-        let applied = Applied::new(Position::base(&log.id(), 0, began_ns));
+        let applied = AppliedIndex::new(Position::base(&log.id(), 0, began_ns));
         let restore = RestoreTracker::default();
         let last_snapshot = LastSnapshot::default();
-        let key = ClusterKey::derive(&config.credentials.account().password);
+        let key = ClusterKey::derive(&config.credentials.for_client().password);
         let checkpoints = Checkpoints::new(
             replica,
             log.id(),

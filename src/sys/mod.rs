@@ -4,6 +4,8 @@
 //! - [`tasks`]: tasks whose end is the end of the process.
 //! - [`host`]: control groups, processors and disks.
 
+pub(crate) mod backoff;
+pub(crate) mod cancellable_reader;
 pub mod exec;
 pub(crate) mod hex;
 pub mod host;

@@ -118,7 +118,7 @@ async fn a_backup_with_a_batch_that_the_log_lost_is_discarded() {
     let node = Node::launch(command.args(["--peer", &peer.url])).await;
     eventually("that it says so", async || {
         let said = node.stderr.lock();
-        said.contains("the broker lost batches that the restored state includes")
+        said.contains("the log has lost batches that the restored state includes")
             .then_some(())
     })
     .await;
@@ -226,7 +226,7 @@ async fn dies_at(percent: u64, another: bool) {
         let status = no_source(&late, "no source").await;
         let said = status["reason"].as_str().unwrap();
         assert!(
-            said.contains("no peer is known") || said.contains(&throttle.url()),
+            said.contains("no known peer") || said.contains(&throttle.url()),
             "{said}"
         );
         nodes.push(Node::start_with(&mut cluster.with_dir("first")).await);

@@ -170,7 +170,7 @@ async fn of_two_that_differ_the_operator_stops_the_wrong_one_and_deletes_its_dat
         let status = in_state(node, "diverged").await;
         let reason = status["reason"].as_str().unwrap();
         assert!(
-            reason.contains("there is no majority for either"),
+            reason.contains("digest mismatch without a majority"),
             "{reason}"
         );
         node.get("x").await.problem(503, "not-ready");

@@ -306,7 +306,7 @@ impl Deref for Local {
 
 /// Asks other nodes.
 pub(crate) fn client() -> Client {
-    let account = Credentials::new("admin", PASSWORD).account();
+    let account = Credentials::new("admin", PASSWORD).for_client();
     Client::new(account, SILENCE_MAX, Compression::IfSlow).unwrap()
 }
 

@@ -300,7 +300,7 @@ async fn a_message_that_is_no_batch_is_skipped_alike_and_a_strangers_batch_is_re
         node.metric_reaches("gradestore_log_poisoned_total", 5.0)
             .await;
         let said = node.stderr.lock().clone();
-        let skipped = format!("skipped a message that is no batch seq={}", started + 1);
+        let skipped = format!("skipped a message that is not a batch seq={}", started + 1);
         assert!(said.contains(&skipped), "{said}");
     }
     let statuses = [at(&a, last).await, at(&b, last).await];
@@ -338,7 +338,7 @@ async fn a_stream_of_another_shape_stops_the_start_and_is_named() {
     assert!(!output.status.success());
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(
-        said.contains("GRADES has storage Memory where File is needed"),
+        said.contains("GRADES has storage Memory, expected File"),
         "{said}"
     );
     // Another name gets a stream of its own, but not the same subject.
@@ -349,5 +349,8 @@ async fn a_stream_of_another_shape_stops_the_start_and_is_named() {
         .args(["--stream", "OTHER", "--data-dir"])
         .arg(dir.path()));
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("refuses stream OTHER"), "{said}");
+    assert!(
+        said.contains("rejected the request for stream OTHER"),
+        "{said}"
+    );
 }

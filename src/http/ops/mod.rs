@@ -27,7 +27,7 @@ use crate::http::ops::traffic::RecentTraffic;
 use crate::log::{Log, RandomId, Seq, now_ns};
 use crate::replication::memory::MemoryGuard;
 use crate::replication::state::{NodeState, Readiness, Unready};
-use crate::replication::{Applied, LastSnapshot, Peers, RestoreTracker, Writer};
+use crate::replication::{AppliedIndex, LastSnapshot, Peers, RestoreTracker, Writer};
 use crate::store::Store;
 use crate::sys::exec::Blocking;
 use crate::sys::host::{Room, memory_limit, room_in};
@@ -46,7 +46,7 @@ pub struct OpsState {
     /// The records.
     pub store: Store,
     /// How far they have come.
-    pub applied: Applied,
+    pub applied: AppliedIndex,
     /// The log they come from.
     pub log: Arc<dyn Log>,
     /// The write queue.

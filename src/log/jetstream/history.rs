@@ -17,13 +17,13 @@ use tokio::time::Instant;
 
 use super::broker::{BrokerError, Connection, InfoSource, Outgoing, RawMessage, StreamInfo};
 use super::message::{self, Unreadable};
-use super::{Shared, header_block, stream};
+use super::{JetStreamShared, header_block, session, stream};
 use crate::log::{Bounds, Effect, InFlight, Position, ReadError};
 
 /// How long the leader must report the same before a suspicion is confirmed.
 const CONFIRM_AFTER: Duration = Duration::from_secs(30);
 
-/// What the stream was last suspected of, and since when.
+/// The last suspicion, and since when the leader has confirmed it.
 #[derive(Default)]
 pub(super) struct Suspicion(Option<(Discriminant<ReadError>, Instant)>);
 
@@ -38,7 +38,7 @@ impl Suspicion {
         match self.0 {
             Some((same, since)) if same == kind => since.elapsed() >= CONFIRM_AFTER,
             _ => {
-                tracing::warn!(%error, "the stream may have lost its history; asking again");
+                tracing::warn!(%error, "the stream may have lost batches; waiting for confirmation");
                 self.0 = Some((kind, Instant::now()));
                 false
             }
@@ -47,14 +47,14 @@ impl Suspicion {
 }
 
 /// The result of comparing the stream with a position.
-pub(super) enum Verdict {
+pub(super) enum HistoryCheck {
     /// The stream's history includes the position.
     Same,
     /// The comparison is not possible now.
     Unknown(BrokerError),
 }
 
-impl Shared {
+impl JetStreamShared {
     /// Compares the stream with `last`, the last batch that was read.
     ///
     /// # Errors
@@ -63,10 +63,10 @@ impl Shared {
         &self,
         connection: &dyn Connection,
         last: &Position,
-    ) -> Result<Verdict, ReadError> {
-        let info = match self.look(connection).await? {
+    ) -> Result<HistoryCheck, ReadError> {
+        let info = match self.fetch_info(connection).await? {
             Ok(info) => info,
-            Err(error) => return Ok(Verdict::Unknown(error)),
+            Err(error) => return Ok(HistoryCheck::Unknown(error)),
         };
         if last.seq > info.last {
             let (end, applied) = (info.last, last.seq);
@@ -87,7 +87,7 @@ impl Shared {
                 Ok(Some(_)) => self.verified.store(true, Ordering::Relaxed),
                 // It was trimmed since, or is missing. Reading the next batch will show which.
                 Ok(None) => {}
-                Err(error) => return Ok(Verdict::Unknown(error)),
+                Err(error) => return Ok(HistoryCheck::Unknown(error)),
             }
         }
         if last.seq == 0 {
@@ -108,17 +108,17 @@ impl Shared {
         self.suspicion.lock().clear();
         self.compared.store(true, Ordering::Release);
         self.same_history.set(true);
-        Ok(Verdict::Same)
+        Ok(HistoryCheck::Same)
     }
 
     /// Waits for the broker and returns the stream's bounds. An end below the known one is returned
     /// only once it is confirmed.
     pub(super) async fn bounds(&self) -> Result<Bounds, ReadError> {
-        let mut backoff = super::session::Backoff::new();
+        let mut backoff = session::backoff();
         loop {
             let connection = self.connection().await;
             let began = Instant::now();
-            if let Ok(info) = self.look(&*connection).await? {
+            if let Ok(info) = self.fetch_info(&*connection).await? {
                 let known = self.end.load(Ordering::Acquire);
                 let (first, end) = (info.first, info.last);
                 let error = ReadError::Shorter {
@@ -141,7 +141,7 @@ impl Shared {
     }
 
     /// Requests the stream's info and checks that the stream holds this log.
-    pub(super) async fn look(
+    pub(super) async fn fetch_info(
         &self,
         connection: &dyn Connection,
     ) -> Result<Result<StreamInfo, BrokerError>, ReadError> {
@@ -166,10 +166,10 @@ impl Shared {
             let error = ReadError::Replaced { was, is };
             let why = error.to_string();
             self.suspect(connection, &info.source, error).await?;
-            return Ok(Err(BrokerError::Refused(why.into())));
+            return Ok(Err(BrokerError::Rejected(why.into())));
         }
         if let Err(error) = stream::check_running(&self.config, &info.config) {
-            return Ok(Err(BrokerError::Refused(error.to_string().into())));
+            return Ok(Err(BrokerError::Rejected(error.to_string().into())));
         }
         self.first.fetch_max(info.first, Ordering::AcqRel);
         let known = self.end.fetch_max(info.last, Ordering::AcqRel);
@@ -179,7 +179,7 @@ impl Shared {
         Ok(Ok(info))
     }
 
-    /// Handles an answer of the broker that contradicts this replica's history.
+    /// Handles an answer that contradicts this replica's history.
     ///
     /// # Errors
     /// `error`, once it is confirmed.
@@ -188,7 +188,7 @@ impl Shared {
         connection: &dyn Connection,
         source: &InfoSource,
         error: ReadError,
-    ) -> Result<Verdict, ReadError> {
+    ) -> Result<HistoryCheck, ReadError> {
         self.same_history.set(false);
         let why: Arc<str> = error.to_string().into();
         let confirmed = match source {
@@ -200,14 +200,14 @@ impl Shared {
                 // Another log might take the append.
                 let same_log = matches!(error, ReadError::Shorter { .. });
                 self.suspicion.lock().confirm(&error)
-                    || same_log && self.end_is_refused(connection).await
+                    || same_log && self.end_is_rejected(connection).await
             }
         };
         match confirmed {
             true => Err(error),
             false => {
                 self.health.unreachable(Arc::clone(&why));
-                Ok(Verdict::Unknown(BrokerError::Refused(why)))
+                Ok(HistoryCheck::Unknown(BrokerError::Rejected(why)))
             }
         }
     }
@@ -215,7 +215,7 @@ impl Shared {
     /// Whether the broker rejects an append that is conditional on the known end because the stream
     /// is shorter. If it accepts the append, the stream is complete and now ends with an empty
     /// batch.
-    async fn end_is_refused(&self, connection: &dyn Connection) -> bool {
+    async fn end_is_rejected(&self, connection: &dyn Connection) -> bool {
         let end = self.end.load(Ordering::Acquire);
         let id = self.next_batch_id();
         let empty = Outgoing {
@@ -224,9 +224,11 @@ impl Shared {
             expected_last: Some(end),
         };
         match connection.publish(empty).await {
-            Err(BrokerError::WrongLastSequence { end: Some(is), .. }) => is < end,
-            Err(BrokerError::Refused(why)) => {
-                self.health.refused(id, why);
+            Err(BrokerError::WrongLastSequence {
+                end: Some(actual), ..
+            }) => actual < end,
+            Err(BrokerError::Rejected(why)) => {
+                self.health.rejected(id, why);
                 false
             }
             _ => false,
@@ -241,9 +243,9 @@ fn is_batch_at(stored: &RawMessage, position: &Position) -> bool {
         .map_err(|why| Unreadable::Poisoned(why.into()))
         .and_then(|headers| message::read(headers.as_ref(), payload, &InFlight::default()));
     match read {
-        Ok((label, _)) => {
-            let times = [Some(stored.time_ns), label.time_ns];
-            let id = label.id;
+        Ok((headers, _)) => {
+            let times = [Some(stored.time_ns), headers.time_ns];
+            let id = headers.id;
             times.contains(&Some(position.time_ns)) && position.holds(Effect::Batch { id, payload })
         }
         // The time tells it from another skipped message in its place.

@@ -12,7 +12,7 @@
 //! - `announcements`: verifies announcements of other replicas.
 //! - `message`: encodes a batch as a message; `header_block`, `raw_message`: read messages that the
 //!   client library cannot.
-//! - `watched`: values that tasks wait for.
+//! - `ordered_watch`: values that tasks wait for.
 
 mod announcements;
 mod append;
@@ -22,6 +22,7 @@ pub mod header_block;
 mod history;
 pub mod message;
 mod nats;
+mod ordered_watch;
 mod probe;
 pub mod raw_message;
 mod servers;
@@ -29,7 +30,6 @@ mod session;
 mod setup_error;
 mod stream;
 mod subscription;
-mod watched;
 mod write_health;
 
 use std::path::PathBuf;
@@ -44,15 +44,15 @@ use tokio::sync::Notify;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::announcements::Announcements;
-use self::broker::{Asked, Broker, Connection};
-pub use self::creation::{AskNode, HeldData, Identity, Progress};
+use self::broker::{Broker, Connection, PeerQuery};
+pub use self::creation::{AskNode, ExistingData, ReplicaIdentity, ReportWait};
 use self::history::Suspicion;
+use self::ordered_watch::OrderedWatch;
 use self::probe::PROBE_EVERY;
 pub use self::servers::Servers;
-use self::session::{Backoff, Link};
+use self::session::ConnectionStatus;
 pub use self::setup_error::SetupError;
 use self::subscription::JetStreamSubscription;
-use self::watched::Watched;
 use self::write_health::WriteHealth;
 use super::{
     Announce, Announcement, AppendError, Batch, BatchId, Bounds, Counts, InFlight, Log, LogId,
@@ -71,13 +71,13 @@ const MESSAGE_BYTES_NEEDED: usize = 1 << 20;
 /// The NATS servers and the settings of the stream.
 #[derive(Debug, Clone)]
 pub struct JetStreamConfig {
-    /// The NATS servers; the log connects to any one of them.
+    /// The log connects to any one of these.
     pub servers: Servers,
     /// A file with credentials.
     pub creds: Option<PathBuf>,
-    /// The stream.
+    /// The name of the stream.
     pub stream: String,
-    /// On how many servers the stream is replicated.
+    /// The number of servers that hold the stream.
     pub replicas: usize,
     /// How long a batch is kept.
     pub retention: Duration,
@@ -89,9 +89,9 @@ pub struct JetStreamConfig {
     pub write_silence_max: Duration,
 }
 
-/// A log in a stream.
+/// A log in a JetStream stream.
 pub struct JetStreamLog {
-    shared: Arc<Shared>,
+    shared: Arc<JetStreamShared>,
     tasks: CriticalTasks,
     /// Ends the log's tasks and its connection.
     stop: CancellationToken,
@@ -100,7 +100,7 @@ pub struct JetStreamLog {
 }
 
 /// State shared by the log, its connection and its subscriptions.
-struct Shared {
+struct JetStreamShared {
     config: JetStreamConfig,
     broker: Arc<dyn Broker>,
     announcements: Announcements,
@@ -110,7 +110,7 @@ struct Shared {
     id: LogId,
     first: AtomicU64,
     end: AtomicU64,
-    link: Watched<Link>,
+    connection_status: OrderedWatch<ConnectionStatus>,
     in_flight: InFlight,
     /// The id of the last batch: this process' writer id and the number of batches sent under it.
     writer: Mutex<BatchId>,
@@ -118,7 +118,7 @@ struct Shared {
     appending: tokio::sync::Mutex<()>,
     health: WriteHealth,
     /// The last batch that a subscription has delivered.
-    delivered: Watched<Seq>,
+    delivered: OrderedWatch<Seq>,
     /// Tells the subscription to replace its consumer, which does not deliver a stored batch.
     replace_consumer: Notify,
     suspicion: Mutex<Suspicion>,
@@ -126,14 +126,14 @@ struct Shared {
     compared: AtomicBool,
     /// Whether the histories were the same and there is no suspicion since. Until then nothing is
     /// appended: the stream might hold another log.
-    same_history: Watched<bool>,
+    same_history: OrderedWatch<bool>,
     /// Whether the stream is known to hold the batches that this replica has applied.
     verified: AtomicBool,
-    counts: SharedCounts,
+    counts: EventCounters,
 }
 
 #[derive(Default)]
-struct SharedCounts {
+struct EventCounters {
     reconnects: AtomicU64,
     resumes: AtomicU64,
     resends: AtomicU64,
@@ -148,13 +148,13 @@ impl JetStreamLog {
     /// See [`SetupError`].
     pub async fn open(
         config: JetStreamConfig,
-        identity: Identity,
+        identity: ReplicaIdentity,
         in_flight: InFlight,
         base: Option<Seq>,
-        progress: Progress,
+        report_wait: ReportWait,
     ) -> Result<Self, SetupError> {
         let broker = Arc::new(nats::Nats::new(config.clone(), identity.replica));
-        Self::open_on(broker, config, identity, in_flight, base, progress).await
+        Self::open_on(broker, config, identity, in_flight, base, report_wait).await
     }
 
     /// Connects, and opens or creates the stream. Waits up to 30 s for NATS to answer, and without
@@ -166,10 +166,10 @@ impl JetStreamLog {
     pub async fn open_on(
         broker: Arc<dyn Broker>,
         config: JetStreamConfig,
-        identity: Identity,
+        identity: ReplicaIdentity,
         in_flight: InFlight,
         base: Option<Seq>,
-        progress: Progress,
+        report_wait: ReportWait,
     ) -> Result<Self, SetupError> {
         let announcements = Announcements::new(identity.key.clone());
         let opened = creation::open(
@@ -178,10 +178,10 @@ impl JetStreamLog {
             &identity,
             &announcements,
             base,
-            &progress,
+            &report_wait,
         )
         .await?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(JetStreamShared {
             health: WriteHealth::new(config.write_silence_max),
             announcements,
             config,
@@ -191,27 +191,29 @@ impl JetStreamLog {
             id: opened.id,
             first: AtomicU64::new(opened.first),
             end: AtomicU64::new(opened.last),
-            link: Watched::new(Link::Up(Arc::clone(&opened.connection))),
+            connection_status: OrderedWatch::new(ConnectionStatus::Up(Arc::clone(
+                &opened.connection,
+            ))),
             in_flight,
             writer: Mutex::new(BatchId {
                 writer: identity.node,
                 seq: 0,
             }),
             appending: tokio::sync::Mutex::default(),
-            delivered: Watched::new(0),
+            delivered: OrderedWatch::new(0),
             replace_consumer: Notify::new(),
             suspicion: Mutex::default(),
             compared: AtomicBool::new(false),
-            same_history: Watched::new(false),
+            same_history: OrderedWatch::new(false),
             verified: AtomicBool::new(false),
-            counts: SharedCounts::default(),
+            counts: EventCounters::default(),
         });
         let stop = CancellationToken::new();
         let connected =
             session::keep_connected(Arc::clone(&shared), opened.connection, stop.clone());
         let tasks = CriticalTasks::default();
         tasks.spawn("connection to NATS", connected);
-        let watch = Shared::watch_health(Arc::clone(&shared), stop.clone());
+        let watch = JetStreamShared::watch_health(Arc::clone(&shared), stop.clone());
         tasks.spawn("write health", watch);
         Ok(Self {
             shared,
@@ -222,14 +224,16 @@ impl JetStreamLog {
     }
 }
 
-impl Shared {
+impl JetStreamShared {
     /// Waits for a connection.
     async fn connection(&self) -> Arc<dyn Connection> {
-        let alive = |link| match link {
-            Link::Up(connection) if !connection.ended().is_cancelled() => Some(connection),
+        let alive = |status| match status {
+            ConnectionStatus::Up(connection) if !connection.ended().is_cancelled() => {
+                Some(connection)
+            }
             _ => None,
         };
-        self.link.wait_for(alive).await
+        self.connection_status.wait_for(alive).await
     }
 
     /// Waits for a connection over which the stream was found to have the same history.
@@ -242,30 +246,31 @@ impl Shared {
             let same = self.same_history.wait_for(|same| same.then_some(()));
             if tokio::time::timeout(PROBE_EVERY, same).await.is_err() {
                 // After a suspicion no other task may be checking whether it still holds.
-                let _ = self.look(&*connection).await;
+                let _ = self.fetch_info(&*connection).await;
             }
         }
     }
 
     /// The connection, if there is one.
     fn current_connection(&self) -> Option<Arc<dyn Connection>> {
-        match self.link.get() {
-            Link::Up(connection) => Some(connection),
-            Link::Down(_) => None,
+        match self.connection_status.get() {
+            ConnectionStatus::Up(connection) => Some(connection),
+            ConnectionStatus::Down(_) => None,
         }
     }
 
     fn set_down(&self, why: &str) {
         self.compared.store(false, Ordering::Release);
         self.same_history.set(false);
-        self.link.set(Link::Down(why.into()));
+        self.connection_status
+            .set(ConnectionStatus::Down(why.into()));
     }
 
     /// Why nothing could be sent.
     fn down_reason(&self) -> Arc<str> {
-        match self.link.get() {
-            Link::Up(_) => "NATS does not answer".into(),
-            Link::Down(why) => why,
+        match self.connection_status.get() {
+            ConnectionStatus::Up(_) => "NATS does not answer".into(),
+            ConnectionStatus::Down(why) => why,
         }
     }
 
@@ -283,7 +288,7 @@ impl Shared {
         match self.broker.random_id() {
             Ok(id) => *writer = BatchId { writer: id, seq: 0 },
             Err(error) => {
-                tracing::error!(%error, "no random bytes for a new writer id");
+                tracing::error!(%error, "cannot get random bytes for a new writer id");
                 writer.seq += 1 << 32;
             }
         }
@@ -367,7 +372,7 @@ impl Log for JetStreamLog {
         self.tasks.spawn("announcements", async move {
             let announced = async {
                 let stop = stop.clone();
-                let mut backoff = Backoff::new();
+                let mut backoff = session::backoff();
                 loop {
                     let connection = shared.connection().await;
                     match connection
@@ -390,7 +395,10 @@ impl Log for JetStreamLog {
                 return Vec::new();
             };
             let (broker, announcements) = (&*self.shared.broker, &self.shared.announcements);
-            match announcements.ask(broker, &*connection, Asked::All).await {
+            match announcements
+                .ask(broker, &*connection, PeerQuery::All)
+                .await
+            {
                 Ok(mut found) => {
                     let me = self.shared.node.to_string();
                     found.retain(|peer| *peer.node != *me && peer.log_id == self.shared.id.0);
@@ -401,7 +409,7 @@ impl Log for JetStreamLog {
                     found
                 }
                 Err(error) => {
-                    tracing::debug!(error, "cannot ask for other replicas");
+                    tracing::debug!(error, "cannot discover other replicas");
                     Vec::new()
                 }
             }

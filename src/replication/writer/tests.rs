@@ -1,4 +1,5 @@
 use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 
 use super::*;
@@ -8,9 +9,9 @@ use crate::replication::checkpoint::CheckpointMetrics;
 
 /// Takes batches in order and says what became of them when told to.
 #[derive(Default)]
-struct SlowLog(Mutex<Vec<(Batch, Verdict)>>);
+struct SlowLog(Mutex<Vec<(Batch, AppendOutcome)>>);
 
-type Verdict = oneshot::Sender<Result<(), AppendError>>;
+type AppendOutcome = oneshot::Sender<Result<(), AppendError>>;
 
 impl Log for SlowLog {
     fn kind(&self) -> &'static str {
@@ -30,8 +31,8 @@ impl Log for SlowLog {
     }
     fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>> {
         async {
-            let (verdict, given) = oneshot::channel();
-            self.0.lock().push((batch, verdict));
+            let (outcome, given) = oneshot::channel();
+            self.0.lock().push((batch, outcome));
             given.await.unwrap()
         }
         .boxed()
@@ -89,8 +90,8 @@ async fn a_group_is_never_in_two_batches_and_nothing_overtakes() {
     let mut batches = Vec::new();
     while !task.is_finished() {
         tokio::task::yield_now().await;
-        for (batch, verdict) in std::mem::take(&mut *log.0.lock()) {
-            verdict.send(Ok(())).unwrap();
+        for (batch, outcome) in std::mem::take(&mut *log.0.lock()) {
+            outcome.send(Ok(())).unwrap();
             batches.push(batch.writes);
             let ticket = batch.ticket.unwrap();
             own.take(ticket).unwrap().answer(&Ok(ticket.0));
@@ -157,21 +158,21 @@ async fn batches_go_side_by_side_and_a_refused_one_says_why() {
     };
     // Two at once, the third waits for a slot.
     assert_eq!(appended(2).await, [1, 2]);
-    let (_, verdict) = log.0.lock().remove(1);
+    let (_, outcome) = log.0.lock().remove(1);
     let why: Arc<str> = "no room".into();
-    verdict
+    outcome
         .send(Err(AppendError::Refused(Arc::clone(&why))))
         .unwrap();
     assert_eq!(appended(2).await, [1, 3]);
-    let (_, verdict) = log.0.lock().remove(0);
-    verdict.send(Ok(())).unwrap();
+    let (_, outcome) = log.0.lock().remove(0);
+    outcome.send(Ok(())).unwrap();
     own.take(Ticket(1)).unwrap().answer(&Ok(1));
     assert_eq!(appended(2).await, [3, 4]);
-    let (_, verdict) = log.0.lock().remove(0);
-    verdict.send(Err(AppendError::Unknown)).unwrap();
-    let (_, verdict) = log.0.lock().remove(0);
+    let (_, outcome) = log.0.lock().remove(0);
+    outcome.send(Err(AppendError::Unknown)).unwrap();
+    let (_, outcome) = log.0.lock().remove(0);
     stop.cancel();
-    verdict.send(Err(AppendError::Closed)).unwrap();
+    outcome.send(Err(AppendError::Closed)).unwrap();
     let mut results = Vec::new();
     for write in writes {
         results.push(write.await.unwrap());

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write, check_user_id};
-use gradestore::log::message::{self, Label, Unreadable};
+use gradestore::log::message::{self, BatchHeaders, Unreadable};
 use gradestore::log::{Batch, BatchId, InFlight, RandomId};
 
 pub(crate) fn check(data: &[u8]) {
@@ -56,7 +56,7 @@ fn as_sent(text: &[u8]) {
 }
 
 /// What is read is what was written, headers and all.
-fn again(label: &Label, batch: &Batch) {
+fn again(label: &BatchHeaders, batch: &Batch) {
     let mut headers = message::headers(label.id);
     if let Some(checkpoint) = &batch.checkpoint {
         message::add_checkpoint(&mut headers, checkpoint);
@@ -90,7 +90,7 @@ fn as_written(data: &[u8]) {
         writes: writes(rest),
         ..Batch::default()
     };
-    let label = Label {
+    let label = BatchHeaders {
         id: BatchId::UNNAMED,
         time_ns: None,
         checkpoint: None,

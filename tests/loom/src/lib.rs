@@ -3,7 +3,7 @@
 //!
 //! The code is `src/replication/state.rs` and `src/replication/waiters.rs` themselves, over loom's atomics and
 //! locks in place of the machine's. The store, the steps of who makes it anew, and what applies batches
-//! are models: see `Store` and `Applied` below for what they stand for.
+//! are models: see `Store` and `AppliedIndex` below for what they stand for.
 #![cfg(test)]
 #![allow(dead_code, reason = "what is checked has more than is called")]
 
@@ -191,12 +191,12 @@ fn a_stop_is_final() {
 }
 
 /// As `src/replication/applied/mod.rs`: a position and its waiters.
-struct Applied {
+struct AppliedIndex {
     seq: AtomicU64,
     waiters: Waiters,
 }
 
-impl Applied {
+impl AppliedIndex {
     fn new() -> Arc<Self> {
         Arc::new(Self {
             seq: AtomicU64::new(0),
@@ -224,7 +224,7 @@ impl Wake for Woken {
 }
 
 /// Waits for `seq`, which `applying` applies: its task must have been woken once that is done.
-fn wait(applied: &Applied, seq: u64, applying: thread::JoinHandle<()>) {
+fn wait(applied: &AppliedIndex, seq: u64, applying: thread::JoinHandle<()>) {
     let woken = Arc::new(Woken(AtomicBool::new(false)));
     let waker = Waker::from(Arc::clone(&woken));
     let mut wait = pin!(applied.waiters.wait(seq, 2, || applied.seq() >= seq));
@@ -240,7 +240,7 @@ fn wait(applied: &Applied, seq: u64, applying: thread::JoinHandle<()>) {
 #[test]
 fn no_wakeup_is_lost_while_a_batch_is_applied() {
     model(|| {
-        let applied = Applied::new();
+        let applied = AppliedIndex::new();
         let applying = {
             let applied = Arc::clone(&applied);
             thread::spawn(move || applied.apply(1))
@@ -256,7 +256,7 @@ fn no_wakeup_is_lost_while_another_waiter_is_added_and_removed() {
     // Every order of three threads takes two minutes, this seconds.
     bounded.preemption_bound = Some(3);
     bounded.check(|| {
-        let applied = Applied::new();
+        let applied = AppliedIndex::new();
         let applying = {
             let applied = Arc::clone(&applied);
             thread::spawn(move || applied.apply(1))
