@@ -166,14 +166,32 @@ impl Applier {
         match outcome.comparison {
             Comparison::None | Comparison::Same => {}
             Comparison::Different { own } => {
-                tracing::error!(position, own_digest = %own, other_digest = %other, %replica, "digest mismatch with a replica");
+                tracing::error!(
+                    position,
+                    own_digest = %own,
+                    other_digest = %other,
+                    %replica,
+                    "digest mismatch with a replica"
+                );
             }
             Comparison::Fork { own } => {
                 let other = checkpoint.chain;
-                tracing::error!(position, own_chain = %own, other_chain = %other, %replica, "chain mismatch with a replica: it has read another history");
+                tracing::error!(
+                    position,
+                    own_chain = %own,
+                    other_chain = %other,
+                    %replica,
+                    "chain mismatch with a replica: it has read another history"
+                );
             }
             Comparison::Equivocation { first } => {
-                tracing::error!(position, first_digest = %first, other_digest = %other, %replica, "a replica voted for two digests");
+                tracing::error!(
+                    position,
+                    first_digest = %first,
+                    other_digest = %other,
+                    %replica,
+                    "a replica voted for two digests"
+                );
             }
         }
         match outcome.verdict {

@@ -1,6 +1,6 @@
 //! The recovery loop: recovers a replica's state, applies the log from there, and when that ends
-//! decides on the next step. On a replicated log no error is final, because a broker or a peer may
-//! give another answer later. So each step is tried again, with backoff.
+//! decides on the next step. On a replicated log no error is final, because the broker or a
+//! peer may recover. So each step is retried, with backoff.
 
 use std::time::Duration;
 
@@ -202,8 +202,8 @@ impl ReplicaDriver {
             ApplyError::Log(ReadError::Trimmed { first, .. }) => {
                 resync(false, first.saturating_sub(1))
             }
-            // A restored state that includes lost batches is discarded, and so are the snapshots: the
-            // same one would be restored again.
+            // A restored state that includes lost batches is discarded, and so are the snapshots:
+            // the same one would be restored again.
             ApplyError::IncludesLost { .. } => resync(true, 0),
             ApplyError::Log(ReadError::Shorter { .. }) if !was_complete => resync(false, 0),
             ApplyError::Log(_) => {

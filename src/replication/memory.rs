@@ -1,15 +1,15 @@
 //! The memory limit of a replica. Above it the replica rejects writes that would create a record.
 //!
 //! All replicas hold the same records, so without a limit a client that creates records would make
-//! all of them run out of memory at about the same batch. A replica whose memory in use exceeds `--memory-max` is *full* until
-//! that falls below 0.95 of the limit, and announces it. A write for a user without a record is
-//! then rejected before it is submitted, by the full replica and by every replica that knows of a
-//! full, ready peer. Updates and deletes are accepted. Nothing is rejected when a batch is applied:
-//! the state stays a function of the log.
+//! all of them run out of memory at about the same batch. A replica whose memory in use exceeds
+//! `--memory-max` is *full* until that falls below 0.95 of the limit, and announces it. A write for
+//! a user without a record is then rejected before it is submitted, by the full replica and by
+//! every replica that knows of a full, ready peer. Updates and deletes are accepted. Nothing is
+//! rejected when a batch is applied: the state stays a function of the log.
 //!
-//! The check is not exact. Creates are accepted between two samples and until peers know of the full
-//! replica, and queued writes are always applied: `docs/operations/sizing.md` gives the measured
-//! overshoot.
+//! The check is not exact. Creates are accepted between two samples and until peers know of the
+//! full replica, and queued writes are always applied: `docs/operations/sizing.md` gives the
+//! measured overshoot.
 //!
 //! # What counts as in use
 //!
@@ -159,7 +159,8 @@ pub struct MemoryGuard(Arc<MemoryGuardInner>);
 struct MemoryGuardInner {
     max_bytes: u64,
     limit: MemoryLimit,
-    /// Whether this replica or a ready peer is full. The only field that a write reads while none is.
+    /// Whether this replica or a ready peer is full. The only field that a write reads while none
+    /// is.
     rejecting: AtomicBool,
     full: AtomicBool,
     full_peer: Mutex<Option<Box<str>>>,

@@ -336,8 +336,8 @@ pub struct Download {
 }
 
 impl Download {
-    /// Passes each chunk of the response to `inspect`, and then to the reader of `chunks`. Ends early
-    /// if the reader was dropped.
+    /// Passes each chunk of the response to `inspect`, and then to the reader of `chunks`. Ends
+    /// early if the reader was dropped.
     ///
     /// # Errors
     /// The response is interrupted or stalls, or `inspect` fails.

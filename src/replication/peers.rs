@@ -11,16 +11,16 @@ use serde::Serialize;
 use crate::log::{Log, RandomId, Seq};
 use crate::replication::peer_client::{BackupStream, PeerClient, RemoteError};
 
-/// How often the peers are asked for their state.
+/// How often the peers' state is requested.
 const ASK_EVERY: Duration = Duration::from_secs(2);
 /// How long a peer may be silent before a request to it fails.
 pub const SILENCE_MAX: Duration = Duration::from_secs(10);
-/// How long a `--peer` may take to answer with its position.
+/// The timeout for the position of a `--peer`.
 const HEADERS_WAIT_MAX: Duration = Duration::from_secs(2);
 /// The state of a peer that sends backups.
 const READY: &str = "ready";
 
-/// Another replica, as of the last time it was asked.
+/// The state of another replica, as of its last answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Peer {
     /// The URL of its write port.
@@ -63,7 +63,8 @@ struct PeersInner {
 }
 
 impl Peers {
-    /// Finds the replicas on `log`, and those whose write ports are at `static_peers`, using `client`.
+    /// Finds the replicas on `log`, and those whose write ports are at `static_peers`, using
+    /// `client`.
     #[must_use]
     pub fn new(
         me: RandomId,
@@ -80,7 +81,7 @@ impl Peers {
         }))
     }
 
-    /// The peers as of the last time they were asked.
+    /// The peers, as of the last request.
     #[must_use]
     pub fn known(&self) -> Vec<Peer> {
         self.0.known.lock().clone()
@@ -94,7 +95,7 @@ impl Peers {
         full.map(|peer| peer.url.clone())
     }
 
-    /// Asks all peers. Ready ones come first, and of these the one with the highest position.
+    /// Requests the state of all peers. Ready peers come first, with the highest position first.
     pub async fn ask(&self) -> Vec<Peer> {
         let offers = join_all(self.0.static_peers.iter().map(|url| self.ask_static(url)));
         let (announced, offers) = tokio::join!(self.0.log.peers(), offers);
@@ -127,7 +128,7 @@ impl Peers {
         found
     }
 
-    /// Asks the peers every two seconds; never returns.
+    /// Requests the state of the peers every two seconds; never returns.
     pub async fn watch(&self) {
         if !self.0.log.is_replicated() && self.0.static_peers.is_empty() {
             return std::future::pending().await;

@@ -44,8 +44,8 @@ struct LastSnapshotState {
     failures: u64,
 }
 
-/// The head of a backup of `state` that begins now. Its position is taken before the scan: replaying the log
-/// from there overwrites the later effects that the scan sees.
+/// The head of a backup of `state` that begins now. Its position is taken before the scan:
+/// replaying the log from there overwrites the later effects that the scan sees.
 #[must_use]
 pub fn backup_head(state: &CompleteState, applied: &AppliedIndex, log: &dyn Log) -> Head {
     let position = applied.position();
@@ -109,8 +109,8 @@ impl Snapshotter {
         let _ = self.write_alone(state).await;
     }
 
-    /// Writes a snapshot of `state` now and trims the log up to the older one that is kept. A failure is also
-    /// logged and counted.
+    /// Writes a snapshot of `state` now and trims the log up to the older one that is kept. A
+    /// failure is also logged and counted.
     ///
     /// # Errors
     /// The snapshot could not be written.

@@ -67,8 +67,8 @@ pub struct Unready {
     pub reason: Arc<str>,
 }
 
-/// An epoch of the store in which its state was complete. The state is still the same one as long as
-/// the store has this epoch.
+/// An epoch of the store in which its state was complete. The state is still the same one as long
+/// as the store has this epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CompleteEpoch(u64);
 
@@ -176,8 +176,8 @@ impl Readiness {
         Ok(CompleteEpoch(epoch))
     }
 
-    /// Returns the result of `read` on one complete state. If the state is replaced meanwhile, reads
-    /// again.
+    /// Returns the result of `read` on one complete state. If the state is replaced meanwhile,
+    /// reads again.
     ///
     /// # Errors
     /// Why the replica is not ready.

@@ -71,7 +71,7 @@ impl Restore {
         self.progress.rows() as f64 / self.duration().as_secs_f64().max(0.001)
     }
 
-    /// About how long it will still take; `None` while that is unknown.
+    /// The estimated time that is left; `None` while it is unknown.
     #[must_use]
     pub fn remaining(&self) -> Option<Duration> {
         let (rows, expected) = (self.progress.rows(), self.progress.rows_expected());

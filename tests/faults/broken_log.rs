@@ -1,4 +1,4 @@
-//! Faults of the log itself: what it held is gone, or some of it.
+//! Faults that lose data of the log.
 
 use async_nats::jetstream::stream::Config;
 
@@ -9,11 +9,11 @@ use crate::scene::{A, B, C, Scene};
 use crate::seeded::serves_nothing;
 use crate::stage::Stage;
 
-/// Batches that are left when the stream forgets all it may.
+/// The number of batches that are left after a trim.
 const LEFT: u64 = 5;
 
-/// The broker comes back with an empty disk: nobody serves what nobody can go on from. Then the
-/// operator does what the replicas say.
+/// The broker comes back with an empty disk. No replica serves, and the operator follows the advice
+/// in the reason.
 pub(crate) async fn wiped(scene: &mut Scene) {
     let kept = scene.broker().kill_and_copy();
     scene.broker().roll_back(tempfile::tempdir().unwrap()).await;
@@ -23,10 +23,10 @@ pub(crate) async fn wiped(scene: &mut Scene) {
         let gap = |status: &serde_json::Value| status["state"] == "gap";
         let status = status_where(node, "gap", gap).await;
         let reason = status["reason"].as_str().unwrap();
-        let said = ["its stream was removed", "put the right log back"];
-        assert!(said.iter().all(|said| reason.contains(said)), "{reason}");
+        let advice = ["does not exist", "restore the stream"];
+        assert!(advice.iter().all(|part| reason.contains(part)), "{reason}");
         let status = serves_nothing(node, &["gap"]).await;
-        // What was answered is still there, for whoever can make use of it.
+        // Acknowledged writes are kept, so that an operator can recover them.
         assert_eq!(status["position"], before);
         assert!(status["records"].as_u64() > Some(0));
     }
@@ -40,7 +40,7 @@ pub(crate) async fn wiped(scene: &mut Scene) {
         assert_ne!(status["reason"], "");
         serves_nothing(scene.node(A), &["gap", "no-source"]).await;
     }
-    // "Put the right log back."
+    // Restore the stream.
     for index in [A, B, C] {
         scene.kill(index);
     }
@@ -53,7 +53,7 @@ pub(crate) async fn wiped(scene: &mut Scene) {
     }
 }
 
-/// The stream forgets what the replica under test has already.
+/// The stream trims batches that the replica under test has applied.
 pub(crate) async fn trimmed_behind(scene: &mut Scene) {
     let quiet = scene.load.pause().await;
     scene.read().await;
@@ -69,7 +69,7 @@ pub(crate) async fn trimmed_behind(scene: &mut Scene) {
     assert_eq!(resyncs, Some(0.0));
 }
 
-/// The stream forgets what the replica under test has not read, because it was cut off.
+/// The stream trims batches that the replica under test has not read, because it was cut off.
 pub(crate) async fn trimmed_beyond(scene: &mut Scene) {
     scene.connection(Rules::DEAD);
     scene.proxy().cut();
@@ -84,13 +84,13 @@ pub(crate) async fn trimmed_beyond(scene: &mut Scene) {
     scene.connection(Rules::default());
     scene.go_on().await;
     if !matches!(scene.stage, Stage::Stopping | Stage::Restoring) {
-        // It may have been ready once more before it looked at the log.
+        // It may have been ready for a moment before it noticed the trim.
         let node = scene.node(A);
         node.metric_reaches("gradestore_resyncs_total", 1.0).await;
     }
 }
 
-/// Makes the stream forget all up to `through`; nobody may write meanwhile.
+/// Trims the stream up to `through`. There must be no writes meanwhile.
 async fn trim(scene: &Scene, through: u64) {
     let end = scene.truth.position;
     let context = scene.client().await;

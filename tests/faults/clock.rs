@@ -1,4 +1,4 @@
-//! A clock that a test sets, for one process.
+//! A clock for one process, set by the test.
 
 use std::fs;
 use std::path::PathBuf;
@@ -6,27 +6,27 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-/// As tests/faults/install.sh puts it there.
+/// Installed by tests/faults/install.sh.
 const LIBRARY: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/.tools/faketime/libfaketimeMT.so.1"
 );
 
-/// What a process takes for the time of day, and what it measures durations by if that can stand
-/// still: the kernel never sets that back or forth, but a guest's may stop with the guest.
+/// The wall clock of a process, and with `monotonic` its monotonic clock, too: that one never
+/// jumps, but stops with a suspended virtual machine.
 pub(crate) struct Clock {
     dir: TempDir,
     monotonic: bool,
 }
 
 impl Clock {
-    /// One that is right.
+    /// A correct clock.
     pub(crate) fn new() -> Self {
         Self::with(false)
     }
 
-    /// One that is right, and shifts durations too.
-    pub(crate) fn that_can_stand_still() -> Self {
+    /// A correct clock that can shift the monotonic clock, too.
+    pub(crate) fn with_monotonic() -> Self {
         Self::with(true)
     }
 
@@ -42,16 +42,16 @@ impl Clock {
         clock
     }
 
-    /// From now on the time is so many seconds more than it is.
+    /// Shifts the time by `seconds` from the real time.
     pub(crate) fn shift(&self, seconds: i64) {
-        // Never half a file: it is read all the time.
+        // Atomic, because the process reads the file at any time.
         let next = self.dir.path().join("next");
         fs::write(&next, format!("{seconds:+}s\n")).unwrap();
         fs::rename(next, self.file()).unwrap();
     }
 
-    /// What `command` starts goes by this clock.
-    pub(crate) fn show_to(&self, command: &mut Command) {
+    /// Makes `command` use this clock.
+    pub(crate) fn apply_to(&self, command: &mut Command) {
         command
             .env("LD_PRELOAD", LIBRARY)
             .env("FAKETIME_TIMESTAMP_FILE", self.file())

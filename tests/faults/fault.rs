@@ -1,4 +1,4 @@
-//! What goes wrong, and how it is mended.
+//! The faults, and how each ends.
 
 use std::time::Duration;
 
@@ -16,48 +16,48 @@ use crate::small_disk::SmallDisk;
 use crate::stage::Stage;
 use crate::wire::eventually;
 
-/// The disk that may be filled, and what is left of it: less than a snapshot takes.
+/// The size of the disk, and the free space that is left: less than a snapshot needs.
 const DISK_MIB: usize = 64;
 const FREE_BYTES: u64 = 200_000;
 const HOUR_S: i64 = 3600;
 
-/// What goes wrong.
+/// A fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// kill -9.
     Kill,
     /// SIGSTOP, and SIGCONT later.
     Freeze,
-    /// What the replica says to the broker vanishes.
+    /// Data from the replica to the broker is dropped.
     CutTo,
-    /// What the broker says to the replica vanishes.
+    /// Data from the broker to the replica is dropped.
     CutFrom,
     /// Both.
     CutBoth,
     /// The connection to the broker is slow.
     Slow,
-    /// There is no room for a snapshot.
+    /// There is no space for a snapshot.
     FullDisk,
-    /// The broker is killed, and started again on what it has.
+    /// The broker is killed and restarted with its data.
     Broker,
-    /// The broker is started again on nothing.
+    /// The broker is restarted without its data.
     Wiped,
-    /// The stream forgets what the replica has.
+    /// The stream trims batches that the replica has.
     TrimmedBehind,
-    /// The stream forgets what the replica lacks.
+    /// The stream trims batches that the replica lacks.
     TrimmedBeyond,
-    /// The broker's word that it has stored a batch vanishes.
+    /// Acknowledgements of the broker are lost.
     AckLost,
     /// The clock is set an hour ahead.
     ClockAhead,
     /// The clock is set an hour back.
     ClockBehind,
-    /// One of three servers: what happens to them.
+    /// A fault of a cluster of three servers.
     Servers(ServerFault),
 }
 
 impl Fault {
-    /// With one server.
+    /// Faults with one server.
     const OF_ONE: [Self; 14] = [
         Self::Kill,
         Self::Freeze,
@@ -75,13 +75,13 @@ impl Fault {
         Self::ClockBehind,
     ];
 
-    /// All of them, those with one server first.
+    /// All faults; those with one server first.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
         let of_three = ServerFault::ALL.into_iter().map(Self::Servers);
         Self::OF_ONE.into_iter().chain(of_three)
     }
 
-    /// What the replica under test may be doing meanwhile.
+    /// The stages that the fault is combined with.
     pub(crate) fn stages(self) -> &'static [Stage] {
         match self {
             Self::Servers(_) => &[Stage::Steady, Stage::Restoring],
@@ -89,7 +89,7 @@ impl Fault {
         }
     }
 
-    /// How long a cell may take.
+    /// The timeout of a cell.
     pub(crate) fn time_max(self) -> Duration {
         match self {
             Self::Servers(fault) => fault.time_max(),
@@ -117,12 +117,12 @@ impl Fault {
         }
     }
 
-    /// Whether a backup under way may be broken off by it.
+    /// Whether the fault may abort a backup.
     pub(crate) fn breaks_backups(self) -> bool {
         matches!(self, Self::Kill | Self::TrimmedBeyond)
     }
 
-    /// What must be there before the replica under test is.
+    /// Prepares the scene before the replica under test starts.
     pub(crate) async fn prepare(self, scene: &mut Scene) {
         match self {
             Self::FullDisk => {
@@ -135,9 +135,9 @@ impl Fault {
         }
     }
 
-    /// Strikes the replica under test, which is held in its stage, and is over in the end: all three
-    /// replicas run, and the one under test is ready.
-    pub(crate) async fn strike(self, scene: &mut Scene) {
+    /// Injects the fault while the replica under test is held in its stage, and ends it. Then all
+    /// three replicas run, and the one under test is ready.
+    pub(crate) async fn inject(self, scene: &mut Scene) {
         match self {
             Self::Kill => {
                 scene.kill(A);
@@ -177,7 +177,7 @@ impl Fault {
             Self::AckLost => ack_lost(scene).await,
             Self::ClockAhead => clock(scene, HOUR_S).await,
             Self::ClockBehind => clock(scene, -HOUR_S).await,
-            Self::Servers(fault) => fault.strike(scene).await,
+            Self::Servers(fault) => fault.inject(scene).await,
         }
     }
 }
@@ -193,8 +193,8 @@ async fn cut(scene: &mut Scene, but: fn(&mut Rules)) {
     but(&mut dead);
     scene.connection(dead);
     if scene.stage == Stage::Restoring {
-        // All rows come in meanwhile; that is not enough. And a peer that is held for long is given
-        // up, and no other is found without the broker.
+        // All rows arrive meanwhile, which is not enough to become ready. A peer that is held for
+        // too long times out, and no other is found without the broker.
         scene.release().await;
         let node = scene.node(A);
         let rows = |status: &serde_json::Value| status["restore"]["rows"].as_u64();
@@ -204,7 +204,7 @@ async fn cut(scene: &mut Scene, but: fn(&mut Rules)) {
         .await;
     }
     not_writable(scene, A).await;
-    // The others do not notice.
+    // The others are not affected.
     scene.load.progress(&[B, C], 10).await;
     if scene.stage.incomplete() {
         serves_nothing(scene.node(A), &["restoring", "catching-up"]).await;
@@ -218,7 +218,7 @@ async fn full_disk(scene: &mut Scene) {
     let ballast = disk.fill(FREE_BYTES);
     let failures = "gradestore_snapshot_failures_total";
     scene.go_on().await;
-    // Snapshots break off for want of room; writes have it elsewhere.
+    // Snapshots fail because the disk is full; writes are not stored there.
     let node = scene.node(A);
     let failed = node.metric(failures).await.unwrap();
     eventually("a snapshot that does not fit", async || {
@@ -237,7 +237,7 @@ async fn full_disk(scene: &mut Scene) {
 }
 
 async fn ack_lost(scene: &mut Scene) {
-    // The batch itself is word enough.
+    // The delivery of the batch suffices without an acknowledgement.
     let lost = Rules {
         lose_acks: true,
         ..Rules::default()
@@ -245,7 +245,7 @@ async fn ack_lost(scene: &mut Scene) {
     scene.connection(lost);
     scene.go_on().await;
     scene.load.progress(&[A], 10).await;
-    // Neither comes: it is sent again, and is in the log once.
+    // Neither arrives: the batch is sent again, and is in the log once.
     scene.connection(Rules {
         lose_batches: true,
         ..lost
@@ -264,14 +264,14 @@ async fn clock(scene: &mut Scene, seconds: i64) {
     shift(scene, seconds);
     scene.go_on().await;
     scene.load.progress(&[A], 10).await;
-    goes_by(scene, seconds).await;
+    check_clock(scene, seconds).await;
     shift(scene, 0);
     scene.load.progress(&[A], 10).await;
-    goes_by(scene, 0).await;
+    check_clock(scene, 0).await;
 }
 
-/// Checks that the clock of the replica under test is wrong by so much, and durations are not.
-async fn goes_by(scene: &Scene, seconds: i64) {
+/// Checks that the clock of the replica under test is wrong by `seconds`, and durations are right.
+async fn check_clock(scene: &Scene, seconds: i64) {
     let node = scene.node(A);
     let sent = |said: &str| said.matches("backup sent").count();
     let before = sent(&node.stderr.lock());

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Puts libfaketime, by which the fault matrix shifts a replica's clock, into .tools/faketime. What is there already is
-# left alone. Needs apt-get and dpkg-deb; no root, once apt-get knows its packages.
+# Downloads libfaketime, with which the fault matrix shifts a replica's clock, into .tools/faketime, unless it is there.
+# Needs apt-get and dpkg-deb, and no root if the package lists are up to date.
 set -eu
 cd "$(dirname "$0")/../.."
 

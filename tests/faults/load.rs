@@ -1,5 +1,5 @@
-//! Clients of all three replicas, whatever becomes of these: what each write was answered with is
-//! recorded, and no read may show less than was answered.
+//! Clients of all three replicas. They record the outcome of each write, and check that no read
+//! returns less than was acknowledged.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,35 +15,35 @@ use crate::disk::Rng;
 use crate::harness::{AUTHORIZATION, Ports};
 use crate::wire::{Answer, eventually, in_time};
 
-/// Two writers a replica.
+/// Two writers per replica.
 const WRITERS: usize = 6;
 /// Users of each writer; no other writes them.
 const USERS: usize = 5;
-/// How long a client waits for a replica that says nothing.
+/// The timeout of a request.
 const SILENCE_MAX: Duration = Duration::from_secs(15);
-/// Between two requests of one client: the machine is to be busy with the fault.
+/// The pause between two requests of one client.
 const PAUSE: Duration = Duration::from_millis(30);
 /// Values of one writer lie between its number times this and the next one's.
 const VALUES: i64 = 1_000_000_000;
 
-/// What became of the writes.
+/// The outcomes of all writes.
 #[derive(Default)]
 pub(crate) struct Record {
     /// 204.
     pub(crate) answered: Vec<Answered>,
-    /// 503, 507, or nobody took the connection: not written.
+    /// 503, 507, or connection refused: not written.
     pub(crate) refused: Vec<Write>,
-    /// 504, or the connection broke: perhaps written.
+    /// 504, or the connection broke: the outcome is unknown.
     pub(crate) unknown: Vec<Write>,
 }
 
-/// Clients that work until they are told to stop.
+/// Clients that run until [`Load::stop`].
 pub(crate) struct Load {
-    shared: Arc<Shared>,
+    shared: Arc<LoadState>,
     clients: JoinSet<()>,
 }
 
-struct Shared {
+struct LoadState {
     replicas: Mutex<[Option<Ports>; 3]>,
     stop: AtomicBool,
     /// Held by each write.
@@ -55,9 +55,9 @@ struct Shared {
 }
 
 impl Load {
-    /// Clients of replicas that are still to come.
+    /// Starts clients of replicas that are not running yet.
     pub(crate) fn start() -> Self {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(LoadState {
             replicas: Mutex::default(),
             stop: AtomicBool::new(false),
             gate: Arc::default(),
@@ -75,12 +75,12 @@ impl Load {
         Self { shared, clients }
     }
 
-    /// The replica at `index` is there now.
+    /// Directs the clients of replica `index` to `ports`.
     pub(crate) fn replica(&self, index: usize, ports: &Ports) {
         self.shared.replicas.lock()[index] = Some(ports.clone());
     }
 
-    /// Waits until each of these replicas has answered so many writes more.
+    /// Waits until each of `replicas` has acknowledged `more` writes.
     pub(crate) async fn progress(&self, replicas: &[usize], more: usize) {
         let all = replicas.iter().map(|index| self.progress_at(*index, more));
         join_all(all).await;
@@ -101,13 +101,13 @@ impl Load {
         self.shared.waiting[index].load(Ordering::Relaxed) == WRITERS / 3
     }
 
-    /// Waits for the writes under way; there are no others until what is returned is dropped.
+    /// Waits for the writes in flight, and pauses the writers until the guard is dropped.
     pub(crate) async fn pause(&self) -> OwnedRwLockWriteGuard<()> {
         let gate = Arc::clone(&self.shared.gate);
         in_time("a pause of the writers", gate.write_owned()).await
     }
 
-    /// Ends the clients; what became of their writes.
+    /// Stops the clients and returns the outcomes of their writes.
     pub(crate) async fn stop(&mut self) -> Record {
         self.shared.stop.store(true, Ordering::Relaxed);
         while let Some(ended) = in_time("the clients' end", self.clients.join_next()).await {
@@ -117,11 +117,11 @@ impl Load {
     }
 }
 
-async fn write(shared: Arc<Shared>, id: usize) {
+async fn write(shared: Arc<LoadState>, id: usize) {
     let index = id % 3;
     let mut count = 0_usize;
     while !shared.stop.load(Ordering::Relaxed) {
-        let under_way = shared.gate.read().await;
+        let in_flight = shared.gate.read().await;
         let ports = shared.replicas.lock()[index].clone();
         if let Some(ports) = ports {
             count += 1;
@@ -144,7 +144,7 @@ async fn write(shared: Arc<Shared>, id: usize) {
                 Outcome::Unknown => record.unknown.push(write),
             }
         }
-        drop(under_way);
+        drop(in_flight);
         tokio::time::sleep(PAUSE).await;
     }
 }
@@ -174,15 +174,15 @@ async fn send(ports: &Ports, write: &Write) -> Outcome {
     }
 }
 
-/// Reads from the replica at `index` what any of them has confirmed.
-async fn read(shared: Arc<Shared>, index: usize) {
+/// Reads acknowledged writes of all replicas from the replica at `index`.
+async fn read(shared: Arc<LoadState>, index: usize) {
     let mut rng = Rng(index as u64 + 1);
     while !shared.stop.load(Ordering::Relaxed) {
         tokio::time::sleep(PAUSE).await;
         let ports = shared.replicas.lock()[index].clone();
         let answered = {
             let answered = &shared.record.lock().answered;
-            // One of the last ones.
+            // A recent one.
             let back = rng.below(20) as usize + 1;
             answered.get(answered.len().saturating_sub(back)).cloned()
         };
@@ -210,7 +210,7 @@ async fn read(shared: Arc<Shared>, index: usize) {
     }
 }
 
-/// Values of one writer only grow: what is found must be `answered` or a later one of the same.
+/// Values of one writer only grow: `found` must be `answered` or a later value of the same writer.
 pub(crate) fn assert_not_before(answered: &Write, found: i64) {
     let sound = found >= answered.value && found / VALUES == answered.value / VALUES;
     assert!(sound, "{found} in place of {answered:?}");

@@ -1,6 +1,5 @@
-//! The fault matrix: what goes wrong, times what the replica it happens to is doing. Each cell is a
-//! broker or a cluster of three, three replicas and clients of them, all real processes; see
-//! README.md.
+//! The fault matrix: faults times the stages of a replica. Each cell runs a broker or a cluster of
+//! three, three replicas and their clients, all real processes; see README.md.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -53,14 +52,14 @@ use crate::scene::{Logs, Scene};
 use crate::stage::Stage;
 use crate::table::{Outcome, Table};
 
-/// How long what a cell has started may take to end.
-const TIDY_MAX: Duration = Duration::from_secs(5);
+/// The timeout for ending the tasks of a cell.
+const CLEANUP_MAX: Duration = Duration::from_secs(5);
 
-/// What went wrong in the cell that runs, the first first.
+/// The panics in the running cell, in order.
 static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 fn main() -> ExitCode {
-    // `kill/restoring`, `kill`, `/restoring`; without any all cells.
+    // `kill/restoring`, `kill`, `/restoring`; all cells if there are none.
     let filters: Vec<String> = std::env::args().skip(1).collect();
     if let Some(unknown) = filters
         .iter()
@@ -74,7 +73,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     panic::set_hook(Box::new(|info| PANICS.lock().push(info.to_string())));
-    let begun = Instant::now();
+    let started = Instant::now();
     let mut table = Table::default();
     for (fault, stage) in cells() {
         let wanted = filters.is_empty()
@@ -89,7 +88,7 @@ fn main() -> ExitCode {
         };
         table.add(fault, stage, outcome);
     }
-    table.print(begun.elapsed());
+    table.print(started.elapsed());
     match table.failed() {
         false => ExitCode::SUCCESS,
         true => ExitCode::FAILURE,
@@ -107,11 +106,10 @@ fn matches(filter: &str, (fault, stage): &(Fault, Stage)) -> bool {
     is(of_fault, fault.name()) && is(of_stage, stage.name())
 }
 
-/// Runs one cell; `None` if somebody wants all to end. Whatever happens, none of its processes is
-/// left.
+/// Runs one cell; `None` after SIGINT or SIGTERM. All its processes end in any case.
 fn run(fault: Fault, stage: Stage) -> Option<Outcome> {
     PANICS.lock().clear();
-    let (logs, begun) = (Logs::default(), Instant::now());
+    let (logs, started) = (Logs::default(), Instant::now());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -121,8 +119,8 @@ fn run(fault: Fault, stage: Stage) -> Option<Outcome> {
         let mut scene = Scene::new(fault, stage, logs.clone()).await;
         fault.prepare(&mut scene).await;
         stage.enter(&mut scene).await;
-        fault.strike(&mut scene).await;
-        verdict::judge(scene, fault).await;
+        fault.inject(&mut scene).await;
+        verdict::check(scene, fault).await;
     };
     let watched = async {
         let mut interrupted = signal(SignalKind::interrupt()).unwrap();
@@ -134,11 +132,11 @@ fn run(fault: Fault, stage: Stage) -> Option<Outcome> {
         }
     };
     let ended = panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(watched)));
-    runtime.shutdown_timeout(TIDY_MAX);
+    runtime.shutdown_timeout(CLEANUP_MAX);
     let why = match ended {
         Ok(None) => return None,
-        Ok(Some(Ok(()))) => return Some(Outcome::Ok(begun.elapsed())),
-        Ok(Some(Err(_elapsed))) => format!("not done within {} s", fault.time_max().as_secs()),
+        Ok(Some(Ok(()))) => return Some(Outcome::Ok(started.elapsed())),
+        Ok(Some(Err(_elapsed))) => format!("timed out after {} s", fault.time_max().as_secs()),
         Err(_) => {
             let panics = PANICS.lock();
             panics.first().cloned().unwrap_or_default()

@@ -1,5 +1,5 @@
-//! Three replicas on one broker or on a cluster of three, of which one is under test, and clients of
-//! all three.
+//! Three replicas on one broker or on a cluster of three, of which one is under test, and clients
+//! of all three.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -23,56 +23,56 @@ use crate::throttle::Throttle;
 
 /// The replica under test.
 pub(crate) const A: usize = 0;
-/// The first one, which is seeded and makes the stream.
+/// The first replica, which is seeded and creates the stream.
 pub(crate) const B: usize = 1;
-/// One more.
+/// The third replica.
 pub(crate) const C: usize = 2;
-/// What each process of a cell has said, by name.
+/// The logs of all processes of a cell, by name.
 pub(crate) type Logs = Arc<Mutex<Vec<(String, Arc<Mutex<String>>)>>>;
 
-/// What keeps the log.
+/// The NATS servers.
 pub(crate) enum Brokers {
     One(Broker),
     Three(Box<NatsCluster>),
 }
 
-/// Three replicas and what is around them. All of it ends when it is dropped.
+/// Three replicas with their servers, proxies and clients. All of them end when this is dropped.
 pub(crate) struct Scene {
     pub(crate) brokers: Brokers,
     pub(crate) truth: Truth,
     seed: PathBuf,
-    /// Where replicas keep their data.
+    /// The parent of the data directories.
     data: TempDir,
     /// Between the replica under test and the broker; with three servers only if a fault needs it.
     pub(crate) proxy: Option<Proxy>,
     rules: Rules,
-    /// More flags for a replica.
+    /// Additional flags of each replica.
     pub(crate) flags: [Vec<String>; 3],
-    /// How the replica under test finds its servers where there are three and no proxy.
+    /// The `--nats-url` of the replica under test, if there are three servers and no proxy.
     pub(crate) nats_url: Option<String>,
-    /// To the backups of the other two.
+    /// Proxies to the backups of the other two.
     pub(crate) ways: [Throttle; 2],
     pub(crate) load: Load,
-    /// Whether the clients know of the replicas yet.
+    /// Whether the clients are active.
     loaded: bool,
     nodes: [Option<Node>; 3],
     pub(crate) stage: Stage,
     pub(crate) hold: Hold,
-    /// A log position that the replica under test needs nothing before of.
+    /// A position whose earlier batches the replica under test does not need.
     pub(crate) held_at: u64,
-    /// Whether the replica under test writes one each second.
+    /// Whether the replica under test writes a snapshot each second.
     pub(crate) snapshots_often: bool,
-    /// What a client got that was being given a backup; nothing if that was broken off.
+    /// The backup that a client received; `Some(None)` if it was aborted.
     pub(crate) backup: Option<Option<Vec<u8>>>,
-    /// Where the replica under test keeps its data, if that may be filled.
+    /// The disk of the replica under test, if the fault fills it.
     pub(crate) disk: Option<SmallDisk>,
-    /// What the replica under test takes for the time, if that may be changed.
+    /// The clock of the replica under test, if the fault changes it.
     pub(crate) clock: Option<Clock>,
     logs: Logs,
 }
 
 impl Scene {
-    /// With two replicas that are ready.
+    /// A scene with two ready replicas.
     pub(crate) async fn new(fault: Fault, stage: Stage, logs: Logs) -> Self {
         let (truth, seed, data) = seed(stage.rows());
         let (brokers, proxy) = match fault {
@@ -149,7 +149,7 @@ impl Scene {
             command.arg("--snapshot-interval=1s");
         }
         if let Some(clock) = &self.clock {
-            clock.show_to(&mut command);
+            clock.apply_to(&mut command);
         }
         command
     }
@@ -162,7 +162,7 @@ impl Scene {
         }
     }
 
-    /// Starts a replica with what it has.
+    /// Starts a replica with its existing data.
     pub(crate) async fn start(&mut self, index: usize) {
         let mut command = self.command(index);
         self.launch(index, &mut command).await;
@@ -181,7 +181,7 @@ impl Scene {
         self.show(index);
     }
 
-    /// From now on clients write and read.
+    /// Activates the clients.
     pub(crate) fn load_on(&mut self) {
         self.loaded = true;
         for index in [A, B, C] {
@@ -221,14 +221,13 @@ impl Scene {
         }
     }
 
-    /// Waits until the replica under test, which was told to stop, has ended as it should.
+    /// Waits until the replica under test has shut down cleanly.
     pub(crate) async fn ended(&mut self) {
         let mut node = self.nodes[A].take().expect("a replica that runs");
         assert_eq!(node.exit().await.code(), Some(0));
     }
 
-    /// Lets the replica under test go on, and waits until it is ready, or one that has come in its
-    /// place.
+    /// Releases the replica under test, restarts it if it has ended, and waits until it is ready.
     pub(crate) async fn go_on(&mut self) {
         self.release().await;
         if self.stage == Stage::Stopping && self.nodes[A].is_some() {
@@ -240,7 +239,7 @@ impl Scene {
         self.ready(A).await;
     }
 
-    /// Lets the replica under test go on.
+    /// Releases the replica under test from its stage.
     pub(crate) async fn release(&mut self) {
         let hold = std::mem::replace(&mut self.hold, Hold::Nothing);
         hold.release(self).await;
@@ -252,14 +251,14 @@ impl Scene {
         }
     }
 
-    /// Keeps the log's batches from the replica under test.
+    /// Holds back the log's batches from the replica under test.
     pub(crate) fn hold_batches(&mut self, hold: bool) {
         self.rules.hold_batches = hold;
         self.proxy().set(self.rules);
     }
 
-    /// What the fault does to the connection between the replica under test and the broker, beside
-    /// what holds the replica in its stage.
+    /// Applies a fault to the connection between the replica under test and the broker, in addition
+    /// to the rule that holds the replica in its stage.
     pub(crate) fn connection(&mut self, fault: Rules) {
         let hold_batches = self.rules.hold_batches;
         self.rules = Rules {
@@ -289,7 +288,7 @@ impl Scene {
         }
     }
 
-    /// A client of the test's own.
+    /// A NATS client of the test.
     pub(crate) async fn client(&self) -> Context {
         match &self.brokers {
             Brokers::One(broker) => broker.client().await,

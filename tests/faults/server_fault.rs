@@ -1,4 +1,4 @@
-//! Faults of a log that three servers keep: of the servers, of their routes and of who else writes.
+//! Faults with a cluster of three servers: of the servers, of their routes and of other publishers.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -21,16 +21,16 @@ use crate::seeded::{SEED, message_at};
 use crate::stage::Stage;
 use crate::wire::{Answer, eventually, in_time};
 
-/// What goes wrong.
+/// A fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ServerFault {
     /// kill -9 of the server that leads the stream.
     LeaderKilled,
-    /// SIGSTOP to it, and SIGCONT later.
+    /// SIGSTOP to that server, and SIGCONT later.
     LeaderFrozen,
-    /// The routes of a server that follows are cut; its clients still reach it.
+    /// The routes of a follower are cut; its clients still reach it.
     FollowerIsolated,
-    /// The same of the server that leads.
+    /// The same for the leader.
     LeaderIsolated,
     /// Each server is stopped and started, one after the other.
     Restarted,
@@ -38,23 +38,23 @@ pub(crate) enum ServerFault {
     QuorumLost,
     /// The servers have no storage left.
     DiskFull,
-    /// Messages come whose header block cannot be parsed.
+    /// Messages with header blocks that cannot be parsed are stored.
     UnreadableHeader,
-    /// The replica under test loses the right to publish batches.
+    /// The replica under test loses the permission to publish batches.
     NoRight,
-    /// The replica under test is suspended for longer than the broker remembers message ids, and its
-    /// clocks stand still meanwhile.
+    /// The replica under test is suspended, with its clocks, for longer than the broker remembers
+    /// message ids.
     Suspended,
-    /// Somebody publishes checkpoints with invented replica ids and digests.
+    /// Another publisher sends checkpoints with invented replica ids and digests.
     ForgedVotes,
     /// A replica has reached its memory limit.
     StoreFull,
 }
 
-/// A server's storage, and what it is raised to.
+/// The storage limit of a server, and the raised limit.
 const STORE: &str = "jetstream { max_file_store: 8MB }\n";
 const LARGER_STORE: &str = "jetstream { max_file_store: 200MB }\n";
-/// Everybody may do everything, also without a name; `a` may be forbidden something.
+/// All users have all permissions, also without a name. Then user `a` may not publish batches.
 const ALL_RIGHTS: &str = "\
     authorization { users: [{ user: all, password: p }, { user: a, password: p }] }\n\
     no_auth_user: all\n";
@@ -63,12 +63,12 @@ const NO_RIGHT: &str = "\
     permissions: { publish: { deny: [\"grades.set\"] } } }] }\n\
     no_auth_user: all\n";
 const BALLAST_BYTES: usize = 500_000;
-/// Batches of no writes that move the log on while a server is isolated.
+/// The number of empty batches that are stored while a server is isolated.
 const BEYOND: usize = 100;
 const BETWEEN: Duration = Duration::from_millis(50);
-/// More than a debug build takes with the rows of a cell.
+/// More than a debug build needs for the rows of a cell.
 const MEMORY_MAX: &str = "160MiB";
-/// New users in one request, and at most.
+/// New users per request, and the maximum number of requests.
 const NEW_USERS: usize = 5000;
 const REQUESTS_MAX: usize = 200;
 
@@ -113,7 +113,7 @@ impl ServerFault {
         }
     }
 
-    /// What the servers are configured with.
+    /// Additional configuration of the servers.
     pub(crate) fn config(self) -> &'static str {
         match self {
             Self::DiskFull => STORE,
@@ -122,7 +122,7 @@ impl ServerFault {
         }
     }
 
-    /// The suspended replica is to reach its servers through a proxy only.
+    /// The suspended replica must reach its servers only through a proxy.
     pub(crate) fn gossip(self) -> Gossip {
         match self {
             Self::Suspended => Gossip::Nothing,
@@ -130,7 +130,7 @@ impl ServerFault {
         }
     }
 
-    /// More flags of each replica.
+    /// Additional flags of each replica.
     pub(crate) fn flags(self) -> [Vec<String>; 3] {
         let flags = |flags: &[&str]| flags.iter().map(|flag| (*flag).to_owned()).collect();
         match self {
@@ -140,7 +140,7 @@ impl ServerFault {
         }
     }
 
-    /// What must be there before the replica under test is.
+    /// Prepares the scene before the replica under test starts.
     pub(crate) async fn prepare(self, scene: &mut Scene) {
         match self {
             Self::NoRight => {
@@ -149,7 +149,7 @@ impl ServerFault {
                 scene.nats_url = Some(urls.join(","));
             }
             Self::Suspended => {
-                scene.clock = Some(Clock::that_can_stand_still());
+                scene.clock = Some(Clock::with_monotonic());
                 let leader = scene.servers().settled().await;
                 let address = scene.servers().servers[leader].address;
                 scene.proxy = Some(Proxy::to(address).await);
@@ -158,9 +158,9 @@ impl ServerFault {
         }
     }
 
-    /// Strikes, and is over in the end: all servers and replicas run, and the one under test is
-    /// ready.
-    pub(crate) async fn strike(self, scene: &mut Scene) {
+    /// Injects the fault and ends it. Then all servers and replicas run, and the replica under test
+    /// is ready.
+    pub(crate) async fn inject(self, scene: &mut Scene) {
         match self {
             Self::LeaderKilled => {
                 let leader = scene.servers().settled().await;
@@ -212,7 +212,7 @@ impl ServerFault {
     }
 }
 
-/// The routes of a server are cut until the others have stored much that it has not.
+/// Cuts the routes of a server until the others have stored many batches.
 async fn isolated(scene: &mut Scene, index: usize) {
     let cluster = scene.servers();
     cluster.isolate(index);
@@ -298,14 +298,14 @@ async fn no_right(scene: &mut Scene) {
         let detail = detail.await;
         assert!(detail.contains(SUBJECT), "{detail}");
     }
-    // The others do not notice.
+    // The others are not affected.
     scene.load.progress(&[B, C], 10).await;
     for index in 0..SERVERS {
         scene.servers().servers[index].reload(ALL_RIGHTS).await;
     }
 }
 
-/// A batch is sent, nothing is heard of it, and the replica does not run until the broker has
+/// The replica sends a batch, gets no acknowledgement, and is suspended until the broker has
 /// forgotten the batch's id. Others set the same fields meanwhile.
 async fn suspended(scene: &mut Scene) {
     let silent = Rules {
@@ -320,7 +320,7 @@ async fn suspended(scene: &mut Scene) {
             scene.load.all_wait(A).then_some(())
         })
         .await;
-        // It has been sent once a question after it has been answered.
+        // By the time that a later request is answered, the batch has been sent.
         node.ops("/status").await;
     }
     scene.node(A).signal(Signal::STOP);
@@ -336,7 +336,7 @@ async fn suspended(scene: &mut Scene) {
     while !stored_again().await {
         scene.load.progress(&[B, C], 1).await;
     }
-    // As if it had been suspended with its clocks.
+    // As if its clocks had been suspended, too.
     let seconds = begun.elapsed().as_secs();
     scene
         .clock
@@ -348,7 +348,7 @@ async fn suspended(scene: &mut Scene) {
     scene.node(A).signal(Signal::CONT);
 }
 
-/// Publishes copies of what replicas vote with, with every id, digest and code replaced.
+/// Publishes copies of real checkpoints in which every id, digest and code is replaced.
 async fn forged_votes(scene: &mut Scene) {
     scene.load.progress(&[B, C], 10).await;
     let client = scene.client().await;
@@ -396,8 +396,7 @@ async fn forged_votes(scene: &mut Scene) {
     }
 }
 
-/// The same header block with all that may be an id, a digest or a code replaced: runs of 32 or more
-/// hexadecimal digits.
+/// The header block with every id, digest and code replaced: runs of 32 or more hexadecimal digits.
 fn forged(headers: &str) -> String {
     let (mut forged, mut run) = (String::new(), String::new());
     for digit in headers.chars().chain(['\0']) {
@@ -420,8 +419,7 @@ fn forged(headers: &str) -> String {
     forged
 }
 
-/// One replica is full: it takes no new users, nor do those that have heard of it; all take
-/// updates.
+/// One replica is full. It and its peers reject new users and accept updates.
 async fn store_full(scene: &mut Scene) {
     let mut refused = None;
     for request in 0..REQUESTS_MAX {

@@ -1,4 +1,4 @@
-//! What the replica under test is doing when the fault comes, and what keeps it at that.
+//! The stages of the replica under test when the fault is injected, and what holds it there.
 
 use std::fs::File;
 use std::io::Read;
@@ -14,43 +14,44 @@ use crate::seeded::serves_nothing;
 use crate::throttle::Throttle;
 use crate::wire::{eventually, in_time};
 
-/// What a client takes of a backup before it stops: with what the system holds it is less than all.
+/// The bytes that a client reads of a backup before it stops. With the system's buffers this is
+/// less than the whole backup.
 const TAKEN_BYTES: u64 = 100_000;
-/// What passes of a peer's backup, which is not compressed, before it is held: some of its chunks.
+/// The bytes of a peer's backup, which is not compressed, that pass before the proxy holds it.
 const PASSED_BYTES: u64 = 500_000;
 
-/// What the replica under test is doing.
+/// A stage of the replica under test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
-    /// It takes writes like the others.
+    /// It accepts writes like the others.
     Steady,
-    /// It is in the middle of a snapshot.
+    /// It is writing a snapshot.
     Snapshot,
-    /// A client is in the middle of `GET /backup`.
+    /// It is sending a backup to a client.
     Backup,
-    /// It is in the middle of a peer's backup.
+    /// It is restoring a peer's backup.
     Restoring,
-    /// All rows are in, and the log's batches since then are not.
+    /// All rows are restored, and the batches since then are missing.
     Draining,
-    /// It was told to stop, and requests are still running.
+    /// It is shutting down with requests in flight.
     Stopping,
 }
 
-/// What keeps the replica in its stage.
+/// What holds the replica in its stage.
 pub(crate) enum Hold {
-    /// Nothing need.
+    /// Nothing is needed.
     Nothing,
-    /// The snapshot goes into a pipe that nobody empties.
+    /// A pipe instead of the snapshot file, which is not read.
     Snapshot(File),
-    /// The backup goes to a client that reads no further.
+    /// A client that has stopped reading the backup.
     Backup(Throttle, Download),
-    /// The peers' backups come no further.
+    /// The peers' backups are held by proxies.
     Restoring,
-    /// The log's batches do not come.
+    /// The log's batches are held by a proxy.
     Batches,
 }
 
-/// A client that is being given a backup.
+/// A client that downloads a backup.
 pub(crate) type Download = JoinHandle<Result<Vec<u8>, reqwest::Error>>;
 
 impl Stage {
@@ -74,14 +75,14 @@ impl Stage {
         }
     }
 
-    /// Whether the replica has no whole state yet.
+    /// Whether the replica has no complete state yet.
     pub(crate) fn incomplete(self) -> bool {
         matches!(self, Self::Restoring | Self::Draining)
     }
 
-    /// Rows that are there from the beginning, about 90 bytes each, compressed 35: of a snapshot
-    /// more than a pipe holds, of a peer's backup more than passes, of a client's more than the
-    /// system holds of a connection.
+    /// The number of rows at the start, about 90 bytes each, 35 compressed: enough to fill the pipe
+    /// of a snapshot, the limit of a peer's backup and the system's buffers of a client's
+    /// connection.
     pub(crate) fn rows(self) -> u64 {
         match self {
             Self::Backup => 40_000,
@@ -89,7 +90,7 @@ impl Stage {
         }
     }
 
-    /// Brings the replica under test there; the other two are ready.
+    /// Brings the replica under test into this stage. The other two are ready.
     pub(crate) async fn enter(self, scene: &mut Scene) {
         scene.hold = match self {
             Self::Steady => {
@@ -119,7 +120,7 @@ async fn snapshot(scene: &mut Scene) -> Hold {
     scene.snapshots_often = true;
     scene.start(A).await;
     scene.ready(A).await;
-    // Nobody writes yet, so it is known where the next snapshot will be.
+    // There are no writes yet, so the position of the next snapshot is known.
     let written = |status: &serde_json::Value| status["snapshot"]["position"] == status["position"];
     let status = status_where(scene.node(A), "a snapshot of all", written).await;
     let next = status["position"].as_u64().unwrap() + 1;
@@ -183,7 +184,7 @@ async fn draining(scene: &mut Scene) -> Hold {
         status["state"] == "catching-up" && status["restore"]["stage"] == "catching-up"
     })
     .await;
-    // And it stays so, however much the others answer.
+    // It stays in this state while the others acknowledge writes.
     scene.load.progress(&[B, C], 10).await;
     serves_nothing(scene.node(A), &["catching-up"]).await;
     Hold::Batches
@@ -197,10 +198,10 @@ async fn stopping(scene: &mut Scene) -> Hold {
         (a + 10 < b).then_some(())
     })
     .await;
-    // Its clients' writes can't be answered any more, and they do not give up so soon.
+    // Its clients' writes can't be acknowledged any more, and have not timed out yet.
     let running = async || {
         let in_flight = "gradestore_http_requests_in_flight";
-        // Who asks is one of them.
+        // The metrics request itself is one of them.
         scene.node(A).metric(in_flight).await.unwrap() - 1.0
     };
     eventually("writes that wait", async || {
@@ -215,7 +216,7 @@ async fn stopping(scene: &mut Scene) -> Hold {
 }
 
 impl Hold {
-    /// Lets the replica go on.
+    /// Releases the replica.
     pub(crate) async fn release(self, scene: &mut Scene) {
         match self {
             Self::Nothing => {}

@@ -1,4 +1,4 @@
-//! What is printed.
+//! The result table.
 
 use std::fs;
 use std::path::Path;
@@ -11,17 +11,17 @@ use crate::stage::Stage;
 /// Where the logs of failed cells are kept, below the project's directory.
 const KEPT: &str = "target/faults";
 
-/// What became of a cell.
+/// The result of a cell.
 #[derive(Debug, Clone)]
 pub(crate) enum Outcome {
-    /// It held, and took so long.
+    /// All invariants held; the duration.
     Ok(Duration),
-    /// It did not.
+    /// An invariant was violated, or the cell timed out.
     Failed(String),
 }
 
 impl Outcome {
-    /// Keeps what the cell's processes said.
+    /// Saves the logs of the cell's processes.
     pub(crate) fn failed(fault: Fault, stage: Stage, why: String, logs: &Logs) -> Self {
         let dir = format!("{KEPT}/{}-{}", fault.name(), stage.name());
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(&dir);
@@ -31,7 +31,7 @@ impl Outcome {
             fs::write(path.join(format!("{name}.log")), &*said.lock()).unwrap();
         }
         fs::write(path.join("why"), &why).unwrap();
-        // Of a panic the place stands first.
+        // A panic begins with its location.
         let why = why.replace('\n', " ");
         let why: String = why.chars().take(300).collect();
         Self::Failed(format!("{why} (logs in {dir})"))
@@ -43,7 +43,7 @@ impl Outcome {
 pub(crate) struct Table(Vec<(Fault, Stage, Outcome)>);
 
 impl Table {
-    /// Adds a cell, and says what became of it.
+    /// Adds a cell and prints its result.
     pub(crate) fn add(&mut self, fault: Fault, stage: Stage, outcome: Outcome) {
         let said = match &outcome {
             Outcome::Ok(took) => format!("ok {:.1} s", took.as_secs_f64()),
@@ -58,8 +58,8 @@ impl Table {
         self.0.iter().any(failed)
     }
 
-    /// A table for one server and one for three: a row a fault, a column a stage. What did not hold
-    /// was said already.
+    /// Prints a table for one server and one for three: one row per fault, one column per stage.
+    /// The reasons of failures were printed before.
     pub(crate) fn print(&self, took: Duration) {
         let (of_three, of_one): (Vec<_>, _) =
             Fault::all().partition(|fault| matches!(fault, Fault::Servers(_)));

@@ -1,4 +1,4 @@
-//! What must hold in the end, whatever has happened.
+//! The invariants at the end of each cell.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,15 +9,15 @@ use crate::load::assert_not_before;
 use crate::scene::{A, B, C, Scene};
 use crate::seeded::apply;
 
-/// Ends the clients and judges.
-pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
+/// Stops the clients and checks the invariants.
+pub(crate) async fn check(mut scene: Scene, fault: Fault) {
     for index in [A, B, C] {
         scene.ready(index).await;
     }
     scene.load.progress(&[A, B, C], 10).await;
     let record = scene.load.stop().await;
-    // Answered writes are in the log where they were said to be, nothing is there twice, and all
-    // three are equal to the log's sum.
+    // Acknowledged writes are in the log at their positions, no write is there twice, and all three
+    // replicas have the state that results from the log.
     let nodes = scene.nodes().map(Clone::clone);
     let nodes = [&nodes[0], &nodes[1], &nodes[2]];
     let client = scene.client().await;
@@ -29,11 +29,11 @@ pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
     for refused in &record.refused {
         assert!(
             !stored.contains(refused),
-            "refused and written: {refused:?}"
+            "rejected and written: {refused:?}"
         );
     }
 
-    // And each can be read everywhere, or a later one of the same client.
+    // Every replica serves each of them, or a later one of the same client.
     let mut last: BTreeMap<(&str, usize), &Write> = BTreeMap::new();
     for answered in &record.answered {
         let write = answered.write.set().unwrap();
@@ -54,14 +54,14 @@ pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
         }
     }
     if let Some(backup) = scene.backup.take() {
-        judge_backup(&scene, fault, backup);
+        check_backup(&scene, fault, backup);
     }
 }
 
-/// A backup that was being sent is whole and right, or does not look whole.
-fn judge_backup(scene: &Scene, fault: Fault, backup: Option<Vec<u8>>) {
+/// A backup is complete and right, or the client has noticed that it was aborted.
+fn check_backup(scene: &Scene, fault: Fault, backup: Option<Vec<u8>>) {
     let Some(file) = backup else {
-        assert!(fault.breaks_backups(), "the backup was broken off");
+        assert!(fault.breaks_backups(), "the backup was aborted");
         return;
     };
     let (store, summary) = restored(&file);

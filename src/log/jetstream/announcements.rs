@@ -40,16 +40,16 @@ impl Announcements {
         }
     }
 
-    /// Asks the replicas that `to` selects, and returns their authentic announcements, one per
-    /// process. The error is for a log line.
+    /// Requests announcements of the replicas in `query`, and returns their authentic
+    /// announcements, one per process. The error is for a log line.
     pub(super) async fn ask(
         &self,
         broker: &dyn Broker,
         connection: &dyn Connection,
-        to: PeerQuery,
+        query: PeerQuery,
     ) -> Result<Vec<Announcement>, String> {
         let nonce = broker.random_id().map_err(|error| error.to_string())?;
-        let announced = connection.ask_peers(to, nonce).await?;
+        let announced = connection.ask_peers(query, nonce).await?;
         Ok(self.authentic(announced, &nonce.to_string()))
     }
 

@@ -23,8 +23,9 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::broker::{BrokerError, Connection, Outgoing, Stored};
+use super::message;
 use super::probe::UNANSWERED;
-use super::{JetStreamShared, message};
+use super::shared::JetStreamShared;
 use crate::log::{AppendError, Batch, BatchId, Seq};
 
 /// How often a batch is sent again while the stream has no leader.
@@ -79,8 +80,8 @@ impl JetStreamShared {
         }
     }
 
-    /// Sends `message` until its outcome is known. Once it is stored this does not resolve before it
-    /// times out: the delivery decides.
+    /// Sends `message` until its outcome is known. Once it is stored this does not resolve before
+    /// it times out: the delivery decides.
     async fn send_until_known(&self, id: BatchId, message: Outgoing) -> Result<(), AppendError> {
         let deadline = Instant::now() + TIMEOUT;
         let (mut in_doubt, mut fenced, mut attempts) = (false, false, 0);
@@ -103,7 +104,11 @@ impl JetStreamShared {
                 Attempt::Stored => self.await_delivery(deadline).await?,
                 Attempt::IdTaken => {
                     let writer = self.renew_writer();
-                    tracing::error!(batch_id = %id, new_writer_id = %writer, "another publisher used a message id of this replica");
+                    tracing::error!(
+                        batch_id = %id,
+                        new_writer_id = %writer,
+                        "another publisher used a message id of this replica"
+                    );
                     let why = format!(
                         "not written: another publisher used message id {id}; retry (this replica \
                          has a new writer id)"
@@ -152,7 +157,7 @@ impl JetStreamShared {
     }
 
     /// Waits until `deadline` for the delivery of a stored batch; the delivery drops this future.
-    /// Has the consumer replaced if that takes longer than [`DELIVERY_WAIT_MAX`].
+    /// Requests a new consumer after [`DELIVERY_WAIT_MAX`].
     async fn await_delivery(&self, deadline: Instant) -> Result<(), AppendError> {
         tokio::time::sleep(DELIVERY_WAIT_MAX).await;
         self.replace_consumer.notify_one();
@@ -236,15 +241,19 @@ impl JetStreamShared {
         }
     }
 
-    /// Waits until the batch at `seq` is delivered; has the consumer replaced if that takes long.
+    /// Waits until the batch at `seq` is delivered. Requests a new consumer after
+    /// [`DELIVERY_WAIT_MAX`].
     async fn await_delivered(&self, seq: Seq) {
-        let is_there = |last| (last >= seq).then_some(());
-        let there = self.delivered.wait_for(is_there);
-        if tokio::time::timeout(DELIVERY_WAIT_MAX, there).await.is_ok() {
+        let is_delivered = |last| (last >= seq).then_some(());
+        let delivered = self.delivered.wait_for(is_delivered);
+        if tokio::time::timeout(DELIVERY_WAIT_MAX, delivered)
+            .await
+            .is_ok()
+        {
             return;
         }
         self.replace_consumer.notify_one();
-        self.delivered.wait_for(is_there).await;
+        self.delivered.wait_for(is_delivered).await;
     }
 }
 

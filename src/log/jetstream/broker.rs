@@ -132,7 +132,7 @@ pub enum InfoSource {
     Follower,
 }
 
-/// Which replicas to ask for their announcements.
+/// The replicas whose announcements are requested.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PeerQuery {
     /// All replicas.
@@ -177,12 +177,12 @@ pub trait Connection: Send + Sync + 'static {
         stop: CancellationToken,
     ) -> BoxFuture<'_, Result<(), String>>;
 
-    /// Asks replicas for announcements that are signed for `nonce`. This replica answers too, if it
-    /// is asked and announces itself. The answers are not verified: any client may have sent them.
-    /// The error is for a log line.
+    /// Requests announcements that are signed for `nonce`. The result may include this replica's
+    /// own. The answers are not verified: any client may have sent them. The error is for a log
+    /// line.
     fn ask_peers(
         &self,
-        to: PeerQuery,
+        query: PeerQuery,
         nonce: RandomId,
     ) -> BoxFuture<'_, Result<Vec<Announcement>, String>>;
 

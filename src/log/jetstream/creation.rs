@@ -15,16 +15,18 @@ use tokio_util::sync::CancellationToken;
 
 use super::announcements::Announcements;
 use super::broker::{Broker, BrokerError, ConnectError, Connection, PeerQuery, StreamInfo};
-use super::{JetStreamConfig, SetupError, session, stream};
+use super::config::JetStreamConfig;
+use super::setup_error::SetupError;
+use super::{session, stream};
 use crate::log::{Announcement, Chain, ClusterKey, LogId, RandomId, Seq};
 
-/// How long requests for the stream may stay unanswered at the start before the node gives up.
+/// The timeout of the start while requests for the stream are not answered.
 const START_WAIT_MAX: Duration = Duration::from_secs(30);
-/// How long a replica that expects no others looks for them before it creates the stream.
+/// How long a replica with --expect-peers 1 looks for others before it creates the stream.
 const DISCOVERY: Duration = Duration::from_secs(3);
 /// The timeout for the node id of a `--peer`.
 const PEER_WAIT_MAX: Duration = Duration::from_secs(2);
-/// How often a waiting replica requests the stream's info and asks the other replicas.
+/// How often a waiting replica requests the stream's info and the announcements of others.
 const ASK_EVERY: Duration = Duration::from_millis(500);
 /// The log id that a replica without data announces.
 const NO_LOG: &str = "none";
@@ -56,7 +58,7 @@ pub trait AskNode: Send + Sync + 'static {
     /// has none. A starting node answers, too.
     ///
     /// # Errors
-    /// The node did not answer; the text says why.
+    /// Why the node did not answer.
     fn node<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Option<Box<str>>, Box<str>>>;
 }
 
@@ -276,7 +278,7 @@ impl StreamOpener<'_> {
         }
     }
 
-    /// Whether this replica may create the stream now. The inner error says what it waits for.
+    /// Whether this replica may create the stream now. The inner error is the reason to wait.
     async fn may_create(
         &self,
         connection: &dyn Connection,
@@ -353,9 +355,9 @@ impl StreamOpener<'_> {
         }
     }
 
-    /// Finds the `--peer` at `url` among the replicas that have announced themselves, or says why
-    /// it is missing. A peer may announce another URL; then it is found by the node id that `url`
-    /// answers with. That answer alone is not enough: only an announcement is signed and says
+    /// Finds the `--peer` at `url` among the replicas that have announced themselves. The error is
+    /// why it is missing. A peer may announce another URL; then it is found by the node id that
+    /// `url` answers with. That answer alone is not enough: only an announcement is signed and says
     /// whether the replica holds data.
     async fn find_peer(
         &self,

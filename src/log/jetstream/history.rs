@@ -3,48 +3,22 @@
 //! The stream's info is not a quorum read: a server that lost its routes returns outdated numbers,
 //! and a server that starts may truncate the stream and restore it. So "shorter", "gone", "another
 //! log" and "another batch" are only suspicions until they are confirmed: the stream's leader has
-//! reported the same for [`CONFIRM_AFTER`] (an isolated leader steps down within 21 s), or the only
-//! server has rejected an append that was conditional on the known end. Until then the replica
-//! keeps its state.
+//! reported the same for [`CONFIRM_AFTER`](super::suspicion::CONFIRM_AFTER) (an isolated leader
+//! steps down within 21 s), or the only server has rejected an append that was conditional on the
+//! known end. Until then the replica keeps its state.
 
-use std::mem::{Discriminant, discriminant};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::broker::{BrokerError, Connection, InfoSource, Outgoing, RawMessage, StreamInfo};
 use super::message::{self, Unreadable};
-use super::{JetStreamShared, header_block, session, stream};
+use super::probe::PROBE_EVERY;
+use super::shared::JetStreamShared;
+use super::{header_block, session, stream};
 use crate::log::{Bounds, Effect, InFlight, Position, ReadError};
-
-/// How long the leader must report the same before a suspicion is confirmed.
-const CONFIRM_AFTER: Duration = Duration::from_secs(30);
-
-/// The last suspicion, and since when the leader has confirmed it.
-#[derive(Default)]
-pub(super) struct Suspicion(Option<(Discriminant<ReadError>, Instant)>);
-
-impl Suspicion {
-    fn clear(&mut self) {
-        self.0 = None;
-    }
-
-    /// Notes that the leader reports `error`. Returns whether it has done so for [`CONFIRM_AFTER`].
-    fn confirm(&mut self, error: &ReadError) -> bool {
-        let kind = discriminant(error);
-        match self.0 {
-            Some((same, since)) if same == kind => since.elapsed() >= CONFIRM_AFTER,
-            _ => {
-                tracing::warn!(%error, "the stream may have lost batches; waiting for confirmation");
-                self.0 = Some((kind, Instant::now()));
-                false
-            }
-        }
-    }
-}
 
 /// The result of comparing the stream with a position.
 pub(super) enum HistoryCheck {
@@ -55,6 +29,21 @@ pub(super) enum HistoryCheck {
 }
 
 impl JetStreamShared {
+    /// Waits for a connection over which the stream was found to have the same history.
+    pub(super) async fn connection_to_append(&self) -> Arc<dyn Connection> {
+        loop {
+            let connection = self.connection().await;
+            if self.same_history.get() {
+                return connection;
+            }
+            let same = self.same_history.wait_for(|same| same.then_some(()));
+            if tokio::time::timeout(PROBE_EVERY, same).await.is_err() {
+                // After a suspicion no other task may be checking whether it still holds.
+                let _ = self.fetch_info(&*connection).await;
+            }
+        }
+    }
+
     /// Compares the stream with `last`, the last batch that was read.
     ///
     /// # Errors
@@ -197,7 +186,7 @@ impl JetStreamShared {
             // The only server has the only copy of a batch.
             InfoSource::Unclustered if matches!(error, ReadError::Rewritten { .. }) => true,
             InfoSource::Unclustered => {
-                // Another log might take the append.
+                // Another log might accept the append.
                 let same_log = matches!(error, ReadError::Shorter { .. });
                 self.suspicion.lock().confirm(&error)
                     || same_log && self.end_is_rejected(connection).await

@@ -1,6 +1,7 @@
 //! Encodes a batch as a message, and decodes it.
 //!
-//! The payload is a JSON array of writes: patches as `POST /set` takes them and `{"delete":"ID"}`.
+//! The payload is a JSON array of writes: patches as `POST /set` accepts them and
+//! `{"delete":"ID"}`.
 //! The headers are `Grade-Format`, the format (1, also without the header); `Grade-Batch`, the
 //! batch's identity; `Nats-Msg-Id`, the same text, by which the broker detects duplicates; and in
 //! some messages `Grade-Checkpoint`, the sender's vote on its state at a position. All headers are
@@ -29,7 +30,7 @@ pub enum Unreadable {
     /// It has this format, which only a newer program reads. A replica that skipped it would
     /// diverge from those that apply it.
     Newer(u64),
-    /// It is not a batch for any program; says why. All replicas skip it.
+    /// It is not a batch, for this reason. All replicas skip it.
     Poisoned(Box<str>),
 }
 

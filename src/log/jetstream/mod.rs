@@ -4,11 +4,13 @@
 //! - `broker`: the NATS operations that the log uses, as traits; `nats`: the real client.
 //! - `servers`: the servers' URLs; `stream`: the stream's configuration.
 //! - `creation`: opening the stream, and who may create it; `setup_error`: why it can't be opened.
+//! - `shared`: the state that the tasks below share; `config`: the settings.
 //! - `session`: keeps one connection; `write_health`: whether writes are acknowledged; `probe`:
 //!   checks that while no client writes.
 //! - `append`: sends a batch until its outcome is known; it is stored at most once.
 //! - `subscription`: one consumer per replica, recreated after the last batch read; `history`:
-//!   whether the stream still is the one that this replica has read.
+//!   whether the stream still is the one that this replica has read; `suspicion`: doubts about
+//!   that.
 //! - `announcements`: verifies announcements of other replicas.
 //! - `message`: encodes a batch as a message; `header_block`, `raw_message`: read messages that the
 //!   client library cannot.
@@ -17,6 +19,7 @@
 mod announcements;
 mod append;
 pub mod broker;
+mod config;
 mod creation;
 pub mod header_block;
 mod history;
@@ -28,14 +31,14 @@ pub mod raw_message;
 mod servers;
 mod session;
 mod setup_error;
+mod shared;
 mod stream;
 mod subscription;
+mod suspicion;
 mod write_health;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -44,51 +47,24 @@ use tokio::sync::Notify;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::announcements::Announcements;
-use self::broker::{Broker, Connection, PeerQuery};
+use self::broker::{Broker, PeerQuery};
+pub use self::config::JetStreamConfig;
 pub use self::creation::{AskNode, ExistingData, ReplicaIdentity, ReportWait};
-use self::history::Suspicion;
 use self::ordered_watch::OrderedWatch;
-use self::probe::PROBE_EVERY;
 pub use self::servers::Servers;
-use self::session::ConnectionStatus;
 pub use self::setup_error::SetupError;
+use self::shared::{ConnectionStatus, EventCounters, JetStreamShared};
 use self::subscription::JetStreamSubscription;
 use self::write_health::WriteHealth;
 use super::{
     Announce, Announcement, AppendError, Batch, BatchId, Bounds, Counts, InFlight, Log, LogId,
-    Position, RandomId, ReadError, Seq, Subscription,
+    Position, ReadError, Seq, Subscription,
 };
 use crate::sys::tasks::{CriticalTasks, TaskEnded};
 
-/// The subject that batches are published to.
-const SUBJECT: &str = "grades.set";
 /// While one batch is in flight the next one fills. A second one in flight would make both smaller:
 /// with `sync_interval: always` it costs 7 to 53 % of the writes per second (ADR 0009).
 const IN_FLIGHT_MAX: usize = 1;
-/// The least `max_payload` of a server: 1,024 writes of less than 800 bytes each, plus headers.
-const MESSAGE_BYTES_NEEDED: usize = 1 << 20;
-
-/// The NATS servers and the settings of the stream.
-#[derive(Debug, Clone)]
-pub struct JetStreamConfig {
-    /// The log connects to any one of these.
-    pub servers: Servers,
-    /// A file with credentials.
-    pub creds: Option<PathBuf>,
-    /// The name of the stream.
-    pub stream: String,
-    /// The number of servers that hold the stream.
-    pub replicas: usize,
-    /// How long a batch is kept.
-    pub retention: Duration,
-    /// How many replicas must have announced themselves before one creates the stream.
-    pub expect_peers: usize,
-    /// Write ports of other replicas: each must have answered before this one creates the stream.
-    pub peers: Vec<String>,
-    /// How long appends may wait before the log counts as unwritable.
-    pub write_silence_max: Duration,
-}
-
 /// A log in a JetStream stream.
 pub struct JetStreamLog {
     shared: Arc<JetStreamShared>,
@@ -97,48 +73,6 @@ pub struct JetStreamLog {
     stop: CancellationToken,
     /// Cancels `stop` when the log is dropped.
     _guard: DropGuard,
-}
-
-/// State shared by the log, its connection and its subscriptions.
-struct JetStreamShared {
-    config: JetStreamConfig,
-    broker: Arc<dyn Broker>,
-    announcements: Announcements,
-    /// This process.
-    node: RandomId,
-    replica: RandomId,
-    id: LogId,
-    first: AtomicU64,
-    end: AtomicU64,
-    connection_status: OrderedWatch<ConnectionStatus>,
-    in_flight: InFlight,
-    /// The id of the last batch: this process' writer id and the number of batches sent under it.
-    writer: Mutex<BatchId>,
-    /// Held while a batch is appended.
-    appending: tokio::sync::Mutex<()>,
-    health: WriteHealth,
-    /// The last batch that a subscription has delivered.
-    delivered: OrderedWatch<Seq>,
-    /// Tells the subscription to replace its consumer, which does not deliver a stored batch.
-    replace_consumer: Notify,
-    suspicion: Mutex<Suspicion>,
-    /// Whether the stream was compared over this connection with the batches that were read.
-    compared: AtomicBool,
-    /// Whether the histories were the same and there is no suspicion since. Until then nothing is
-    /// appended: the stream might hold another log.
-    same_history: OrderedWatch<bool>,
-    /// Whether the stream is known to hold the batches that this replica has applied.
-    verified: AtomicBool,
-    counts: EventCounters,
-}
-
-#[derive(Default)]
-struct EventCounters {
-    reconnects: AtomicU64,
-    resumes: AtomicU64,
-    resends: AtomicU64,
-    redeliveries: AtomicU64,
-    poisoned: AtomicU64,
 }
 
 impl JetStreamLog {
@@ -221,78 +155,6 @@ impl JetStreamLog {
             stop: stop.clone(),
             _guard: stop.drop_guard(),
         })
-    }
-}
-
-impl JetStreamShared {
-    /// Waits for a connection.
-    async fn connection(&self) -> Arc<dyn Connection> {
-        let alive = |status| match status {
-            ConnectionStatus::Up(connection) if !connection.ended().is_cancelled() => {
-                Some(connection)
-            }
-            _ => None,
-        };
-        self.connection_status.wait_for(alive).await
-    }
-
-    /// Waits for a connection over which the stream was found to have the same history.
-    async fn connection_to_append(&self) -> Arc<dyn Connection> {
-        loop {
-            let connection = self.connection().await;
-            if self.same_history.get() {
-                return connection;
-            }
-            let same = self.same_history.wait_for(|same| same.then_some(()));
-            if tokio::time::timeout(PROBE_EVERY, same).await.is_err() {
-                // After a suspicion no other task may be checking whether it still holds.
-                let _ = self.fetch_info(&*connection).await;
-            }
-        }
-    }
-
-    /// The connection, if there is one.
-    fn current_connection(&self) -> Option<Arc<dyn Connection>> {
-        match self.connection_status.get() {
-            ConnectionStatus::Up(connection) => Some(connection),
-            ConnectionStatus::Down(_) => None,
-        }
-    }
-
-    fn set_down(&self, why: &str) {
-        self.compared.store(false, Ordering::Release);
-        self.same_history.set(false);
-        self.connection_status
-            .set(ConnectionStatus::Down(why.into()));
-    }
-
-    /// Why nothing could be sent.
-    fn down_reason(&self) -> Arc<str> {
-        match self.connection_status.get() {
-            ConnectionStatus::Up(_) => "NATS does not answer".into(),
-            ConnectionStatus::Down(why) => why,
-        }
-    }
-
-    /// The identity of this process' next batch.
-    fn next_batch_id(&self) -> BatchId {
-        let mut writer = self.writer.lock();
-        writer.seq += 1;
-        *writer
-    }
-
-    /// Gives this process a new writer id, because another publisher uses its batch ids.
-    fn renew_writer(&self) -> RandomId {
-        let mut writer = self.writer.lock();
-        // Without random bytes, skip to sequence numbers that are unlikely to be in use.
-        match self.broker.random_id() {
-            Ok(id) => *writer = BatchId { writer: id, seq: 0 },
-            Err(error) => {
-                tracing::error!(%error, "cannot get random bytes for a new writer id");
-                writer.seq += 1 << 32;
-            }
-        }
-        writer.writer
     }
 }
 

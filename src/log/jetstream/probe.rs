@@ -6,8 +6,8 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-use super::JetStreamShared;
 use super::broker::{BrokerError, InfoSource};
+use super::shared::JetStreamShared;
 
 /// How often the health of writes is checked.
 const HEALTH_CHECK_EVERY: Duration = Duration::from_millis(250);

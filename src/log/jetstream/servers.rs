@@ -76,7 +76,7 @@ pub struct ServersError {
     error: UrlError,
 }
 
-/// What is wrong with one URL.
+/// Why a URL is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 enum UrlError {
     #[error("is empty: remove the extra comma, or name a host")]
@@ -123,12 +123,13 @@ enum UrlError {
 }
 
 /// Characters that must be percent-encoded in a user name or password. The first `:` separates the
-/// two, so an error for `:` is about the password. `+` is refused because form decoding turns it into
-/// a space and URL decoding does not.
+/// two, so an error for `:` is about the password. `+` is rejected because form decoding turns it
+/// into a space and URL decoding does not.
 const RESERVED: [char; 6] = ['/', '?', '#', '@', '+', ':'];
 
-/// Parses one URL. The library's own errors do not help: for a `/` in a password it reports "invalid
-/// port number". And it accepts a user name without a password, which would be ignored here.
+/// Parses one URL. The library's own errors do not help: for a `/` in a password it reports
+/// "invalid port number". And it accepts a user name without a password, which would be ignored
+/// here.
 fn parse(url: &str) -> Result<ServerAddr, UrlError> {
     if url.is_empty() {
         return Err(UrlError::Empty);

@@ -8,24 +8,17 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::broker::{ConnectError, Connection};
-use super::{JetStreamShared, MESSAGE_BYTES_NEEDED};
+use super::config::MESSAGE_BYTES_NEEDED;
+use super::shared::{ConnectionStatus, JetStreamShared};
 use crate::sys::backoff::Backoff;
 
 /// A connection that lasted this long, or delivered a batch, resets the backoff.
-const GOOD_AFTER: Duration = Duration::from_secs(10);
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 /// The pauses between attempts to connect or to read the stream.
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// How often a log line repeats that the broker is unreachable.
 const REMIND_EVERY: Duration = Duration::from_secs(30);
-
-#[derive(Clone)]
-pub(super) enum ConnectionStatus {
-    /// Connected.
-    Up(Arc<dyn Connection>),
-    /// Not connected, for this reason.
-    Down(Arc<str>),
-}
 
 pub(super) fn backoff() -> Backoff {
     Backoff::new(BACKOFF_MIN, BACKOFF_MAX)
@@ -73,7 +66,7 @@ pub(super) async fn keep_connected(
         let servers = shared.broker.servers();
         shared.set_down("the connection to NATS ended");
         connection.close().await;
-        if connected_at.elapsed() >= GOOD_AFTER || shared.delivered.get() > delivered {
+        if connected_at.elapsed() >= STABLE_AFTER || shared.delivered.get() > delivered {
             backoff.reset();
         }
         let reconnecting = stop.run_until_cancelled(reconnect(&shared, &mut backoff, &servers));
@@ -88,7 +81,7 @@ pub(super) async fn keep_connected(
     }
 }
 
-/// Connects, however long that takes.
+/// Connects, with retries without limit.
 async fn reconnect(
     shared: &JetStreamShared,
     backoff: &mut Backoff,
@@ -116,7 +109,12 @@ async fn reconnect(
         }
         if logged_at.is_none_or(|at| at.elapsed() >= REMIND_EVERY) {
             let down_s = lost_at.elapsed().as_secs_f64();
-            tracing::warn!(servers, down_s, %error, "no connection to NATS: writes wait, reads continue");
+            tracing::warn!(
+                servers,
+                down_s,
+                %error,
+                "no connection to NATS: writes wait, reads continue"
+            );
             logged_at = Some(Instant::now());
         }
     }

@@ -63,11 +63,11 @@ pub enum SetupError {
         stream: String,
         /// Which setting.
         setting: &'static str,
-        /// What it must be.
+        /// The required value.
         wanted: String,
-        /// What it is.
+        /// The actual value.
         found: String,
-        /// What to do.
+        /// The fix.
         fix: String,
     },
     /// A stream of this name was not created by gradestore.
@@ -79,7 +79,7 @@ pub enum SetupError {
     NoLogId {
         /// The stream.
         stream: String,
-        /// Where the id should be.
+        /// The metadata key of the id.
         key: &'static str,
     },
     /// `--restore-from` needs a new stream, and this one exists.

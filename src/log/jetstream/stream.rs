@@ -6,7 +6,8 @@ use async_nats::jetstream::stream::{
     Config, DiscardPolicy, PersistenceMode, RetentionPolicy, StorageType,
 };
 
-use super::{JetStreamConfig, SUBJECT, SetupError};
+use super::config::{JetStreamConfig, SUBJECT};
+use super::setup_error::SetupError;
 use crate::log::{LogId, RandomId, Seq};
 
 /// How long the broker remembers message ids.

@@ -25,7 +25,8 @@ use tokio::time::Instant;
 use super::broker::{BrokerError, Connection, Consumer, Delivered};
 use super::history::HistoryCheck;
 use super::message::{self, Unreadable};
-use super::{JetStreamShared, header_block, session};
+use super::shared::JetStreamShared;
+use super::{header_block, session};
 use crate::log::{Batch, Effect, Entry, Position, ReadError, Seq, Subscription};
 use crate::sys::backoff::Backoff;
 
@@ -237,8 +238,8 @@ impl JetStreamSubscription {
         self.failures >= FAILURES_MAX || self.fetch_until.is_some()
     }
 
-    /// Fetches the next message, which no consumer can deliver or which follows one that no consumer
-    /// could. A consumer that is created later starts after it.
+    /// Fetches the next message, which no consumer can deliver or which follows one that no
+    /// consumer could. A consumer that is created later starts after it.
     async fn read_unreadable(
         &mut self,
         connection: &dyn Connection,
@@ -268,8 +269,8 @@ impl JetStreamSubscription {
         Ok(())
     }
 
-    /// Fetches the next message while there is no consumer, if the stream has one. Compares the history
-    /// first if that was some time ago: the stream may have been replaced meanwhile.
+    /// Fetches the next message while there is no consumer, if the stream has one. Compares the
+    /// history first if that was some time ago: the stream may have been replaced meanwhile.
     async fn read_without_consumer(
         &mut self,
         connection: &dyn Connection,
@@ -311,7 +312,8 @@ impl JetStreamSubscription {
         self.problem = Some(error);
     }
 
-    /// Fetches the message after the last one, if the stream has it, and judges it by the rule.
+    /// Fetches the message after the last one, if the stream has it, and decodes it by the rule for
+    /// header blocks.
     async fn fetch_next(
         &mut self,
         connection: &dyn Connection,
@@ -349,8 +351,8 @@ impl JetStreamSubscription {
         }
         if seq > wanted {
             self.failures += 1;
-            // A message that is missing once may have been trimmed since the last comparison. The next
-            // comparison reports that, so only a message that is missing again is a gap.
+            // A message that is missing once may have been trimmed since the last comparison. The
+            // next comparison reports that, so only a message that is missing again is a gap.
             match self.missing < MISSING_MAX {
                 true => {
                     tracing::warn!(
@@ -429,8 +431,8 @@ impl JetStreamSubscription {
         Ok(Entry { position, batch })
     }
 
-    /// Waits until the stream's history could be compared, then requests a consumer that starts after
-    /// the last batch.
+    /// Waits until the stream's history could be compared, then requests a consumer that starts
+    /// after the last batch.
     async fn open(&mut self) -> Result<PendingConsumer, ReadError> {
         loop {
             let connection = self.shared.connection().await;

@@ -1,10 +1,10 @@
 //! Write health: whether writes are acknowledged, judged by the outcome of appends.
 //!
 //! A rejection with a reason (storage full, no permission, a revoked user) makes the log unwritable
-//! at once. Missing acknowledgements do so after [`WriteHealth::silence_max`], so that an election
-//! alone does not take all nodes out of a load balancer. The next delivered batch makes the log
-//! writable again; while no client writes, that is an empty batch. Until the first delivery a replica
-//! is not ready for writes.
+//! at once. Missing acknowledgements do so after [`WriteHealth::silence_max`], so that a load
+//! balancer does not remove all nodes during an election. The next delivered batch makes the log
+//! writable again; while no client writes, that is an empty batch. Until the first delivery a
+//! replica is not ready for writes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,7 +19,7 @@ use crate::log::BatchId;
 pub(super) struct WriteHealth {
     /// How long an append may wait before the log counts as unwritable.
     silence_max: Duration,
-    /// Whether the log is unwritable: a check without a lock, for every write.
+    /// Whether the log is unwritable. Each write checks this without a lock.
     unwritable: AtomicBool,
     /// Writes rejected since the log became unwritable.
     rejected: AtomicU64,
@@ -31,8 +31,8 @@ const NONE_ACKNOWLEDGED: &str = "the stream has not acknowledged a batch of this
 
 #[derive(Default)]
 struct HealthState {
-    /// Whether a batch of this process was ever delivered. Until then the replica takes writes, but is
-    /// not ready for them: the stream may be full.
+    /// Whether a batch of this process was ever delivered. Until then the replica accepts writes,
+    /// but does not report that it is ready for them: the stream may be full.
     acknowledged: bool,
     /// Since when appends have waited without a delivery, or the stream has been unreachable.
     waiting_since: Option<Instant>,

@@ -38,11 +38,11 @@ pub enum BootstrapError {
         found: Box<str>,
         /// The log of this node.
         here: Box<str>,
-        /// What to do.
+        /// The fix.
         fix: String,
     },
-    /// A snapshot includes batches that the log does not have, although a batch is in the log before
-    /// it is applied. Starting without them would lose acknowledged writes silently.
+    /// A snapshot includes batches that the log does not have, although a batch is in the log
+    /// before it is applied. Starting without them would lose acknowledged writes silently.
     #[error(
         "the log has lost batches: it ends at batch {end} and snapshot {path} is at batch \
          {position}; {fix}"
@@ -54,7 +54,7 @@ pub enum BootstrapError {
         position: Seq,
         /// The log's last batch.
         end: Seq,
-        /// What to do.
+        /// The fix.
         fix: String,
     },
     /// `--restore-from` was given, and the log is not empty.
@@ -68,7 +68,7 @@ pub enum BootstrapError {
     Seed {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Why it cannot be restored.
         error: BackupError,
     },
 }
@@ -106,7 +106,11 @@ pub(super) enum SourceError {
     OtherLog(Box<str>),
     #[error("it has no log position")]
     NoPosition,
-    #[error("it is at batch {position}, and the log holds batches {} to {}", .bounds.first, .bounds.end)]
+    #[error(
+        "it is at batch {position}, and the log holds batches {} to {}",
+        .bounds.first,
+        .bounds.end
+    )]
     NotCovered { position: Seq, bounds: Bounds },
     #[error("it has not applied batch {0}, and the log is trimmed up to there")]
     Behind(Seq),

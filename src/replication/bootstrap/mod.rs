@@ -37,7 +37,7 @@ use crate::store::Store;
 use crate::sys::cancellable_reader::CancellableReader;
 use crate::sys::exec::Blocking;
 
-/// Peers that are asked for a backup in one round.
+/// The maximum number of peers that one attempt requests a backup from.
 const PEERS_MAX: usize = 32;
 
 /// Restores a store and subscribes to the log at its position.
@@ -50,7 +50,7 @@ pub struct Bootstrap {
     pub log: Arc<dyn Log>,
     /// The snapshots of earlier processes; `None` without a data directory.
     pub snapshots: Option<Snapshots>,
-    /// The other replicas, which may give a backup.
+    /// The other replicas, which may send a backup.
     pub peers: Peers,
     /// Records the progress.
     pub tracker: RestoreTracker,
@@ -60,8 +60,8 @@ pub struct Bootstrap {
     pub blocking: Blocking,
 }
 
-/// The position from which a restored state is complete. Its rows were read while writes went on, so
-/// they may include batches up to here. The default is the beginning of the log.
+/// The position from which a restored state is complete. Its rows were read while writes went on,
+/// so they may include batches up to here. The default is the beginning of the log.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CompleteFrom {
     /// The batch.
@@ -185,7 +185,11 @@ impl Bootstrap {
             }
             if position < at_least || position + 1 < bounds.first {
                 let first = bounds.first;
-                tracing::warn!(path = %path.display(), log_first = first, "cannot use snapshot: the log does not cover it");
+                tracing::warn!(
+                    path = %path.display(),
+                    log_first = first,
+                    "cannot use snapshot: the log does not cover it"
+                );
                 continue;
             }
             match self.restore_file(&path, readiness).await {

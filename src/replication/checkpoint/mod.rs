@@ -1,9 +1,9 @@
 //! Decides when this replica votes, and which checkpoints of others count.
 //!
-//! During writes each replica votes once on every [comparison point](super::votes), an interval after
-//! it last sent a checkpoint. After the last write all replicas vote once more, on the last point, and
-//! then stop. While replicas disagree on a point, they vote on it every half second, until it is
-//! settled.
+//! During writes each replica votes once on every [comparison point](super::votes), an interval
+//! after it last sent a checkpoint. After the last write all replicas vote once more, on the last
+//! point, and then stop. While replicas disagree on a point, they vote on it every half second,
+//! until it is settled.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,8 +23,8 @@ use crate::log::{Chain, Checkpoint, ClusterKey, LogId, Mac, Position, RandomId, 
 
 /// How often a replica votes while replicas disagree.
 const DISPUTE_INTERVAL: Duration = Duration::from_millis(500);
-/// How often a replica with a mismatch votes while no point is disputed; more often if the configured
-/// interval is shorter.
+/// How often a replica with a mismatch votes while no point is disputed; more often if the
+/// configured interval is shorter.
 const MISMATCH_INTERVAL_MAX: Duration = Duration::from_secs(2);
 /// The least time between two log lines about rejected checkpoints.
 const LOG_EVERY: Duration = Duration::from_secs(10);

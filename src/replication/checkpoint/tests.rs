@@ -242,7 +242,7 @@ fn two_that_differ_have_a_mismatch_until_one_of_them_is_stopped() {
     cluster.replicas.pop();
     let mut rounds = 0;
     while cluster.replicas[0].mismatch().is_some() {
-        // Nobody can write.
+        // No replica is ready.
         cluster.vote_if_due(0);
         cluster.settle();
         rounds += 1;
@@ -455,7 +455,7 @@ enum Strangers {
     Silent,
     /// Checkpoints without the key.
     Forge,
-    /// And copies of what is in the log.
+    /// And copies of checkpoints in the log.
     ForgeAndCopy,
 }
 

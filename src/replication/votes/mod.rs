@@ -1,16 +1,17 @@
 //! Counts the votes of all replicas on the state, from the log alone.
 //!
-//! A batch that carries a checkpoint is a *comparison point*, or point: every replica records its own
-//! digest right after it. A checkpoint about a point is a *vote*. All votes on a point follow it in
-//! the log, so a replica that has read the point sees all of them, whenever it started. It concludes
-//! nothing about points before its start.
+//! A batch that carries a checkpoint is a *comparison point*, or point: every replica records its
+//! own digest right after it. A checkpoint about a point is a *vote*. All votes on a point follow
+//! it in the log, so a replica that has read the point sees all of them, whenever it started. It
+//! concludes nothing about points before its start.
 //!
-//! - Each replica id has one vote per point: its first. A later vote of the same replica only raises
-//!   its *round*, which is signed, so a copy of a vote has no effect.
+//! - Each replica id has one vote per point: its first. A later vote of the same replica only
+//!   raises its *round*, which is signed, so a copy of a vote has no effect.
 //! - A vote with another chain is about another history and does not count.
 //! - The *preceding* point is the newest one on which any replica had voted when the point was
-//!   written. The *voters* of a point are the ids that voted on it or on the preceding one (or on one
-//!   between the two, which was opened at the same time). A *majority* is more than half of them.
+//!   written. The *voters* of a point are the ids that voted on it or on the preceding one (or on
+//!   one between the two, which was opened at the same time). A *majority* is more than half of
+//!   them.
 //! - A point is *settled* at the first vote of round [`ROUNDS`]. Later votes on it change nothing.
 //!
 //! What a replica concludes about itself:
@@ -23,9 +24,9 @@
 //! | settlement | it voted, and most votes are not for its digest | [`Verdict::Undecided`] |
 //!
 //! Votes that contradict each other are no mismatch by themselves, because more votes may follow
-//! before the settlement. At the settlement a replica stays ready if most of the *votes* are for its
-//! digest, even if half of the *voters* or more are silent. Only a majority of the voters makes a
-//! replica discard its state. A replica that does not know the preceding point does not know the
+//! before the settlement. At the settlement a replica stays ready if most of the *votes* are for
+//! its digest, even if half of the *voters* or more are silent. Only a majority of the voters makes
+//! a replica discard its state. A replica that does not know the preceding point does not know the
 //! voters, and is neither contradicted, upheld nor overruled there.
 
 mod outcome;
@@ -237,7 +238,8 @@ impl Votes {
         verdict
     }
 
-    /// The voters of the point at `index`; `None` if this replica does not know the preceding point.
+    /// The voters of the point at `index`; `None` if this replica does not know the preceding
+    /// point.
     fn voters(&self, index: usize) -> Option<Voters> {
         let position = self.points.get(index)?.position;
         let voted_by_then =
@@ -255,8 +257,8 @@ impl Votes {
         Some(Voters(ids))
     }
 
-    /// What to send now. `changed` says whether writes were applied since the last point; `waited_at`
-    /// is the point of the last [`NextCheckpoint::Wait`].
+    /// The next checkpoint to send. `changed` is whether writes were applied since the last point;
+    /// `waited_at` is the point of the last [`NextCheckpoint::Wait`].
     pub(super) fn next_checkpoint(&self, changed: bool, waited_at: Option<Seq>) -> NextCheckpoint {
         let newest = self
             .points
@@ -325,8 +327,8 @@ impl Votes {
         voters.is_some_and(|voters| voters.0.iter().all(|id| point.has_vote_of(*id)))
     }
 
-    /// This replica's next vote on the point at `index`, not yet signed. `None` if its state was not
-    /// complete there, or is not the one that it voted for before a restart.
+    /// This replica's next vote on the point at `index`, not yet signed. `None` if its state was
+    /// not complete there, or is not the one that it voted for before a restart.
     fn next_vote(&self, index: usize) -> Option<Checkpoint> {
         let point = self.points.get(index)?;
         let voted = point.votes.iter().find(|vote| vote.replica == self.me);

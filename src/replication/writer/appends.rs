@@ -27,7 +27,7 @@ impl<'a> PendingAppends<'a> {
         }
     }
 
-    /// Starts an append. Its first poll, here, gives it its position before any later append. Most
+    /// Starts an append. The first poll, here, assigns its position before any later append. Most
     /// logs also finish it then.
     pub(super) async fn begin(
         &mut self,

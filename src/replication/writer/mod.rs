@@ -29,7 +29,7 @@ pub struct WriterLimits {
     pub queue_requests_max: usize,
     /// Bytes of the writes that may wait.
     pub queue_bytes_max: usize,
-    /// RequestWrites per batch. A write is less than 800 bytes of JSON, so 1,024 of them stay below the 1
+    /// Writes per batch. A write is less than 800 bytes of JSON, so 1,024 of them stay below the 1
     /// MiB that NATS accepts by default.
     pub batch_patches_max: usize,
     /// The timeout for the acknowledgement of a write, in the queue and in the log.
@@ -41,8 +41,8 @@ pub struct WriterLimits {
 /// The most writes in a group of a [`BulkWriter`]; fewer where a batch is smaller.
 const GROUP_WRITES_MAX: usize = 1000;
 
-/// How many scheduler turns a batch waits for more writes. Three instead of one made a disk log that
-/// syncs in 0.1 ms 5 % faster (64 connections); with the other logs there was no difference.
+/// How many scheduler turns a batch waits for more writes. Three instead of one made a disk log
+/// that syncs in 0.1 ms 5 % faster (64 connections); with the other logs there was no difference.
 const TURNS: usize = 3;
 
 /// How often writes that have waited too long are rejected.
@@ -98,8 +98,8 @@ impl BulkWriter {
         self.writer.group_writes_max
     }
 
-    /// Submits `writes`, at most [`group_max`](Self::group_max) of them, and waits until this replica
-    /// has applied them. Returns their batch's sequence number.
+    /// Submits `writes`, at most [`group_max`](Self::group_max) of them, and waits until this
+    /// replica has applied them. Returns their batch's sequence number.
     ///
     /// Dropping the future does not cancel the writes.
     ///
@@ -312,8 +312,8 @@ impl WriterTask {
     }
 
     /// Collects more writes for the next batch. Yields to the tasks that are ready to run, so that
-    /// their writes join this batch. It then holds dozens of patches instead of one or two. A single
-    /// client loses no time by it.
+    /// their writes join this batch. It then holds dozens of patches instead of one or two. A
+    /// single client loses no time by it.
     async fn collect(&mut self, patches_max: usize) {
         for _ in 0..TURNS {
             tokio::task::yield_now().await;
@@ -325,7 +325,7 @@ impl WriterTask {
         }
     }
 
-    /// Takes as many waiting writes as fit into one batch.
+    /// Removes as many waiting writes as fit into one batch.
     fn next_batch(&mut self) -> (Arc<[Write]>, Vec<ResultSender>) {
         let fitting = fitting(&self.waiting, self.limits.batch_patches_max);
         let (mut writes, mut bytes) = (Vec::with_capacity(fitting), 0);

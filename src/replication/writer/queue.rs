@@ -35,7 +35,7 @@ impl RequestWrites {
         }
     }
 
-    /// About how many bytes of memory they take.
+    /// Their approximate memory in bytes.
     pub(super) fn bytes(&self) -> usize {
         let bytes = |write: &Write| size_of::<Write>() + write.user_id().len();
         self.all().iter().map(bytes).sum()

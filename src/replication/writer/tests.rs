@@ -7,7 +7,7 @@ use crate::grade::{Changes, Patch};
 use crate::log::{ClusterKey, LogId, Position, RandomId, ReadError, Subscription};
 use crate::replication::checkpoint::CheckpointMetrics;
 
-/// Takes batches in order and says what became of them when told to.
+/// A log whose appends end when the test sends their outcomes.
 #[derive(Default)]
 struct SlowLog(Mutex<Vec<(Batch, AppendOutcome)>>);
 
@@ -59,20 +59,20 @@ fn writer_of(log: &Arc<SlowLog>, batch_patches_max: usize) -> (Writer, WriterTas
     (writer, task, own)
 }
 
-/// A write that is known by its number.
+/// A distinct write for each number.
 fn numbered(number: usize) -> Write {
     Write::Delete(number.to_string().into())
 }
 
 #[tokio::test]
-async fn a_group_is_never_in_two_batches_and_nothing_overtakes() {
+async fn a_group_is_never_split_and_the_order_is_kept() {
     let log = Arc::new(SlowLog::default());
     let (writer, task, own) = writer_of(&log, 5);
     let bulks = [writer.bulk().unwrap(), writer.bulk().unwrap()];
     assert!(matches!(writer.bulk(), Err(WriteError::QueueFull)));
     assert_eq!(bulks[0].group_max(), 5);
     let group = |from, to| (from..to).map(numbered).collect::<Vec<_>>();
-    // All wait before the first batch is made: 2 + 1 + 1, 5, 1.
+    // All are queued before the first batch: 2 + 1 + 1, 5, 1.
     let mut waiting = [
         bulks[0].write(group(0, 2)).boxed(),
         writer.write(numbered(2)).boxed(),
@@ -109,7 +109,7 @@ async fn a_group_is_never_in_two_batches_and_nothing_overtakes() {
 }
 
 #[tokio::test]
-async fn a_group_keeps_its_place_when_nobody_waits_for_it() {
+async fn a_group_stays_in_the_queue_when_its_request_is_dropped() {
     let log = Arc::new(SlowLog::default());
     let (writer, task, _own) = writer_of(&log, 5);
     let others = writer.bulk().unwrap();
@@ -128,7 +128,7 @@ async fn a_group_keeps_its_place_when_nobody_waits_for_it() {
 }
 
 #[tokio::test]
-async fn batches_go_side_by_side_and_a_refused_one_says_why() {
+async fn batches_are_appended_concurrently_and_a_rejected_one_has_a_reason() {
     let log = Arc::new(SlowLog::default());
     let (writer, task, own) = writer_of(&log, 1);
     let stop = CancellationToken::new();
@@ -159,7 +159,7 @@ async fn batches_go_side_by_side_and_a_refused_one_says_why() {
     // Two at once, the third waits for a slot.
     assert_eq!(appended(2).await, [1, 2]);
     let (_, outcome) = log.0.lock().remove(1);
-    let why: Arc<str> = "no room".into();
+    let why: Arc<str> = "disk full".into();
     outcome
         .send(Err(AppendError::Refused(Arc::clone(&why))))
         .unwrap();

@@ -1,6 +1,7 @@
-//! The query of `GET /get`, beside a plain reading of the rules: parts between `&`, a name and a value
-//! around the first `=`, `+` for a space, two hexadecimal digits after `%`, UTF-8; one `user_id`, or some
-//! `user_ids`. Where those hold, the URL standard's own parser must see the same.
+//! The query of `GET /get`, compared with a simple parser: pairs between `&`, a name and a value
+//! around the first `=`, `+` for a space, two hexadecimal digits after `%`, UTF-8; one `user_id`,
+//! or several `user_ids`. If the query is valid, the parser of the URL standard must give the same
+//! result.
 
 use gradestore::grade::{USER_ID, check_user_id};
 use gradestore::http::get::{Asked, USER_IDS_MAX, asked, user_id_of};
@@ -30,11 +31,11 @@ pub(crate) fn check(data: &[u8]) {
         (_, []) => Err("user-id-repeated"),
         ([], _) if many.len() > USER_IDS_MAX => Err("user-ids-too-many"),
         ([], _) => many.iter().map(|value| id_in(value)).collect(),
-        // Which of the two is said depends on what comes first.
+        // The error depends on which comes first.
         _ => {
-            let said = asked(query).map_err(|error| error.kind().1);
-            assert!(matches!(said, Err("user-id-and-ids" | "user-id-repeated")));
-            assert!(one.len() > 1 || said == Err("user-id-and-ids"));
+            let error = asked(query).map_err(|error| error.kind().1);
+            assert!(matches!(error, Err("user-id-and-ids" | "user-id-repeated")));
+            assert!(one.len() > 1 || error == Err("user-id-and-ids"));
             return;
         }
     };

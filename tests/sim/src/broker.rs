@@ -254,8 +254,8 @@ impl Broker {
         self.first = 1;
     }
 
-    /// Stores `message`, or rejects it. A `late` message was sent before the clock jumped, so ids from
-    /// before the jump still count as duplicates. The outer error is a violation.
+    /// Stores `message`, or rejects it. A `late` message was sent before the clock jumped, so ids
+    /// from before the jump still count as duplicates. The outer error is a violation.
     pub fn publish(
         &mut self,
         message: Message,

@@ -87,8 +87,8 @@ impl Client {
         }
     }
 
-    /// Sets one field at `node`, which must acknowledge a write: no fault is active, although the node
-    /// may notice only now that the log is another one.
+    /// Sets one field at `node`, which must acknowledge a write: no fault is active, although the
+    /// node may notice only now that the log is another one.
     pub async fn set_at(&mut self, node: usize) {
         let kind = OpKind::Get;
         let (think_ms, user) = (0, 0);

@@ -1,7 +1,7 @@
 //! One process' connections to the broker.
 //!
-//! A connection delivers messages in the order in which they were sent. A cut link delays them for as
-//! long as the connection lasts. Messages in flight when a client ends its connection may still
+//! A connection delivers messages in the order in which they were sent. A cut link delays them for
+//! as long as the connection lasts. Messages in flight when a client ends its connection may still
 //! arrive, even after messages that it has sent over the next one.
 
 use std::collections::VecDeque;

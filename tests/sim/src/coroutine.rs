@@ -1,5 +1,5 @@
-//! Runs blocking work deterministically: its thread runs only while the simulation waits for it, and
-//! yields where it would block. So a run with the same seed has the same order of events.
+//! Runs blocking work deterministically: its thread runs only while the simulation waits for it,
+//! and yields where it would block. So a run with the same seed has the same order of events.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -97,8 +97,8 @@ impl Worker {
     }
 }
 
-/// Yields until `wake` is ready. Fails if the work is cancelled. Does nothing on a thread that is not
-/// a worker.
+/// Yields until `wake` is ready. Fails if the work is cancelled. Does nothing on a thread that is
+/// not a worker.
 fn wait(wake: &Arc<Mutex<WakeFlag>>) -> io::Result<()> {
     CHANNELS.with_borrow(|channels| {
         let Some(channels) = channels else {

@@ -236,8 +236,8 @@ async fn stream_fault(world: &World, knobs: &Knobs, fault: Fault) {
     }
 }
 
-/// Corrupts a record of `node`, if it has one and all nodes are ready. Another node that starts would
-/// copy it.
+/// Corrupts a record of `node`, if it has one and all nodes are ready. Another node that starts
+/// would copy it.
 fn corrupt(world: &World, node: usize) {
     let mut state = world.lock();
     let is_ready = |slot: &Slot| {

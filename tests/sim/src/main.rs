@@ -1,5 +1,5 @@
-//! The simulator: real nodes on a simulated broker, in one thread with a simulated clock, driven by a
-//! seed. See README.md.
+//! The simulator: real nodes on a simulated broker, in one thread with a simulated clock, driven by
+//! a seed. See README.md.
 
 mod broker;
 mod check;

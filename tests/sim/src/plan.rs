@@ -56,8 +56,8 @@ pub enum Fault {
     BrokerLosesBatches {
         batches: usize,
     },
-    /// The node restarts, and the broker loses batches that the node has not read, right after it has
-    /// reported the log's end to the node.
+    /// The node restarts, and the broker loses batches that the node has not read, right after it
+    /// has reported the log's end to the node.
     BrokerLosesUnreadBatches {
         node: usize,
         wipe: bool,
@@ -84,8 +84,8 @@ pub enum Fault {
         node: usize,
         ms: u64,
     },
-    /// The server that the node is connected to loses its routes. It keeps reporting the stream's state
-    /// as of `lag` batches before.
+    /// The server that the node is connected to loses its routes. It keeps reporting the stream's
+    /// state as of `lag` batches before.
     Isolate {
         node: usize,
         lag: u64,
@@ -124,8 +124,8 @@ pub enum Fault {
         what: HostileMessage,
     },
     /// The node's process and its clock are suspended while minutes pass for the broker. Its
-    /// connection survives if `alive`. With `stored` this happens right after the broker has stored a
-    /// message of the node.
+    /// connection survives if `alive`. With `stored` this happens right after the broker has stored
+    /// a message of the node.
     Suspend {
         node: usize,
         alive: bool,
@@ -194,8 +194,8 @@ impl Plan {
             faults.push((rng.u64(500..end_ms), Fault::Corrupt { node }));
         }
         faults.sort_by_key(|(at, _)| *at);
-        // A log that has lost its last batches and is then trimmed may be indistinguishable from the
-        // one before.
+        // A log that has lost its last batches and is then trimmed may be indistinguishable from
+        // the one before.
         let loses_last = |(_, fault): &(u64, Fault)| {
             matches!(
                 fault,

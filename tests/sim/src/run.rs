@@ -234,7 +234,8 @@ async fn watch(world: World, knobs: Knobs, loses_history: bool) {
     }
 }
 
-/// Wipes the disk of a node that has been stuck for some time, because the log has lost its batches.
+/// Wipes the disk of a node that has been stuck for some time, because the log has lost its
+/// batches.
 fn wipe_if_stuck(world: &World, node: usize, process: &Process, knobs: &Knobs) {
     let unready = process.node.readiness.check().err();
     let mut state = world.lock();

@@ -120,8 +120,8 @@ pub struct Slot {
     pub requests: u64,
     /// The log's end when the process started.
     pub log_end_at_start: Option<Position>,
-    /// Nothing is delivered to it before it has requested the log's end. Then the broker loses batches
-    /// that it has not read.
+    /// Nothing is delivered to it before it has requested the log's end. Then the broker loses
+    /// batches that it has not read.
     pub loses_unread: bool,
     /// A record was corrupted and is still wrong.
     pub is_corrupted: bool,

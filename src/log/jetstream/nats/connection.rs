@@ -21,26 +21,26 @@ use serde_json::json;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
-use super::super::SUBJECT;
 use super::super::broker::{
     BrokerError, Connection, Consumer, InfoSource, Outgoing, PeerQuery, RawMessage, Stored,
     StreamInfo,
 };
+use super::super::config::SUBJECT;
 use super::super::raw_message::{self, RawMessageError};
 use super::consumer::NatsConsumer;
 use super::errors::{broker_error, denial, no_answer, publish_error};
 use super::service;
 use crate::log::{Announce, Announcement, RandomId, Seq};
 
-/// How long the broker may take to answer.
+/// The timeout of a request.
 pub(super) const ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
-/// How often a request to the stream is repeated until it is answered. Requests to a stream without a
-/// leader are lost, and its next leader does not see them.
+/// How often a request to the stream is repeated until it is answered. Requests to a stream without
+/// a leader are lost, and its next leader does not see them.
 const ASK_AGAIN_EVERY: Duration = Duration::from_millis(200);
 /// How long to wait for the answer to the deletion of a consumer. The server that runs the consumer
 /// answers. If it is down, there is no answer, but the consumer is deleted.
 const DELETE_WAIT_MAX: Duration = Duration::from_millis(150);
-/// How long ending a connection may take.
+/// The timeout for closing a connection.
 const CLOSE_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// Messages and bytes of one pull request. They bound the buffered messages to twice this, because
@@ -301,11 +301,11 @@ impl Connection for NatsConnection {
 
     fn ask_peers(
         &self,
-        to: PeerQuery,
+        query: PeerQuery,
         nonce: RandomId,
     ) -> BoxFuture<'_, Result<Vec<Announcement>, String>> {
         async move {
-            let announcements = service::ask_peers(&self.context.client(), to, nonce).await;
+            let announcements = service::ask_peers(&self.context.client(), query, nonce).await;
             announcements.map_err(|error| error.to_string())
         }
         .boxed()

@@ -25,14 +25,14 @@ use tokio_util::sync::CancellationToken;
 
 use self::connection::{ANSWER_WAIT_MAX, NatsConnection};
 use self::service::SERVICE;
-use super::JetStreamConfig;
 use super::broker::{Broker, ConnectError, Connection};
+use super::config::JetStreamConfig;
 use crate::log::RandomId;
 
-/// How long connecting may take.
+/// The timeout for connecting.
 const CONNECT_WAIT_MAX: Duration = Duration::from_secs(3);
-/// How long a connection may be silent before it is pinged. The third ping without an answer ends the
-/// connection.
+/// How long a connection may be silent before it is pinged. The third ping without an answer ends
+/// the connection.
 const PING_EVERY: Duration = Duration::from_secs(2);
 
 /// NATS servers.

@@ -30,7 +30,8 @@ const COLLECT_MAX: Duration = Duration::from_secs(2);
 /// How many announcements are collected at most: any client of the broker may send any number.
 const ANNOUNCEMENTS_MAX: usize = 4096;
 
-/// Answers requests for this replica's announcement until `stop` or until the connection has `ended`.
+/// Answers requests for this replica's announcement until `stop` or until the connection has
+/// `ended`.
 #[expect(clippy::expect_used, reason = "serializing an announcement can't fail")]
 pub(super) async fn announce(
     client: &Client,
@@ -86,10 +87,10 @@ pub(super) async fn announce(
 /// Collects announcements that are signed for `nonce`. They are not verified here.
 pub(super) async fn ask_peers(
     client: &Client,
-    to: PeerQuery,
+    query: PeerQuery,
     nonce: RandomId,
 ) -> Result<Vec<Announcement>, async_nats::Error> {
-    let (subject, first_wait_max) = match to {
+    let (subject, first_wait_max) = match query {
         PeerQuery::All => (ASK_ALL.to_owned(), FIRST_WAIT_MAX),
         PeerQuery::Replica(replica) => (format!("{ASK_REPLICA}{replica}"), REPLICA_WAIT_MAX),
     };
