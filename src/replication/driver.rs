@@ -64,7 +64,7 @@ impl ReplicaDriver {
             },
             false => NextStep::Bootstrap { at_least: 0 },
         };
-        let mut pauses = backoff();
+        let mut backoff = new_backoff();
         let mut last_gap = None;
         let mut logged = String::new();
         loop {
@@ -88,9 +88,9 @@ impl ReplicaDriver {
                 Err(error) => self.after_bootstrap_error(&error, step, &mut logged),
             };
             if started.elapsed() > BACKOFF_MAX {
-                pauses = backoff();
+                backoff.reset();
             }
-            pauses.pause().await;
+            backoff.pause().await;
         }
     }
 
@@ -289,14 +289,14 @@ impl ReplicaDriver {
     }
 
     async fn wait_for_source(&self) {
-        let mut pauses = backoff();
+        let mut backoff = new_backoff();
         loop {
             let bounds = self.bootstrap.log.fetch_bounds().await;
             let whole = bounds.is_ok_and(|bounds| bounds.first == 1);
             if whole || self.bootstrap.peers.ask().await.iter().any(Peer::ready) {
                 return;
             }
-            pauses.pause().await;
+            backoff.pause().await;
         }
     }
 }
@@ -309,6 +309,6 @@ fn log_once(error: &str, message: &'static str, logged: &mut String) {
 }
 
 /// Short at first, because a peer is often ready soon.
-fn backoff() -> Backoff {
+fn new_backoff() -> Backoff {
     Backoff::new(BACKOFF_MIN, BACKOFF_MAX)
 }

@@ -15,8 +15,8 @@
 //!
 //! Resident memory, which the kernel's limits count, minus the space of deleted records that the
 //! store reuses ([`Store::reusable_bytes`]). Resident memory alone does not fall when records are
-//! deleted. Where the address space is limited below the
-//! memory (`ulimit -v`), the size of the address space counts instead of resident memory.
+//! deleted. Where the address space is limited below the memory (`ulimit -v`), the size of the address
+//! space counts instead of resident memory.
 
 use std::fs::File;
 use std::path::Path;

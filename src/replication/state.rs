@@ -92,10 +92,10 @@ pub struct Readiness(Arc<ReadinessInner>);
 struct ReadinessInner {
     /// For the check on every request.
     ready: AtomicBool,
-    status: Mutex<Status>,
+    status: Mutex<ReadinessStatus>,
 }
 
-struct Status {
+struct ReadinessStatus {
     /// `None` while the replica is ready.
     unready: Option<Unready>,
     /// A replica that is shutting down is never ready again.
@@ -112,7 +112,7 @@ impl Readiness {
         };
         Self(Arc::new(ReadinessInner {
             ready: AtomicBool::new(false),
-            status: Mutex::new(Status {
+            status: Mutex::new(ReadinessStatus {
                 unready: Some(unready),
                 stopping: false,
             }),

@@ -11,7 +11,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::broker::{Broker, Connection, PeerQuery};
+use super::broker::{Broker, BrokerConnection, PeerQuery};
 use crate::log::{Announcement, ClusterKey};
 
 /// The least time between two log lines about forged announcements, or about another process that
@@ -45,7 +45,7 @@ impl Announcements {
     pub(super) async fn ask(
         &self,
         broker: &dyn Broker,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         query: PeerQuery,
     ) -> Result<Vec<Announcement>, String> {
         let nonce = broker.random_id().map_err(|error| error.to_string())?;

@@ -22,7 +22,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::broker::{BrokerError, Connection, Outgoing, Stored};
+use super::broker::{BrokerConnection, BrokerError, Outgoing, Stored};
 use super::message;
 use super::probe::UNANSWERED;
 use super::shared::JetStreamShared;
@@ -213,7 +213,7 @@ impl JetStreamShared {
     /// Sends a fence at `end`.
     async fn send_fence(
         &self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         end: Seq,
     ) -> (BatchId, Result<Stored, BrokerError>) {
         let id = self.next_batch_id();
@@ -229,7 +229,7 @@ impl JetStreamShared {
     /// receive fences that were sent while the stream had no leader.
     async fn send_fences(
         &self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         end: Seq,
     ) -> (BatchId, Result<Stored, BrokerError>) {
         let mut sent = FuturesUnordered::new();
@@ -257,7 +257,7 @@ impl JetStreamShared {
     }
 }
 
-async fn attempt(connection: &dyn Connection, message: Outgoing) -> Attempt {
+async fn attempt(connection: &dyn BrokerConnection, message: Outgoing) -> Attempt {
     match connection.publish(message).await {
         Ok(stored) if stored.duplicate => Attempt::IdTaken,
         Ok(_) => Attempt::Stored,

@@ -58,7 +58,7 @@ pub enum ConnectError {
 /// NATS servers that hold the stream.
 pub trait Broker: Send + Sync + 'static {
     /// Connects to any of the servers.
-    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, ConnectError>>;
+    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn BrokerConnection>, ConnectError>>;
 
     /// The servers, for messages.
     fn servers(&self) -> String;
@@ -142,7 +142,7 @@ pub enum PeerQuery {
 }
 
 /// One connection. It does not reconnect: once it has ended, the log opens another one.
-pub trait Connection: Send + Sync + 'static {
+pub trait BrokerConnection: Send + Sync + 'static {
     /// Cancelled when the connection has ended. Cancelling it ends the connection.
     fn ended(&self) -> &CancellationToken;
 

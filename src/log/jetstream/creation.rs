@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::announcements::Announcements;
-use super::broker::{Broker, BrokerError, ConnectError, Connection, PeerQuery, StreamInfo};
+use super::broker::{Broker, BrokerConnection, BrokerError, ConnectError, PeerQuery, StreamInfo};
 use super::config::JetStreamConfig;
 use super::setup_error::SetupError;
 use super::{session, stream};
@@ -82,7 +82,7 @@ pub enum ExistingData {
 pub type ReportWait = Arc<dyn Fn(&str) + Send + Sync>;
 
 pub(super) struct OpenedStream {
-    pub(super) connection: Arc<dyn Connection>,
+    pub(super) connection: Arc<dyn BrokerConnection>,
     pub(super) id: LogId,
     pub(super) first: Seq,
     pub(super) last: Seq,
@@ -167,7 +167,7 @@ impl StreamOpener<'_> {
     /// Opens or creates the stream through `connection`. The inner error is transient.
     async fn on(
         &mut self,
-        connection: &Arc<dyn Connection>,
+        connection: &Arc<dyn BrokerConnection>,
     ) -> Result<Result<StreamInfo, BrokerError>, SetupError> {
         session::check_max_payload(&**connection).map_err(|why| SetupError::Unusable {
             servers: self.servers.clone(),
@@ -200,7 +200,7 @@ impl StreamOpener<'_> {
     /// Fails if another process runs as this replica: each would delete the other's consumer.
     /// This process does not announce itself yet, so NATS answers "no responders" at once if there
     /// is no other.
-    async fn detect_copy(&self, connection: &dyn Connection) -> Result<(), SetupError> {
+    async fn detect_copy(&self, connection: &dyn BrokerConnection) -> Result<(), SetupError> {
         let asked = PeerQuery::Replica(self.identity.replica);
         match self.announcements.ask(self.broker, connection, asked).await {
             Ok(announced) => announced.iter().try_for_each(|peer| self.check_copy(peer)),
@@ -234,7 +234,7 @@ impl StreamOpener<'_> {
     /// Looks for the stream, and creates it once this replica may. The inner error is transient.
     async fn find_or_create(
         &mut self,
-        connection: &Arc<dyn Connection>,
+        connection: &Arc<dyn BrokerConnection>,
     ) -> Result<Result<StreamInfo, BrokerError>, SetupError> {
         let discovering_since = Instant::now();
         loop {
@@ -281,7 +281,7 @@ impl StreamOpener<'_> {
     /// Whether this replica may create the stream now. The inner error is the reason to wait.
     async fn may_create(
         &self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         since: Instant,
     ) -> Result<Result<(), String>, SetupError> {
         let ReplicaIdentity {
@@ -389,7 +389,7 @@ impl StreamOpener<'_> {
 
     fn opened(
         &self,
-        connection: Arc<dyn Connection>,
+        connection: Arc<dyn BrokerConnection>,
         info: &StreamInfo,
     ) -> Result<OpenedStream, SetupError> {
         let id = stream::check_start(self.config, &info.config)?;

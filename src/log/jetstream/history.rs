@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::broker::{BrokerError, Connection, InfoSource, Outgoing, RawMessage, StreamInfo};
+use super::broker::{BrokerConnection, BrokerError, InfoSource, Outgoing, RawMessage, StreamInfo};
 use super::message::{self, Unreadable};
 use super::probe::PROBE_EVERY;
 use super::shared::JetStreamShared;
@@ -30,7 +30,7 @@ pub(super) enum HistoryCheck {
 
 impl JetStreamShared {
     /// Waits for a connection over which the stream was found to have the same history.
-    pub(super) async fn connection_to_append(&self) -> Arc<dyn Connection> {
+    pub(super) async fn connection_to_append(&self) -> Arc<dyn BrokerConnection> {
         loop {
             let connection = self.connection().await;
             if self.same_history.get() {
@@ -50,7 +50,7 @@ impl JetStreamShared {
     /// The stream has trimmed the next batch, or a suspicion is confirmed.
     pub(super) async fn compare(
         &self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         last: &Position,
     ) -> Result<HistoryCheck, ReadError> {
         let info = match self.fetch_info(connection).await? {
@@ -132,7 +132,7 @@ impl JetStreamShared {
     /// Requests the stream's info and checks that the stream holds this log.
     pub(super) async fn fetch_info(
         &self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
     ) -> Result<Result<StreamInfo, BrokerError>, ReadError> {
         let info = match connection.stream_info().await {
             Ok(info) => info,
@@ -174,7 +174,7 @@ impl JetStreamShared {
     /// `error`, once it is confirmed.
     async fn suspect(
         &self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         source: &InfoSource,
         error: ReadError,
     ) -> Result<HistoryCheck, ReadError> {
@@ -204,7 +204,7 @@ impl JetStreamShared {
     /// Whether the broker rejects an append that is conditional on the known end because the stream
     /// is shorter. If it accepts the append, the stream is complete and now ends with an empty
     /// batch.
-    async fn end_is_rejected(&self, connection: &dyn Connection) -> bool {
+    async fn end_is_rejected(&self, connection: &dyn BrokerConnection) -> bool {
         let end = self.end.load(Ordering::Acquire);
         let id = self.next_batch_id();
         let empty = Outgoing {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::broker::{ConnectError, Connection};
+use super::broker::{BrokerConnection, ConnectError};
 use super::config::MESSAGE_BYTES_NEEDED;
 use super::shared::{ConnectionStatus, JetStreamShared};
 use crate::sys::backoff::Backoff;
@@ -25,7 +25,9 @@ pub(super) fn backoff() -> Backoff {
 }
 
 /// Connects. Fails if the server's `max_payload` is less than the largest batch needs.
-pub(super) async fn connect(shared: &JetStreamShared) -> Result<Arc<dyn Connection>, ConnectError> {
+pub(super) async fn connect(
+    shared: &JetStreamShared,
+) -> Result<Arc<dyn BrokerConnection>, ConnectError> {
     let connection = shared.broker.connect().await?;
     match check_max_payload(&*connection) {
         Ok(()) => Ok(connection),
@@ -37,7 +39,7 @@ pub(super) async fn connect(shared: &JetStreamShared) -> Result<Arc<dyn Connecti
 }
 
 /// Checks that the server accepts the largest batch.
-pub(super) fn check_max_payload(connection: &dyn Connection) -> Result<(), Arc<str>> {
+pub(super) fn check_max_payload(connection: &dyn BrokerConnection) -> Result<(), Arc<str>> {
     let max_payload = connection.message_bytes_max();
     match max_payload >= MESSAGE_BYTES_NEEDED {
         true => Ok(()),
@@ -52,7 +54,7 @@ pub(super) fn check_max_payload(connection: &dyn Connection) -> Result<(), Arc<s
 /// Keeps `shared` connected until `stop`.
 pub(super) async fn keep_connected(
     shared: Arc<JetStreamShared>,
-    mut connection: Arc<dyn Connection>,
+    mut connection: Arc<dyn BrokerConnection>,
     stop: CancellationToken,
 ) {
     let mut backoff = backoff();
@@ -86,7 +88,7 @@ async fn reconnect(
     shared: &JetStreamShared,
     backoff: &mut Backoff,
     servers: &str,
-) -> Arc<dyn Connection> {
+) -> Arc<dyn BrokerConnection> {
     let lost_at = Instant::now();
     let mut logged_at: Option<Instant> = None;
     loop {

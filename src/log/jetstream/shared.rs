@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::announcements::Announcements;
-use super::broker::{Broker, Connection};
+use super::broker::{Broker, BrokerConnection};
 use super::config::JetStreamConfig;
 use super::ordered_watch::OrderedWatch;
 use super::suspicion::Suspicion;
@@ -59,14 +59,14 @@ pub(super) struct EventCounters {
 #[derive(Clone)]
 pub(super) enum ConnectionStatus {
     /// Connected.
-    Up(Arc<dyn Connection>),
+    Up(Arc<dyn BrokerConnection>),
     /// Not connected, for this reason.
     Down(Arc<str>),
 }
 
 impl JetStreamShared {
     /// Waits for a connection.
-    pub(super) async fn connection(&self) -> Arc<dyn Connection> {
+    pub(super) async fn connection(&self) -> Arc<dyn BrokerConnection> {
         let alive = |status| match status {
             ConnectionStatus::Up(connection) if !connection.ended().is_cancelled() => {
                 Some(connection)
@@ -77,7 +77,7 @@ impl JetStreamShared {
     }
 
     /// The connection, if there is one.
-    pub(super) fn current_connection(&self) -> Option<Arc<dyn Connection>> {
+    pub(super) fn current_connection(&self) -> Option<Arc<dyn BrokerConnection>> {
         match self.connection_status.get() {
             ConnectionStatus::Up(connection) => Some(connection),
             ConnectionStatus::Down(_) => None,

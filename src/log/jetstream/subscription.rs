@@ -22,7 +22,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
-use super::broker::{BrokerError, Connection, Consumer, Delivered};
+use super::broker::{BrokerConnection, BrokerError, Consumer, Delivered};
 use super::history::HistoryCheck;
 use super::message::{self, Unreadable};
 use super::shared::JetStreamShared;
@@ -72,7 +72,7 @@ pub(super) struct JetStreamSubscription {
 
 /// A consumer that is being created, over a connection on which the stream's history was compared.
 struct PendingConsumer {
-    connection: Arc<dyn Connection>,
+    connection: Arc<dyn BrokerConnection>,
     /// The first message that it will deliver.
     from: Seq,
     consumer: BoxFuture<'static, Result<Box<dyn Consumer>, BrokerError>>,
@@ -242,7 +242,7 @@ impl JetStreamSubscription {
     /// consumer could. A consumer that is created later starts after it.
     async fn read_unreadable(
         &mut self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         entries: &mut Vec<Entry>,
     ) -> Result<(), ReadError> {
         match self.read_without_consumer(connection, entries).await? {
@@ -273,7 +273,7 @@ impl JetStreamSubscription {
     /// history first if that was some time ago: the stream may have been replaced meanwhile.
     async fn read_without_consumer(
         &mut self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         entries: &mut Vec<Entry>,
     ) -> Result<FetchOutcome, ReadError> {
         let is_due = |pending: &PendingConsumer| Instant::now() >= pending.compare_at;
@@ -316,7 +316,7 @@ impl JetStreamSubscription {
     /// header blocks.
     async fn fetch_next(
         &mut self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         entries: &mut Vec<Entry>,
     ) -> Result<FetchOutcome, ReadError> {
         let seq = self.last.seq + 1;

@@ -16,15 +16,15 @@ fn at(seq: Seq) -> Position {
 
 /// Counts how often it is woken.
 #[derive(Default)]
-struct Task(AtomicUsize);
+struct WakeCounter(AtomicUsize);
 
-impl Wake for Task {
+impl Wake for WakeCounter {
     fn wake(self: Arc<Self>) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-impl Task {
+impl WakeCounter {
     fn woken(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
@@ -47,7 +47,7 @@ fn waiting(applied: &AppliedIndex) -> usize {
 #[tokio::test]
 async fn a_batch_wakes_the_waiters_that_it_reached_once_and_no_other() {
     let applied = AppliedIndex::new(at(0));
-    let tasks = [1, 2, 2, 3, Seq::MAX].map(|seq| (seq, Arc::<Task>::default()));
+    let tasks = [1, 2, 2, 3, Seq::MAX].map(|seq| (seq, Arc::<WakeCounter>::default()));
     let mut waits: Vec<_> = tasks
         .iter()
         .map(|(seq, _)| Box::pin(applied.wait_for(*seq)))
@@ -72,7 +72,7 @@ async fn a_batch_wakes_the_waiters_that_it_reached_once_and_no_other() {
 #[tokio::test]
 async fn all_waiters_for_one_position_are_woken() {
     let applied = AppliedIndex::new(at(0));
-    let task = Arc::<Task>::default();
+    let task = Arc::<WakeCounter>::default();
     let mut waits: Vec<_> = (0..1000).map(|_| Box::pin(applied.wait_for(7))).collect();
     for wait in &mut waits {
         assert!(task.poll(wait.as_mut()).is_pending());
@@ -86,7 +86,7 @@ async fn all_waiters_for_one_position_are_woken() {
 #[tokio::test]
 async fn polling_again_replaces_the_waker() {
     let applied = AppliedIndex::new(at(0));
-    let [before, now] = [(); 2].map(|()| Arc::<Task>::default());
+    let [before, now] = [(); 2].map(|()| Arc::<WakeCounter>::default());
     let mut wait = pin!(applied.wait_for(1));
     assert!(before.poll(wait.as_mut()).is_pending());
     assert!(now.poll(wait.as_mut()).is_pending());
@@ -99,7 +99,7 @@ async fn polling_again_replaces_the_waker() {
 #[tokio::test]
 async fn dropping_a_wait_removes_it_and_no_other_at_its_position() {
     let applied = AppliedIndex::new(at(0));
-    let [gone, stays] = [(); 2].map(|()| Arc::<Task>::default());
+    let [gone, stays] = [(); 2].map(|()| Arc::<WakeCounter>::default());
     let mut wait = pin!(applied.wait_for(1));
     {
         let mut dropped = pin!(applied.wait_for(1));
@@ -115,7 +115,7 @@ async fn dropping_a_wait_removes_it_and_no_other_at_its_position() {
 #[tokio::test]
 async fn a_wait_goes_on_when_the_state_is_cleared_before_it_is_polled() {
     let applied = AppliedIndex::new(at(0));
-    let task = Arc::<Task>::default();
+    let task = Arc::<WakeCounter>::default();
     let mut wait = pin!(applied.wait_for(2));
     assert!(task.poll(wait.as_mut()).is_pending());
     apply(&applied, 2);
@@ -137,7 +137,7 @@ async fn a_wait_that_timed_out_is_removed() {
 #[tokio::test]
 async fn a_waiter_beyond_the_limit_is_refused_and_reach_has_no_limit() {
     let applied = AppliedIndex::new(at(0));
-    let task = Arc::<Task>::default();
+    let task = Arc::<WakeCounter>::default();
     let mut waits: Vec<_> = (1..)
         .take(WAITERS_MAX)
         .map(|seq| Box::pin(applied.wait_for_timeout(seq, WAIT_MAX, WAITERS_MAX)))
@@ -161,17 +161,17 @@ async fn a_waiter_beyond_the_limit_is_refused_and_reach_has_no_limit() {
 }
 
 #[derive(Debug, Clone)]
-enum Step {
+enum WaitStep {
     Wait(Seq),
     Drop(usize),
     Apply(Seq),
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn step() -> impl Strategy<Value = WaitStep> {
     prop_oneof![
-        (0..20u64).prop_map(Step::Wait),
-        (0..20usize).prop_map(Step::Drop),
-        (1..3u64).prop_map(Step::Apply),
+        (0..20u64).prop_map(WaitStep::Wait),
+        (0..20usize).prop_map(WaitStep::Drop),
+        (1..3u64).prop_map(WaitStep::Apply),
     ]
 }
 
@@ -183,17 +183,17 @@ proptest! {
         let mut waits = Vec::new();
         for step in steps {
             match step {
-                Step::Wait(seq) => {
-                    let (task, mut wait) = (Arc::<Task>::default(), Box::pin(applied.wait_for(seq)));
+                WaitStep::Wait(seq) => {
+                    let (task, mut wait) = (Arc::<WakeCounter>::default(), Box::pin(applied.wait_for(seq)));
                     let reached = task.poll(wait.as_mut()).is_ready();
                     prop_assert_eq!(reached, seq <= applied.seq());
                     if !reached {
                         waits.push((seq, task, wait));
                     }
                 }
-                Step::Drop(index) if index < waits.len() => drop(waits.remove(index)),
-                Step::Drop(_) => {}
-                Step::Apply(count) => apply(&applied, applied.seq() + count),
+                WaitStep::Drop(index) if index < waits.len() => drop(waits.remove(index)),
+                WaitStep::Drop(_) => {}
+                WaitStep::Apply(count) => apply(&applied, applied.seq() + count),
             }
             for (seq, task, _) in &waits {
                 prop_assert_eq!(task.woken(), usize::from(*seq <= applied.seq()));

@@ -21,7 +21,7 @@ fn id(number: usize) -> RandomId {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Entry {
+enum LogEntry {
     Write,
     Empty,
     Checkpoint(Checkpoint),
@@ -65,15 +65,15 @@ impl Replica {
         copy
     }
 
-    fn apply(&mut self, entry: Entry) {
+    fn apply(&mut self, entry: LogEntry) {
         self.position = self.position.next(7, Effect::Skipped);
         match entry {
-            Entry::Write => {
+            LogEntry::Write => {
                 self.writes += 1;
                 self.checkpoints.changed();
             }
-            Entry::Empty => {}
-            Entry::Checkpoint(checkpoint) => {
+            LogEntry::Empty => {}
+            LogEntry::Checkpoint(checkpoint) => {
                 let digest = Digest(self.writes + self.error);
                 let outcome = self
                     .checkpoints
@@ -107,7 +107,7 @@ impl Replica {
 
 /// A log, and replicas that apply it.
 struct Cluster {
-    log: Vec<Entry>,
+    log: Vec<LogEntry>,
     replicas: Vec<Replica>,
 }
 
@@ -121,7 +121,7 @@ impl Cluster {
         }
     }
 
-    fn append(&mut self, entry: Entry) {
+    fn append(&mut self, entry: LogEntry) {
         self.log.push(entry);
     }
 
@@ -146,14 +146,14 @@ impl Cluster {
         checkpoints.0.state.lock().next = Instant::now();
         let checkpoint = checkpoints.next();
         if let Some(checkpoint) = checkpoint {
-            self.append(Entry::Checkpoint(checkpoint));
+            self.append(LogEntry::Checkpoint(checkpoint));
         }
         checkpoint.is_some()
     }
 
     /// Appends a write, then the checkpoint of each of `voters`. All replicas apply all entries.
     fn round(&mut self, voters: &[usize]) {
-        self.append(Entry::Write);
+        self.append(LogEntry::Write);
         self.settle();
         for voter in voters {
             self.vote_if_due(*voter);
@@ -163,7 +163,7 @@ impl Cluster {
 
     fn last_vote(&self) -> Checkpoint {
         let last = self.log.iter().rev().find_map(|entry| match entry {
-            Entry::Checkpoint(checkpoint) if checkpoint.position > 0 => Some(*checkpoint),
+            LogEntry::Checkpoint(checkpoint) if checkpoint.position > 0 => Some(*checkpoint),
             _ => None,
         });
         last.unwrap()
@@ -186,7 +186,7 @@ fn replicas_without_new_writes_stop_voting() {
     let mut sent = 0;
     for round in 0..20 {
         if round == 5 || round == 12 {
-            cluster.append(Entry::Write);
+            cluster.append(LogEntry::Write);
         }
         for speaker in 0..3 {
             cluster.settle();
@@ -325,8 +325,8 @@ fn the_first_vote_of_a_replica_counts_and_a_copy_of_it_has_no_effect() {
     });
     let before = cluster.replicas[0].points();
     for _ in 0..ROUNDS {
-        cluster.append(Entry::Checkpoint(vote));
-        cluster.append(Entry::Checkpoint(other));
+        cluster.append(LogEntry::Checkpoint(vote));
+        cluster.append(LogEntry::Checkpoint(other));
     }
     cluster.settle();
     let after = cluster.replicas[0].points();
@@ -365,7 +365,7 @@ fn a_vote_on_another_history_or_on_no_point_does_not_count() {
             ..stranger
         },
     ] {
-        cluster.append(Entry::Checkpoint(signed(wrong)));
+        cluster.append(LogEntry::Checkpoint(signed(wrong)));
     }
     cluster.settle();
     assert_eq!(cluster.replicas[0].points()[..before.len()], before);
@@ -376,7 +376,7 @@ fn a_vote_on_another_history_or_on_no_point_does_not_count() {
             .all(|replica| replica.verdicts.is_empty())
     );
     // The same with the right chain is one.
-    cluster.append(Entry::Checkpoint(signed(stranger)));
+    cluster.append(LogEntry::Checkpoint(signed(stranger)));
     cluster.settle();
     assert_ne!(cluster.replicas[0].points()[..before.len()], before);
 }
@@ -472,7 +472,7 @@ fn run(replicas: usize, wrong: usize, rounds: usize, strangers: Strangers, seed:
     let mut cluster = Cluster::of(replicas);
     let mut late: Option<Replica> = None;
     for round in 0..rounds {
-        cluster.append(Entry::Write);
+        cluster.append(LogEntry::Write);
         if round == 6 {
             cluster.settle();
             for replica in &mut cluster.replicas[..wrong] {
@@ -484,12 +484,12 @@ fn run(replicas: usize, wrong: usize, rounds: usize, strangers: Strangers, seed:
             let replica = order.swap_remove(random.below(order.len()));
             let (kind, number, from) = (random.below(6), random.below(3), random.below(200));
             match kind {
-                0 => cluster.append(Entry::Write),
-                1 | 2 if strangers == Strangers::Silent => cluster.append(Entry::Empty),
+                0 => cluster.append(LogEntry::Write),
+                1 | 2 if strangers == Strangers::Silent => cluster.append(LogEntry::Empty),
                 1 | 2 => cluster.append(forged(&cluster, kind == 1, number as u8)),
                 3 if strangers == Strangers::ForgeAndCopy => {
                     let copy = cluster.log.iter().rev().nth(from).copied();
-                    cluster.append(copy.unwrap_or(Entry::Empty));
+                    cluster.append(copy.unwrap_or(LogEntry::Empty));
                 }
                 _ => {}
             }
@@ -511,13 +511,13 @@ fn run(replicas: usize, wrong: usize, rounds: usize, strangers: Strangers, seed:
 }
 
 /// What somebody without the key can make of the last vote.
-fn forged(cluster: &Cluster, altered: bool, digest: u8) -> Entry {
+fn forged(cluster: &Cluster, altered: bool, digest: u8) -> LogEntry {
     let last = cluster.log.iter().rev().find_map(|entry| match entry {
-        Entry::Checkpoint(checkpoint) => Some(*checkpoint),
+        LogEntry::Checkpoint(checkpoint) => Some(*checkpoint),
         _ => None,
     });
     let Some(last) = last else {
-        return Entry::Empty;
+        return LogEntry::Empty;
     };
     let replica = match altered {
         true => last.replica,
@@ -533,7 +533,7 @@ fn forged(cluster: &Cluster, altered: bool, digest: u8) -> Entry {
         true => last.mac,
         false => ClusterKey::derive("guessed").sign_checkpoint(&log_id(), &forged),
     };
-    Entry::Checkpoint(Checkpoint { mac, ..forged })
+    LogEntry::Checkpoint(Checkpoint { mac, ..forged })
 }
 
 /// The points that both have seen.

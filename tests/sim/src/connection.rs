@@ -13,7 +13,7 @@ use async_nats::jetstream::stream::Config;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, pending};
 use gradestore::log::broker::{
-    Broker, BrokerError, ConnectError, Connection, Consumer, Outgoing, PeerQuery, RawMessage,
+    Broker, BrokerConnection, BrokerError, ConnectError, Consumer, Outgoing, PeerQuery, RawMessage,
     Stored, StreamInfo,
 };
 use gradestore::log::{Announce, Announcement, RandomId, Seq};
@@ -54,7 +54,7 @@ impl SimBroker {
         }
     }
 
-    async fn connect(&self) -> Result<Arc<dyn Connection>, ConnectError> {
+    async fn connect(&self) -> Result<Arc<dyn BrokerConnection>, ConnectError> {
         let (world, node) = (&self.world, self.node);
         sleep(world.latency(node)).await;
         world.wait_until_resumed(node).await;
@@ -92,7 +92,7 @@ impl SimBroker {
 }
 
 impl Broker for SimBroker {
-    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, ConnectError>> {
+    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn BrokerConnection>, ConnectError>> {
         self.connect().boxed()
     }
 
@@ -322,7 +322,7 @@ impl Drop for SimConnection {
     }
 }
 
-impl Connection for SimConnection {
+impl BrokerConnection for SimConnection {
     fn ended(&self) -> &CancellationToken {
         &self.client_end.link.ended
     }

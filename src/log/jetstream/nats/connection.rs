@@ -22,7 +22,7 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use super::super::broker::{
-    BrokerError, Connection, Consumer, InfoSource, Outgoing, PeerQuery, RawMessage, Stored,
+    BrokerConnection, BrokerError, Consumer, InfoSource, Outgoing, PeerQuery, RawMessage, Stored,
     StreamInfo,
 };
 use super::super::config::SUBJECT;
@@ -195,7 +195,7 @@ impl NatsConnection {
     }
 }
 
-impl Connection for NatsConnection {
+impl BrokerConnection for NatsConnection {
     fn ended(&self) -> &CancellationToken {
         &self.ended
     }

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::connection::{ANSWER_WAIT_MAX, NatsConnection};
 use self::service::SERVICE;
-use super::broker::{Broker, ConnectError, Connection};
+use super::broker::{Broker, BrokerConnection, ConnectError};
 use super::config::JetStreamConfig;
 use crate::log::RandomId;
 
@@ -53,7 +53,7 @@ impl Nats {
         }
     }
 
-    async fn connect(&self) -> Result<Arc<dyn Connection>, async_nats::ConnectError> {
+    async fn connect(&self) -> Result<Arc<dyn BrokerConnection>, async_nats::ConnectError> {
         let ended = CancellationToken::new();
         let of_this_one = ended.clone();
         let attempts = AtomicUsize::new(0);
@@ -110,7 +110,7 @@ impl Nats {
 }
 
 impl Broker for Nats {
-    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, ConnectError>> {
+    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn BrokerConnection>, ConnectError>> {
         async {
             self.connect().await.map_err(|error| {
                 use ConnectErrorKind::{Authentication, AuthorizationViolation};
