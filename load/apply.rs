@@ -22,7 +22,7 @@ use gradestore::log::{
 };
 use gradestore::replication::state::Readiness;
 use gradestore::replication::{
-    Applied, Applier, ApplyError, CheckpointMetrics, Checkpoints, CompleteFrom,
+    AppliedIndex, Applier, ApplyError, CheckpointMetrics, Checkpoints, CompleteFrom,
 };
 use gradestore::store::Store;
 use metrics::{Counter, Histogram};
@@ -82,7 +82,7 @@ fn read(
     headers: &async_nats::HeaderMap,
     payload: &Bytes,
     in_flight: &InFlight,
-) -> (message::Label, Batch) {
+) -> (message::BatchHeaders, Batch) {
     let batch = message::read(Some(headers), payload, in_flight);
     batch.unwrap_or_else(|_| panic!("a message can't be read"))
 }
@@ -144,7 +144,7 @@ fn applier(args: &Args) -> Applier {
         checkpoints: Checkpoints::new(replica, log.id(), key, None, metrics),
         log: Arc::new(log),
         store,
-        applied: Applied::new(base()),
+        applied: AppliedIndex::new(base()),
         in_flight: InFlight::default(),
         patches: Counter::noop(),
         deletions: Counter::noop(),

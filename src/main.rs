@@ -63,7 +63,7 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
             node,
             url: lifecycle::advertised(&config.cluster, sockets.write.local_addr()?),
             ask_node: Arc::new(lifecycle::peer_client(&config)?),
-            key: ClusterKey::derive(&config.credentials.account().password),
+            key: ClusterKey::derive(&config.credentials.for_client().password),
             restore_from: config.restore_from.clone(),
             progress: Arc::new(move |reason| reported.set(reason)),
         };

@@ -12,7 +12,9 @@ use tokio::time::Instant;
 
 use crate::backup::{BackupError, ReadProgress, Summary, read, rfc3339};
 use crate::cli::BackupArgs;
-use crate::replication::peer_client::{Account, Client, Compression, Download, Parts, RemoteError};
+use crate::replication::peer_client::{
+    BodyReader, Client, ClientCredentials, Compression, Download, RemoteError,
+};
 use crate::store::RecordBatch;
 use crate::sys::progress::Bar;
 
@@ -64,7 +66,7 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, Downlo
     };
     let target = target_of(path);
     let path = target.as_path();
-    let account = Account {
+    let account = ClientCredentials {
         username: args.credentials.username.as_str().into(),
         password: password.into(),
     };
@@ -123,7 +125,7 @@ async fn copy(
     write_error: impl Fn(io::Error) -> DownloadError,
 ) -> Result<Summary, DownloadError> {
     let url = download.url.clone();
-    let (sender, parts) = Parts::channel();
+    let (sender, parts) = BodyReader::channel();
     let progress = Arc::new(ReadProgress::default());
     let verifier = {
         let progress = Arc::clone(&progress);

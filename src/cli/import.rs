@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, BufReader, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -17,14 +17,18 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::backup::{BackupError, ReadProgress, Summary, read_in_order};
 use crate::cli::ImportArgs;
 use crate::cli::backup::READER_PANICKED;
 use crate::grade::{Changes, Patch};
 use crate::log::Seq;
-use crate::replication::peer_client::{Account, Client, Compression, Refusal, RemoteError};
+use crate::replication::peer_client::{
+    Client, ClientCredentials, Compression, ErrorResponse, RemoteError,
+};
 use crate::store::RecordBatch;
+use crate::sys::cancellable_reader::CancellableReader;
 use crate::sys::progress::Bar;
 
 /// The rows or bytes of a chunk: several groups of the node, so that neither side waits long for the
@@ -73,7 +77,7 @@ pub enum ImportError {
         /// The node.
         to: String,
         /// The response.
-        refusal: Refusal,
+        refusal: ErrorResponse,
         /// Rows that the node has accepted.
         accepted: u64,
     },
@@ -129,7 +133,7 @@ pub async fn import(
     accepted: Arc<AtomicU64>,
 ) -> Result<Imported, ImportError> {
     let remote = |error| ImportError::Remote { error, accepted: 0 };
-    let account = Account {
+    let account = ClientCredentials {
         username: args.credentials.username.as_str().into(),
         password: password.into(),
     };
@@ -223,26 +227,26 @@ impl RowChunk {
 struct ReaderThread {
     progress: Arc<ReadProgress>,
     chunks: mpsc::Receiver<RowChunk>,
-    stop: Arc<AtomicBool>,
+    stop: CancellationToken,
     thread: Option<JoinHandle<Result<Summary, BackupError>>>,
 }
 
 impl ReaderThread {
     fn start(source: impl Read + Unpin + Send + 'static) -> Self {
         let progress = Arc::<ReadProgress>::default();
-        let stop = Arc::<AtomicBool>::default();
+        let stop = CancellationToken::new();
         let (sender, chunks) = mpsc::channel(CHUNKS_WAITING_MAX);
-        let source = StoppableFile {
+        let source = CancellableReader {
             source,
-            stop: Arc::clone(&stop),
+            cancel: stop.clone(),
         };
-        let (read, stopped) = (Arc::clone(&progress), Arc::clone(&stop));
+        let (read, stopped) = (Arc::clone(&progress), stop.clone());
         let thread = thread::spawn(move || {
             let builder = Mutex::new(ChunkBuilder::default());
             let pass_on = |chunk| {
                 // Without a receiver there is no reason to continue.
                 if sender.blocking_send(chunk).is_err() {
-                    stopped.store(true, Ordering::Relaxed);
+                    stopped.cancel();
                 }
             };
             let sink = |rows: &RecordBatch| {
@@ -277,22 +281,7 @@ impl ReaderThread {
 
 impl Drop for ReaderThread {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-/// A file whose reads fail once `stop` is set.
-struct StoppableFile<R> {
-    source: R,
-    stop: Arc<AtomicBool>,
-}
-
-impl<R: Read> Read for StoppableFile<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self.stop.load(Ordering::Relaxed) {
-            true => Err(io::Error::other("the import has ended")),
-            false => self.source.read(buffer),
-        }
+        self.stop.cancel();
     }
 }
 

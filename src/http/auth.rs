@@ -7,12 +7,12 @@ use http::{HeaderMap, HeaderValue};
 use subtle::{Choice, ConstantTimeEq};
 
 use super::error::ApiError;
-use crate::replication::peer_client::Account;
+use crate::replication::peer_client::ClientCredentials;
 
 /// The user name and password of a node, which its write port and `/backup` require.
 #[derive(Debug, Clone)]
 pub struct Credentials {
-    account: Account,
+    account: ClientCredentials,
     /// The `Authorization` header as nearly every client encodes it.
     header: HeaderValue,
     #[cfg(feature = "measure")]
@@ -24,7 +24,7 @@ impl Credentials {
     #[must_use]
     pub fn new(username: &str, password: &str) -> Self {
         Self {
-            account: Account {
+            account: ClientCredentials {
                 username: username.into(),
                 password: password.into(),
             },
@@ -42,7 +42,7 @@ impl Credentials {
 
     /// The account for requests to other nodes, which all have the same credentials.
     #[must_use]
-    pub fn account(&self) -> Account {
+    pub fn for_client(&self) -> ClientCredentials {
         self.account.clone()
     }
 

@@ -37,7 +37,7 @@ use crate::backup::{BackupWriter, Chunk, ChunkPipeline, ChunkSource, HeadRecord,
 use crate::log::{Log, RandomId};
 use crate::replication::peer_client::{GRADE_COMPRESSION, IF_SLOW};
 use crate::replication::state::{NodeState, Readiness};
-use crate::replication::{Applied, CompleteState, backup_head};
+use crate::replication::{AppliedIndex, CompleteState, backup_head};
 use crate::store::Store;
 use crate::sys::exec::Blocking;
 
@@ -70,7 +70,7 @@ pub struct BackupState {
     /// The records.
     pub store: Store,
     /// The position of the records.
-    pub applied: Applied,
+    pub applied: AppliedIndex,
     /// The log they come from.
     pub log: Arc<dyn Log>,
     /// Whether the node serves them.
@@ -221,7 +221,7 @@ struct BackupStream {
     metrics: BackupMetrics,
     complete: CompleteState,
     readiness: Readiness,
-    applied: Applied,
+    applied: AppliedIndex,
     connection: Option<Arc<ConnectionState>>,
     _slot: OwnedSemaphorePermit,
 }

@@ -19,7 +19,7 @@ use super::fast::{GetOutcome, GetRoute, request};
 use crate::grade::{USER_ID, UserGrade, check_user_id};
 use crate::log::{Log, Seq};
 use crate::replication::state::Readiness;
-use crate::replication::{Applied, WaitError};
+use crate::replication::{AppliedIndex, WaitError};
 use crate::store::Store;
 
 /// The query parameter of a request for many users; one per user.
@@ -41,7 +41,7 @@ pub struct ReadState {
     /// The records.
     pub store: Store,
     /// The position of the records.
-    pub applied: Applied,
+    pub applied: AppliedIndex,
     /// The log that the replica applies.
     pub log: Arc<dyn Log>,
     /// Whether the replica serves reads.
@@ -114,7 +114,10 @@ async fn wait_for(state: &ReadState, wanted: Seq) -> Result<(), ApiError> {
         });
     }
     let (wait_max, waits_max) = (state.position_wait_max, state.position_waits_max);
-    let waited = state.applied.wait_for(wanted, wait_max, waits_max).await;
+    let waited = state
+        .applied
+        .wait_for_timeout(wanted, wait_max, waits_max)
+        .await;
     waited.map_err(|error| match error {
         WaitError::TimedOut => ApiError::PositionNotReached {
             wanted,

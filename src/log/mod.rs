@@ -27,8 +27,8 @@ pub use chain::{BatchId, Chain, ChainEntry, Position};
 pub use cluster_key::ClusterKey;
 pub use in_flight::{InFlight, InFlightBatch, OutcomeSender, Ticket};
 pub use jetstream::{
-    AskNode, HeldData, Identity, JetStreamConfig, JetStreamLog, Progress, Servers, SetupError,
-    broker, header_block, message, raw_message,
+    AskNode, ExistingData, JetStreamConfig, JetStreamLog, ReplicaIdentity, ReportWait, Servers,
+    SetupError, broker, header_block, message, raw_message,
 };
 pub use memory::MemoryLog;
 pub use wal::{DiskLog, OpenError, format as stored};

@@ -12,8 +12,8 @@ use tokio::runtime::Handle;
 
 use crate::backup::{BackupError, Snapshots, end_position, quarantine, read_head};
 use crate::log::{
-    AskNode, ClusterKey, DiskLog, HeldData, Identity, InFlight, JetStreamConfig, JetStreamLog, Log,
-    LogId, MemoryLog, OpenError, Progress, RandomId, Seq, SetupError,
+    AskNode, ClusterKey, DiskLog, ExistingData, InFlight, JetStreamConfig, JetStreamLog, Log,
+    LogId, MemoryLog, OpenError, RandomId, ReplicaIdentity, ReportWait, Seq, SetupError,
 };
 
 /// Where the log is kept.
@@ -112,7 +112,7 @@ pub struct StorageOptions {
     /// A backup to start from; the log then begins after its end.
     pub restore_from: Option<PathBuf>,
     /// Called with the reason why opening the log waits.
-    pub progress: Progress,
+    pub progress: ReportWait,
 }
 
 impl Storage {
@@ -145,10 +145,10 @@ impl Storage {
                     None => Self::of(Arc::new(MemoryLog::new(node, 0)), node),
                 };
                 let abandoned = abandon_log.clone().map(|log| LogId(log.into()));
-                let identity = Identity {
+                let identity = ReplicaIdentity {
                     node,
                     replica: storage.replica,
-                    holds: storage.held_data(abandoned.as_ref()),
+                    existing_data: storage.existing_data(abandoned.as_ref()),
                     keeps_data: data_dir.is_some(),
                     url: opening.url,
                     ask_node: opening.ask_node,
@@ -194,11 +194,11 @@ impl Storage {
 
     /// The log of the newest readable snapshot that does not belong to log `abandoned`. If there is
     /// none, an unreadable snapshot counts, because it may be the only copy of the data.
-    fn held_data(&self, abandoned: Option<&LogId>) -> HeldData {
+    fn existing_data(&self, abandoned: Option<&LogId>) -> ExistingData {
         let Some((snapshots, _)) = &self.snapshots else {
-            return HeldData::Nothing;
+            return ExistingData::None;
         };
-        let unreadable = |path: &Path, error: BackupError| HeldData::Unreadable {
+        let unreadable = |path: &Path, error: BackupError| ExistingData::Unreadable {
             path: path.to_owned(),
             why: error.to_string(),
         };
@@ -206,12 +206,12 @@ impl Storage {
             Ok(found) => found,
             Err(error) => return unreadable(snapshots.dir(), BackupError::Open(error)),
         };
-        let mut held = HeldData::Nothing;
+        let mut held = ExistingData::None;
         for (_, path) in found {
             match log_of(&path) {
                 Ok(log) if Some(&log) == abandoned => {}
-                Ok(log) => return HeldData::Of(log),
-                Err(error) if held == HeldData::Nothing => held = unreadable(&path, error),
+                Ok(log) => return ExistingData::Of(log),
+                Err(error) if held == ExistingData::None => held = unreadable(&path, error),
                 Err(_) => {}
             }
         }

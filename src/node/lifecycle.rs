@@ -140,7 +140,7 @@ pub fn runtime(threads: Option<usize>) -> io::Result<Runtime> {
 /// # Errors
 /// The client can't be set up.
 pub fn peer_client(config: &Config) -> Result<Client, LifecycleError> {
-    let account = config.credentials.account();
+    let account = config.credentials.for_client();
     Ok(Client::new(account, SILENCE_MAX, Compression::IfSlow)?)
 }
 

@@ -28,8 +28,8 @@ use crate::replication::memory::MemoryGuard;
 use crate::replication::peer_client::PeerClient;
 use crate::replication::state::{NodeState, Readiness};
 use crate::replication::{
-    Applied, Applier, Bootstrap, Checkpoints, CompleteState, LastSnapshot, Peers, ReplicaDriver,
-    RestoreTracker, Snapshotter, Writer,
+    AppliedIndex, Applier, Bootstrap, Checkpoints, CompleteState, LastSnapshot, Peers,
+    ReplicaDriver, RestoreTracker, Snapshotter, Writer,
 };
 use crate::store::Store;
 use crate::sys::exec::Blocking;
@@ -69,7 +69,7 @@ pub struct Node {
     /// The records.
     pub store: Store,
     /// The position of the records.
-    pub applied: Applied,
+    pub applied: AppliedIndex,
     /// The log that the replica applies.
     pub log: Arc<dyn Log>,
     /// Whether the node serves requests.
@@ -109,9 +109,9 @@ impl Node {
         let (log, cluster) = (Arc::clone(&storage.log), &config.cluster);
         let (store, in_flight) = (resources.store, storage.in_flight.clone());
         let position = Position::base(&log.id(), 0, resources.started_ns);
-        let applied = Applied::new(position);
+        let applied = AppliedIndex::new(position);
         let last_snapshot = LastSnapshot::default();
-        let key = ClusterKey::derive(&config.credentials.account().password);
+        let key = ClusterKey::derive(&config.credentials.for_client().password);
         let checkpoints = Checkpoints::new(
             storage.replica,
             log.id(),

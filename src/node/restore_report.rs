@@ -26,7 +26,7 @@ pub(super) async fn report(tracker: RestoreTracker) {
         };
         let (rows, bytes) = (restore.progress.rows(), restore.progress.bytes());
         if terminal {
-            let bar = bar.get_or_insert_with(|| Bar::new(restore.bytes_total, restore.begun));
+            let bar = bar.get_or_insert_with(|| Bar::new(restore.bytes_total, restore.started));
             bar.set(rows, bytes);
         } else {
             tracing::info!(

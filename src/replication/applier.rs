@@ -4,18 +4,18 @@ use std::sync::Arc;
 
 use metrics::{Counter, Histogram};
 
-use super::applied::Applied;
+use super::applied::AppliedIndex;
 use super::bootstrap::CompleteFrom;
 use super::checkpoint::Checkpoints;
-use super::votes::{Comparison, Doubt, Verdict};
+use super::votes::{Comparison, DigestMismatch, Verdict};
 use crate::grade::Digest;
 use crate::log::{Checkpoint, Entry, InFlight, Log, Position, ReadError, Seq, Subscription};
 use crate::replication::state::{NodeState, Readiness};
 use crate::store::Store;
 
-/// The applier yields after this many writes: requests share its thread, and a log that was read
-/// ahead never makes it wait.
-const TURN_WRITES: usize = 1024;
+/// The applier yields after this many writes, because requests share its thread, and a log that was
+/// read ahead never makes it wait.
+const WRITES_PER_TURN: usize = 1024;
 
 /// Why the applier stopped.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -24,7 +24,7 @@ pub enum ApplyError {
     #[error(transparent)]
     Log(#[from] ReadError),
     /// Batches are missing between two deliveries.
-    #[error("batch {got} was delivered after batch {applied}: the ones between are missing")]
+    #[error("gap in the log: batch {got} was delivered after batch {applied}")]
     Gap {
         /// The last batch applied.
         applied: Seq,
@@ -33,8 +33,8 @@ pub enum ApplyError {
     },
     /// The log has lost batches that the restored state includes, and holds others in their place.
     #[error(
-        "the broker lost batches that the restored state includes: batch {position} of the log is not \
-         the one it was restored with; restoring again from another source"
+        "the log has lost batches that the restored state includes: it holds another batch \
+         {position}; restoring from another source"
     )]
     IncludesLost {
         /// The batch at which the restored state would have been complete.
@@ -42,8 +42,8 @@ pub enum ApplyError {
     },
     /// A majority of the replicas had another digest at one position.
     #[error(
-        "at batch {position} this replica's digest was {own} and that of a majority {agreed}: its \
-         state is wrong, and it bootstraps again from another source"
+        "digest mismatch with a majority at batch {position}: this replica has {own}, the majority \
+         {agreed}; discarding the state and restoring from another source"
     )]
     Diverged {
         /// The position.
@@ -62,7 +62,7 @@ pub struct Applier {
     /// The records.
     pub store: Store,
     /// The position that the store is at.
-    pub applied: Applied,
+    pub applied: AppliedIndex,
     /// This process' batches that are not applied yet.
     pub in_flight: InFlight,
     /// The votes of all replicas on their states.
@@ -71,7 +71,7 @@ pub struct Applier {
     pub patches: Counter,
     /// Counts deletions applied.
     pub deletions: Counter,
-    /// Measures the time of own batches from append to apply.
+    /// Measures the time from append to apply of batches of this process.
     pub round_trip: Histogram,
 }
 
@@ -95,7 +95,7 @@ impl Applier {
                 if let Err(error) = self.apply(entry, complete_from, readiness) {
                     return error;
                 }
-                if since_turn >= TURN_WRITES {
+                if since_turn >= WRITES_PER_TURN {
                     since_turn = 0;
                     self.applied.notify();
                     tokio::task::yield_now().await;
@@ -151,10 +151,10 @@ impl Applier {
         checkpoint: &Checkpoint,
         readiness: &Readiness,
     ) -> Result<(), ApplyError> {
-        let observed = self
+        let outcome = self
             .checkpoints
             .observe(at, checkpoint, || self.store.digest());
-        if observed.same_history && !self.log.is_verified() {
+        if outcome.same_history && !self.log.is_verified() {
             self.log.set_verified();
         }
         let Checkpoint {
@@ -163,26 +163,44 @@ impl Applier {
             digest: other,
             ..
         } = checkpoint;
-        match observed.comparison {
+        match outcome.comparison {
             Comparison::None | Comparison::Same => {}
             Comparison::Different { own } => {
-                tracing::error!(position, %own, %other, %replica, "digest mismatch with a replica");
+                tracing::error!(
+                    position,
+                    own_digest = %own,
+                    other_digest = %other,
+                    %replica,
+                    "digest mismatch with a replica"
+                );
             }
             Comparison::Fork { own } => {
                 let other = checkpoint.chain;
-                tracing::error!(position, %own, %other, %replica, "a replica read another history");
+                tracing::error!(
+                    position,
+                    own_chain = %own,
+                    other_chain = %other,
+                    %replica,
+                    "chain mismatch with a replica: it has read another history"
+                );
             }
             Comparison::Equivocation { first } => {
-                tracing::error!(position, %first, %other, %replica, "a replica voted for two digests");
+                tracing::error!(
+                    position,
+                    first_digest = %first,
+                    other_digest = %other,
+                    %replica,
+                    "a replica voted for two digests"
+                );
             }
         }
-        match observed.verdict {
+        match outcome.verdict {
             Verdict::Unchanged => {}
-            Verdict::Contradicted(doubt) | Verdict::Undecided(doubt) => {
-                // A replica that catches up is unready anyway. The driver asks for the doubt at the
-                // log's end.
+            Verdict::Contradicted(mismatch) | Verdict::Undecided(mismatch) => {
+                // A replica that catches up is unready anyway. The driver checks for a mismatch at
+                // the log's end.
                 if matches!(readiness.state(), NodeState::Ready | NodeState::Diverged) {
-                    let reason = doubt.to_string();
+                    let reason = mismatch.to_string();
                     tracing::error!(reason, "not ready: the state may be wrong");
                     readiness.block(NodeState::Diverged, reason);
                 }
@@ -193,7 +211,7 @@ impl Applier {
                     readiness.set_ready();
                 }
             }
-            Verdict::Overruled(Doubt {
+            Verdict::Overruled(DigestMismatch {
                 position,
                 own,
                 other: agreed,

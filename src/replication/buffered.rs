@@ -11,8 +11,8 @@ use futures_util::future::BoxFuture;
 
 use crate::log::{Entry, ReadError, Subscription};
 
-/// The most entries that one call returns.
-const GIVE_MAX: usize = 64;
+/// The maximum number of entries that one call returns.
+const RETURN_MAX: usize = 64;
 
 /// A subscription that reads ahead, up to a number of bytes. Later entries stay in the log.
 pub struct Buffered {
@@ -36,7 +36,7 @@ impl BufferCounts {
         self.batches.load(Ordering::Relaxed)
     }
 
-    /// About how many bytes they take.
+    /// Their approximate size in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
@@ -98,7 +98,7 @@ impl Subscription for Buffered {
             }
             return self.log.next(entries);
         }
-        for entry in self.held.drain(..GIVE_MAX.min(self.held.len())) {
+        for entry in self.held.drain(..RETURN_MAX.min(self.held.len())) {
             self.counts.remove(&entry);
             entries.push(entry);
         }

@@ -1,4 +1,4 @@
-//! A handle on a complete state, for scans that take longer than it may last.
+//! A handle to a complete state, for scans during which the state may be replaced.
 
 use crate::replication::state::{CompleteEpoch, Readiness, Unready};
 use crate::store::Store;

@@ -1,6 +1,6 @@
 //! The recovery loop: recovers a replica's state, applies the log from there, and when that ends
-//! decides on the next step. On a replicated log no error is final, because a broker or a peer may
-//! give another answer later. So each step is tried again, with backoff.
+//! decides on the next step. On a replicated log no error is final, because the broker or a
+//! peer may recover. So each step is retried, with backoff.
 
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use super::peers::Peer;
 use super::snapshotter::Snapshotter;
 use crate::log::{ReadError, Seq};
 use crate::replication::state::{NodeState, Readiness};
+use crate::sys::backoff::Backoff;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(250);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
@@ -36,7 +37,6 @@ pub struct ReplicaDriver {
     pub resyncs: Counter,
 }
 
-/// The next step of the recovery loop.
 #[derive(Debug, Clone, Copy)]
 enum NextStep {
     /// Recover from a snapshot, a peer or the whole log, up to this position at least. The store is
@@ -64,7 +64,7 @@ impl ReplicaDriver {
             },
             false => NextStep::Bootstrap { at_least: 0 },
         };
-        let mut backoff = Backoff::default();
+        let mut backoff = new_backoff();
         let mut last_gap = None;
         let mut logged = String::new();
         loop {
@@ -88,7 +88,7 @@ impl ReplicaDriver {
                 Err(error) => self.after_bootstrap_error(&error, step, &mut logged),
             };
             if started.elapsed() > BACKOFF_MAX {
-                backoff = Backoff::default();
+                backoff.reset();
             }
             backoff.pause().await;
         }
@@ -139,9 +139,9 @@ impl ReplicaDriver {
                 tracing::info!(log, position, records, "ready: serving reads and writes");
                 logged.clear();
             }
-            Some(doubt) => {
-                let reason = doubt.to_string();
-                log_once(&reason, "caught up and not ready", logged);
+            Some(mismatch) => {
+                let reason = mismatch.to_string();
+                log_once(&reason, "caught up, but not ready", logged);
                 self.readiness.block(NodeState::Diverged, reason);
             }
         }
@@ -154,7 +154,7 @@ impl ReplicaDriver {
         let (log, applied) = (&self.bootstrap.log, &self.bootstrap.applied);
         let mut target = log.fetch_bounds().await?.end.max(complete_from);
         loop {
-            let reached = tokio::time::timeout(FETCH_END_EVERY, applied.reach(target));
+            let reached = tokio::time::timeout(FETCH_END_EVERY, applied.wait_for(target));
             if reached.await.is_ok() {
                 return Ok(());
             }
@@ -167,7 +167,7 @@ impl ReplicaDriver {
         }
     }
 
-    /// What follows from the end of reading; `last_gap` is where the last gap was.
+    /// The step after applying ended with `error`. `last_gap` is the position of the last gap.
     async fn after_apply_error(
         &self,
         error: &ApplyError,
@@ -182,7 +182,7 @@ impl ReplicaDriver {
             _ => NodeState::Gap,
         };
         self.readiness.block(state, error.to_string());
-        log_once(&error.to_string(), "reading the log ended", logged);
+        log_once(&error.to_string(), "stopped applying the log", logged);
         if !self.bootstrap.log.is_replicated() {
             return NextStep::Stay;
         }
@@ -202,8 +202,8 @@ impl ReplicaDriver {
             ApplyError::Log(ReadError::Trimmed { first, .. }) => {
                 resync(false, first.saturating_sub(1))
             }
-            // A restored state that includes lost batches is discarded, and so are the snapshots: the
-            // same one would be restored again.
+            // A restored state that includes lost batches is discarded, and so are the snapshots:
+            // the same one would be restored again.
             ApplyError::IncludesLost { .. } => resync(true, 0),
             ApplyError::Log(ReadError::Shorter { .. }) if !was_complete => resync(false, 0),
             ApplyError::Log(_) => {
@@ -289,7 +289,7 @@ impl ReplicaDriver {
     }
 
     async fn wait_for_source(&self) {
-        let mut backoff = Backoff::default();
+        let mut backoff = new_backoff();
         loop {
             let bounds = self.bootstrap.log.fetch_bounds().await;
             let whole = bounds.is_ok_and(|bounds| bounds.first == 1);
@@ -301,25 +301,14 @@ impl ReplicaDriver {
     }
 }
 
-fn log_once(error: &str, what: &'static str, logged: &mut String) {
+fn log_once(error: &str, message: &'static str, logged: &mut String) {
     if error != logged {
-        tracing::error!(error, "{what}");
+        tracing::error!(error, "{message}");
         error.clone_into(logged);
     }
 }
 
-/// Pauses between steps: short at first, because a peer is often ready soon.
-struct Backoff(Duration);
-
-impl Default for Backoff {
-    fn default() -> Self {
-        Self(BACKOFF_MIN)
-    }
-}
-
-impl Backoff {
-    async fn pause(&mut self) {
-        tokio::time::sleep(self.0).await;
-        self.0 = (self.0 * 2).min(BACKOFF_MAX);
-    }
+/// Short at first, because a peer is often ready soon.
+fn new_backoff() -> Backoff {
+    Backoff::new(BACKOFF_MIN, BACKOFF_MAX)
 }

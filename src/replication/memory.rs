@@ -1,23 +1,22 @@
-//! The memory limit of a replica. Above it the replica refuses writes that would create a record.
+//! The memory limit of a replica. Above it the replica rejects writes that would create a record.
 //!
-//! All replicas hold the same records, so a writer of new ids that nothing stops ends all of them
-//! at about the same batch. A replica whose memory in use exceeds `--memory-max` is *full* until
-//! that falls below 0.95 of the limit, and announces it. A write for a user without a record is
-//! then refused before it is submitted, by the full replica and by every replica that has heard a
-//! ready peer announce it. Updates and deletes pass. Nothing is refused when a batch is applied:
-//! the state stays a function of the log.
+//! All replicas hold the same records, so without a limit a client that creates records would make
+//! all of them run out of memory at about the same batch. A replica whose memory in use exceeds
+//! `--memory-max` is *full* until that falls below 0.95 of the limit, and announces it. A write for
+//! a user without a record is then rejected before it is submitted, by the full replica and by
+//! every replica that knows of a full, ready peer. Updates and deletes are accepted. Nothing is
+//! rejected when a batch is applied: the state stays a function of the log.
 //!
-//! The check is not exact. Between two samples, and until peers have heard of it, creates still
-//! pass, and so does everything that is already queued: `docs/operations/sizing.md` gives the measured
-//! overshoot.
+//! The check is not exact. Creates are accepted between two samples and until peers know of the
+//! full replica, and queued writes are always applied: `docs/operations/sizing.md` gives the
+//! measured overshoot.
 //!
 //! # What counts as in use
 //!
-//! Resident memory, which is what the kernel's limits count, less what deleted records left in the
-//! store for new ones ([`Store::reusable_bytes`]). Resident memory alone does not fall when records
-//! are deleted, because the store keeps their places. Where the address space is limited below the
-//! memory (`ulimit -v`), the size of the address space counts in place of resident memory: it ends
-//! first.
+//! Resident memory, which the kernel's limits count, minus the space of deleted records that the
+//! store reuses ([`Store::reusable_bytes`]). Resident memory alone does not fall when records are
+//! deleted. Where the address space is limited below the memory (`ulimit -v`), the size of the address
+//! space counts instead of resident memory.
 
 use std::fs::File;
 use std::path::Path;
@@ -36,25 +35,25 @@ use crate::sys::host::{self, MemoryLimit};
 
 /// How often memory is measured.
 const SAMPLE_EVERY: Duration = Duration::from_millis(100);
-/// A full replica accepts new users again below this share of its limit, in percent.
+/// A full replica accepts new users again below this percentage of its limit.
 const RESUME_PERCENT: u64 = 95;
-/// The least that a record takes: 32 bytes for itself and 5 in the index.
+/// The minimum size of a record: 32 bytes in the store and 5 in the index.
 const RECORD_BYTES_MIN: u64 = 37;
 
 /// The value of `--memory-max`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MemoryMax {
-    /// So many bytes.
+    /// A number of bytes.
     Bytes(u64),
-    /// A share of what the system gives the process.
+    /// A percentage of the memory that the process may use.
     Percent(u8),
 }
 
 impl MemoryMax {
-    /// An empty node takes 11 MiB.
+    /// An empty node uses 11 MiB.
     const BYTES_MIN: u64 = 16 << 20;
 
-    /// In bytes, where the system gives the process `limit`.
+    /// The limit in bytes of a process that may use `limit`.
     #[must_use]
     pub fn bytes(self, limit: u64) -> u64 {
         match self {
@@ -98,35 +97,35 @@ impl FromStr for MemoryMax {
     }
 }
 
-/// Why a write that would create a record is refused.
+/// Why a write that would create a record is rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreFull {
     /// This replica is full.
     #[error(
         "the store is full: this replica has {} of memory in use and --memory-max is {}; new users \
-         are refused, updates and deletes are accepted; delete users, or raise --memory-max on \
+         are rejected, updates and deletes are accepted; delete users, or raise --memory-max on \
          every replica",
         BinaryBytes(*.used_bytes),
         BinaryBytes(*.max_bytes)
     )]
     Here {
-        /// What counts as in use.
+        /// The memory in use.
         used_bytes: u64,
         /// The limit.
         max_bytes: u64,
     },
     /// A peer is full.
     #[error(
-        "the store is full: replica {url} has reached its --memory-max; new users are refused, \
+        "the store is full: replica {url} has reached its --memory-max; new users are rejected, \
          updates and deletes are accepted; delete users, or raise --memory-max there"
     )]
     Peer {
-        /// Where its write port is reached.
+        /// The URL of its write port.
         url: Box<str>,
     },
 }
 
-/// The records do not fit into what the system gives the process.
+/// The records do not fit into the memory that the process may use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{records} records need at least {} of memory, and {limit} is {}; raise it or use a larger \
@@ -140,10 +139,10 @@ pub struct DoesNotFit {
     limit: MemoryLimit,
 }
 
-/// What a replica says of its memory.
+/// A replica's memory, as `/status` reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryUse {
-    /// What counts as in use; 0 where the system does not tell.
+    /// The memory in use; 0 where `/proc` is not mounted.
     pub used_bytes: u64,
     /// The limit.
     pub max_bytes: u64,
@@ -153,21 +152,22 @@ pub struct MemoryUse {
     pub creates: bool,
 }
 
-/// Decides whether writes that would create a record are accepted. Clones are the same.
+/// Decides whether writes that would create a record are accepted. Clones share the state.
 #[derive(Clone)]
-pub struct MemoryGuard(Arc<Inner>);
+pub struct MemoryGuard(Arc<MemoryGuardInner>);
 
-struct Inner {
+struct MemoryGuardInner {
     max_bytes: u64,
     limit: MemoryLimit,
-    /// Whether this replica or a ready peer is full: all that a write looks at while none is.
-    refusing: AtomicBool,
+    /// Whether this replica or a ready peer is full. The only field that a write reads while none
+    /// is.
+    rejecting: AtomicBool,
     full: AtomicBool,
     full_peer: Mutex<Option<Box<str>>>,
 }
 
 impl MemoryGuard {
-    /// A guard that accepts everything until it [watches](Self::watch).
+    /// A guard that accepts every write until [`watch`](Self::watch) runs.
     #[must_use]
     pub fn new(max: MemoryMax) -> Self {
         let limit = host::memory_limit();
@@ -179,10 +179,10 @@ impl MemoryGuard {
                 "--memory-max is above {limit}, which ends the process first"
             );
         }
-        Self(Arc::new(Inner {
+        Self(Arc::new(MemoryGuardInner {
             max_bytes,
             limit,
-            refusing: AtomicBool::new(false),
+            rejecting: AtomicBool::new(false),
             full: AtomicBool::new(false),
             full_peer: Mutex::default(),
         }))
@@ -193,14 +193,14 @@ impl MemoryGuard {
     /// # Errors
     /// It would create a record, and this replica or a ready peer is full.
     pub fn admit(&self, store: &Store, user_id: &str) -> Result<(), StoreFull> {
-        match self.0.refusing.load(Ordering::Relaxed) && !store.contains(user_id) {
-            true => Err(self.refusal(store)),
+        match self.0.rejecting.load(Ordering::Relaxed) && !store.contains(user_id) {
+            true => Err(self.store_full(store)),
             false => Ok(()),
         }
     }
 
     #[cold]
-    fn refusal(&self, store: &Store) -> StoreFull {
+    fn store_full(&self, store: &Store) -> StoreFull {
         match self.0.full_peer.lock().clone() {
             Some(url) if !self.is_full() => StoreFull::Peer { url },
             _ => StoreFull::Here {
@@ -210,24 +210,24 @@ impl MemoryGuard {
         }
     }
 
-    /// Whether this replica is full: what it announces.
+    /// Whether this replica is full, as it announces to its peers.
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.0.full.load(Ordering::Relaxed)
     }
 
-    /// What the replica says of its memory now.
+    /// Measures memory now.
     #[must_use]
     pub fn measure(&self, store: &Store) -> MemoryUse {
         MemoryUse {
             used_bytes: self.0.used_bytes(store),
             max_bytes: self.0.max_bytes,
             full: self.is_full(),
-            creates: !self.0.refusing.load(Ordering::Relaxed),
+            creates: !self.0.rejecting.load(Ordering::Relaxed),
         }
     }
 
-    /// Measures memory and asks for a full peer, again and again; never ends.
+    /// Measures memory and looks for a full peer every 100 ms; never returns.
     pub async fn watch(self, store: Store, full_peer: impl Fn() -> Option<Box<str>>) {
         let mut every = tokio::time::interval(SAMPLE_EVERY);
         every.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -241,37 +241,43 @@ impl MemoryGuard {
         let max_bytes = self.0.max_bytes;
         let was_full = self.is_full();
         let full = is_full(was_full, used_bytes, max_bytes);
-        let refuses = full || full_peer.is_some();
+        let rejecting = full || full_peer.is_some();
         match (was_full, full) {
             (false, true) => tracing::error!(
                 used_bytes,
                 max_bytes,
-                "store full: refusing writes for new users; delete users or raise --memory-max"
+                "store full: rejecting writes for new users; delete users or raise --memory-max"
             ),
-            (true, false) => tracing::info!(used_bytes, max_bytes, "store no longer full"),
+            (true, false) => tracing::info!(
+                used_bytes,
+                max_bytes,
+                "store not full any more: accepting writes for new users"
+            ),
             _ => {}
         }
         let mut known = self.0.full_peer.lock();
         if *known != full_peer {
             match &full_peer {
-                Some(peer) => tracing::warn!(peer, "a peer is full: refusing writes for new users"),
+                Some(peer) => {
+                    tracing::warn!(peer, "a peer is full: rejecting writes for new users")
+                }
                 None => tracing::info!("no peer is full any more"),
             }
             *known = full_peer;
         }
         self.0.full.store(full, Ordering::Relaxed);
-        self.0.refusing.store(refuses, Ordering::Relaxed);
+        self.0.rejecting.store(rejecting, Ordering::Relaxed);
     }
 }
 
-impl Inner {
-    /// What counts as in use; 0 where the system does not tell.
+impl MemoryGuardInner {
+    /// The memory in use; 0 where `/proc` is not mounted.
     fn used_bytes(&self, store: &Store) -> u64 {
         let reusable = store.reusable_bytes();
         self.counted_bytes().saturating_sub(reusable)
     }
 
-    /// The same, but without a walk over the shards while even that would change nothing.
+    /// The same, without the cost of [`Store::reusable_bytes`] while it cannot change the result.
     fn sample(&self, store: &Store) -> u64 {
         let counted = self.counted_bytes();
         match is_full(true, counted, self.max_bytes) {
@@ -293,11 +299,11 @@ fn is_full(was_full: bool, used_bytes: u64, max_bytes: u64) -> bool {
     }
 }
 
-/// Whether `records` more fit into what the system gives the process. It is an estimate from below:
-/// long ids and wide values take more.
+/// Checks that `records` more fit into the memory that the process may use. This is a lower bound:
+/// long ids and wide values need more.
 ///
 /// # Errors
-/// They do not.
+/// They do not fit.
 pub fn check_fits(records: u64) -> Result<(), DoesNotFit> {
     let limit = host::memory_limit();
     let in_use = host::process_memory().map_or(0, |memory| memory.counted_by(limit.kind));
@@ -317,7 +323,8 @@ fn fits(records: u64, in_use: u64, limit: MemoryLimit) -> Result<(), DoesNotFit>
     }
 }
 
-/// The same for the backup at `path`. What can't be read passes: whoever restores it says why.
+/// The same for the backup at `path`. Returns `Ok` if it can't be read, because restoring it will
+/// report why.
 ///
 /// # Errors
 /// Its records do not fit.
@@ -389,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_replica_and_one_with_a_full_peer_refuse_new_users_alone() {
+    fn a_full_replica_and_one_with_a_full_peer_reject_only_new_users() {
         let guard = MemoryGuard::new(MemoryMax::Bytes(1000));
         let store = Store::new();
         store.apply(&Patch {
@@ -420,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_named_with_what_it_needs() {
+    fn the_error_of_a_backup_that_does_not_fit_says_how_much_it_needs() {
         let limit = MemoryLimit {
             bytes: 1 << 30,
             kind: MemoryLimitKind::ControlGroup,

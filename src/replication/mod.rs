@@ -10,7 +10,7 @@
 //! - [`Applier`] applies the log's entries in order, checks that none is missing, and answers the
 //!   requests whose writes were in them. A batch that this process sent carries a ticket; the log
 //!   returns its writes from memory, without decoding them.
-//! - [`Applied`] is the position. A write is answered only after the position covers it, so a
+//! - [`AppliedIndex`] is the position. A write is answered only after the position covers it, so a
 //!   client that has the answer can read its write at once.
 //!
 //! [`ReplicaDriver`] recovers a state at a position ([`Bootstrap`]: from a snapshot, a peer's
@@ -38,9 +38,9 @@ mod votes;
 mod waiters;
 mod writer;
 
-pub use applied::{Applied, AtPosition, WaitError};
+pub use applied::{AppliedIndex, AtPosition, WaitError};
 pub use applier::{Applier, ApplyError};
-pub use bootstrap::{Bootstrap, BootstrapError, CompleteFrom, Tried};
+pub use bootstrap::{Attempts, Bootstrap, BootstrapError, CompleteFrom};
 pub use buffered::{BufferCounts, Buffered};
 pub use checkpoint::{CheckpointMetrics, Checkpoints};
 pub use complete_state::{CompleteState, StateReplaced};

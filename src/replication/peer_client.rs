@@ -26,11 +26,11 @@ pub const GRADE_COMPRESSION: HeaderName = HeaderName::from_static("grade-compres
 /// The value of that header.
 pub const IF_SLOW: &str = "if-slow";
 
-/// Parts of a response that are buffered between the network and its reader.
-const PARTS_MAX: usize = 16;
-/// Characters of an error response that are shown.
-const SHOWN_CHARS_MAX: usize = 500;
-/// Bytes of an error response that are read, and for how long.
+/// Chunks of a response that are buffered between the network and its reader.
+const CHUNKS_MAX: usize = 16;
+/// The most characters of an error response that an error message contains.
+const DETAIL_CHARS_MAX: usize = 500;
+/// The most bytes of an error response that are read, and the timeout.
 const ERROR_BYTES_MAX: usize = 64 * 1024;
 const ERROR_WAIT_MAX: Duration = Duration::from_secs(5);
 
@@ -45,7 +45,7 @@ pub enum RemoteError {
         /// What went wrong.
         error: String,
     },
-    /// The request failed, or the response broke off.
+    /// The request failed, or the response was interrupted.
     #[error("{url}: {error}")]
     Http {
         /// The URL of the request.
@@ -55,7 +55,7 @@ pub enum RemoteError {
     },
     /// The node answered with an error.
     #[error("{url} answered {status}: {body}")]
-    Refused {
+    ErrorStatus {
         /// The URL of the request.
         url: String,
         /// The status.
@@ -67,16 +67,16 @@ pub enum RemoteError {
 
 /// The user name and the password for requests. Never printed.
 #[derive(Clone)]
-pub struct Account {
+pub struct ClientCredentials {
     /// The name.
     pub username: Arc<str>,
     /// The password.
     pub password: Arc<str>,
 }
 
-impl fmt::Debug for Account {
+impl fmt::Debug for ClientCredentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Account(..)")
+        f.write_str("ClientCredentials(..)")
     }
 }
 
@@ -91,43 +91,49 @@ pub enum Compression {
 
 /// Requests to other nodes.
 pub trait PeerClient: Send + Sync + 'static {
-    /// Asks the node whose write port is at `node_url` which backup it would send.
+    /// Requests the headers of the backup that the node at `node_url`, its write port, would send.
     ///
     /// # Errors
-    /// It does not answer, or would send none.
-    fn offer<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Offer, RemoteError>>;
+    /// The node does not answer, or answers with an error.
+    fn backup_headers<'a>(
+        &'a self,
+        node_url: &'a str,
+    ) -> BoxFuture<'a, Result<BackupHeaders, RemoteError>>;
 
-    /// Starts to fetch that backup.
+    /// Starts the download of that backup.
     ///
     /// # Errors
-    /// It does not answer, or not with a backup.
-    fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Incoming, RemoteError>>;
+    /// The node does not answer, or answers with an error.
+    fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<BackupStream, RemoteError>>;
 }
 
-/// A backup that is being received.
-pub struct Incoming {
+/// A backup that is being downloaded.
+pub struct BackupStream {
     /// Its headers.
-    pub offer: Offer,
+    pub headers: BackupHeaders,
     /// Its bytes, for a thread that may block.
     pub source: Box<dyn Read + Unpin + Send>,
-    /// Passes the response on to `source`; must be polled to the end. Fails if the response breaks
-    /// off.
-    pub feed: BoxFuture<'static, Result<(), RemoteError>>,
+    /// Copies the response to `source`; must be polled to completion. Fails if the transfer is
+    /// interrupted.
+    pub pump: BoxFuture<'static, Result<(), RemoteError>>,
 }
 
 impl PeerClient for Client {
-    fn offer<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Offer, RemoteError>> {
-        self.offer(node_url).boxed()
+    fn backup_headers<'a>(
+        &'a self,
+        node_url: &'a str,
+    ) -> BoxFuture<'a, Result<BackupHeaders, RemoteError>> {
+        self.backup_headers(node_url).boxed()
     }
 
-    fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Incoming, RemoteError>> {
+    fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<BackupStream, RemoteError>> {
         async move {
             let download = self.backup(node_url).await?;
-            let (sender, parts) = Parts::channel();
-            Ok(Incoming {
-                offer: download.offer.clone(),
-                source: Box::new(parts),
-                feed: download.pass_on(sender, |_| Ok(())).boxed(),
+            let (sender, source) = BodyReader::channel();
+            Ok(BackupStream {
+                headers: download.headers.clone(),
+                source: Box::new(source),
+                pump: download.pass_on(sender, |_| Ok(())).boxed(),
             })
         }
         .boxed()
@@ -140,7 +146,7 @@ impl AskNode for Client {
             let url = format!("{node_url}/backup");
             let response = self.http.head(&url).send().await;
             let response = response.map_err(|error| failed(&url, &error).to_string())?;
-            Ok(Offer::of(response.headers()).node)
+            Ok(BackupHeaders::read(response.headers()).node)
         }
         .boxed()
     }
@@ -150,22 +156,24 @@ impl AskNode for Client {
 #[derive(Clone)]
 pub struct Client {
     http: reqwest::Client,
-    account: Account,
+    credentials: ClientCredentials,
     /// The compression of requested backups.
     compression: Compression,
 }
 
 /// The headers of a backup.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Offer {
+pub struct BackupHeaders {
     /// Its position; `None` if the response has none, as from another kind of server.
     pub position: Option<Seq>,
     /// The id of the node that sends it.
     pub node: Option<Box<str>>,
 }
 
-impl Offer {
-    fn of(headers: &HeaderMap) -> Self {
+impl BackupHeaders {
+    /// Reads them from a response.
+    #[must_use]
+    pub fn read(headers: &HeaderMap) -> Self {
         let text = |name| headers.get(name)?.to_str().ok();
         Self {
             position: text(GRADE_POSITION).and_then(|position| position.parse().ok()),
@@ -181,7 +189,7 @@ impl Client {
     /// # Errors
     /// The client can't be set up.
     pub fn new(
-        account: Account,
+        credentials: ClientCredentials,
         silence_max: Duration,
         compression: Compression,
     ) -> Result<Self, reqwest::Error> {
@@ -193,7 +201,7 @@ impl Client {
             .build()?;
         Ok(Self {
             http,
-            account,
+            credentials,
             compression,
         })
     }
@@ -201,25 +209,25 @@ impl Client {
     /// Requests the backup of the node whose write port is at `node_url`.
     ///
     /// # Errors
-    /// It does not answer, or not with a backup.
+    /// The node does not answer, or answers with an error.
     pub async fn backup(&self, node_url: &str) -> Result<Download, RemoteError> {
         let url = format!("{node_url}/backup");
         let response = self.ask(reqwest::Method::GET, &url).await?;
         Ok(Download {
-            offer: Offer::of(response.headers()),
+            headers: BackupHeaders::read(response.headers()),
             url,
             response,
         })
     }
 
-    /// Asks that node which backup it would send.
+    /// Requests only the headers of that backup.
     ///
     /// # Errors
-    /// It does not answer, or would send none.
-    pub async fn offer(&self, node_url: &str) -> Result<Offer, RemoteError> {
+    /// The node does not answer, or answers with an error.
+    pub async fn backup_headers(&self, node_url: &str) -> Result<BackupHeaders, RemoteError> {
         let url = format!("{node_url}/backup");
         let response = self.ask(reqwest::Method::HEAD, &url).await?;
-        Ok(Offer::of(response.headers()))
+        Ok(BackupHeaders::read(response.headers()))
     }
 
     async fn ask(
@@ -227,7 +235,7 @@ impl Client {
         method: reqwest::Method,
         url: &str,
     ) -> Result<reqwest::Response, RemoteError> {
-        let Account { username, password } = &self.account;
+        let ClientCredentials { username, password } = &self.credentials;
         let request = self.http.request(method, url);
         let mut request = request.basic_auth(username, Some(password));
         if self.compression == Compression::IfSlow {
@@ -237,8 +245,8 @@ impl Client {
         if response.status() == StatusCode::OK {
             return Ok(response);
         }
-        let Refusal { status, detail, .. } = Refusal::read(response).await;
-        Err(RemoteError::Refused {
+        let ErrorResponse { status, detail, .. } = ErrorResponse::read(response).await;
+        Err(RemoteError::ErrorStatus {
             url: url.to_owned(),
             status,
             body: detail,
@@ -246,25 +254,25 @@ impl Client {
     }
 
     /// Sends `lines`, one patch each, to the node whose write port is at `node_url`. Returns the
-    /// position of the last one, or the node's refusal.
+    /// position of the last one, or the node's error response.
     ///
     /// # Errors
-    /// It does not answer.
+    /// The node does not answer.
     pub async fn set_lines(
         &self,
         node_url: &str,
         lines: Bytes,
-    ) -> Result<Result<Seq, Refusal>, RemoteError> {
+    ) -> Result<Result<Seq, ErrorResponse>, RemoteError> {
         let url = format!("{node_url}/set");
-        let Account { username, password } = &self.account;
+        let ClientCredentials { username, password } = &self.credentials;
         let request = self.http.post(&url).basic_auth(username, Some(password));
         let request = request.header(CONTENT_TYPE, NDJSON).body(lines);
         let response = request.send().await;
         let response = response.map_err(|error| failed(&url, &error))?;
-        let position = Offer::of(response.headers()).position;
+        let position = BackupHeaders::read(response.headers()).position;
         match position.filter(|_| response.status() == StatusCode::OK) {
             Some(position) => Ok(Ok(position)),
-            None => Ok(Err(Refusal::read(response).await)),
+            None => Ok(Err(ErrorResponse::read(response).await)),
         }
     }
 }
@@ -274,12 +282,12 @@ const NDJSON: &str = "application/x-ndjson";
 
 /// An error response.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
+pub struct ErrorResponse {
     /// The status.
     pub status: u16,
-    /// The reason, for people.
+    /// The reason, as text.
     pub detail: String,
-    /// Lines that were accepted before.
+    /// The number of lines that were accepted before the error.
     pub accepted: u64,
     /// The line that was rejected, if one was.
     pub line: Option<u64>,
@@ -287,7 +295,7 @@ pub struct Refusal {
     pub retry_after: Option<Duration>,
 }
 
-impl Refusal {
+impl ErrorResponse {
     async fn read(mut response: reqwest::Response) -> Self {
         let retry_after = response.headers().get(RETRY_AFTER);
         let retry_after = retry_after.and_then(|after| after.to_str().ok()?.parse().ok());
@@ -300,7 +308,7 @@ impl Refusal {
             }
         };
         let _ = tokio::time::timeout(ERROR_WAIT_MAX, reading).await;
-        // In a problem document, `detail` is the text for people.
+        // In a problem document (RFC 9457), `detail` is the readable text.
         let problem = serde_json::from_slice::<serde_json::Value>(&body).unwrap_or_default();
         let number = |name: &str| problem.get(name)?.as_u64();
         let detail = problem.get("detail").and_then(|detail| detail.as_str());
@@ -310,7 +318,7 @@ impl Refusal {
         };
         Self {
             status: response.status().as_u16(),
-            detail: detail.chars().take(SHOWN_CHARS_MAX).collect(),
+            detail: detail.chars().take(DETAIL_CHARS_MAX).collect(),
             accepted: number("accepted").unwrap_or(0),
             line: number("line"),
             retry_after: retry_after.map(Duration::from_secs),
@@ -321,32 +329,32 @@ impl Refusal {
 /// The response with a backup.
 pub struct Download {
     /// Its headers.
-    pub offer: Offer,
+    pub headers: BackupHeaders,
     /// Its URL.
     pub url: String,
     response: reqwest::Response,
 }
 
 impl Download {
-    /// Passes each part of the response to `also`, and then to the reader of `parts`. Ends early if
-    /// the reader is gone.
+    /// Passes each chunk of the response to `inspect`, and then to the reader of `chunks`. Ends
+    /// early if the reader was dropped.
     ///
     /// # Errors
-    /// The response breaks off or stalls, or `also` fails.
+    /// The response is interrupted or stalls, or `inspect` fails.
     pub async fn pass_on<E: From<RemoteError>>(
         mut self,
-        parts: PartSender,
-        mut also: impl FnMut(&[u8]) -> Result<(), E>,
+        chunks: BodySender,
+        mut inspect: impl FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         loop {
-            let part = self.response.chunk().await;
-            let part = part.map_err(|error| failed(&self.url, &error))?;
-            let Some(part) = part else {
+            let chunk = self.response.chunk().await;
+            let chunk = chunk.map_err(|error| failed(&self.url, &error))?;
+            let Some(chunk) = chunk else {
                 return Ok(());
             };
-            also(&part)?;
-            if parts.0.send(part).await.is_err() {
-                // The reader is gone, and reports the reason itself.
+            inspect(&chunk)?;
+            if chunks.0.send(chunk).await.is_err() {
+                // The reader has ended, and reports the reason.
                 return Ok(());
             }
         }
@@ -361,7 +369,7 @@ fn failed(url: &str, error: &reqwest::Error) -> RemoteError {
     }
 }
 
-/// The text of an error and of its sources: the outermost one says only that something failed.
+/// The text of an error and its sources. The outermost one says only that something failed.
 fn cause(error: &reqwest::Error) -> String {
     let mut text = error.to_string();
     let mut source = std::error::Error::source(error);
@@ -372,36 +380,36 @@ fn cause(error: &reqwest::Error) -> String {
     text
 }
 
-/// Sends parts of a response to [`Parts`]. Dropping it ends the reader.
-pub struct PartSender(mpsc::Sender<Bytes>);
+/// Sends chunks of a response to a [`BodyReader`], which ends when this is dropped.
+pub struct BodySender(mpsc::Sender<Bytes>);
 
-/// Reads parts of a response, on a thread that may block.
-pub struct Parts {
+/// Reads chunks of a response, on a thread that may block.
+pub struct BodyReader {
     received: mpsc::Receiver<Bytes>,
     current: Bytes,
 }
 
-impl Parts {
-    /// A sender and its reader, with a buffer of a few parts between them.
+impl BodyReader {
+    /// A sender and its reader, with a buffer of a few chunks between them.
     #[must_use]
-    pub fn channel() -> (PartSender, Self) {
-        let (sender, received) = mpsc::channel(PARTS_MAX);
+    pub fn channel() -> (BodySender, Self) {
+        let (sender, received) = mpsc::channel(CHUNKS_MAX);
         let current = Bytes::new();
-        (PartSender(sender), Self { received, current })
+        (BodySender(sender), Self { received, current })
     }
 }
 
-impl Read for Parts {
+impl Read for BodyReader {
     #[expect(clippy::indexing_slicing, reason = "`length` is at most both lengths")]
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.current.is_empty() {
             match self.received.blocking_recv() {
-                Some(part) => self.current = part,
+                Some(chunk) => self.current = chunk,
                 None => return Ok(0),
             }
         }
-        let length = room.len().min(self.current.len());
-        room[..length].copy_from_slice(&self.current.split_to(length));
+        let length = buffer.len().min(self.current.len());
+        buffer[..length].copy_from_slice(&self.current.split_to(length));
         Ok(length)
     }
 }

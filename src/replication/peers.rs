@@ -9,18 +9,18 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::log::{Log, RandomId, Seq};
-use crate::replication::peer_client::{Incoming, PeerClient, RemoteError};
+use crate::replication::peer_client::{BackupStream, PeerClient, RemoteError};
 
-/// How often the peers are asked for their state.
+/// How often the peers' state is requested.
 const ASK_EVERY: Duration = Duration::from_secs(2);
 /// How long a peer may be silent before a request to it fails.
 pub const SILENCE_MAX: Duration = Duration::from_secs(10);
-/// How long a `--peer` may take to answer with its position.
-const OFFER_WAIT_MAX: Duration = Duration::from_secs(2);
-/// The state of a peer that gives backups.
+/// The timeout for the position of a `--peer`.
+const HEADERS_WAIT_MAX: Duration = Duration::from_secs(2);
+/// The state of a peer that sends backups.
 const READY: &str = "ready";
 
-/// Another replica, as of the last time it was asked.
+/// The state of another replica, as of its last answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Peer {
     /// The URL of its write port.
@@ -38,13 +38,13 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Whether it gives backups.
+    /// Whether it sends backups.
     #[must_use]
     pub fn ready(&self) -> bool {
         &*self.state == READY
     }
 
-    /// Whether it has announced that it does not.
+    /// Whether it has announced that it does not send any.
     pub(super) fn announced_unready(&self) -> bool {
         self.version.is_some() && !self.ready()
     }
@@ -52,35 +52,36 @@ impl Peer {
 
 /// Finds the other replicas. Clones share the state.
 #[derive(Clone)]
-pub struct Peers(Arc<Inner>);
+pub struct Peers(Arc<PeersInner>);
 
-struct Inner {
+struct PeersInner {
     me: Box<str>,
     log: Arc<dyn Log>,
-    by_hand: Vec<String>,
+    static_peers: Vec<String>,
     client: Arc<dyn PeerClient>,
     known: Mutex<Vec<Peer>>,
 }
 
 impl Peers {
-    /// Finds the replicas on `log`, and those whose write ports are at `by_hand`, using `client`.
+    /// Finds the replicas on `log`, and those whose write ports are at `static_peers`, using
+    /// `client`.
     #[must_use]
     pub fn new(
         me: RandomId,
         log: Arc<dyn Log>,
-        by_hand: Vec<String>,
+        static_peers: Vec<String>,
         client: Arc<dyn PeerClient>,
     ) -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(PeersInner {
             me: me.to_string().into(),
             log,
-            by_hand,
+            static_peers,
             client,
             known: Mutex::default(),
         }))
     }
 
-    /// The peers as of the last time they were asked.
+    /// The peers, as of the last request.
     #[must_use]
     pub fn known(&self) -> Vec<Peer> {
         self.0.known.lock().clone()
@@ -94,19 +95,19 @@ impl Peers {
         full.map(|peer| peer.url.clone())
     }
 
-    /// Asks all peers. Ready ones come first, and of these the one with the highest position.
+    /// Requests the state of all peers. Ready peers come first, with the highest position first.
     pub async fn ask(&self) -> Vec<Peer> {
-        let offers = join_all(self.0.by_hand.iter().map(|url| self.ask_by_hand(url)));
+        let offers = join_all(self.0.static_peers.iter().map(|url| self.ask_static(url)));
         let (announced, offers) = tokio::join!(self.0.log.peers(), offers);
         let mut found: Vec<Peer> = announced
             .into_iter()
-            .map(|said| Peer {
-                url: said.url,
-                node: Some(said.node),
-                version: Some(said.version),
-                state: said.state,
-                position: Some(said.position),
-                full: said.full,
+            .map(|announcement| Peer {
+                url: announcement.url,
+                node: Some(announcement.node),
+                version: Some(announcement.version),
+                state: announcement.state,
+                position: Some(announcement.position),
+                full: announcement.full,
             })
             .collect();
         for offer in offers {
@@ -127,9 +128,9 @@ impl Peers {
         found
     }
 
-    /// Asks the peers every two seconds; never returns.
+    /// Requests the state of the peers every two seconds; never returns.
     pub async fn watch(&self) {
-        if !self.0.log.is_replicated() && self.0.by_hand.is_empty() {
+        if !self.0.log.is_replicated() && self.0.static_peers.is_empty() {
             return std::future::pending().await;
         }
         let mut every = tokio::time::interval(ASK_EVERY);
@@ -140,7 +141,7 @@ impl Peers {
     }
 
     /// Starts to fetch the backup of `peer`.
-    pub(super) async fn backup(&self, peer: &Peer) -> Result<Incoming, RemoteError> {
+    pub(super) async fn backup(&self, peer: &Peer) -> Result<BackupStream, RemoteError> {
         self.0.client.backup(&peer.url).await
     }
 
@@ -149,13 +150,15 @@ impl Peers {
         *self.0.me == *node
     }
 
-    async fn ask_by_hand(&self, url: &str) -> Peer {
-        let offer = tokio::time::timeout(OFFER_WAIT_MAX, self.0.client.offer(url));
+    async fn ask_static(&self, url: &str) -> Peer {
+        let offer = tokio::time::timeout(HEADERS_WAIT_MAX, self.0.client.backup_headers(url));
         let (node, position, state) = match offer.await {
             Ok(Ok(offer)) => (offer.node, offer.position, READY.into()),
-            Ok(Err(RemoteError::Refused { status: 503, .. })) => (None, None, "not ready".into()),
+            Ok(Err(RemoteError::ErrorStatus { status: 503, .. })) => {
+                (None, None, "not ready".into())
+            }
             Ok(Err(error)) => (None, None, error.to_string().into()),
-            Err(_elapsed) => (None, None, "silent".into()),
+            Err(_elapsed) => (None, None, "no answer".into()),
         };
         Peer {
             url: url.into(),

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::Applied;
+use super::AppliedIndex;
 use super::bootstrap::BootstrapError;
 use super::tracker::RestoreTracker;
 use crate::backup::{self, Snapshots};
@@ -19,7 +19,7 @@ use crate::store::Store;
 pub fn restore_seed(
     path: &Path,
     store: &Store,
-    applied: &Applied,
+    applied: &AppliedIndex,
     log: &dyn Log,
     snapshots: Option<&Snapshots>,
     tracker: &RestoreTracker,

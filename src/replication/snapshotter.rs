@@ -8,7 +8,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use super::{Applied, CompleteState};
+use super::{AppliedIndex, CompleteState};
 use crate::backup::{FORMAT, HeadRecord, SnapshotInfo, Snapshots};
 use crate::log::{Log, Seq};
 use crate::replication::state::Readiness;
@@ -21,7 +21,7 @@ pub struct Snapshotter {
     /// The records.
     pub store: Store,
     /// The position of the records.
-    pub applied: Applied,
+    pub applied: AppliedIndex,
     /// The log they come from.
     pub log: Arc<dyn Log>,
     /// The snapshots on disk.
@@ -36,10 +36,10 @@ pub struct Snapshotter {
 
 /// The last snapshot that this process wrote or started from. Clones share it.
 #[derive(Clone, Default)]
-pub struct LastSnapshot(Arc<Mutex<State>>);
+pub struct LastSnapshot(Arc<Mutex<LastSnapshotState>>);
 
 #[derive(Clone, Default)]
-struct State {
+struct LastSnapshotState {
     written: Option<SnapshotInfo>,
     failures: u64,
 }
@@ -47,7 +47,7 @@ struct State {
 /// The head of a backup of `state` that begins now. Its position is taken before the scan:
 /// replaying the log from there overwrites the later effects that the scan sees.
 #[must_use]
-pub fn backup_head(state: &CompleteState, applied: &Applied, log: &dyn Log) -> HeadRecord {
+pub fn backup_head(state: &CompleteState, applied: &AppliedIndex, log: &dyn Log) -> HeadRecord {
     let position = applied.position();
     HeadRecord {
         format: FORMAT,
@@ -137,13 +137,13 @@ impl Snapshotter {
                 if let Some(through) = trim_through
                     && let Err(error) = self.log.trim(through).await
                 {
-                    tracing::warn!(through, %error, "log not trimmed");
+                    tracing::warn!(through, %error, "cannot trim the log");
                 }
                 Ok(())
             }
             Err(error) => {
                 self.last.0.lock().failures += 1;
-                tracing::error!(%error, "snapshot not written");
+                tracing::error!(%error, "cannot write a snapshot");
                 Err(error)
             }
         }

@@ -1,4 +1,4 @@
-//! Whether this replica may answer, and if not, why.
+//! Whether this replica is ready, and if not, why.
 //!
 //! One task drives a replica through its states and sets them here; requests read them.
 
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::sys::sync::Mutex;
 use crate::sys::sync::atomic::{AtomicBool, Ordering};
 
-/// What a replica is doing.
+/// The state of a replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NodeState {
     /// It opens its log and looks for a snapshot.
@@ -17,24 +17,24 @@ pub enum NodeState {
     Restoring,
     /// It applies the log up to its end.
     CatchingUp,
-    /// It answers.
+    /// It serves requests.
     Ready,
-    /// No snapshot, peer or log leads to a complete state; it tries again.
+    /// No snapshot, peer or log leads to a complete state. It keeps trying.
     NoSource,
-    /// The log does not lead on from what it has applied; it tries again.
+    /// The log does not continue from the last applied batch. It keeps trying.
     Gap,
     /// It holds data of another log than the stream's.
     OtherLog,
-    /// Its state differs from that of most replicas, or of the only other one.
+    /// Its digest differs from that of a majority, or of the only other replica.
     Diverged,
-    /// It answers reads, and the log acknowledges no writes.
+    /// It serves reads, and the log acknowledges no writes.
     ReadOnly,
-    /// It stops.
+    /// It is shutting down.
     Stopping,
 }
 
 impl NodeState {
-    /// One word, for programs.
+    /// The name in `/status`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -61,19 +61,19 @@ impl fmt::Display for NodeState {
 /// Why a replica is not ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unready {
-    /// What it is doing instead.
+    /// The state; not `Ready`.
     pub state: NodeState,
-    /// A sentence for people.
+    /// The reason, as readable text.
     pub reason: Arc<str>,
 }
 
-/// An epoch of the store in which its state was complete. The state is still the same one as long as
-/// the store has this epoch.
+/// An epoch of the store in which its state was complete. The state is still the same one as long
+/// as the store has this epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CompleteEpoch(u64);
 
 impl CompleteEpoch {
-    /// For the task that replaces the state, which knows without asking whether it is complete.
+    /// For the task that replaces the state, which knows whether it is complete.
     pub(super) const fn known(epoch: u64) -> Self {
         Self(epoch)
     }
@@ -87,39 +87,39 @@ impl CompleteEpoch {
 
 /// The state of one replica. Clones share it.
 #[derive(Clone)]
-pub struct Readiness(Arc<Inner>);
+pub struct Readiness(Arc<ReadinessInner>);
 
-struct Inner {
+struct ReadinessInner {
     /// For the check on every request.
     ready: AtomicBool,
-    status: Mutex<Status>,
+    status: Mutex<ReadinessStatus>,
 }
 
-struct Status {
+struct ReadinessStatus {
     /// `None` while the replica is ready.
     unready: Option<Unready>,
-    /// Once it stops it is never ready again.
+    /// A replica that is shutting down is never ready again.
     stopping: bool,
 }
 
 impl Readiness {
-    /// A replica that starts.
+    /// The readiness of a replica that starts.
     #[must_use]
     pub fn starting(reason: &str) -> Self {
         let unready = Unready {
             state: NodeState::Starting,
             reason: reason.into(),
         };
-        Self(Arc::new(Inner {
+        Self(Arc::new(ReadinessInner {
             ready: AtomicBool::new(false),
-            status: Mutex::new(Status {
+            status: Mutex::new(ReadinessStatus {
                 unready: Some(unready),
                 stopping: false,
             }),
         }))
     }
 
-    /// The replica does not answer from now on.
+    /// Makes the replica unready.
     pub fn block(&self, state: NodeState, reason: impl Into<Arc<str>>) {
         let mut status = self.0.status.lock();
         if !status.stopping {
@@ -130,7 +130,7 @@ impl Readiness {
         self.0.ready.store(false, Ordering::Release);
     }
 
-    /// The replica answers from now on, unless it stops.
+    /// Makes the replica ready, unless it is shutting down.
     pub fn set_ready(&self) {
         let mut status = self.0.status.lock();
         if !status.stopping {
@@ -139,7 +139,7 @@ impl Readiness {
         }
     }
 
-    /// What the replica is doing.
+    /// The replica's state.
     #[must_use]
     pub fn state(&self) -> NodeState {
         match self.check() {
@@ -148,10 +148,10 @@ impl Readiness {
         }
     }
 
-    /// Whether the replica may answer.
+    /// Checks that the replica is ready.
     ///
     /// # Errors
-    /// Why not.
+    /// Why it is not.
     pub fn check(&self) -> Result<(), Unready> {
         if self.0.ready.load(Ordering::Acquire) {
             return Ok(());
@@ -169,22 +169,22 @@ impl Readiness {
     /// replica is ready after the epoch was read, nothing had been removed in that epoch.
     ///
     /// # Errors
-    /// Why the replica may not answer.
+    /// Why the replica is not ready.
     pub fn complete_epoch(&self, epoch: impl FnOnce() -> u64) -> Result<CompleteEpoch, Unready> {
         let epoch = epoch();
         self.check()?;
         Ok(CompleteEpoch(epoch))
     }
 
-    /// What `look` finds in a state that may be replaced meanwhile: never a part of one, nor one that
-    /// is not complete.
+    /// Returns the result of `read` on one complete state. If the state is replaced meanwhile,
+    /// reads again.
     ///
     /// # Errors
-    /// Why the replica may not answer.
-    pub fn read<T>(&self, epoch: impl Fn() -> u64, look: impl Fn() -> T) -> Result<T, Unready> {
+    /// Why the replica is not ready.
+    pub fn read<T>(&self, epoch: impl Fn() -> u64, read: impl Fn() -> T) -> Result<T, Unready> {
         loop {
             let before = self.complete_epoch(&epoch)?;
-            let found = look();
+            let found = read();
             if before.is(epoch()) {
                 return Ok(found);
             }

@@ -24,8 +24,8 @@ pub struct Restore {
     pub progress: Arc<ReadProgress>,
     /// The part of the log that was read ahead.
     pub buffer: Arc<BufferCounts>,
-    /// When it began.
-    pub begun: Instant,
+    /// When it started.
+    pub started: Instant,
     /// How long it took, once it has ended.
     pub took: Option<Duration>,
     /// Its stage.
@@ -62,7 +62,7 @@ impl Restore {
     /// How long it has run, or took.
     #[must_use]
     pub fn duration(&self) -> Duration {
-        self.took.unwrap_or_else(|| self.begun.elapsed())
+        self.took.unwrap_or_else(|| self.started.elapsed())
     }
 
     /// Rows per second.
@@ -71,7 +71,7 @@ impl Restore {
         self.progress.rows() as f64 / self.duration().as_secs_f64().max(0.001)
     }
 
-    /// About how long it will still take; `None` while that is unknown.
+    /// The estimated time that is left; `None` while it is unknown.
     #[must_use]
     pub fn remaining(&self) -> Option<Duration> {
         let (rows, expected) = (self.progress.rows(), self.progress.rows_expected());
@@ -96,12 +96,12 @@ impl RestoreTracker {
             bytes_total,
             progress: Arc::default(),
             buffer: Arc::default(),
-            begun: Instant::now(),
+            started: Instant::now(),
             took: None,
             stage: Stage::Restoring,
         };
         *self.0.lock() = Some(restore.clone());
-        tracing::info!(source, bytes = bytes_total, "restoring");
+        tracing::info!(source, bytes_total, "restore started");
         restore
     }
 
@@ -110,15 +110,15 @@ impl RestoreTracker {
         let Some(restore) = current.as_mut() else {
             return;
         };
-        let took = restore.begun.elapsed();
+        let took = restore.started.elapsed();
         restore.took = Some(took);
         restore.stage = Stage::Failed;
         if let Some(summary) = summary {
             restore.stage = Stage::CatchingUp;
             let (rows, bytes) = (summary.rows, summary.bytes);
             let took_ms = took.as_millis() as u64;
-            let buffered = restore.buffer.batches();
-            tracing::info!(rows, bytes, took_ms, buffered, "restored");
+            let buffered_batches = restore.buffer.batches();
+            tracing::info!(rows, bytes, took_ms, buffered_batches, "restore finished");
         }
     }
 

@@ -18,11 +18,11 @@ const WAKE_MAX: usize = 64;
 pub(super) struct Waiters {
     /// The lowest position in `waiting`, [`Seq::MAX`] if it is empty. Changes only under the lock.
     lowest: AtomicU64,
-    waiting: Mutex<Waiting>,
+    waiting: Mutex<WakerQueue>,
 }
 
 #[derive(Default)]
-struct Waiting {
+struct WakerQueue {
     /// By position, then by id: several may wait for one position.
     wakers: BTreeMap<(Seq, u64), Waker>,
     last_id: u64,
@@ -36,7 +36,7 @@ impl Waiters {
     pub(super) fn new() -> Self {
         Self {
             lowest: AtomicU64::new(Seq::MAX),
-            waiting: Mutex::new(Waiting::default()),
+            waiting: Mutex::new(WakerQueue::default()),
         }
     }
 
@@ -92,7 +92,7 @@ impl Waiters {
         self.waiting.lock().wakers.len()
     }
 
-    fn update<T>(&self, change: impl FnOnce(&mut Waiting) -> T) -> T {
+    fn update<T>(&self, change: impl FnOnce(&mut WakerQueue) -> T) -> T {
         let mut waiting = self.waiting.lock();
         let changed = change(&mut waiting);
         let first = waiting.wakers.first_key_value();

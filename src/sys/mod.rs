@@ -5,6 +5,8 @@
 //! - [`host`]: memory limits and disk space.
 //! - [`progress`]: a progress bar.
 
+pub(crate) mod backoff;
+pub(crate) mod cancellable_reader;
 pub mod exec;
 pub(crate) mod hex;
 pub mod host;

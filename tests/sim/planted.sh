@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Plants one bug after the other into a copy of the source and lets the simulator look for it:
-# planted.sh [RUNS]. Fails if one is not found within RUNS (1000).
+# Plants one bug at a time into a copy of the source and runs the simulator:
+# planted.sh [RUNS]. Fails if a bug is not found within RUNS (1000).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 runs=${1:-1000}
@@ -9,7 +9,7 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$copy"
 export CARGO_TARGET_DIR=$root/target/planted
-# Each patch changes little: a full build takes minutes, the next ones a part of that.
+# A full build takes minutes; the next ones change little.
 export CARGO_INCREMENTAL=1
 cd "$copy"
 missed=0

@@ -27,7 +27,7 @@ use crate::http::ops::traffic::RecentTraffic;
 use crate::log::{Log, RandomId, Seq, now_ns};
 use crate::replication::memory::MemoryGuard;
 use crate::replication::state::{NodeState, Readiness, Unready};
-use crate::replication::{Applied, LastSnapshot, Peers, RestoreTracker, Writer};
+use crate::replication::{AppliedIndex, LastSnapshot, Peers, RestoreTracker, Writer};
 use crate::store::Store;
 use crate::sys::exec::Blocking;
 use crate::sys::host::{DiskSpace, disk_space, memory_limit};
@@ -46,7 +46,7 @@ pub struct OpsState {
     /// The records.
     pub store: Store,
     /// The position of the records.
-    pub applied: Applied,
+    pub applied: AppliedIndex,
     /// The log that the replica applies.
     pub log: Arc<dyn Log>,
     /// The write queue.

@@ -28,7 +28,7 @@ use crate::http::{Credentials, GRADE_POSITION, parse_patch};
 use crate::log::Seq;
 use crate::replication::memory::{MemoryGuard, StoreFull};
 use crate::replication::state::Readiness;
-use crate::replication::{Applied, PendingWrite, Writer};
+use crate::replication::{AppliedIndex, PendingWrite, Writer};
 use crate::store::Store;
 
 /// The largest body of `POST /set` with one patch, in bytes.
@@ -50,7 +50,7 @@ pub struct WriteState {
     /// Whether the replica accepts writes.
     pub readiness: Readiness,
     /// The position of this replica.
-    pub applied: Applied,
+    pub applied: AppliedIndex,
     /// The credentials that a request must have.
     pub credentials: Credentials,
     /// How long a body may take to arrive, or the next part of a body of many lines.

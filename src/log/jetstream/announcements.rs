@@ -11,7 +11,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::broker::{Asked, Broker, Connection};
+use super::broker::{Broker, BrokerConnection, PeerQuery};
 use crate::log::{Announcement, ClusterKey};
 
 /// The least time between two log lines about forged announcements, or about another process that
@@ -21,12 +21,12 @@ const LOG_EVERY: Duration = Duration::from_secs(30);
 /// Checks announcements, and counts those that are not authentic.
 pub(super) struct Announcements {
     key: ClusterKey,
-    forged: Mutex<Forged>,
+    forged: Mutex<ForgedCount>,
     copy_logged_at: Mutex<Option<Instant>>,
 }
 
 #[derive(Default)]
-struct Forged {
+struct ForgedCount {
     total: u64,
     logged_at: Option<Instant>,
 }
@@ -40,16 +40,16 @@ impl Announcements {
         }
     }
 
-    /// Asks the replicas that `to` names, and returns their authentic announcements, one per
-    /// process. The error is for a log line.
+    /// Requests announcements of the replicas in `query`, and returns their authentic
+    /// announcements, one per process. The error is for a log line.
     pub(super) async fn ask(
         &self,
         broker: &dyn Broker,
-        connection: &dyn Connection,
-        to: Asked,
+        connection: &dyn BrokerConnection,
+        query: PeerQuery,
     ) -> Result<Vec<Announcement>, String> {
         let nonce = broker.random_id().map_err(|error| error.to_string())?;
-        let announced = connection.ask_peers(to, nonce).await?;
+        let announced = connection.ask_peers(query, nonce).await?;
         Ok(self.authentic(announced, &nonce.to_string()))
     }
 
@@ -69,16 +69,16 @@ impl Announcements {
         self.forged.lock().total
     }
 
-    /// Logs that another process runs as this replica. Two that start at the same moment do not
-    /// detect each other then.
+    /// Logs that another process runs as this replica, which deletes this one's consumers. Two that
+    /// start at the same moment do not detect each other at the start.
     pub(super) fn report_copy(&self, copy: &Announcement) {
         if is_due(&mut self.copy_logged_at.lock()) {
             let (url, replica) = (&*copy.url, &*copy.replica);
             tracing::error!(
                 url,
                 replica,
-                "another process runs as this replica, and each deletes the other's consumer; stop \
-                 one, and remove the file replica-id from its data directory"
+                "another process runs as this replica: stop one, and remove replica-id from its \
+                 data directory"
             );
         }
     }
@@ -87,13 +87,12 @@ impl Announcements {
         let mut forged = self.forged.lock();
         forged.total += 1;
         if is_due(&mut forged.logged_at) {
-            let (url, replica, total) = (&*announcement.url, &*announcement.replica, forged.total);
+            let (url, replica) = (&*announcement.url, &*announcement.replica);
             tracing::warn!(
                 url,
                 replica,
-                total,
-                "ignored an announcement that is not signed with this cluster's password, or not \
-                 for this question"
+                ignored_total = forged.total,
+                "ignored an announcement that is not signed with this cluster's password"
             );
         }
     }
@@ -138,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_forged_announcement_neither_counts_nor_hides_an_authentic_one() {
+    fn a_forged_announcement_is_rejected_and_does_not_replace_an_authentic_one() {
         let ours = Announcements::new(ClusterKey::derive("ours"));
         let theirs = Announcements::new(ClusterKey::derive("theirs"));
         let (a, b) = (
@@ -146,15 +145,15 @@ mod tests {
             ours.sign(of("b", "http://b"), "now"),
         );
         let mut altered = b.clone();
-        altered.url = "http://stranger".into();
+        altered.url = "http://attacker".into();
         let announced = vec![
             a.clone(),
-            of("a", "http://stranger"),
-            theirs.sign(of("a", "http://stranger"), "now"),
-            ours.sign(of("a", "http://former"), "before"),
+            of("a", "http://attacker"),
+            theirs.sign(of("a", "http://attacker"), "now"),
+            ours.sign(of("a", "http://replayed"), "before"),
             altered,
             b.clone(),
-            of("c", "http://stranger"),
+            of("c", "http://attacker"),
         ];
         assert_eq!(ours.authentic(announced, "now"), [a, b]);
         assert_eq!(ours.forged(), 5);

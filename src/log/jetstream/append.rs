@@ -22,37 +22,38 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::broker::{BrokerError, Connection, Outgoing, Stored};
+use super::broker::{BrokerConnection, BrokerError, Outgoing, Stored};
+use super::message;
 use super::probe::UNANSWERED;
-use super::{Shared, message};
+use super::shared::JetStreamShared;
 use crate::log::{AppendError, Batch, BatchId, Seq};
 
 /// How often a batch is sent again while the stream has no leader.
 const RETRY_EVERY: Duration = Duration::from_millis(200);
 /// How long a batch waits for an answer before a fence is sent.
 const FENCE_AFTER: Duration = Duration::from_millis(300);
-/// How long after its first attempt a batch is given up.
-const GIVE_UP_AFTER: Duration = Duration::from_secs(30);
+/// How long after its first attempt a batch times out.
+const TIMEOUT: Duration = Duration::from_secs(30);
 /// If the consumer does not deliver a stored batch in this time, it is replaced.
 const DELIVERY_WAIT_MAX: Duration = Duration::from_millis(400);
 
-/// What became of one attempt.
+/// The outcome of one attempt.
 enum Attempt {
-    /// It is in the stream.
+    /// The batch is in the stream.
     Stored,
-    /// It is not; says why.
+    /// The batch is not in the stream, for this reason.
     NotStored(Arc<str>),
-    /// It is not, and sending it again would not help.
-    Refused(Arc<str>),
-    /// A fence was delivered and the batch was not, so it is not in the stream.
+    /// The broker rejected the batch. Sending it again would not help.
+    Rejected(Arc<str>),
+    /// A fence was delivered and the batch was not, so the batch is not in the stream.
     Fenced,
     /// The broker reports a duplicate: a message with this id was stored before.
     IdTaken,
-    /// There was no answer.
+    /// The broker did not answer.
     Unknown,
 }
 
-impl Shared {
+impl JetStreamShared {
     /// Appends `batch` and waits until it is delivered.
     pub(super) async fn append(&self, batch: Batch) -> Result<(), AppendError> {
         let _one_at_a_time = self.appending.lock().await;
@@ -73,16 +74,16 @@ impl Shared {
         };
         tokio::select! {
             biased;
-            // An error: the state was replaced, and nobody waits for the batch any more.
+            // An error means that the state was replaced: no request waits for the batch any more.
             _ = delivered => Ok(()),
             result = self.send_until_known(id, message) => result,
         }
     }
 
-    /// Sends `message` until its outcome is known. Once it is stored this does not resolve before it
-    /// is given up: the delivery decides.
+    /// Sends `message` until its outcome is known. Once it is stored this does not resolve before
+    /// it times out: the delivery decides.
     async fn send_until_known(&self, id: BatchId, message: Outgoing) -> Result<(), AppendError> {
-        let give_up_at = Instant::now() + GIVE_UP_AFTER;
+        let deadline = Instant::now() + TIMEOUT;
         let (mut in_doubt, mut fenced, mut attempts) = (false, false, 0);
         loop {
             let resending = in_doubt || fenced;
@@ -92,31 +93,35 @@ impl Shared {
                 self.counts.resends.fetch_add(1, Ordering::Relaxed);
             }
             let sent = self.send_once(&message, &mut in_doubt);
-            let attempt = match tokio::time::timeout_at(give_up_at, sent).await {
+            let attempt = match tokio::time::timeout_at(deadline, sent).await {
                 Ok(attempt) => attempt,
                 Err(_elapsed) if in_doubt => return Err(AppendError::Unknown),
                 Err(_elapsed) => return Err(AppendError::Refused(self.down_reason())),
             };
             match attempt {
-                // Taken by an attempt before, whose outcome was unknown.
-                Attempt::IdTaken if resending => self.await_delivery(give_up_at).await?,
-                Attempt::Stored => self.await_delivery(give_up_at).await?,
+                // An earlier attempt with an unknown outcome was stored.
+                Attempt::IdTaken if resending => self.await_delivery(deadline).await?,
+                Attempt::Stored => self.await_delivery(deadline).await?,
                 Attempt::IdTaken => {
                     let writer = self.renew_writer();
-                    tracing::error!(%id, %writer, "message id taken by another publisher");
+                    tracing::error!(
+                        batch_id = %id,
+                        new_writer_id = %writer,
+                        "another publisher used a message id of this replica"
+                    );
                     let why = format!(
-                        "another publisher has used message id {id}; this replica continues under \
-                         a new writer id, send the write again"
+                        "not written: another publisher used message id {id}; retry (this replica \
+                         has a new writer id)"
                     );
                     return Err(AppendError::Refused(why.into()));
                 }
-                Attempt::Refused(why) => {
-                    self.health.refused(id, Arc::clone(&why));
+                Attempt::Rejected(why) => {
+                    self.health.rejected(id, Arc::clone(&why));
                     return Err(AppendError::Refused(why));
                 }
                 Attempt::NotStored(why) => {
                     self.health.waiting(Some(Arc::clone(&why)));
-                    if Instant::now() + RETRY_EVERY >= give_up_at {
+                    if Instant::now() + RETRY_EVERY >= deadline {
                         return Err(AppendError::Refused(why));
                     }
                     tokio::time::sleep(RETRY_EVERY).await;
@@ -151,14 +156,14 @@ impl Shared {
         attempt
     }
 
-    /// Waits until `give_up_at` for the delivery of a stored batch; the delivery drops this future.
-    /// Has the consumer replaced if that takes longer than [`DELIVERY_WAIT_MAX`].
-    async fn await_delivery(&self, give_up_at: Instant) -> Result<(), AppendError> {
+    /// Waits until `deadline` for the delivery of a stored batch; the delivery drops this future.
+    /// Requests a new consumer after [`DELIVERY_WAIT_MAX`].
+    async fn await_delivery(&self, deadline: Instant) -> Result<(), AppendError> {
         tokio::time::sleep(DELIVERY_WAIT_MAX).await;
         self.replace_consumer.notify_one();
-        let why = "NATS has stored a batch and does not deliver it";
+        let why = "NATS stored a batch and does not deliver it";
         self.health.waiting(Some(why.into()));
-        tokio::time::sleep_until(give_up_at).await;
+        tokio::time::sleep_until(deadline).await;
         Err(AppendError::Unknown)
     }
 
@@ -195,7 +200,7 @@ impl Shared {
                     let why: Arc<str> = error.to_string().into();
                     claimed = None;
                     match error {
-                        BrokerError::Refused(_) => self.health.refused(id, why),
+                        BrokerError::Rejected(_) => self.health.rejected(id, why),
                         BrokerError::NoAnswer(_) => self.health.unanswered(UNANSWERED, false),
                         _ => self.health.waiting(Some(why)),
                     }
@@ -208,7 +213,7 @@ impl Shared {
     /// Sends a fence at `end`.
     async fn send_fence(
         &self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         end: Seq,
     ) -> (BatchId, Result<Stored, BrokerError>) {
         let id = self.next_batch_id();
@@ -224,7 +229,7 @@ impl Shared {
     /// receive fences that were sent while the stream had no leader.
     async fn send_fences(
         &self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         end: Seq,
     ) -> (BatchId, Result<Stored, BrokerError>) {
         let mut sent = FuturesUnordered::new();
@@ -236,29 +241,33 @@ impl Shared {
         }
     }
 
-    /// Waits until the batch at `seq` is delivered; has the consumer replaced if that takes long.
+    /// Waits until the batch at `seq` is delivered. Requests a new consumer after
+    /// [`DELIVERY_WAIT_MAX`].
     async fn await_delivered(&self, seq: Seq) {
-        let is_there = |last| (last >= seq).then_some(());
-        let there = self.delivered.wait_for(is_there);
-        if tokio::time::timeout(DELIVERY_WAIT_MAX, there).await.is_ok() {
+        let is_delivered = |last| (last >= seq).then_some(());
+        let delivered = self.delivered.wait_for(is_delivered);
+        if tokio::time::timeout(DELIVERY_WAIT_MAX, delivered)
+            .await
+            .is_ok()
+        {
             return;
         }
         self.replace_consumer.notify_one();
-        self.delivered.wait_for(is_there).await;
+        self.delivered.wait_for(is_delivered).await;
     }
 }
 
-async fn attempt(connection: &dyn Connection, message: Outgoing) -> Attempt {
+async fn attempt(connection: &dyn BrokerConnection, message: Outgoing) -> Attempt {
     match connection.publish(message).await {
         Ok(stored) if stored.duplicate => Attempt::IdTaken,
         Ok(_) => Attempt::Stored,
         Err(BrokerError::NoResponders(why)) => Attempt::NotStored(why),
-        Err(BrokerError::Refused(why)) => Attempt::Refused(why),
+        Err(BrokerError::Rejected(why)) => Attempt::Rejected(why),
         Err(
             error @ (BrokerError::NoStream
             | BrokerError::NoConsumer
             | BrokerError::WrongLastSequence { .. }),
-        ) => Attempt::Refused(error.to_string().into()),
+        ) => Attempt::Rejected(error.to_string().into()),
         Err(BrokerError::NoLeader(why)) => Attempt::NotStored(why),
         Err(BrokerError::NoAnswer(_)) => Attempt::Unknown,
     }

@@ -25,32 +25,32 @@ pub enum BrokerError {
     /// The server answers, but the cluster's JetStream has no leader. The request had no effect.
     #[error("{0}")]
     NoLeader(Arc<str>),
-    /// There is no stream of this name.
-    #[error("there is no stream of this name")]
+    /// No stream has this name.
+    #[error("stream not found")]
     NoStream,
-    /// There is no consumer of this name.
-    #[error("there is no consumer of this name")]
+    /// No consumer has this name.
+    #[error("consumer not found")]
     NoConsumer,
     /// The stream's end is not the expected one. The message was not stored.
-    #[error("the stream ends at {end:?}, not at {expected}")]
+    #[error("wrong last sequence: expected {expected}, the stream ends at {end:?}")]
     WrongLastSequence {
         /// What the request expected.
         expected: Seq,
         /// The end of the stream, if the answer contains it.
         end: Option<Seq>,
     },
-    /// The broker rejected the request; the text is its own. The request had no effect.
+    /// The broker rejected the request with this error. The request had no effect.
     #[error("{0}")]
-    Refused(Arc<str>),
+    Rejected(Arc<str>),
 }
 
-/// Why there is no connection.
+/// Why connecting failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ConnectError {
     /// No server answers.
     #[error("{0}")]
     Unreachable(Arc<str>),
-    /// The server refuses this client.
+    /// The server rejects this client's credentials or settings.
     #[error("{0}")]
     NotAllowed(Arc<str>),
 }
@@ -58,7 +58,7 @@ pub enum ConnectError {
 /// NATS servers that hold the stream.
 pub trait Broker: Send + Sync + 'static {
     /// Connects to any of the servers.
-    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, ConnectError>>;
+    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn BrokerConnection>, ConnectError>>;
 
     /// The servers, for messages.
     fn servers(&self) -> String;
@@ -66,7 +66,7 @@ pub trait Broker: Send + Sync + 'static {
     /// A new identity of a log or a writer.
     ///
     /// # Errors
-    /// The system has no random bytes to give.
+    /// The system returned no random bytes.
     fn random_id(&self) -> Result<RandomId, getrandom::Error> {
         RandomId::random()
     }
@@ -77,7 +77,7 @@ pub trait Broker: Send + Sync + 'static {
 pub struct Outgoing {
     /// Its headers, except the one for `expected_last`.
     pub headers: HeaderMap,
-    /// Its payload.
+    /// The batch as JSON.
     pub payload: Bytes,
     /// If set, the broker stores the message only if the stream ends at this position.
     pub expected_last: Option<Seq>,
@@ -86,7 +86,7 @@ pub struct Outgoing {
 /// The broker's acknowledgement of a stored message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stored {
-    /// Its sequence number.
+    /// The message's sequence number.
     pub seq: Seq,
     /// Whether the stream already had a message with this id.
     pub duplicate: bool,
@@ -95,22 +95,22 @@ pub struct Stored {
 /// A message as a consumer delivers it.
 #[derive(Debug, Clone)]
 pub struct Delivered {
-    /// Its sequence number.
+    /// The message's sequence number.
     pub seq: Seq,
     /// When the broker stored it, in nanoseconds since 1970.
     pub time_ns: u64,
     /// How many messages followed it in the stream when it was delivered.
     pub pending: u64,
-    /// Its headers.
+    /// Its headers, if it has any.
     pub headers: Option<HeaderMap>,
-    /// Its payload.
+    /// The batch as JSON.
     pub payload: Bytes,
 }
 
 /// The broker's information about the stream.
 #[derive(Debug, Clone)]
 pub struct StreamInfo {
-    /// Its configuration.
+    /// The stream's configuration.
     pub config: Config,
     /// Its oldest message; one past the last when there is none.
     pub first: Seq,
@@ -132,9 +132,9 @@ pub enum InfoSource {
     Follower,
 }
 
-/// Which replicas to ask for their announcements.
+/// The replicas whose announcements are requested.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Asked {
+pub enum PeerQuery {
     /// All replicas.
     All,
     /// Every process that runs as this replica.
@@ -142,11 +142,11 @@ pub enum Asked {
 }
 
 /// One connection. It does not reconnect: once it has ended, the log opens another one.
-pub trait Connection: Send + Sync + 'static {
+pub trait BrokerConnection: Send + Sync + 'static {
     /// Cancelled when the connection has ended. Cancelling it ends the connection.
     fn ended(&self) -> &CancellationToken;
 
-    /// The largest message that the server takes, in bytes, with its headers.
+    /// The largest message that the server accepts, in bytes, including headers.
     fn message_bytes_max(&self) -> usize;
 
     /// Whether the server is a member of a cluster.
@@ -177,12 +177,12 @@ pub trait Connection: Send + Sync + 'static {
         stop: CancellationToken,
     ) -> BoxFuture<'_, Result<(), String>>;
 
-    /// Asks replicas for announcements that are signed for `nonce`. This replica answers too, if it
-    /// is asked and announces itself. The answers are not verified: any client may have sent them.
-    /// The error is for a log line.
+    /// Requests announcements that are signed for `nonce`. The result may include this replica's
+    /// own. The answers are not verified: any client may have sent them. The error is for a log
+    /// line.
     fn ask_peers(
         &self,
-        to: Asked,
+        query: PeerQuery,
         nonce: RandomId,
     ) -> BoxFuture<'_, Result<Vec<Announcement>, String>>;
 

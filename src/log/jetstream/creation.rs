@@ -14,18 +14,19 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::announcements::Announcements;
-use super::broker::{Asked, Broker, BrokerError, ConnectError, Connection, StreamInfo};
-use super::session::Backoff;
-use super::{JetStreamConfig, MESSAGE_BYTES_NEEDED, SetupError, stream};
+use super::broker::{Broker, BrokerConnection, BrokerError, ConnectError, PeerQuery, StreamInfo};
+use super::config::JetStreamConfig;
+use super::setup_error::SetupError;
+use super::{session, stream};
 use crate::log::{Announcement, Chain, ClusterKey, LogId, RandomId, Seq};
 
-/// How long requests for the stream may stay unanswered at the start before the node gives up.
+/// The timeout of the start while requests for the stream are not answered.
 const START_WAIT_MAX: Duration = Duration::from_secs(30);
-/// How long a replica that expects no others looks for them before it creates the stream.
+/// How long a replica with --expect-peers 1 looks for others before it creates the stream.
 const DISCOVERY: Duration = Duration::from_secs(3);
-/// How long a `--peer` may take to answer with its node id.
+/// The timeout for the node id of a `--peer`.
 const PEER_WAIT_MAX: Duration = Duration::from_secs(2);
-/// How often a waiting replica looks for the stream and asks the other replicas.
+/// How often a waiting replica requests the stream's info and the announcements of others.
 const ASK_EVERY: Duration = Duration::from_millis(500);
 /// The log id that a replica without data announces.
 const NO_LOG: &str = "none";
@@ -34,41 +35,41 @@ const UNKNOWN_LOG: &str = "unknown";
 
 /// The replica that opens the log.
 #[derive(Clone)]
-pub struct Identity {
+pub struct ReplicaIdentity {
     /// This process.
     pub node: RandomId,
     /// This replica; the same as `node` without a data directory.
     pub replica: RandomId,
-    /// The data that this replica holds at the start.
-    pub holds: HeldData,
-    /// Whether it has a data directory.
+    /// Its data before it opens the log.
+    pub existing_data: ExistingData,
+    /// Whether the replica has a data directory.
     pub keeps_data: bool,
     /// The URL of its write port.
     pub url: String,
-    /// Asks a `--peer` for its node id.
+    /// Requests the node id of a `--peer`.
     pub ask_node: Arc<dyn AskNode>,
     /// Signs its announcements and verifies those of others.
     pub key: ClusterKey,
 }
 
-/// A question to another node over HTTP, without a password.
+/// A request to another node over HTTP, without a password.
 pub trait AskNode: Send + Sync + 'static {
-    /// The node id of the process whose write port is at `node_url`; `None` if it does not say. A
-    /// starting node does.
+    /// The node id of the process whose write port is at `node_url`; `None` if its answer
+    /// has none. A starting node answers, too.
     ///
     /// # Errors
-    /// It does not answer; says why.
+    /// Why the node did not answer.
     fn node<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Option<Box<str>>, Box<str>>>;
 }
 
 /// The data that a replica holds before it has opened the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum HeldData {
+pub enum ExistingData {
     /// No data of any log.
-    Nothing,
+    None,
     /// Data of this log.
     Of(LogId),
-    /// A snapshot that cannot be read: it may be the only copy of the data.
+    /// A snapshot that cannot be read. It may be the only copy of the data.
     Unreadable {
         /// The snapshot.
         path: PathBuf,
@@ -77,12 +78,11 @@ pub enum HeldData {
     },
 }
 
-/// Called with the reason why opening the log waits.
-pub type Progress = Arc<dyn Fn(&str) + Send + Sync>;
+/// Called with the reason why opener the log waits.
+pub type ReportWait = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// An opened stream.
-pub(super) struct Opened {
-    pub(super) connection: Arc<dyn Connection>,
+pub(super) struct OpenedStream {
+    pub(super) connection: Arc<dyn BrokerConnection>,
     pub(super) id: LogId,
     pub(super) first: Seq,
     pub(super) last: Seq,
@@ -92,27 +92,27 @@ pub(super) struct Opened {
 pub(super) async fn open(
     broker: &dyn Broker,
     config: &JetStreamConfig,
-    identity: &Identity,
+    identity: &ReplicaIdentity,
     announcements: &Announcements,
     base: Option<Seq>,
-    progress: &Progress,
-) -> Result<Opened, SetupError> {
-    let mut opening = Opening {
+    report_wait: &ReportWait,
+) -> Result<OpenedStream, SetupError> {
+    let mut opener = StreamOpener {
         broker,
         config,
         identity,
         announcements,
         base,
-        progress,
+        report_wait,
         servers: broker.servers(),
         answered_at: Instant::now(),
-        told: String::new(),
+        reported: String::new(),
     };
-    let mut backoff = Backoff::new();
+    let mut backoff = session::backoff();
     loop {
         let error = match broker.connect().await {
-            Ok(connection) => match opening.on(&connection).await? {
-                Ok(info) => return opening.opened(connection, &info),
+            Ok(connection) => match opener.on(&connection).await? {
+                Ok(info) => return opener.opened(connection, &info),
                 Err(error) => {
                     connection.close().await;
                     error
@@ -120,65 +120,60 @@ pub(super) async fn open(
             },
             Err(ConnectError::Unreachable(why)) => BrokerError::NoAnswer(why),
             Err(ConnectError::NotAllowed(why)) => {
-                let servers = opening.servers;
+                let servers = opener.servers;
                 return Err(SetupError::NotAllowed { servers, why });
             }
         };
-        if opening.answered_at.elapsed() >= START_WAIT_MAX {
-            let servers = opening.servers;
+        if opener.answered_at.elapsed() >= START_WAIT_MAX {
+            let servers = opener.servers;
             return Err(match error {
                 BrokerError::NoLeader(why) => SetupError::NoLeader { servers, why },
-                error => SetupError::Away {
+                error => SetupError::Unreachable {
                     servers,
                     why: error.to_string().into(),
                 },
             });
         }
-        opening.tell(format!("waiting for NATS at {}: {error}", opening.servers));
+        opener.report(format!("waiting for NATS at {}: {error}", opener.servers));
         backoff.pause().await;
     }
 }
 
-struct Opening<'a> {
+/// Opens or creates the stream, across connections.
+struct StreamOpener<'a> {
     broker: &'a dyn Broker,
     config: &'a JetStreamConfig,
-    identity: &'a Identity,
+    identity: &'a ReplicaIdentity,
     announcements: &'a Announcements,
     base: Option<Seq>,
-    progress: &'a Progress,
+    report_wait: &'a ReportWait,
     servers: String,
     /// When the broker last answered whether the stream exists; initially the start.
     answered_at: Instant,
-    told: String,
+    /// The last reason that was reported.
+    reported: String,
 }
 
-impl Opening<'_> {
-    fn tell(&mut self, what: String) {
-        if what != self.told {
-            tracing::warn!("{what}");
-            (self.progress)(&what);
-            self.told = what;
+impl StreamOpener<'_> {
+    /// Reports why opening waits, unless the last report was the same.
+    fn report(&mut self, reason: String) {
+        if reason != self.reported {
+            tracing::warn!(%reason, "cannot open the stream yet");
+            (self.report_wait)(&reason);
+            self.reported = reason;
         }
     }
 
     /// Opens or creates the stream through `connection`. The inner error is transient.
     async fn on(
         &mut self,
-        connection: &Arc<dyn Connection>,
+        connection: &Arc<dyn BrokerConnection>,
     ) -> Result<Result<StreamInfo, BrokerError>, SetupError> {
-        let bytes_max = connection.message_bytes_max();
-        if bytes_max < MESSAGE_BYTES_NEEDED {
-            let why = format!(
-                "it takes messages of up to {bytes_max} bytes and a batch may need \
-                 {MESSAGE_BYTES_NEEDED}; set max_payload: 1MB or more in nats-server's configuration"
-            );
-            let servers = self.servers.clone();
-            return Err(SetupError::Unusable {
-                servers,
-                why: why.into(),
-            });
-        }
-        self.refuse_copy(&**connection).await?;
+        session::check_max_payload(&**connection).map_err(|why| SetupError::Unusable {
+            servers: self.servers.clone(),
+            why,
+        })?;
+        self.detect_copy(&**connection).await?;
         let stop = CancellationToken::new();
         let announcing = {
             let (connection, stop) = (Arc::clone(connection), stop.clone());
@@ -205,14 +200,14 @@ impl Opening<'_> {
     /// Fails if another process runs as this replica: each would delete the other's consumer.
     /// This process does not announce itself yet, so NATS answers "no responders" at once if there
     /// is no other.
-    async fn refuse_copy(&self, connection: &dyn Connection) -> Result<(), SetupError> {
-        let asked = Asked::Replica(self.identity.replica);
+    async fn detect_copy(&self, connection: &dyn BrokerConnection) -> Result<(), SetupError> {
+        let asked = PeerQuery::Replica(self.identity.replica);
         match self.announcements.ask(self.broker, connection, asked).await {
             Ok(announced) => announced.iter().try_for_each(|peer| self.check_copy(peer)),
             Err(why) => {
                 tracing::debug!(
                     why,
-                    "cannot ask whether another process runs as this replica"
+                    "cannot check whether another process runs as this replica"
                 );
                 Ok(())
             }
@@ -221,7 +216,7 @@ impl Opening<'_> {
 
     /// Fails if `peer` is another process that runs as this replica.
     fn check_copy(&self, peer: &Announcement) -> Result<(), SetupError> {
-        let Identity { node, replica, .. } = self.identity;
+        let ReplicaIdentity { node, replica, .. } = self.identity;
         let (same_node, same_replica) = (
             *peer.node == *node.to_string(),
             *peer.replica == *replica.to_string(),
@@ -239,14 +234,14 @@ impl Opening<'_> {
     /// Looks for the stream, and creates it once this replica may. The inner error is transient.
     async fn find_or_create(
         &mut self,
-        connection: &Arc<dyn Connection>,
+        connection: &Arc<dyn BrokerConnection>,
     ) -> Result<Result<StreamInfo, BrokerError>, SetupError> {
         let discovering_since = Instant::now();
         loop {
             match connection.stream_info().await {
                 Ok(info) => return Ok(Ok(info)),
                 Err(BrokerError::NoStream) => self.answered_at = Instant::now(),
-                Err(BrokerError::Refused(why)) => return Err(self.refused(why)),
+                Err(BrokerError::Rejected(why)) => return Err(self.rejected(why)),
                 Err(error) => return Ok(Err(error)),
             }
             match self.may_create(&**connection, discovering_since).await? {
@@ -256,20 +251,20 @@ impl Opening<'_> {
                     match connection.create_stream(wanted).await {
                         Ok(info) => {
                             let stream = &self.config.stream;
-                            tracing::info!(stream, %log, "created the stream");
+                            tracing::info!(stream, log_id = %log, "stream created");
                             return Ok(Ok(info));
                         }
                         // Another replica may have been first.
-                        Err(BrokerError::Refused(why)) => match connection.stream_info().await {
+                        Err(BrokerError::Rejected(why)) => match connection.stream_info().await {
                             Ok(info) => return Ok(Ok(info)),
-                            Err(_) => return Err(self.refused(why)),
+                            Err(_) => return Err(self.rejected(why)),
                         },
                         Err(error) => return Ok(Err(error)),
                     }
                 }
                 Err(why) => {
                     let stream = &self.config.stream;
-                    self.tell(format!("stream {stream} does not exist: {why}"));
+                    self.report(format!("stream {stream} does not exist: {why}"));
                 }
             }
             tokio::select! {
@@ -283,46 +278,32 @@ impl Opening<'_> {
         }
     }
 
-    /// Whether this replica may create the stream now. The inner error says what it waits for.
+    /// Whether this replica may create the stream now. The inner error is the reason to wait.
     async fn may_create(
         &self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         since: Instant,
     ) -> Result<Result<(), String>, SetupError> {
-        let Identity {
-            node,
-            holds,
-            keeps_data,
-            ..
+        let ReplicaIdentity {
+            node, keeps_data, ..
         } = self.identity;
         let expected = self.config.expect_peers;
-        match holds {
-            HeldData::Nothing => {}
-            HeldData::Of(log) => {
-                return Ok(Err(format!(
-                    "this replica holds data of log {log} and waits until the stream is restored"
-                )));
-            }
-            HeldData::Unreadable { path, why } => {
-                return Ok(Err(format!(
-                    "this replica cannot read snapshot {} ({why}), which may be the only copy of \
-                     the data; make the file readable and restart, or restore the stream, or, if \
-                     the data is not needed, move the file out of the data directory and restart",
-                    path.display()
-                )));
-            }
+        if let Err(why) = self.check_has_no_data() {
+            return Ok(Err(why));
         }
         if !keeps_data && expected <= 1 {
             return Ok(Err(
-                "an ephemeral replica creates it only with --expect-peers 2 or more; waiting for \
-                 another replica to create it"
+                "an ephemeral replica creates a stream only with --expect-peers 2 or more; waiting \
+                 for another replica to create it"
                     .to_owned(),
             ));
         }
-        let asked = self.announcements.ask(self.broker, connection, Asked::All);
+        let asked = self
+            .announcements
+            .ask(self.broker, connection, PeerQuery::All);
         let announced = match asked.await {
             Ok(announced) => announced,
-            Err(error) => return Ok(Err(format!("cannot ask for other replicas: {error}"))),
+            Err(error) => return Ok(Err(format!("cannot discover other replicas: {error}"))),
         };
         let me = node.to_string();
         let mut others = BTreeMap::new();
@@ -347,20 +328,36 @@ impl Opening<'_> {
         let found = others.len() + 1;
         if found < expected {
             return Ok(Err(format!(
-                "{found} of {expected} replicas (--expect-peers) have announced themselves"
+                "found {found} of {expected} replicas (--expect-peers)"
             )));
         }
         if expected <= 1 && since.elapsed() < DISCOVERY {
             return Ok(Err(
-                "looking for other replicas before it is created".to_owned()
+                "looking for other replicas before creating it".to_owned()
             ));
         }
         Ok(Ok(()))
     }
 
-    /// Finds the `--peer` at `url` among the replicas that have announced themselves, or says why
-    /// it is missing. A peer may announce another URL; then it is found by the node id that `url`
-    /// answers with. That answer alone is not enough: only an announcement is signed and says
+    /// Checks that this replica has no data of any log; if it has, a stream was lost.
+    fn check_has_no_data(&self) -> Result<(), String> {
+        match &self.identity.existing_data {
+            ExistingData::None => Ok(()),
+            ExistingData::Of(log) => Err(format!(
+                "this replica holds data of log {log}; waiting until the stream is restored"
+            )),
+            ExistingData::Unreadable { path, why } => Err(format!(
+                "this replica cannot read snapshot {} ({why}), which may be the only copy of the \
+                 data; make the file readable and restart, restore the stream, or move the file out \
+                 of the data directory if the data is not needed",
+                path.display()
+            )),
+        }
+    }
+
+    /// Finds the `--peer` at `url` among the replicas that have announced themselves. The error is
+    /// why it is missing. A peer may announce another URL; then it is found by the node id that
+    /// `url` answers with. That answer alone is not enough: only an announcement is signed and says
     /// whether the replica holds data.
     async fn find_peer(
         &self,
@@ -377,11 +374,11 @@ impl Opening<'_> {
                 if is_me || others.values().any(|other| other.node == node) {
                     return Ok(());
                 }
-                "is reached, but has not announced itself on this NATS; check that its --nats-url \
-                 and its password are the same"
+                "answers, but has not announced itself on this NATS; check that its --nats-url and \
+                 its password are the same"
                     .to_owned()
             }
-            Ok(Ok(None)) => "does not answer as a replica that is starting".to_owned(),
+            Ok(Ok(None)) => "does not answer as a gradestore node".to_owned(),
             Ok(Err(error)) => format!("does not answer ({error})"),
             Err(_elapsed) => "does not answer".to_owned(),
         };
@@ -392,9 +389,9 @@ impl Opening<'_> {
 
     fn opened(
         &self,
-        connection: Arc<dyn Connection>,
+        connection: Arc<dyn BrokerConnection>,
         info: &StreamInfo,
-    ) -> Result<Opened, SetupError> {
+    ) -> Result<OpenedStream, SetupError> {
         let id = stream::check_start(self.config, &info.config)?;
         if let Some(base) = self.base
             && (info.first <= info.last || info.last != base)
@@ -405,7 +402,7 @@ impl Opening<'_> {
             });
         }
         let (first, last) = (info.first, info.last);
-        Ok(Opened {
+        Ok(OpenedStream {
             connection,
             id,
             first,
@@ -413,16 +410,16 @@ impl Opening<'_> {
         })
     }
 
-    fn refused(&self, why: Arc<str>) -> SetupError {
+    fn rejected(&self, why: Arc<str>) -> SetupError {
         let stream = self.config.stream.clone();
-        SetupError::Refused { stream, why }
+        SetupError::Rejected { stream, why }
     }
 
     fn announcement(&self) -> Announcement {
-        let log_id = match &self.identity.holds {
-            HeldData::Nothing => NO_LOG.into(),
-            HeldData::Of(log) => log.0.clone(),
-            HeldData::Unreadable { .. } => UNKNOWN_LOG.into(),
+        let log_id = match &self.identity.existing_data {
+            ExistingData::None => NO_LOG.into(),
+            ExistingData::Of(log) => log.0.clone(),
+            ExistingData::Unreadable { .. } => UNKNOWN_LOG.into(),
         };
         Announcement {
             node: self.identity.node.to_string().into(),

@@ -4,8 +4,8 @@
 //! parse. All replicas must agree whether to apply such a message. This rule decides that, so that
 //! it does not depend on the version of a client library.
 //!
-//! The rule gives the same headers as async-nats 0.51 on every block that this version delivers as
-//! an ordinary message. `docs/internals/protocol.md` states the rule for other readers.
+//! The rule results in the same headers as async-nats 0.51 for every block that this version
+//! delivers as an ordinary message. `docs/internals/protocol.md` states the rule for other readers.
 
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
 
@@ -16,7 +16,7 @@ const STATUS_OK: &str = "200";
 /// Parses a stored header block. Values of the same name keep their order.
 ///
 /// # Errors
-/// The block breaks the rule; the error says how.
+/// How the block breaks the rule.
 pub fn parse(block: &[u8]) -> Result<HeaderMap, &'static str> {
     let text = str::from_utf8(block).map_err(|_| "the header block is not UTF-8")?;
     let mut lines = text.lines().peekable();
@@ -42,13 +42,13 @@ pub fn parse(block: &[u8]) -> Result<HeaderMap, &'static str> {
 /// Parses the header block of a message that may have none.
 ///
 /// # Errors
-/// The block breaks the rule; the error says how.
+/// How the block breaks the rule.
 pub fn parse_optional(block: Option<&[u8]>) -> Result<Option<HeaderMap>, &'static str> {
     block.map(parse).transpose()
 }
 
 /// Checks the first line. Servers mark their own messages (heartbeats, timeouts, no responders)
-/// with a status there, and pull consumers take a stored message that has one for such a message.
+/// with a status there, and pull consumers mistake a stored message with a status for one of these.
 fn check_version(line: &str) -> Result<(), &'static str> {
     let status = line
         .strip_prefix(VERSION)

@@ -3,70 +3,59 @@
 //! The stream's info is not a quorum read: a server that lost its routes returns outdated numbers,
 //! and a server that starts may truncate the stream and restore it. So "shorter", "gone", "another
 //! log" and "another batch" are only suspicions until they are confirmed: the stream's leader has
-//! reported the same for [`CONFIRM_AFTER`] (an isolated leader steps down within 21 s), or the only
-//! server has rejected an append that was conditional on the known end. Until then the replica
-//! keeps its state.
+//! reported the same for [`CONFIRM_AFTER`](super::suspicion::CONFIRM_AFTER) (an isolated leader
+//! steps down within 21 s), or the only server has rejected an append that was conditional on the
+//! known end. Until then the replica keeps its state.
 
-use std::mem::{Discriminant, discriminant};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::broker::{BrokerError, Connection, InfoSource, Outgoing, RawMessage, StreamInfo};
+use super::broker::{BrokerConnection, BrokerError, InfoSource, Outgoing, RawMessage, StreamInfo};
 use super::message::{self, Unreadable};
-use super::{Shared, header_block, stream};
+use super::probe::PROBE_EVERY;
+use super::shared::JetStreamShared;
+use super::{header_block, session, stream};
 use crate::log::{Bounds, ChainEntry, InFlight, Position, ReadError};
 
-/// How long the leader must report the same before a suspicion is confirmed.
-const CONFIRM_AFTER: Duration = Duration::from_secs(30);
-
-/// What the stream was last suspected of, and since when.
-#[derive(Default)]
-pub(super) struct Suspicion(Option<(Discriminant<ReadError>, Instant)>);
-
-impl Suspicion {
-    fn clear(&mut self) {
-        self.0 = None;
-    }
-
-    /// Notes that the leader reports `error`. Returns whether it has done so for [`CONFIRM_AFTER`].
-    fn confirm(&mut self, error: &ReadError) -> bool {
-        let kind = discriminant(error);
-        match self.0 {
-            Some((same, since)) if same == kind => since.elapsed() >= CONFIRM_AFTER,
-            _ => {
-                tracing::warn!(%error, "the stream may have lost its history; asking again");
-                self.0 = Some((kind, Instant::now()));
-                false
-            }
-        }
-    }
-}
-
 /// The result of comparing the stream with a position.
-pub(super) enum Verdict {
+pub(super) enum HistoryCheck {
     /// The stream's history includes the position.
     Same,
     /// The comparison is not possible now.
     Unknown(BrokerError),
 }
 
-impl Shared {
+impl JetStreamShared {
+    /// Waits for a connection over which the stream was found to have the same history.
+    pub(super) async fn connection_to_append(&self) -> Arc<dyn BrokerConnection> {
+        loop {
+            let connection = self.connection().await;
+            if self.same_history.get() {
+                return connection;
+            }
+            let same = self.same_history.wait_for(|same| same.then_some(()));
+            if tokio::time::timeout(PROBE_EVERY, same).await.is_err() {
+                // After a suspicion no other task may be checking whether it still holds.
+                let _ = self.fetch_info(&*connection).await;
+            }
+        }
+    }
+
     /// Compares the stream with `last`, the last batch that was read.
     ///
     /// # Errors
     /// The stream has trimmed the next batch, or a suspicion is confirmed.
     pub(super) async fn compare(
         &self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         last: &Position,
-    ) -> Result<Verdict, ReadError> {
-        let info = match self.look(connection).await? {
+    ) -> Result<HistoryCheck, ReadError> {
+        let info = match self.fetch_info(connection).await? {
             Ok(info) => info,
-            Err(error) => return Ok(Verdict::Unknown(error)),
+            Err(error) => return Ok(HistoryCheck::Unknown(error)),
         };
         if last.seq > info.last {
             let (end, applied) = (info.last, last.seq);
@@ -87,7 +76,7 @@ impl Shared {
                 Ok(Some(_)) => self.verified.store(true, Ordering::Relaxed),
                 // It was trimmed since, or is missing. Reading the next batch will show which.
                 Ok(None) => {}
-                Err(error) => return Ok(Verdict::Unknown(error)),
+                Err(error) => return Ok(HistoryCheck::Unknown(error)),
             }
         }
         if last.seq == 0 {
@@ -108,17 +97,17 @@ impl Shared {
         self.suspicion.lock().clear();
         self.compared.store(true, Ordering::Release);
         self.same_history.set(true);
-        Ok(Verdict::Same)
+        Ok(HistoryCheck::Same)
     }
 
     /// Waits for the broker and returns the stream's bounds. An end below the known one is returned
     /// only once it is confirmed.
     pub(super) async fn bounds(&self) -> Result<Bounds, ReadError> {
-        let mut backoff = super::session::Backoff::new();
+        let mut backoff = session::backoff();
         loop {
             let connection = self.connection().await;
             let began = Instant::now();
-            if let Ok(info) = self.look(&*connection).await? {
+            if let Ok(info) = self.fetch_info(&*connection).await? {
                 let known = self.end.load(Ordering::Acquire);
                 let (first, end) = (info.first, info.last);
                 let error = ReadError::Shorter {
@@ -141,9 +130,9 @@ impl Shared {
     }
 
     /// Requests the stream's info and checks that the stream holds this log.
-    pub(super) async fn look(
+    pub(super) async fn fetch_info(
         &self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
     ) -> Result<Result<StreamInfo, BrokerError>, ReadError> {
         let info = match connection.stream_info().await {
             Ok(info) => info,
@@ -166,10 +155,10 @@ impl Shared {
             let error = ReadError::Replaced { was, is };
             let why = error.to_string();
             self.suspect(connection, &info.source, error).await?;
-            return Ok(Err(BrokerError::Refused(why.into())));
+            return Ok(Err(BrokerError::Rejected(why.into())));
         }
         if let Err(error) = stream::check_running(&self.config, &info.config) {
-            return Ok(Err(BrokerError::Refused(error.to_string().into())));
+            return Ok(Err(BrokerError::Rejected(error.to_string().into())));
         }
         self.first.fetch_max(info.first, Ordering::AcqRel);
         let known = self.end.fetch_max(info.last, Ordering::AcqRel);
@@ -179,16 +168,16 @@ impl Shared {
         Ok(Ok(info))
     }
 
-    /// Handles an answer of the broker that contradicts this replica's history.
+    /// Handles an answer that contradicts this replica's history.
     ///
     /// # Errors
     /// `error`, once it is confirmed.
     async fn suspect(
         &self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         source: &InfoSource,
         error: ReadError,
-    ) -> Result<Verdict, ReadError> {
+    ) -> Result<HistoryCheck, ReadError> {
         self.same_history.set(false);
         let why: Arc<str> = error.to_string().into();
         let confirmed = match source {
@@ -197,17 +186,17 @@ impl Shared {
             // The only server has the only copy of a batch.
             InfoSource::Unclustered if matches!(error, ReadError::Rewritten { .. }) => true,
             InfoSource::Unclustered => {
-                // Another log might take the append.
+                // Another log might accept the append.
                 let same_log = matches!(error, ReadError::Shorter { .. });
                 self.suspicion.lock().confirm(&error)
-                    || same_log && self.end_is_refused(connection).await
+                    || same_log && self.end_is_rejected(connection).await
             }
         };
         match confirmed {
             true => Err(error),
             false => {
                 self.health.unreachable(Arc::clone(&why));
-                Ok(Verdict::Unknown(BrokerError::Refused(why)))
+                Ok(HistoryCheck::Unknown(BrokerError::Rejected(why)))
             }
         }
     }
@@ -215,7 +204,7 @@ impl Shared {
     /// Whether the broker rejects an append that is conditional on the known end because the stream
     /// is shorter. If it accepts the append, the stream is complete and now ends with an empty
     /// batch.
-    async fn end_is_refused(&self, connection: &dyn Connection) -> bool {
+    async fn end_is_rejected(&self, connection: &dyn BrokerConnection) -> bool {
         let end = self.end.load(Ordering::Acquire);
         let id = self.next_batch_id();
         let empty = Outgoing {
@@ -224,9 +213,11 @@ impl Shared {
             expected_last: Some(end),
         };
         match connection.publish(empty).await {
-            Err(BrokerError::WrongLastSequence { end: Some(is), .. }) => is < end,
-            Err(BrokerError::Refused(why)) => {
-                self.health.refused(id, why);
+            Err(BrokerError::WrongLastSequence {
+                end: Some(actual), ..
+            }) => actual < end,
+            Err(BrokerError::Rejected(why)) => {
+                self.health.rejected(id, why);
                 false
             }
             _ => false,
@@ -241,9 +232,9 @@ fn is_batch_at(stored: &RawMessage, position: &Position) -> bool {
         .map_err(|why| Unreadable::Poisoned(why.into()))
         .and_then(|headers| message::read(headers.as_ref(), payload, &InFlight::default()));
     match read {
-        Ok((label, _)) => {
-            let times = [Some(stored.time_ns), label.time_ns];
-            let id = label.id;
+        Ok((headers, _)) => {
+            let times = [Some(stored.time_ns), headers.time_ns];
+            let id = headers.id;
             times.contains(&Some(position.time_ns))
                 && position.matches(ChainEntry::Batch { id, payload })
         }

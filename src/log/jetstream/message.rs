@@ -1,6 +1,7 @@
 //! Encodes a batch as a message, and decodes it.
 //!
-//! The payload is a JSON array of writes: patches as `POST /set` takes them and `{"delete":"ID"}`.
+//! The payload is a JSON array of writes: patches as `POST /set` accepts them and
+//! `{"delete":"ID"}`.
 //! The headers are `Grade-Format`, the format (1, also without the header); `Grade-Batch`, the
 //! batch's identity; `Nats-Msg-Id`, the same text, by which the broker detects duplicates; and in
 //! some messages `Grade-Checkpoint`, the sender's vote on its state at a position. All headers are
@@ -29,13 +30,13 @@ pub enum Unreadable {
     /// It has this format, which only a newer program reads. A replica that skipped it would
     /// diverge from those that apply it.
     Newer(u64),
-    /// It is not a batch for any program; says why. All replicas skip it.
+    /// It is not a batch, for this reason. All replicas skip it.
     Poisoned(Box<str>),
 }
 
 /// The headers of a batch.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Label {
+pub struct BatchHeaders {
     /// Its identity; [`BatchId::UNNAMED`] if the header is missing or invalid.
     pub id: BatchId,
     /// When it was first stored, if the header is present and valid.
@@ -44,7 +45,7 @@ pub struct Label {
     pub checkpoint: Option<Checkpoint>,
 }
 
-impl Label {
+impl BatchHeaders {
     /// The time of a batch that the broker stored at `stored_ns`, after a batch with `previous_ns`.
     /// `Grade-Time` counts only if it lies between the two.
     #[must_use]
@@ -95,21 +96,21 @@ pub fn read(
     headers: Option<&HeaderMap>,
     payload: &[u8],
     in_flight: &InFlight,
-) -> Result<(Label, Batch), Unreadable> {
-    let label = label(headers)?;
-    let (ticket, writes) = match in_flight.find(label.id, payload) {
+) -> Result<(BatchHeaders, Batch), Unreadable> {
+    let headers = read_headers(headers)?;
+    let (ticket, writes) = match in_flight.find(headers.id, payload) {
         Some((ticket, writes)) => (Some(ticket), writes),
         None => (None, codec::read(payload).map_err(Unreadable::Poisoned)?),
     };
     let batch = Batch {
         ticket,
         writes,
-        checkpoint: label.checkpoint,
+        checkpoint: headers.checkpoint,
     };
-    Ok((label, batch))
+    Ok((headers, batch))
 }
 
-fn label(headers: Option<&HeaderMap>) -> Result<Label, Unreadable> {
+fn read_headers(headers: Option<&HeaderMap>) -> Result<BatchHeaders, Unreadable> {
     let text = |name: &str| {
         // A replica's message has three or four headers. Comparing them is faster than hashing a
         // name (ADR 0004).
@@ -126,7 +127,7 @@ fn label(headers: Option<&HeaderMap>) -> Result<Label, Unreadable> {
         Some(format) if format != u64::from(FORMAT) => return Err(Unreadable::Newer(format)),
         Some(_) => {}
     }
-    Ok(Label {
+    Ok(BatchHeaders {
         id: text(BATCH_HEADER)
             .and_then(BatchId::parse)
             .unwrap_or(BatchId::UNNAMED),
@@ -164,7 +165,7 @@ mod tests {
         }
     }
 
-    fn spoken() -> Checkpoint {
+    fn vote() -> Checkpoint {
         Checkpoint {
             replica: RandomId::of(3),
             position: u64::MAX,
@@ -178,14 +179,17 @@ mod tests {
     #[test]
     fn headers_carry_identity_and_checkpoint() {
         let mut headers = headers(id());
-        let wanted = Label {
+        let wanted = BatchHeaders {
             id: id(),
             time_ns: None,
             checkpoint: None,
         };
-        assert_eq!(label(Some(&headers)), Ok(wanted));
-        add_checkpoint(&mut headers, &spoken());
-        assert_eq!(label(Some(&headers)).unwrap().checkpoint, Some(spoken()));
+        assert_eq!(read_headers(Some(&headers)), Ok(wanted));
+        add_checkpoint(&mut headers, &vote());
+        assert_eq!(
+            read_headers(Some(&headers)).unwrap().checkpoint,
+            Some(vote())
+        );
         let text = headers.get(CHECKPOINT_HEADER).unwrap().as_str();
         for cut in [
             &text[..text.len() - 1],
@@ -199,18 +203,18 @@ mod tests {
 
     #[test]
     fn a_message_needs_no_headers_and_a_newer_format_differs_from_a_broken_one() {
-        let unnamed = Label {
+        let unnamed = BatchHeaders {
             id: BatchId::UNNAMED,
             time_ns: None,
             checkpoint: None,
         };
-        assert_eq!(label(None).as_ref(), Ok(&unnamed));
-        assert_eq!(label(Some(&HeaderMap::new())).as_ref(), Ok(&unnamed));
+        assert_eq!(read_headers(None).as_ref(), Ok(&unnamed));
+        assert_eq!(read_headers(Some(&HeaderMap::new())).as_ref(), Ok(&unnamed));
         let with_format = |format: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(FORMAT_HEADER, format);
             headers.insert(BATCH_HEADER, "no id");
-            label(Some(&headers))
+            read_headers(Some(&headers))
         };
         assert_eq!(with_format("1"), Ok(unnamed));
         assert_eq!(with_format("2"), Err(Unreadable::Newer(2)));
@@ -232,8 +236,8 @@ mod tests {
         ] {
             let mut headers = HeaderMap::new();
             headers.insert(TIME_HEADER, header);
-            let label = label(Some(&headers)).unwrap();
-            assert_eq!(label.time_at(10, 20), time_ns, "{header}");
+            let headers = read_headers(Some(&headers)).unwrap();
+            assert_eq!(headers.time_at(10, 20), time_ns, "{header}");
         }
     }
 

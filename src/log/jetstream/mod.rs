@@ -4,38 +4,41 @@
 //! - `broker`: the NATS operations that the log uses, as traits; `nats`: the real client.
 //! - `servers`: the servers' URLs; `stream`: the stream's configuration.
 //! - `creation`: opening the stream, and who may create it; `setup_error`: why it can't be opened.
+//! - `shared`: the state that the tasks below share; `config`: the settings.
 //! - `session`: keeps one connection; `write_health`: whether writes are acknowledged; `probe`:
 //!   checks that while no client writes.
 //! - `append`: sends a batch until its outcome is known; it is stored at most once.
 //! - `subscription`: one consumer per replica, recreated after the last batch read; `history`:
-//!   whether the stream still is the one that this replica has read.
+//!   whether the stream still is the one that this replica has read; `suspicion`: doubts about
+//!   that.
 //! - `announcements`: verifies announcements of other replicas.
 //! - `message`: encodes a batch as a message; `header_block`, `raw_message`: read messages that the
 //!   client library cannot.
-//! - `watched`: values that tasks wait for.
+//! - `ordered_watch`: values that tasks wait for.
 
 mod announcements;
 mod append;
 pub mod broker;
+mod config;
 mod creation;
 pub mod header_block;
 mod history;
 pub mod message;
 mod nats;
+mod ordered_watch;
 mod probe;
 pub mod raw_message;
 mod servers;
 mod session;
 mod setup_error;
+mod shared;
 mod stream;
 mod subscription;
-mod watched;
+mod suspicion;
 mod write_health;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -44,101 +47,32 @@ use tokio::sync::Notify;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::announcements::Announcements;
-use self::broker::{Asked, Broker, Connection};
-pub use self::creation::{AskNode, HeldData, Identity, Progress};
-use self::history::Suspicion;
-use self::probe::PROBE_EVERY;
+use self::broker::{Broker, PeerQuery};
+pub use self::config::JetStreamConfig;
+pub use self::creation::{AskNode, ExistingData, ReplicaIdentity, ReportWait};
+use self::ordered_watch::OrderedWatch;
 pub use self::servers::Servers;
-use self::session::{Backoff, Link};
 pub use self::setup_error::SetupError;
+use self::shared::{ConnectionStatus, EventCounters, JetStreamShared};
 use self::subscription::JetStreamSubscription;
-use self::watched::Watched;
 use self::write_health::WriteHealth;
 use super::{
     Announce, Announcement, AppendError, Batch, BatchId, Bounds, InFlight, Log, LogCounts, LogId,
-    Position, RandomId, ReadError, Seq, Subscription,
+    Position, ReadError, Seq, Subscription,
 };
 use crate::sys::tasks::{CriticalTasks, TaskEnded};
 
-/// The subject that batches are published to.
-const SUBJECT: &str = "grades.set";
 /// While one batch is in flight the next one fills. A second one in flight would make both smaller:
 /// with `sync_interval: always` it costs 7 to 53 % of the writes per second (ADR 0009).
 const IN_FLIGHT_MAX: usize = 1;
-/// The least `max_payload` of a server: 1,024 writes of less than 800 bytes each, plus headers.
-const MESSAGE_BYTES_NEEDED: usize = 1 << 20;
-
-/// The NATS servers and the settings of the stream.
-#[derive(Debug, Clone)]
-pub struct JetStreamConfig {
-    /// The NATS servers; the log connects to any one of them.
-    pub servers: Servers,
-    /// A file with credentials.
-    pub creds: Option<PathBuf>,
-    /// The stream.
-    pub stream: String,
-    /// On how many servers the stream is replicated.
-    pub replicas: usize,
-    /// How long a batch is kept.
-    pub retention: Duration,
-    /// How many replicas must have announced themselves before one creates the stream.
-    pub expect_peers: usize,
-    /// Write ports of other replicas: each must have answered before this one creates the stream.
-    pub peers: Vec<String>,
-    /// How long appends may wait before the log counts as unwritable.
-    pub write_silence_max: Duration,
-}
-
-/// A log in a stream.
+/// A log in a JetStream stream.
 pub struct JetStreamLog {
-    shared: Arc<Shared>,
+    shared: Arc<JetStreamShared>,
     tasks: CriticalTasks,
     /// Ends the log's tasks and its connection.
     stop: CancellationToken,
     /// Cancels `stop` when the log is dropped.
     _guard: DropGuard,
-}
-
-/// State shared by the log, its connection and its subscriptions.
-struct Shared {
-    config: JetStreamConfig,
-    broker: Arc<dyn Broker>,
-    announcements: Announcements,
-    /// This process.
-    node: RandomId,
-    replica: RandomId,
-    id: LogId,
-    first: AtomicU64,
-    end: AtomicU64,
-    link: Watched<Link>,
-    in_flight: InFlight,
-    /// The id of the last batch: this process' writer id and the number of batches sent under it.
-    writer: Mutex<BatchId>,
-    /// Held while a batch is appended.
-    appending: tokio::sync::Mutex<()>,
-    health: WriteHealth,
-    /// The last batch that a subscription has delivered.
-    delivered: Watched<Seq>,
-    /// Tells the subscription to replace its consumer, which does not deliver a stored batch.
-    replace_consumer: Notify,
-    suspicion: Mutex<Suspicion>,
-    /// Whether the stream was compared over this connection with the batches that were read.
-    compared: AtomicBool,
-    /// Whether the histories were the same and there is no suspicion since. Until then nothing is
-    /// appended: the stream might hold another log.
-    same_history: Watched<bool>,
-    /// Whether the stream is known to hold the batches that this replica has applied.
-    verified: AtomicBool,
-    counts: SharedCounts,
-}
-
-#[derive(Default)]
-struct SharedCounts {
-    reconnects: AtomicU64,
-    resumes: AtomicU64,
-    resends: AtomicU64,
-    redeliveries: AtomicU64,
-    poisoned: AtomicU64,
 }
 
 impl JetStreamLog {
@@ -148,13 +82,13 @@ impl JetStreamLog {
     /// See [`SetupError`].
     pub async fn open(
         config: JetStreamConfig,
-        identity: Identity,
+        identity: ReplicaIdentity,
         in_flight: InFlight,
         base: Option<Seq>,
-        progress: Progress,
+        report_wait: ReportWait,
     ) -> Result<Self, SetupError> {
         let broker = Arc::new(nats::Nats::new(config.clone(), identity.replica));
-        Self::open_on(broker, config, identity, in_flight, base, progress).await
+        Self::open_on(broker, config, identity, in_flight, base, report_wait).await
     }
 
     /// Connects, and opens or creates the stream. Waits up to 30 s for NATS to answer, and without
@@ -166,10 +100,10 @@ impl JetStreamLog {
     pub async fn open_on(
         broker: Arc<dyn Broker>,
         config: JetStreamConfig,
-        identity: Identity,
+        identity: ReplicaIdentity,
         in_flight: InFlight,
         base: Option<Seq>,
-        progress: Progress,
+        report_wait: ReportWait,
     ) -> Result<Self, SetupError> {
         let announcements = Announcements::new(identity.key.clone());
         let opened = creation::open(
@@ -178,10 +112,10 @@ impl JetStreamLog {
             &identity,
             &announcements,
             base,
-            &progress,
+            &report_wait,
         )
         .await?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(JetStreamShared {
             health: WriteHealth::new(config.write_silence_max),
             announcements,
             config,
@@ -191,27 +125,29 @@ impl JetStreamLog {
             id: opened.id,
             first: AtomicU64::new(opened.first),
             end: AtomicU64::new(opened.last),
-            link: Watched::new(Link::Up(Arc::clone(&opened.connection))),
+            connection_status: OrderedWatch::new(ConnectionStatus::Up(Arc::clone(
+                &opened.connection,
+            ))),
             in_flight,
             writer: Mutex::new(BatchId {
                 writer: identity.node,
                 seq: 0,
             }),
             appending: tokio::sync::Mutex::default(),
-            delivered: Watched::new(0),
+            delivered: OrderedWatch::new(0),
             replace_consumer: Notify::new(),
             suspicion: Mutex::default(),
             compared: AtomicBool::new(false),
-            same_history: Watched::new(false),
+            same_history: OrderedWatch::new(false),
             verified: AtomicBool::new(false),
-            counts: SharedCounts::default(),
+            counts: EventCounters::default(),
         });
         let stop = CancellationToken::new();
         let connected =
             session::keep_connected(Arc::clone(&shared), opened.connection, stop.clone());
         let tasks = CriticalTasks::default();
         tasks.spawn("connection to NATS", connected);
-        let watch = Shared::watch_health(Arc::clone(&shared), stop.clone());
+        let watch = JetStreamShared::watch_health(Arc::clone(&shared), stop.clone());
         tasks.spawn("write health", watch);
         Ok(Self {
             shared,
@@ -219,75 +155,6 @@ impl JetStreamLog {
             stop: stop.clone(),
             _guard: stop.drop_guard(),
         })
-    }
-}
-
-impl Shared {
-    /// Waits for a connection.
-    async fn connection(&self) -> Arc<dyn Connection> {
-        let alive = |link| match link {
-            Link::Up(connection) if !connection.ended().is_cancelled() => Some(connection),
-            _ => None,
-        };
-        self.link.wait_for(alive).await
-    }
-
-    /// Waits for a connection over which the stream was found to have the same history.
-    async fn connection_to_append(&self) -> Arc<dyn Connection> {
-        loop {
-            let connection = self.connection().await;
-            if self.same_history.get() {
-                return connection;
-            }
-            let same = self.same_history.wait_for(|same| same.then_some(()));
-            if tokio::time::timeout(PROBE_EVERY, same).await.is_err() {
-                // After a suspicion no other task may be checking whether it still holds.
-                let _ = self.look(&*connection).await;
-            }
-        }
-    }
-
-    /// The connection, if there is one.
-    fn current_connection(&self) -> Option<Arc<dyn Connection>> {
-        match self.link.get() {
-            Link::Up(connection) => Some(connection),
-            Link::Down(_) => None,
-        }
-    }
-
-    fn set_down(&self, why: &str) {
-        self.compared.store(false, Ordering::Release);
-        self.same_history.set(false);
-        self.link.set(Link::Down(why.into()));
-    }
-
-    /// Why nothing could be sent.
-    fn down_reason(&self) -> Arc<str> {
-        match self.link.get() {
-            Link::Up(_) => "NATS does not answer".into(),
-            Link::Down(why) => why,
-        }
-    }
-
-    /// The identity of this process' next batch.
-    fn next_batch_id(&self) -> BatchId {
-        let mut writer = self.writer.lock();
-        writer.seq += 1;
-        *writer
-    }
-
-    /// Gives this process a new writer id, because another publisher uses its batch ids.
-    fn renew_writer(&self) -> RandomId {
-        let mut writer = self.writer.lock();
-        // Without random bytes, skip to sequence numbers that are unlikely to be in use.
-        match self.broker.random_id() {
-            Ok(id) => *writer = BatchId { writer: id, seq: 0 },
-            Err(error) => {
-                tracing::error!(%error, "no random bytes for a new writer id");
-                writer.seq += 1 << 32;
-            }
-        }
-        writer.writer
     }
 }
 
@@ -367,7 +234,7 @@ impl Log for JetStreamLog {
         self.tasks.spawn("announcements", async move {
             let announced = async {
                 let stop = stop.clone();
-                let mut backoff = Backoff::new();
+                let mut backoff = session::backoff();
                 loop {
                     let connection = shared.connection().await;
                     match connection
@@ -390,7 +257,10 @@ impl Log for JetStreamLog {
                 return Vec::new();
             };
             let (broker, announcements) = (&*self.shared.broker, &self.shared.announcements);
-            match announcements.ask(broker, &*connection, Asked::All).await {
+            match announcements
+                .ask(broker, &*connection, PeerQuery::All)
+                .await
+            {
                 Ok(mut found) => {
                     let me = self.shared.node.to_string();
                     found.retain(|peer| *peer.node != *me && peer.log_id == self.shared.id.0);
@@ -401,7 +271,7 @@ impl Log for JetStreamLog {
                     found
                 }
                 Err(error) => {
-                    tracing::debug!(error, "cannot ask for other replicas");
+                    tracing::debug!(error, "cannot discover other replicas");
                     Vec::new()
                 }
             }

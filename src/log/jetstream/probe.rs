@@ -6,8 +6,8 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-use super::Shared;
 use super::broker::{BrokerError, InfoSource};
+use super::shared::JetStreamShared;
 
 /// How often the health of writes is checked.
 const HEALTH_CHECK_EVERY: Duration = Duration::from_millis(250);
@@ -16,12 +16,13 @@ const HEALTH_CHECK_EVERY: Duration = Duration::from_millis(250);
 pub(super) const PROBE_EVERY: Duration = Duration::from_secs(1);
 
 /// Reasons for an append without an answer.
-pub(super) const UNANSWERED: &str = "NATS does not acknowledge the batch";
-const NO_QUORUM: &str = "the stream's leader does not acknowledge the batch; are most of the stream's \
-                         servers running?";
-const NO_LEADER: &str = "the stream has no leader; are most of its servers running?";
+pub(super) const UNANSWERED: &str = "NATS does not acknowledge batches";
+const NO_QUORUM: &str =
+    "the stream's leader does not acknowledge batches; check that a majority of its servers runs";
+const NO_LEADER: &str =
+    "the stream has no leader (election in progress?); check that a majority of its servers runs";
 
-impl Shared {
+impl JetStreamShared {
     /// Keeps write health up to date. While no client writes, this requests the stream's info, and
     /// appends empty batches once the stream is unwritable.
     pub(super) async fn watch_health(self: Arc<Self>, stop: CancellationToken) {
@@ -61,14 +62,14 @@ impl Shared {
         let Some(connection) = self.current_connection() else {
             return self.health.unreachable(self.down_reason());
         };
-        let info = match self.look(&*connection).await {
+        let info = match self.fetch_info(&*connection).await {
             Ok(info) => info,
             Err(confirmed) => return self.health.unreachable(confirmed.to_string().into()),
         };
         match info {
-            // Nothing is appended until the comparison is done.
+            // Nothing is appended until the history is verified.
             Ok(_) if !self.same_history.get() => {
-                let why = "the stream was not compared with what this replica has applied";
+                let why = "the stream's history is not verified yet";
                 self.health.unreachable(why.into());
             }
             Ok(info) if info.source != InfoSource::Follower => {

@@ -42,8 +42,8 @@ pub enum RawMessageError {
     /// The request was not sent.
     #[error("request to JetStream failed: {0}")]
     Request(#[source] async_nats::client::RequestError),
-    /// JetStream rejects the request.
-    #[error("JetStream rejects the request: {description} (error {err_code})")]
+    /// JetStream rejected the request.
+    #[error("JetStream rejected the request: {description} (error {err_code})")]
     Api {
         /// JetStream's error code, such as 10059 for a missing stream.
         err_code: u64,
@@ -91,13 +91,13 @@ pub async fn get(
 /// The answer is an error, or does not match the API.
 pub fn parse(answer: &[u8]) -> Result<Option<RawMessage>, RawMessageError> {
     #[derive(Deserialize)]
-    struct Answer {
-        message: Option<Message>,
-        error: Option<ApiError>,
+    struct GetResponse {
+        message: Option<StoredMessage>,
+        error: Option<GetError>,
     }
 
     #[derive(Deserialize)]
-    struct Message {
+    struct StoredMessage {
         seq: Seq,
         time: String,
         hdrs: Option<String>,
@@ -106,7 +106,7 @@ pub fn parse(answer: &[u8]) -> Result<Option<RawMessage>, RawMessageError> {
     }
 
     #[derive(Deserialize)]
-    struct ApiError {
+    struct GetError {
         #[serde(default)]
         err_code: u64,
         #[serde(default)]
@@ -114,10 +114,10 @@ pub fn parse(answer: &[u8]) -> Result<Option<RawMessage>, RawMessageError> {
     }
 
     let invalid = |why: &str| RawMessageError::Invalid(why.into());
-    let answer: Answer =
+    let answer: GetResponse =
         serde_json::from_slice(answer).map_err(|error| invalid(&error.to_string()))?;
     let message = match answer {
-        Answer {
+        GetResponse {
             error: Some(error), ..
         } => {
             return match error.err_code {
@@ -128,7 +128,7 @@ pub fn parse(answer: &[u8]) -> Result<Option<RawMessage>, RawMessageError> {
                 }),
             };
         }
-        Answer {
+        GetResponse {
             message: Some(message),
             ..
         } => message,
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_are_told_apart() {
+    fn errors_are_distinguished() {
         let error = |code: u64| {
             parse(
                 format!(

@@ -47,15 +47,15 @@ impl FromStr for Servers {
         let mut servers = Vec::with_capacity(count);
         let mut user = None;
         for (index, url) in text.split(',').enumerate() {
-            let wrong = |mistake| ServersError {
+            let wrong = |error| ServersError {
                 number: index + 1,
                 count,
-                mistake,
+                error,
             };
             let server = parse(url.trim()).map_err(wrong)?;
             let own = credentials(&server);
             if own.is_some() && user.is_some() && own != user {
-                return Err(wrong(Mistake::OtherUser));
+                return Err(wrong(UrlError::OtherUser));
             }
             user = own.or(user);
             servers.push(server);
@@ -67,18 +67,18 @@ impl FromStr for Servers {
 /// Why a list of URLs is invalid, and the fix. The text shows no part of the URLs, because a
 /// mistake may put a password anywhere in them.
 #[derive(Debug, thiserror::Error)]
-#[error("NATS server URL {number} of {count} {mistake}")]
+#[error("NATS server URL {number} of {count} {error}")]
 pub struct ServersError {
     /// Which URL, from 1.
     number: usize,
     /// How many URLs the list has.
     count: usize,
-    mistake: Mistake,
+    error: UrlError,
 }
 
-/// What is wrong with one URL.
+/// Why a URL is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-enum Mistake {
+enum UrlError {
     #[error("is empty: remove the extra comma, or name a host")]
     Empty,
     #[error("contains a space: separate URLs with commas, and write a space in a password as %20")]
@@ -123,18 +123,19 @@ enum Mistake {
 }
 
 /// Characters that must be percent-encoded in a user name or password. The first `:` separates the
-/// two, so an error for `:` is about the password. `+` is refused because form decoding turns it into
-/// a space and URL decoding does not.
+/// two, so an error for `:` is about the password. `+` is rejected because form decoding turns it
+/// into a space and URL decoding does not.
 const RESERVED: [char; 6] = ['/', '?', '#', '@', '+', ':'];
 
-/// Parses one URL. The library's own errors do not help: for a `/` in a password it reports "invalid
-/// port number". And it accepts a user name without a password, which would be ignored here.
-fn parse(url: &str) -> Result<ServerAddr, Mistake> {
+/// Parses one URL. The library's own errors do not help: for a `/` in a password it reports
+/// "invalid port number". And it accepts a user name without a password, which would be ignored
+/// here.
+fn parse(url: &str) -> Result<ServerAddr, UrlError> {
     if url.is_empty() {
-        return Err(Mistake::Empty);
+        return Err(UrlError::Empty);
     }
     if url.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        return Err(Mistake::Space);
+        return Err(UrlError::Space);
     }
     let rest = after_scheme(url)?;
     let server = match rest.rsplit_once('@') {
@@ -145,19 +146,19 @@ fn parse(url: &str) -> Result<ServerAddr, Mistake> {
         None => rest,
     };
     check_server(server)?;
-    url.parse().map_err(|_| Mistake::Other)
+    url.parse().map_err(|_| UrlError::Other)
 }
 
-fn after_scheme(url: &str) -> Result<&str, Mistake> {
+fn after_scheme(url: &str) -> Result<&str, UrlError> {
     match url.split_once("://") {
         Some((scheme, rest)) if is_scheme(scheme) => Ok(rest),
         // The URL has no scheme, and :// is part of a password.
         Some((before, _)) if before.contains([':', '@', '/']) => Ok(url),
         // The library accepts ws:// and wss://. Built without websockets, it uses plain NATS for
         // them.
-        Some(_) => Err(Mistake::Scheme),
+        Some(_) => Err(UrlError::Scheme),
         None => match url.split_once(":/") {
-            Some((scheme, _)) if is_scheme(scheme) => Err(Mistake::Scheme),
+            Some((scheme, _)) if is_scheme(scheme) => Err(UrlError::Scheme),
             _ => Ok(url),
         },
     }
@@ -170,71 +171,71 @@ fn is_scheme(text: &str) -> bool {
 }
 
 /// Checks the part before the last `@`.
-fn check_user(user: &str) -> Result<(), Mistake> {
+fn check_user(user: &str) -> Result<(), UrlError> {
     if ["nats://", "tls://"].iter().any(|url| user.contains(url)) {
-        return Err(Mistake::Separator);
+        return Err(UrlError::Separator);
     }
     let (name, password) = user.split_once(':').unwrap_or((user, ""));
     for part in [name, password] {
         if let Some(reserved) = part.chars().find(|c| RESERVED.contains(c)) {
-            return Err(Mistake::Unencoded(reserved));
+            return Err(UrlError::Unencoded(reserved));
         }
         let encoded = |rest: &str| {
             let digits = rest.as_bytes().get(..2);
             digits.is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
         };
         if !part.split('%').skip(1).all(encoded) {
-            return Err(Mistake::Percent);
+            return Err(UrlError::Percent);
         }
         if percent_decode_str(part).decode_utf8().is_err() {
-            return Err(Mistake::NotUtf8);
+            return Err(UrlError::NotUtf8);
         }
     }
     match name.is_empty() || password.is_empty() {
-        true => Err(Mistake::HalfUser),
+        true => Err(UrlError::HalfUser),
         false => Ok(()),
     }
 }
 
 /// Checks `HOST[:PORT][/]`.
-fn check_server(server: &str) -> Result<(), Mistake> {
+fn check_server(server: &str) -> Result<(), UrlError> {
     if server.contains("://") {
-        return Err(Mistake::Separator);
+        return Err(UrlError::Separator);
     }
     let end = server.find(['/', '?', '#']).unwrap_or(server.len());
     let (address, rest) = server.split_at(end);
     let (host, port) = match address.strip_prefix('[') {
         Some(bracketed) => {
-            let (host, port) = bracketed.split_once(']').ok_or(Mistake::Ipv6)?;
-            host.parse::<Ipv6Addr>().map_err(|_| Mistake::Ipv6)?;
+            let (host, port) = bracketed.split_once(']').ok_or(UrlError::Ipv6)?;
+            host.parse::<Ipv6Addr>().map_err(|_| UrlError::Ipv6)?;
             match port.strip_prefix(':') {
-                None if !port.is_empty() => return Err(Mistake::Port),
+                None if !port.is_empty() => return Err(UrlError::Port),
                 port => (host, port),
             }
         }
-        None if address.parse::<Ipv6Addr>().is_ok() => return Err(Mistake::Ipv6),
+        None if address.parse::<Ipv6Addr>().is_ok() => return Err(UrlError::Ipv6),
         None => match address.split_once(':') {
             Some((host, port)) => (host, Some(port)),
             None => (address, None),
         },
     };
     if host.is_empty() {
-        return Err(Mistake::NoHost);
+        return Err(UrlError::NoHost);
     }
     if let Some(port) = port
         && !(port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<NonZeroU16>().is_ok())
     {
-        return Err(Mistake::Port);
+        return Err(UrlError::Port);
     }
     let of_a_host = |c: char| c.is_ascii_alphanumeric() || ['-', '.', '_', ':'].contains(&c);
     if !host.chars().all(of_a_host) {
-        return Err(Mistake::Host);
+        return Err(UrlError::Host);
     }
     match rest.strip_prefix('/').unwrap_or(rest).chars().next() {
         None => Ok(()),
-        Some('?') => Err(Mistake::Rest("query")),
-        Some('#') => Err(Mistake::Rest("fragment")),
-        Some(_) => Err(Mistake::Rest("path")),
+        Some('?') => Err(UrlError::Rest("query")),
+        Some('#') => Err(UrlError::Rest("fragment")),
+        Some(_) => Err(UrlError::Rest("path")),
     }
 }
 

@@ -7,71 +7,57 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::broker::{ConnectError, Connection};
-use super::{MESSAGE_BYTES_NEEDED, Shared};
+use super::broker::{BrokerConnection, ConnectError};
+use super::config::MESSAGE_BYTES_NEEDED;
+use super::shared::{ConnectionStatus, JetStreamShared};
+use crate::sys::backoff::Backoff;
 
 /// A connection that lasted this long, or delivered a batch, resets the backoff.
-const GOOD_AFTER: Duration = Duration::from_secs(10);
-/// How often the log repeats that the broker is unreachable.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
+/// The pauses between attempts to connect or to read the stream.
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// How often a log line repeats that the broker is unreachable.
 const REMIND_EVERY: Duration = Duration::from_secs(30);
 
-/// The state of the connection.
-#[derive(Clone)]
-pub(super) enum Link {
-    /// Connected.
-    Up(Arc<dyn Connection>),
-    /// Not connected; says why.
-    Down(Arc<str>),
-}
-
-/// Pauses between attempts: short at first, two seconds at most.
-pub(super) struct Backoff(Duration);
-
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(50);
-    const MAX: Duration = Duration::from_secs(2);
-
-    pub(super) fn new() -> Self {
-        Self(Self::FIRST)
-    }
-
-    pub(super) fn reset(&mut self) {
-        self.0 = Self::FIRST;
-    }
-
-    pub(super) async fn pause(&mut self) {
-        self.pause_after(Instant::now()).await;
-    }
-
-    /// Pauses until the backoff time has passed since `began`, when the failed attempt began.
-    pub(super) async fn pause_after(&mut self, began: Instant) {
-        tokio::time::sleep_until(began + self.0).await;
-        self.0 = (self.0 * 2).min(Self::MAX);
-    }
+pub(super) fn backoff() -> Backoff {
+    Backoff::new(BACKOFF_MIN, BACKOFF_MAX)
 }
 
 /// Connects. Fails if the server's `max_payload` is less than the largest batch needs.
-pub(super) async fn connect(shared: &Shared) -> Result<Arc<dyn Connection>, ConnectError> {
+pub(super) async fn connect(
+    shared: &JetStreamShared,
+) -> Result<Arc<dyn BrokerConnection>, ConnectError> {
     let connection = shared.broker.connect().await?;
-    let bytes_max = connection.message_bytes_max();
-    if bytes_max < MESSAGE_BYTES_NEEDED {
-        connection.close().await;
-        let why = format!(
-            "nats-server takes messages of up to {bytes_max} bytes and a batch may need \
-             {MESSAGE_BYTES_NEEDED}; set max_payload: 1MB in its configuration"
-        );
-        return Err(ConnectError::NotAllowed(why.into()));
+    match check_max_payload(&*connection) {
+        Ok(()) => Ok(connection),
+        Err(why) => {
+            connection.close().await;
+            Err(ConnectError::NotAllowed(why))
+        }
     }
-    Ok(connection)
+}
+
+/// Checks that the server accepts the largest batch.
+pub(super) fn check_max_payload(connection: &dyn BrokerConnection) -> Result<(), Arc<str>> {
+    let max_payload = connection.message_bytes_max();
+    match max_payload >= MESSAGE_BYTES_NEEDED {
+        true => Ok(()),
+        false => Err(format!(
+            "max_payload of nats-server is {max_payload} bytes and a batch may need \
+             {MESSAGE_BYTES_NEEDED}; set max_payload: 1MB or more in its configuration"
+        )
+        .into()),
+    }
 }
 
 /// Keeps `shared` connected until `stop`.
 pub(super) async fn keep_connected(
-    shared: Arc<Shared>,
-    mut connection: Arc<dyn Connection>,
+    shared: Arc<JetStreamShared>,
+    mut connection: Arc<dyn BrokerConnection>,
     stop: CancellationToken,
 ) {
-    let mut backoff = Backoff::new();
+    let mut backoff = backoff();
     loop {
         let (connected_at, delivered) = (Instant::now(), shared.delivered.get());
         tokio::select! {
@@ -82,24 +68,27 @@ pub(super) async fn keep_connected(
         let servers = shared.broker.servers();
         shared.set_down("the connection to NATS ended");
         connection.close().await;
-        if connected_at.elapsed() >= GOOD_AFTER || shared.delivered.get() > delivered {
+        if connected_at.elapsed() >= STABLE_AFTER || shared.delivered.get() > delivered {
             backoff.reset();
         }
-        let again = stop.run_until_cancelled(connect_again(&shared, &mut backoff, &servers));
-        match again.await {
-            Some(again) => connection = again,
+        let reconnecting = stop.run_until_cancelled(reconnect(&shared, &mut backoff, &servers));
+        match reconnecting.await {
+            Some(reconnected) => connection = reconnected,
             None => return,
         }
         shared.counts.reconnects.fetch_add(1, Ordering::Relaxed);
-        shared.link.set(Link::Up(Arc::clone(&connection)));
+        shared
+            .connection_status
+            .set(ConnectionStatus::Up(Arc::clone(&connection)));
     }
 }
 
-async fn connect_again(
-    shared: &Shared,
+/// Connects, with retries without limit.
+async fn reconnect(
+    shared: &JetStreamShared,
     backoff: &mut Backoff,
     servers: &str,
-) -> Arc<dyn Connection> {
+) -> Arc<dyn BrokerConnection> {
     let lost_at = Instant::now();
     let mut logged_at: Option<Instant> = None;
     loop {
@@ -121,7 +110,13 @@ async fn connect_again(
             ConnectError::Unreachable(_) => shared.health.unreachable(why),
         }
         if logged_at.is_none_or(|at| at.elapsed() >= REMIND_EVERY) {
-            tracing::warn!(servers, %error, "no connection to NATS; reads continue, writes wait");
+            let down_s = lost_at.elapsed().as_secs_f64();
+            tracing::warn!(
+                servers,
+                down_s,
+                %error,
+                "no connection to NATS: writes wait, reads continue"
+            );
             logged_at = Some(Instant::now());
         }
     }

@@ -9,10 +9,10 @@ use crate::log::Seq;
 pub enum SetupError {
     /// The broker does not answer.
     #[error(
-        "no answer from NATS at {servers}: {why}; is nats-server running there with JetStream \
-         (nats-server -js), and is this its --nats-url?"
+        "no answer from NATS at {servers}: {why}; check --nats-url, and that nats-server runs there \
+         with JetStream (nats-server -js)"
     )]
-    Away {
+    Unreachable {
         /// The servers.
         servers: String,
         /// What went wrong.
@@ -20,9 +20,8 @@ pub enum SetupError {
     },
     /// The broker answers, but its JetStream has no leader.
     #[error(
-        "NATS at {servers} answers, but JetStream has no leader there: {why}; start the servers of \
-         the cluster that are down, or repair the routes between them: more than half of the \
-         servers must reach each other (nats server report jetstream)"
+        "NATS at {servers} answers, but JetStream has no leader: {why}; start the missing servers or \
+         repair the routes, so that a majority is connected (nats server report jetstream)"
     )]
     NoLeader {
         /// The servers.
@@ -32,7 +31,7 @@ pub enum SetupError {
     },
     /// The broker rejects the credentials of this process.
     #[error(
-        "NATS at {servers} refuses this replica: {why}; check the name and password in --nats-url, \
+        "NATS at {servers} rejects this replica: {why}; check the name and password in --nats-url, \
          or the file in --nats-creds"
     )]
     NotAllowed {
@@ -50,43 +49,44 @@ pub enum SetupError {
         why: Arc<str>,
     },
     /// The broker rejects a request for the stream.
-    #[error("NATS refuses stream {stream}: {why}")]
-    Refused {
+    #[error("NATS rejected the request for stream {stream}: {why}")]
+    Rejected {
         /// The stream.
         stream: String,
         /// The server's error.
         why: Arc<str>,
     },
     /// A stream of this name has another configuration.
-    #[error("stream {stream} has {setting} {found} where {wanted} is needed; {fix}")]
-    Shape {
+    #[error("stream {stream} has {setting} {found}, expected {wanted}; {fix}")]
+    WrongSetting {
         /// The stream.
         stream: String,
         /// Which setting.
         setting: &'static str,
-        /// What it must be.
+        /// The required value.
         wanted: String,
-        /// What it is.
+        /// The actual value.
         found: String,
-        /// What to do.
+        /// The fix.
         fix: String,
     },
     /// A stream of this name was not created by gradestore.
     #[error(
-        "stream {stream} has no {key} in its metadata, so it is no log of gradestore; choose \
-         another --stream, or, if it is meant to become one, give it an id: nats stream edit \
-         {stream} --metadata {key}=$(openssl rand -hex 16)"
+        "stream {stream} is not a gradestore log: its metadata has no {key}; choose another \
+         --stream, or set an id to use this one: nats stream edit {stream} --metadata \
+         {key}=$(openssl rand -hex 16)"
     )]
     NoLogId {
         /// The stream.
         stream: String,
-        /// Where the id should be.
+        /// The metadata key of the id.
         key: &'static str,
     },
     /// `--restore-from` needs a new stream, and this one exists.
     #[error(
-        "stream {stream} exists and ends at batch {end}: --restore-from starts a new one; remove it \
-         if nothing in it is needed (nats stream rm {stream}), or leave --restore-from out"
+        "refusing to restore: stream {stream} already exists and ends at batch {end}; remove \
+         --restore-from to start normally, or delete the stream if it is not needed (nats stream \
+         rm {stream})"
     )]
     NotEmpty {
         /// The stream.
@@ -109,6 +109,6 @@ pub enum SetupError {
         url: Box<str>,
     },
     /// The system returned no random bytes for the log's id.
-    #[error("the system gave no random bytes: {0}")]
+    #[error("cannot get random bytes from the system: {0}")]
     Random(#[from] getrandom::Error),
 }

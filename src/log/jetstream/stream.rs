@@ -6,7 +6,8 @@ use async_nats::jetstream::stream::{
     Config, DiscardPolicy, PersistenceMode, RetentionPolicy, StorageType,
 };
 
-use super::{JetStreamConfig, SUBJECT, SetupError};
+use super::config::{JetStreamConfig, SUBJECT};
+use super::setup_error::SetupError;
 use crate::log::{LogId, RandomId, Seq};
 
 /// How long the broker remembers message ids.
@@ -87,7 +88,7 @@ fn wanted(config: &JetStreamConfig, log: Option<RandomId>, base: Option<Seq>) ->
 
 /// Compares the settings that the log depends on and that `matters` selects. Limits on bytes and
 /// messages are left to the operator: a replica notices if it falls behind the stream's first
-/// message.
+/// message. Long, because it is a table of settings.
 fn check(
     wanted: &Config,
     found: &Config,
@@ -95,7 +96,8 @@ fn check(
 ) -> Result<(), SetupError> {
     let stream = &wanted.name;
     let edit = |flag: &str| format!("nats stream edit {stream} {flag}");
-    let anew = || format!("choose another --stream, or remove this one: nats stream rm {stream}");
+    let replace =
+        || format!("choose another --stream, or remove this one: nats stream rm {stream}");
     let age = |age: Duration| humantime::format_duration(age).to_string();
     let window = age(wanted.duplicate_window);
     let flags = |flag: bool| flag.to_string();
@@ -110,19 +112,19 @@ fn check(
             "subjects",
             wanted.subjects.join(", "),
             found.subjects.join(", "),
-            anew(),
+            replace(),
         ),
         (
             "storage",
             format!("{:?}", wanted.storage),
             format!("{:?}", found.storage),
-            anew(),
+            replace(),
         ),
         (
             "retention",
             format!("{:?}", wanted.retention),
             format!("{:?}", found.retention),
-            anew(),
+            replace(),
         ),
         (
             "max_age",
@@ -181,13 +183,13 @@ fn check(
             "allow_rollup_hdrs",
             flags(wanted.allow_rollup),
             flags(found.allow_rollup),
-            anew(),
+            replace(),
         ),
         (
             "allow_msg_ttl",
             flags(wanted.allow_message_ttl),
             flags(found.allow_message_ttl),
-            anew(),
+            replace(),
         ),
         (
             "no_ack",
@@ -195,18 +197,23 @@ fn check(
             flags(found.no_ack),
             edit("--ack"),
         ),
-        ("sealed", flags(wanted.sealed), flags(found.sealed), anew()),
+        (
+            "sealed",
+            flags(wanted.sealed),
+            flags(found.sealed),
+            replace(),
+        ),
         (
             "persist_mode async",
             flags(async_writes(wanted)),
             flags(async_writes(found)),
-            anew(),
+            replace(),
         ),
         (
             "mirror or sources",
             flags(sources(wanted)),
             flags(sources(found)),
-            anew(),
+            replace(),
         ),
     ];
     let differing = rows
@@ -214,7 +221,7 @@ fn check(
         .find(|(setting, wanted, found, _)| matters(setting) && wanted != found);
     match differing {
         None => Ok(()),
-        Some((setting, wanted, found, fix)) => Err(SetupError::Shape {
+        Some((setting, wanted, found, fix)) => Err(SetupError::WrongSetting {
             stream: stream.clone(),
             setting,
             wanted,
@@ -229,7 +236,7 @@ mod tests {
     use super::*;
 
     /// Changes one setting.
-    type Change = fn(&mut Config);
+    type SettingChange = fn(&mut Config);
 
     #[test]
     fn a_setting_that_differs_is_named_with_a_fix() {
@@ -245,7 +252,7 @@ mod tests {
         };
         let wanted = wanted(&config, None, None);
         assert!(check(&wanted, &wanted, |_| true).is_ok());
-        let changes: [(&str, Change); 6] = [
+        let changes: [(&str, SettingChange); 6] = [
             ("storage", |found| found.storage = StorageType::Memory),
             ("max_age", |found| found.max_age = Duration::from_secs(3600)),
             ("deny_purge", |found| found.deny_purge = false),

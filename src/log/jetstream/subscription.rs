@@ -22,12 +22,13 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
-use super::broker::{BrokerError, Connection, Consumer, Delivered};
-use super::history::Verdict;
+use super::broker::{BrokerConnection, BrokerError, Consumer, Delivered};
+use super::history::HistoryCheck;
 use super::message::{self, Unreadable};
-use super::session::Backoff;
-use super::{Shared, header_block};
+use super::shared::JetStreamShared;
+use super::{header_block, session};
 use crate::log::{Batch, ChainEntry, Entry, Position, ReadError, Seq, Subscription};
+use crate::sys::backoff::Backoff;
 
 /// A call returns at most this many entries, and no more batches after this many writes: all of
 /// them are decoded without yielding.
@@ -50,12 +51,12 @@ const MISSING_MAX: u32 = 2;
 
 /// A subscription at its position in the stream.
 pub(super) struct JetStreamSubscription {
-    shared: Arc<Shared>,
+    shared: Arc<JetStreamShared>,
     /// The last batch that was delivered.
     last: Position,
     consumer: Option<Box<dyn Consumer>>,
     /// The consumer that is being created.
-    opening: Option<Opening>,
+    pending: Option<PendingConsumer>,
     /// The error that was logged last; cleared when a consumer delivers.
     problem: Option<String>,
     backoff: Backoff,
@@ -70,8 +71,8 @@ pub(super) struct JetStreamSubscription {
 }
 
 /// A consumer that is being created, over a connection on which the stream's history was compared.
-struct Opening {
-    connection: Arc<dyn Connection>,
+struct PendingConsumer {
+    connection: Arc<dyn BrokerConnection>,
     /// The first message that it will deliver.
     from: Seq,
     consumer: BoxFuture<'static, Result<Box<dyn Consumer>, BrokerError>>,
@@ -83,7 +84,7 @@ struct Opening {
 }
 
 /// The result of fetching the next message.
-enum Fetched {
+enum FetchOutcome {
     /// The message was added to the entries.
     Entry,
     /// The stream does not have it.
@@ -94,14 +95,17 @@ enum Fetched {
 
 impl JetStreamSubscription {
     /// Starts after `last`.
-    pub(super) async fn start(shared: Arc<Shared>, last: Position) -> Result<Self, ReadError> {
+    pub(super) async fn start(
+        shared: Arc<JetStreamShared>,
+        last: Position,
+    ) -> Result<Self, ReadError> {
         let mut this = Self {
             shared,
             last,
             consumer: None,
-            opening: None,
+            pending: None,
             problem: None,
-            backoff: Backoff::new(),
+            backoff: session::backoff(),
             failures: 0,
             fetch_until: None,
             missing: 0,
@@ -109,14 +113,14 @@ impl JetStreamSubscription {
         };
         // A server that is still starting may report an end before the stream's. It creates no
         // consumer yet, so the reported end can be trusted once there is a consumer.
-        let mut opening = this.open().await?;
+        let mut pending = this.open().await?;
         loop {
-            match (&mut opening.consumer).await {
+            match (&mut pending.consumer).await {
                 Ok(consumer) => {
                     this.consumer = Some(consumer);
                     return Ok(this);
                 }
-                Err(error) => opening = this.open_again(&error, opening.began).await?,
+                Err(error) => pending = this.open_again(&error, pending.began).await?,
             }
         }
     }
@@ -139,7 +143,7 @@ impl JetStreamSubscription {
                 biased;
                 next = consumer.next() => next,
                 () = self.shared.replace_consumer.notified() => {
-                    tracing::debug!("consumer delivers nothing, replacing it");
+                    tracing::debug!("replacing a consumer that delivers nothing");
                     self.consumer = None;
                     continue;
                 }
@@ -156,18 +160,18 @@ impl JetStreamSubscription {
             // Nothing awaits from here on, so dropping this future loses no message.
             loop {
                 match next {
-                    Ok(delivered) => self.take(delivered, entries),
+                    Ok(delivered) => self.accept(delivered, entries),
                     Err(error) => {
                         match error {
-                            BrokerError::Refused(_) => self.log(&error),
+                            BrokerError::Rejected(_) => self.log(&error),
                             _ => tracing::debug!(%error, "consumer ended"),
                         }
                         self.consumer = None;
                         self.failures += 1;
                     }
                 }
-                let given = entries.iter().skip(before);
-                let writes: usize = given.map(|entry| entry.batch.writes.len()).sum();
+                let added = entries.iter().skip(before);
+                let writes: usize = added.map(|entry| entry.batch.writes.len()).sum();
                 let full = entries.len() - before >= ENTRIES_MAX || writes >= WRITES_MAX;
                 let Some(consumer) = self.consumer.as_mut().filter(|_| !full) else {
                     break;
@@ -189,37 +193,37 @@ impl JetStreamSubscription {
     /// an entry, so dropping the future loses none.
     async fn reopen(&mut self, entries: &mut Vec<Entry>) -> Result<(), ReadError> {
         let fetches = self.fetches();
-        let opening = match &mut self.opening {
-            Some(opening) => opening,
+        let pending = match &mut self.pending {
+            Some(pending) => pending,
             None => {
                 self.backoff.pause().await;
-                let mut opening = self.open().await?;
+                let mut pending = self.open().await?;
                 if fetches {
-                    opening.fetch_at = opening.began;
+                    pending.fetch_at = pending.began;
                 }
-                self.opening.insert(opening)
+                self.pending.insert(pending)
             }
         };
-        let (connection, began) = (Arc::clone(&opening.connection), opening.began);
+        let (connection, began) = (Arc::clone(&pending.connection), pending.began);
         if fetches {
-            tokio::time::sleep_until(opening.fetch_at).await;
-            opening.fetch_at = Instant::now() + FETCH_ALL_EVERY;
+            tokio::time::sleep_until(pending.fetch_at).await;
+            pending.fetch_at = Instant::now() + FETCH_ALL_EVERY;
             return self.read_unreadable(&*connection, entries).await;
         }
         let created = tokio::select! {
             biased;
-            created = &mut opening.consumer => created,
-            () = tokio::time::sleep_until(opening.fetch_at) => {
-                opening.fetch_at = Instant::now() + FETCH_EVERY;
+            created = &mut pending.consumer => created,
+            () = tokio::time::sleep_until(pending.fetch_at) => {
+                pending.fetch_at = Instant::now() + FETCH_EVERY;
                 self.read_without_consumer(&*connection, entries).await?;
                 return Ok(());
             }
         };
-        self.opening = None;
+        self.pending = None;
         match created {
             Ok(consumer) => self.consumer = Some(consumer),
             Err(error) => {
-                self.opening = Some(self.open_again(&error, began).await?);
+                self.pending = Some(self.open_again(&error, began).await?);
                 return Ok(());
             }
         }
@@ -234,21 +238,21 @@ impl JetStreamSubscription {
         self.failures >= FAILURES_MAX || self.fetch_until.is_some()
     }
 
-    /// Fetches the next message, which no consumer can deliver or which follows one that no consumer
-    /// could. A consumer that is created later starts after it.
+    /// Fetches the next message, which no consumer can deliver or which follows one that no
+    /// consumer could. A consumer that is created later starts after it.
     async fn read_unreadable(
         &mut self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         entries: &mut Vec<Entry>,
     ) -> Result<(), ReadError> {
         match self.read_without_consumer(connection, entries).await? {
-            Fetched::Entry => {}
+            FetchOutcome::Entry => {}
             // Deliveries did not fail because of a message.
-            Fetched::Nothing => self.failures = 0,
+            FetchOutcome::Nothing => self.failures = 0,
             // The connection may have ended. A consumer is tried before the next fetch.
-            Fetched::NoAnswer => {
+            FetchOutcome::NoAnswer => {
                 self.failures = self.failures.min(FAILURES_MAX - 1);
-                self.opening = None;
+                self.pending = None;
             }
         }
         if self
@@ -259,31 +263,31 @@ impl JetStreamSubscription {
         }
         if !self.fetches() {
             // That consumer would deliver the unreadable message.
-            self.opening
-                .take_if(|opening| opening.from <= self.last.seq);
+            self.pending
+                .take_if(|pending| pending.from <= self.last.seq);
         }
         Ok(())
     }
 
-    /// Fetches the next message while there is no consumer, if the stream has one. Compares the history
-    /// first if that was some time ago: the stream may have been replaced meanwhile.
+    /// Fetches the next message while there is no consumer, if the stream has one. Compares the
+    /// history first if that was some time ago: the stream may have been replaced meanwhile.
     async fn read_without_consumer(
         &mut self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         entries: &mut Vec<Entry>,
-    ) -> Result<Fetched, ReadError> {
-        let is_due = |opening: &Opening| Instant::now() >= opening.compare_at;
-        if self.opening.as_ref().is_none_or(is_due) {
-            let Verdict::Same = self.shared.compare(connection, &self.last).await? else {
-                return Ok(Fetched::NoAnswer);
+    ) -> Result<FetchOutcome, ReadError> {
+        let is_due = |pending: &PendingConsumer| Instant::now() >= pending.compare_at;
+        if self.pending.as_ref().is_none_or(is_due) {
+            let HistoryCheck::Same = self.shared.compare(connection, &self.last).await? else {
+                return Ok(FetchOutcome::NoAnswer);
             };
-            if let Some(opening) = &mut self.opening {
-                opening.compare_at = Instant::now() + FETCH_ALL_EVERY;
+            if let Some(pending) = &mut self.pending {
+                pending.compare_at = Instant::now() + FETCH_ALL_EVERY;
             }
         }
         let fetched = self.fetch_next(connection, entries).await?;
-        if let (Fetched::Entry, Some(opening)) = (&fetched, &mut self.opening) {
-            opening.fetch_at = Instant::now();
+        if let (FetchOutcome::Entry, Some(pending)) = (&fetched, &mut self.pending) {
+            pending.fetch_at = Instant::now();
         }
         Ok(fetched)
     }
@@ -293,7 +297,7 @@ impl JetStreamSubscription {
         &mut self,
         error: &BrokerError,
         began: Instant,
-    ) -> Result<Opening, ReadError> {
+    ) -> Result<PendingConsumer, ReadError> {
         self.log(error);
         self.backoff.pause_after(began).await;
         self.open().await
@@ -303,28 +307,29 @@ impl JetStreamSubscription {
     fn log(&mut self, error: &BrokerError) {
         let error = error.to_string();
         if self.problem.as_ref() != Some(&error) {
-            tracing::warn!(error, "cannot read the stream, trying again");
+            tracing::warn!(error, "cannot read the stream, retrying");
         }
         self.problem = Some(error);
     }
 
-    /// Fetches the message after the last one, if the stream has it, and judges it by the rule.
+    /// Fetches the message after the last one, if the stream has it, and decodes it by the rule for
+    /// header blocks.
     async fn fetch_next(
         &mut self,
-        connection: &dyn Connection,
+        connection: &dyn BrokerConnection,
         entries: &mut Vec<Entry>,
-    ) -> Result<Fetched, ReadError> {
+    ) -> Result<FetchOutcome, ReadError> {
         let seq = self.last.seq + 1;
         if self.shared.end.load(Ordering::Acquire) < seq {
-            return Ok(Fetched::Nothing);
+            return Ok(FetchOutcome::Nothing);
         }
         let fetched = match connection.message(seq).await {
             Ok(Some(fetched)) => fetched,
             Ok(None) => {
                 self.missing += 1;
-                return Ok(Fetched::Nothing);
+                return Ok(FetchOutcome::Nothing);
             }
-            Err(_) => return Ok(Fetched::NoAnswer),
+            Err(_) => return Ok(FetchOutcome::NoAnswer),
         };
         let headers = header_block::parse_optional(fetched.header_block.as_deref());
         let headers = headers.as_ref().map(Option::as_ref).map_err(|why| *why);
@@ -332,12 +337,12 @@ impl JetStreamSubscription {
             self.fetch_until = Some(Instant::now() + FETCH_FOR);
         }
         entries.push(self.entry(seq, fetched.time_ns, headers, &fetched.payload)?);
-        Ok(Fetched::Entry)
+        Ok(FetchOutcome::Entry)
     }
 
     /// Adds the entry of `delivered`. A gap ends the consumer; a lasting gap, or a message that
     /// cannot be read, ends the subscription.
-    fn take(&mut self, delivered: Delivered, entries: &mut Vec<Entry>) {
+    fn accept(&mut self, delivered: Delivered, entries: &mut Vec<Entry>) {
         let (seq, wanted) = (delivered.seq, self.last.seq + 1);
         if seq < wanted {
             let redeliveries = &self.shared.counts.redeliveries;
@@ -346,11 +351,15 @@ impl JetStreamSubscription {
         }
         if seq > wanted {
             self.failures += 1;
-            // A message that is missing once may have been trimmed since the last comparison. The next
-            // comparison reports that, so only a message that is missing again is a gap.
+            // A message that is missing once may have been trimmed since the last comparison. The
+            // next comparison reports that, so only a message that is missing again is a gap.
             match self.missing < MISSING_MAX {
                 true => {
-                    tracing::warn!(wanted, got = seq, "gap in deliveries, reading again");
+                    tracing::warn!(
+                        expected_seq = wanted,
+                        seq,
+                        "gap in deliveries, recreating the consumer"
+                    );
                     self.consumer = None;
                 }
                 false => self.ended = Some(ReadError::NotHeld { wanted }),
@@ -386,15 +395,15 @@ impl JetStreamSubscription {
             Err(why) => Err(Unreadable::Poisoned(why.into())),
         };
         let (position, batch) = match read {
-            Ok((label, batch)) => {
+            Ok((headers, batch)) => {
                 // Before the first batch the time is the start of this process, which differs
                 // between replicas.
                 let previous_ns = match self.last.seq {
                     0 => 0,
                     _ => self.last.time_ns,
                 };
-                let time_ns = label.time_at(previous_ns, stored_ns);
-                let (id, ticket) = (label.id, batch.ticket);
+                let time_ns = headers.time_at(previous_ns, stored_ns);
+                let (id, ticket) = (headers.id, batch.ticket);
                 if ticket.is_some() {
                     self.shared.health.delivered(id);
                 }
@@ -408,7 +417,7 @@ impl JetStreamSubscription {
             }
             Err(Unreadable::Poisoned(why)) => {
                 self.shared.counts.poisoned.fetch_add(1, Ordering::Relaxed);
-                tracing::error!(seq, why, "skipped a message that is no batch");
+                tracing::error!(seq, why, "skipped a message that is not a batch");
                 (
                     self.last.next(stored_ns, ChainEntry::Skipped),
                     Batch::default(),
@@ -425,16 +434,16 @@ impl JetStreamSubscription {
         Ok(Entry { position, batch })
     }
 
-    /// Waits until the stream's history could be compared, then requests a consumer that starts after
-    /// the last batch.
-    async fn open(&mut self) -> Result<Opening, ReadError> {
+    /// Waits until the stream's history could be compared, then requests a consumer that starts
+    /// after the last batch.
+    async fn open(&mut self) -> Result<PendingConsumer, ReadError> {
         loop {
             let connection = self.shared.connection().await;
             let began = Instant::now();
             match self.shared.compare(&*connection, &self.last).await? {
-                Verdict::Same => {
+                HistoryCheck::Same => {
                     let (creating, from) = (Arc::clone(&connection), self.last.seq + 1);
-                    return Ok(Opening {
+                    return Ok(PendingConsumer {
                         connection,
                         from,
                         consumer: async move { creating.consume(from).await }.boxed(),
@@ -443,7 +452,7 @@ impl JetStreamSubscription {
                         compare_at: began + FETCH_EVERY,
                     });
                 }
-                Verdict::Unknown(error) => self.log(&error),
+                HistoryCheck::Unknown(error) => self.log(&error),
             }
             tokio::time::sleep_until(began + ASK_EVERY).await;
         }

@@ -1,10 +1,10 @@
 //! Write health: whether writes are acknowledged, judged by the outcome of appends.
 //!
 //! A rejection with a reason (storage full, no permission, a revoked user) makes the log unwritable
-//! at once. Missing acknowledgements do so after [`WriteHealth::silence_max`], so that an election
-//! alone does not take all nodes out of a load balancer. The next delivered batch makes the log
-//! writable again; while no client writes, that is an empty batch. Until the first delivery a replica
-//! is not ready for writes.
+//! at once. Missing acknowledgements do so after [`WriteHealth::silence_max`], so that a load
+//! balancer does not remove all nodes during an election. The next delivered batch makes the log
+//! writable again; while no client writes, that is an empty batch. Until the first delivery a
+//! replica is not ready for writes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,20 +19,20 @@ use crate::log::BatchId;
 pub(super) struct WriteHealth {
     /// How long an append may wait before the log counts as unwritable.
     silence_max: Duration,
-    /// Whether the log is unwritable: a check without a lock, for every write.
+    /// Whether the log is unwritable. Each write checks this without a lock.
     unwritable: AtomicBool,
     /// Writes rejected since the log became unwritable.
     rejected: AtomicU64,
-    state: Mutex<State>,
+    state: Mutex<HealthState>,
 }
 
 /// The reason until the first batch is delivered.
 const NONE_ACKNOWLEDGED: &str = "the stream has not acknowledged a batch of this replica yet";
 
 #[derive(Default)]
-struct State {
-    /// Whether a batch of this process was ever delivered. Until then the replica takes writes, but is
-    /// not ready for them: the stream may be full.
+struct HealthState {
+    /// Whether a batch of this process was ever delivered. Until then the replica accepts writes,
+    /// but does not report that it is ready for them: the stream may be full.
     acknowledged: bool,
     /// Since when appends have waited without a delivery, or the stream has been unreachable.
     waiting_since: Option<Instant>,
@@ -47,7 +47,7 @@ struct State {
     unwritable: Option<(Arc<str>, Instant)>,
     /// The last batch that the broker rejected. A batch that was sent before it may still be
     /// delivered, which does not show that writes are accepted again.
-    refused: Option<BatchId>,
+    last_rejected: Option<BatchId>,
 }
 
 impl WriteHealth {
@@ -95,8 +95,8 @@ impl WriteHealth {
         }
     }
 
-    /// Records that an append got no answer. `why` is used if no other reason is known. `reached`
-    /// says that the stream is reachable, so that "unreachable" no longer is the reason.
+    /// Records that an append got no answer. `why` is used if no other reason is known. If
+    /// `reached`, the stream is reachable, so "unreachable" is no longer the reason.
     pub(super) fn unanswered(&self, why: &str, reached: bool) {
         let mut state = self.state.lock();
         state.waiting_since.get_or_insert_with(Instant::now);
@@ -146,9 +146,9 @@ impl WriteHealth {
     }
 
     /// Records that the broker rejected batch `id`.
-    pub(super) fn refused(&self, id: BatchId, why: Arc<str>) {
+    pub(super) fn rejected(&self, id: BatchId, why: Arc<str>) {
         let mut state = self.state.lock();
-        state.refused = Some(id);
+        state.last_rejected = Some(id);
         state.waiting_since.get_or_insert_with(Instant::now);
         state.append_failed = true;
         self.set_unwritable(&mut state, why);
@@ -158,23 +158,27 @@ impl WriteHealth {
     pub(super) fn delivered(&self, id: BatchId) {
         let mut state = self.state.lock();
         state.acknowledged = true;
-        let before = |refused: BatchId| refused.writer == id.writer && refused.seq >= id.seq;
-        if !state.refused.is_some_and(before) {
+        let before = |rejected: BatchId| rejected.writer == id.writer && rejected.seq >= id.seq;
+        if !state.last_rejected.is_some_and(before) {
             self.clear(&mut state);
         }
     }
 
-    fn clear(&self, state: &mut State) {
+    fn clear(&self, state: &mut HealthState) {
         state.waiting_since = None;
         state.append_failed = false;
         state.problem = None;
         state.unreachable = false;
-        state.refused = None;
+        state.last_rejected = None;
         if let Some((_, since)) = state.unwritable.take() {
             self.unwritable.store(false, Ordering::Release);
             let rejected = self.rejected.swap(0, Ordering::Relaxed);
             let down_s = since.elapsed().as_secs_f64();
-            tracing::info!(down_s, rejected, "stream accepts writes again");
+            tracing::info!(
+                down_s,
+                rejected_writes = rejected,
+                "stream accepts writes again"
+            );
         }
     }
 
@@ -188,13 +192,13 @@ impl WriteHealth {
             let silence_s = self.silence_max.as_secs();
             let why = match &state.problem {
                 Some(problem) => Arc::clone(problem),
-                None => format!("the stream has acknowledged no batch for {silence_s} s").into(),
+                None => format!("no acknowledgement from the stream for {silence_s} s").into(),
             };
             self.set_unwritable(&mut state, why);
         }
     }
 
-    fn set_unwritable(&self, state: &mut State, why: Arc<str>) {
+    fn set_unwritable(&self, state: &mut HealthState, why: Arc<str>) {
         let since = match state.unwritable.take() {
             Some((before, since)) => {
                 if before != why {
@@ -203,7 +207,7 @@ impl WriteHealth {
                 since
             }
             None => {
-                tracing::error!(%why, "stream accepts no writes; rejecting them, reads continue");
+                tracing::error!(%why, "stream accepts no writes: rejecting writes, reads continue");
                 Instant::now()
             }
         };
@@ -236,7 +240,7 @@ mod tests {
         assert_eq!(health.reason().as_deref(), Some(NONE_ACKNOWLEDGED));
         // Nothing shows the contrary either.
         assert_eq!(health.reject(), None);
-        health.refused(id(1), "full".into());
+        health.rejected(id(1), "full".into());
         assert_eq!(health.reject().as_deref(), Some("full"));
         health.delivered(id(2));
         assert_eq!(health.reason(), None);
@@ -264,11 +268,11 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_refusal_counts_at_once() {
+    async fn a_rejection_counts_at_once() {
         let health = writable();
-        health.refused(id(1), "full".into());
+        health.rejected(id(1), "full".into());
         assert_eq!(health.reason().as_deref(), Some("full"));
-        health.refused(id(2), "no right".into());
+        health.rejected(id(2), "no right".into());
         assert_eq!(health.reason().as_deref(), Some("no right"));
         // It was stored before.
         health.delivered(id(1));
@@ -278,7 +282,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_idle_log_that_is_reached_again_waits_no_more() {
+    async fn an_idle_log_is_writable_again_once_it_is_reachable() {
         let health = writable();
         health.unreachable("no connection".into());
         tokio::time::advance(SILENCE / 2).await;

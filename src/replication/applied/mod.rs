@@ -13,9 +13,9 @@ use crate::store::Store;
 
 /// The position and the tasks that wait for it. Clones share it.
 #[derive(Clone)]
-pub struct Applied(Arc<Inner>);
+pub struct AppliedIndex(Arc<AppliedIndexInner>);
 
-struct Inner {
+struct AppliedIndexInner {
     /// The position. Locked while a batch is applied, so that a holder sees no partly applied
     /// batch.
     position: Mutex<Position>,
@@ -39,7 +39,7 @@ pub struct AtPosition {
     pub digest: Digest,
 }
 
-/// Why [`Applied::wait_for`] returned before the position was applied.
+/// Why [`AppliedIndex::wait_for_timeout`] returned before the position was applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WaitError {
     /// The position was not applied in time.
@@ -48,11 +48,11 @@ pub enum WaitError {
     TooManyWaiters,
 }
 
-impl Applied {
+impl AppliedIndex {
     /// Starts at `base`, the position before the first batch.
     #[must_use]
     pub fn new(base: Position) -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(AppliedIndexInner {
             position: Mutex::new(base),
             seq: AtomicU64::new(base.seq),
             base,
@@ -106,7 +106,7 @@ impl Applied {
     ///
     /// # Errors
     /// `seq` was not applied in time, or there are `waiters_max` waiters already.
-    pub async fn wait_for(
+    pub async fn wait_for_timeout(
         &self,
         seq: Seq,
         wait_max: Duration,
@@ -124,7 +124,7 @@ impl Applied {
     }
 
     /// Waits until `seq` is applied, without a limit on the number of waiters.
-    pub async fn reach(&self, seq: Seq) {
+    pub async fn wait_for(&self, seq: Seq) {
         let wait = self.0.waiters.wait(seq, usize::MAX, || self.seq() >= seq);
         assert_eq!(
             wait.await,

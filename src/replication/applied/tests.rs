@@ -16,15 +16,15 @@ fn at(seq: Seq) -> Position {
 
 /// Counts how often it is woken.
 #[derive(Default)]
-struct Task(AtomicUsize);
+struct WakeCounter(AtomicUsize);
 
-impl Wake for Task {
+impl Wake for WakeCounter {
     fn wake(self: Arc<Self>) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-impl Task {
+impl WakeCounter {
     fn woken(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
@@ -35,22 +35,22 @@ impl Task {
 }
 
 /// Does what the applier does for a batch.
-fn apply(applied: &Applied, seq: Seq) {
+fn apply(applied: &AppliedIndex, seq: Seq) {
     applied.advance(at(seq), || {});
     applied.notify();
 }
 
-fn waiting(applied: &Applied) -> usize {
+fn waiting(applied: &AppliedIndex) -> usize {
     applied.0.waiters.len()
 }
 
 #[tokio::test]
 async fn a_batch_wakes_the_waiters_that_it_reached_once_and_no_other() {
-    let applied = Applied::new(at(0));
-    let tasks = [1, 2, 2, 3, Seq::MAX].map(|seq| (seq, Arc::<Task>::default()));
+    let applied = AppliedIndex::new(at(0));
+    let tasks = [1, 2, 2, 3, Seq::MAX].map(|seq| (seq, Arc::<WakeCounter>::default()));
     let mut waits: Vec<_> = tasks
         .iter()
-        .map(|(seq, _)| Box::pin(applied.reach(*seq)))
+        .map(|(seq, _)| Box::pin(applied.wait_for(*seq)))
         .collect();
     for ((_, task), wait) in tasks.iter().zip(&mut waits) {
         assert!(task.poll(wait.as_mut()).is_pending());
@@ -71,9 +71,9 @@ async fn a_batch_wakes_the_waiters_that_it_reached_once_and_no_other() {
 
 #[tokio::test]
 async fn all_waiters_for_one_position_are_woken() {
-    let applied = Applied::new(at(0));
-    let task = Arc::<Task>::default();
-    let mut waits: Vec<_> = (0..1000).map(|_| Box::pin(applied.reach(7))).collect();
+    let applied = AppliedIndex::new(at(0));
+    let task = Arc::<WakeCounter>::default();
+    let mut waits: Vec<_> = (0..1000).map(|_| Box::pin(applied.wait_for(7))).collect();
     for wait in &mut waits {
         assert!(task.poll(wait.as_mut()).is_pending());
     }
@@ -85,9 +85,9 @@ async fn all_waiters_for_one_position_are_woken() {
 
 #[tokio::test]
 async fn polling_again_replaces_the_waker() {
-    let applied = Applied::new(at(0));
-    let [before, now] = [(); 2].map(|()| Arc::<Task>::default());
-    let mut wait = pin!(applied.reach(1));
+    let applied = AppliedIndex::new(at(0));
+    let [before, now] = [(); 2].map(|()| Arc::<WakeCounter>::default());
+    let mut wait = pin!(applied.wait_for(1));
     assert!(before.poll(wait.as_mut()).is_pending());
     assert!(now.poll(wait.as_mut()).is_pending());
     assert_eq!(waiting(&applied), 1);
@@ -98,11 +98,11 @@ async fn polling_again_replaces_the_waker() {
 
 #[tokio::test]
 async fn dropping_a_wait_removes_it_and_no_other_at_its_position() {
-    let applied = Applied::new(at(0));
-    let [gone, stays] = [(); 2].map(|()| Arc::<Task>::default());
-    let mut wait = pin!(applied.reach(1));
+    let applied = AppliedIndex::new(at(0));
+    let [gone, stays] = [(); 2].map(|()| Arc::<WakeCounter>::default());
+    let mut wait = pin!(applied.wait_for(1));
     {
-        let mut dropped = pin!(applied.reach(1));
+        let mut dropped = pin!(applied.wait_for(1));
         assert!(gone.poll(dropped.as_mut()).is_pending());
         assert!(stays.poll(wait.as_mut()).is_pending());
         assert_eq!(waiting(&applied), 2);
@@ -114,9 +114,9 @@ async fn dropping_a_wait_removes_it_and_no_other_at_its_position() {
 
 #[tokio::test]
 async fn a_wait_goes_on_when_the_state_is_cleared_before_it_is_polled() {
-    let applied = Applied::new(at(0));
-    let task = Arc::<Task>::default();
-    let mut wait = pin!(applied.reach(2));
+    let applied = AppliedIndex::new(at(0));
+    let task = Arc::<WakeCounter>::default();
+    let mut wait = pin!(applied.wait_for(2));
     assert!(task.poll(wait.as_mut()).is_pending());
     apply(&applied, 2);
     applied.cleared();
@@ -128,50 +128,50 @@ async fn a_wait_goes_on_when_the_state_is_cleared_before_it_is_polled() {
 
 #[tokio::test(start_paused = true)]
 async fn a_wait_that_timed_out_is_removed() {
-    let applied = Applied::new(at(0));
+    let applied = AppliedIndex::new(at(0));
     let second = Duration::from_secs(1);
-    let waited = applied.wait_for(1, second, WAITERS_MAX).await;
+    let waited = applied.wait_for_timeout(1, second, WAITERS_MAX).await;
     assert_eq!((waited, waiting(&applied)), (Err(WaitError::TimedOut), 0));
 }
 
 #[tokio::test]
 async fn a_waiter_beyond_the_limit_is_refused_and_reach_has_no_limit() {
-    let applied = Applied::new(at(0));
-    let task = Arc::<Task>::default();
+    let applied = AppliedIndex::new(at(0));
+    let task = Arc::<WakeCounter>::default();
     let mut waits: Vec<_> = (1..)
         .take(WAITERS_MAX)
-        .map(|seq| Box::pin(applied.wait_for(seq, WAIT_MAX, WAITERS_MAX)))
+        .map(|seq| Box::pin(applied.wait_for_timeout(seq, WAIT_MAX, WAITERS_MAX)))
         .collect();
     for wait in &mut waits {
         assert!(task.poll(wait.as_mut()).is_pending());
     }
     let refused = Poll::Ready(Err(WaitError::TooManyWaiters));
-    let one_more = || Box::pin(applied.wait_for(9, WAIT_MAX, WAITERS_MAX));
+    let one_more = || Box::pin(applied.wait_for_timeout(9, WAIT_MAX, WAITERS_MAX));
     assert_eq!(task.poll(one_more().as_mut()), refused);
-    let mut reach = pin!(applied.reach(9));
-    assert!(task.poll(reach.as_mut()).is_pending());
+    let mut wait = pin!(applied.wait_for(9));
+    assert!(task.poll(wait.as_mut()).is_pending());
     // Polling a waiter again is not one more.
     assert!(task.poll(waits[3].as_mut()).is_pending());
     assert_eq!(waiting(&applied), WAITERS_MAX + 1);
     // An applied position needs no wait, so no limit applies.
     apply(&applied, 2);
-    let mut reached = pin!(applied.wait_for(2, WAIT_MAX, 0));
+    let mut reached = pin!(applied.wait_for_timeout(2, WAIT_MAX, 0));
     assert_eq!(task.poll(reached.as_mut()), Poll::Ready(Ok(())));
     assert!(task.poll(one_more().as_mut()).is_pending());
 }
 
 #[derive(Debug, Clone)]
-enum Step {
+enum WaitStep {
     Wait(Seq),
     Drop(usize),
     Apply(Seq),
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn step() -> impl Strategy<Value = WaitStep> {
     prop_oneof![
-        (0..20u64).prop_map(Step::Wait),
-        (0..20usize).prop_map(Step::Drop),
-        (1..3u64).prop_map(Step::Apply),
+        (0..20u64).prop_map(WaitStep::Wait),
+        (0..20usize).prop_map(WaitStep::Drop),
+        (1..3u64).prop_map(WaitStep::Apply),
     ]
 }
 
@@ -179,21 +179,21 @@ proptest! {
     /// The model is a list of all waiters.
     #[test]
     fn waiters_are_woken_as_in_a_list(steps in proptest::collection::vec(step(), 0..60)) {
-        let applied = Applied::new(at(0));
+        let applied = AppliedIndex::new(at(0));
         let mut waits = Vec::new();
         for step in steps {
             match step {
-                Step::Wait(seq) => {
-                    let (task, mut wait) = (Arc::<Task>::default(), Box::pin(applied.reach(seq)));
+                WaitStep::Wait(seq) => {
+                    let (task, mut wait) = (Arc::<WakeCounter>::default(), Box::pin(applied.wait_for(seq)));
                     let reached = task.poll(wait.as_mut()).is_ready();
                     prop_assert_eq!(reached, seq <= applied.seq());
                     if !reached {
                         waits.push((seq, task, wait));
                     }
                 }
-                Step::Drop(index) if index < waits.len() => drop(waits.remove(index)),
-                Step::Drop(_) => {}
-                Step::Apply(count) => apply(&applied, applied.seq() + count),
+                WaitStep::Drop(index) if index < waits.len() => drop(waits.remove(index)),
+                WaitStep::Drop(_) => {}
+                WaitStep::Apply(count) => apply(&applied, applied.seq() + count),
             }
             for (seq, task, _) in &waits {
                 prop_assert_eq!(task.woken(), usize::from(*seq <= applied.seq()));

@@ -1,9 +1,9 @@
 //! Decides when this replica votes, and which checkpoints of others count.
 //!
-//! During writes each replica votes on every mark once, an interval after it last sent a
-//! checkpoint. After the last write all replicas vote on the last mark once more and are then
-//! silent. While replicas disagree, they vote on that mark every half second, until it is
-//! [settled](super::votes).
+//! During writes each replica votes once on every [comparison point](super::votes), an interval
+//! after it last sent a checkpoint. After the last write all replicas vote once more, on the last
+//! point, and then stop. While replicas disagree on a point, they vote on it every half second,
+//! until it is settled.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,31 +15,33 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::votes::{Ballot, Comparison, Doubt, Marked, Observed, Turn, Verdict, Votes};
+use super::votes::{
+    CheckpointBatch, Comparison, DigestMismatch, NextCheckpoint, Verdict, VoteOutcome, Votes,
+};
 use crate::grade::Digest;
 use crate::log::{Chain, Checkpoint, ClusterKey, LogId, Mac, Position, RandomId, Seq};
 
 /// How often a replica votes while replicas disagree.
 const DISPUTE_INTERVAL: Duration = Duration::from_millis(500);
-/// How often a replica whose state is in doubt votes while there is no dispute; more often if the
+/// How often a replica with a mismatch votes while no point is disputed; more often if the
 /// configured interval is shorter.
-const DOUBT_INTERVAL_MAX: Duration = Duration::from_secs(2);
+const MISMATCH_INTERVAL_MAX: Duration = Duration::from_secs(2);
 /// The least time between two log lines about rejected checkpoints.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 
 /// The votes of all replicas, and the time of this replica's next vote. Clones share it.
 #[derive(Clone)]
-pub struct Checkpoints(Arc<Inner>);
+pub struct Checkpoints(Arc<CheckpointsInner>);
 
-struct Inner {
+struct CheckpointsInner {
     me: RandomId,
     log: LogId,
     key: ClusterKey,
-    /// How often this replica votes; `None` where there are no others.
+    /// How often this replica votes; `None` if there are no others.
     interval: Option<Duration>,
-    /// Whether writes have been applied since the last mark.
+    /// Whether writes have been applied since the last point.
     changed: AtomicBool,
-    state: Mutex<State>,
+    state: Mutex<VotingState>,
     /// Notified when the next vote is due sooner.
     sooner: Notify,
     metrics: CheckpointMetrics,
@@ -57,7 +59,7 @@ pub struct CheckpointMetrics {
 }
 
 impl CheckpointMetrics {
-    /// Handles that count nothing.
+    /// Counters that discard their counts.
     #[must_use]
     pub fn noop() -> Self {
         Self {
@@ -68,16 +70,16 @@ impl CheckpointMetrics {
     }
 }
 
-struct State {
+struct VotingState {
     votes: Votes,
     /// The state is complete from here on. Before, a restored store may hold effects of later
     /// batches. `None` while there is no state.
     complete_from: Option<Seq>,
-    /// Whether the log's end was reached: a replica that catches up does not vote on old batches.
+    /// Whether the log's end was applied. A replica that catches up does not vote on old batches.
     caught_up: bool,
     /// When this replica votes next.
     next: Instant,
-    /// The mark at which it waits for the votes of others.
+    /// The point at which it waits for the votes of others.
     waited_at: Option<Seq>,
     /// How many pauses there have been.
     pauses: u64,
@@ -94,13 +96,13 @@ impl Checkpoints {
         interval: Option<Duration>,
         metrics: CheckpointMetrics,
     ) -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(CheckpointsInner {
             me,
             log,
             key,
             interval,
             changed: AtomicBool::new(false),
-            state: Mutex::new(State {
+            state: Mutex::new(VotingState {
                 votes: Votes::new(me),
                 complete_from: None,
                 caught_up: false,
@@ -125,15 +127,15 @@ impl Checkpoints {
 
     /// Called when the log's end is reached. Returns why the state may be wrong, if the votes so
     /// far contradict it.
-    pub(super) fn caught_up(&self) -> Option<Doubt> {
+    pub(super) fn caught_up(&self) -> Option<DigestMismatch> {
         let mut state = self.0.state.lock();
         state.caught_up = true;
-        match state.votes.is_disputed() || state.votes.doubt().is_some() {
+        match state.votes.is_disputed() || state.votes.mismatch().is_some() {
             true => state.next = Instant::now(),
             false => state.pause(self.0.me, self.0.interval),
         }
         self.0.sooner.notify_one();
-        state.votes.doubt()
+        state.votes.mismatch()
     }
 
     /// Called when the state is discarded. This replica does not vote until [`begin`](Self::begin).
@@ -157,24 +159,24 @@ impl Checkpoints {
         position: &Position,
         checkpoint: &Checkpoint,
         digest: impl FnOnce() -> Digest,
-    ) -> Observed {
+    ) -> VoteOutcome {
         let authentic = self.0.key.verify_checkpoint(&self.0.log, checkpoint);
         let mut state = self.0.state.lock();
         if !authentic {
             self.0.metrics.rejected.increment(1);
             state.log_rejected(position.seq, checkpoint.replica);
-            return Observed::NOTHING;
+            return VoteOutcome::NONE;
         }
         let complete = state.complete_from.is_some_and(|from| from <= position.seq);
-        let marked = Marked {
+        let batch = CheckpointBatch {
             seq: position.seq,
             chain: position.chain,
             own: complete.then(digest),
             changed: complete && self.0.changed.swap(false, Ordering::Relaxed),
             checkpoint: *checkpoint,
         };
-        let observed = state.votes.observe(&marked);
-        match observed.comparison {
+        let outcome = state.votes.observe(&batch);
+        match outcome.comparison {
             Comparison::Same => self.0.metrics.compared.increment(1),
             Comparison::Different { .. } => {
                 self.0.metrics.compared.increment(1);
@@ -186,16 +188,16 @@ impl Checkpoints {
             Comparison::None | Comparison::Fork { .. } | Comparison::Equivocation { .. } => {}
         }
         if matches!(
-            observed.verdict,
+            outcome.verdict,
             Verdict::Contradicted(_) | Verdict::Undecided(_)
         ) {
             state.next = state.next.min(Instant::now() + DISPUTE_INTERVAL);
             self.0.sooner.notify_one();
         }
-        observed
+        outcome
     }
 
-    /// Resolves when it is this replica's turn to send a checkpoint. Cancel-safe.
+    /// Resolves when this replica's next checkpoint is due. Cancel-safe.
     pub(super) async fn due(&self) {
         let Some(interval) = self.0.interval else {
             return std::future::pending().await;
@@ -204,7 +206,7 @@ impl Checkpoints {
             let next = {
                 let mut state = self.0.state.lock();
                 if state.next <= Instant::now() {
-                    if state.turn(self.has_changed()) != Turn::Silent {
+                    if state.next_checkpoint(self.has_changed()) != NextCheckpoint::Nothing {
                         return;
                     }
                     state.pause(self.0.me, Some(interval));
@@ -219,7 +221,7 @@ impl Checkpoints {
         }
     }
 
-    /// The checkpoint for the next batch, if it is this replica's turn.
+    /// The checkpoint for the next batch, if one is due.
     pub(super) fn next(&self) -> Option<Checkpoint> {
         let interval = self.0.interval?;
         let mut state = self.0.state.lock();
@@ -227,43 +229,33 @@ impl Checkpoints {
         if state.next > now {
             return None;
         }
-        let turn = state.turn(self.has_changed());
+        let next = state.next_checkpoint(self.has_changed());
         if state.votes.is_disputed() {
             state.next = now + DISPUTE_INTERVAL;
-        } else if state.votes.doubt().is_some() {
-            state.next = now + interval.min(DOUBT_INTERVAL_MAX);
+        } else if state.votes.mismatch().is_some() {
+            state.next = now + interval.min(MISMATCH_INTERVAL_MAX);
         } else {
             state.pause(self.0.me, Some(interval));
         }
-        let ballot = match turn {
-            Turn::Silent => return None,
-            Turn::Wait(position) => {
+        let unsigned = match next {
+            NextCheckpoint::Nothing => return None,
+            NextCheckpoint::Wait(position) => {
                 state.waited_at = Some(position);
                 return None;
             }
-            Turn::Vote(ballot) => ballot,
-            Turn::Mark => Ballot {
+            NextCheckpoint::Vote(vote) => vote,
+            NextCheckpoint::NewPoint => Checkpoint {
+                replica: self.0.me,
                 position: 0,
                 chain: Chain::default(),
                 digest: Digest::default(),
                 round: 0,
+                mac: Mac::default(),
             },
         };
         drop(state);
-        Some(self.signed(ballot))
-    }
-
-    fn signed(&self, ballot: Ballot) -> Checkpoint {
-        let mut checkpoint = Checkpoint {
-            replica: self.0.me,
-            position: ballot.position,
-            chain: ballot.chain,
-            digest: ballot.digest,
-            round: ballot.round,
-            mac: Mac::default(),
-        };
-        checkpoint.mac = self.0.key.sign_checkpoint(&self.0.log, &checkpoint);
-        checkpoint
+        let mac = self.0.key.sign_checkpoint(&self.0.log, &unsigned);
+        Some(Checkpoint { mac, ..unsigned })
     }
 
     fn has_changed(&self) -> bool {
@@ -271,11 +263,11 @@ impl Checkpoints {
     }
 }
 
-impl State {
-    fn turn(&self, changed: bool) -> Turn {
+impl VotingState {
+    fn next_checkpoint(&self, changed: bool) -> NextCheckpoint {
         match self.caught_up {
-            true => self.votes.turn(changed, self.waited_at),
-            false => Turn::Silent,
+            true => self.votes.next_checkpoint(changed, self.waited_at),
+            false => NextCheckpoint::Nothing,
         }
     }
 

@@ -1,7 +1,7 @@
 use futures_util::FutureExt;
 use proptest::prelude::*;
 
-use super::super::votes::KnownMark;
+use super::super::votes::PointSummary;
 use super::*;
 use crate::log::{ChainEntry, Position};
 use crate::replication::votes::ROUNDS;
@@ -21,18 +21,18 @@ fn id(number: usize) -> RandomId {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Entry {
+enum LogEntry {
     Write,
     Empty,
     Checkpoint(Checkpoint),
 }
 
-/// What one replica makes of the log.
+/// A replica that applies the log.
 struct Replica {
     checkpoints: Checkpoints,
     position: Position,
     writes: u128,
-    /// What is wrong with its state.
+    /// The error of its digest; 0 if its state is right.
     error: u128,
     verdicts: Vec<Verdict>,
 }
@@ -65,23 +65,23 @@ impl Replica {
         copy
     }
 
-    fn apply(&mut self, entry: Entry) {
+    fn apply(&mut self, entry: LogEntry) {
         self.position = self.position.next(7, ChainEntry::Skipped);
         match entry {
-            Entry::Write => {
+            LogEntry::Write => {
                 self.writes += 1;
                 self.checkpoints.changed();
             }
-            Entry::Empty => {}
-            Entry::Checkpoint(checkpoint) => {
+            LogEntry::Empty => {}
+            LogEntry::Checkpoint(checkpoint) => {
                 let digest = Digest(self.writes + self.error);
-                let observed = self
+                let outcome = self
                     .checkpoints
                     .observe(&self.position, &checkpoint, || digest);
-                if observed.verdict != Verdict::Unchanged {
-                    self.verdicts.push(observed.verdict);
+                if outcome.verdict != Verdict::Unchanged {
+                    self.verdicts.push(outcome.verdict);
                 }
-                if matches!(observed.verdict, Verdict::Overruled(_)) {
+                if matches!(outcome.verdict, Verdict::Overruled(_)) {
                     // It bootstraps again.
                     self.checkpoints.end();
                     self.error = 0;
@@ -92,23 +92,22 @@ impl Replica {
         }
     }
 
-    /// Every mark: its position, the votes on it, and whether it is settled.
-    fn marks(&self) -> Vec<KnownMark> {
-        self.checkpoints.0.state.lock().votes.marks()
+    fn points(&self) -> Vec<PointSummary> {
+        self.checkpoints.0.state.lock().votes.points()
     }
 
-    fn doubt(&self) -> Option<Doubt> {
-        self.checkpoints.0.state.lock().votes.doubt()
+    fn mismatch(&self) -> Option<DigestMismatch> {
+        self.checkpoints.0.state.lock().votes.mismatch()
     }
 
-    fn told(&self, what: fn(&Verdict) -> bool) -> usize {
+    fn count(&self, what: fn(&Verdict) -> bool) -> usize {
         self.verdicts.iter().filter(|verdict| what(verdict)).count()
     }
 }
 
 /// A log, and replicas that apply it.
 struct Cluster {
-    log: Vec<Entry>,
+    log: Vec<LogEntry>,
     replicas: Vec<Replica>,
 }
 
@@ -122,11 +121,11 @@ impl Cluster {
         }
     }
 
-    fn append(&mut self, entry: Entry) {
+    fn append(&mut self, entry: LogEntry) {
         self.log.push(entry);
     }
 
-    /// The replica applies at most so many entries.
+    /// Makes the replica apply at most `entries_max` entries.
     fn advance(&mut self, replica: usize, entries_max: usize) {
         let replica = &mut self.replicas[replica];
         let from = replica.position.seq as usize;
@@ -141,30 +140,30 @@ impl Cluster {
         }
     }
 
-    /// Gives the replica its turn; whether it has sent anything.
-    fn speak(&mut self, replica: usize) -> bool {
+    /// Sends the checkpoint of the replica, if it has one. Returns whether it does.
+    fn vote_if_due(&mut self, replica: usize) -> bool {
         let checkpoints = &self.replicas[replica].checkpoints;
         checkpoints.0.state.lock().next = Instant::now();
         let checkpoint = checkpoints.next();
         if let Some(checkpoint) = checkpoint {
-            self.append(Entry::Checkpoint(checkpoint));
+            self.append(LogEntry::Checkpoint(checkpoint));
         }
         checkpoint.is_some()
     }
 
-    /// A write, then the turn of each of `speakers`; all apply everything at once.
-    fn round(&mut self, speakers: &[usize]) {
-        self.append(Entry::Write);
+    /// Appends a write, then the checkpoint of each of `voters`. All replicas apply all entries.
+    fn round(&mut self, voters: &[usize]) {
+        self.append(LogEntry::Write);
         self.settle();
-        for speaker in speakers {
-            self.speak(*speaker);
+        for voter in voters {
+            self.vote_if_due(*voter);
             self.settle();
         }
     }
 
     fn last_vote(&self) -> Checkpoint {
         let last = self.log.iter().rev().find_map(|entry| match entry {
-            Entry::Checkpoint(checkpoint) if checkpoint.position > 0 => Some(*checkpoint),
+            LogEntry::Checkpoint(checkpoint) if checkpoint.position > 0 => Some(*checkpoint),
             _ => None,
         });
         last.unwrap()
@@ -182,19 +181,19 @@ const OVERRULED: fn(&Verdict) -> bool = |verdict| matches!(verdict, Verdict::Ove
 const UNDECIDED: fn(&Verdict) -> bool = |verdict| matches!(verdict, Verdict::Undecided(_));
 
 #[test]
-fn replicas_without_new_writes_are_silent() {
+fn replicas_without_new_writes_stop_voting() {
     let mut cluster = Cluster::of(3);
     let mut sent = 0;
     for round in 0..20 {
         if round == 5 || round == 12 {
-            cluster.append(Entry::Write);
+            cluster.append(LogEntry::Write);
         }
         for speaker in 0..3 {
             cluster.settle();
-            sent += usize::from(cluster.speak(speaker));
+            sent += usize::from(cluster.vote_if_due(speaker));
         }
     }
-    // One makes a mark, then each votes on it.
+    // One replica opens a point, then each votes on it.
     assert_eq!(sent, 2 * 4);
     assert!(
         cluster
@@ -220,12 +219,12 @@ fn one_of_three_that_differs_is_overruled_and_agrees_after_its_bootstrap() {
     assert_eq!((&a.verdicts[..], &b.verdicts[..]), (&[][..], &[][..]));
     // Contradicted as soon as both others have voted, four rounds before the settlement.
     assert!(CONTRADICTED(&c.verdicts[0]));
-    assert_eq!(c.told(OVERRULED), 1, "{:?}", c.verdicts);
-    assert_eq!(c.doubt(), None);
+    assert_eq!(c.count(OVERRULED), 1, "{:?}", c.verdicts);
+    assert_eq!(c.mismatch(), None);
 }
 
 #[test]
-fn two_that_differ_stay_in_doubt_until_one_of_them_is_stopped() {
+fn two_that_differ_have_a_mismatch_until_one_of_them_is_stopped() {
     let mut cluster = Cluster::of(2);
     for _ in 0..3 {
         cluster.round(&[0, 1]);
@@ -235,36 +234,36 @@ fn two_that_differ_stay_in_doubt_until_one_of_them_is_stopped() {
         cluster.round(&[0, 1]);
     }
     for replica in &cluster.replicas {
-        assert_eq!(replica.told(OVERRULED) + replica.told(CONTRADICTED), 0);
-        assert!(replica.told(UNDECIDED) > 1);
-        assert!(!replica.doubt().unwrap().majority);
+        assert_eq!(replica.count(OVERRULED) + replica.count(CONTRADICTED), 0);
+        assert!(replica.count(UNDECIDED) > 1);
+        assert!(!replica.mismatch().unwrap().majority);
     }
     // The wrong one is stopped, and its data directory deleted.
     cluster.replicas.pop();
     let mut rounds = 0;
-    while cluster.replicas[0].doubt().is_some() {
-        // Nobody can write.
-        cluster.speak(0);
+    while cluster.replicas[0].mismatch().is_some() {
+        // No replica is ready.
+        cluster.vote_if_due(0);
         cluster.settle();
         rounds += 1;
     }
     assert!(rounds <= 12, "{rounds}");
     let copy = cluster.replicas[0].copy(id(7));
     cluster.replicas.push(copy);
-    let told = cluster.replicas[0].verdicts.len();
+    let verdicts = cluster.replicas[0].verdicts.len();
     for _ in 0..10 {
         cluster.round(&[0, 1]);
     }
-    assert_eq!(cluster.replicas[0].verdicts.len(), told);
+    assert_eq!(cluster.replicas[0].verdicts.len(), verdicts);
     assert!(cluster.replicas[1].verdicts.is_empty());
     // A restart replays all of it.
     let mut again = Replica::new(id(0));
     cluster.log.iter().for_each(|entry| again.apply(*entry));
-    assert_eq!(again.doubt(), None);
+    assert_eq!(again.mismatch(), None);
 }
 
 #[test]
-fn a_replica_that_replays_the_votes_of_a_settled_dispute_is_not_in_doubt() {
+fn a_replica_that_replays_the_votes_of_a_settled_dispute_has_no_mismatch() {
     let mut cluster = Cluster::of(3);
     for _ in 0..3 {
         cluster.round(&[0, 1, 2]);
@@ -273,12 +272,12 @@ fn a_replica_that_replays_the_votes_of_a_settled_dispute_is_not_in_doubt() {
     for _ in 0..12 {
         cluster.round(&[0, 2, 1]);
     }
-    assert_eq!(cluster.replicas[2].told(OVERRULED), 1);
+    assert_eq!(cluster.replicas[2].count(OVERRULED), 1);
     // All of them, the overruled one too, and one that is new.
     for number in [0, 1, 2, 9] {
         let mut again = Replica::new(id(number));
         cluster.log.iter().for_each(|entry| again.apply(*entry));
-        assert_eq!(again.told(UNREADY), 0, "{number}");
+        assert_eq!(again.count(UNREADY), 0, "{number}");
         assert!(
             !again.checkpoints.0.state.lock().votes.is_disputed(),
             "{number}"
@@ -287,7 +286,7 @@ fn a_replica_that_replays_the_votes_of_a_settled_dispute_is_not_in_doubt() {
 }
 
 #[test]
-fn one_that_does_not_know_the_electors_is_not_overruled() {
+fn a_replica_that_does_not_know_the_voters_is_not_overruled() {
     let mut cluster = Cluster::of(5);
     for _ in 0..3 {
         cluster.round(&[0, 1, 2, 3, 4]);
@@ -299,9 +298,9 @@ fn one_that_does_not_know_the_electors_is_not_overruled() {
     cluster.replicas[1].error = 1 << 64;
     cluster.round(&[]);
     for _ in 0..3 {
-        cluster.speak(0);
+        cluster.vote_if_due(0);
         cluster.settle();
-        cluster.speak(1);
+        cluster.vote_if_due(1);
         cluster.settle();
     }
     cluster.log[known..]
@@ -309,11 +308,11 @@ fn one_that_does_not_know_the_electors_is_not_overruled() {
         .for_each(|entry| copy.apply(*entry));
     assert!(copy.checkpoints.0.state.lock().votes.is_disputed());
     assert!(copy.verdicts.is_empty(), "{:?}", copy.verdicts);
-    assert_eq!(cluster.replicas[2].told(UNREADY), 0);
+    assert_eq!(cluster.replicas[2].count(UNREADY), 0);
 }
 
 #[test]
-fn the_first_vote_of_a_replica_counts_and_a_copy_of_it_advances_nothing() {
+fn the_first_vote_of_a_replica_counts_and_a_copy_of_it_has_no_effect() {
     let mut cluster = Cluster::of(3);
     for _ in 0..4 {
         cluster.round(&[0, 1, 2]);
@@ -324,13 +323,13 @@ fn the_first_vote_of_a_replica_counts_and_a_copy_of_it_advances_nothing() {
         round: 2,
         ..vote
     });
-    let before = cluster.replicas[0].marks();
+    let before = cluster.replicas[0].points();
     for _ in 0..ROUNDS {
-        cluster.append(Entry::Checkpoint(vote));
-        cluster.append(Entry::Checkpoint(other));
+        cluster.append(LogEntry::Checkpoint(vote));
+        cluster.append(LogEntry::Checkpoint(other));
     }
     cluster.settle();
-    let after = cluster.replicas[0].marks();
+    let after = cluster.replicas[0].points();
     assert_eq!(after[..before.len()], before);
     assert!(
         after[before.len()..]
@@ -340,13 +339,13 @@ fn the_first_vote_of_a_replica_counts_and_a_copy_of_it_advances_nothing() {
 }
 
 #[test]
-fn a_vote_on_another_history_and_on_nothing_is_no_vote() {
+fn a_vote_on_another_history_or_on_no_point_does_not_count() {
     let mut cluster = Cluster::of(2);
     for _ in 0..4 {
         cluster.round(&[0, 1]);
     }
     let vote = cluster.last_vote();
-    let before = cluster.replicas[0].marks();
+    let before = cluster.replicas[0].points();
     let stranger = Checkpoint {
         replica: id(50),
         digest: Digest(1 << 80),
@@ -366,10 +365,10 @@ fn a_vote_on_another_history_and_on_nothing_is_no_vote() {
             ..stranger
         },
     ] {
-        cluster.append(Entry::Checkpoint(signed(wrong)));
+        cluster.append(LogEntry::Checkpoint(signed(wrong)));
     }
     cluster.settle();
-    assert_eq!(cluster.replicas[0].marks()[..before.len()], before);
+    assert_eq!(cluster.replicas[0].points()[..before.len()], before);
     assert!(
         cluster
             .replicas
@@ -377,9 +376,9 @@ fn a_vote_on_another_history_and_on_nothing_is_no_vote() {
             .all(|replica| replica.verdicts.is_empty())
     );
     // The same with the right chain is one.
-    cluster.append(Entry::Checkpoint(signed(stranger)));
+    cluster.append(LogEntry::Checkpoint(signed(stranger)));
     cluster.settle();
-    assert_ne!(cluster.replicas[0].marks()[..before.len()], before);
+    assert_ne!(cluster.replicas[0].points()[..before.len()], before);
 }
 
 #[test]
@@ -395,8 +394,8 @@ fn a_vote_proves_the_history_of_another_replica_only() {
         .position(|one| one.checkpoints.0.me == vote.replica);
     let position = cluster.replicas[0].position.next(7, ChainEntry::Skipped);
     for (number, replica) in cluster.replicas.iter().enumerate() {
-        let observed = replica.checkpoints.observe(&position, &vote, || Digest(0));
-        assert_eq!(observed.same_history, Some(number) != voter);
+        let outcome = replica.checkpoints.observe(&position, &vote, || Digest(0));
+        assert_eq!(outcome.same_history, Some(number) != voter);
     }
 }
 
@@ -424,12 +423,12 @@ async fn a_replica_that_reads_old_batches_does_not_vote() {
     let behind = &cluster.replicas[1].checkpoints;
     behind.begin(0);
     behind.changed();
-    assert!(!cluster.speak(1));
+    assert!(!cluster.vote_if_due(1));
     assert_eq!(behind_due(&cluster), None);
     assert_eq!(cluster.replicas[1].checkpoints.caught_up(), None);
     cluster.replicas[1].checkpoints.0.state.lock().next = Instant::now();
     assert_eq!(behind_due(&cluster), Some(()));
-    assert!(cluster.speak(1));
+    assert!(cluster.vote_if_due(1));
 }
 
 /// Whether it is the second replica's turn.
@@ -456,7 +455,7 @@ enum Strangers {
     Silent,
     /// Checkpoints without the key.
     Forge,
-    /// And copies of what is in the log.
+    /// And copies of checkpoints in the log.
     ForgeAndCopy,
 }
 
@@ -473,7 +472,7 @@ fn run(replicas: usize, wrong: usize, rounds: usize, strangers: Strangers, seed:
     let mut cluster = Cluster::of(replicas);
     let mut late: Option<Replica> = None;
     for round in 0..rounds {
-        cluster.append(Entry::Write);
+        cluster.append(LogEntry::Write);
         if round == 6 {
             cluster.settle();
             for replica in &mut cluster.replicas[..wrong] {
@@ -485,17 +484,17 @@ fn run(replicas: usize, wrong: usize, rounds: usize, strangers: Strangers, seed:
             let replica = order.swap_remove(random.below(order.len()));
             let (kind, number, from) = (random.below(6), random.below(3), random.below(200));
             match kind {
-                0 => cluster.append(Entry::Write),
-                1 | 2 if strangers == Strangers::Silent => cluster.append(Entry::Empty),
+                0 => cluster.append(LogEntry::Write),
+                1 | 2 if strangers == Strangers::Silent => cluster.append(LogEntry::Empty),
                 1 | 2 => cluster.append(forged(&cluster, kind == 1, number as u8)),
                 3 if strangers == Strangers::ForgeAndCopy => {
                     let copy = cluster.log.iter().rev().nth(from).copied();
-                    cluster.append(copy.unwrap_or(Entry::Empty));
+                    cluster.append(copy.unwrap_or(LogEntry::Empty));
                 }
                 _ => {}
             }
             cluster.advance(replica, random.below(12));
-            cluster.speak(replica);
+            cluster.vote_if_due(replica);
         }
         cluster.settle();
         if round == rounds / 2 {
@@ -512,13 +511,13 @@ fn run(replicas: usize, wrong: usize, rounds: usize, strangers: Strangers, seed:
 }
 
 /// What somebody without the key can make of the last vote.
-fn forged(cluster: &Cluster, altered: bool, digest: u8) -> Entry {
+fn forged(cluster: &Cluster, altered: bool, digest: u8) -> LogEntry {
     let last = cluster.log.iter().rev().find_map(|entry| match entry {
-        Entry::Checkpoint(checkpoint) => Some(*checkpoint),
+        LogEntry::Checkpoint(checkpoint) => Some(*checkpoint),
         _ => None,
     });
     let Some(last) = last else {
-        return Entry::Empty;
+        return LogEntry::Empty;
     };
     let replica = match altered {
         true => last.replica,
@@ -534,24 +533,24 @@ fn forged(cluster: &Cluster, altered: bool, digest: u8) -> Entry {
         true => last.mac,
         false => ClusterKey::derive("guessed").sign_checkpoint(&log_id(), &forged),
     };
-    Entry::Checkpoint(Checkpoint { mac, ..forged })
+    LogEntry::Checkpoint(Checkpoint { mac, ..forged })
 }
 
-/// The marks that both have seen.
-fn common(a: &Replica, b: &Replica) -> [Vec<KnownMark>; 2] {
-    let first = |replica: &Replica| replica.marks().first().map_or(Seq::MAX, |(seq, ..)| *seq);
+/// The points that both have seen.
+fn common(a: &Replica, b: &Replica) -> [Vec<PointSummary>; 2] {
+    let first = |replica: &Replica| replica.points().first().map_or(Seq::MAX, |(seq, ..)| *seq);
     let from = first(a).max(first(b));
     [a, b].map(|replica| {
-        let mut marks = replica.marks();
-        marks.retain(|(seq, ..)| *seq >= from);
-        marks
+        let mut points = replica.points();
+        points.retain(|(seq, ..)| *seq >= from);
+        points
     })
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-    /// Replicas in a strict majority are never told that they may be wrong; the others are
+    /// Replicas in a strict majority never have a mismatch; the others are
     /// overruled, and agree after their bootstrap; and all count the same.
     #[test]
     fn the_majority_stays_ready_and_the_minority_is_overruled(
@@ -561,22 +560,22 @@ proptest! {
         let Outcome { cluster, late } = run(replicas, wrong, 60, Strangers::ForgeAndCopy, seed);
         let (minority, majority) = cluster.replicas.split_at(wrong);
         for replica in majority {
-            prop_assert_eq!(replica.told(UNREADY), 0, "{:?}", replica.verdicts);
+            prop_assert_eq!(replica.count(UNREADY), 0, "{:?}", replica.verdicts);
         }
         for replica in minority {
-            prop_assert_eq!(replica.told(OVERRULED), 1, "{:?}", replica.verdicts);
-            prop_assert_eq!(replica.doubt(), None);
+            prop_assert_eq!(replica.count(OVERRULED), 1, "{:?}", replica.verdicts);
+            prop_assert_eq!(replica.mismatch(), None);
         }
         let last = majority.last().unwrap();
         for other in cluster.replicas.iter().chain(&late) {
             let [of_last, of_other] = common(last, other);
             prop_assert_eq!(of_last, of_other);
         }
-        // So does a replica that replays everything, and it is not in doubt afterwards.
+        // So does a replica that replays everything, and it has no mismatch afterwards.
         let mut again = Replica::new(last.checkpoints.0.me);
         cluster.log.iter().for_each(|entry| again.apply(*entry));
-        prop_assert_eq!(again.told(UNREADY), 0);
-        prop_assert_eq!(again.marks(), last.marks());
+        prop_assert_eq!(again.count(UNREADY), 0);
+        prop_assert_eq!(again.points(), last.points());
     }
 
     /// Checkpoints without the key have the effect of empty batches.
@@ -586,7 +585,7 @@ proptest! {
         let without = run(3, 1, 30, Strangers::Silent, seed).cluster;
         for (one, other) in with.replicas.iter().zip(&without.replicas) {
             prop_assert_eq!(&one.verdicts, &other.verdicts);
-            prop_assert_eq!(one.marks(), other.marks());
+            prop_assert_eq!(one.points(), other.points());
         }
     }
 }

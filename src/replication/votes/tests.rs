@@ -1,4 +1,4 @@
-//! Single steps. `checkpoint/tests.rs` has replicas that vote by themselves.
+//! Single votes. `checkpoint/tests.rs` simulates whole replicas.
 
 use super::*;
 use crate::log::Mac;
@@ -22,15 +22,15 @@ impl Counted {
     fn new() -> Self {
         let votes = Votes::new(RandomId::of(ME));
         let mut counted = Self { votes, end: 0 };
-        // The first mark, which is batch 1.
+        // The first point, which is batch 1.
         counted.vote(A, 0, Digest(0), 0);
         counted
     }
 
-    /// The next batch of the log has this checkpoint.
-    fn vote(&mut self, replica: u128, position: Seq, digest: Digest, round: u32) -> Observed {
+    /// Appends a batch with this checkpoint.
+    fn vote(&mut self, replica: u128, position: Seq, digest: Digest, round: u32) -> VoteOutcome {
         self.end += 1;
-        self.votes.observe(&Marked {
+        self.votes.observe(&CheckpointBatch {
             seq: self.end,
             chain: Chain(u128::from(self.end)),
             own: Some(RIGHT),
@@ -46,43 +46,46 @@ impl Counted {
         })
     }
 
-    /// All of `replicas` vote for what is right.
+    /// All of `replicas` vote for the right digest.
     fn agree(&mut self, replicas: &[u128], position: Seq) {
         for replica in replicas {
-            let observed = self.vote(*replica, position, RIGHT, 1);
-            assert_eq!(observed.verdict, Verdict::Unchanged);
+            let outcome = self.vote(*replica, position, RIGHT, 1);
+            assert_eq!(outcome.verdict, Verdict::Unchanged);
         }
     }
 
     fn round_of_next(&self) -> Option<u32> {
-        match self.votes.turn(false, None) {
-            Turn::Vote(ballot) => Some(ballot.round),
+        match self.votes.next_checkpoint(false, None) {
+            NextCheckpoint::Vote(vote) => Some(vote.round),
             _ => None,
         }
     }
 }
 
 #[test]
-fn a_replica_counts_itself_as_an_elector() {
+fn a_replica_counts_itself_as_a_voter() {
     let mut counted = Counted::new();
     counted.agree(&[A], 1);
     assert_eq!(counted.end, 2);
     // One of one that voted, and one of two with this replica.
-    let observed = counted.vote(A, 2, WRONG, 1);
-    assert_eq!(observed.comparison, Comparison::Different { own: RIGHT });
-    assert_eq!(observed.verdict, Verdict::Unchanged);
-    let observed = counted.vote(B, 2, WRONG, 1);
-    let Verdict::Contradicted(doubt) = observed.verdict else {
-        panic!("{observed:?}");
+    let outcome = counted.vote(A, 2, WRONG, 1);
+    assert_eq!(outcome.comparison, Comparison::Different { own: RIGHT });
+    assert_eq!(outcome.verdict, Verdict::Unchanged);
+    let outcome = counted.vote(B, 2, WRONG, 1);
+    let Verdict::Contradicted(mismatch) = outcome.verdict else {
+        panic!("{outcome:?}");
     };
-    assert_eq!((doubt.position, doubt.own, doubt.other), (2, RIGHT, WRONG));
+    assert_eq!(
+        (mismatch.position, mismatch.own, mismatch.other),
+        (2, RIGHT, WRONG)
+    );
     // Until it has a majority again.
     for (number, replica) in [ME, C, D].into_iter().enumerate() {
-        let observed = counted.vote(replica, 2, RIGHT, 1);
-        let upheld = observed.verdict == Verdict::Upheld(2);
+        let outcome = counted.vote(replica, 2, RIGHT, 1);
+        let upheld = outcome.verdict == Verdict::Upheld(2);
         assert_eq!(upheld, number == 2, "{number}");
     }
-    assert_eq!(counted.votes.doubt(), None);
+    assert_eq!(counted.votes.mismatch(), None);
 }
 
 #[test]
@@ -101,10 +104,10 @@ fn a_copy_of_an_older_vote_does_not_set_its_replica_back() {
 fn a_vote_for_a_second_digest_does_not_settle() {
     let mut counted = Counted::new();
     counted.agree(&[A, B, ME], 1);
-    let observed = counted.vote(A, 1, WRONG, ROUNDS);
+    let outcome = counted.vote(A, 1, WRONG, ROUNDS);
     let first = RIGHT;
-    assert_eq!(observed.comparison, Comparison::Equivocation { first });
-    assert!(counted.votes.marks().iter().all(|(.., settled)| !settled));
+    assert_eq!(outcome.comparison, Comparison::Equivocation { first });
+    assert!(counted.votes.points().iter().all(|(.., settled)| !settled));
 }
 
 #[test]
@@ -118,7 +121,7 @@ fn without_a_majority_only_those_that_voted_are_in_doubt() {
         }
         let verdict = counted.vote(A, 1, WRONG, ROUNDS).verdict;
         assert_eq!(matches!(verdict, Verdict::Undecided(_)), voted);
-        assert_eq!(counted.votes.doubt().is_some(), voted);
+        assert_eq!(counted.votes.mismatch().is_some(), voted);
     }
 }
 
@@ -126,18 +129,18 @@ fn without_a_majority_only_those_that_voted_are_in_doubt() {
 fn most_of_the_votes_suffice_to_stay_ready() {
     let mut counted = Counted::new();
     counted.agree(&[A, B, C, D, ME], 1);
-    // Two others are silent now: two of five electors are no majority, and two of three votes are
+    // Two others are silent now: two of five voters are no majority, and two of three votes are
     // most of them.
     counted.agree(&[ME], 2);
     counted.vote(A, 2, WRONG, 1);
     counted.agree(&[B], 2);
     let verdict = counted.vote(A, 2, WRONG, ROUNDS).verdict;
     assert_eq!(verdict, Verdict::Unchanged);
-    assert_eq!(counted.votes.doubt(), None);
+    assert_eq!(counted.votes.mismatch(), None);
 }
 
 #[test]
-fn a_late_vote_on_a_settled_mark_changes_nothing() {
+fn a_late_vote_on_a_settled_point_changes_nothing() {
     let mut counted = Counted::new();
     counted.agree(&[A, ME], 1);
     counted.vote(ME, 2, RIGHT, 1);
@@ -148,11 +151,11 @@ fn a_late_vote_on_a_settled_mark_changes_nothing() {
         let verdict = counted.vote(replica, 2, digest, ROUNDS).verdict;
         assert_eq!(verdict, Verdict::Unchanged);
     }
-    assert!(counted.votes.doubt().is_some());
+    assert!(counted.votes.mismatch().is_some());
 }
 
 #[test]
-fn an_older_mark_is_no_reason_to_trust_the_state_at_a_newer_one() {
+fn agreement_on_an_older_point_does_not_clear_a_mismatch_on_a_newer_one() {
     let mut counted = Counted::new();
     counted.agree(&[A, B], 1);
     counted.agree(&[A], 3);
@@ -160,11 +163,11 @@ fn an_older_mark_is_no_reason_to_trust_the_state_at_a_newer_one() {
     let verdict = counted.vote(B, 4, WRONG, 1).verdict;
     assert!(matches!(verdict, Verdict::Contradicted(_)));
     counted.agree(&[B], 3);
-    assert_eq!(counted.votes.doubt().unwrap().position, 4);
+    assert_eq!(counted.votes.mismatch().unwrap().position, 4);
 }
 
 #[test]
-fn marks_that_were_opened_at_the_same_time_have_the_electors_of_the_one_before() {
+fn points_that_were_opened_at_the_same_time_have_the_voters_of_the_preceding_one() {
     let mut counted = Counted::new();
     counted.agree(&[A, B, C, D], 1);
     assert_eq!(counted.end, 5);
@@ -186,18 +189,24 @@ fn a_replica_does_not_vote_twice_for_different_digests() {
     assert!(!counted.votes.is_disputed());
     counted.vote(A, 1, Digest(9), 1);
     assert!(!counted.votes.is_disputed());
-    let turn = counted.votes.turn(true, None);
-    assert!(!matches!(turn, Turn::Vote(ballot) if ballot.position == 1));
+    let next = counted.votes.next_checkpoint(true, None);
+    assert!(!matches!(next, NextCheckpoint::Vote(vote) if vote.position == 1));
 }
 
 #[test]
-fn a_replica_waits_once_for_the_votes_of_the_other_electors() {
+fn a_replica_waits_once_for_the_votes_of_the_other_voters() {
     let mut counted = Counted::new();
     counted.agree(&[A, B, ME], 1);
     counted.agree(&[ME, A], 2);
-    let wait = counted.votes.turn(true, None);
-    assert_eq!(wait, Turn::Wait(2));
-    assert!(matches!(counted.votes.turn(true, Some(2)), Turn::Vote(_)));
+    let wait = counted.votes.next_checkpoint(true, None);
+    assert_eq!(wait, NextCheckpoint::Wait(2));
+    assert!(matches!(
+        counted.votes.next_checkpoint(true, Some(2)),
+        NextCheckpoint::Vote(_)
+    ));
     counted.agree(&[B], 2);
-    assert!(matches!(counted.votes.turn(true, None), Turn::Vote(_)));
+    assert!(matches!(
+        counted.votes.next_checkpoint(true, None),
+        NextCheckpoint::Vote(_)
+    ));
 }

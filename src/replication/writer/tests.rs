@@ -1,4 +1,5 @@
 use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 
 use super::*;
@@ -6,11 +7,11 @@ use crate::grade::{Changes, Patch};
 use crate::log::{ClusterKey, LogId, Position, RandomId, ReadError, Subscription};
 use crate::replication::checkpoint::CheckpointMetrics;
 
-/// Takes batches in order and says what became of them when told to.
+/// A log whose appends end when the test sends their outcomes.
 #[derive(Default)]
-struct SlowLog(Mutex<Vec<(Batch, Verdict)>>);
+struct SlowLog(Mutex<Vec<(Batch, AppendOutcome)>>);
 
-type Verdict = oneshot::Sender<Result<(), AppendError>>;
+type AppendOutcome = oneshot::Sender<Result<(), AppendError>>;
 
 impl Log for SlowLog {
     fn kind(&self) -> &'static str {
@@ -30,8 +31,8 @@ impl Log for SlowLog {
     }
     fn append(&self, batch: Batch) -> BoxFuture<'_, Result<(), AppendError>> {
         async {
-            let (verdict, given) = oneshot::channel();
-            self.0.lock().push((batch, verdict));
+            let (outcome, given) = oneshot::channel();
+            self.0.lock().push((batch, outcome));
             given.await.unwrap()
         }
         .boxed()
@@ -58,20 +59,20 @@ fn writer_of(log: &Arc<SlowLog>, batch_patches_max: usize) -> (Writer, WriterTas
     (writer, task, own)
 }
 
-/// A write that is known by its number.
+/// A distinct write for each number.
 fn numbered(number: usize) -> Write {
     Write::Delete(number.to_string().into())
 }
 
 #[tokio::test]
-async fn a_group_is_never_in_two_batches_and_nothing_overtakes() {
+async fn a_group_is_never_split_and_the_order_is_kept() {
     let log = Arc::new(SlowLog::default());
     let (writer, task, own) = writer_of(&log, 5);
     let bulks = [writer.bulk().unwrap(), writer.bulk().unwrap()];
     assert!(matches!(writer.bulk(), Err(WriteError::QueueFull)));
     assert_eq!(bulks[0].group_max(), 5);
     let group = |from, to| (from..to).map(numbered).collect::<Vec<_>>();
-    // All wait before the first batch is made: 2 + 1 + 1, 5, 1.
+    // All are queued before the first batch: 2 + 1 + 1, 5, 1.
     let mut waiting = [
         bulks[0].write(group(0, 2)).boxed(),
         writer.write(numbered(2)).boxed(),
@@ -89,8 +90,8 @@ async fn a_group_is_never_in_two_batches_and_nothing_overtakes() {
     let mut batches = Vec::new();
     while !task.is_finished() {
         tokio::task::yield_now().await;
-        for (batch, verdict) in std::mem::take(&mut *log.0.lock()) {
-            verdict.send(Ok(())).unwrap();
+        for (batch, outcome) in std::mem::take(&mut *log.0.lock()) {
+            outcome.send(Ok(())).unwrap();
             batches.push(batch.writes);
             let ticket = batch.ticket.unwrap();
             own.take(ticket).unwrap().answer(&Ok(ticket.0));
@@ -108,7 +109,7 @@ async fn a_group_is_never_in_two_batches_and_nothing_overtakes() {
 }
 
 #[tokio::test]
-async fn a_group_keeps_its_place_when_nobody_waits_for_it() {
+async fn a_group_stays_in_the_queue_when_its_request_is_dropped() {
     let log = Arc::new(SlowLog::default());
     let (writer, task, _own) = writer_of(&log, 5);
     let others = writer.bulk().unwrap();
@@ -127,7 +128,7 @@ async fn a_group_keeps_its_place_when_nobody_waits_for_it() {
 }
 
 #[tokio::test]
-async fn batches_go_side_by_side_and_a_refused_one_says_why() {
+async fn batches_are_appended_concurrently_and_a_rejected_one_has_a_reason() {
     let log = Arc::new(SlowLog::default());
     let (writer, task, own) = writer_of(&log, 1);
     let stop = CancellationToken::new();
@@ -157,21 +158,21 @@ async fn batches_go_side_by_side_and_a_refused_one_says_why() {
     };
     // Two at once, the third waits for a slot.
     assert_eq!(appended(2).await, [1, 2]);
-    let (_, verdict) = log.0.lock().remove(1);
-    let why: Arc<str> = "no room".into();
-    verdict
+    let (_, outcome) = log.0.lock().remove(1);
+    let why: Arc<str> = "disk full".into();
+    outcome
         .send(Err(AppendError::Refused(Arc::clone(&why))))
         .unwrap();
     assert_eq!(appended(2).await, [1, 3]);
-    let (_, verdict) = log.0.lock().remove(0);
-    verdict.send(Ok(())).unwrap();
+    let (_, outcome) = log.0.lock().remove(0);
+    outcome.send(Ok(())).unwrap();
     own.take(Ticket(1)).unwrap().answer(&Ok(1));
     assert_eq!(appended(2).await, [3, 4]);
-    let (_, verdict) = log.0.lock().remove(0);
-    verdict.send(Err(AppendError::Unknown)).unwrap();
-    let (_, verdict) = log.0.lock().remove(0);
+    let (_, outcome) = log.0.lock().remove(0);
+    outcome.send(Err(AppendError::Unknown)).unwrap();
+    let (_, outcome) = log.0.lock().remove(0);
     stop.cancel();
-    verdict.send(Err(AppendError::Closed)).unwrap();
+    outcome.send(Err(AppendError::Closed)).unwrap();
     let mut results = Vec::new();
     for write in writes {
         results.push(write.await.unwrap());

@@ -1,8 +1,8 @@
-//! The check of the `Authorization` header. The input is a kind, a name, a password and what is sent, a
-//! line each; a second line of what is sent is a second header.
+//! The check of the `Authorization` header. The input has one line each for a kind, a name, a
+//! password and every header value.
 //!
-//! Let in is `Basic`, in any case, then one or more spaces, then the base64 of name, colon and password,
-//! in the one spelling that RFC 4648 gives it, and nothing else.
+//! The check accepts `Basic` in any case, then one or more spaces, then the canonical base64 of
+//! name, colon and password (RFC 4648), and nothing else.
 
 use gradestore::http::Credentials;
 use http::header::AUTHORIZATION;
@@ -16,17 +16,17 @@ pub(crate) fn check(data: &[u8]) {
         return;
     };
     if username.is_empty() || username.contains(':') || password.is_empty() {
-        // The configuration lets none of those through.
+        // The configuration rejects these.
         return;
     }
-    let right = base64(format!("{username}:{password}").as_bytes());
+    let expected = base64(format!("{username}:{password}").as_bytes());
     let mut headers = HeaderMap::new();
     let mut sent = Vec::new();
     for line in lines {
         let line = match kind {
-            // As it is; around what would be right; and as name and password.
+            // The value itself; a prefix of the right value; or name and password to encode.
             b"r" => line.to_vec(),
-            b"a" => [line, right.as_bytes()].concat(),
+            b"a" => [line, expected.as_bytes()].concat(),
             _ => format!("Basic {}", base64(line)).into_bytes(),
         };
         let Ok(value) = HeaderValue::from_bytes(&line) else {
@@ -36,7 +36,7 @@ pub(crate) fn check(data: &[u8]) {
         sent.push(line);
     }
     let wanted = match &sent[..] {
-        [line] => basic(line).is_some_and(|given| given == right.as_bytes()),
+        [line] => basic(line).is_some_and(|given| given == expected.as_bytes()),
         _ => false,
     };
     let checked = Credentials::new(username, password).check(&headers);
@@ -46,7 +46,7 @@ pub(crate) fn check(data: &[u8]) {
     }
 }
 
-/// What stands behind the scheme.
+/// The part after the scheme.
 fn basic(line: &[u8]) -> Option<&[u8]> {
     let (scheme, rest) = line.split_at_checked(5)?;
     let spaces = rest.iter().take_while(|byte| **byte == b' ').count();

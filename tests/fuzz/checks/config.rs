@@ -1,9 +1,8 @@
-//! The command line and the environment. The input is what stands between zero bytes: an argument each,
-//! or a variable, if it begins as ours do.
+//! The command line and the environment. Zero bytes separate the parts of the input. Each is an
+//! argument, or a variable if it begins with `GRADESTORE_`.
 //!
-//! Nothing panics. A refusal names the key and the value, and says what to set instead. What is let
-//! through can be worked with: times that a clock and the broker can count, addresses, URLs that a
-//! backup can be under.
+//! Nothing panics. An error names the key and the value, and says what to set instead. An accepted
+//! configuration is usable: durations that the clock and the broker can represent, addresses, URLs.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -37,7 +36,7 @@ pub(crate) fn input(data: &[u8]) -> Input {
     input
 }
 
-/// The variables are to be set.
+/// The caller must have set the variables.
 pub(crate) fn check(input: Input) {
     let names = || {
         let names = input.variables.iter().map(|(name, _)| name);
@@ -49,46 +48,48 @@ pub(crate) fn check(input: Input) {
         );
     }
     match parse(input.args) {
-        Err(error) => refused(&error),
+        Err(error) => rejected(&error),
         Ok(cli) => match cli.command {
-            Command::Serve(args) => taken(&args),
-            Command::Backup(args) => base(&args.from),
-            Command::Import(args) => base(&args.to),
+            Command::Serve(args) => accepted(&args),
+            Command::Backup(args) => node_url(&args.from),
+            Command::Import(args) => node_url(&args.to),
             Command::Verify(_) | Command::Health(_) => {}
         },
     }
 }
 
-fn refused(error: &clap::Error) {
-    let said = error.to_string();
+fn rejected(error: &clap::Error) {
+    let message = error.to_string();
     let names = |kind| match error.get(kind) {
         // Escape sequences are not shown.
-        Some(ContextValue::String(text)) => text.contains(char::is_control) || said.contains(text),
+        Some(ContextValue::String(text)) => {
+            text.contains(char::is_control) || message.contains(text)
+        }
         _ => false,
     };
     match error.kind() {
         ErrorKind::ValueValidation => {
             assert!(
                 names(ContextKind::InvalidArg) && names(ContextKind::InvalidValue),
-                "{said}"
+                "{message}"
             );
             assert!(
-                said.contains("set --") || said.contains("set GRADESTORE_"),
-                "{said}"
+                message.contains("set --") || message.contains("set GRADESTORE_"),
+                "{message}"
             );
         }
         ErrorKind::InvalidValue | ErrorKind::UnknownArgument => {
-            assert!(names(ContextKind::InvalidArg), "{said}");
+            assert!(names(ContextKind::InvalidArg), "{message}");
         }
         ErrorKind::InvalidUtf8 => {
-            let (_, wrong) = said.split_once("; change ").expect("what to do");
-            assert!(wrong.contains('\u{fffd}'), "{said}");
+            let (_, wrong) = message.split_once("; change ").expect("what to do");
+            assert!(wrong.contains('\u{fffd}'), "{message}");
         }
-        _ => assert!(!said.is_empty()),
+        _ => assert!(!message.is_empty()),
     }
 }
 
-fn taken(args: &ServeArgs) {
+fn accepted(args: &ServeArgs) {
     let times = [
         args.snapshot_interval,
         args.log_retention,
@@ -97,13 +98,13 @@ fn taken(args: &ServeArgs) {
     for time in times {
         assert!(time >= Duration::from_millis(100));
         assert!(i64::try_from(time.as_nanos()).is_ok());
-        // As often as a jittered interval may be long.
+        // A jittered interval is shorter than this.
         assert!(Instant::now().checked_add(time * 2).is_some());
     }
     args.peer
         .iter()
         .chain(&args.advertise_url)
-        .for_each(|url| base(url));
+        .for_each(|url| node_url(url));
     assert!((1..=5).contains(&args.replicas));
     let name = &args.credentials.username;
     assert!(!name.is_empty() && !name.contains(':'));
@@ -113,7 +114,7 @@ fn taken(args: &ServeArgs) {
         assert!(servers.to_string().starts_with(&format!("{host}:{port}")));
     }
     let _ = args.storage();
-    // A file that someone happens to have is none of this check's.
+    // Skip files that happen to exist on this machine.
     if args.credentials.password_file.is_some() {
         return;
     }
@@ -129,8 +130,8 @@ fn taken(args: &ServeArgs) {
     }
 }
 
-/// What a backup can be asked for under.
-fn base(url: &str) {
+/// Checks that `url` is usable as the URL of a node.
+fn node_url(url: &str) {
     let backup = Url::parse(&format!("{url}/backup")).expect("a URL");
     assert_eq!(backup.scheme(), "http");
     assert!(backup.host_str().is_some_and(|host| !host.is_empty()));

@@ -1,10 +1,10 @@
-//! Requests of the fast path, compared with a plain reading of the rules: lines, words between single
-//! spaces, a name before the first colon. A request that the fast path takes must read so. One that reads
-//! so strictly must be taken.
+//! Requests of the fast path, compared with a simple parser: lines, words between single spaces, a
+//! name before the first colon. The simple parser must agree with every request that the fast path
+//! accepts. The fast path must accept every request that is strictly well-formed.
 
 use gradestore::http::fast::request::{BODY_BYTES_MAX, Get, NotFast, Set, get, set};
 
-/// Repeated here, so that no header loses its meaning by one change alone.
+/// Repeated here, so that a change in the program alone is detected.
 const FALLBACK: [&str; 4] = ["expect", "transfer-encoding", "upgrade", "x-request-id"];
 const LINES_MAX: usize = 100;
 
@@ -26,7 +26,7 @@ pub(crate) fn check(data: &[u8]) {
         }
         None => assert!(read.is_err() && write.is_err()),
     }
-    // The same result whatever follows; none before the header is complete.
+    // The result does not depend on later bytes; there is none before the header is complete.
     let sum: usize = data.iter().map(|byte| usize::from(*byte)).sum();
     let part = &data[..sum % (data.len() + 1)];
     if let Ok(Get { len, .. }) = read {
@@ -51,7 +51,7 @@ struct Head<'a> {
     /// Names in lower case, values without the space around them.
     lines: Vec<(String, &'a [u8])>,
     len: usize,
-    /// Whether it takes no liberty that a parser may allow or not.
+    /// Whether it is strictly well-formed, without anything that parsers may treat differently.
     strict: bool,
 }
 
@@ -61,7 +61,7 @@ impl<'a> Head<'a> {
         of_name.map(|(_, value)| *value).collect()
     }
 
-    /// Whether nothing in it leaves the request to the router, whatever its method.
+    /// Whether no header sends the request to the router.
     fn is_fast(&self) -> bool {
         let left_to_router = |(name, value): &(String, &[u8])| {
             FALLBACK.contains(&name.as_str())
@@ -131,7 +131,7 @@ fn head(data: &[u8]) -> Option<Head<'_>> {
         strict &= line.iter().all(|byte| matches!(byte, b' '..=b'~'));
         at = end + 1;
         match (line.is_empty(), lines.is_empty()) {
-            // Some begin with an empty line.
+            // Some clients send an empty line first.
             (true, true) => strict = false,
             (true, false) => break,
             (false, _) => lines.push(line),

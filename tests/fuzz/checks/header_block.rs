@@ -1,7 +1,7 @@
-//! Header blocks as a stream stores them: any bytes.
+//! Header blocks as a stream stores them: arbitrary bytes.
 //!
-//! Nothing panics. A readable block is UTF-8 and begins with the version. Its headers, written out in
-//! the plain form, are read again as the same.
+//! Nothing panics. A readable block is UTF-8 and begins with the version. Its headers, written
+//! in the simplest form, parse to the same headers.
 
 use async_nats::HeaderMap;
 use gradestore::log::header_block;
@@ -11,17 +11,17 @@ pub(crate) fn check(block: &[u8]) {
         return;
     };
     assert!(block.starts_with(b"NATS/1.0") && str::from_utf8(block).is_ok());
-    let mut plain = "NATS/1.0\r\n".to_owned();
+    let mut written = "NATS/1.0\r\n".to_owned();
     let mut wanted = HeaderMap::new();
     for (name, values) in headers.iter() {
         for value in values {
             let value = value.as_str();
             assert!(!value.contains(['\r', '\n']) && value == value.trim_end());
-            plain += &format!("{name}: {value}\r\n");
+            written += &format!("{name}: {value}\r\n");
             // A value may begin with white space only if its first line is empty.
             wanted.append(name.clone(), value.trim_start());
         }
     }
-    plain += "\r\n";
-    assert_eq!(header_block::parse(plain.as_bytes()), Ok(wanted));
+    written += "\r\n";
+    assert_eq!(header_block::parse(written.as_bytes()), Ok(wanted));
 }

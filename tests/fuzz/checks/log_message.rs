@@ -1,26 +1,27 @@
-//! Messages of the JetStream log, which anyone who may publish can write. The first byte is the kind:
+//! Messages of the JetStream log. Any client that may publish can write them. The first byte is the
+//! kind:
 //!
-//! - a message as text, headers a line each, an empty line, the payload. Nothing panics; the writes are
-//!   those that serde_json reads; and what was read is written and read again as the same.
-//! - a batch, made from the input. It is read as it was written, and with one byte changed nothing
-//!   panics.
+//! - A message as text: one header per line, an empty line, the payload. Nothing panics, serde_json
+//!   reads the same writes, and a decoded message is the same after encoding and decoding it again.
+//! - A batch from the input. It is the same after encoding and decoding, and nothing panics if one
+//!   byte is changed.
 
 use std::sync::Arc;
 
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write, check_user_id};
-use gradestore::log::message::{self, Label, Unreadable};
+use gradestore::log::message::{self, BatchHeaders, Unreadable};
 use gradestore::log::{Batch, BatchId, InFlight, RandomId};
 
 pub(crate) fn check(data: &[u8]) {
     match data.split_first() {
-        Some((b'm', rest)) => as_sent(rest),
-        Some((_, rest)) => as_written(rest),
+        Some((b'm', rest)) => check_text(rest),
+        Some((_, rest)) => check_batch(rest),
         None => {}
     }
 }
 
-fn as_sent(text: &[u8]) {
+fn check_text(text: &[u8]) {
     let at = text.windows(2).position(|two| two == b"\n\n");
     let (head, payload) = match at {
         Some(at) => (&text[..at], &text[at + 2..]),
@@ -39,13 +40,13 @@ fn as_sent(text: &[u8]) {
     match read {
         Err(Unreadable::Newer(newer)) => assert!(newer > 1 && format == Ok(newer)),
         Err(Unreadable::Poisoned(why)) => assert!(!why.is_empty() && format.unwrap_or(0) < 2),
-        Ok((label, batch)) => {
+        Ok((batch_headers, batch)) => {
             assert_eq!(format, Ok(1));
-            assert_eq!(label.id, sender(&headers));
-            again(&label, &batch);
+            assert_eq!(batch_headers.id, batch_id(&headers));
+            round_trip(&batch_headers, &batch);
         }
     }
-    // serde_json reads -0 as a float, so as no integer.
+    // serde_json reads -0 as a float.
     if !payload.windows(2).any(|two| two == b"-0") {
         let writes = serde_json::from_slice::<Vec<Write<String>>>(payload).ok();
         let writes: Option<Arc<[Write]>> =
@@ -55,21 +56,24 @@ fn as_sent(text: &[u8]) {
     }
 }
 
-/// What is read is what was written, headers and all.
-fn again(label: &Label, batch: &Batch) {
-    let mut headers = message::headers(label.id);
+/// Encodes the batch, decodes it again and compares.
+fn round_trip(expected: &BatchHeaders, batch: &Batch) {
+    let mut headers = message::headers(expected.id);
     if let Some(checkpoint) = &batch.checkpoint {
         message::add_checkpoint(&mut headers, checkpoint);
     }
     let payload = message::payload(&batch.writes);
     let read = message::read(Some(&headers), &payload, &InFlight::default());
-    let (read_label, read) = read.expect("what we write we read");
-    assert_eq!((read_label.id, &read.writes), (label.id, &batch.writes));
+    let (read_headers, read) = read.expect("an encoded batch can be decoded");
+    assert_eq!(
+        (read_headers.id, &read.writes),
+        (expected.id, &batch.writes)
+    );
     assert_eq!(read.checkpoint, batch.checkpoint);
 }
 
-/// The batch's identity, where the headers have one.
-fn sender(headers: &HeaderMap) -> BatchId {
+/// The batch's identity, if the headers have one.
+fn batch_id(headers: &HeaderMap) -> BatchId {
     let id = headers.get("Grade-Batch").map(HeaderValue::as_str);
     let named = id.and_then(|id| {
         let (writer, seq) = id.split_once('-')?;
@@ -82,7 +86,7 @@ fn sender(headers: &HeaderMap) -> BatchId {
     named.unwrap_or(BatchId::UNNAMED)
 }
 
-fn as_written(data: &[u8]) {
+fn check_batch(data: &[u8]) {
     let Some((&[at, put], rest)) = data.split_first_chunk::<2>() else {
         return;
     };
@@ -90,19 +94,19 @@ fn as_written(data: &[u8]) {
         writes: writes(rest),
         ..Batch::default()
     };
-    let label = Label {
+    let headers = BatchHeaders {
         id: BatchId::UNNAMED,
         time_ns: None,
         checkpoint: None,
     };
-    again(&label, &batch);
+    round_trip(&headers, &batch);
     let mut payload = message::payload(&batch.writes).to_vec();
     let at = usize::from(at) * payload.len() / 256;
     payload[at] = put;
     let _ = message::read(None, &payload, &InFlight::default());
 }
 
-/// A write a line: a byte that says which fields, or that it deletes, their value, the id.
+/// One write per line: a byte for the fields or a deletion, the value, the user id.
 fn writes(data: &[u8]) -> Arc<[Write]> {
     let write = |line: &[u8]| {
         let (&[set], rest) = line.split_first_chunk()?;

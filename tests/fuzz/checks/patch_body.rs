@@ -1,11 +1,12 @@
-//! The body of `POST /set`: no bytes panic, and the fast parser takes exactly what serde_json takes.
+//! The body of `POST /set`. Nothing panics, and the fast parser accepts exactly what serde_json
+//! accepts.
 
 use gradestore::grade::Patch;
 use gradestore::http::parse_patch;
 
 pub(crate) fn check(body: &[u8]) {
     let fast = parse_patch(body).ok();
-    // serde_json reads -0 as a float, so as no integer: the only number that the two see otherwise.
+    // The only difference: serde_json reads -0 as a float.
     if body.windows(2).any(|two| two == b"-0") {
         return;
     }

@@ -1,4 +1,5 @@
-//! `Grade-Position` in a read, a line of the input each: none, or one decimal number of 64 bits.
+//! `Grade-Position` headers of a read, one per line of the input: none, or one 64-bit decimal
+//! number.
 
 use gradestore::http::GRADE_POSITION;
 use gradestore::http::get::position_of;
@@ -8,7 +9,7 @@ pub(crate) fn check(data: &[u8]) {
     let mut headers = HeaderMap::new();
     let mut lines = Vec::new();
     for line in data.split(|byte| *byte == b'\n').skip(1) {
-        // What hyper lets through.
+        // hyper rejects the others.
         let Ok(value) = HeaderValue::from_bytes(line) else {
             return;
         };

@@ -1,9 +1,9 @@
-//! The value of a batch in the log on disk. Nothing panics; what is read is written as the same bytes,
-//! except for how its JSON is spelled, and read as the same.
+//! The value of a batch in the log on disk. Nothing panics. A decoded batch is the same after
+//! encoding and decoding it again, and its bytes are the same except for the spelling of the JSON.
 
 use gradestore::log::{BatchId, LogId, Position, RandomId, ReadError, stored};
 
-/// Format, time, writer and the writer's number.
+/// Format, time, writer id and batch sequence number.
 const HEADER_BYTES: usize = 1 + 8 + 16 + 8;
 
 pub(crate) fn check(value: &[u8]) {
@@ -25,7 +25,7 @@ pub(crate) fn check(value: &[u8]) {
     let mut written = Vec::new();
     let position = stored::write(&previous, time_ns, id, &entry.batch.writes, &mut written);
     assert_eq!(written[..HEADER_BYTES], value[..HEADER_BYTES]);
-    let again = stored::read(&previous, &written).expect("what we write we read");
+    let again = stored::read(&previous, &written).expect("an encoded batch can be decoded");
     assert_eq!(again.position, position);
     assert_eq!(again.batch.writes, entry.batch.writes);
     let mut twice = Vec::new();

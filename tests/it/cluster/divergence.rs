@@ -7,8 +7,8 @@ use std::process::Command;
 
 use gradestore::backup::Snapshots;
 use gradestore::grade::{Changes, Patch, Write};
-use gradestore::sys::exec::Blocking;
 use gradestore::log::Position;
+use gradestore::sys::exec::Blocking;
 use tempfile::TempDir;
 
 use crate::harness::backup_files::{fetch_backup, file_names, read_backup};

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_nats::jetstream::stream::Config;
 use futures_util::future::join_all;
 use gradestore::log::{
-    ClusterKey, HeldData, Identity, JetStreamConfig, JetStreamLog, MemoryLog, RandomId,
+    ClusterKey, ExistingData, JetStreamConfig, JetStreamLog, MemoryLog, RandomId, ReplicaIdentity,
 };
 use gradestore::node::data_dir::Storage;
 use serde_json::Value;
@@ -34,10 +34,10 @@ async fn replica_with_buffer(broker: &Broker, buffer_bytes_max: u64) -> InProces
         peers: Vec::new(),
         write_silence_max: Duration::from_secs(12),
     };
-    let identity = Identity {
+    let identity = ReplicaIdentity {
         node: origin,
         replica: origin,
-        holds: HeldData::Nothing,
+        existing_data: ExistingData::None,
         keeps_data: false,
         url: String::new(),
         ask_node: Arc::new(client()),

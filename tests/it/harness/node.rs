@@ -139,7 +139,7 @@ impl Deref for InProcessNode {
 
 /// The client with which nodes use their peers.
 pub(crate) fn client() -> Client {
-    let account = Credentials::new("admin", PASSWORD).account();
+    let account = Credentials::new("admin", PASSWORD).for_client();
     Client::new(account, SILENCE_MAX, Compression::IfSlow).unwrap()
 }
 

@@ -1,11 +1,11 @@
-//! What threads may see of each other's steps, tried in every order and with every value that the memory
-//! model allows, by [loom](https://docs.rs/loom).
+//! Model checks of lock-free code with [loom](https://docs.rs/loom), which tries every thread
+//! interleaving and every value that the memory model allows.
 //!
-//! The code is `src/replication/state.rs` and `src/replication/waiters.rs` themselves, over loom's atomics and
-//! locks in place of the machine's. The store, the steps of who makes it anew, and what applies batches
-//! are models: see `Store` and `Applied` below for what they stand for.
+//! The code under test is `src/replication/state.rs` and `src/replication/waiters.rs`, compiled
+//! with loom's atomics and locks. The store, its replacement and the applier are models: `Store`,
+//! `replace_state` and `AppliedIndex` below.
 #![cfg(test)]
-#![allow(dead_code, reason = "what is checked has more than is called")]
+#![allow(dead_code, reason = "the tests use a part of the code under test")]
 
 #[path = "../../../src/replication/state.rs"]
 mod state;
@@ -17,7 +17,7 @@ mod sys {
     pub(crate) mod sync;
 }
 
-/// In place of `src/log/mod.rs`.
+/// Replaces `src/log/mod.rs`.
 mod log {
     pub(crate) type Seq = u64;
 }
@@ -35,8 +35,8 @@ use sys::sync::Mutex;
 use sys::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use waiters::Waiters;
 
-/// As `src/store/mod.rs`: an epoch, and shards that are locked one after the other. Each of its two shards
-/// has one record, and a state is whole if both have the same in it.
+/// A model of `src/store/mod.rs`: an epoch, and shards that are locked one after the other. Each of
+/// its two shards has one record. A state is complete if both have the same value.
 struct Store {
     epoch: AtomicU64,
     shards: [Mutex<Option<u64>>; 2],
@@ -58,7 +58,7 @@ impl Store {
         *self.shards[shard].lock()
     }
 
-    /// As `Store::clear` and a restore after it.
+    /// Models `Store::clear` and a restore.
     fn replace(&self, record: u64) {
         self.epoch.fetch_add(1, Ordering::AcqRel);
         for record in [None, Some(record)] {
@@ -75,32 +75,32 @@ fn ready() -> Readiness {
     readiness
 }
 
-/// As a replica recovers from a gap: unready, cleared, restored, ready.
+/// Models the recovery from a gap: unready, cleared, restored, ready.
 fn replace_state(readiness: &Readiness, store: &Store, record: u64) {
     readiness.block(NodeState::Restoring, "");
     store.replace(record);
     readiness.set_ready();
 }
 
-/// `GET /get`: what is answered was there, and never goes back.
+/// `GET /get` returns a value of a complete state, and never an older one than before.
 #[test]
-fn a_read_sees_no_state_that_is_being_replaced() {
+fn a_read_never_sees_a_state_that_is_being_replaced() {
     model(|| {
         let readiness = ready();
         let store = Arc::new(Store::new(1));
-        let maker = {
+        let replacing = {
             let (readiness, store) = (readiness.clone(), Arc::clone(&store));
             thread::spawn(move || replace_state(&readiness, &store, 2))
         };
         let mut last = 1;
         for _ in 0..2 {
             if let Ok(found) = readiness.read(|| store.epoch(), || store.get(0)) {
-                let found = found.expect("a record was there before and after");
+                let found = found.expect("both states have the record");
                 assert!(found >= last);
                 last = found;
             }
         }
-        maker.join().unwrap();
+        replacing.join().unwrap();
         assert_eq!(
             readiness.read(|| store.epoch(), || store.get(0)),
             Ok(Some(2))
@@ -108,14 +108,14 @@ fn a_read_sees_no_state_that_is_being_replaced() {
     });
 }
 
-/// As `CompleteState`, for backups and snapshots (`src/replication/complete_state.rs`): whether the state is
-/// complete, and after each piece whether the epoch is the same.
+/// `CompleteState`, as backups and snapshots use it (`src/replication/complete_state.rs`): the
+/// state is complete at the start, and the epoch is the same after each piece.
 #[test]
-fn a_scan_that_ends_in_its_epoch_saw_one_state() {
+fn a_scan_within_one_epoch_sees_one_state() {
     model(|| {
         let readiness = ready();
         let store = Arc::new(Store::new(1));
-        let maker = {
+        let replacing = {
             let (readiness, store) = (readiness.clone(), Arc::clone(&store));
             thread::spawn(move || replace_state(&readiness, &store, 2))
         };
@@ -128,13 +128,13 @@ fn a_scan_that_ends_in_its_epoch_saw_one_state() {
                 assert!(one.is_some() && one == other, "{one:?} and {other:?}");
             }
         }
-        maker.join().unwrap();
+        replacing.join().unwrap();
     });
 }
 
-/// A replica that changes its reason is not ready in between.
+/// A replica that changes its reason does not become ready in between.
 #[test]
-fn one_reason_after_another_leaves_no_gap() {
+fn a_change_of_the_reason_does_not_make_a_replica_ready() {
     model(|| {
         let readiness = Readiness::starting("");
         let changes = {
@@ -150,9 +150,9 @@ fn one_reason_after_another_leaves_no_gap() {
     });
 }
 
-/// Whoever finds a replica ready sees what was done before it was.
+/// A thread that sees a ready replica also sees all writes before it became ready.
 #[test]
-fn what_was_done_before_it_was_ready_is_seen() {
+fn readiness_publishes_earlier_writes() {
     model(|| {
         let readiness = Readiness::starting("");
         let restored = Arc::new(AtomicU64::new(0));
@@ -170,9 +170,9 @@ fn what_was_done_before_it_was_ready_is_seen() {
     });
 }
 
-/// A replica that stops is not made ready by the task that drives it.
+/// The driver cannot make a replica ready that is shutting down.
 #[test]
-fn a_stop_is_final() {
+fn a_shutdown_is_final() {
     model(|| {
         let readiness = Readiness::starting("");
         let driver = {
@@ -190,13 +190,13 @@ fn a_stop_is_final() {
     });
 }
 
-/// As `src/replication/applied/mod.rs`: a position and its waiters.
-struct Applied {
+/// A model of `src/replication/applied/mod.rs`: a position and its waiters.
+struct AppliedIndex {
     seq: AtomicU64,
     waiters: Waiters,
 }
 
-impl Applied {
+impl AppliedIndex {
     fn new() -> Arc<Self> {
         Arc::new(Self {
             seq: AtomicU64::new(0),
@@ -214,18 +214,18 @@ impl Applied {
     }
 }
 
-/// Whether a task was woken.
-struct Woken(AtomicBool);
+/// Records whether a task was woken.
+struct WakeRecorder(AtomicBool);
 
-impl Wake for Woken {
+impl Wake for WakeRecorder {
     fn wake(self: Arc<Self>) {
         self.0.store(true, Ordering::Release);
     }
 }
 
-/// Waits for `seq`, which `applying` applies: its task must have been woken once that is done.
-fn wait(applied: &Applied, seq: u64, applying: thread::JoinHandle<()>) {
-    let woken = Arc::new(Woken(AtomicBool::new(false)));
+/// Waits for `seq`, which `applying` applies. The waiting task must be woken by the end of that.
+fn wait(applied: &AppliedIndex, seq: u64, applying: thread::JoinHandle<()>) {
+    let woken = Arc::new(WakeRecorder(AtomicBool::new(false)));
     let waker = Waker::from(Arc::clone(&woken));
     let mut wait = pin!(applied.waiters.wait(seq, 2, || applied.seq() >= seq));
     let pending = wait
@@ -240,7 +240,7 @@ fn wait(applied: &Applied, seq: u64, applying: thread::JoinHandle<()>) {
 #[test]
 fn no_wakeup_is_lost_while_a_batch_is_applied() {
     model(|| {
-        let applied = Applied::new();
+        let applied = AppliedIndex::new();
         let applying = {
             let applied = Arc::clone(&applied);
             thread::spawn(move || applied.apply(1))
@@ -252,11 +252,11 @@ fn no_wakeup_is_lost_while_a_batch_is_applied() {
 /// The same while another read begins to wait for a later position and is dropped.
 #[test]
 fn no_wakeup_is_lost_while_another_waiter_is_added_and_removed() {
-    let mut bounded = Builder::new();
-    // Every order of three threads takes two minutes, this seconds.
-    bounded.preemption_bound = Some(3);
-    bounded.check(|| {
-        let applied = Applied::new();
+    let mut builder = Builder::new();
+    // All interleavings of three threads take two minutes; with this bound it is seconds.
+    builder.preemption_bound = Some(3);
+    builder.check(|| {
+        let applied = AppliedIndex::new();
         let applying = {
             let applied = Arc::clone(&applied);
             thread::spawn(move || applied.apply(1))

@@ -1,4 +1,4 @@
-//! The broker: one stream of raw messages, and what can happen to it.
+//! The simulated broker: one stream of raw messages, and its faults.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -13,27 +13,27 @@ use tokio::time::Instant;
 use crate::ledger::Ledger;
 use crate::message::{self, Delivery};
 
-/// Where its clock begins, in nanoseconds since 1970.
-const BEGIN_NS: u64 = 1_700_000_000_000_000_000;
-/// Where the stream's metadata has the log's id.
+/// The start of the broker's clock, in nanoseconds since 1970.
+const START_NS: u64 = 1_700_000_000_000_000_000;
+/// The key of the log's id in the stream's metadata.
 const LOG_ID_KEY: &str = "gradestore-log-id";
-/// The header by which the broker stores a message once.
+/// The header by which the broker detects duplicates.
 const ID_HEADER: &str = "Nats-Msg-Id";
 
-/// A message on its way into the stream.
+/// A message that is being published.
 #[derive(Debug, Clone)]
 pub struct Message {
     pub header_block: Option<Bytes>,
     pub payload: Bytes,
-    /// What `Nats-Msg-Id` says.
+    /// The value of `Nats-Msg-Id`.
     pub id: Option<Box<str>>,
     pub expected_last: Option<Seq>,
-    /// The node that sent it, if one did.
+    /// The node that sent it; `None` for another publisher.
     pub sender: Option<usize>,
 }
 
 impl Message {
-    /// As a replica sends it.
+    /// A message of the replica at `node`.
     pub fn of_replica(
         node: usize,
         headers: &HeaderMap,
@@ -45,7 +45,7 @@ impl Message {
             let lines = values.iter().map(|value| line(name, value));
             lines.collect::<String>()
         });
-        // Their order is the hash map's.
+        // The hash map has no defined order.
         let mut lines: Vec<_> = lines.collect();
         lines.sort_unstable();
         let block = format!("NATS/1.0\r\n{}\r\n", lines.concat());
@@ -62,10 +62,10 @@ impl Message {
 /// A message in the stream.
 pub struct Entry {
     pub time_ns: u64,
-    /// The history up to it.
+    /// Its position in the log's history.
     pub position: Position,
     message: Message,
-    /// What the client library makes of it.
+    /// How the client library handles it.
     pub delivery: Delivery,
 }
 
@@ -75,59 +75,58 @@ impl Entry {
     }
 }
 
-/// The stream, as it was set up.
 struct Stream {
     config: Config,
     log: LogId,
-    /// Before its first batch.
+    /// The position before its first batch.
     base: Position,
 }
 
-/// What is wrong with the broker now. Faults may overlap.
+/// The broker's current faults. Counters are used where faults may overlap.
 #[derive(Default)]
-pub struct Troubles {
+pub struct BrokerFaults {
     /// The stream has no leader.
-    pub leaderless: u32,
+    pub no_leader: u32,
     /// Requests get no answer while the stream has no leader, instead of an error.
     pub silent: bool,
     /// The metadata group of the servers has no leader, so no consumer can be created.
-    pub metadata_leaderless: u32,
-    /// Its leader reaches no majority.
-    pub quorumless: u32,
-    /// Its storage is full.
+    pub no_metadata_leader: u32,
+    /// The leader reaches no majority.
+    pub no_quorum: u32,
+    /// The storage is full.
     pub full: u32,
-    /// It is not there; it will be again.
+    /// The stream is missing, and comes back later.
     pub gone: u32,
-    /// The leader has not read the rest of its Raft log yet: the stream seems to end here.
+    /// The leader has not read the rest of its Raft log yet, and reports this end.
     pub short: Option<Seq>,
 }
 
 pub struct Broker {
     pub up: bool,
-    /// Three servers, or one.
+    /// Whether it is three servers or one.
     pub clustered: bool,
-    pub troubles: Troubles,
-    /// Sent to a leader without a majority: some of it is stored once there is one.
+    pub faults: BrokerFaults,
+    /// Messages that a leader without a majority accepted. Some are stored later.
     proposed: Vec<Message>,
     stream: Option<Stream>,
-    begun: Instant,
-    /// By so much its clock has jumped ahead.
+    started: Instant,
+    /// How far its clock has jumped ahead.
     jumped: Duration,
-    /// How often.
+    /// How often its clock has jumped.
     pub jumps: u32,
     first: Seq,
     entries: VecDeque<Entry>,
-    /// The last batch of the stream; of its base before the first one.
+    /// The position of the last batch, or the stream's base.
     last: Option<Position>,
-    /// The last time given to any batch of any stream.
-    clock_ns: u64,
-    /// Ids of messages, when they were stored by the broker's clock, and where.
+    /// The last time that any batch was stored at.
+    last_time_ns: u64,
+    /// Message ids, with the time and the sequence number at which they were stored.
     known: HashMap<Box<str>, (u64, Seq)>,
     /// Ids of batches in the stream that replicas have sent.
     by_replicas: HashMap<Box<str>, Seq>,
     /// The last id under which a replica has sent a batch.
     pub last_id: Option<Box<str>>,
-    /// Messages in the stream that end the connection, or are not delivered.
+    /// The number of messages that end the connection or are not delivered.
     pub unreadable: usize,
 }
 
@@ -136,16 +135,16 @@ impl Broker {
         Self {
             up: true,
             clustered,
-            troubles: Troubles::default(),
+            faults: BrokerFaults::default(),
             proposed: Vec::new(),
             stream: None,
-            begun: Instant::now(),
+            started: Instant::now(),
             jumped: Duration::ZERO,
             jumps: 0,
             first: 1,
             entries: VecDeque::new(),
             last: None,
-            clock_ns: 0,
+            last_time_ns: 0,
             known: HashMap::new(),
             by_replicas: HashMap::new(),
             last_id: None,
@@ -166,19 +165,19 @@ impl Broker {
         self.first + self.entries.len() as Seq - 1
     }
 
-    /// Where deliveries end now.
-    pub fn shown_end(&self) -> Seq {
-        let short = self.troubles.short.unwrap_or(Seq::MAX);
+    /// The end of the stream that is visible now.
+    pub fn visible_end(&self) -> Seq {
+        let short = self.faults.short.unwrap_or(Seq::MAX);
         self.end().min(short)
     }
 
-    /// What its clock shows.
+    /// The broker's time.
     pub fn now_ns(&self) -> u64 {
-        let elapsed = self.begun.elapsed() + self.jumped;
-        BEGIN_NS + u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX)
+        let elapsed = self.started.elapsed() + self.jumped;
+        START_NS + u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX)
     }
 
-    /// Its clock goes ahead, and with it all that is not in the simulation.
+    /// Moves the broker's clock ahead.
     pub fn jump(&mut self, by: Duration) {
         self.jumped += by;
         self.jumps += 1;
@@ -194,7 +193,7 @@ impl Broker {
         self.entries.get(usize::try_from(index).ok()?)
     }
 
-    /// What the last message with a vote on a state says.
+    /// The value of the last `Grade-Checkpoint` header in the stream.
     pub fn last_vote(&self) -> Option<String> {
         self.entries.iter().rev().find_map(|entry| {
             let Delivery::Ordinary(Some(headers)) = &entry.delivery else {
@@ -218,13 +217,13 @@ impl Broker {
         })
     }
 
-    /// What a server with the newest numbers says of the stream.
+    /// The stream's info, from a server that is up to date.
     pub fn info(&self) -> Result<StreamInfo, BrokerError> {
         let stream = self.stream.as_ref().ok_or(BrokerError::NoStream)?;
         Ok(StreamInfo {
             config: stream.config.clone(),
             first: self.first,
-            last: self.shown_end(),
+            last: self.visible_end(),
             source: match self.clustered {
                 true => InfoSource::Leader,
                 false => InfoSource::Unclustered,
@@ -236,7 +235,7 @@ impl Broker {
         match &self.stream {
             Some(stream) if stream.config.metadata != config.metadata => {
                 let why = "stream name already in use with a different configuration";
-                return Err(BrokerError::Refused(why.into()));
+                return Err(BrokerError::Rejected(why.into()));
             }
             Some(_) => {}
             None => {
@@ -255,8 +254,8 @@ impl Broker {
         self.first = 1;
     }
 
-    /// Stores `message`, or not. `late` says that it was sent before the clock jumped: ids that were
-    /// known then are. The error of the outer result is a violation.
+    /// Stores `message`, or rejects it. A `late` message was sent before the clock jumped, so ids
+    /// from before the jump still count as duplicates. The outer error is a violation.
     pub fn publish(
         &mut self,
         message: Message,
@@ -279,31 +278,31 @@ impl Broker {
             seq: *seq,
             duplicate: true,
         });
-        // One server compares the end first, a cluster the id.
-        let refused = match (self.clustered, wrong_end, duplicate) {
+        // A single server checks the end first, a cluster the id.
+        let rejected = match (self.clustered, wrong_end, duplicate) {
             (true, _, Some(duplicate)) | (false, None, Some(duplicate)) => Some(Ok(duplicate)),
             (_, Some(wrong_end), _) => Some(Err(wrong_end)),
             (_, None, None) => None,
         };
-        if let Some(refused) = refused {
-            return Ok(refused);
+        if let Some(rejected) = rejected {
+            return Ok(rejected);
         }
         let seq = self.end() + 1;
-        let mut twice = None;
+        let mut stored_before = None;
         if let Some(id) = &message.id {
             self.known.insert(id.clone(), (now_ns, seq));
             if message.sender.is_some() {
-                twice = self.by_replicas.insert(id.clone(), seq);
+                stored_before = self.by_replicas.insert(id.clone(), seq);
                 self.last_id = Some(id.clone());
             }
         }
-        self.clock_ns = now_ns.max(self.clock_ns + 1);
-        let time_ns = self.clock_ns;
-        let read = message::read(message.header_block.as_deref(), &message.payload);
-        let position = read.position(&last, time_ns, &message.payload);
-        let writes = read.writes();
-        ledger.take(position, writes);
-        let delivery = read.delivery;
+        self.last_time_ns = now_ns.max(self.last_time_ns + 1);
+        let time_ns = self.last_time_ns;
+        let decoded = message::decode(message.header_block.as_deref(), &message.payload);
+        let position = decoded.position(&last, time_ns, &message.payload);
+        let writes = decoded.writes();
+        ledger.record(position, writes);
+        let delivery = decoded.delivery;
         self.unreadable += usize::from(!matches!(delivery, Delivery::Ordinary(_)));
         self.last = Some(position);
         let id = message.id.clone();
@@ -313,9 +312,9 @@ impl Broker {
             message,
             delivery,
         });
-        match twice {
+        match stored_before {
             Some(before) => Err(format!(
-                "batch {} is in the log at {before} and at {seq}",
+                "batch {} is in the log twice, at {before} and {seq}",
                 id.unwrap_or_default()
             )),
             None => Ok(Ok(Stored {
@@ -325,17 +324,17 @@ impl Broker {
         }
     }
 
-    /// Keeps `message` for when there is a majority again.
+    /// Keeps `message` until there is a majority again.
     pub fn propose(&mut self, message: Message) {
         self.proposed.push(message);
     }
 
-    /// What was proposed to a leader without a majority.
+    /// Takes the messages that a leader without a majority accepted.
     pub fn take_proposed(&mut self) -> Vec<Message> {
         std::mem::take(&mut self.proposed)
     }
 
-    /// Forgets all but the last `keep` batches.
+    /// Removes all but the last `keep` batches.
     pub fn trim(&mut self, keep: usize) {
         while self.entries.len() > keep {
             self.entries.pop_front();
@@ -343,7 +342,7 @@ impl Broker {
         }
     }
 
-    /// Loses the last `count` batches of those it holds.
+    /// Loses the last `count` batches.
     pub fn lose_last(&mut self, count: usize, ledger: &mut Ledger) {
         for _ in 0..count {
             let Some(lost) = self.entries.pop_back() else {
@@ -363,7 +362,7 @@ impl Broker {
         }
     }
 
-    /// The stream is removed and another log takes its place.
+    /// Replaces the stream with a new one for another log.
     pub fn recreate(&mut self, id: &str, ledger: &mut Ledger) {
         let Some(stream) = self.stream.take() else {
             return;

@@ -1,4 +1,4 @@
-//! What must hold, looked at from outside a node.
+//! Checks the invariants of a node from outside.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -7,98 +7,99 @@ use gradestore::replication::state::NodeState;
 use gradestore::store::RecordBatch;
 use tokio::time::Instant;
 
+use crate::consumer::ARRIVE_MAX;
 use crate::process::{Knobs, Process, WRITE_SILENCE};
-use crate::wire::ARRIVE_MAX;
 use crate::world::World;
 
-/// No batch of these runs takes more memory than this.
+/// An upper bound on the memory of any batch of these runs.
 const ENTRY_BYTES_MAX: u64 = 16 * 1024;
 
-/// By then a node must have noticed that the broker refuses its batches.
-const REFUSED_MAX: Duration = Duration::from_secs(5);
-/// And by then that it stores none.
+/// How soon a node must report that the broker rejects its batches.
+const REJECTED_MAX: Duration = Duration::from_secs(5);
+/// How soon a node must report that the broker stores none of its batches.
 const SILENCE_MAX: Duration = Knobs::WRITE_WAIT_MAX
     .saturating_add(WRITE_SILENCE)
     .saturating_add(Duration::from_secs(2));
 
-/// Looks at what `process` at `node` shows now; with `fields` at every field of every record.
-pub fn look(world: &World, node: usize, process: &Process, knobs: &Knobs, fields: bool) {
-    let shown = &process.node;
+/// Checks the state of `process` at `node`; with `fields` every field of every record.
+pub fn check_node(world: &World, node: usize, process: &Process, knobs: &Knobs, fields: bool) {
+    let node_state = &process.node;
     let gaps = process.gaps.load(Ordering::Relaxed);
     if gaps > world.slot(node).losses {
-        world.violate(format!("node {node} misses a batch that was given to it"));
+        world.violate(format!(
+            "node {node} misses a batch that was delivered to it"
+        ));
     }
     let is_corrupted = is_corrupted(world, node, process);
-    // Where one node is wrong, another one may have no majority for a while.
+    // While one node is corrupted, another one may have no majority.
     if world.lock().corrupted.is_none() {
         if process.divergences.load(Ordering::Relaxed) > 0 {
-            world.violate(format!(
-                "node {node} heard that a peer holds something else"
-            ));
+            world.violate(format!("node {node} reports a digest mismatch with a peer"));
         }
-        if shown.readiness.state() == NodeState::Diverged {
+        if node_state.readiness.state() == NodeState::Diverged {
             world.violate(format!(
-                "node {node} reports divergence although its state is right"
+                "node {node} reports divergence although its state is correct"
             ));
         }
     }
     if is_corrupted {
         return;
     }
-    if shown.writer.queue_requests() > knobs.queue_requests_max {
-        world.violate(format!("node {node} lets too many requests wait"));
+    if node_state.writer.queue_requests() > knobs.queue_requests_max {
+        world.violate(format!("node {node} has too many requests in its queue"));
     }
-    if let Some(restore) = shown.restore.current() {
+    if let Some(restore) = node_state.restore.current() {
         let bytes = restore.buffer.bytes();
         if bytes > knobs.buffer_bytes_max + ARRIVE_MAX as u64 * ENTRY_BYTES_MAX {
-            world.violate(format!("node {node} holds {bytes} bytes of the log"));
+            world.violate(format!("node {node} buffers {bytes} bytes of the log"));
         }
     }
-    write_health(world, node, process);
-    let Err(unready) = shown.readiness.check() else {
-        return whole(world, node, process, fields);
+    check_write_health(world, node, process);
+    let Err(unready) = node_state.readiness.check() else {
+        return check_state(world, node, process, fields);
     };
-    let (records, position) = (shown.store.len(), shown.applied.seq());
+    let (records, position) = (node_state.store.len(), node_state.applied.seq());
     if unready.state == NodeState::NoSource && (records, position) != (0, 0) {
-        let held = format!("{records} records of batch {position}");
-        world.violate(format!("node {node} has no source, yet {held}"));
+        world.violate(format!(
+            "node {node} has no source, but {records} records at batch {position}"
+        ));
     }
 }
 
-/// Whether a record of the node was changed, and is still wrong.
+/// Whether a record of the node was corrupted and is still wrong.
 fn is_corrupted(world: &World, node: usize, process: &Process) -> bool {
     let (position, digest) = (process.node.applied.position(), process.node.store.digest());
     let mut state = world.lock();
-    let right = state.ledger.state(&position).map(|(_, digest)| digest);
-    state.nodes[node].is_corrupted &= right != Some(digest);
+    let correct = state.ledger.state(&position).map(|(_, digest)| digest);
+    state.nodes[node].is_corrupted &= correct != Some(digest);
     state.nodes[node].is_corrupted
 }
 
-/// A node knows that its writes are not stored.
-fn write_health(world: &World, node: usize, process: &Process) {
+/// A node reports that its writes are not stored.
+fn check_write_health(world: &World, node: usize, process: &Process) {
     let slot = world.slot(node);
     let longer = |since: Option<Instant>, max| since.is_some_and(|since| since.elapsed() > max);
-    let refused = longer(slot.refused_since, REFUSED_MAX);
+    let rejected = longer(slot.rejected_since, REJECTED_MAX);
     let silent = longer(slot.unstored_since, SILENCE_MAX);
     drop(slot);
-    if (refused || silent) && process.node.log.unwritable().is_none() {
-        let what = match refused {
-            true => "the broker refuses its batches",
+    if (rejected || silent) && process.node.log.unwritable().is_none() {
+        let what = match rejected {
+            true => "the broker rejects its batches",
             false => "the broker stores none of its batches",
         };
-        world.violate(format!("node {node} accepts writes, and {what}"));
+        world.violate(format!("node {node} accepts writes although {what}"));
     }
 }
 
-/// What is served is the state at the position, and not an old one.
-fn whole(world: &World, node: usize, process: &Process, fields: bool) {
+/// A node serves the state at its position, and is not ready before the log's end at its start.
+fn check_state(world: &World, node: usize, process: &Process, fields: bool) {
     let shown = &process.node;
     let position = shown.applied.position();
     let (digest, records) = (shown.store.digest(), shown.store.len());
     let state = world.lock();
     let Some((expected, expected_digest)) = state.ledger.state(&position) else {
         drop(state);
-        let what = format!("node {node} is at {position:?}, where no log ever was");
+        let what = format!("node {node} is at {position:?}, which no log ever had");
         return world.violate(what);
     };
     let mut wrong = None;
@@ -127,17 +128,17 @@ fn whole(world: &World, node: usize, process: &Process, fields: bool) {
         }
         if found != expected.len() {
             wrong = Some(format!(
-                "node {node} shows {found} records of {}",
+                "node {node} serves {found} records of {}",
                 expected.len()
             ));
         }
     }
-    let fence = state.nodes[node].fence;
-    let held = fence.filter(|fence| state.ledger.holds(fence.chain));
-    if let Some(fence) = held.filter(|fence| position.seq < fence.seq) {
+    let end = state.nodes[node].log_end_at_start;
+    let held = end.filter(|end| state.ledger.holds(end.chain));
+    if let Some(end) = held.filter(|end| position.seq < end.seq) {
         wrong = Some(format!(
             "node {node} is ready at batch {}, before batch {}, where the log ended when it started",
-            position.seq, fence.seq,
+            position.seq, end.seq,
         ));
     }
     drop(state);
@@ -146,15 +147,15 @@ fn whole(world: &World, node: usize, process: &Process, fields: bool) {
     }
 }
 
-/// A node keeps what the log has lost: an operator may need it.
-pub fn keeps_lost(world: &World, node: usize, process: &Process) {
+/// A node keeps batches that the log has lost, because an operator may need them.
+pub fn check_keeps_lost_batches(world: &World, node: usize, process: &Process) {
     let position = process.node.applied.position();
     let state = world.lock();
     let Some(lost) = state.nodes[node].lost else {
         return;
     };
-    let place = state.ledger.find(position.chain, lost.seq);
-    let is_kept = place.is_some_and(|place| place.position == lost);
+    let entry = state.ledger.find(position.chain, lost.seq);
+    let is_kept = entry.is_some_and(|entry| entry.position == lost);
     drop(state);
     if !is_kept {
         world.violate(format!(

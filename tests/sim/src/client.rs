@@ -1,4 +1,4 @@
-//! Clients: what they ask, and whether what they are told is true.
+//! Clients: they send requests and check the answers.
 
 use std::time::Duration;
 
@@ -17,16 +17,16 @@ use crate::check;
 use crate::process::{Knobs, Process};
 use crate::world::World;
 
-/// `sim:secret`, as Basic authentication wants it.
+/// The Basic credentials of `sim:secret`.
 pub const AUTHORIZED: &str = "Basic c2ltOnNlY3JldA==";
-/// No answer takes longer: the waits for a place in a batch and for the batch, and some.
-const ANSWER_MAX: Duration = Duration::from_secs(6);
+/// The timeout of a request: the waits in the queue and for the log, and a margin.
+const ANSWER_WAIT_MAX: Duration = Duration::from_secs(6);
 
-/// How often a node that is well may leave a write unanswered, and the pause after each.
+/// How many writes a recovered node may leave unacknowledged, and the pause after each.
 const SETS_MAX: usize = 3;
 const RECOVERED_AFTER: Duration = Duration::from_secs(30);
 
-/// What a client does, after a while.
+/// One request of a client, after its think time.
 #[derive(Debug, Clone)]
 pub struct Op {
     pub think_ms: u64,
@@ -37,39 +37,39 @@ pub struct Op {
 
 #[derive(Debug, Clone)]
 pub enum OpKind {
-    /// Sets the fields of these bits, each to a value that no other write has; hangs up after
-    /// `hang_up_ms`, if given.
+    /// Sets the fields of these bits, each to a value that no other write has; disconnects after
+    /// `disconnect_after_ms`, if given.
     Set {
         fields: u8,
-        hang_up_ms: Option<u64>,
+        disconnect_after_ms: Option<u64>,
     },
-    /// Removes the record; may hang up as well.
+    /// Deletes the record; may disconnect as well.
     Delete {
-        hang_up_ms: Option<u64>,
+        disconnect_after_ms: Option<u64>,
     },
     Get,
-    /// A read that wants to see the client's last write.
-    GetOwn,
+    /// A read that must see the client's last write.
+    GetOwnWrite,
 }
 
-/// One client: it does one thing after the other.
+/// One client, which sends one request at a time.
 pub struct Client {
     pub world: World,
     pub knobs: Knobs,
     pub number: usize,
-    /// The last position it was told, and the chain there.
+    /// The last position that it received, and the chain there.
     last: Option<(Seq, Chain)>,
     sets: i64,
-    writes_answered: u64,
-    /// Its writes that were refused: they must be nowhere.
-    pub refused: Vec<Write>,
-    /// Those that were not: one deletion is as another.
+    acknowledged: u64,
+    /// Its writes that were rejected. They must not be in any log.
+    pub rejected: Vec<Write>,
+    /// Its other writes. A deletion is equal to any other deletion of the same user.
     pub sent: Vec<Write>,
 }
 
-enum Answer {
-    /// There is no process, or there is none any more.
-    Broken,
+enum ClientAnswer {
+    /// There is no process, or it has ended.
+    ConnectionBroken,
     Response(Response),
 }
 
@@ -81,14 +81,14 @@ impl Client {
             number,
             last: None,
             sets: 0,
-            writes_answered: 0,
-            refused: Vec::new(),
+            acknowledged: 0,
+            rejected: Vec::new(),
             sent: Vec::new(),
         }
     }
 
-    /// Sets one field at `node`, which must answer in the end: nothing is wrong any more, though it may
-    /// only notice by this that the log is another one.
+    /// Sets one field at `node`, which must acknowledge a write: no fault is active, although the
+    /// node may notice only now that the log is another one.
     pub async fn set_at(&mut self, node: usize) {
         let kind = OpKind::Get;
         let (think_ms, user) = (0, 0);
@@ -98,25 +98,32 @@ impl Client {
             user,
             kind,
         };
-        let before = self.writes_answered;
+        let before = self.acknowledged;
         for _ in 0..SETS_MAX {
             self.set(&op, 1, None).await;
-            if self.writes_answered > before || self.world.violated() {
+            if self.acknowledged > before || self.world.violated() {
                 return;
             }
             sleep(RECOVERED_AFTER).await;
         }
-        self.violate(format!("node {node} is well, and answered no write"));
+        self.violate(format!(
+            "node {node} has recovered, but acknowledges no write"
+        ));
     }
 
     pub async fn run(mut self, ops: Vec<Op>) -> Self {
         for op in ops {
             sleep(Duration::from_millis(op.think_ms)).await;
             match op.kind {
-                OpKind::Set { fields, hang_up_ms } => self.set(&op, fields, hang_up_ms).await,
-                OpKind::Delete { hang_up_ms } => self.delete(&op, hang_up_ms).await,
+                OpKind::Set {
+                    fields,
+                    disconnect_after_ms,
+                } => self.set(&op, fields, disconnect_after_ms).await,
+                OpKind::Delete {
+                    disconnect_after_ms,
+                } => self.delete(&op, disconnect_after_ms).await,
                 OpKind::Get => self.get(&op, None).await,
-                OpKind::GetOwn => self.get(&op, self.last).await,
+                OpKind::GetOwnWrite => self.get(&op, self.last).await,
             }
             if self.world.violated() {
                 break;
@@ -125,7 +132,7 @@ impl Client {
         self
     }
 
-    async fn set(&mut self, op: &Op, fields: u8, hang_up_ms: Option<u64>) {
+    async fn set(&mut self, op: &Op, fields: u8, disconnect_after_ms: Option<u64>) {
         let mut changes = Changes::default();
         for index in (0..FIELDS.len()).filter(|index| fields >> index & 1 == 1) {
             self.sets += 1;
@@ -140,17 +147,18 @@ impl Client {
             .header(CONTENT_TYPE, "application/json")
             .body(Body::from(json))
             .expect("a request");
-        self.write(op, Write::Set(patch), request, hang_up_ms).await;
+        self.write(op, Write::Set(patch), request, disconnect_after_ms)
+            .await;
     }
 
-    async fn delete(&mut self, op: &Op, hang_up_ms: Option<u64>) {
+    async fn delete(&mut self, op: &Op, disconnect_after_ms: Option<u64>) {
         let user_id = format!("user-{}", op.user);
         let request = Request::delete(format!("/set?user_id={user_id}"))
             .header(AUTHORIZATION, AUTHORIZED)
             .body(Body::empty())
             .expect("a request");
         let write = Write::Delete(user_id.into());
-        self.write(op, write, request, hang_up_ms).await;
+        self.write(op, write, request, disconnect_after_ms).await;
     }
 
     async fn write(
@@ -158,25 +166,25 @@ impl Client {
         op: &Op,
         write: Write,
         request: Request<Body>,
-        hang_up_ms: Option<u64>,
+        disconnect_after_ms: Option<u64>,
     ) {
         let quiet = self.world.lock().is_quiet();
-        let asked = self.ask(op.node, request, true);
-        let hang_up = Duration::from_millis(hang_up_ms.unwrap_or(u64::MAX / 4));
-        let asked = tokio::time::timeout(hang_up, asked).await;
-        let refused = matches!(
-            &asked,
-            Ok((_, Answer::Response(response)))
+        let sent = self.send(op.node, request, true);
+        let disconnect_after = Duration::from_millis(disconnect_after_ms.unwrap_or(u64::MAX / 4));
+        let sent = tokio::time::timeout(disconnect_after, sent).await;
+        let rejected = matches!(
+            &sent,
+            Ok((_, ClientAnswer::Response(response)))
                 if response.status() == StatusCode::SERVICE_UNAVAILABLE
         );
-        match refused {
-            true => self.refused.push(write.clone()),
+        match rejected {
+            true => self.rejected.push(write.clone()),
             false => self.sent.push(write.clone()),
         }
-        let Ok((process, answer)) = asked else {
-            return self.note(op, || format!("writes {write:?} and hangs up"));
+        let Ok((process, answer)) = sent else {
+            return self.note(op, || format!("writes {write:?} and disconnects"));
         };
-        let Answer::Response(response) = answer else {
+        let ClientAnswer::Response(response) = answer else {
             return self.note(op, || format!("writes {write:?}: connection broken"));
         };
         let status = response.status();
@@ -186,36 +194,36 @@ impl Client {
                 let seq = seq.and_then(|seq| seq.to_str().ok()?.parse().ok());
                 let seq: Seq = seq.unwrap_or_default();
                 self.note(op, || format!("writes {write:?}: batch {seq}"));
-                self.check_answered(op.node, &process, &write, seq);
+                self.check_acknowledged(op.node, &process, &write, seq);
             }
             (StatusCode::SERVICE_UNAVAILABLE, _) => {
-                self.note(op, || format!("writes {write:?}: refused"));
+                self.note(op, || format!("writes {write:?}: rejected"));
             }
             (StatusCode::GATEWAY_TIMEOUT, _) => {
                 self.note(op, || format!("writes {write:?}: outcome unknown"));
                 if quiet && self.world.lock().is_quiet() {
-                    self.violate("a write's outcome is unknown, and nothing is wrong".to_owned());
+                    self.violate("a write's outcome is unknown, and no fault is active".to_owned());
                 }
             }
-            _ => self.violate(format!("a good write was answered with {status}")),
+            _ => self.violate(format!("a valid write was answered with {status}")),
         }
     }
 
-    /// An answered write is in the log where the answer says, the replica that answered shows it,
-    /// and what one client is told never goes back.
-    fn check_answered(&mut self, node: usize, process: &Process, write: &Write, seq: Seq) {
+    /// An acknowledged write is in the log at the position in the answer, the replica that answered
+    /// serves it, and the positions that one client receives increase.
+    fn check_acknowledged(&mut self, node: usize, process: &Process, write: &Write, seq: Seq) {
         let position = process.node.applied.position();
         let state = self.world.lock();
-        let place = state.ledger.find(position.chain, seq);
-        let there = place.is_some_and(|place| place.writes.contains(write));
-        let chain = place.map(|place| place.position.chain);
+        let entry = state.ledger.find(position.chain, seq);
+        let there = entry.is_some_and(|entry| entry.writes.contains(write));
+        let chain = entry.map(|entry| entry.position.chain);
         let back = self
             .last
             .filter(|(last, chain)| *last >= seq && state.ledger.holds(*chain));
         drop(state);
         if !there {
             self.violate(format!(
-                "node {node} at batch {} answered a write with batch {seq}, which does not hold it",
+                "node {node} at batch {} acknowledged a write with batch {seq}, which does not contain it",
                 position.seq,
             ));
         }
@@ -223,9 +231,9 @@ impl Client {
             self.violate(format!("positions went back from {last} to {seq}"));
         }
         self.last = chain.map(|chain| (seq, chain));
-        self.world.lock().answered += 1;
-        self.writes_answered += 1;
-        check::look(&self.world, node, process, &self.knobs, true);
+        self.world.lock().acknowledged += 1;
+        self.acknowledged += 1;
+        check::check_node(&self.world, node, process, &self.knobs, true);
     }
 
     async fn get(&mut self, op: &Op, own: Option<(Seq, Chain)>) {
@@ -235,8 +243,8 @@ impl Client {
             request = request.header(GRADE_POSITION, seq);
         }
         let request = request.body(Body::empty()).expect("a request");
-        let (process, answer) = self.ask(op.node, request, false).await;
-        let (Answer::Response(response), Some(process)) = (answer, process) else {
+        let (process, answer) = self.send(op.node, request, false).await;
+        let (ClientAnswer::Response(response), Some(process)) = (answer, process) else {
             return self.note(op, || format!("gets {user_id}: connection broken"));
         };
         let position = process.node.applied.position();
@@ -247,7 +255,7 @@ impl Client {
             StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
                 return self.note(op, || format!("gets {user_id}: {status}"));
             }
-            _ => return self.violate(format!("a good read was answered with {status}")),
+            _ => return self.violate(format!("a valid read was answered with {status}")),
         };
         let seq = position.seq;
         self.note(op, || format!("gets {user_id}: {shown:?} at batch {seq}"));
@@ -258,43 +266,45 @@ impl Client {
         let is_corrupted = self.world.slot(op.node).is_corrupted;
         if expected != Some(shown) && !is_corrupted {
             self.violate(format!(
-                "node {} at batch {seq} shows {user_id} as {shown:?}, not {expected:?}",
+                "node {} at batch {seq} serves {user_id} as {shown:?}, not {expected:?}",
                 op.node
             ));
         }
         if own.is_some_and(|(wanted, _)| wanted > seq) {
-            self.violate(format!("a read that wanted {own:?} was answered at {seq}"));
+            self.violate(format!(
+                "a read that must see {own:?} was answered at {seq}"
+            ));
         }
     }
 
-    /// Asks the process at `node`, from which the answer may never come.
-    async fn ask(
+    /// Sends a request to the process at `node`. The answer may be lost.
+    async fn send(
         &self,
         node: usize,
         request: Request<Body>,
         write: bool,
-    ) -> (Option<Process>, Answer) {
+    ) -> (Option<Process>, ClientAnswer) {
         sleep(self.world.latency(node)).await;
         let Some(process) = self.world.slot(node).process.clone() else {
-            return (None, Answer::Broken);
+            return (None, ClientAnswer::ConnectionBroken);
         };
         let router = match write {
             true => process.write.clone(),
             false => process.read.clone(),
         };
-        self.world.thawed(node).await;
-        let begun = Instant::now();
-        let _running = Running::new(&self.world, node);
+        self.world.wait_until_resumed(node).await;
+        let started = Instant::now();
+        let _running = RequestGuard::new(&self.world, node);
         let answer = tokio::select! {
             biased;
-            () = process.gone.cancelled() => Answer::Broken,
-            response = router.oneshot(request) => Answer::Response(response.expect("an answer")),
-            () = sleep(ANSWER_MAX) => {
-                self.violate(format!("node {node} has not answered since {:?}", begun.elapsed()));
-                Answer::Broken
+            () = process.gone.cancelled() => ClientAnswer::ConnectionBroken,
+            response = router.oneshot(request) => ClientAnswer::Response(response.expect("an answer")),
+            () = sleep(ANSWER_WAIT_MAX) => {
+                self.violate(format!("node {node} has not answered for {:?}", started.elapsed()));
+                ClientAnswer::ConnectionBroken
             }
         };
-        self.world.thawed(node).await;
+        self.world.wait_until_resumed(node).await;
         (Some(process), answer)
     }
 
@@ -310,13 +320,13 @@ impl Client {
     }
 }
 
-/// A request that a node is at.
-struct Running {
+/// Counts a request that a node is processing.
+struct RequestGuard {
     world: World,
     node: usize,
 }
 
-impl Running {
+impl RequestGuard {
     fn new(world: &World, node: usize) -> Self {
         world.slot(node).requests += 1;
         Self {
@@ -326,7 +336,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for RequestGuard {
     fn drop(&mut self) {
         self.world.slot(self.node).requests -= 1;
         self.world.change();

@@ -1,6 +1,5 @@
-//! Blocking work, in step with the simulation: its thread runs only while the simulation waits for
-//! it, and stops where it would have to wait itself. So everything happens in one order, the same
-//! in every run from one seed.
+//! Runs blocking work deterministically: its thread runs only while the simulation waits for it,
+//! and yields where it would block. So a run with the same seed has the same order of events.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -21,46 +20,46 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
 thread_local! {
-    /// Threads that have nothing to do, of the simulation that runs on this one.
+    /// Idle workers of the simulation on this thread.
     static IDLE: RefCell<Vec<Worker>> = const { RefCell::new(Vec::new()) };
-    /// On such a thread: how it hands the turn back.
-    static TURNS: RefCell<Option<Turns>> = const { RefCell::new(None) };
+    /// On a worker thread: its channels to the simulation.
+    static CHANNELS: RefCell<Option<WorkerChannels>> = const { RefCell::new(None) };
 }
 
 /// A thread for blocking work.
 struct Worker {
     work: Sender<Job>,
-    go: Sender<Go>,
-    said: Receiver<Said>,
+    resume: Sender<Resume>,
+    yielded: Receiver<Yielded>,
 }
 
-/// What a waiting thread is told.
+/// Resumes a waiting worker.
 #[derive(Clone, Copy)]
-enum Go {
-    On,
-    /// Nobody wants its work any more.
-    End,
+enum Resume {
+    Continue,
+    /// The work is cancelled.
+    Cancel,
 }
 
-/// What a thread says when it hands the turn back.
-enum Said {
-    Waits(Arc<Mutex<Wake>>),
+/// Why a worker yields.
+enum Yielded {
+    Waits(Arc<Mutex<WakeFlag>>),
     Done,
 }
 
-struct Turns {
-    go: Receiver<Go>,
-    said: Sender<Said>,
+struct WorkerChannels {
+    resume: Receiver<Resume>,
+    yielded: Sender<Yielded>,
 }
 
-/// Whether a thread may go on, and who is to be woken then.
+/// Whether a worker may continue, and the task to wake then.
 #[derive(Default)]
-pub struct Wake {
+pub struct WakeFlag {
     ready: bool,
     waker: Option<Waker>,
 }
 
-impl Wake {
+impl WakeFlag {
     fn wake(this: &Mutex<Self>) {
         let mut this = this.lock();
         this.ready = true;
@@ -73,65 +72,70 @@ impl Wake {
 impl Worker {
     fn new() -> Self {
         let (work, works) = channel::<Job>();
-        let (go, goes) = channel();
-        let (say, said) = channel();
+        let (resume, resumed) = channel();
+        let (yields, yielded) = channel();
         thread::spawn(move || {
-            let turns = Turns {
-                go: goes,
-                said: say,
-            };
-            TURNS.set(Some(turns));
+            CHANNELS.set(Some(WorkerChannels {
+                resume: resumed,
+                yielded: yields,
+            }));
             for work in works {
-                // A panic shows by the result's not being there.
+                // The receiver of the result notices a panic: the sender is dropped.
                 let _ = catch_unwind(AssertUnwindSafe(work));
-                TURNS.with_borrow(|turns| {
-                    let _ = turns.as_ref().map(|turns| turns.said.send(Said::Done));
+                CHANNELS.with_borrow(|channels| {
+                    let _ = channels
+                        .as_ref()
+                        .map(|channels| channels.yielded.send(Yielded::Done));
                 });
             }
         });
-        Self { work, go, said }
+        Self {
+            work,
+            resume,
+            yielded,
+        }
     }
 }
 
-/// Gives the turn back until `wake` is ready. An error if the work is to end. Does nothing on a
-/// thread that is no worker.
-fn wait(wake: &Arc<Mutex<Wake>>) -> io::Result<()> {
-    TURNS.with_borrow(|turns| {
-        let Some(turns) = turns else {
+/// Yields until `wake` is ready. Fails if the work is cancelled. Does nothing on a thread that is
+/// not a worker.
+fn wait(wake: &Arc<Mutex<WakeFlag>>) -> io::Result<()> {
+    CHANNELS.with_borrow(|channels| {
+        let Some(channels) = channels else {
             return Ok(());
         };
-        let _ = turns.said.send(Said::Waits(Arc::clone(wake)));
-        match turns.go.recv() {
-            Ok(Go::On) => Ok(()),
-            _ => Err(io::Error::other("the process is gone")),
+        let _ = channels.yielded.send(Yielded::Waits(Arc::clone(wake)));
+        match channels.resume.recv() {
+            Ok(Resume::Continue) => Ok(()),
+            _ => Err(io::Error::other("the process has ended")),
         }
     })
 }
 
-/// On a worker: lets the simulation go on for `time`, which passes on the clock of `runtime`.
+/// On a worker: yields for `time` on the clock of `runtime`.
 pub fn pause(runtime: &Handle, time: Duration) {
-    if TURNS.with_borrow(Option::is_none) {
+    if CHANNELS.with_borrow(Option::is_none) {
         return;
     }
-    let wake = Arc::<Mutex<Wake>>::default();
+    let wake = Arc::<Mutex<WakeFlag>>::default();
     let woken = Arc::clone(&wake);
     runtime.spawn(async move {
         tokio::time::sleep(time).await;
-        Wake::wake(&woken);
+        WakeFlag::wake(&woken);
     });
-    // Whether it is to end is told when it waits for something next.
+    // A cancellation is noticed at the next wait.
     let _ = wait(&wake);
 }
 
-/// Blocking work under way.
+/// Blocking work on a worker.
 pub struct Coroutine {
     work: Option<Job>,
     worker: Option<Worker>,
-    waits_for: Option<Arc<Mutex<Wake>>>,
+    waits_for: Option<Arc<Mutex<WakeFlag>>>,
 }
 
 impl Coroutine {
-    /// Begins when it is first polled.
+    /// Starts when it is first polled.
     pub fn new(work: Job) -> Self {
         Self {
             work: Some(work),
@@ -140,17 +144,17 @@ impl Coroutine {
         }
     }
 
-    /// Gives the thread the turn; whether its work is done.
-    fn turn(&mut self, go: Go) -> bool {
+    /// Lets the worker run until it yields. Returns whether its work is done.
+    fn run_worker(&mut self, resume: Resume) -> bool {
         let Some(worker) = &self.worker else {
             return true;
         };
         match self.work.take() {
             Some(work) => drop(worker.work.send(work)),
-            None => drop(worker.go.send(go)),
+            None => drop(worker.resume.send(resume)),
         }
-        match worker.said.recv() {
-            Ok(Said::Waits(wake)) => {
+        match worker.yielded.recv() {
+            Ok(Yielded::Waits(wake)) => {
                 self.waits_for = Some(wake);
                 false
             }
@@ -179,7 +183,7 @@ impl Future for Coroutine {
                 }
             }
             self.waits_for = None;
-            if self.turn(Go::On) {
+            if self.run_worker(Resume::Continue) {
                 return Poll::Ready(());
             }
         }
@@ -189,35 +193,34 @@ impl Future for Coroutine {
 impl Drop for Coroutine {
     fn drop(&mut self) {
         if self.work.is_none() {
-            while !self.turn(Go::End) {}
+            while !self.run_worker(Resume::Cancel) {}
         }
     }
 }
 
-/// Bytes on their way to blocking work.
+/// The writing end of a pipe to blocking work.
 pub struct PipeSender(Arc<Pipe>);
 
-/// Their other end.
+/// The reading end.
 pub struct PipeReader(Arc<Pipe>);
 
-/// Parts that may wait in a pipe.
-const PARTS_MAX: usize = 2;
+/// The maximum number of chunks in a pipe.
+const CHUNKS_MAX: usize = 2;
 
 #[derive(Default)]
 struct Pipe {
     state: Mutex<PipeState>,
-    taken: Notify,
+    space: Notify,
 }
 
 #[derive(Default)]
 struct PipeState {
-    parts: VecDeque<Bytes>,
+    chunks: VecDeque<Bytes>,
     closed: bool,
-    abandoned: bool,
-    reader: Option<Arc<Mutex<Wake>>>,
+    reader_dropped: bool,
+    reader: Option<Arc<Mutex<WakeFlag>>>,
 }
 
-/// A pipe.
 pub fn pipe() -> (PipeSender, PipeReader) {
     let pipe = Arc::new(Pipe::default());
     (PipeSender(Arc::clone(&pipe)), PipeReader(pipe))
@@ -226,26 +229,26 @@ pub fn pipe() -> (PipeSender, PipeReader) {
 impl Pipe {
     fn wake(&self) {
         if let Some(wake) = self.state.lock().reader.take() {
-            Wake::wake(&wake);
+            WakeFlag::wake(&wake);
         }
     }
 }
 
 impl PipeSender {
-    /// Hands `part` over; `false` if nobody reads any more.
-    pub async fn send(&self, part: Bytes) -> bool {
+    /// Sends `chunk`; returns `false` if the reader was dropped.
+    pub async fn send(&self, chunk: Bytes) -> bool {
         loop {
             {
                 let mut state = self.0.state.lock();
-                if state.abandoned {
+                if state.reader_dropped {
                     return false;
                 }
-                if state.parts.len() < PARTS_MAX {
-                    state.parts.push_back(part);
+                if state.chunks.len() < CHUNKS_MAX {
+                    state.chunks.push_back(chunk);
                     break;
                 }
             }
-            self.0.taken.notified().await;
+            self.0.space.notified().await;
         }
         self.0.wake();
         true
@@ -260,23 +263,23 @@ impl Drop for PipeSender {
 }
 
 impl Read for PipeReader {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             let wake = {
                 let mut state = self.0.state.lock();
-                if let Some(part) = state.parts.front_mut() {
-                    let taken = part.split_to(room.len().min(part.len()));
-                    if part.is_empty() {
-                        state.parts.pop_front();
-                        self.0.taken.notify_one();
+                if let Some(chunk) = state.chunks.front_mut() {
+                    let taken = chunk.split_to(buffer.len().min(chunk.len()));
+                    if chunk.is_empty() {
+                        state.chunks.pop_front();
+                        self.0.space.notify_one();
                     }
-                    room[..taken.len()].copy_from_slice(&taken);
+                    buffer[..taken.len()].copy_from_slice(&taken);
                     return Ok(taken.len());
                 }
                 if state.closed {
                     return Ok(0);
                 }
-                let wake = Arc::<Mutex<Wake>>::default();
+                let wake = Arc::<Mutex<WakeFlag>>::default();
                 state.reader = Some(Arc::clone(&wake));
                 wake
             };
@@ -287,7 +290,7 @@ impl Read for PipeReader {
 
 impl Drop for PipeReader {
     fn drop(&mut self) {
-        self.0.state.lock().abandoned = true;
-        self.0.taken.notify_one();
+        self.0.state.lock().reader_dropped = true;
+        self.0.space.notify_one();
     }
 }

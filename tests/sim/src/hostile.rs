@@ -1,31 +1,30 @@
-//! Another publisher, which sends to the log what it likes.
+//! Another publisher, which sends arbitrary messages to the log.
 
 use bytes::Bytes;
 
 use crate::broker::Message;
 use crate::world::State;
 
-/// What it sends.
 #[derive(Debug, Clone, Copy)]
-pub enum Hostile {
+pub enum HostileMessage {
     /// A header block that the client library can't parse.
     BrokenHeaders(u8),
-    /// One that looks like a message of the server about a request.
+    /// A header block with a status line, as the server's own messages have.
     Status(u8),
-    /// No array of writes.
+    /// A payload that is not an array of writes.
     NoBatch(u8),
     /// A batch without headers.
     NoHeaders,
-    /// A batch under the message id that a replica is about to use, and as that batch, or not.
+    /// A batch under the message id that a replica is about to use, with or without its batch id.
     NextId { as_batch: bool },
-    /// A vote on a state: one of its own making, or a replica's once more.
-    Vote { again: bool },
-    /// A batch that says when it was first stored, in nanoseconds from now.
+    /// A vote: an invented one, or a replay of a replica's.
+    Vote { replay: bool },
+    /// A batch with this `Grade-Time`, in nanoseconds from now.
     Time(i64),
 }
 
-impl Hostile {
-    pub fn draw(rng: &mut fastrand::Rng) -> Self {
+impl HostileMessage {
+    pub fn random(rng: &mut fastrand::Rng) -> Self {
         match rng.u8(..10) {
             0 | 1 => Self::BrokenHeaders(rng.u8(..)),
             2 => Self::Status(rng.u8(..)),
@@ -34,7 +33,7 @@ impl Hostile {
             5 | 6 => Self::NextId {
                 as_batch: rng.bool(),
             },
-            7 | 8 => Self::Vote { again: rng.bool() },
+            7 | 8 => Self::Vote { replay: rng.bool() },
             _ => Self::Time(rng.i64(-10_000_000_000..1_000_000_000)),
         }
     }
@@ -44,15 +43,15 @@ impl Hostile {
         !matches!(self, Self::BrokenHeaders(_) | Self::Status(_))
     }
 
-    /// Sends it, if there is a stream that takes it.
+    /// Publishes it, if the stream accepts messages.
     pub fn publish(self, state: &mut State) {
-        let troubles = &state.broker.troubles;
-        let refused = troubles.leaderless > 0
-            || troubles.quorumless > 0
-            || troubles.full > 0
-            || troubles.gone > 0
-            || troubles.short.is_some();
-        if !refused && state.broker.up {
+        let faults = &state.broker.faults;
+        let rejecting = faults.no_leader > 0
+            || faults.no_quorum > 0
+            || faults.full > 0
+            || faults.gone > 0
+            || faults.short.is_some();
+        if !rejecting && state.broker.up {
             let message = self.message(state);
             let _ = state.publish(message, false);
         }
@@ -94,9 +93,9 @@ impl Hostile {
                 id = Some(Box::from(next.as_str()));
                 Some(format!("NATS/1.0\r\n{batch}Nats-Msg-Id: {next}\r\n\r\n").into_bytes())
             }
-            Self::Vote { again } => {
-                let heard = state.broker.last_vote().filter(|_| again);
-                let vote = heard.unwrap_or_else(|| {
+            Self::Vote { replay } => {
+                let replayed = state.broker.last_vote().filter(|_| replay);
+                let vote = replayed.unwrap_or_else(|| {
                     let (replica, digest) = (state.next_id(), state.next_id());
                     let last = state.broker.last();
                     let (seq, chain) = last.map(|last| (last.seq, last.chain)).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! What is true: every batch that any log ever took, and the state after each.
+//! The ground truth: every batch that any log ever stored, and the state after each.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,11 +6,11 @@ use std::sync::Arc;
 use gradestore::grade::{Digest, FIELD_COUNT, UserGrade, Values, Write};
 use gradestore::log::{Chain, Position, Seq};
 
-/// The records after some batch, by a fold that knows nothing of the program's.
+/// The records after a batch, computed independently of the program.
 #[derive(Debug, Clone, Default)]
-pub struct State(BTreeMap<Box<str>, Values>);
+pub struct Records(BTreeMap<Box<str>, Values>);
 
-impl State {
+impl Records {
     fn apply(&mut self, write: &Write) {
         let patch = match write {
             Write::Set(patch) => patch,
@@ -50,99 +50,101 @@ impl State {
     }
 }
 
-/// A batch at its place.
-pub struct Place {
+/// A stored batch.
+pub struct LedgerEntry {
     pub position: Position,
     pub writes: Arc<[Write]>,
-    pub state: Arc<State>,
+    pub state: Arc<Records>,
     pub digest: Digest,
-    /// Whether the broker lost it: by going back, or with its whole stream.
+    /// Whether the broker lost it, alone or with the whole stream.
     pub lost: bool,
 }
 
-/// All places, by their chain.
+/// All stored batches, by chain.
 pub struct Ledger {
-    places: BTreeMap<u128, Place>,
-    nothing: Arc<State>,
+    entries: BTreeMap<u128, LedgerEntry>,
+    empty: Arc<Records>,
 }
 
 impl Ledger {
     pub fn new() -> Self {
         Self {
-            places: BTreeMap::new(),
-            nothing: Arc::default(),
+            entries: BTreeMap::new(),
+            empty: Arc::default(),
         }
     }
 
-    /// A log took a batch of `writes`, at `position`.
-    pub fn take(&mut self, position: Position, writes: Arc<[Write]>) {
-        let mut state = match self.places.get(&position.previous.0) {
-            Some(before) => State::clone(&before.state),
-            None => State::default(),
+    /// Records that a log stored a batch of `writes` at `position`.
+    pub fn record(&mut self, position: Position, writes: Arc<[Write]>) {
+        let mut state = match self.entries.get(&position.previous.0) {
+            Some(before) => Records::clone(&before.state),
+            None => Records::default(),
         };
         writes.iter().for_each(|write| state.apply(write));
-        let place = Place {
+        let entry = LedgerEntry {
             position,
             writes,
             digest: state.digest(),
             state: Arc::new(state),
             lost: false,
         };
-        self.places.insert(position.chain.0, place);
+        self.entries.insert(position.chain.0, entry);
     }
 
     pub fn lose(&mut self, chain: Chain) {
-        if let Some(place) = self.places.get_mut(&chain.0) {
-            place.lost = true;
+        if let Some(entry) = self.entries.get_mut(&chain.0) {
+            entry.lost = true;
         }
     }
 
     pub fn lose_all(&mut self) {
-        self.places.values_mut().for_each(|place| place.lost = true);
+        self.entries
+            .values_mut()
+            .for_each(|entry| entry.lost = true);
     }
 
-    /// The batch that the history of `chain` ends with.
-    pub fn at(&self, chain: Chain) -> Option<&Place> {
-        self.places.get(&chain.0)
+    /// The last batch of the history of `chain`.
+    pub fn at(&self, chain: Chain) -> Option<&LedgerEntry> {
+        self.entries.get(&chain.0)
     }
 
     /// Whether the log still has all of the history of `chain`.
     pub fn holds(&self, chain: Chain) -> bool {
-        self.at(chain).is_none_or(|place| !place.lost)
+        self.at(chain).is_none_or(|entry| !entry.lost)
     }
 
-    /// What a store at `position` must hold; `None` if no log has that place.
-    pub fn state(&self, position: &Position) -> Option<(&State, Digest)> {
+    /// The records that a store at `position` must hold; `None` if no log had that position.
+    pub fn state(&self, position: &Position) -> Option<(&Records, Digest)> {
         if position.seq == 0 {
-            return Some((&self.nothing, Digest::default()));
+            return Some((&self.empty, Digest::default()));
         }
-        let place = self.at(position.chain)?;
-        let same = place.position == *position;
-        same.then_some((&*place.state, place.digest))
+        let entry = self.at(position.chain)?;
+        let same = entry.position == *position;
+        same.then_some((&*entry.state, entry.digest))
     }
 
     /// The position before `position`.
     pub fn before(&self, position: &Position) -> Option<Position> {
-        self.at(position.previous).map(|place| place.position)
+        self.at(position.previous).map(|entry| entry.position)
     }
 
     /// Batch `seq` of the history of `chain`.
-    pub fn find(&self, mut chain: Chain, seq: Seq) -> Option<&Place> {
+    pub fn find(&self, mut chain: Chain, seq: Seq) -> Option<&LedgerEntry> {
         loop {
-            let place = self.at(chain)?;
-            match place.position.seq {
-                found if found == seq => return Some(place),
+            let entry = self.at(chain)?;
+            match entry.position.seq {
+                found if found == seq => return Some(entry),
                 found if found < seq => return None,
-                _ => chain = place.position.previous,
+                _ => chain = entry.position.previous,
             }
         }
     }
 
-    /// A batch that holds such a write, lost or not.
-    pub fn anywhere(&self, is: impl Fn(&Write) -> bool) -> Option<Seq> {
-        let mut places = self.places.values();
-        places
-            .find(|place| place.writes.iter().any(&is))
-            .map(|place| place.position.seq)
+    /// A batch with a write that `is` accepts, lost or not.
+    pub fn find_write(&self, is: impl Fn(&Write) -> bool) -> Option<Seq> {
+        let mut entries = self.entries.values();
+        entries
+            .find(|entry| entry.writes.iter().any(&is))
+            .map(|entry| entry.position.seq)
     }
 }

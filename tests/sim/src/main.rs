@@ -1,20 +1,23 @@
-//! The simulator: real nodes on a simulated broker, in one thread and on a clock of its own, from a
-//! seed. See README.md.
+//! The simulator: real nodes on a simulated broker, in one thread with a simulated clock, driven by
+//! a seed. See README.md.
 
 mod broker;
 mod check;
 mod client;
+mod connection;
+mod consumer;
 mod coroutine;
+mod fault;
 mod hostile;
 mod ledger;
 mod message;
 mod paused;
-mod phone;
+mod peer_client;
 mod plan;
 mod process;
 mod run;
+mod server;
 mod shrink;
-mod wire;
 mod world;
 
 use std::process::ExitCode;
@@ -26,33 +29,33 @@ use clap::Parser;
 use parking_lot::Mutex;
 use plan::Plan;
 
-/// One run in so many is made twice, to see that it is the same.
-const REPEATED: u64 = 50;
+/// One run in this many is repeated twice, to check that it is deterministic.
+const REPEAT_EVERY: u64 = 50;
 
-/// Runs a cluster through what can go wrong, once a seed.
+/// Runs a cluster with random faults, once per seed.
 #[derive(Parser)]
 struct Args {
-    /// How many runs.
+    /// The number of runs.
     #[arg(long, default_value_t = 1000)]
     seeds: u64,
     /// The first seed.
     #[arg(long, default_value_t = 0)]
     from: u64,
-    /// Runs side by side; each is in one thread.
+    /// The number of runs in parallel; each has one thread.
     #[arg(long, default_value_t = 2)]
-    side_by_side: usize,
-    /// Only this seed, with its history.
+    threads: usize,
+    /// Run this seed only, and print its history.
     #[arg(long)]
     seed: Option<u64>,
-    /// With what the nodes log.
+    /// Print the nodes' logs.
     #[arg(long)]
     log: bool,
-    /// Failing runs that are looked for before the shortest is shown.
+    /// Stop after this many failing runs, and print the shortest.
     #[arg(long, default_value_t = 5)]
     failures: usize,
-    /// A failing history is not made shorter.
+    /// Print a failing history without shortening it.
     #[arg(long)]
-    as_it_is: bool,
+    no_shrink: bool,
 }
 
 fn main() -> ExitCode {
@@ -64,12 +67,12 @@ fn main() -> ExitCode {
             .init();
     }
     match args.seed {
-        Some(seed) => one(seed, &args),
-        None => many(&args),
+        Some(seed) => run_one(seed, &args),
+        None => run_many(&args),
     }
 }
 
-fn one(seed: u64, args: &Args) -> ExitCode {
+fn run_one(seed: u64, args: &Args) -> ExitCode {
     let plan = Plan::of(seed);
     let outcome = run::run(&plan, true);
     if outcome.violation.is_some() {
@@ -80,44 +83,44 @@ fn one(seed: u64, args: &Args) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn many(args: &Args) -> ExitCode {
-    let begun = Instant::now();
+fn run_many(args: &Args) -> ExitCode {
+    let started = Instant::now();
     let next = AtomicU64::new(args.from);
-    let enough = AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
     let totals = Mutex::new(Totals::default());
     thread::scope(|scope| {
-        for _ in 0..args.side_by_side {
+        for _ in 0..args.threads {
             scope.spawn(|| {
-                while !enough.load(Ordering::Relaxed) {
+                while !stop.load(Ordering::Relaxed) {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
                     if seed >= args.from + args.seeds {
                         break;
                     }
                     let plan = Plan::of(seed);
                     let outcome = run::run(&plan, false);
-                    let same = !seed.is_multiple_of(REPEATED) || repeats(&plan);
+                    let same = !seed.is_multiple_of(REPEAT_EVERY) || is_deterministic(&plan);
                     let mut totals = totals.lock();
                     totals.count(plan, &outcome, same);
                     if totals.failed.len() >= args.failures {
-                        enough.store(true, Ordering::Relaxed);
+                        stop.store(true, Ordering::Relaxed);
                     }
                 }
             });
         }
     });
     let mut totals = totals.into_inner();
-    let took_s = begun.elapsed().as_secs_f64();
+    let took_s = started.elapsed().as_secs_f64();
     println!(
-        "{} runs from seed {} in {took_s:.1} s, {:.0} a second: {} writes answered, {} runs in which \
-         nobody had the data in the end",
+        "{} runs from seed {} in {took_s:.1} s, {:.0} a second: {} writes acknowledged, {} runs that lost \
+         all data",
         totals.runs,
         args.from,
         totals.runs as f64 / took_s,
-        totals.answered,
-        totals.nobody,
+        totals.acknowledged,
+        totals.data_lost,
     );
-    if let Some(seed) = totals.differed {
-        println!("seed {seed} does not give the same history twice");
+    if let Some(seed) = totals.not_deterministic {
+        println!("seed {seed} gave two different histories");
         return ExitCode::FAILURE;
     }
     totals.failed.sort_by_key(Plan::size);
@@ -133,19 +136,19 @@ fn many(args: &Args) -> ExitCode {
 #[derive(Default)]
 struct Totals {
     runs: u64,
-    answered: u64,
-    nobody: u64,
+    acknowledged: u64,
+    data_lost: u64,
     failed: Vec<Plan>,
-    differed: Option<u64>,
+    not_deterministic: Option<u64>,
 }
 
 impl Totals {
     fn count(&mut self, plan: Plan, outcome: &run::Outcome, same: bool) {
         self.runs += 1;
-        self.answered += outcome.answered;
-        self.nobody += u64::from(outcome.nobody);
+        self.acknowledged += outcome.acknowledged;
+        self.data_lost += u64::from(outcome.data_lost);
         if !same {
-            self.differed = Some(plan.seed);
+            self.not_deterministic = Some(plan.seed);
         }
         if outcome.violation.is_some() {
             self.failed.push(plan);
@@ -153,27 +156,27 @@ impl Totals {
     }
 }
 
-fn repeats(plan: &Plan) -> bool {
+fn is_deterministic(plan: &Plan) -> bool {
     let (one, other) = (run::run(plan, true).history, run::run(plan, true).history);
     let mut lines = one.iter().zip(&other);
     if let Some((one, other)) = lines.find(|(one, other)| one != other) {
         println!(
-            "seed {}:\n{one}\n  is in the same place of a second run\n{other}",
+            "seed {}:\n{one}\n  differs from a second run:\n{other}",
             plan.seed
         );
     }
     one == other
 }
 
-/// Prints a failing run, made as short as it goes.
+/// Prints a failing run, shortened.
 fn show(plan: &Plan, args: &Args) -> ExitCode {
-    let shortest = match args.as_it_is {
+    let shortest = match args.no_shrink {
         true => plan.clone(),
         false => shrink::shrink(plan),
     };
     let outcome = run::run(&shortest, true);
     println!(
-        "seed {}, of {} events these {} are enough; {} nodes, {:?}",
+        "seed {}: of {} events, these {} suffice to fail; {} nodes, {:?}",
         plan.seed,
         plan.size(),
         shortest.size(),
@@ -190,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_that_must_not_happen_does() {
+    fn no_run_violates_an_invariant() {
         for seed in 0..300 {
             let outcome = run::run(&Plan::of(seed), false);
             assert_eq!(outcome.violation, None, "seed {seed}");
@@ -200,7 +203,7 @@ mod tests {
     #[test]
     fn the_same_seed_gives_the_same_history() {
         for seed in 1000..1010 {
-            assert!(repeats(&Plan::of(seed)), "seed {seed}");
+            assert!(is_deterministic(&Plan::of(seed)), "seed {seed}");
         }
     }
 }

@@ -1,5 +1,4 @@
-//! What a message means, read without the program's own reader: only the rule for header blocks is
-//! shared.
+//! Decodes messages independently of the program: it shares only the rule for header blocks.
 
 use std::sync::Arc;
 
@@ -7,25 +6,25 @@ use async_nats::HeaderMap;
 use gradestore::grade::Write;
 use gradestore::log::{BatchId, ChainEntry, Position, RandomId, header_block};
 
-/// What the client library does with a message.
+/// How the client library handles a message.
 #[derive(Debug, Clone)]
 pub enum Delivery {
-    /// It delivers it.
+    /// It delivers the message.
     Ordinary(Option<HeaderMap>),
-    /// It takes it for a message of the server about its request, and delivers nothing.
+    /// It treats the message as the server's status for a request, and delivers nothing.
     Status,
-    /// It can't parse it and ends the connection.
+    /// It can't parse the message and ends the connection.
     EndsConnection,
 }
 
-/// What a message means.
-pub struct Read {
+/// A decoded message.
+pub struct Decoded {
     pub delivery: Delivery,
     batch: Option<(BatchId, Option<u64>, Arc<[Write]>)>,
 }
 
-impl Read {
-    /// The place of the message after `last`, stored at `stored_ns`.
+impl Decoded {
+    /// The position of the message after `last`, stored at `stored_ns`.
     pub fn position(&self, last: &Position, stored_ns: u64, payload: &[u8]) -> Position {
         let Some((id, time_ns, _)) = &self.batch else {
             return last.next(stored_ns, ChainEntry::Skipped);
@@ -43,14 +42,13 @@ impl Read {
     }
 }
 
-/// Reads a message.
-pub fn read(block: Option<&[u8]>, payload: &[u8]) -> Read {
+pub fn decode(block: Option<&[u8]>, payload: &[u8]) -> Decoded {
     let Ok(headers) = header_block::parse_optional(block) else {
         let block = block.unwrap_or_default();
         let first_line = block.split(|byte| *byte == b'\n').next();
         let words = first_line.unwrap_or_default();
         let is_status = str::from_utf8(block).is_ok() && words.starts_with(b"NATS/1.0 ");
-        return Read {
+        return Decoded {
             delivery: match is_status {
                 true => Delivery::Status,
                 false => Delivery::EndsConnection,
@@ -67,7 +65,7 @@ pub fn read(block: Option<&[u8]>, payload: &[u8]) -> Read {
         let time_ns = text("Grade-Time").and_then(|text| text.parse().ok());
         (id.unwrap_or(BatchId::UNNAMED), time_ns, writes.into())
     });
-    Read {
+    Decoded {
         batch,
         delivery: Delivery::Ordinary(headers),
     }

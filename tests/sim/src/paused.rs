@@ -1,4 +1,4 @@
-//! The log as a node has it, with a pause where blocking work asks for its id.
+//! A node's log, with a pause where blocking work reads its id.
 
 use std::sync::Arc;
 
@@ -12,8 +12,8 @@ use gradestore::sys::tasks::TaskEnded;
 use crate::coroutine;
 use crate::world::World;
 
-/// Passes everything on. A snapshot asks for the log's id between taking its position and reading
-/// records, and time passes there.
+/// Forwards every call. A snapshot reads the log's id after its position and before the records, so
+/// simulated time passes between the two.
 pub struct PausedLog {
     pub log: JetStreamLog,
     pub world: World,

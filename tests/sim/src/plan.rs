@@ -1,41 +1,41 @@
-//! What is to happen in a run: everything that is drawn from its seed before it begins.
+//! The plan of a run: everything that its seed determines before it starts.
 
 use std::time::Duration;
 
 use crate::client::{Op, OpKind};
-use crate::hostile::Hostile;
+use crate::hostile::HostileMessage;
 use crate::process::Knobs;
 
-/// One run's course. What is left of it after parts were taken out is a course too.
+/// The plan of one run. Removing events leaves a valid plan.
 #[derive(Debug, Clone)]
 pub struct Plan {
     pub seed: u64,
     pub nodes: usize,
-    /// Whether the broker is three servers, or one.
+    /// Whether the broker is three servers or one.
     pub clustered: bool,
     pub knobs: Knobs,
     pub latency_ms: std::ops::Range<u64>,
     pub clients: Vec<Vec<Op>>,
-    /// In the order of their times.
+    /// Faults with their times in milliseconds, in order.
     pub faults: Vec<(u64, Fault)>,
 }
 
-/// Something that goes wrong, and for how long.
+/// A fault, and its duration in milliseconds.
 #[derive(Debug, Clone)]
 pub enum Fault {
-    /// What the node sends to the broker is lost; or what the broker sends; or both.
+    /// Cuts the link between node and broker, in one direction or both.
     Cut {
         node: usize,
-        mute: bool,
-        deaf: bool,
+        outbound_cut: bool,
+        inbound_cut: bool,
         ms: u64,
     },
     Slow {
         node: usize,
         ms: u64,
     },
-    /// The nodes can't reach this one.
-    Apart {
+    /// Cuts the connections between this node and the others.
+    PeersCut {
         node: usize,
         ms: u64,
     },
@@ -48,17 +48,17 @@ pub enum Fault {
         node: usize,
         ms: u64,
     },
-    /// The broker is away and forgets nothing.
-    BrokerAway {
+    /// The broker is down and comes back with all its data.
+    BrokerDown {
         ms: u64,
     },
-    /// The broker comes back without its last batches.
-    BrokerLoses {
+    /// The broker restarts without its last batches.
+    BrokerLosesBatches {
         batches: usize,
     },
-    /// The node starts, and the broker loses batches that the node has not read yet, right after it
-    /// has told the node where the log ends.
-    BrokerLosesUnread {
+    /// The node restarts, and the broker loses batches that the node has not read, right after it
+    /// has reported the log's end to the node.
+    BrokerLosesUnreadBatches {
         node: usize,
         wipe: bool,
         ms: u64,
@@ -67,25 +67,25 @@ pub enum Fault {
         keep: usize,
     },
     Recreate,
-    /// A delivery is left out.
-    Lose {
+    /// A message is not delivered.
+    DropDelivery {
         node: usize,
     },
-    /// One comes again.
-    Repeat {
+    /// A message is delivered twice.
+    RepeatDelivery {
         node: usize,
     },
-    /// An answer of the broker is lost.
+    /// An acknowledgement of the broker is lost.
     LoseAck {
         node: usize,
     },
-    /// What the node publishes next is under way for a long time.
-    Hold {
+    /// The node's next publish arrives late.
+    DelayPublish {
         node: usize,
         ms: u64,
     },
-    /// The server that the node is connected to loses its routes and repeats numbers from then,
-    /// or from `lag` batches before.
+    /// The server that the node is connected to loses its routes. It keeps reporting the stream's
+    /// state as of `lag` batches before.
     Isolate {
         node: usize,
         lag: u64,
@@ -102,46 +102,46 @@ pub enum Fault {
     NoConsumers {
         ms: u64,
     },
-    /// Its leader reaches no majority: what is sent is stored later, or never.
+    /// The leader reaches no majority. Messages are stored later, or never.
     NoQuorum {
         ms: u64,
     },
-    /// Its storage is full.
-    Full {
+    /// The storage is full.
+    StorageFull {
         ms: u64,
     },
-    /// It is not there, and then it is again.
-    Gone {
+    /// The stream is missing, and comes back.
+    StreamGone {
         ms: u64,
     },
-    /// A server that starts has not read the last batches of its Raft log yet.
-    Short {
+    /// A server that restarts has not read the last batches of its Raft log yet.
+    ShorterStream {
         batches: u64,
         ms: u64,
     },
-    /// Another publisher sends something.
+    /// Another publisher sends a message.
     Publish {
-        what: Hostile,
+        what: HostileMessage,
     },
-    /// The node's process stands still, and with it its clock: for the broker minutes pass. Its
-    /// connection is still there afterwards, or not. With `stored` this happens right after the
-    /// broker has stored something of it.
+    /// The node's process and its clock are suspended while minutes pass for the broker. Its
+    /// connection survives if `alive`. With `stored` this happens right after the broker has stored
+    /// a message of the node.
     Suspend {
         node: usize,
         alive: bool,
         stored: bool,
         ms: u64,
     },
-    /// A record in the node's memory changes.
+    /// A record in the node's memory is corrupted.
     Corrupt {
         node: usize,
     },
-    /// The next backup that the node gives breaks off; or has a bit changed.
-    BreakBackup {
+    /// The next backup that the node sends is truncated, or has one bit flipped.
+    TruncateBackup {
         node: usize,
         after: usize,
     },
-    ChangeBackup {
+    CorruptBackup {
         node: usize,
         at: usize,
     },
@@ -153,7 +153,7 @@ impl Plan {
         let nodes = [1, 2, 3, 3, 3, 4][rng.usize(..6)];
         let users = rng.u8(1..10);
         let knobs = Knobs {
-            // One that is alone and keeps nothing may not create the stream.
+            // A single ephemeral node may not create the stream.
             snapshots: rng.bool() || nodes == 1,
             snapshot_interval: Duration::from_millis(rng.u64(1000..9000)),
             checkpoint_interval: Duration::from_millis(rng.u64(300..6000)),
@@ -162,7 +162,7 @@ impl Plan {
             queue_requests_max: [2, 16, 256][rng.usize(..3)],
             chunk_text_bytes: [1, 1, 60, 1 << 20][rng.usize(..4)],
             backups_max: rng.usize(1..3),
-            by_hand: rng.u8(..4) == 0,
+            static_peers: rng.u8(..4) == 0,
             expect_peers: nodes,
             work_wait_ms: [1, 30, 300][rng.usize(..3)],
         };
@@ -182,7 +182,7 @@ impl Plan {
         let faults = (0..count).map(|_| {
             let fault = match only_publishes {
                 true => Fault::Publish {
-                    what: Hostile::draw(&mut rng),
+                    what: HostileMessage::random(&mut rng),
                 },
                 false => fault(&mut rng, nodes, clustered, history),
             };
@@ -194,12 +194,12 @@ impl Plan {
             faults.push((rng.u64(500..end_ms), Fault::Corrupt { node }));
         }
         faults.sort_by_key(|(at, _)| *at);
-        // A log that lost its last batches and then its first ones may be one that nobody can tell
-        // from the one before.
+        // A log that has lost its last batches and is then trimmed may be indistinguishable from
+        // the one before.
         let loses_last = |(_, fault): &(u64, Fault)| {
             matches!(
                 fault,
-                Fault::BrokerLoses { .. } | Fault::BrokerLosesUnread { .. }
+                Fault::BrokerLosesBatches { .. } | Fault::BrokerLosesUnreadBatches { .. }
             )
         };
         if faults.iter().any(loses_last) {
@@ -216,19 +216,20 @@ impl Plan {
         }
     }
 
-    /// How much happens in it.
+    /// The number of its events.
     pub fn size(&self) -> usize {
         self.faults.len() + self.clients.iter().map(Vec::len).sum::<usize>()
     }
 
-    /// Whether a node may have to begin with another state.
+    /// Whether a node may have to discard its state.
     pub fn loses_log(&self) -> bool {
-        let loses =
-            |(_, fault): &(u64, Fault)| matches!(fault, Fault::Lose { .. } | Fault::Trim { .. });
+        let loses = |(_, fault): &(u64, Fault)| {
+            matches!(fault, Fault::DropDelivery { .. } | Fault::Trim { .. })
+        };
         self.loses_history() || self.faults.iter().any(loses)
     }
 
-    /// The node with a changed record, if there is one.
+    /// The node with a corrupted record, if there is one.
     pub fn corrupted(&self) -> Option<usize> {
         let corrupted = |(_, fault): &(u64, Fault)| match fault {
             Fault::Corrupt { node } => Some(*node),
@@ -237,12 +238,14 @@ impl Plan {
         self.faults.iter().find_map(corrupted)
     }
 
-    /// Whether the log may lose what nodes have applied: then a node may need help.
+    /// Whether the log may lose batches that nodes have applied, so that an operator may be needed.
     pub fn loses_history(&self) -> bool {
         let loses = |(_, fault): &(u64, Fault)| {
             matches!(
                 fault,
-                Fault::BrokerLoses { .. } | Fault::BrokerLosesUnread { .. } | Fault::Recreate
+                Fault::BrokerLosesBatches { .. }
+                    | Fault::BrokerLosesUnreadBatches { .. }
+                    | Fault::Recreate
             )
         };
         self.faults.iter().any(loses)
@@ -260,19 +263,20 @@ fn client(rng: &mut fastrand::Rng, nodes: usize, users: u8) -> Vec<Op> {
         kind: match rng.u8(..12) {
             0..=5 => OpKind::Set {
                 fields: rng.u8(1..16),
-                hang_up_ms: (rng.u8(..12) == 0).then(|| rng.u64(0..60)),
+                disconnect_after_ms: (rng.u8(..12) == 0).then(|| rng.u64(0..60)),
             },
             6 | 7 => OpKind::Delete {
-                hang_up_ms: (rng.u8(..12) == 0).then(|| rng.u64(0..60)),
+                disconnect_after_ms: (rng.u8(..12) == 0).then(|| rng.u64(0..60)),
             },
             8 | 9 => OpKind::Get,
-            _ => OpKind::GetOwn,
+            _ => OpKind::GetOwnWrite,
         },
     };
     (0..rng.usize(3..50)).map(|_| op(rng)).collect()
 }
 
-/// With `history` also what takes answered writes away.
+/// A random fault; with `history` also faults that lose acknowledged writes. Long, because it is a
+/// table of probabilities.
 fn fault(rng: &mut fastrand::Rng, nodes: usize, clustered: bool, history: bool) -> Fault {
     let node = rng.usize(..nodes);
     let ms = [300, 2500, 9000][rng.usize(..3)];
@@ -282,35 +286,35 @@ fn fault(rng: &mut fastrand::Rng, nodes: usize, clustered: bool, history: bool) 
             let ways = rng.u8(1..4);
             Fault::Cut {
                 node,
-                mute: ways & 1 != 0,
-                deaf: ways & 2 != 0,
+                outbound_cut: ways & 1 != 0,
+                inbound_cut: ways & 2 != 0,
                 ms,
             }
         }
         3 => Fault::Slow { node, ms },
-        4 => Fault::Apart { node, ms },
+        4 => Fault::PeersCut { node, ms },
         5..=8 => Fault::Kill {
             node,
             wipe: rng.bool(),
             ms,
         },
         9 | 10 => Fault::Stop { node, ms },
-        11 | 12 => Fault::BrokerAway { ms },
+        11 | 12 => Fault::BrokerDown { ms },
         13 | 14 => Fault::Trim {
             keep: rng.usize(..12),
         },
-        15 => Fault::Repeat { node },
+        15 => Fault::RepeatDelivery { node },
         16 => Fault::LoseAck { node },
-        17 => Fault::Hold { node, ms },
-        18 => Fault::BreakBackup {
+        17 => Fault::DelayPublish { node, ms },
+        18 => Fault::TruncateBackup {
             node,
             after: rng.usize(..1500),
         },
-        19 => Fault::ChangeBackup {
+        19 => Fault::CorruptBackup {
             node,
             at: rng.usize(..1500),
         },
-        20 | 21 => Fault::Lose { node },
+        20 | 21 => Fault::DropDelivery { node },
         22 | 23 if clustered => Fault::Isolate {
             node,
             lag: rng.u64(..4),
@@ -324,16 +328,16 @@ fn fault(rng: &mut fastrand::Rng, nodes: usize, clustered: bool, history: bool) 
             ms,
         },
         26 if clustered => Fault::NoQuorum { ms },
-        26 | 27 => Fault::Full { ms },
-        28 if clustered => Fault::Gone {
+        26 | 27 => Fault::StorageFull { ms },
+        28 if clustered => Fault::StreamGone {
             ms: rng.u64(1000..40_000),
         },
-        29 if clustered => Fault::Short {
+        29 if clustered => Fault::ShorterStream {
             batches: rng.u64(1..4),
             ms: rng.u64(1000..20_000),
         },
         28..=31 => Fault::Publish {
-            what: Hostile::draw(rng),
+            what: HostileMessage::random(rng),
         },
         32 | 33 => Fault::Suspend {
             node,
@@ -341,10 +345,10 @@ fn fault(rng: &mut fastrand::Rng, nodes: usize, clustered: bool, history: bool) 
             stored: rng.bool(),
             ms: rng.u64(100..2000),
         },
-        34 | 35 => Fault::BrokerLoses {
+        34 | 35 => Fault::BrokerLosesBatches {
             batches: rng.usize(1..6),
         },
-        36..=39 => Fault::BrokerLosesUnread {
+        36..=39 => Fault::BrokerLosesUnreadBatches {
             node,
             wipe: rng.bool(),
             ms: rng.u64(50..1000),

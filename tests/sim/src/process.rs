@@ -1,4 +1,4 @@
-//! A process: a real node on the simulated broker, from its start to its end.
+//! Runs a real node on the simulated broker, from its start to its end.
 
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -13,8 +13,8 @@ use gradestore::http::Credentials;
 use gradestore::http::RequestCount;
 use gradestore::http::backup::BackupMetrics;
 use gradestore::log::{
-    ClusterKey, HeldData, Identity, JetStreamConfig, JetStreamLog, LogId, MemoryLog, RandomId,
-    SetupError,
+    ClusterKey, ExistingData, JetStreamConfig, JetStreamLog, LogId, MemoryLog, RandomId,
+    ReplicaIdentity, SetupError,
 };
 use gradestore::node::config::{ClusterConfig, Config, HttpConfig};
 use gradestore::node::data_dir::Storage;
@@ -31,22 +31,22 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::connection::SimBroker;
 use crate::coroutine::Coroutine;
 use crate::paused::PausedLog;
-use crate::phone::{Phone, url};
-use crate::wire::SimBroker;
+use crate::peer_client::{SimPeerClient, url};
 use crate::world::{Slot, State, World};
 
 pub const USERNAME: &str = "sim";
 pub const PASSWORD: &str = "secret";
 /// How long requests may take to finish once a node stops.
 const DRAIN_MAX: Duration = Duration::from_secs(4);
-/// When a process that could not open its log is started again.
-const START_AGAIN_AFTER: Duration = Duration::from_secs(1);
-/// How long appends may wait before the log counts as unwritable, on top of a write's wait.
+/// When a process that could not open its log is restarted.
+const RESTART_AFTER: Duration = Duration::from_secs(1);
+/// How long appends may wait before the log counts as unwritable, in addition to the write timeout.
 pub const WRITE_SILENCE: Duration = Duration::from_secs(2);
 
-/// What differs between the nodes of different runs.
+/// The settings that vary between runs.
 #[derive(Debug, Clone)]
 pub struct Knobs {
     pub snapshots: bool,
@@ -57,10 +57,10 @@ pub struct Knobs {
     pub queue_requests_max: usize,
     pub chunk_text_bytes: usize,
     pub backups_max: usize,
-    pub by_hand: bool,
-    /// How many replicas must be there before one creates the stream.
+    pub static_peers: bool,
+    /// How many replicas must have announced themselves before one creates the stream.
     pub expect_peers: usize,
-    /// How long blocking work waits for its turn, and how often.
+    /// The maximum delay of blocking work.
     pub work_wait_ms: u64,
 }
 
@@ -69,13 +69,13 @@ impl Knobs {
     pub const POSITION_WAIT_MAX: Duration = Duration::from_secs(1);
 
     fn peers(&self, nodes: usize) -> Vec<String> {
-        match self.by_hand {
+        match self.static_peers {
             true => (0..nodes).map(url).collect(),
             false => Vec::new(),
         }
     }
 
-    /// The stream, as all nodes are to find or create it.
+    /// The stream's settings, the same for all nodes.
     fn stream(&self, nodes: usize, clustered: bool) -> JetStreamConfig {
         JetStreamConfig {
             servers: "nats://sim".parse().expect("a URL"),
@@ -90,11 +90,11 @@ impl Knobs {
     }
 
     fn config(&self, nodes: usize) -> Config {
-        let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let unused = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         Config {
-            write_addr: nowhere,
-            read_addr: nowhere,
-            ops_addr: nowhere,
+            write_addr: unused,
+            read_addr: unused,
+            ops_addr: unused,
             credentials: Credentials::new(USERNAME, PASSWORD),
             http: HttpConfig {
                 position_wait_max: Self::POSITION_WAIT_MAX,
@@ -122,50 +122,50 @@ impl Knobs {
     }
 }
 
-/// A process from its start on: it waits for the broker first.
-pub struct Life {
-    /// Tells it to stop in good order.
+/// The task of a process. It opens the log first.
+pub struct NodeTask {
+    /// Requests a graceful shutdown.
     stop: CancellationToken,
-    /// Cancelled when it is over.
+    /// Cancelled when the process has ended.
     gone: CancellationToken,
     task: AbortHandle,
 }
 
-/// A node that runs.
+/// A running node.
 #[derive(Clone)]
 pub struct Process {
     pub node: Arc<Node>,
     pub write: Router,
     pub read: Router,
-    /// Times that batches were missing.
+    /// How often batches were missing.
     pub gaps: Arc<AtomicU64>,
-    /// States made anew.
+    /// How often the state was discarded.
     pub resyncs: Arc<AtomicU64>,
     /// The log that it follows.
     pub log: LogId,
-    /// Peers that were heard to hold something else.
+    /// Digest mismatches with peers.
     pub divergences: Arc<AtomicU64>,
-    /// Cancelled when it is over.
+    /// Cancelled when the process has ended.
     pub gone: CancellationToken,
 }
 
-/// Starts a process at `node`, if there is none.
+/// Starts a process at `node`, unless one is running.
 pub fn start(world: &World, node: usize, knobs: &Knobs) {
     let mut state = world.lock();
-    let (fence, end) = (state.broker.last(), state.broker.end());
+    let (last, end) = (state.broker.last(), state.broker.end());
     let nodes = state.nodes.len();
     let slot = &mut state.nodes[node];
-    if slot.life.is_some() {
+    if slot.task.is_some() {
         return;
     }
-    slot.fence = fence;
+    slot.log_end_at_start = last;
     slot.lost = None;
-    slot.helpless_since = None;
-    slot.refused_since = None;
+    slot.stuck_since = None;
+    slot.rejected_since = None;
     slot.unstored_since = None;
-    slot.excuse();
+    slot.allow_reconnect();
     let (stop, gone) = (CancellationToken::new(), CancellationToken::new());
-    let live = live(
+    let run = run_node(
         world.clone(),
         node,
         knobs.config(nodes),
@@ -173,84 +173,84 @@ pub fn start(world: &World, node: usize, knobs: &Knobs) {
         stop.clone(),
         gone.clone(),
     );
-    slot.life = Some(Life {
+    slot.task = Some(NodeTask {
         stop,
         gone,
-        task: tokio::spawn(live).abort_handle(),
+        task: tokio::spawn(run).abort_handle(),
     });
     drop(state);
     world.note(|| format!("node {node} starts; the log ends at {end}"));
 }
 
-/// Ends the process at `node` in the middle of whatever it does. With `wipe` its disk goes too.
+/// Kills the process at `node`. With `wipe` its disk is lost, too.
 pub fn kill(world: &World, node: usize, wipe: bool) {
-    let Some(life) = forget(world, node) else {
+    let Some(killed) = remove(world, node) else {
         return;
     };
-    life.task.abort();
+    killed.task.abort();
     world.note(|| {
         format!(
             "node {node} is killed{}",
-            if wipe { ", its disk lost" } else { "" }
+            if wipe { ", its disk is lost" } else { "" }
         )
     });
     let mut slot = world.slot(node);
     if wipe && slot.dir.is_some() {
-        slot.dir = Some(disk());
+        slot.dir = Some(new_disk());
         slot.disks += 1;
     }
 }
 
-/// An empty disk: in memory, where the system offers that.
-pub fn disk() -> TempDir {
+/// An empty disk, in memory if the system has /dev/shm.
+pub fn new_disk() -> TempDir {
     let in_memory = tempfile::tempdir_in("/dev/shm");
     in_memory
         .or_else(|_| tempfile::tempdir())
         .expect("a directory")
 }
 
-/// Tells the process at `node` to stop, and waits until it has.
+/// Shuts the process at `node` down and waits until it has ended.
 pub async fn stop(world: &World, node: usize) {
-    let gone = world.slot(node).life.as_ref().map(|life| {
-        life.stop.cancel();
-        life.gone.clone()
+    let gone = world.slot(node).task.as_ref().map(|task| {
+        task.stop.cancel();
+        task.gone.clone()
     });
-    world.note(|| format!("node {node} is to stop"));
+    world.note(|| format!("node {node} shuts down"));
     if let Some(gone) = gone {
         gone.cancelled().await;
     }
 }
 
-fn forget(world: &World, node: usize) -> Option<Life> {
+fn remove(world: &World, node: usize) -> Option<NodeTask> {
     let mut state = world.lock();
     let State { nodes, rng, .. } = &mut *state;
     let slot = &mut nodes[node];
     slot.end_links(rng);
     let process = slot.process.take();
-    let life = slot.life.take();
+    let task = slot.task.take();
     drop(state);
-    // Its parts look at the world when they go.
+    // Its destructors lock the state.
     drop(process);
-    let life = life?;
-    life.gone.cancel();
+    let task = task?;
+    task.gone.cancel();
     world.change();
-    Some(life)
+    Some(task)
 }
 
 impl State {
-    /// Whether a node other than `node` has data, or its disk has.
+    /// Whether a node other than `node` has data in memory or on disk.
     pub fn is_held_elsewhere(&self, node: usize) -> bool {
         let mut others = self.nodes.iter().enumerate();
         others.any(|(other, slot)| {
             let applied = slot.process.as_ref().map(|process| &process.node.applied);
             let applied = applied.is_some_and(|applied| applied.seq() > 0);
-            other != node && (applied || !heads(slot).is_empty())
+            other != node && (applied || !snapshot_heads(slot).is_empty())
         })
     }
 }
 
 /// The heads of the snapshots on a disk.
-pub fn heads(slot: &Slot) -> Vec<HeadRecord> {
+pub fn snapshot_heads(slot: &Slot) -> Vec<HeadRecord> {
     let snapshots = slot.dir.as_ref().map(|dir| Snapshots::in_dir(dir.path()));
     let found = snapshots.and_then(|snapshots| snapshots.list().ok());
     let head = |(_, path): (_, PathBuf)| read_head(File::open(path).ok()?).ok()?;
@@ -261,8 +261,8 @@ pub fn heads(slot: &Slot) -> Vec<HeadRecord> {
         .collect()
 }
 
-/// The replica at `node`: its disk's, or its process' where nothing is kept.
-fn identity(world: &World, node: usize, knobs: &Knobs) -> Identity {
+/// The identity of the replica at `node`. Without a disk it is the process' own.
+fn identity(world: &World, node: usize, knobs: &Knobs) -> ReplicaIdentity {
     let mut slot = world.slot(node);
     slot.starts += 1;
     let of = |count: u64, kind: u128| {
@@ -270,19 +270,21 @@ fn identity(world: &World, node: usize, knobs: &Knobs) -> Identity {
     };
     let process = of(slot.starts, 1);
     let disk = of(slot.disks, 2);
-    let newest = heads(&slot).into_iter().next();
-    Identity {
+    let newest = snapshot_heads(&slot).into_iter().next();
+    ReplicaIdentity {
         node: process,
         replica: if knobs.snapshots { disk } else { process },
-        holds: newest.map_or(HeldData::Nothing, |head| HeldData::Of(LogId(head.log_id))),
+        existing_data: newest.map_or(ExistingData::None, |head| {
+            ExistingData::Of(LogId(head.log_id))
+        }),
         keeps_data: knobs.snapshots,
         url: url(node),
-        ask_node: Arc::new(Phone::new(world.clone(), node)),
+        ask_node: Arc::new(SimPeerClient::new(world.clone(), node)),
         key: ClusterKey::derive(PASSWORD),
     }
 }
 
-/// Opens the log; a process that can't is started again.
+/// Opens the log. A process that fails is restarted.
 async fn open(
     world: &World,
     node: usize,
@@ -298,8 +300,8 @@ async fn open(
         let snapshots = dir.map(|dir| Snapshots::open(&dir).expect("a directory for snapshots"));
         let identity = identity(world, node, knobs);
         let process = identity.node;
-        let nothing = Arc::new(MemoryLog::new(process, 0));
-        let mut storage = Storage::of(nothing, identity.replica);
+        let placeholder = Arc::new(MemoryLog::new(process, 0));
+        let mut storage = Storage::of(placeholder, identity.replica);
         storage.snapshots = snapshots.map(|snapshots| (snapshots, knobs.snapshot_interval));
         let (nodes, clustered) = {
             let state = world.lock();
@@ -322,20 +324,20 @@ async fn open(
                 return (process, storage);
             }
             Err(
-                error @ (SetupError::Away { .. }
-                | SetupError::Refused { .. }
+                error @ (SetupError::Unreachable { .. }
+                | SetupError::Rejected { .. }
                 | SetupError::NoLeader { .. }),
             ) => {
-                world.note(|| format!("node {node} is started again: {error}"));
+                world.note(|| format!("node {node} is restarted: {error}"));
             }
             Err(error) => world.violate(format!("node {node} can't open its log: {error}")),
         }
-        sleep(START_AGAIN_AFTER).await;
-        world.slot(node).excuse();
+        sleep(RESTART_AFTER).await;
+        world.slot(node).allow_reconnect();
     }
 }
 
-async fn live(
+async fn run_node(
     world: World,
     node: usize,
     config: Config,
@@ -345,7 +347,7 @@ async fn live(
 ) {
     let opened = stop.run_until_cancelled(open(&world, node, &knobs, &gone));
     let Some((process, storage)) = opened.await else {
-        drop(forget(&world, node));
+        drop(remove(&world, node));
         return;
     };
     let log = storage.log.id();
@@ -356,7 +358,7 @@ async fn live(
         critical: CriticalTasks::default(),
         store: Store::new(),
         storage,
-        peers: Arc::new(Phone::new(world.clone(), node)),
+        peers: Arc::new(SimPeerClient::new(world.clone(), node)),
         blocking: blocking(world.clone(), knobs.work_wait_ms),
         background: blocking(world.clone(), knobs.work_wait_ms),
         idle: blocking(world.clone(), knobs.work_wait_ms),
@@ -391,11 +393,11 @@ async fn live(
     };
     let _ = timeout(DRAIN_MAX, finished).await;
     snapshot.write().await;
-    world.note(|| format!("node {node} has stopped"));
-    drop(forget(&world, node));
+    world.note(|| format!("node {node} has shut down"));
+    drop(remove(&world, node));
 }
 
-/// Blocking work: begun after a while, then in step with all else.
+/// Runs blocking work as a coroutine, after a random delay.
 fn blocking(world: World, wait_ms: u64) -> Blocking {
     Blocking::with_executor(Arc::new(move |work| {
         let wait = world.pause(0..wait_ms);

@@ -1,18 +1,18 @@
-//! Makes a failing course shorter: takes out whatever is not needed to fail.
+//! Shortens a failing plan: removes events that are not needed for the failure.
 
 use crate::plan::Plan;
 use crate::run::run;
 
-/// Runs that may be tried.
-const TRIES_MAX: usize = 400;
+/// The maximum number of runs.
+const RUNS_MAX: usize = 400;
 
-/// The shortest course found that fails too.
+/// The shortest plan found that still fails.
 pub fn shrink(plan: &Plan) -> Plan {
     let mut best = plan.clone();
-    let mut tries = 0;
+    let mut runs = 0;
     let mut fails = |plan: &Plan| {
-        tries += 1;
-        tries <= TRIES_MAX && run(plan, false).violation.is_some()
+        runs += 1;
+        runs <= RUNS_MAX && run(plan, false).violation.is_some()
     };
     loop {
         let before = best.size();
@@ -26,7 +26,7 @@ pub fn shrink(plan: &Plan) -> Plan {
     }
 }
 
-/// Takes parts out of one list, large ones first.
+/// Removes parts of one list, large ones first.
 fn shorten<T>(
     best: &mut Plan,
     fails: &mut impl FnMut(&Plan) -> bool,

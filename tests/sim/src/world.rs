@@ -1,4 +1,4 @@
-//! What all parts of one run share: the broker, the links, the truth, and the history.
+//! The shared state of a run: the broker, the links, the ground truth and the history.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -17,29 +17,30 @@ use tokio_util::sync::CancellationToken;
 
 use crate::broker::Broker;
 use crate::ledger::Ledger;
-use crate::process::{Life, Process};
+use crate::process::{NodeTask, Process};
 
-/// After so much silence a client gives a connection up.
+/// A client closes a connection after this long without data.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
-/// In this time a node may make so many connections, and as many consumers, by itself.
+/// The maximum number of connections, and of consumers, that a node may create in 30 s without a
+/// fault.
 const CONNECTS_WITHIN: Duration = Duration::from_secs(30);
 const CONNECTS_MAX: usize = 10;
 /// The maximum number of requests to the broker in this time, without publishes.
-const ASKS_MAX: usize = 1000;
+const REQUESTS_MAX: usize = 1000;
 /// Connections allowed in addition for each fault of the broker, and for each unreadable message.
-const CONNECTS_A_REASON: usize = 3;
-const CONNECTS_A_MESSAGE: usize = 6;
+const CONNECTS_PER_FAULT: usize = 3;
+const CONNECTS_PER_MESSAGE: usize = 6;
 
-/// After a fault writes may go unanswered for so long.
+/// How long after a fault writes may have an unknown outcome.
 const QUIET_AFTER: Duration = Duration::from_secs(15);
 
-/// Clones are the same.
+/// The shared state. Clones share it.
 #[derive(Clone)]
-pub struct World(Arc<Inner>);
+pub struct World(Arc<WorldInner>);
 
-struct Inner {
+struct WorldInner {
     state: Mutex<State>,
-    /// Something happened that somebody may wait for.
+    /// Notified on every change that a task may wait for.
     changed: Notify,
     runtime: Handle,
 }
@@ -49,115 +50,114 @@ pub struct State {
     pub broker: Broker,
     pub ledger: Ledger,
     pub nodes: Vec<Slot>,
-    /// Writes that were answered.
-    pub answered: u64,
-    /// The node that had a record changed.
+    /// The number of acknowledged writes.
+    pub acknowledged: u64,
+    /// The node with a corrupted record.
     pub corrupted: Option<usize>,
-    /// Faults that last, and when the last one ended.
-    faults: u32,
+    /// The number of active faults, and when the last one ended.
+    active_faults: u32,
     last_fault: Option<Instant>,
-    /// Identities given so far.
+    /// The number of identities created so far.
     ids: u128,
     latency_ms: Range<u64>,
-    begun: Instant,
+    started: Instant,
     history: Option<Vec<String>>,
     violation: Option<String>,
 }
 
-/// A node's place in the world, whether a process runs there or not.
+/// A node's slot, with or without a running process.
 #[derive(Default)]
 pub struct Slot {
-    /// What it sends to the broker does not arrive before this ends.
-    pub mute: bool,
-    /// What the broker sends to it does not arrive before this ends.
-    pub deaf: bool,
-    /// Its process is suspended: nothing comes out of it, nothing gets in.
-    pub frozen: bool,
-    /// How often its link was cut or mended.
+    /// Nothing that it sends to the broker arrives while this is set.
+    pub outbound_cut: bool,
+    /// Nothing that the broker sends to it arrives while this is set.
+    pub inbound_cut: bool,
+    /// Its process is suspended: it sends and receives nothing.
+    pub suspended: bool,
+    /// How often its link was cut or restored.
     cuts: u64,
     /// Its connections to the broker.
     links: Vec<Arc<Link>>,
-    /// The server that it is connected to has lost its routes.
+    /// The state of the server that it is connected to, if that is isolated.
     pub isolated: Option<Isolated>,
     pub slow: bool,
-    /// Other nodes can't reach it, nor it them.
-    pub apart: bool,
-    /// Faults that happen once, as soon as they can.
-    pub lose_next: bool,
-    /// How often deliveries were left out, or trimmed before they were made.
+    /// Its connections to other nodes are cut.
+    pub cut_from_peers: bool,
+    /// One-shot faults, which happen at the next opportunity.
+    pub drop_next_delivery: bool,
+    /// How many deliveries were dropped, or trimmed before they were delivered.
     pub losses: u64,
-    pub repeat_next: bool,
-    pub ack_lost: bool,
-    /// What it publishes next is under way for so many milliseconds.
-    pub hold_next: Option<u64>,
-    pub break_backup_after: Option<usize>,
-    pub change_backup_at: Option<usize>,
-    /// Where its snapshots are.
+    pub repeat_next_delivery: bool,
+    pub lose_next_ack: bool,
+    /// The delay of its next publish, in milliseconds.
+    pub delay_next_publish_ms: Option<u64>,
+    pub truncate_next_backup_at: Option<usize>,
+    pub corrupt_next_backup_at: Option<usize>,
+    /// The directory of its snapshots.
     pub dir: Option<TempDir>,
-    /// Disks that it had before.
+    /// The number of wiped disks.
     pub disks: u64,
-    /// Process starts so far.
+    /// The number of process starts.
     pub starts: u64,
-    pub life: Option<Life>,
-    /// Once it has found the broker.
+    pub task: Option<NodeTask>,
+    /// Set once it has opened its log.
     pub process: Option<Process>,
-    pub announces: Vec<(u64, Announce)>,
-    /// The broker has one consumer a replica; this is how often it was replaced.
+    pub announcing: Vec<(u64, Announce)>,
+    /// The generation of the replica's only consumer.
     pub consumer: u64,
-    /// When connections and consumers were made lately, and when there was a reason.
+    /// When connections, consumers and requests were made recently, and when a fault allowed more.
     connects: VecDeque<Instant>,
     consumes: VecDeque<Instant>,
-    asks: VecDeque<Instant>,
-    reasons: VecDeque<Instant>,
-    /// Since when the broker has refused what it publishes.
-    pub refused_since: Option<Instant>,
-    /// Since when a batch that it has published was not stored.
+    requests_sent: VecDeque<Instant>,
+    reconnects_allowed: VecDeque<Instant>,
+    /// Since when the broker has rejected its batches.
+    pub rejected_since: Option<Instant>,
+    /// Since when a published batch was not stored.
     pub unstored_since: Option<Instant>,
-    /// It is to be suspended as soon as the broker has stored something of it.
-    pub freeze_when_stored: bool,
-    /// Requests that it is at.
+    /// Suspend it as soon as the broker has stored a message of it.
+    pub suspend_when_stored: bool,
+    /// The number of requests that it is processing.
     pub requests: u64,
-    /// Where the log was when the process began.
-    pub fence: Option<Position>,
-    /// Nothing is delivered to it before it has asked for the log's end; then the broker loses what
-    /// it has not read.
+    /// The log's end when the process started.
+    pub log_end_at_start: Option<Position>,
+    /// Nothing is delivered to it before it has requested the log's end. Then the broker loses
+    /// batches that it has not read.
     pub loses_unread: bool,
-    /// A record of it was changed, and is still wrong.
+    /// A record was corrupted and is still wrong.
     pub is_corrupted: bool,
-    /// What its process had applied when the log lost it.
+    /// The position that its process had applied when the log lost it.
     pub lost: Option<Position>,
-    /// Since when an operator would have seen that it needs help.
-    pub helpless_since: Option<Instant>,
+    /// Since when it has not been able to recover without an operator.
+    pub stuck_since: Option<Instant>,
 }
 
-/// What a server that has lost its routes says.
+/// The outdated state of a server that has lost its routes.
 #[derive(Debug, Clone)]
 pub struct Isolated {
     pub first: Seq,
     pub last: Seq,
-    /// Until then it says that it leads the stream.
+    /// Until when it reports itself as the stream's leader.
     pub leader_until: Option<Instant>,
-    /// Whether consumers that it has keep sending heartbeats.
+    /// Whether its consumers keep sending heartbeats.
     pub heartbeats: bool,
 }
 
-/// A connection, as both of its ends know it.
+/// The state of a connection at both ends.
 pub struct Link {
-    /// The client knows that it has ended.
+    /// Cancelled when the client has noticed the end.
     pub ended: CancellationToken,
-    /// The server does, or what is under way is lost.
+    /// Nothing in flight arrives any more.
     dead: AtomicBool,
-    /// It leads to the server that may be isolated.
+    /// Whether it leads to the server that may be isolated.
     pub to_isolated: bool,
 }
 
 impl Link {
-    /// Nothing that is under way arrives.
     pub fn is_dead(&self) -> bool {
         self.dead.load(Ordering::Relaxed)
     }
 
-    /// Its client has ended it: what is under way may still arrive.
+    /// The client closes it. Messages in flight may still arrive.
     pub fn end(&self, rng: &mut fastrand::Rng) {
         if !self.ended.is_cancelled() {
             self.dead.fetch_or(rng.bool(), Ordering::Relaxed);
@@ -172,42 +172,42 @@ impl Link {
 }
 
 impl Slot {
-    /// What was to go wrong once, and did not come to it, does not any more.
-    pub fn spare(&mut self) {
-        self.lose_next = false;
-        self.repeat_next = false;
-        self.ack_lost = false;
-        self.hold_next = None;
+    /// Clears one-shot faults that have not happened.
+    pub fn clear_one_shot_faults(&mut self) {
+        self.drop_next_delivery = false;
+        self.repeat_next_delivery = false;
+        self.lose_next_ack = false;
+        self.delay_next_publish_ms = None;
     }
 
-    /// It has a reason to connect again.
-    pub fn excuse(&mut self) {
-        self.reasons.push_back(Instant::now());
+    /// Allows more connections and consumers, because of a fault.
+    pub fn allow_reconnect(&mut self) {
+        self.reconnects_allowed.push_back(Instant::now());
     }
 
-    /// Its connections break.
+    /// Breaks its connections.
     pub fn break_links(&mut self) {
-        self.excuse();
+        self.allow_reconnect();
         for link in self.links.drain(..) {
             link.break_off();
         }
     }
 
-    /// Its client gives its connections up.
+    /// Its client closes its connections.
     pub fn end_links(&mut self, rng: &mut fastrand::Rng) {
         for link in &self.links {
             link.end(rng);
         }
     }
 
-    /// Whether nothing gets from the node to the broker now.
+    /// Whether the node cannot send to the broker now.
     pub fn sends_nothing(&self) -> bool {
-        self.mute || self.frozen
+        self.outbound_cut || self.suspended
     }
 
-    /// Whether nothing gets from the broker to the node now.
+    /// Whether the node cannot receive from the broker now.
     pub fn receives_nothing(&self) -> bool {
-        self.deaf || self.frozen
+        self.inbound_cut || self.suspended
     }
 
     /// The isolated server, if `link` leads there.
@@ -215,18 +215,18 @@ impl Slot {
         self.isolated.as_ref().filter(|_| link.to_isolated)
     }
 
-    /// Counts a consumer; `Err` if there were too many lately.
+    /// Counts a consumer; fails if there were too many recently.
     pub fn count_consume(&mut self, unreadable: usize) -> Result<(), usize> {
-        Self::count(&mut self.consumes, &mut self.reasons, unreadable)
+        Self::count(&mut self.consumes, &mut self.reconnects_allowed, unreadable)
     }
 
     fn count(
         counted: &mut VecDeque<Instant>,
-        reasons: &mut VecDeque<Instant>,
+        allowed: &mut VecDeque<Instant>,
         unreadable: usize,
     ) -> Result<(), usize> {
         counted.push_back(Instant::now());
-        for times in [&mut *counted, reasons] {
+        for times in [&mut *counted, allowed] {
             while times
                 .front()
                 .is_some_and(|at| at.elapsed() > CONNECTS_WITHIN)
@@ -235,7 +235,7 @@ impl Slot {
             }
         }
         let max =
-            CONNECTS_MAX + CONNECTS_A_REASON * reasons.len() + CONNECTS_A_MESSAGE * unreadable;
+            CONNECTS_MAX + CONNECTS_PER_FAULT * allowed.len() + CONNECTS_PER_MESSAGE * unreadable;
         match counted.len() <= max {
             true => Ok(()),
             false => Err(counted.len()),
@@ -251,19 +251,19 @@ impl World {
         clustered: bool,
         record: bool,
     ) -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(WorldInner {
             state: Mutex::new(State {
                 rng: fastrand::Rng::with_seed(seed),
                 broker: Broker::new(clustered),
                 ledger: Ledger::new(),
                 nodes: (0..nodes).map(|_| Slot::default()).collect(),
-                answered: 0,
+                acknowledged: 0,
                 corrupted: None,
-                faults: 0,
+                active_faults: 0,
                 last_fault: None,
                 ids: 0,
                 latency_ms,
-                begun: Instant::now(),
+                started: Instant::now(),
                 history: record.then(Vec::new),
                 violation: None,
             }),
@@ -284,25 +284,25 @@ impl World {
         &self.0.runtime
     }
 
-    /// Tells everyone to look again.
+    /// Wakes all tasks that wait for a change.
     pub fn change(&self) {
         self.0.changed.notify_waiters();
     }
 
-    /// Waits until something changes, or for a while.
+    /// Waits for a change, 500 ms at most.
     pub async fn wait(&self) {
-        let while_ = Duration::from_millis(500);
-        let _ = tokio::time::timeout(while_, self.0.changed.notified()).await;
+        let wait_max = Duration::from_millis(500);
+        let _ = tokio::time::timeout(wait_max, self.0.changed.notified()).await;
     }
 
-    /// Waits while the process at `node` stands still.
-    pub async fn thawed(&self, node: usize) {
-        while self.slot(node).frozen {
+    /// Waits while the process at `node` is suspended.
+    pub async fn wait_until_resumed(&self, node: usize) {
+        while self.slot(node).suspended {
             self.wait().await;
         }
     }
 
-    /// How long something takes on its way to `node` or from it.
+    /// A random latency to or from `node`.
     pub fn latency(&self, node: usize) -> Duration {
         let mut state = self.lock();
         let slow = state.nodes[node].slow;
@@ -318,12 +318,12 @@ impl World {
         Duration::from_millis(self.lock().rng.u64(range_ms))
     }
 
-    /// Writes `line` into the history, if one is kept.
+    /// Adds `line` to the history, if one is recorded.
     pub fn note(&self, line: impl FnOnce() -> String) {
         self.lock().note(line);
     }
 
-    /// Something happened that must not. The first one counts.
+    /// Reports a violation. The first one counts.
     pub fn violate(&self, what: String) {
         self.lock().violate(what);
     }
@@ -340,16 +340,16 @@ impl World {
         )
     }
 
-    /// Sets which ways between `node` and the broker are cut.
-    pub fn cut(&self, node: usize, mute: bool, deaf: bool) {
+    /// Sets which directions between `node` and the broker are cut.
+    pub fn cut(&self, node: usize, outbound_cut: bool, inbound_cut: bool) {
         let mut slot = self.slot(node);
-        (slot.mute, slot.deaf) = (mute, deaf);
+        (slot.outbound_cut, slot.inbound_cut) = (outbound_cut, inbound_cut);
         slot.cuts += 1;
-        slot.excuse();
+        slot.allow_reconnect();
         let cuts = slot.cuts;
         drop(slot);
         self.change();
-        if mute || deaf {
+        if outbound_cut || inbound_cut {
             let world = self.clone();
             tokio::spawn(async move {
                 tokio::time::sleep(SILENCE_MAX).await;
@@ -365,24 +365,24 @@ impl World {
 }
 
 impl State {
-    /// A fault begins that may keep writes from being answered.
+    /// Called when a fault begins that may delay writes.
     pub fn begin_fault(&mut self) {
-        self.faults += 1;
+        self.active_faults += 1;
     }
 
     pub fn end_fault(&mut self) {
-        self.faults -= 1;
+        self.active_faults -= 1;
         self.last_fault = Some(Instant::now());
     }
 
-    /// Whether nothing has been wrong for a while.
+    /// Whether no fault was active recently.
     pub fn is_quiet(&self) -> bool {
         let last = self.last_fault;
-        self.faults == 0 && last.is_none_or(|at| at.elapsed() > QUIET_AFTER)
+        self.active_faults == 0 && last.is_none_or(|at| at.elapsed() > QUIET_AFTER)
     }
 
     pub fn note(&mut self, line: impl FnOnce() -> String) {
-        let at = self.begun.elapsed();
+        let at = self.started.elapsed();
         if let Some(history) = &mut self.history {
             history.push(format!("{:>9.3} {}", at.as_secs_f64(), line()));
         }
@@ -393,7 +393,7 @@ impl State {
         self.violation.get_or_insert(what);
     }
 
-    /// Another identity.
+    /// A new identity.
     pub fn next_id(&mut self) -> u128 {
         self.ids += 1;
         self.ids << 64 | u128::from(self.rng.u64(..))
@@ -401,27 +401,27 @@ impl State {
 
     /// Counts a request of `node` to the broker.
     pub fn count_request(&mut self, node: usize) {
-        let asks = &mut self.nodes[node].asks;
-        asks.push_back(Instant::now());
-        if asks.len() > ASKS_MAX
-            && let Some(first) = asks.pop_front()
+        let sent = &mut self.nodes[node].requests_sent;
+        sent.push_back(Instant::now());
+        if sent.len() > REQUESTS_MAX
+            && let Some(first) = sent.pop_front()
             && first.elapsed() < CONNECTS_WITHIN
         {
             self.violate(format!(
-                "node {node} has asked the broker {ASKS_MAX} times in 30 s"
+                "node {node} has sent {REQUESTS_MAX} requests to the broker in 30 s"
             ));
         }
     }
 
-    /// The broker comes back without its last batches.
+    /// The broker restarts without its last batches.
     pub fn lose_last(&mut self, batches: usize) {
         self.broker.lose_last(batches, &mut self.ledger);
         self.note_lost();
         self.break_links();
     }
 
-    /// The broker loses some of what `node` has not read, if the node is to see that and is catching
-    /// up. Returns whether it does.
+    /// The broker loses batches that `node` has not read, if that fault is pending and the node is
+    /// catching up. Returns whether it does.
     pub fn lose_unread(&mut self, node: usize) -> bool {
         let slot = &mut self.nodes[node];
         let Some(process) = slot.process.as_ref().filter(|_| slot.loses_unread) else {
@@ -435,13 +435,13 @@ impl State {
         slot.loses_unread = false;
         let batches = self.rng.u64(1..=unread) as usize;
         self.note(|| {
-            format!("node {node} has asked for the log's end; {batches} batches are lost")
+            format!("node {node} has requested the log's end; {batches} batches are lost")
         });
         self.lose_last(batches);
         true
     }
 
-    /// Notes what ready nodes have applied and the log has just lost.
+    /// Records the positions of ready nodes that the log has just lost.
     pub fn note_lost(&mut self) {
         for slot in &mut self.nodes {
             let Some(process) = slot.process.as_ref() else {
@@ -455,12 +455,12 @@ impl State {
         }
     }
 
-    /// All connections to the broker break.
+    /// Breaks all connections to the broker.
     pub fn break_links(&mut self) {
         self.nodes.iter_mut().for_each(Slot::break_links);
     }
 
-    /// A new connection of `node`.
+    /// Opens a connection of `node`.
     pub fn connect(&mut self, node: usize) -> Arc<Link> {
         let slot = &mut self.nodes[node];
         let to_isolated = slot.isolated.is_none() || self.rng.bool();
@@ -469,11 +469,11 @@ impl State {
             dead: AtomicBool::new(false),
             to_isolated,
         });
-        // Of one that its client has ended something may still be under way.
+        // Messages of a closed connection may still be in flight.
         slot.links.retain(|link| Arc::strong_count(link) > 1);
         slot.links.push(Arc::clone(&link));
         let unreadable = self.broker.unreadable;
-        let counted = Slot::count(&mut slot.connects, &mut slot.reasons, unreadable);
+        let counted = Slot::count(&mut slot.connects, &mut slot.reconnects_allowed, unreadable);
         if let Err(count) = counted {
             self.violate(format!("node {node} has connected {count} times in 30 s"));
         }

@@ -10,8 +10,7 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use super::super::broker::{BrokerError, Consumer, Delivered};
-use super::denial;
-use super::errors::no_answer;
+use super::errors::{denial, no_answer};
 
 pub(super) struct NatsConsumer {
     pub(super) messages: PullStream,
@@ -44,10 +43,10 @@ impl NatsConsumer {
                 }))
             }
             Some(Err(error)) => Some(Err(no_answer(&error.to_string()))),
-            // The client library's task is gone, as after a panic in it.
+            // The client library's task has ended, for example after a panic.
             None => {
                 ended.cancel();
-                Some(Err(no_answer("the connection to NATS broke")))
+                Some(Err(no_answer("the connection to NATS was lost")))
             }
         }
     }
@@ -61,7 +60,7 @@ impl Consumer for NatsConsumer {
                     biased;
                     next = self.messages.next() => next,
                     text = denial(&mut self.denials, &self.pull) => {
-                        return Err(BrokerError::Refused(text));
+                        return Err(BrokerError::Rejected(text));
                     }
                     () = self.ended.cancelled() => {
                         return Err(no_answer("the connection to NATS ended"));

@@ -32,7 +32,7 @@ const STEPS_MAX: usize = 500_000;
 
 /// The effect of an operation.
 #[derive(Clone, PartialEq, Eq)]
-pub(crate) enum Effect {
+pub(crate) enum ChainEntry {
     /// Sets at least one field, none of them to 0.
     Set([Option<i64>; FIELDS.len()]),
     /// Removes the record.
@@ -47,7 +47,7 @@ pub(crate) struct Op {
     pub(crate) invoked: u64,
     /// `None` for a write that may take effect at any time after its invocation, or never.
     pub(crate) returned: Option<u64>,
-    pub(crate) effect: Effect,
+    pub(crate) effect: ChainEntry,
     /// Shown in a failure.
     pub(crate) label: String,
 }
@@ -63,7 +63,7 @@ struct Placed<'a> {
     invoked: u64,
     /// The latest time at which it must have taken effect.
     until: u64,
-    effect: &'a Effect,
+    effect: &'a ChainEntry,
 }
 
 struct Search<'a> {
@@ -112,7 +112,7 @@ impl<'a> Search<'a> {
         let mut wanted: HashMap<(usize, i64), usize> = HashMap::new();
         let mut absent_wanted = 0;
         for op in ops {
-            let Effect::Get(found) = &op.effect else {
+            let ChainEntry::Get(found) = &op.effect else {
                 continue;
             };
             let returned = op.returned.expect("a read without a return has no result");
@@ -127,14 +127,14 @@ impl<'a> Search<'a> {
         let mut written = HashSet::new();
         for op in ops {
             let mut until = op.returned;
-            if let Effect::Set(fields) = &op.effect {
+            if let ChainEntry::Set(fields) = &op.effect {
                 for key in keys(fields) {
                     assert!(written.insert(key), "{key:?} is written twice");
                     let seen = seen_until.get(&key).copied();
                     until = seen.into_iter().chain(until).min();
                 }
             }
-            if op.effect == Effect::Delete && until.is_none() {
+            if op.effect == ChainEntry::Delete && until.is_none() {
                 spare.push(op.invoked);
             }
             // A write with an unknown outcome whose value was never read: the search may ignore it.
@@ -155,7 +155,7 @@ impl<'a> Search<'a> {
         }
         placed.sort_by_key(|op| op.invoked);
         spare.sort_unstable();
-        let deletions = placed.iter().filter(|op| *op.effect == Effect::Delete);
+        let deletions = placed.iter().filter(|op| *op.effect == ChainEntry::Delete);
         Some(Self {
             deletions_left: deletions.count(),
             spare,
@@ -201,14 +201,14 @@ impl<'a> Search<'a> {
         match write {
             Some(Choice::Op(write)) => {
                 match self.ops[write].effect {
-                    Effect::Set(fields) => {
+                    ChainEntry::Set(fields) => {
                         let state = self.state.get_or_insert_default();
                         for (field, value) in keys(fields) {
                             state[field] = value;
                         }
                     }
-                    Effect::Delete => self.state = None,
-                    Effect::Get(_) => {}
+                    ChainEntry::Delete => self.state = None,
+                    ChainEntry::Get(_) => {}
                 }
                 self.take_effect(write, &mut step);
             }
@@ -250,7 +250,7 @@ impl<'a> Search<'a> {
 
     /// Whether this is a read that sees less than the state has, which only a deletion can explain.
     fn sees_less(&self, op: usize) -> bool {
-        let (Effect::Get(found), Some(values)) = (self.ops[op].effect, self.state) else {
+        let (ChainEntry::Get(found), Some(values)) = (self.ops[op].effect, self.state) else {
             return false;
         };
         found.is_none_or(|found| (0..FIELDS.len()).any(|at| found[at] == 0 && values[at] != 0))
@@ -296,16 +296,16 @@ impl<'a> Search<'a> {
     }
 
     fn reads_state(&self, op: usize) -> bool {
-        matches!(self.ops[op].effect, Effect::Get(found) if *found == self.state)
+        matches!(self.ops[op].effect, ChainEntry::Get(found) if *found == self.state)
     }
 
     /// Whether this is a write that overwrites no value which is still to be read and cannot
     /// return.
     fn may_write(&self, op: usize) -> bool {
         let fields = match self.ops[op].effect {
-            Effect::Set(fields) => fields,
-            Effect::Delete => return self.may_delete(),
-            Effect::Get(_) => return false,
+            ChainEntry::Set(fields) => fields,
+            ChainEntry::Delete => return self.may_delete(),
+            ChainEntry::Get(_) => return false,
         };
         // After a deletion, unset fields and the absence of a record return.
         let comes_back = self.deletions_left > 0 || self.spare_happened < self.spare.len();
@@ -320,7 +320,7 @@ impl<'a> Search<'a> {
 
     fn take_effect(&mut self, op: usize, step: &mut Step) {
         self.count(op, |reads| *reads -= 1);
-        self.deletions_left -= usize::from(*self.ops[op].effect == Effect::Delete);
+        self.deletions_left -= usize::from(*self.ops[op].effect == ChainEntry::Delete);
         self.happened[op] = true;
         self.left -= 1;
         step.happened.push(op);
@@ -332,7 +332,7 @@ impl<'a> Search<'a> {
     fn undo(&mut self, step: Step) {
         for op in step.happened {
             self.count(op, |reads| *reads += 1);
-            self.deletions_left += usize::from(*self.ops[op].effect == Effect::Delete);
+            self.deletions_left += usize::from(*self.ops[op].effect == ChainEntry::Delete);
             self.happened[op] = false;
             self.left += 1;
             self.first_left = self.first_left.min(op);
@@ -343,9 +343,9 @@ impl<'a> Search<'a> {
 
     fn count(&mut self, op: usize, change: impl Fn(&mut usize)) {
         match self.ops[op].effect {
-            Effect::Set(_) | Effect::Delete => {}
-            Effect::Get(None) => change(&mut self.absent_wanted),
-            Effect::Get(Some(values)) => {
+            ChainEntry::Set(_) | ChainEntry::Delete => {}
+            ChainEntry::Get(None) => change(&mut self.absent_wanted),
+            ChainEntry::Get(Some(values)) => {
                 for key in values.iter().copied().enumerate() {
                     change(self.wanted.get_mut(&key).expect("counted before"));
                 }
@@ -394,7 +394,7 @@ fn without(ops: &[Op], from: usize, to: usize) -> Vec<Op> {
     let mut seen = HashSet::new();
     let mut less_seen = false;
     for (index, op) in ops.iter().enumerate() {
-        if let Effect::Get(found) = op.effect
+        if let ChainEntry::Get(found) = op.effect
             && !within(index)
         {
             less_seen |= found.is_none_or(|values| values.contains(&0));
@@ -403,9 +403,9 @@ fn without(ops: &[Op], from: usize, to: usize) -> Vec<Op> {
     }
     let stays = |(index, op): &(usize, &Op)| match op.effect {
         _ if !within(*index) => true,
-        Effect::Set(fields) => keys(&fields).any(|key| seen.contains(&key)),
-        Effect::Delete => less_seen,
-        Effect::Get(_) => false,
+        ChainEntry::Set(fields) => keys(&fields).any(|key| seen.contains(&key)),
+        ChainEntry::Delete => less_seen,
+        ChainEntry::Get(_) => false,
     };
     let rest = ops.iter().enumerate().filter(stays);
     rest.map(|(_, op)| op.clone()).collect()
@@ -418,7 +418,7 @@ fn truncated_at(ops: &[Op], time: u64) -> Vec<Op> {
         if op.returned.is_some_and(|end| end > time) {
             op.returned = None;
         }
-        (op.returned.is_some() || !matches!(op.effect, Effect::Get(_))).then_some(op)
+        (op.returned.is_some() || !matches!(op.effect, ChainEntry::Get(_))).then_some(op)
     });
     known.collect()
 }
@@ -432,15 +432,15 @@ impl fmt::Display for Op {
         }
         write!(f, "  {:24} ", self.label)?;
         match &self.effect {
-            Effect::Set(fields) => {
+            ChainEntry::Set(fields) => {
                 write!(f, "sets ")?;
                 f.debug_map()
                     .entries(keys(fields).map(|(field, value)| (FIELDS[field], value)))
                     .finish()
             }
-            Effect::Delete => write!(f, "deletes"),
-            Effect::Get(None) => write!(f, "finds no record"),
-            Effect::Get(Some(values)) => write!(f, "finds {values:?}"),
+            ChainEntry::Delete => write!(f, "deletes"),
+            ChainEntry::Get(None) => write!(f, "finds no record"),
+            ChainEntry::Get(Some(values)) => write!(f, "finds {values:?}"),
         }
     }
 }

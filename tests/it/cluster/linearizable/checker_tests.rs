@@ -4,12 +4,12 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use super::checker::{Effect, Op, State, keys, linearizable, minimal_history};
+use super::checker::{ChainEntry, Op, State, keys, linearizable, minimal_history};
 use crate::harness::cluster::broker::FIELDS;
 
 type Fields = [Option<i64>; FIELDS.len()];
 
-fn op(invoked: u64, returned: impl Into<Option<u64>>, effect: Effect) -> Op {
+fn op(invoked: u64, returned: impl Into<Option<u64>>, effect: ChainEntry) -> Op {
     Op {
         invoked,
         returned: returned.into(),
@@ -23,23 +23,23 @@ fn set(invoked: u64, returned: impl Into<Option<u64>>, value: i64) -> Op {
     op(
         invoked,
         returned,
-        Effect::Set([Some(value), None, None, None]),
+        ChainEntry::Set([Some(value), None, None, None]),
     )
 }
 
 fn delete(invoked: u64, returned: impl Into<Option<u64>>) -> Op {
-    op(invoked, returned, Effect::Delete)
+    op(invoked, returned, ChainEntry::Delete)
 }
 
 /// Returns the first field, and 0 in the others; 0 is no record.
 fn get(invoked: u64, returned: u64, value: i64) -> Op {
     let found = (value != 0).then_some([value, 0, 0, 0]);
-    op(invoked, returned, Effect::Get(found))
+    op(invoked, returned, ChainEntry::Get(found))
 }
 
 #[test]
 fn linearizable_histories_are_accepted() {
-    let both = Effect::Set([Some(7), Some(8), None, None]);
+    let both = ChainEntry::Set([Some(7), Some(8), None, None]);
     let histories = [
         vec![],
         vec![get(0, 1, 0), set(2, 3, 1), get(4, 5, 1), get(6, 7, 1)],
@@ -63,7 +63,7 @@ fn linearizable_histories_are_accepted() {
         vec![
             op(0, 9, both),
             set(0, 9, 1),
-            op(10, 11, Effect::Get(Some([1, 8, 0, 0]))),
+            op(10, 11, ChainEntry::Get(Some([1, 8, 0, 0]))),
         ],
         // Deletions: concurrent with a write, after it, and of no record.
         vec![set(0, 1, 1), delete(2, 3), get(4, 5, 0), delete(6, 7)],
@@ -71,7 +71,7 @@ fn linearizable_histories_are_accepted() {
         vec![delete(0, 9), set(0, 9, 1), get(2, 3, 0), get(10, 11, 1)],
         // A field set before a deletion is not visible after a later write.
         vec![
-            op(0, 1, Effect::Set([Some(7), Some(8), None, None])),
+            op(0, 1, ChainEntry::Set([Some(7), Some(8), None, None])),
             delete(2, 3),
             set(4, 5, 1),
             get(6, 7, 1),
@@ -100,10 +100,10 @@ fn other_histories_are_rejected_with_a_minimal_one() {
         op(
             invoked,
             returned,
-            Effect::Set([Some(7), Some(8), None, None]),
+            ChainEntry::Set([Some(7), Some(8), None, None]),
         )
     };
-    let finds = |invoked, values| op(invoked, invoked + 1, Effect::Get(Some(values)));
+    let finds = |invoked, values| op(invoked, invoked + 1, ChainEntry::Get(Some(values)));
     let after = |invoked| {
         vec![
             both(invoked, Some(invoked + 1)),
@@ -213,9 +213,9 @@ fn by_all_orders(left: &mut Vec<Op>, state: State) -> bool {
             .any(|op| op.returned.is_some_and(|end| end < first.invoked));
         let next = match &first.effect {
             _ if too_late => None,
-            Effect::Get(found) => (*found == state).then_some(state),
-            Effect::Set(fields) => Some(Some(applied(state, fields))),
-            Effect::Delete => Some(None),
+            ChainEntry::Get(found) => (*found == state).then_some(state),
+            ChainEntry::Set(fields) => Some(Some(applied(state, fields))),
+            ChainEntry::Delete => Some(None),
         };
         let found = next.is_some_and(|next| by_all_orders(left, next));
         left.insert(index, first);
@@ -257,14 +257,14 @@ fn small_history() -> impl Strategy<Value = Vec<Op>> {
             .map(|(n, (invoked, took, known, which))| {
                 let value = |bit| (which & bit != 0).then_some(n as i64 + 1);
                 let effect = match which {
-                    0 => Effect::Delete,
-                    _ => Effect::Set([value(1), value(2), None, None]),
+                    0 => ChainEntry::Delete,
+                    _ => ChainEntry::Set([value(1), value(2), None, None]),
                 };
                 op(invoked, known.then_some(invoked + took), effect)
             });
         let reads = reads.into_iter().map(|(invoked, took, one, other)| {
             let found = (one != 0 || other != 0).then_some([one, other, 0, 0]);
-            op(invoked, invoked + took, Effect::Get(found))
+            op(invoked, invoked + took, ChainEntry::Get(found))
         });
         writes.chain(reads).collect()
     })
@@ -285,16 +285,16 @@ fn real_history() -> impl Strategy<Value = Vec<Op>> {
                     if fate > 10 {
                         state = None;
                     }
-                    ((fate > 10).then_some(moment + after), Effect::Delete)
+                    ((fate > 10).then_some(moment + after), ChainEntry::Delete)
                 }
                 Some(which) => {
                     let fields = which.map(|set| set.then_some(n as i64 + 1));
                     if fate > 0 {
                         state = Some(applied(state, &fields));
                     }
-                    (returned, Effect::Set(fields))
+                    (returned, ChainEntry::Set(fields))
                 }
-                None => (Some(moment + after), Effect::Get(state)),
+                None => (Some(moment + after), ChainEntry::Get(state)),
             };
             history.push(op(moment - before, returned, effect));
         }
@@ -324,11 +324,11 @@ proptest! {
         prop_assert!(linearizable(&history));
         // A read of a value that was certainly overwritten before the read.
         let end = 100 + 10 * history.len() as u64 + 60;
-        let known = |op: &&Op| matches!(op.effect, Effect::Set(_)) && op.returned.is_some();
+        let known = |op: &&Op| matches!(op.effect, ChainEntry::Set(_)) && op.returned.is_some();
         let mut overwritten = None;
         for old in history.iter().filter(known) {
             for new in history.iter().filter(known) {
-                if let (Effect::Set(before), Effect::Set(after)) = (&old.effect, &new.effect)
+                if let (ChainEntry::Set(before), ChainEntry::Set(after)) = (&old.effect, &new.effect)
                     && old.returned < Some(new.invoked)
                     && let Some((field, value)) = keys(before).find(|(field, _)| after[*field].is_some())
                 {
@@ -340,7 +340,7 @@ proptest! {
             let mut values = [0; FIELDS.len()];
             values[field] = value;
             let mut wrong = history.clone();
-            wrong.push(op(end, end + 1, Effect::Get(Some(values))));
+            wrong.push(op(end, end + 1, ChainEntry::Get(Some(values))));
             prop_assert!(!linearizable(&wrong));
         }
     }

@@ -8,7 +8,7 @@ use async_nats::jetstream::stream::Config;
 use futures_util::future::join_all;
 use tempfile::TempDir;
 
-use super::checker::{Effect, Op, linearizable, minimal_history};
+use super::checker::{ChainEntry, Op, linearizable, minimal_history};
 use super::history::{Operation, Outcome, REPLICAS, Record, Recorder, USERS, user_id};
 use super::order::Order;
 use crate::harness::Node;
@@ -179,9 +179,11 @@ fn history_of(records: &[Record], replica: usize, user: usize) -> Vec<Op> {
             Outcome::Written(_) | Outcome::Unknown => Some(None),
         };
         let (returned, effect) = match &record.operation {
-            Operation::Set { fields, outcome } => (returned(*outcome)?, Effect::Set(*fields)),
-            Operation::Delete { outcome } => (returned(*outcome)?, Effect::Delete),
-            Operation::Get { found, .. } if here => (Some(record.returned), Effect::Get(*found)),
+            Operation::Set { fields, outcome } => (returned(*outcome)?, ChainEntry::Set(*fields)),
+            Operation::Delete { outcome } => (returned(*outcome)?, ChainEntry::Delete),
+            Operation::Get { found, .. } if here => {
+                (Some(record.returned), ChainEntry::Get(*found))
+            }
             Operation::Get { .. } => return None,
         };
         Some(Op {

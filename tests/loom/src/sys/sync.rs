@@ -1,9 +1,9 @@
-//! In place of `src/sys/sync.rs`.
+//! Replaces `src/sys/sync.rs`.
 
 use loom::sync::MutexGuard;
 pub(crate) use loom::sync::atomic;
 
-/// loom's mutex as parking_lot's: nothing poisons it.
+/// loom's mutex with parking_lot's interface, without poisoning.
 #[derive(Default)]
 pub(crate) struct Mutex<T>(loom::sync::Mutex<T>);
 

@@ -7,12 +7,12 @@ use tokio::sync::Notify;
 
 /// Wakes waiting tasks in the order in which they began to wait, so that a simulated run can be
 /// repeated. `tokio::sync::watch` wakes them in random order.
-pub(super) struct Watched<T> {
+pub(super) struct OrderedWatch<T> {
     value: Mutex<T>,
     changed: Notify,
 }
 
-impl<T: Clone> Watched<T> {
+impl<T: Clone> OrderedWatch<T> {
     pub(super) fn new(value: T) -> Self {
         Self {
             value: Mutex::new(value),

@@ -12,126 +12,47 @@
 //!
 //! The node is unready during a restore. A restore that fails leaves the store empty.
 
+mod error;
+
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio_util::sync::CancellationToken;
 
-use super::Applied;
+use self::error::SourceError;
+pub use self::error::{Attempts, BootstrapError};
+use super::applied::AppliedIndex;
 use super::buffered::Buffered;
 use super::peers::{Peer, Peers};
 use super::tracker::{Restore, RestoreTracker};
 use crate::backup::{
     self, BackupError, EndRecord, HeadRecord, SnapshotInfo, Snapshots, Summary, restore,
 };
-use crate::log::{Bounds, Chain, Log, ReadError, Seq};
-use crate::replication::memory::{self, DoesNotFit};
+use crate::log::{Bounds, Chain, Log, ReadError, Seq, Subscription};
+use crate::replication::memory;
 use crate::replication::peer_client::RemoteError;
 use crate::replication::state::{NodeState, Readiness};
 use crate::store::Store;
+use crate::sys::cancellable_reader::CancellableReader;
 use crate::sys::exec::Blocking;
 
-/// Peers that are asked for a backup in one round.
+/// The maximum number of peers that one attempt requests a backup from.
 const PEERS_MAX: usize = 32;
-
-/// Why a node could not recover a state.
-#[derive(Debug, thiserror::Error)]
-pub enum BootstrapError {
-    /// The data directory can't be read.
-    #[error("cannot read the snapshots: {0}")]
-    Snapshots(#[from] io::Error),
-    /// The log can't be read.
-    #[error(transparent)]
-    Log(#[from] ReadError),
-    /// No snapshot is usable, no peer gives a backup, and the log lacks its first batches.
-    #[error(
-        "no snapshot can be used, {peers}, and the log begins at batch {first}, not at its first \
-         one; start another replica that has the data, put a good snapshot back, or begin a new log \
-         from a backup: with an empty data directory and --restore-from, and with a broker after \
-         the stream has been removed"
-    )]
-    NoSource {
-        /// The oldest batch that the log holds.
-        first: Seq,
-        /// The peers that were asked.
-        peers: Tried,
-    },
-    /// The snapshots were made from another log.
-    #[error("snapshot {path} belongs to log {found} and the log here is {here}: {fix}")]
-    OtherLog {
-        /// The newest of them.
-        path: PathBuf,
-        /// The log of the snapshots.
-        found: Box<str>,
-        /// The log of this node.
-        here: Box<str>,
-        /// What to do.
-        fix: String,
-    },
-    /// A snapshot holds batches that the log does not have, though every batch is in the log before
-    /// it is applied. Starting without them would lose acknowledged writes silently.
-    #[error(
-        "snapshot {path} is at batch {position} and the log ends at batch {end}: it has lost \
-         batches; {fix}"
-    )]
-    LogBehind {
-        /// The snapshot.
-        path: PathBuf,
-        /// Its position.
-        position: Seq,
-        /// The log's last batch.
-        end: Seq,
-        /// What to do.
-        fix: String,
-    },
-    /// `--restore-from` was given, and the log is not empty.
-    #[error(
-        "--restore-from seeds an empty log only, and this one has been written to; use an empty \
-         --data-dir, or leave --restore-from out"
-    )]
-    NotEmpty,
-    /// The `--restore-from` backup cannot be restored.
-    #[error("cannot restore from {path}: {error}")]
-    Seed {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        error: BackupError,
-    },
-}
-
-/// The peers that were asked for a backup, and why each gave none.
-#[derive(Debug, Default)]
-pub struct Tried(Vec<(Box<str>, String)>);
-
-impl std::fmt::Display for Tried {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.0.is_empty() {
-            return f.write_str("no peer is known");
-        }
-        f.write_str("no peer gives a backup (")?;
-        for (index, (url, why)) in self.0.iter().enumerate() {
-            let separator = if index == 0 { "" } else { "; " };
-            write!(f, "{separator}{url}: {why}")?;
-        }
-        f.write_str(")")
-    }
-}
 
 /// Restores a store and subscribes to the log at its position.
 pub struct Bootstrap {
     /// The records.
     pub store: Store,
     /// The position of the records.
-    pub applied: Applied,
+    pub applied: AppliedIndex,
     /// The log.
     pub log: Arc<dyn Log>,
     /// The snapshots of earlier processes; `None` without a data directory.
     pub snapshots: Option<Snapshots>,
-    /// The other replicas, which may give a backup.
+    /// The other replicas, which may send a backup.
     pub peers: Peers,
     /// Records the progress.
     pub tracker: RestoreTracker,
@@ -141,8 +62,8 @@ pub struct Bootstrap {
     pub blocking: Blocking,
 }
 
-/// The position from which a restored state is complete. Its rows were read while writes went on, so
-/// they may include batches up to here. The default is the beginning of the log.
+/// The position from which a restored state is complete. Its rows were read while writes went on,
+/// so they may include batches up to here. The default is the beginning of the log.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CompleteFrom {
     /// The batch.
@@ -161,33 +82,6 @@ pub(super) struct Recovered {
     pub snapshot: Option<SnapshotInfo>,
 }
 
-/// Why a snapshot or a peer's backup was not used.
-#[derive(Debug, thiserror::Error)]
-enum Refused {
-    #[error(transparent)]
-    Backup(#[from] BackupError),
-    #[error(transparent)]
-    Remote(#[from] RemoteError),
-    #[error(transparent)]
-    Log(#[from] ReadError),
-    #[error(transparent)]
-    DoesNotFit(#[from] DoesNotFit),
-    #[error("it is of log {0}, another one")]
-    OtherLog(Box<str>),
-    #[error("it was not made by a gradestore that is on a log")]
-    NoPosition,
-    #[error("it is at batch {position} and the log holds {} to {} only", .bounds.first, .bounds.end)]
-    NotCovered { position: Seq, bounds: Bounds },
-    #[error("it is not at batch {0} yet, and the log lacks batches before that")]
-    Behind(Seq),
-    #[error("it says that it ends at batch {position}, where the log ends at {log_end}")]
-    EndUnknown { position: Seq, log_end: Seq },
-    #[error("it is not ready itself: {0}")]
-    NotReady(Box<str>),
-    #[error("it is this replica itself")]
-    Itself,
-}
-
 impl Bootstrap {
     /// Tries each source that reaches `at_least` once. The store must be empty.
     ///
@@ -204,7 +98,7 @@ impl Bootstrap {
             return Ok(recovered);
         }
         let whole = bounds.first == 1 && at_least == 0;
-        let mut tried = Tried::default();
+        let mut attempts = Attempts::default();
         // If the log is empty, no peer has more.
         if self.log.is_replicated() && !(whole && bounds.end == 0) {
             readiness.block(NodeState::Restoring, "asking peers for a backup");
@@ -212,8 +106,8 @@ impl Bootstrap {
                 match self.restore_peer(&peer, at_least, readiness).await {
                     Ok(recovered) => return Ok(recovered),
                     Err(error) => {
-                        tracing::warn!(peer = &*peer.url, %error, "no backup from peer");
-                        tried.0.push((peer.url, error.to_string()));
+                        tracing::warn!(peer = &*peer.url, %error, "cannot copy data from peer");
+                        attempts.0.push((peer.url, error.to_string()));
                     }
                 }
             }
@@ -221,7 +115,7 @@ impl Bootstrap {
         if !whole {
             return Err(BootstrapError::NoSource {
                 first: bounds.first,
-                peers: tried,
+                peers: attempts,
             });
         }
         readiness.block(NodeState::CatchingUp, "reading the whole log");
@@ -248,7 +142,7 @@ impl Bootstrap {
 
     fn recovered(
         &self,
-        subscription: Box<dyn crate::log::Subscription>,
+        subscription: Box<dyn Subscription>,
         complete_from: CompleteFrom,
     ) -> Recovered {
         Recovered {
@@ -272,7 +166,7 @@ impl Bootstrap {
             let head = match first.and_then(backup::read_head) {
                 Ok(head) => head,
                 Err(error) => {
-                    refuse(&path, &error);
+                    reject(&path, &error);
                     continue;
                 }
             };
@@ -283,7 +177,7 @@ impl Bootstrap {
             if position > bounds.end {
                 return Err(BootstrapError::LogBehind {
                     fix: match self.log.is_replicated() {
-                        true => "waiting for a log that holds them".to_owned(),
+                        true => "waiting until the log is restored".to_owned(),
                         false => restore_advice(&path),
                     },
                     path,
@@ -293,18 +187,22 @@ impl Bootstrap {
             }
             if position < at_least || position + 1 < bounds.first {
                 let first = bounds.first;
-                tracing::warn!(path = %path.display(), first, "snapshot not covered by the log");
+                tracing::warn!(
+                    path = %path.display(),
+                    log_first = first,
+                    "cannot use snapshot: the log does not cover it"
+                );
                 continue;
             }
             match self.restore_file(&path, readiness).await {
                 Ok(recovered) => return Ok(Some(recovered)),
-                Err(Refused::Backup(error)) => refuse(&path, &error),
-                Err(Refused::Log(error)) if !matches!(error, ReadError::Trimmed { .. }) => {
+                Err(SourceError::Backup(error)) => reject(&path, &error),
+                Err(SourceError::Log(error)) if !matches!(error, ReadError::Trimmed { .. }) => {
                     return Err(error.into());
                 }
                 Err(error) => {
-                    tracing::warn!(path = %path.display(), %error, "snapshot refused");
-                    if matches!(error, Refused::NoPosition) {
+                    tracing::warn!(path = %path.display(), %error, "cannot use snapshot");
+                    if matches!(error, SourceError::NoPosition) {
                         other_log.get_or_insert((path, "unknown".into()));
                     }
                 }
@@ -312,26 +210,33 @@ impl Bootstrap {
         }
         match other_log {
             None => Ok(None),
-            Some((path, found)) => {
-                let here = self.log.id().0;
-                let fix = match self.log.is_replicated() {
-                    true => format!(
-                        "restore the stream of log {found}, or, to discard this replica's data and \
-                         follow {here}, start it once with --abandon-log {found}"
-                    ),
-                    false => restore_advice(&path),
-                };
-                Err(BootstrapError::OtherLog {
-                    path,
-                    found,
-                    here,
-                    fix,
-                })
-            }
+            Some((path, found)) => Err(self.other_log(path, found)),
         }
     }
 
-    async fn restore_file(&self, path: &Path, readiness: &Readiness) -> Result<Recovered, Refused> {
+    /// The error for snapshots of log `found`, of which the newest is at `path`.
+    fn other_log(&self, path: PathBuf, found: Box<str>) -> BootstrapError {
+        let here = self.log.id().0;
+        let fix = match self.log.is_replicated() {
+            true => format!(
+                "restore the stream of log {found}, or start this replica once with --abandon-log \
+                 {found} to discard its data and follow log {here}"
+            ),
+            false => restore_advice(&path),
+        };
+        BootstrapError::OtherLog {
+            path,
+            found,
+            here,
+            fix,
+        }
+    }
+
+    async fn restore_file(
+        &self,
+        path: &Path,
+        readiness: &Readiness,
+    ) -> Result<Recovered, SourceError> {
         let source = path.display().to_string();
         readiness.block(NodeState::Restoring, format!("loading snapshot {source}"));
         let file = File::open(path).map_err(BackupError::Open)?;
@@ -353,76 +258,76 @@ impl Bootstrap {
         peer: &Peer,
         at_least: Seq,
         readiness: &Readiness,
-    ) -> Result<Recovered, Refused> {
+    ) -> Result<Recovered, SourceError> {
         if peer.announced_unready() {
-            return Err(Refused::NotReady(peer.state.clone()));
+            return Err(SourceError::NotReady(peer.state.clone()));
         }
         if peer.position.is_some_and(|position| position < at_least) {
-            return Err(Refused::Behind(at_least));
+            return Err(SourceError::Behind(at_least));
         }
         let incoming = self.peers.backup(peer).await?;
         if incoming
-            .offer
+            .headers
             .node
             .as_ref()
             .is_some_and(|node| self.peers.is_me(node))
         {
-            return Err(Refused::Itself);
+            return Err(SourceError::Itself);
         }
         let reason = format!("copying data from peer {}", peer.url);
         readiness.block(NodeState::Restoring, reason);
         let restore = self.tracker.begin(&peer.url, 0);
-        let restored = self.restore(incoming.source, incoming.feed, &restore);
+        let restored = self.restore(incoming.source, incoming.pump, &restore);
         let (recovered, ..) = restored.await?;
         Ok(recovered)
     }
 
-    /// Reads `source`, which `feed` supplies, into the store, and the log from the position of
+    /// Reads `source`, which `pump` feeds, into the store, and the log from the position of
     /// `source` into a buffer. If either fails, the store is empty.
     async fn restore(
         &self,
         source: impl Read + Unpin + Send + 'static,
-        feed: impl Future<Output = Result<(), RemoteError>>,
+        pump: impl Future<Output = Result<(), RemoteError>>,
         tracked: &Restore,
-    ) -> Result<(Recovered, HeadRecord, Summary), Refused> {
-        let give_up = CancellationToken::new();
-        let source = Stoppable {
+    ) -> Result<(Recovered, HeadRecord, Summary), SourceError> {
+        let cancel = CancellationToken::new();
+        let source = CancellableReader {
             source,
-            stop: give_up.clone(),
+            cancel: cancel.clone(),
         };
         let rows = {
             let (store, progress) = (self.store.clone(), Arc::clone(&tracked.progress));
             self.blocking
                 .run(move || restore(source, &store, &progress))
         };
-        let restored = CancellationToken::new();
+        let rows_restored = CancellationToken::new();
         let rows = async {
-            let (fed, rows) = tokio::join!(feed, rows);
-            restored.cancel();
+            let (fed, rows) = tokio::join!(pump, rows);
+            rows_restored.cancel();
             let summary = rows.unwrap_or_else(|error| Err(BackupError::Io { at: 0, error }));
             // A broken transfer is the cause of an incomplete file, so its error comes first.
             fed?;
-            Ok::<_, Refused>(summary?)
+            Ok::<_, SourceError>(summary?)
         };
         let log = async {
-            let read_ahead = self.read_ahead(tracked, &restored);
-            read_ahead.await.inspect_err(|_| give_up.cancel())
+            let read_ahead = self.read_ahead(tracked, &rows_restored);
+            read_ahead.await.inspect_err(|_| cancel.cancel())
         };
         let (summary, buffered) = tokio::join!(rows, log);
-        let whole = match (summary, buffered) {
+        let restored = match (summary, buffered) {
             // An error of the log comes first: it made the rows end.
             (_, Err(error)) | (Err(error), Ok(_)) => Err(error),
             (Ok(summary), Ok(buffered)) => match (summary.records.clone(), buffered) {
                 (Some((head, end)), Some(buffered)) => self
-                    .believe_end(&head, &end)
+                    .check_end(&head, &end)
                     .await
                     .map(|()| (head, end, summary, buffered)),
-                _ => Err(Refused::NoPosition),
+                _ => Err(SourceError::NoPosition),
             },
         };
         self.tracker
-            .end(whole.as_ref().ok().map(|(_, _, summary, _)| summary));
-        let (head, end, summary, subscription) = whole.inspect_err(|_| self.store.clear())?;
+            .end(restored.as_ref().ok().map(|(_, _, summary, _)| summary));
+        let (head, end, summary, subscription) = restored.inspect_err(|_| self.store.clear())?;
         self.applied.restored(head.position());
         let recovered = Recovered {
             subscription,
@@ -437,7 +342,7 @@ impl Bootstrap {
 
     /// Checks that the end position of a backup is between its start and the log's end. The state
     /// is complete only once the log is applied up to there.
-    async fn believe_end(&self, head: &HeadRecord, end: &EndRecord) -> Result<(), Refused> {
+    async fn check_end(&self, head: &HeadRecord, end: &EndRecord) -> Result<(), SourceError> {
         let position = end.position;
         let known = self.log.end();
         let log_end = match position > known {
@@ -446,7 +351,7 @@ impl Bootstrap {
         };
         match (head.position..=log_end).contains(&position) {
             true => Ok(()),
-            false => Err(Refused::EndUnknown { position, log_end }),
+            false => Err(SourceError::EndUnknown { position, log_end }),
         }
     }
 
@@ -456,20 +361,20 @@ impl Bootstrap {
         &self,
         tracked: &Restore,
         restored: &CancellationToken,
-    ) -> Result<Option<Buffered>, Refused> {
+    ) -> Result<Option<Buffered>, SourceError> {
         let head = tokio::select! {
             biased;
             head = tracked.progress.head() => head,
             () = restored.cancelled() => return Ok(None),
         };
         if head.log_id != self.log.id().0 {
-            return Err(Refused::OtherLog(head.log_id));
+            return Err(SourceError::OtherLog(head.log_id));
         }
         memory::check_fits(head.rows_expected)?;
         let (bounds, position) = (self.log.fetch_bounds().await?, head.position);
         // Checked first: a log treats a subscription beyond its end as a loss of batches.
         if position > bounds.end || position + 1 < bounds.first {
-            return Err(Refused::NotCovered { position, bounds });
+            return Err(SourceError::NotCovered { position, bounds });
         }
         let subscription = self.log.subscribe(head.position()).await?;
         let counts = Arc::clone(&tracked.buffer);
@@ -477,34 +382,16 @@ impl Bootstrap {
         tokio::select! {
             biased;
             () = restored.cancelled() => Ok(Some(buffered)),
-            ended = buffered.fill() => ended.map(|never| match never {}).map_err(Refused::Log),
-        }
-    }
-}
-
-/// A source that fails once `stop` is cancelled.
-struct Stoppable<R> {
-    source: R,
-    stop: CancellationToken,
-}
-
-impl<R: Read> Read for Stoppable<R> {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        match self.stop.is_cancelled() {
-            false => self.source.read(room),
-            true => Err(io::Error::other("given up")),
+            ended = buffered.fill() => ended.map(|never| match never {}).map_err(SourceError::Log),
         }
     }
 }
 
 /// Logs why a snapshot is not usable, and quarantines it if it is damaged. Otherwise it would count
-/// as one of the two that are kept, and the log would be trimmed up to it.
-fn refuse(path: &Path, error: &BackupError) {
-    tracing::warn!(path = %path.display(), %error, "snapshot refused");
-    if !matches!(
-        error,
-        BackupError::Open(_) | BackupError::Io { .. } | BackupError::Newer { .. }
-    ) {
+/// as one of the two snapshots that are kept, and the log would be trimmed up to it.
+fn reject(path: &Path, error: &BackupError) {
+    tracing::warn!(path = %path.display(), %error, "cannot use snapshot");
+    if !matches!(error, BackupError::Io { .. } | BackupError::Newer { .. }) {
         backup::quarantine(path, "damaged");
     }
 }
@@ -512,7 +399,7 @@ fn refuse(path: &Path, error: &BackupError) {
 /// The fix for a single node that has lost its log.
 fn restore_advice(snapshot: &Path) -> String {
     format!(
-        "put the right log back, or start on an empty data directory with --restore-from {}",
+        "put the right log back, or start with an empty data directory and --restore-from {}",
         snapshot.display()
     )
 }

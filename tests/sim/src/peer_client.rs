@@ -1,4 +1,4 @@
-//! How one node reaches another: its real routes, over a way that may break.
+//! Requests between nodes: the real routes, over a connection that may break.
 
 use std::time::Duration;
 
@@ -9,11 +9,10 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use gradestore::log::AskNode;
 use gradestore::replication::peer_client::{
-    GRADE_COMPRESSION, GRADE_NODE, GRADE_POSITION, IF_SLOW, Incoming, Offer, PeerClient,
-    RemoteError,
+    BackupHeaders, BackupStream, GRADE_COMPRESSION, IF_SLOW, PeerClient, RemoteError,
 };
 use http::header::AUTHORIZATION;
-use http::{HeaderMap, Method, Request, StatusCode};
+use http::{Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -23,26 +22,30 @@ use crate::client::AUTHORIZED;
 use crate::coroutine::{PipeSender, pipe};
 use crate::world::World;
 
-/// After so much silence a node is taken for away.
+/// The read timeout of a request.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 
-/// Where `node` is reached.
+/// The URL of `node`.
 pub fn url(node: usize) -> String {
     format!("http://node-{node}")
 }
 
-/// The way from one node to the others.
-pub struct Phone {
+/// The client that one node uses for the others.
+pub struct SimPeerClient {
     world: World,
     from: usize,
 }
 
-impl Phone {
+impl SimPeerClient {
     pub fn new(world: World, from: usize) -> Self {
         Self { world, from }
     }
 
-    async fn ask(&self, method: Method, node_url: &str) -> Result<(Call, Response), RemoteError> {
+    async fn request(
+        &self,
+        method: Method,
+        node_url: &str,
+    ) -> Result<(PeerConnection, Response), RemoteError> {
         let broken = |error: &str| RemoteError::Http {
             url: node_url.to_owned(),
             error: error.to_owned(),
@@ -55,13 +58,13 @@ impl Phone {
         sleep(self.world.latency(to)).await;
         let process = self.world.slot(to).process.clone();
         let process = process.ok_or_else(|| broken("connection refused"))?;
-        let call = Call {
+        let connection = PeerConnection {
             world: self.world.clone(),
             url: node_url.to_owned(),
             ends: [self.from, to],
             gone: process.gone.clone(),
         };
-        call.wait(Duration::ZERO).await?;
+        connection.wait(Duration::ZERO).await?;
         let request = Request::builder()
             .method(method)
             .uri("/backup")
@@ -71,14 +74,14 @@ impl Phone {
             .expect("a request");
         let response = tokio::select! {
             biased;
-            () = call.gone.cancelled() => return Err(broken("connection reset")),
+            () = connection.gone.cancelled() => return Err(broken("connection reset")),
             response = process.write.oneshot(request) => response.expect("an answer"),
         };
         match response.status() {
-            StatusCode::OK => Ok((call, response)),
+            StatusCode::OK => Ok((connection, response)),
             status => {
                 let body = response.into_body().collect().await.expect("a body");
-                Err(RemoteError::Refused {
+                Err(RemoteError::ErrorStatus {
                     url: node_url.to_owned(),
                     status: status.as_u16(),
                     body: String::from_utf8_lossy(&body.to_bytes()).into_owned(),
@@ -88,71 +91,66 @@ impl Phone {
     }
 }
 
-fn offer_of(headers: &HeaderMap) -> Offer {
-    let text = |name| headers.get(name)?.to_str().ok();
-    Offer {
-        position: text(GRADE_POSITION).and_then(|position| position.parse().ok()),
-        node: text(GRADE_NODE).map(Into::into),
-    }
-}
-
-impl PeerClient for Phone {
-    fn offer<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Offer, RemoteError>> {
+impl PeerClient for SimPeerClient {
+    fn backup_headers<'a>(
+        &'a self,
+        node_url: &'a str,
+    ) -> BoxFuture<'a, Result<BackupHeaders, RemoteError>> {
         async move {
-            let (_, response) = self.ask(Method::HEAD, node_url).await?;
-            Ok(offer_of(response.headers()))
+            let (_, response) = self.request(Method::HEAD, node_url).await?;
+            Ok(BackupHeaders::read(response.headers()))
         }
         .boxed()
     }
 
-    fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Incoming, RemoteError>> {
+    fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<BackupStream, RemoteError>> {
         async move {
-            let (call, response) = self.ask(Method::GET, node_url).await?;
-            let offer = offer_of(response.headers());
+            let (connection, response) = self.request(Method::GET, node_url).await?;
+            let headers = BackupHeaders::read(response.headers());
             let (sender, source) = pipe();
-            let mut slot = self.world.slot(call.ends[1]);
-            let fault = Fault {
-                break_after: slot.break_backup_after.take(),
-                change_at: slot.change_backup_at.take(),
+            let mut slot = self.world.slot(connection.ends[1]);
+            let fault = TransferFault {
+                truncate_at: slot.truncate_next_backup_at.take(),
+                corrupt_at: slot.corrupt_next_backup_at.take(),
             };
             drop(slot);
-            Ok(Incoming {
-                offer,
+            Ok(BackupStream {
+                headers,
                 source: Box::new(source),
-                feed: call.pass_on(response.into_body(), sender, fault).boxed(),
+                pump: connection.pump(response.into_body(), sender, fault).boxed(),
             })
         }
         .boxed()
     }
 }
 
-impl AskNode for Phone {
-    /// A node that is starting has no routes here, and cannot be reached. All announce the URL by
-    /// which they are known, so nothing depends on it.
+impl AskNode for SimPeerClient {
+    /// A node that is starting has no routes here and does not answer. That has no effect, because
+    /// all nodes announce the URLs that the others use.
     fn node<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<Option<Box<str>>, Box<str>>> {
         async move {
-            let offer = self.offer(node_url).await;
-            Ok(offer.map_err(|error| error.to_string())?.node)
+            let headers = self.backup_headers(node_url).await;
+            Ok(headers.map_err(|error| error.to_string())?.node)
         }
         .boxed()
     }
 }
 
-/// What happens to one backup on its way.
-struct Fault {
-    break_after: Option<usize>,
-    change_at: Option<usize>,
+/// The faults of one transfer.
+struct TransferFault {
+    truncate_at: Option<usize>,
+    corrupt_at: Option<usize>,
 }
 
 /// A connection between two nodes.
-struct Call {
+struct PeerConnection {
     world: World,
     url: String,
     ends: [usize; 2],
     gone: CancellationToken,
 }
 
-impl Call {
+impl PeerConnection {
     fn broken(&self, error: &str) -> RemoteError {
         RemoteError::Http {
             url: self.url.clone(),
@@ -160,28 +158,31 @@ impl Call {
         }
     }
 
-    /// The time that something takes from end to end; an error if it does not arrive.
+    /// Waits for the latency `time`; fails if the other end is not reachable.
     async fn wait(&self, time: Duration) -> Result<(), RemoteError> {
         sleep(time).await;
         for end in self.ends {
-            self.world.thawed(end).await;
+            self.world.wait_until_resumed(end).await;
         }
-        let apart = self.ends.iter().any(|end| self.world.slot(*end).apart);
+        let is_cut = self
+            .ends
+            .iter()
+            .any(|end| self.world.slot(*end).cut_from_peers);
         if self.gone.is_cancelled() {
             return Err(self.broken("connection reset"));
         }
-        if apart {
+        if is_cut {
             sleep(SILENCE_MAX).await;
-            return Err(self.broken("silent"));
+            return Err(self.broken("timed out"));
         }
         Ok(())
     }
 
-    async fn pass_on(
+    async fn pump(
         self,
         mut body: Body,
         sender: PipeSender,
-        mut fault: Fault,
+        mut fault: TransferFault,
     ) -> Result<(), RemoteError> {
         let mut sent = 0;
         loop {
@@ -194,30 +195,30 @@ impl Call {
                 return Ok(());
             };
             let frame = frame.map_err(|error| self.broken(&error.to_string()))?;
-            let Ok(mut part) = frame.into_data() else {
+            let Ok(mut chunk) = frame.into_data() else {
                 continue;
             };
             self.wait(self.world.latency(self.ends[1])).await?;
-            let end = sent + part.len();
-            if let Some(at) = fault.change_at.filter(|at| (sent..end).contains(at)) {
-                fault.change_at = None;
-                part = changed(&part, at - sent);
+            let end = sent + chunk.len();
+            if let Some(at) = fault.corrupt_at.filter(|at| (sent..end).contains(at)) {
+                fault.corrupt_at = None;
+                chunk = with_flipped_bit(&chunk, at - sent);
             }
-            if fault.break_after.is_some_and(|at| at < end) {
-                let whole = fault.break_after.unwrap_or_default() - sent;
-                sender.send(part.slice(..whole)).await;
+            if fault.truncate_at.is_some_and(|at| at < end) {
+                let rest = fault.truncate_at.unwrap_or_default() - sent;
+                sender.send(chunk.slice(..rest)).await;
                 return Err(self.broken("connection reset"));
             }
             sent = end;
-            if !sender.send(part).await {
+            if !sender.send(chunk).await {
                 return Ok(());
             }
         }
     }
 }
 
-fn changed(part: &Bytes, at: usize) -> Bytes {
-    let mut changed = BytesMut::from(&part[..]);
+fn with_flipped_bit(chunk: &Bytes, at: usize) -> Bytes {
+    let mut changed = BytesMut::from(&chunk[..]);
     changed[at] ^= 0x10;
     changed.freeze()
 }
