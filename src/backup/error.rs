@@ -116,6 +116,14 @@ pub enum BackupError {
     },
 }
 
+impl BackupError {
+    /// Whether the content of the file is wrong, so that reading it again cannot succeed.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        !matches!(self, Self::Open(_) | Self::Io { .. } | Self::Newer { .. })
+    }
+}
+
 fn expected_columns() -> String {
     format!(
         "{}, {}",

@@ -2,6 +2,7 @@
 //! parse them.
 
 use std::io::Read;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
@@ -103,12 +104,14 @@ impl<'a, R: Read> NativeReader<'a, R> {
             let parsers: Vec<_> = (0..threads)
                 .map(|_| {
                     scope.spawn(|| {
-                        let parsed = parse_members(&queue, sink, progress);
-                        if parsed.is_err() {
+                        let parse = AssertUnwindSafe(|| parse_members(&queue, sink, progress));
+                        let parsed = catch_unwind(parse);
+                        if !matches!(parsed, Ok(Ok(_))) {
                             failed.store(true, Ordering::Relaxed);
                             // Drain the queue, so that the reading thread does not block on it.
                             while queue.lock().recv().is_ok() {}
                         }
+                        let parsed = parsed.unwrap_or_else(|panic| resume_unwind(panic));
                         parsed.map(|added| *digest.lock() += added)
                     })
                 })
@@ -125,10 +128,7 @@ impl<'a, R: Read> NativeReader<'a, R> {
             drop(sender);
             let mut parsed = Ok(());
             for parser in parsers {
-                let ended = parser.join().unwrap_or(Err(BackupError::Damaged {
-                    at: 0,
-                    what: "a parsing thread panicked",
-                }));
+                let ended = parser.join().unwrap_or_else(|panic| resume_unwind(panic));
                 parsed = parsed.and(ended);
             }
             // A parser's error takes precedence, because it stopped the reading.

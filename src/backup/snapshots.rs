@@ -109,11 +109,13 @@ impl Snapshots {
         Ok(found)
     }
 
-    /// The newest snapshot, if there is one and the directory can be read.
-    #[must_use]
-    pub fn newest(&self) -> Option<PathBuf> {
-        let mut found = self.list().ok()?.into_iter();
-        found.next().map(|(_, path)| path)
+    /// The newest snapshot, if there is one.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn newest(&self) -> io::Result<Option<PathBuf>> {
+        let mut found = self.list()?.into_iter();
+        Ok(found.next().map(|(_, path)| path))
     }
 
     /// Writes a snapshot of `store` on the threads of `pool`, on all cores. Calls `end` for the

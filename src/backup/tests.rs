@@ -139,7 +139,7 @@ async fn a_snapshot_is_complete_or_absent() {
     let end = || Ok(head().position());
     let written = snapshots.write(&store, head(), end, &pool).await.unwrap();
     assert_eq!((written.head, written.rows), (head(), 20_000));
-    let path = snapshots.newest().unwrap();
+    let path = snapshots.newest().unwrap().unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().len(), written.bytes);
     assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1);
     let restored = Store::new();

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Write};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -20,11 +21,6 @@ use crate::sys::progress::Bar;
 
 /// How long the node may send nothing.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
-
-pub(super) const READER_PANICKED: BackupError = BackupError::Damaged {
-    at: 0,
-    what: "the thread that reads it panicked",
-};
 
 /// Why a backup was not downloaded.
 #[derive(Debug, thiserror::Error)]
@@ -138,7 +134,7 @@ async fn copy(
     });
     passed_on.await?;
     out.flush().map_err(&write_error)?;
-    let verified = verifier.join().unwrap_or(Err(READER_PANICKED));
+    let verified = verifier.join().unwrap_or_else(|panic| resume_unwind(panic));
     verified.map_err(|error| DownloadError::Invalid { url, error })
 }
 
@@ -157,7 +153,7 @@ pub fn verify(path: &Path) -> Result<Summary, BackupError> {
             bar.set(progress.rows(), progress.bytes());
             thread::sleep(Duration::from_millis(50));
         }
-        reader.join().unwrap_or(Err(READER_PANICKED))
+        reader.join().unwrap_or_else(|panic| resume_unwind(panic))
     })
 }
 

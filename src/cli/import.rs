@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, IsTerminal, Read, Write};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,11 +18,10 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::backup::{BackupError, ReadProgress, Summary, read_in_order};
 use crate::cli::ImportArgs;
-use crate::cli::backup::READER_PANICKED;
 use crate::grade::{Changes, Patch};
 use crate::log::Seq;
 use crate::replication::peer_client::{
@@ -227,8 +227,8 @@ impl RowChunk {
 struct ReaderThread {
     progress: Arc<ReadProgress>,
     chunks: mpsc::Receiver<RowChunk>,
-    stop: CancellationToken,
-    thread: Option<JoinHandle<Result<Summary, BackupError>>>,
+    _stop: DropGuard,
+    thread: JoinHandle<Result<Summary, BackupError>>,
 }
 
 impl ReaderThread {
@@ -267,21 +267,15 @@ impl ReaderThread {
         Self {
             progress,
             chunks,
-            stop,
-            thread: Some(thread),
+            _stop: stop.drop_guard(),
+            thread,
         }
     }
 
     /// Waits for the thread, after the last chunk.
-    fn join(mut self) -> Result<Summary, BackupError> {
-        let result = self.thread.take().and_then(|thread| thread.join().ok());
-        result.unwrap_or(Err(READER_PANICKED))
-    }
-}
-
-impl Drop for ReaderThread {
-    fn drop(&mut self) {
-        self.stop.cancel();
+    fn join(self) -> Result<Summary, BackupError> {
+        let joined = self.thread.join();
+        joined.unwrap_or_else(|panic| resume_unwind(panic))
     }
 }
 

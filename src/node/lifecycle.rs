@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::{self, Runtime};
 use tokio_util::sync::CancellationToken;
@@ -379,7 +380,13 @@ struct ConnectionLimits {
 /// to fit: without a free descriptor a connection can't even be rejected.
 fn connection_limits(config: &Config) -> ConnectionLimits {
     let (mut data, mut ops) = (config.http.data, config.http.ops);
-    let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    let _ = setrlimit(Resource::Nofile, raised);
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let for_ops = usize::try_from(files / 16).unwrap_or(usize::MAX).max(8);
     ops.connections_max = ops.connections_max.min(for_ops);
     let for_data = files.saturating_sub(SPARE_FILES + ops.connections_max as u64) / 2;

@@ -152,9 +152,10 @@ impl NodeTasks {
     ) -> Result<(), StartError> {
         let (seed, snapshots) = (seed.map(Path::to_owned), bootstrap.snapshots.clone());
         let checked = self.blocking.run(move || {
-            let file = match seed {
-                Some(seed) => Some(seed),
-                None => snapshots.and_then(|snapshots| snapshots.newest()),
+            let file = match (seed, snapshots) {
+                (Some(seed), _) => Some(seed),
+                (None, Some(snapshots)) => snapshots.newest().map_err(StartError::System)?,
+                (None, None) => None,
             };
             // A pipe can be read only once.
             let Some(path) = file.filter(|path| path.is_file()) else {

@@ -8,6 +8,7 @@ use metrics_exporter_prometheus::{
     BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
+use super::process;
 use crate::backup::SnapshotInfo;
 use crate::log::LogCounts;
 use crate::replication::CheckpointMetrics;
@@ -63,7 +64,6 @@ pub struct Telemetry {
     started: Instant,
     recorder: PrometheusRecorder,
     handle: PrometheusHandle,
-    process: metrics_process::Collector,
     /// Set at each scrape.
     pub(crate) node: NodeMetrics,
     /// Set at each scrape.
@@ -418,8 +418,7 @@ impl Telemetry {
         }
         let recorder = builder.build_recorder();
         let handle = recorder.handle();
-        let process = metrics_process::Collector::default();
-        metrics::with_local_recorder(&recorder, || process.describe());
+        metrics::with_local_recorder(&recorder, process::describe);
         Ok(Self {
             started: Instant::now(),
             node: metrics::with_local_recorder(&recorder, NodeMetrics::new),
@@ -430,7 +429,6 @@ impl Telemetry {
             replication: metrics::with_local_recorder(&recorder, ReplicationMetrics::new),
             recorder,
             handle,
-            process,
         })
     }
 
@@ -442,7 +440,7 @@ impl Telemetry {
     /// All metrics, in Prometheus' text format.
     #[must_use]
     pub fn render(&self) -> String {
-        self.register(|| self.process.collect());
+        self.register(process::collect);
         self.handle.render()
     }
 

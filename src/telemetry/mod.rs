@@ -2,6 +2,7 @@
 
 mod logs;
 mod metrics;
+mod process;
 
 pub use self::metrics::{ReplicationMetrics, Telemetry};
 pub use logs::{LogFormat, init_logs};

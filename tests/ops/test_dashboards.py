@@ -135,10 +135,7 @@ class UnderLoad(unittest.TestCase):
     def test_panels_show_all_metrics(self):
         exposed = set(re.findall(r"^# TYPE (\S+)", self.nodes[0].ask("/metrics"), re.MULTILINE))
         used = " ".join(query for *_, query in queries())
-        self.assertEqual({metric for metric in exposed if metric not in used}, {
-            # The kernel reports no limit.
-            "process_virtual_memory_max_bytes",
-        })
+        self.assertEqual({metric for metric in exposed if metric not in used}, set())
 
 
 def rules():

@@ -10,6 +10,7 @@ use crate::http::ops::traffic::Traffic;
 use crate::log::{Chain, Seq};
 use crate::replication::state::NodeState;
 use crate::replication::{LastSnapshot, Peer, Restore};
+use crate::sys::host::process_memory;
 
 /// The response of `GET /status`.
 #[derive(Debug, Serialize)]
@@ -155,7 +156,7 @@ impl NodeStatus {
             digest: at.digest.to_string(),
             queue: state.writer.queue_requests() as u64,
             uptime_s: state.telemetry.uptime().as_secs(),
-            memory_bytes: metrics_process::collector::collect().resident_memory_bytes,
+            memory_bytes: process_memory().map(|memory| memory.resident),
             memory_used_bytes: memory.used_bytes,
             memory_max_bytes: memory.max_bytes,
             full: memory.full,

@@ -391,7 +391,7 @@ impl Bootstrap {
 /// as one of the two snapshots that are kept, and the log would be trimmed up to it.
 fn reject(path: &Path, error: &BackupError) {
     tracing::warn!(path = %path.display(), %error, "cannot use snapshot");
-    if !matches!(error, BackupError::Io { .. } | BackupError::Newer { .. }) {
+    if error.is_damage() {
         backup::quarantine(path, "damaged");
     }
 }

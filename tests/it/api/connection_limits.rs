@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::harness::wire::{RawConnection, eventually, with_timeout};
 use crate::harness::{InProcessNode, Node, get_request, incomplete_set_request, set_request};
@@ -92,7 +93,12 @@ async fn a_running_request_is_not_closed_as_idle() {
 #[tokio::test]
 async fn thousands_of_idle_and_slow_connections_do_not_block_requests() {
     const EACH: usize = 1500;
-    rlimit::increase_nofile_limit(u64::MAX).unwrap();
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    setrlimit(Resource::Nofile, raised).unwrap();
     let node = Node::start().await;
     node.set(PATCH).await.position();
     let mut open = Vec::new();
