@@ -181,7 +181,7 @@ async fn get_backup(
     let connection = request.extensions().get::<Arc<ConnectionState>>().cloned();
     let compression = request.headers().get(GRADE_COMPRESSION);
     let for_replica = compression.is_some_and(|compression| compression == IF_SLOW);
-    let body = BackupStream::start(state, complete, &head, for_replica, slot, connection);
+    let body = RunningBackup::start(state, complete, &head, for_replica, slot, connection);
     Ok((headers, Body::from_stream(body)).into_response())
 }
 
@@ -202,7 +202,7 @@ async fn acquire_slot(state: &BackupState) -> Result<OwnedSemaphorePermit, ApiEr
 }
 
 /// A running backup. Dropped when the client has received it or has disconnected.
-struct BackupStream {
+struct RunningBackup {
     chunks: ChunkPipeline,
     /// The rest of the member that is being sent.
     rest: Bytes,
@@ -226,7 +226,7 @@ struct BackupStream {
     _slot: OwnedSemaphorePermit,
 }
 
-impl BackupStream {
+impl RunningBackup {
     fn start(
         state: BackupState,
         complete: CompleteState,
@@ -362,7 +362,7 @@ impl BackupStream {
     }
 }
 
-impl Drop for BackupStream {
+impl Drop for RunningBackup {
     fn drop(&mut self) {
         self.metrics.running.decrement(1.0);
         if let Some(connection) = &self.connection {

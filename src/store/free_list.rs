@@ -1,10 +1,6 @@
 //! The free slots of a slab: a `Vec` whose items keep their index.
 
-use super::growth::Growth;
-
-/// A full slab grows by this fraction: a quarter, so that little memory is unused and little is
-/// copied at a time.
-pub(super) const GROWTH: usize = 4;
+use super::growth::{GROWTH, Growth};
 
 /// Lists of at most this capacity are not shrunk.
 const SHRUNK_FROM: usize = 64;

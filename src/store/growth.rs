@@ -10,6 +10,10 @@ use super::SHARD_COUNT;
 /// Smaller tables have equal sizes: together they are small, and too coarse to stagger.
 const STAGGERED_FROM: usize = 512;
 
+/// A full slab grows by this fraction: a quarter, so that little memory is unused and little is
+/// copied at a time.
+pub(super) const GROWTH: usize = 4;
+
 /// The table sizes of one shard. The default is that of shard 0.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Growth {
@@ -31,7 +35,7 @@ impl Growth {
 
     /// The capacity to reserve for an expected number of `records`.
     pub(super) fn reserved_capacity(self, records: usize) -> usize {
-        records + self.offset(records / super::free_list::GROWTH)
+        records + self.offset(records / GROWTH)
     }
 
     /// This shard's share of `range`.

@@ -23,7 +23,7 @@ pub(crate) async fn wiped(scene: &mut Scene) {
         let gap = |status: &serde_json::Value| status["state"] == "gap";
         let status = node.status_where("gap", gap).await;
         let reason = status["reason"].as_str().unwrap();
-        let printed = ["its stream was removed", "put the right log back"];
+        let printed = ["does not exist", "restore the stream"];
         assert!(
             printed.iter().all(|printed| reason.contains(printed)),
             "{reason}"
@@ -43,7 +43,7 @@ pub(crate) async fn wiped(scene: &mut Scene) {
         assert_ne!(status["reason"], "");
         assert_serves_nothing(scene.node(A), &["gap", "no-source"]).await;
     }
-    // "Put the right log back."
+    // As the reason says: restore the stream.
     for index in [A, B, C] {
         scene.kill(index);
     }

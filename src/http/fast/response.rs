@@ -59,7 +59,7 @@ impl Responses {
             ),
             GetOutcome::NotFound => {
                 self.out.extend_from_slice(
-                    b"HTTP/1.1 404 Not GetOutcome\r\ncontent-type: application/problem+json\r\n\
+                    b"HTTP/1.1 404 Not Found\r\ncontent-type: application/problem+json\r\n\
                       content-length: ",
                 );
             }

@@ -81,8 +81,8 @@ fn invalid_patches() -> Vec<(String, &'static str)> {
         (r#"{"user_id":"a","spp":1.0}"#, "spp"),
         (r#"{"user_id":"a","spp":1e2}"#, "spp"),
         // Out of the range of f64, so some parsers do not accept them as numbers.
-        (r#"{"user_id":"a","spp":1e400}"#, "integers of 64 bits"),
-        (r#"{"user_id":"a","spp":-1E400}"#, "integers of 64 bits"),
+        (r#"{"user_id":"a","spp":1e400}"#, "64-bit integers"),
+        (r#"{"user_id":"a","spp":-1E400}"#, "64-bit integers"),
         (r#"{"user_id":"a","spp":9223372036854775808}"#, "spp"),
         (r#"{"user_id":"a","spp":-9223372036854775809}"#, "spp"),
         (

@@ -121,7 +121,7 @@ async fn a_backup_with_a_batch_that_the_log_lost_is_discarded() {
     eventually("the log line", async || {
         let printed = node.stderr.lock();
         printed
-            .contains("the broker lost batches that the restored state includes")
+            .contains("the log has lost batches that the restored state includes")
             .then_some(())
     })
     .await;
@@ -231,7 +231,7 @@ async fn peer_dies_at(percent: u64, another: bool) {
         let status = in_no_source_state(&late, "no source").await;
         let printed = status["reason"].as_str().unwrap();
         assert!(
-            printed.contains("no peer is known") || printed.contains(&throttle.url()),
+            printed.contains("no known peer") || printed.contains(&throttle.url()),
             "{printed}"
         );
         nodes.push(Node::start_with(&mut cluster.replica("first")).await);

@@ -173,7 +173,7 @@ async fn of_two_diverged_replicas_the_operator_removes_one() {
         let status = node.in_state("diverged").await;
         let reason = status["reason"].as_str().unwrap();
         assert!(
-            reason.contains("there is no majority for either"),
+            reason.contains("digest mismatch without a majority"),
             "{reason}"
         );
         node.get("x").await.expect_problem(503, "not-ready");

@@ -131,7 +131,9 @@ async fn data_outlives_a_lost_stream_until_the_operator_abandons_it() {
     let a = Node::launch(&mut on(broker.address, "data")).await;
     assert_stopped(&a, "other-log", "--abandon-log").await;
     let status = a.status().await;
-    let (_, old) = status["reason"].as_str().unwrap().rsplit_once(' ').unwrap();
+    let reason = status["reason"].as_str().unwrap();
+    let (_, advice) = reason.split_once("--abandon-log ").unwrap();
+    let (old, _) = advice.split_once(' ').unwrap();
     a.stop().await;
     let snapshots = root.path().join("data/snapshots");
     let snapshot = snapshots.join("grades-00000000000000000004.csv.gz");
@@ -214,7 +216,10 @@ async fn a_replica_behind_a_trimmed_log_without_a_peer_serves_nothing() {
         let status = node.status_where("no source", in_no_source_state).await;
         let printed = status["reason"].as_str().unwrap();
         assert!(printed.contains("the log begins at batch"), "{printed}");
-        assert!(printed.contains("start another replica"), "{printed}");
+        assert!(
+            printed.contains("start a replica that has the data"),
+            "{printed}"
+        );
         node.get("x").await.expect_problem(503, "not-ready");
         node.set(PATCH).await.expect_problem(503, "not-ready");
         assert_eq!(node.ops("/livez").await.status, 200);
@@ -307,7 +312,7 @@ async fn invalid_messages_are_skipped_and_foreign_batches_applied_by_all_replica
         node.metric_reaches("gradestore_log_poisoned_total", 5.0)
             .await;
         let printed = node.stderr.lock().clone();
-        let skipped = format!("skipped a message that is no batch seq={}", started + 1);
+        let skipped = format!("skipped a message that is not a batch seq={}", started + 1);
         assert!(printed.contains(&skipped), "{printed}");
     }
     let statuses = [a.ready_at(last).await, b.ready_at(last).await];
@@ -345,7 +350,7 @@ async fn a_stream_with_other_settings_stops_the_start_and_is_named() {
     assert!(!output.status.success());
     let printed = String::from_utf8(output.stderr).unwrap();
     assert!(
-        printed.contains("GRADES has storage Memory where File is needed"),
+        printed.contains("GRADES has storage Memory, expected File"),
         "{printed}"
     );
     // Another stream name with the same subject.
@@ -356,5 +361,8 @@ async fn a_stream_with_other_settings_stops_the_start_and_is_named() {
         .args(["--stream", "OTHER", "--data-dir"])
         .arg(dir.path()));
     let printed = String::from_utf8(output.stderr).unwrap();
-    assert!(printed.contains("refuses stream OTHER"), "{printed}");
+    assert!(
+        printed.contains("rejected the request for stream OTHER"),
+        "{printed}"
+    );
 }

@@ -164,7 +164,7 @@ async fn a_start_that_waits_for_replicas_survives_a_restart_of_the_server() {
     for part in [
         "JetStream has no leader",
         "temporarily unavailable",
-        "more than half of the servers",
+        "a majority is connected",
     ] {
         assert!(error.contains(part), "{printed}");
     }

@@ -263,7 +263,7 @@ async fn the_backup_command_keeps_the_old_file_on_failure() {
     let own = format!("http://{}", node.write);
     let ops = format!("http://{}", node.ops);
     for (from, password, words) in [
-        (own.clone(), "wrong", &["401", "user name and password"][..]),
+        (own.clone(), "wrong", &["401", "user name or password"][..]),
         (nobody, PASSWORD, &["refused", "no file was written"]),
         (
             serve_once(html),

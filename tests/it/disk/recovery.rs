@@ -98,7 +98,7 @@ async fn a_damaged_snapshot_falls_back_to_the_previous_one() {
             let printed = node.stderr.lock();
             printed
                 .lines()
-                .any(|line| line.contains("refused") && line.contains(&path))
+                .any(|line| line.contains("cannot use snapshot") && line.contains(&path))
                 .then_some(())
         })
         .await;

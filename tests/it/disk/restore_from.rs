@@ -116,7 +116,7 @@ async fn a_third_party_file_seeds_an_empty_data_directory() {
         (status["state"] == "no-source").then(|| status["reason"].to_string())
     })
     .await;
-    assert!(reason.contains("not at its first one"), "{reason}");
+    assert!(reason.contains("the log begins at batch 2"), "{reason}");
 }
 
 #[tokio::test]
