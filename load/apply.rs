@@ -29,7 +29,7 @@ use metrics::{Counter, Histogram};
 
 /// The node's own allocator.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// Messages per call, as in the log's subscription.
 const MESSAGES_AT_ONCE: usize = 16;

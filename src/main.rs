@@ -20,10 +20,9 @@ use gradestore::node::lifecycle::{self, Sockets};
 use gradestore::telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Returns memory to the system when connections or a backup are over, and builds in seconds (ADR
-/// 0010).
+/// Returns memory to the system when connections or a backup are over (ADR 0005).
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// How long an interrupted download may take to remove its temporary file.
 const INTERRUPT_WAIT_MAX: Duration = Duration::from_millis(500);

@@ -57,7 +57,7 @@ pub(crate) fn limited(command: &mut Command, bytes: u64) -> &mut Command {
 /// Lets the allocator return memory immediately instead of within ten seconds, so that a full node
 /// stays full.
 fn with_immediate_decay(command: &mut Command) -> &mut Command {
-    command.env("MIMALLOC_PURGE_DELAY", "0")
+    command.env("_RJEM_MALLOC_CONF", "dirty_decay_ms:0")
 }
 
 /// Adds users until one is rejected; returns their number and the response.
