@@ -8,6 +8,7 @@ mod broker_faults;
 mod clients;
 mod divergence;
 mod fake_peer;
+mod golden;
 mod http;
 mod kills_during_bootstrap;
 mod linearizable;

@@ -78,13 +78,13 @@ const STATUS_REMOVED: [(&[u8], Option<&[u8]>); 3] = [
 ];
 
 /// A NATS client that writes header blocks as bytes.
-struct Publisher {
+pub(crate) struct Publisher {
     incoming: Lines<BufReader<OwnedReadHalf>>,
     outgoing: OwnedWriteHalf,
 }
 
 impl Publisher {
-    async fn connect(address: SocketAddr) -> Self {
+    pub(crate) async fn connect(address: SocketAddr) -> Self {
         let stream = with_timeout("connect", TcpStream::connect(address)).await;
         let (incoming, mut outgoing) = stream.unwrap().into_split();
         let hello = b"CONNECT {\"headers\":true,\"verbose\":false}\r\nSUB ack 1\r\n";
@@ -96,7 +96,7 @@ impl Publisher {
     }
 
     /// Publishes a message; returns its position.
-    async fn publish(&mut self, block: &[u8], payload: &str) -> u64 {
+    pub(crate) async fn publish(&mut self, block: &[u8], payload: &str) -> u64 {
         let (header_len, total_len) = (block.len(), block.len() + payload.len());
         let head = format!("HPUB {SUBJECT} ack {header_len} {total_len}\r\n");
         let frame = [head.as_bytes(), block, payload.as_bytes(), b"\r\n"].concat();

@@ -8,6 +8,7 @@ mod damaged_backups;
 mod file_size_limit;
 #[cfg(feature = "test-all")]
 mod full_disk;
+pub(crate) mod golden;
 mod interrupted_backups;
 mod kills;
 mod recovery;
