@@ -18,8 +18,9 @@ use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, program, run, wrapped_by}
 pub(crate) const HEADROOM_BYTES: u64 = 18 << 20;
 /// The smallest limit that the program accepts.
 const MAX_BYTES_MIN: u64 = 16 << 20;
-/// More users than fit into [`HEADROOM_BYTES`].
-const USERS_MAX: usize = 400_000;
+/// Many times the users that fit into [`HEADROOM_BYTES`]: a replica learns of a full peer within
+/// seconds, in which a fast machine adds hundreds of thousands.
+const USERS_MAX: usize = 4_000_000;
 /// Users of one request.
 const USERS: usize = 5000;
 /// Larger than the memory of any machine.
