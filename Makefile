@@ -45,7 +45,7 @@ faults: ## run the fault matrix on real processes; FAULTS="kill/restoring" runs 
 
 check: ## check format, lints, API docs, and that the planted bugs still apply
 	cargo fmt --all --check
-	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy --locked --test it -- -D warnings
 	cargo clippy --locked --workspace --all-targets $(TEST_ALL) -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 	for bug in tests/sim/planted/*.patch; do patch --dry-run --quiet -p1 <"$$bug" || exit 1; done

@@ -157,43 +157,7 @@ impl Applier {
         if outcome.same_history && !self.log.is_verified() {
             self.log.set_verified();
         }
-        let Checkpoint {
-            replica,
-            position,
-            digest: other,
-            ..
-        } = checkpoint;
-        match outcome.comparison {
-            Comparison::None | Comparison::Same => {}
-            Comparison::Different { own } => {
-                tracing::error!(
-                    position,
-                    own_digest = %own,
-                    other_digest = %other,
-                    %replica,
-                    "digest mismatch with a replica"
-                );
-            }
-            Comparison::Fork { own } => {
-                let other = checkpoint.chain;
-                tracing::error!(
-                    position,
-                    own_chain = %own,
-                    other_chain = %other,
-                    %replica,
-                    "chain mismatch with a replica: it has read another history"
-                );
-            }
-            Comparison::Equivocation { first } => {
-                tracing::error!(
-                    position,
-                    first_digest = %first,
-                    other_digest = %other,
-                    %replica,
-                    "a replica voted for two digests"
-                );
-            }
-        }
+        log_difference(&outcome.comparison, checkpoint);
         match outcome.verdict {
             Verdict::Unchanged => {}
             Verdict::Contradicted(mismatch) | Verdict::Undecided(mismatch) => {
@@ -225,5 +189,46 @@ impl Applier {
             }
         }
         Ok(())
+    }
+}
+
+/// Logs how the vote of another replica differs from this replica.
+fn log_difference(comparison: &Comparison, vote: &Checkpoint) {
+    let Checkpoint {
+        replica,
+        position,
+        digest: other,
+        ..
+    } = vote;
+    match comparison {
+        Comparison::None | Comparison::Same => {}
+        Comparison::Different { own } => {
+            tracing::error!(
+                position,
+                own_digest = %own,
+                other_digest = %other,
+                %replica,
+                "digest mismatch with a replica"
+            );
+        }
+        Comparison::Fork { own } => {
+            let other = vote.chain;
+            tracing::error!(
+                position,
+                own_chain = %own,
+                other_chain = %other,
+                %replica,
+                "chain mismatch with a replica: it has read another history"
+            );
+        }
+        Comparison::Equivocation { first } => {
+            tracing::error!(
+                position,
+                first_digest = %first,
+                other_digest = %other,
+                %replica,
+                "a replica voted for two digests"
+            );
+        }
     }
 }

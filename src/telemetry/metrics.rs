@@ -444,7 +444,7 @@ impl Telemetry {
         self.handle.render()
     }
 
-    /// Sorts samples into the histograms, every [`UPKEEP_EVERY`]; never returns.
+    /// Sorts samples into the histograms, every `UPKEEP_EVERY`; never returns.
     pub async fn upkeep(&self) {
         let mut every = tokio::time::interval(UPKEEP_EVERY);
         loop {

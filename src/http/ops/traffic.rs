@@ -51,7 +51,7 @@ struct Sample {
 }
 
 impl RecentTraffic {
-    /// Samples `metrics` every [`SAMPLE_EVERY`]; never returns.
+    /// Samples `metrics` every `SAMPLE_EVERY`; never returns.
     pub async fn watch(&self, metrics: &HttpMetrics) {
         let mut every = tokio::time::interval(SAMPLE_EVERY);
         loop {

@@ -312,6 +312,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "a table")]
     fn an_error_names_the_url_and_the_fix_and_shows_no_secret() {
         for (text, wanted) in [
             ("", "1 of 1 is empty"),

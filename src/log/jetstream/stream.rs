@@ -88,7 +88,8 @@ fn wanted(config: &JetStreamConfig, log: Option<RandomId>, base: Option<Seq>) ->
 
 /// Compares the settings that the log depends on and that `matters` selects. Limits on bytes and
 /// messages are left to the operator: a replica notices if it falls behind the stream's first
-/// message. Long, because it is a table of settings.
+/// message.
+#[expect(clippy::too_many_lines, reason = "a table of settings")]
 fn check(
     wanted: &Config,
     found: &Config,

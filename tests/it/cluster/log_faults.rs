@@ -132,8 +132,7 @@ async fn data_outlives_a_lost_stream_until_the_operator_abandons_it() {
     assert_stopped(&a, "other-log", "--abandon-log").await;
     let status = a.status().await;
     let reason = status["reason"].as_str().unwrap();
-    let (_, advice) = reason.split_once("--abandon-log ").unwrap();
-    let (old, _) = advice.split_once(' ').unwrap();
+    let old = word_after(reason, "--abandon-log");
     a.stop().await;
     let snapshots = root.path().join("data/snapshots");
     let snapshot = snapshots.join("grades-00000000000000000004.csv.gz");
@@ -162,6 +161,11 @@ async fn data_outlives_a_lost_stream_until_the_operator_abandons_it() {
                 .join("grades-00000000000000000004.csv.gz.abandoned")
                 .exists()
     );
+}
+
+fn word_after<'a>(text: &'a str, word: &str) -> &'a str {
+    let (_, rest) = text.split_once(word).unwrap();
+    rest.split_whitespace().next().unwrap()
 }
 
 /// Disconnects a replica, writes on with another, and trims the batches that the first needs.

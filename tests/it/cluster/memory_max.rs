@@ -2,8 +2,21 @@
 
 use crate::harness::Node;
 use crate::harness::cluster::broker::{Broker, SUBJECT, replica_at};
-use crate::harness::wire::{eventually, with_timeout};
+use crate::harness::wire::{Response, eventually, with_timeout};
 use crate::ops::memory_max::{HEADROOM_BYTES, create, fill, idle_bytes, is_full, limited};
+
+/// Adds users through `node` until `peer` is full and stays so: the memory of requests may exceed
+/// its limit for a moment.
+async fn fill_peer(node: &Node, peer: &Node) -> (usize, Response) {
+    let (mut users, mut refusal) = fill(node, 0).await;
+    loop {
+        let applied = node.status().await["position"].as_u64().unwrap();
+        if is_full(&peer.ready_at(applied).await) {
+            return (users, refusal);
+        }
+        (users, refusal) = fill(node, users).await;
+    }
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn all_replicas_reject_new_users_while_a_ready_peer_is_full() {
@@ -15,15 +28,7 @@ async fn all_replicas_reject_new_users_while_a_ready_peer_is_full() {
     let nodes = [&smallest, &small, &large];
 
     // Through the largest replica, which can only know from the smallest one.
-    let (mut users, mut refusal) = fill(&large, 0).await;
-    // The memory of requests may have exceeded the limit for a moment only.
-    loop {
-        let applied = large.status().await["position"].as_u64().unwrap();
-        if is_full(&smallest.ready_at(applied).await) {
-            break;
-        }
-        (users, refusal) = fill(&large, users).await;
-    }
+    let (users, refusal) = fill_peer(&large, &smallest).await;
     let detail = refusal.expect_problem(507, "store-full");
     let url = format!("http://{}", smallest.write);
     assert!(detail.contains(&url), "{detail}");
