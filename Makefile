@@ -14,12 +14,14 @@ cluster: ## run NATS and three nodes on this machine; Ctrl-C stops all
 	load/cluster.sh
 
 # Includes the integration tests that need installed programs; see tests/left_out.rs.
-TEST_ALL = --features test-all
+TEST_ALL = --features gradestore/test-all
 test: ## run all tests; installs missing programs into .tools/
 	tests/install.sh
+# Built together with the simulator, so that both use the same dependencies.
+	cargo build --locked --tests --bins -p gradestore -p gradestore-sim $(TEST_ALL)
 # Two tests per core, because most of them wait for other processes.
 	RUST_TEST_THREADS=$$((2 * $$(nproc))) cargo test --locked $(TEST_ALL)
-	$(MAKE) sim
+	target/debug/gradestore-sim --seeds $(SEEDS) --from $(FROM)
 	$(MAKE) load-test dashboards-test compose-test docs-test
 
 picture: ## update the README's screenshot of the status page
