@@ -34,7 +34,7 @@ SEEDS ?= 3000
 # Derived from the commit, so that each commit runs other seeds.
 FROM ?= $(shell printf %d 0x$$(git rev-parse HEAD 2>/dev/null | cut -c1-8))
 sim: ## simulate a cluster under faults, for SEEDS seeds starting with FROM
-	cargo run --quiet --locked --profile sim -p gradestore-sim -- --seeds $(SEEDS) --from $(FROM)
+	cargo run --quiet --locked -p gradestore-sim -- --seeds $(SEEDS) --from $(FROM)
 
 sim-planted: ## check that the simulator finds each planted bug
 	tests/sim/planted.sh

@@ -16,8 +16,8 @@ missed=0
 for bug in tests/sim/planted/*.patch; do
     name=$(basename "$bug" .patch)
     patch --quiet -p1 <"$bug"
-    cargo build --quiet --locked --profile sim -p gradestore-sim
-    if found=$("$CARGO_TARGET_DIR/sim/gradestore-sim" --seeds "$runs" --failures 1 2>&1); then
+    cargo build --quiet --locked -p gradestore-sim
+    if found=$("$CARGO_TARGET_DIR/debug/gradestore-sim" --seeds "$runs" --failures 1 2>&1); then
         echo "$name: MISSED in $runs runs"
         missed=1
     else
