@@ -163,18 +163,18 @@ async fn main() -> Result<(), Error> {
     let patches = messages.len() as u64 * args.batch;
     for round in 1..=args.rounds {
         let (applier, in_flight) = (applier(&args), InFlight::default());
-        let begun = Instant::now();
+        let started = Instant::now();
         let parsed = parse(&messages)?;
         assert_eq!(parsed as u64, patches);
-        let parse_us = begun.elapsed().as_micros();
-        let begun = Instant::now();
+        let parse_us = started.elapsed().as_micros();
+        let started = Instant::now();
         let read: usize = messages
             .iter()
             .map(|(headers, payload)| black_box(read(headers, payload, &in_flight)).1.writes.len())
             .sum();
         assert_eq!(read as u64, patches);
-        let read_us = begun.elapsed().as_micros();
-        let begun = Instant::now();
+        let read_us = started.elapsed().as_micros();
+        let started = Instant::now();
         let mut all = Messages {
             rest: messages.iter(),
             last: base(),
@@ -185,7 +185,7 @@ async fn main() -> Result<(), Error> {
             .await;
         assert!(matches!(ended, ApplyError::Log(ReadError::Closed)));
         assert_eq!(applier.applied.seq(), messages.len() as u64);
-        let apply_us = begun.elapsed().as_micros();
+        let apply_us = started.elapsed().as_micros();
         println!(
             "round {round} patches {patches} parse_us {parse_us} read_us {read_us} apply_us {apply_us}"
         );

@@ -161,8 +161,8 @@ def ratio(rows, one, other, key="rate"):
     return statistics.median(row[one][key] / row[other][key] for row in rows)
 
 
-def told(what, found):
-    print(f"told: {what}: {found:.3f}", flush=True)
+def report(what, found):
+    print(f"reported: {what}: {found:.3f}", flush=True)
 
 
 def driven(args, script, url, pid, users, **more):
@@ -198,7 +198,7 @@ def get(args, files):
     demand(f"{of}: server CPU a request / bare hyper", ratio(rows, "node", "bare", "cpu_us"), "<=", 1.05)
     demand(f"{of}: requests a second / bare hyper", ratio(rows, "node", "bare"), ">=", 0.95)
     demand(f"{of}: requests a second / with 10,000", ratio(rows, "node", "10,000 records"), ">=", 0.9)
-    told("/get without / with the fast path: server CPU a request",
+    report("/get without / with the fast path: server CPU a request",
          ratio(rows, "and no fast path", "10,000 records", "cpu_us"))
     for kind in KINDS:
         demand(f"/get, {kind} / plain: server CPU a request", ratio(rows, kind, "10,000 records", "cpu_us"), "<=", 1.1)
@@ -284,7 +284,7 @@ def sets(args, files):
 
     print(f"\nPOST /set, {args.connections} connections, {users:,} records")
     rows = in_turns(args, begin)
-    told("/set without / with the fast path: server CPU a request", ratio(rows, "no fast path", "memory log", "cpu_us"))
+    report("/set without / with the fast path: server CPU a request", ratio(rows, "no fast path", "memory log", "cpu_us"))
     demand("/set, memory log, requests a second / bare hyper POST", ratio(rows, "memory log", "bare"), ">=", 0.85)
     demand("/set, disk log / memory log, requests a second", ratio(rows, "disk log", "memory log"), ">=", 0.7)
     demand("/set, auth on / off, requests a second", ratio(rows, "memory log", "unchecked"), ">=", 0.99)

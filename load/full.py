@@ -258,9 +258,9 @@ def run(report, args, directory, stack):
         answer = post(lines([next(numbers)]))
         return answer, answer[0] != 200 and (answer, [node.status() for node in nodes.values()])
 
-    _, room_s = until("room", created_one)
+    _, accepted_after_s = until("space", created_one)
     status = nodes[smallest].status()
-    report(f"{sum(map(len, deleted)):,} users deleted; new users accepted {room_s:.1f} s later, in use "
+    report(f"{sum(map(len, deleted)):,} users deleted; new users accepted {accepted_after_s:.1f} s later, in use "
            f"{status['memory_used_bytes'] / MIB:.1f} MiB, resident {status['memory_bytes'] / MIB:.1f} MiB")
     end = equal(nodes.values())
     report()

@@ -213,14 +213,14 @@ fn print(line: &Value) -> Result<(), Error> {
 }
 
 fn start(args: &'static Args, state: &Shared) -> JoinSet<()> {
-    let begun = Instant::now();
+    let started = Instant::now();
     let mut load = JoinSet::new();
     for index in 0..args.write_connections {
-        let due = Due::new(begun, index, args.write_connections, args.writes_per_s);
+        let due = Due::new(started, index, args.write_connections, args.writes_per_s);
         load.spawn_local(write(args, index, due, Rc::clone(state)));
     }
     for index in 0..args.read_connections {
-        let due = Due::new(begun, index, args.read_connections, args.reads_per_s);
+        let due = Due::new(started, index, args.read_connections, args.reads_per_s);
         load.spawn_local(read(args, index, due, Rc::clone(state)));
     }
     load
@@ -233,10 +233,10 @@ struct Due {
 }
 
 impl Due {
-    fn new(begun: Instant, index: u64, connections: u64, per_s: u64) -> Self {
+    fn new(started: Instant, index: u64, connections: u64, per_s: u64) -> Self {
         let between = Duration::from_secs_f64(1.0 / per_s.max(1) as f64);
         Self {
-            next: begun + between * index as u32,
+            next: started + between * index as u32,
             every: between * connections as u32,
         }
     }

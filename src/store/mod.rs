@@ -292,7 +292,7 @@ pub struct Scan {
     store: Store,
     shard: usize,
     slot: usize,
-    /// The slot at which the scan of the current shard ends, once it has begun.
+    /// The slot at which the scan of the current shard ends, once it has started.
     end: Option<usize>,
 }
 

@@ -35,7 +35,7 @@ pub(crate) enum Fault {
     CutBoth,
     /// The connection to the broker is slow.
     Slow,
-    /// There is no room for a snapshot.
+    /// There is no space for a snapshot.
     FullDisk,
     /// The broker is killed, and started again on what it has.
     Broker,
@@ -217,7 +217,7 @@ async fn full_disk(scene: &mut Scene) {
     let ballast = disk.fill(FREE_BYTES);
     let failures = "gradestore_snapshot_failures_total";
     scene.go_on().await;
-    // Snapshots break off for want of room; writes have it elsewhere.
+    // Snapshots fail without space; the log is on another file system.
     let node = scene.node(A);
     let failed = node.metric(failures).await.unwrap();
     eventually("a snapshot that does not fit", async || {

@@ -280,7 +280,7 @@ impl WalShared {
     fn check_free_space(&self, bytes: u64) -> Result<(), Arc<str>> {
         let dir = self.dir.display();
         let free_bytes = match disk_space(&self.dir) {
-            Ok(room) => room.free,
+            Ok(space) => space.free,
             Err(error) => return Err(format!("cannot get the free space of {dir}: {error}").into()),
         };
         let needed_bytes = self.sizes.reserve_bytes.saturating_add(bytes);

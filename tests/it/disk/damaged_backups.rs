@@ -271,12 +271,12 @@ struct Bomb {
 }
 
 impl Read for &mut Bomb {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let whole = BOMB_MEMBER.len() * BOMB_MEMBERS;
         let at = self.taken % BOMB_MEMBER.len();
         let part = &BOMB_MEMBER[at..];
-        let bytes = part.len().min(room.len()).min(whole - self.taken);
-        room[..bytes].copy_from_slice(&part[..bytes]);
+        let bytes = part.len().min(buffer.len()).min(whole - self.taken);
+        buffer[..bytes].copy_from_slice(&part[..bytes]);
         self.taken += bytes;
         Ok(bytes)
     }

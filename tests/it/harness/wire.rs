@@ -153,10 +153,10 @@ impl RawConnection {
     /// Appends at most `bytes_max` bytes to `into`; returns 0 at the end of the connection.
     pub(crate) async fn read_some(&mut self, bytes_max: usize, into: &mut Vec<u8>) -> usize {
         into.append(&mut self.incoming.received);
-        let mut room = vec![0; bytes_max];
-        let read = with_timeout("more bytes", self.incoming.stream.read(&mut room)).await;
+        let mut buffer = vec![0; bytes_max];
+        let read = with_timeout("more bytes", self.incoming.stream.read(&mut buffer)).await;
         let bytes = read.unwrap_or(0);
-        into.extend_from_slice(&room[..bytes]);
+        into.extend_from_slice(&buffer[..bytes]);
         bytes
     }
 

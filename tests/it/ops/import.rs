@@ -205,10 +205,10 @@ async fn rewriting_proxy(to: SocketAddr, old: &'static [u8], new: &'static [u8])
             let (mut from_node, mut to_node) = node.into_split();
             tokio::spawn(async move { copy(&mut from_node, &mut to_client).await });
             tokio::spawn(async move {
-                let (mut held, mut room) = (Vec::new(), vec![0; 1 << 16]);
+                let (mut held, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
                 loop {
-                    let read = from_client.read(&mut room).await.unwrap_or(0);
-                    held.extend_from_slice(&room[..read]);
+                    let read = from_client.read(&mut buffer).await.unwrap_or(0);
+                    held.extend_from_slice(&buffer[..read]);
                     if let Some(at) = held.windows(old.len()).position(|part| part == old) {
                         held[at..at + new.len()].copy_from_slice(new);
                     }

@@ -210,7 +210,7 @@ async fn only_a_torn_tail_is_truncated() {
     }
     // Missing zeros and padding are harmless.
     for cut in [last, end, end + 1, end + 4096] {
-        assert_eq!(end_of(&dir, &bytes[..cut], "room").await, 10);
+        assert_eq!(end_of(&dir, &bytes[..cut], "space").await, 10);
     }
 }
 

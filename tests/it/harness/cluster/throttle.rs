@@ -127,8 +127,8 @@ async fn forward(mut client: TcpStream, peer: SocketAddr, state: &ThrottleState,
         let mut bytes = vec![0; 8 * 1024];
         loop {
             let allowed = *limit.wait_for(|limit| *limit > passed).await.unwrap() - passed;
-            let room = bytes.len().min(usize::try_from(allowed).unwrap());
-            let Ok(read @ 1..) = from_peer.read(&mut bytes[..room]).await else {
+            let allowed = bytes.len().min(usize::try_from(allowed).unwrap());
+            let Ok(read @ 1..) = from_peer.read(&mut bytes[..allowed]).await else {
                 return;
             };
             if to_client.write_all(&bytes[..read]).await.is_err() {
