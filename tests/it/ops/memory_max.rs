@@ -61,6 +61,12 @@ fn with_immediate_decay(command: &mut Command) -> &mut Command {
     command.env("_RJEM_MALLOC_CONF", "dirty_decay_ms:0")
 }
 
+/// Sends one request of new users, of which the first is `first`; returns how many were accepted.
+pub(crate) async fn add_users(node: &Ports, first: usize) -> usize {
+    let response = node.set_lines(lines(first..first + USERS)).await;
+    response.json()["accepted"].as_u64().unwrap() as usize
+}
+
 /// Adds users until one is rejected; returns their number and the response.
 pub(crate) async fn fill(node: &Ports, mut users: usize) -> (usize, Response) {
     for _ in 0..2 * USERS_MAX / USERS {
