@@ -4,7 +4,7 @@ use crate::harness::Node;
 use crate::harness::cluster::broker::{Broker, SUBJECT, replica_at};
 use crate::harness::wire::{Response, eventually, with_timeout};
 use crate::ops::memory_max::{
-    HEADROOM_BYTES, add_users, create, fill, idle_bytes, is_full, limited,
+    HEADROOM_BYTES, USERS, create, fill, idle_bytes, is_full, limited, lines,
 };
 
 /// Adds users through `node` until `peer` is full; returns their number and how `node` then rejects
@@ -13,7 +13,8 @@ use crate::ops::memory_max::{
 async fn fill_peer(node: &Node, peer: &Node) -> (usize, Response) {
     let mut users = 0;
     loop {
-        users += add_users(node, users).await;
+        let response = node.set_lines(lines(users..users + USERS)).await;
+        users += response.json()["accepted"].as_u64().unwrap() as usize;
         let applied = node.status().await["position"].as_u64().unwrap();
         if is_full(&peer.ready_at(applied).await) {
             break;

@@ -22,7 +22,7 @@ const MAX_BYTES_MIN: u64 = 16 << 20;
 /// seconds, in which a fast machine adds hundreds of thousands.
 const USERS_MAX: usize = 4_000_000;
 /// Users of one request.
-const USERS: usize = 5000;
+pub(crate) const USERS: usize = 5000;
 /// Larger than the memory of any machine.
 const ROWS: u64 = 1 << 50;
 
@@ -34,7 +34,7 @@ fn line(user: usize) -> String {
     )
 }
 
-fn lines(users: Range<usize>) -> String {
+pub(crate) fn lines(users: Range<usize>) -> String {
     let mut lines = String::new();
     for user in users {
         let _ = writeln!(lines, "{}", line(user));
@@ -59,12 +59,6 @@ pub(crate) fn limited(command: &mut Command, bytes: u64) -> &mut Command {
 /// stays full.
 fn with_immediate_decay(command: &mut Command) -> &mut Command {
     command.env("_RJEM_MALLOC_CONF", "dirty_decay_ms:0")
-}
-
-/// Sends one request of new users, of which the first is `first`; returns how many were accepted.
-pub(crate) async fn add_users(node: &Ports, first: usize) -> usize {
-    let response = node.set_lines(lines(first..first + USERS)).await;
-    response.json()["accepted"].as_u64().unwrap() as usize
 }
 
 /// Adds users until one is rejected; returns their number and the response.
