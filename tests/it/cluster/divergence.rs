@@ -110,15 +110,21 @@ fn set(spp: u64) -> String {
     format!(r#"{{"user_id":"x","spp":{spp}}}"#)
 }
 
+/// `N` equal replicas, and one that starts from a diverged snapshot in the directory.
+async fn with_diverged_replica<const N: usize>() -> (Broker, [Node; N], Node, TempDir) {
+    let broker = Broker::start().await;
+    let replicas = replicas_with_frequent_votes::<N>(&broker).await;
+    for spp in 1..=3 {
+        replicas[0].set(set(spp)).await.position();
+    }
+    let dir = diverged_snapshot(&replicas[0]).await;
+    let diverged = start_with_dir(&broker, &dir).await;
+    (broker, replicas, diverged, dir)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn one_diverged_replica_of_three_bootstraps_again() {
-    let broker = Broker::start().await;
-    let [a, b] = replicas_with_frequent_votes(&broker).await;
-    for spp in 1..=3 {
-        a.set(set(spp)).await.position();
-    }
-    let dir = diverged_snapshot(&a).await;
-    let diverged = start_with_dir(&broker, &dir).await;
+    let (_broker, [a, b], diverged, dir) = with_diverged_replica().await;
     // Writes continue, also through the diverged replica.
     let load = Load::start(&[&a, &b, &diverged], 5, usize::MAX);
     diverged.metric_reaches(RESYNCS, 1.0).await;
@@ -161,13 +167,7 @@ async fn one_diverged_replica_of_three_bootstraps_again() {
 /// The runbook: docs/operations/alerts.md, GradestoreDivergence.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_diverged_replicas_the_operator_removes_one() {
-    let broker = Broker::start().await;
-    let [a] = replicas_with_frequent_votes(&broker).await;
-    for spp in 1..=3 {
-        a.set(set(spp)).await.position();
-    }
-    let dir = diverged_snapshot(&a).await;
-    let diverged = start_with_dir(&broker, &dir).await;
+    let (broker, [a], diverged, dir) = with_diverged_replica().await;
     // Without any write: a state loaded from a file is compared too.
     for node in [&a, &diverged] {
         let status = node.in_state("diverged").await;
@@ -205,13 +205,7 @@ async fn of_two_diverged_replicas_the_operator_removes_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_third_replica_that_reads_the_whole_log_decides_between_two() {
-    let broker = Broker::start().await;
-    let [a] = replicas_with_frequent_votes(&broker).await;
-    for spp in 1..=3 {
-        a.set(set(spp)).await.position();
-    }
-    let dir = diverged_snapshot(&a).await;
-    let diverged = start_with_dir(&broker, &dir).await;
+    let (broker, [a], diverged, _dir) = with_diverged_replica().await;
     for node in [&a, &diverged] {
         node.in_state("diverged").await;
     }

@@ -29,7 +29,18 @@ pub(super) struct RecordedCluster {
     dir: TempDir,
 }
 
+/// Responses between two faults.
+const RESPONSES_BETWEEN_FAULTS: usize = 100;
+
 impl RecordedCluster {
+    /// Waits until one replica, or all of them, have returned enough successful responses for the
+    /// next fault.
+    pub(super) async fn wait_for_responses(&self, replica: Option<usize>) {
+        self.clients
+            .wait_for_responses(replica, RESPONSES_BETWEEN_FAULTS)
+            .await;
+    }
+
     pub(super) async fn start() -> Self {
         let (broker, dir) = (Broker::start().await, tempfile::tempdir().unwrap());
         let proxies = join_all((0..REPLICAS).map(|_| Proxy::to(broker.address))).await;
