@@ -52,7 +52,8 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
     let (config, generated_password) = args.config()?;
     let runtime = lifecycle::runtime(args.threads)?;
     let result = runtime.block_on(async {
-        let node = RandomId::random()?;
+        let node = RandomId::random()
+            .map_err(|error| format!("cannot get random numbers from the system: {error}"))?;
         let mut shutdown = pin!(shutdown()?);
         let sockets = Sockets::bind(&config)?;
         let storage = args.storage();

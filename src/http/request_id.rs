@@ -13,8 +13,14 @@ pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-i
 const BYTES_MAX: usize = 128;
 
 /// Starts at a random number, so that two processes do not generate the same ids.
-static NEXT: LazyLock<AtomicU64> =
-    LazyLock::new(|| AtomicU64::new(getrandom::u64().unwrap_or_default()));
+#[expect(
+    clippy::expect_used,
+    reason = "the process needed random numbers to start"
+)]
+static NEXT: LazyLock<AtomicU64> = LazyLock::new(|| {
+    let random = getrandom::u64();
+    AtomicU64::new(random.expect("the system still has random numbers"))
+});
 
 /// The id that the client sent. It is ignored if it is repeated, too long, or not printable ASCII,
 /// because it goes into the log.

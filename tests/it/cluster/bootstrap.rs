@@ -5,7 +5,6 @@ use std::fs;
 
 use futures_util::future::join_all;
 use serde_json::Value;
-use tokio::net::TcpListener;
 
 use crate::cluster::fake_peer::{FAULTS, FakePeer, Fault, SILENT_FAULTS, ValidBackup};
 use crate::harness::backup_files::{fetch_backup, read_backup};
@@ -13,7 +12,7 @@ use crate::harness::cluster::broker::{STREAM, copy_tree, replica_at};
 use crate::harness::cluster::seeded::{SeededCluster, assert_serves_nothing};
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::eventually;
-use crate::harness::{Node, PASSWORD, Ports, program};
+use crate::harness::{Node, PASSWORD, Ports, ReservedPort, program};
 
 /// Waits until a replica reports that it has no source of a complete state; returns its `/status`.
 async fn in_no_source_state(node: &Ports, what: &str) -> Value {
@@ -136,9 +135,8 @@ async fn a_backup_with_a_batch_that_the_log_lost_is_discarded() {
 async fn a_replica_is_not_its_own_peer() {
     let mut cluster = SeededCluster::with_rows(10).await;
     cluster.start_first().await.kill();
-    let own = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = own.local_addr().unwrap().to_string();
-    drop(own);
+    let own = ReservedPort::new();
+    let address = own.address().to_string();
     let mut command = program();
     command
         .env("GRADESTORE_PASSWORD", PASSWORD)

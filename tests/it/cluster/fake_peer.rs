@@ -11,10 +11,10 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
-use crate::harness::AUTHORIZATION;
 use crate::harness::backup_files::{
     backup_file_ending_at, backup_file_with_head, gzip, read_backup,
 };
+use crate::harness::{AUTHORIZATION, ReservedPort};
 
 /// A valid backup, from which faulty ones are made.
 pub(crate) struct ValidBackup {
@@ -145,21 +145,24 @@ fn flipped(file: &[u8]) -> Vec<u8> {
 pub(crate) struct FakePeer {
     pub(crate) url: String,
     backup_requests: Arc<AtomicUsize>,
+    _port: ReservedPort,
     _serving: JoinSet<()>,
 }
 
 impl FakePeer {
     pub(crate) async fn start(act: PeerBehavior) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+        let port = ReservedPort::new();
+        let url = format!("http://{}", port.address());
         let backup_requests = Arc::<AtomicUsize>::default();
         let (act, mut serving) = (Arc::new(act), JoinSet::new());
         if !matches!(*act, PeerBehavior::Refuse) {
+            let listener = TcpListener::bind(port.address()).await.unwrap();
             serving.spawn(serve(listener, act, Arc::clone(&backup_requests)));
         }
         Self {
             url,
             backup_requests,
+            _port: port,
             _serving: serving,
         }
     }

@@ -4,13 +4,12 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
-use tokio::net::TcpListener;
 
 use crate::harness;
 use crate::harness::cluster::broker::{Broker, Load, check, replica_at, replica_with};
 use crate::harness::cluster::proxy::{Proxy, Rules};
 use crate::harness::wire::eventually;
-use crate::harness::{Node, PASSWORD, Ports, Process, collect_output, program, run};
+use crate::harness::{Node, PASSWORD, Ports, Process, ReservedPort, collect_output, program, run};
 
 /// Per writer; nine writers send 100,008.
 const WRITES: usize = 11_112;
@@ -180,23 +179,20 @@ async fn nats_credentials_in_the_url_are_used() {
 
 #[tokio::test]
 async fn a_replica_waiting_for_nats_is_alive_and_can_be_stopped() {
-    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let ops = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let ops_addr = ops.local_addr().unwrap();
+    let (nobody, ops) = (ReservedPort::new(), ReservedPort::new());
     let mut command = program();
     command
         .env("GRADESTORE_PASSWORD", PASSWORD)
-        .args(["--nats-url", &nobody.local_addr().unwrap().to_string()])
+        .args(["--nats-url", &nobody.address().to_string()])
         .args(["--write-addr", "127.0.0.1:0", "--read-addr", "127.0.0.1:0"])
-        .args(["--ops-addr", &ops_addr.to_string()]);
-    drop((nobody, ops));
+        .args(["--ops-addr", &ops.address().to_string()]);
     let mut process = Process(command.stderr(Stdio::piped()).spawn().unwrap());
     let printed = collect_output(process.0.stderr.take().unwrap());
     eventually("waiting", async || {
         printed.lock().contains("waiting for NATS").then_some(())
     })
     .await;
-    let node = Ports::new(ops_addr, ops_addr, ops_addr);
+    let node = Ports::new(ops.address(), ops.address(), ops.address());
     assert_eq!(node.ops("/livez").await.status, 200);
     for path in ["/readyz", "/readyz/write", "/status"] {
         let why = node.ops(path).await.expect_problem(503, "not-ready");

@@ -15,10 +15,10 @@ use crate::harness::backup_files::{
     NodeState, backup_file_with_head, program_with_data_dir, random_store,
 };
 use crate::harness::cluster::broker::{Broker, STREAM, copy_tree};
-use crate::harness::cluster::nats::{NatsCluster, ReservedPort};
+use crate::harness::cluster::nats::NatsCluster;
 use crate::harness::wire::eventually;
 use crate::harness::{
-    Node, PASSWORD, Process, collect_output, program, run, without_root_capabilities,
+    Node, PASSWORD, Process, ReservedPort, collect_output, program, run, without_root_capabilities,
 };
 
 /// The command that starts a replica on `broker` with its data in `dir`.

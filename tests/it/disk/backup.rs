@@ -16,7 +16,7 @@ use crate::harness::backup_files::{
     read_backup, request_backup, time_in_file_name, write_backup_file,
 };
 use crate::harness::wire::{Response, TIMEOUT, with_timeout};
-use crate::harness::{AUTHORIZATION, Node, PASSWORD, Ports, program, run};
+use crate::harness::{AUTHORIZATION, Node, PASSWORD, Ports, ReservedPort, program, run};
 
 /// User ids that CSV parsers may misread.
 pub(crate) const IDS: [&str; 10] = [
@@ -254,9 +254,8 @@ fn serve_once(response: &'static str) -> String {
 #[tokio::test]
 async fn the_backup_command_keeps_the_old_file_on_failure() {
     let node = Node::start().await;
-    let free = TcpListener::bind("127.0.0.1:0").unwrap();
-    let nobody = format!("http://{}", free.local_addr().unwrap());
-    drop(free);
+    let free = ReservedPort::new();
+    let nobody = format!("http://{}", free.address());
     let html = "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 32\r\n\r\n\
                 <!doctype html><p>Welcome!</p>\r\n";
     let empty = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";

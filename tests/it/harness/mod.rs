@@ -3,6 +3,7 @@
 mod node;
 mod ports;
 mod process;
+mod reserved_port;
 
 pub(crate) mod backup_files;
 #[cfg(feature = "test-all")]
@@ -20,6 +21,7 @@ pub(crate) use ports::{
 pub(crate) use process::{
     Process, collect_output, program, program_at, run, without_root_capabilities, wrapped_by,
 };
+pub(crate) use reserved_port::ReservedPort;
 
 pub(crate) const PASSWORD: &str = "correct horse";
 /// `admin` and [`PASSWORD`].

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -19,44 +19,10 @@ use tempfile::TempDir;
 use crate::harness::cluster::broker::{NATS_SERVER, STREAM, SUBJECT, replica_with};
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::{eventually, with_timeout};
-use crate::harness::{Process, collect_output};
+use crate::harness::{Process, ReservedPort, collect_output};
 
-/// Below Linux' ephemeral ports, so that no outgoing connection and no bind to port 0 takes the
-/// port of a server that is about to restart.
-const PORTS: std::ops::Range<u16> = 20_000..32_768;
 /// The timeout of a request to a server.
 const RESPONSE_WAIT_MAX: Duration = Duration::from_secs(1);
-
-/// A TCP port that stays reserved while this exists. The reservation is the UDP port of the same
-/// number: every test that reserves ports sees it, and a server can bind the TCP port again and
-/// again.
-pub(crate) struct ReservedPort {
-    number: u16,
-    _reservation: UdpSocket,
-}
-
-impl ReservedPort {
-    pub(crate) fn new() -> Self {
-        loop {
-            let random = getrandom::u32().unwrap() as usize;
-            let number = PORTS.start + (random % PORTS.len()) as u16;
-            let address = (Ipv4Addr::LOCALHOST, number);
-            let Ok(reservation) = UdpSocket::bind(address) else {
-                continue;
-            };
-            if TcpListener::bind(address).is_ok() {
-                return Self {
-                    number,
-                    _reservation: reservation,
-                };
-            }
-        }
-    }
-
-    pub(crate) fn address(&self) -> SocketAddr {
-        SocketAddr::from((Ipv4Addr::LOCALHOST, self.number))
-    }
-}
 
 /// nats-server with JetStream. Its port, store and configuration outlive the process.
 pub(crate) struct NatsServer {
@@ -182,7 +148,13 @@ impl NatsServer {
 
 fn spawn(config: &Path, port: &ReservedPort, args: &[OsString]) -> (Process, Arc<Mutex<String>>) {
     let spawned = Command::new(NATS_SERVER)
-        .args(["-js", "-a", "127.0.0.1", "-p", &port.number.to_string()])
+        .args([
+            "-js",
+            "-a",
+            "127.0.0.1",
+            "-p",
+            &port.address().port().to_string(),
+        ])
         .arg("-c")
         .arg(config)
         .args(args)

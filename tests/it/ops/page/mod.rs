@@ -2,7 +2,6 @@
 
 mod browser;
 
-use std::net::TcpListener;
 use std::process::Stdio;
 
 use gradestore::log::{Announcement, ClusterKey};
@@ -15,7 +14,7 @@ use crate::harness::cluster::broker::{Broker, Load, STREAM, replica_at};
 use crate::harness::cluster::seeded::SeededCluster;
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::eventually;
-use crate::harness::{Node, PASSWORD, Ports, Process, program};
+use crate::harness::{Node, PASSWORD, Ports, Process, ReservedPort, program};
 
 const DARK_PHONE: PageMode = PageMode {
     dark: true,
@@ -221,10 +220,7 @@ async fn a_gap_is_shown_with_its_reason() {
 
 #[tokio::test]
 async fn a_starting_node_has_a_page() {
-    let free = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let ops = ReservedPort::new();
     let mut command = program();
     command
         .env("GRADESTORE_PASSWORD", PASSWORD)
@@ -234,12 +230,13 @@ async fn a_starting_node_has_a_page() {
             "--write-addr=127.0.0.1:0",
             "--read-addr=127.0.0.1:0",
         ])
-        .args(["--ops-addr", &free.to_string()])
+        .args(["--ops-addr", &ops.address().to_string()])
         .stderr(Stdio::null());
     let _process = Process(command.spawn().unwrap());
-    let node = Ports::new(free, free, free);
+    let node = Ports::new(ops.address(), ops.address(), ops.address());
     eventually("a page", async || {
-        let asked = node.client.get(format!("http://{free}/livez")).send().await;
+        let url = format!("http://{}/livez", node.ops);
+        let asked = node.client.get(url).send().await;
         asked.ok().filter(|response| response.status() == 200)
     })
     .await;
