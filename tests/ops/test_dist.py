@@ -35,20 +35,23 @@ class Dist(unittest.TestCase):
         command = ["unshare", "--map-root-user", f"--root={root}", "/gradestore", "serve", "--data-dir", "/data",
                    "--write-addr", write, "--read-addr", read, "--ops-addr", ops,
                    "--nats-url", f"nats://broker:{broker.address[1]}"]
-        with subprocess.Popen(command, env={"GRADESTORE_PASSWORD": PASSWORD}, stderr=subprocess.PIPE) as node:
-            def not_ready():
-                try:
-                    urllib.request.urlopen(f"http://{ops}/readyz/write", timeout=5)
-                except OSError as error:
-                    return str(error)
-            until(not_ready)
-            body = urllib.request.Request(f"http://{write}/set", b'{"user_id":"alice","spp":5}',
-                                          {"content-type": "application/json", "authorization": AUTH})
-            self.assertEqual(urllib.request.urlopen(body, timeout=5).status, 204)
-            answer = urllib.request.urlopen(f"http://{read}/get?user_id=alice", timeout=5).read()
-            self.assertIn(b'"spp":5', answer)
-            node.terminate()
-            _, log = node.communicate(timeout=60)
+        node = subprocess.Popen(command, env={"GRADESTORE_PASSWORD": PASSWORD}, stderr=subprocess.PIPE)
+        self.addCleanup(node.wait)
+        self.addCleanup(node.kill)
+
+        def not_ready():
+            try:
+                urllib.request.urlopen(f"http://{ops}/readyz/write", timeout=5)
+            except OSError as error:
+                return str(error)
+        until(not_ready)
+        body = urllib.request.Request(f"http://{write}/set", b'{"user_id":"alice","spp":5}',
+                                      {"content-type": "application/json", "authorization": f"Basic {AUTH}"})
+        self.assertEqual(urllib.request.urlopen(body, timeout=5).status, 204)
+        answer = urllib.request.urlopen(f"http://{read}/get?user_id=alice", timeout=5).read()
+        self.assertIn(b'"spp":5', answer)
+        node.terminate()
+        _, log = node.communicate(timeout=60)
         self.assertEqual(node.returncode, 0, log)
         self.assertEqual(sorted(path.name for path in root.iterdir()), ["data", "etc", "gradestore"])
 
