@@ -62,7 +62,7 @@ DASHBOARDS = {
              "If one node is slower than the others, it is overloaded. If all are, the log is slow."),
         ],
         "Saturation": [
-            ("Queued writes", "short", {NODE: "gradestore_write_queue_patches"},
+            ("Queued writes", "short", {NODE: "gradestore_write_queue_requests"},
              "Waiting for a batch. At 8,192 further writes are rejected with 503."),
             ("Requests in flight", "short", {NODE: "gradestore_http_requests_in_flight"}, "Including Prometheus' own."),
             ("Connections", "short", {"{{port}}, " + NODE: "gradestore_http_connections"},
@@ -82,9 +82,9 @@ DASHBOARDS = {
              "A node that was down for more batches bootstraps from another node's backup."),
         ],
         "Batches": [
-            ("Batches sent", "ops", {NODE: "rate(gradestore_batch_patches_count[R])"}, "Each is one message in the log."),
+            ("Batches sent", "ops", {NODE: "rate(gradestore_batch_writes_count[R])"}, "Each is one message in the log."),
             ("Writes per batch", "short",
-             {NODE: "rate(gradestore_batch_patches_sum[R]) / rate(gradestore_batch_patches_count[R])"},
+             {NODE: "rate(gradestore_batch_writes_sum[R]) / rate(gradestore_batch_writes_count[R])"},
              "Group commit: grows with the latency of the log and the number of concurrent writes."),
             ("Batch latency", "s", quantiles("gradestore_batch_duration_seconds"),
              "From sent to applied, all nodes together: the log's part of a write."),

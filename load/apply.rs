@@ -17,8 +17,8 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Values, Write};
 use gradestore::log::{
-    Batch, BatchId, ChainEntry, ClusterKey, Entry, InFlight, Log, LogId, MemoryLog, Position,
-    RandomId, ReadError, Subscription, message,
+    Batch, BatchId, ClusterKey, Entry, InFlight, Log, LogId, MemoryLog, Position, RandomId,
+    ReadError, Subscription, message,
 };
 use gradestore::replication::state::Readiness;
 use gradestore::replication::{
@@ -62,9 +62,9 @@ struct Messages<'a> {
 impl Subscription for Messages<'_> {
     fn next<'a>(&'a mut self, entries: &'a mut Vec<Entry>) -> BoxFuture<'a, Result<(), ReadError>> {
         for (headers, payload) in self.rest.by_ref().take(MESSAGES_AT_ONCE) {
-            let (label, batch) = read(headers, payload, &self.in_flight);
-            let (id, time_ns) = (label.id, self.last.time_ns + 1);
-            self.last = self.last.next(time_ns, ChainEntry::Batch { id, payload });
+            let (headers, batch) = read(headers, payload, &self.in_flight);
+            let time_ns = self.last.time_ns + 1;
+            self.last = self.last.next(time_ns, headers.chain_entry(payload));
             entries.push(Entry {
                 position: self.last,
                 batch,

@@ -42,8 +42,8 @@ def publish(broker, in_flight, seconds):
 def written(broker, node, connections, args, seed):
     """One run of wrk, with the servers' CPU time and the number of writes per message."""
     def now():
-        return (cpu_s(node.pid), cpu_s(broker.pid), node.metric("gradestore_batch_patches_sum"),
-                node.metric("gradestore_batch_patches_count"))
+        return (cpu_s(node.pid), cpu_s(broker.pid), node.metric("gradestore_batch_writes_sum"),
+                node.metric("gradestore_batch_writes_count"))
 
     before = now()
     run = wrk("set.lua", node.urls["write"], seed, args, connections=connections)

@@ -23,7 +23,7 @@ BROKERS = {"RSS, MiB": None, "file descriptors": "files", "threads": "threads", 
            "disk, bytes/write": "write_bytes"}
 WRITES_A_HEADER = 3
 METRICS = {"connections": r"gradestore_http_connections\{.*\}", "requests": "gradestore_http_requests_in_flight",
-           "queued": "gradestore_write_queue_patches", "buffered": "gradestore_restore_buffered_batches",
+           "queued": "gradestore_write_queue_requests", "buffered": "gradestore_restore_buffered_batches",
            "backups": "gradestore_backups_running"}
 LOG = {"first": "gradestore_log_first", "end": "gradestore_log_end", "patches": "gradestore_patches_applied_total"}
 

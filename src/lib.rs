@@ -1,5 +1,7 @@
 //! gradestore: a replicated in-memory store of user grades.
 //!
+//! Comments name the decision records of `docs/internals/adr` by their numbers, as in "ADR 0002".
+//!
 //! Modules in dependency order, lowest first; a module uses only those above it in this list.
 //!
 //! - [`sys`]: thread pools, critical tasks, memory limits and disk space.
@@ -9,7 +11,7 @@
 //!   disk (`wal`) and in a NATS stream (`jetstream`).
 //! - [`backup`]: backups and snapshots: the file format, its writer and its reader.
 //! - [`replication`]: the invariant, *a replica's state is exactly its log's batches, in order, up
-//!   to its applied index*; group commit, ordered apply, recovery, snapshots, votes, readiness, the
+//!   to its position*; group commit, ordered apply, recovery, snapshots, votes, readiness, the
 //!   memory limit, and requests to other nodes.
 //! - [`telemetry`]: logs and metrics.
 //! - [`http`]: the read, write and ops port.

@@ -3,7 +3,7 @@
 //! Native files use a subset of RFC 4180 that is fast to write and parse: columns in the order of
 //! [`FIELDS`], unquoted numbers, and a user id in quotes unless it has only letters, digits and
 //! `-_.:@/`. csv-async, which reads third-party files, takes twice as long to parse and three times
-//! as long to write: docs/internals/adr/0006.
+//! as long to write: ADR 0006.
 
 use crate::grade::{FIELD_COUNT, FIELDS, USER_ID, UserGrade, Values, check_user_id};
 

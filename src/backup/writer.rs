@@ -19,7 +19,7 @@ const _: () = assert!(
     CHUNK_TEXT_BYTES + RecordBatch::RECORDS_MAX * row::ROW_BYTES_MAX <= member::TEXT_BYTES_MAX
 );
 
-/// libdeflate's level. Twice as fast as zlib-rs at the same size: docs/internals/adr/0006.
+/// libdeflate's level. Twice as fast as zlib-rs at the same size: ADR 0006.
 const DEFLATE_LEVEL: i32 = 1;
 
 /// Some rows as one gzip member.

@@ -122,7 +122,7 @@ fn parse_id(json: &str) -> Option<(&str, &str)> {
 /// The length of the prefix of `text` that is valid in an id and needs no escape in JSON: printable
 /// ASCII without quote and backslash. May leave out up to seven bytes at the end, because it tests
 /// eight bytes at once (SWAR: "Bit Twiddling Hacks", "Determine if a word has a byte less than n").
-/// Measurements: docs/internals/adr/0004.
+/// Measurements: ADR 0004.
 fn unescaped_len(text: &[u8]) -> usize {
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
     /// Sets the high bit of each byte that is less than `bound`, which is at most 0x80. Exact up to

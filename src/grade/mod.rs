@@ -1,9 +1,10 @@
 //! Grades: their fields, limits, JSON and digest, and the writes that change them. Performs no I/O.
 //!
-//! To add a field, append its name to [`FIELDS`]. The patch parser, the JSON response, the digest
-//! and the store's record all derive from that list; a test in `tests/` adds a field to a copy of
-//! this crate. Never reorder or remove names: stored records and digests identify a field by its
-//! index.
+//! To add a field, append its name to [`FIELDS`] and raise the `FORMAT` of `log::codec`, so that
+//! older versions stop at a batch that may have the field. The patch parser, the JSON response, the
+//! digest and the store's record all derive from that list; `tests/it/fifth_field.rs` adds a field to
+//! a copy of this crate. Never reorder or remove names: stored records and digests identify a field
+//! by its index.
 
 mod digest;
 mod json;

@@ -49,10 +49,10 @@ const RATE_KNOWN_AFTER: Duration = Duration::from_millis(500);
 
 /// The most bytes sent in one turn, because requests on the same thread wait for them. A replica
 /// that starts gets whole members: with pieces of 64 KiB it was ready after 1.7 s instead of 1.4 s
-/// (docs/internals/adr/0006).
+/// (ADR 0006).
 const PIECE_BYTES_MAX: usize = 32 * 1024;
 /// The pause between two chunks while requests are answered. The scheduler takes long to preempt a
-/// core that is never idle, whatever the priority of its thread (docs/internals/adr/0007).
+/// core that is never idle, whatever the priority of its thread (ADR 0007).
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// The routes of the port while the log is being opened. They only report that the node is not

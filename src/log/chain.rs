@@ -8,7 +8,7 @@ use std::fmt;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_128};
 
-use super::{LogId, RandomId, Seq, codec};
+use super::{LogId, RandomId, Seq};
 use crate::sys::hex;
 
 /// The hash of all batches up to a position. Shown as 32 hexadecimal digits.
@@ -34,11 +34,11 @@ impl Chain {
         hash.update(&self.0.to_le_bytes());
         hash.update(&seq.to_le_bytes());
         hash.update(&time_ns.to_le_bytes());
-        if let ChainEntry::Batch { id, payload } = entry {
-            hash.update(&[codec::FORMAT]);
-            hash.update(&id.writer.0.to_le_bytes());
-            hash.update(&id.seq.to_le_bytes());
-            hash.update(payload);
+        if let ChainEntry::Batch(batch) = entry {
+            hash.update(&[batch.format]);
+            hash.update(&batch.id.writer.0.to_le_bytes());
+            hash.update(&batch.id.seq.to_le_bytes());
+            hash.update(batch.payload);
         }
         Self(hash.digest128())
     }
@@ -101,12 +101,18 @@ pub enum ChainEntry<'a> {
     /// A message that all replicas skip.
     Skipped,
     /// A batch, which all replicas apply.
-    Batch {
-        /// Its identity.
-        id: BatchId,
-        /// The batch as it was sent. A log that no other process reads may leave it out.
-        payload: &'a [u8],
-    },
+    Batch(StoredBatch<'a>),
+}
+
+/// A batch as a log stores it.
+#[derive(Debug, Clone, Copy)]
+pub struct StoredBatch<'a> {
+    /// The format of the payload.
+    pub format: u8,
+    /// Its identity.
+    pub id: BatchId,
+    /// The batch as it was sent. A log that no other process reads may leave it out.
+    pub payload: &'a [u8],
 }
 
 /// A position in a log's history.
@@ -166,7 +172,11 @@ mod tests {
     fn batch(seq: u64, payload: &[u8]) -> ChainEntry<'_> {
         let writer = RandomId(7);
         let id = BatchId { writer, seq };
-        ChainEntry::Batch { id, payload }
+        ChainEntry::Batch(StoredBatch {
+            format: 1,
+            id,
+            payload,
+        })
     }
 
     #[test]

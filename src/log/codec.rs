@@ -45,7 +45,7 @@ fn parse(json: &mut [u8], buffers: &mut Buffers) -> Result<Arc<[Write]>, Box<str
 }
 
 /// Reads patches in exactly the form of [`write()`], which nearly all batches have. `None` for a
-/// batch with a deletion, with escapes, or in another form. Measurements: docs/internals/adr/0004.
+/// batch with a deletion, with escapes, or in another form. Measurements: ADR 0004.
 fn read_fast(json: &[u8]) -> Option<Arc<[Write]>> {
     let mut rest = std::str::from_utf8(json).ok()?.strip_prefix('[')?;
     let mut writes = Vec::with_capacity(rest.len() / PATCH_BYTES);

@@ -20,8 +20,21 @@ const FORGET_AFTER: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u64);
 
-/// Sends the outcome of a write to the request that waits for it.
-pub type OutcomeSender = oneshot::Sender<Result<Seq, AppendError>>;
+/// A request that waits for the outcome of its writes.
+pub struct WaitingRequest {
+    /// Sends the outcome to it.
+    pub outcome: oneshot::Sender<Result<Seq, AppendError>>,
+    /// When it submitted its writes.
+    pub submitted: Instant,
+}
+
+impl WaitingRequest {
+    /// Answers the request.
+    pub fn answer(self, result: Result<Seq, AppendError>) {
+        // The client may have disconnected.
+        let _ = self.outcome.send(result);
+    }
+}
 
 /// Batches in flight, oldest first; the writer bounds their number. Clones share the same batches.
 #[derive(Clone, Default)]
@@ -31,7 +44,8 @@ pub struct InFlight(Arc<Mutex<VecDeque<InFlightBatch>>>);
 pub struct InFlightBatch {
     ticket: Ticket,
     writes: Arc<[Write]>,
-    answers: Vec<OutcomeSender>,
+    /// Oldest first.
+    requests: Vec<WaitingRequest>,
     appended: Instant,
     /// The identity and the bytes with which the batch was sent, if it was.
     sent: Option<(BatchId, Bytes)>,
@@ -50,26 +64,25 @@ impl InFlightBatch {
 
     /// Answers every request that waits for it.
     pub fn answer(self, result: &Result<Seq, AppendError>) {
-        for answer in self.answers {
-            // The client may have disconnected.
-            let _ = answer.send(result.clone());
+        for request in self.requests {
+            request.answer(result.clone());
         }
     }
 }
 
 impl InFlight {
-    /// Registers a batch before it is appended.
+    /// Registers a batch before it is appended, and the requests that wait for it, oldest first.
     pub fn add(
         &self,
         ticket: Ticket,
         writes: Arc<[Write]>,
-        answers: Vec<OutcomeSender>,
+        requests: Vec<WaitingRequest>,
         slot: OwnedSemaphorePermit,
     ) {
         self.0.lock().push_back(InFlightBatch {
             ticket,
             writes,
-            answers,
+            requests,
             appended: Instant::now(),
             sent: None,
             delivered: None,
@@ -121,20 +134,20 @@ impl InFlight {
         }
     }
 
-    /// Answers "outcome unknown" to requests whose batch was appended more than `wait_max` ago. The
-    /// batch stays for `FORGET_AFTER`, as it may still be delivered.
+    /// Answers "outcome unknown" to requests that have waited longer than `wait_max`. The batch
+    /// stays for `FORGET_AFTER`, as it may still be delivered.
     pub fn expire(&self, wait_max: Duration) {
         let mut expired = Vec::new();
         let mut batches = self.0.lock();
         for batch in batches.iter_mut() {
-            if batch.appended.elapsed() > wait_max {
-                expired.append(&mut batch.answers);
-            }
+            let requests = &mut batch.requests;
+            let count = requests.partition_point(|request| request.submitted.elapsed() > wait_max);
+            expired.extend(requests.drain(..count));
         }
         batches.retain(|batch| batch.appended.elapsed() <= FORGET_AFTER.max(wait_max));
         drop(batches);
-        for answer in expired {
-            let _ = answer.send(Err(AppendError::Unknown));
+        for request in expired {
+            request.answer(Err(AppendError::Unknown));
         }
     }
 

@@ -5,9 +5,10 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
+use super::codec::FORMAT;
 use super::{
     AppendError, Batch, BatchId, ChainEntry, Entry, Log, LogId, Position, RandomId, ReadError, Seq,
-    Subscription, now_ns,
+    StoredBatch, Subscription, now_ns,
 };
 
 /// Batches between writer and reader: the reader applies one while the next one fills; see
@@ -77,8 +78,12 @@ impl Log for MemoryLog {
                 writer: self.writer,
                 seq: last.seq - self.base + 1,
             };
-            let payload = &[];
-            *last = last.next(now_ns(), ChainEntry::Batch { id, payload });
+            let stored = StoredBatch {
+                format: FORMAT,
+                id,
+                payload: &[],
+            };
+            *last = last.next(now_ns(), ChainEntry::Batch(stored));
             let position = *last;
             permit.send(Entry { position, batch });
             Ok(())

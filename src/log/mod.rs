@@ -23,9 +23,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::grade::{Digest, Write};
 use crate::sys::hex;
 use crate::sys::tasks::TaskEnded;
-pub use chain::{BatchId, Chain, ChainEntry, Position};
+pub use chain::{BatchId, Chain, ChainEntry, Position, StoredBatch};
 pub use cluster_key::ClusterKey;
-pub use in_flight::{InFlight, InFlightBatch, OutcomeSender, Ticket};
+pub use in_flight::{InFlight, InFlightBatch, Ticket, WaitingRequest};
 pub use jetstream::{
     AskNode, ExistingData, JetStreamConfig, JetStreamLog, ReplicaIdentity, ReportWait, Servers,
     SetupError, broker, header_block, message, raw_message,
@@ -254,17 +254,17 @@ pub enum ReadError {
         /// The last batch that was read.
         applied: Seq,
     },
-    /// The log holds another batch at a position that was read.
+    /// The log holds a different batch at a position that was read.
     #[error(
-        "the log holds another batch {seq} than the one that this replica has applied: the broker \
-         lost batches and accepted others since; this replica keeps its state and stays unready"
+        "the log holds a different batch at position {seq} than this replica has applied: the broker \
+         lost batches and stored others since; this replica keeps its state and stays unready"
     )]
     Rewritten {
         /// The position.
         seq: Seq,
     },
     /// A newer program wrote the batch.
-    #[error("batch {seq} has format {format}, newer than this program reads; update this replica")]
+    #[error("batch {seq} has format {format}, newer than this program reads; update gradestore")]
     NewerFormat {
         /// The batch.
         seq: Seq,
@@ -274,6 +274,13 @@ pub enum ReadError {
     /// The log is closed.
     #[error("the log is closed")]
     Closed,
+}
+
+impl ReadError {
+    pub(crate) fn damaged(seq: Seq, why: &str) -> Self {
+        let why = why.into();
+        Self::Damaged { seq, why }
+    }
 }
 
 /// Counts of events of a log since the process started.
@@ -349,8 +356,8 @@ pub trait Log: Send + Sync + 'static {
     /// [`fetch_bounds`](Self::fetch_bounds) updates it.
     fn end(&self) -> Seq;
 
-    /// How many batches a writer may have in flight. One more than the log writes at a time keeps
-    /// the log busy; more would only make the batches smaller.
+    /// How many batches a writer may have in flight. More would only make the batches smaller
+    /// (ADR 0009).
     fn in_flight_max(&self) -> usize;
 
     /// Appends `batch`. When this returns `Ok`, the batch has a position or will have one soon.

@@ -126,7 +126,7 @@ pub fn default_writer_limits() -> WriterLimits {
     WriterLimits {
         queue_requests_max: 8192,
         queue_bytes_max: 64 << 20,
-        batch_patches_max: 1024,
+        batch_writes_max: 1024,
         wait_max: Duration::from_secs(10),
         bulks_max: 32,
     }

@@ -1,6 +1,6 @@
-//! A node without its ports: its components and its tasks.
+//! A node: its components, the routes of its ports, and its tasks.
 //!
-//! [`lifecycle`] adds sockets, signals and metrics.
+//! [`lifecycle`] starts and stops one with sockets and metrics.
 
 pub mod config;
 pub mod data_dir;
@@ -124,7 +124,7 @@ impl Node {
             in_flight,
             checkpoints.clone(),
             config.writer,
-            metrics.batch_patches.clone(),
+            metrics.batch_writes.clone(),
         );
         let snapshotter = storage
             .snapshots

@@ -33,8 +33,8 @@ pub enum ApplyError {
     },
     /// The log has lost batches that the restored state includes, and holds others in their place.
     #[error(
-        "the log has lost batches that the restored state includes: it holds another batch \
-         {position}; restoring from another source"
+        "the log has lost batches that the restored state includes: it holds a different batch at \
+         position {position}; restoring from another source"
     )]
     IncludesLost {
         /// The batch at which the restored state would have been complete.

@@ -136,7 +136,7 @@ impl ReplicaDriver {
             None => {
                 self.readiness.set_ready();
                 self.bootstrap.log.check_append();
-                tracing::info!(log, position, records, "ready: serving reads and writes");
+                tracing::info!(log, position, records, "ready: serving reads");
                 logged.clear();
             }
             Some(mismatch) => {

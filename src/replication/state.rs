@@ -1,6 +1,7 @@
 //! Whether this replica is ready, and if not, why.
 //!
-//! One task drives a replica through its states and sets them here; requests read them.
+//! [`ReplicaDriver`](super::ReplicaDriver) sets the states of a replica, and the node those before
+//! and after it; requests read them.
 
 use std::fmt;
 use std::sync::Arc;

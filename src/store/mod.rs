@@ -8,7 +8,7 @@
 //! A scan is a cursor: it holds no lock between two batches and sees every record once, even if the
 //! shard grows meanwhile. New records reuse the slots of removed ones, but not while a scan is in
 //! the shard: the scan could see a record twice. See `benches/store.rs`, `benches/memory.rs` and
-//! docs/internals/adr/0003.
+//! ADR 0003.
 
 mod free_list;
 mod growth;
@@ -38,7 +38,7 @@ const SHARD_COUNT: usize = 1024;
 
 /// Chooses the shard of an id, the same in every process: a restore then fills one shard after the
 /// other, in the order of the scan that made the backup, and each shard fits in a core's cache
-/// (times in docs/internals/adr/0003). It also makes the order of a scan depend only on that of the
+/// (times in ADR 0003). It also makes the order of a scan depend only on that of the
 /// writes. A client that chooses ids of one shard makes that shard large, and slow for those ids.
 const SHARD_HASHER: FixedState = FixedState::with_seed(0);
 

@@ -1,9 +1,10 @@
-//! Interfaces to the operating system, and small wrappers of libraries.
+//! Interfaces to the operating system and to libraries.
 //!
 //! - [`exec`]: thread pools for blocking work, with their priorities.
 //! - [`tasks`]: tasks whose failure ends the process.
 //! - [`host`]: memory limits and disk space.
 //! - [`progress`]: a progress bar.
+//! - `backoff`, `cancellable_reader`, `hex`, `json`, `sync`: small wrappers.
 
 pub(crate) mod backoff;
 pub(crate) mod cancellable_reader;

@@ -23,7 +23,7 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(1);
 const BATCH_BUCKETS: &[f64] = &[
     1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0,
 ];
-const BATCH_METRIC: &str = "gradestore_batch_patches";
+const BATCH_METRIC: &str = "gradestore_batch_writes";
 
 /// From tens of microseconds for a log in memory, over milliseconds for a disk or NATS, to about the
 /// time after which a write fails.
@@ -81,7 +81,7 @@ pub struct Telemetry {
 /// Metrics of batches and of the replicated state.
 pub struct ReplicationMetrics {
     /// Writes per batch that this process sent.
-    pub batch_patches: Histogram,
+    pub batch_writes: Histogram,
     /// Seconds from sending a batch until it is applied.
     pub batch_duration: Histogram,
     /// Patches applied, of all nodes.
@@ -99,7 +99,7 @@ pub struct ReplicationMetrics {
 impl ReplicationMetrics {
     fn new() -> Self {
         Self {
-            batch_patches: histogram(
+            batch_writes: histogram(
                 BATCH_METRIC,
                 "Writes (patches and deletions) per batch that this process sent.",
             ),
@@ -164,7 +164,7 @@ impl NodeMetrics {
                 "1 while the node serves reads, otherwise 0.",
             ),
             queue_patches: gauge(
-                "gradestore_write_queue_patches",
+                "gradestore_write_queue_requests",
                 "Requests that wait for a batch: single writes, and groups of lines.",
             ),
             peers: gauge(

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use crate::clock::Clock;
 use crate::fault::Fault;
-use crate::harness::cluster::broker::{Broker, replica_at, replica_with};
+use crate::harness::cluster::broker::{Broker, replica_with_data};
 use crate::harness::cluster::nats::NatsCluster;
 use crate::harness::cluster::proxy::{Proxy, Rules};
 use crate::harness::cluster::seeded::{ReferenceState, seed};
@@ -129,17 +129,16 @@ impl Scene {
     }
 
     fn command(&self, index: usize) -> Command {
-        let mut command = match (&self.brokers, &self.proxy, &self.nats_url) {
-            (_, Some(proxy), _) if index == A => replica_at(proxy.address),
-            (_, None, Some(nats_url)) if index == A => replica_with(nats_url),
-            (Brokers::One(broker), ..) => replica_at(broker.address),
-            (Brokers::Three(cluster), ..) => replica_with(&cluster.url()),
+        let nats_url = match (&self.brokers, &self.proxy, &self.nats_url) {
+            (_, Some(proxy), _) if index == A => proxy.address.to_string(),
+            (_, None, Some(nats_url)) if index == A => nats_url.clone(),
+            (Brokers::One(broker), ..) => broker.address.to_string(),
+            (Brokers::Three(cluster), ..) => cluster.url(),
         };
+        let mut command = replica_with_data(nats_url, &self.dir(index));
         if matches!(self.brokers, Brokers::Three(_)) {
             command.args(["--replicas", "3"]);
         }
-        command.env("GRADESTORE_EPHEMERAL", "false");
-        command.arg("--data-dir").arg(self.dir(index));
         command.args(&self.flags[index]);
         if index != A {
             command.args(["--advertise-url", &self.ways[index - 1].url()]);

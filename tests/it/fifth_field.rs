@@ -1,11 +1,16 @@
-//! A new field needs a change in `src/grade/mod.rs` only. The test adds one to a copy of the crate,
-//! runs the copy's unit tests, except those of the write-ahead log, and uses the field.
+//! A new field needs one more name in `src/grade/mod.rs` and another format of batches, and files of
+//! the old format stay readable. The test adds a field to a copy of the crate, runs the copy's unit
+//! tests, except those of the write-ahead log, and uses the field.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::harness::{ANY_PORTS, Node, PASSWORD, program_at};
+use tempfile::tempdir;
+
+use crate::disk::golden::copy_golden_data;
+use crate::harness::backup_files::program_with_data_dir;
+use crate::harness::{ANY_PORTS, Node, PASSWORD, program_at, run};
 
 /// The name of the copy and its program. Under the crate's own name cargo would put the build of
 /// the copy in place of the program that other tests run.
@@ -82,7 +87,7 @@ fn copy_crate(crate_copy: &Path) {
 }
 
 #[tokio::test]
-async fn a_fifth_field_needs_one_more_name_in_one_file() {
+async fn a_fifth_field_needs_one_more_name_and_another_format() {
     // Always the same directory, so that a second run compiles little.
     let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let target = scratch.parent().unwrap();
@@ -92,6 +97,11 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
         &crate_copy.join("src/grade/mod.rs"),
         "    \"return_fee\",\n];",
         "    \"return_fee\",\n    \"fifth_fee\",\n];",
+    );
+    edit(
+        &crate_copy.join("src/log/codec.rs"),
+        "const FORMAT: u8 = 1;",
+        "const FORMAT: u8 = 2;",
     );
 
     let tests = Command::new(env!("CARGO"))
@@ -105,6 +115,9 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
             "--target-dir",
         ])
         .arg(target)
+        // The tests take less time than optimizing the crate for them.
+        .arg("--config")
+        .arg(format!("profile.dev.package.{PACKAGE}.opt-level=0"))
         // The write-ahead log stores the bytes of `log::codec`, which is tested. Its own tests take
         // as long as all others together.
         .args(["--", "--skip", "log::wal"])
@@ -116,8 +129,21 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
     assert!(tests.status.success(), "{printed}");
 
     let program = target.join("debug").join(PACKAGE);
+    let directory = tempdir().unwrap();
+    copy_golden_data(directory.path());
     let mut command = program_at(&program);
-    let node = Node::start_with(command.args(ANY_PORTS).env("GRADESTORE_PASSWORD", PASSWORD)).await;
+    command
+        .args(ANY_PORTS)
+        .arg("--data-dir")
+        .arg(directory.path())
+        .env("GRADESTORE_PASSWORD", PASSWORD)
+        .env("GRADESTORE_EPHEMERAL", "false");
+    let node = Node::start_with(&mut command).await;
+    assert_eq!(node.status().await["records"], 3);
+    assert_eq!(
+        node.get("alice").await.body,
+        r#"{"user_id":"alice","postpaid_limit":0,"spp":6,"shipping_fee":0,"return_fee":-9223372036854775808,"fifth_fee":0}"#
+    );
     node.set(r#"{"user_id":"a","fifth_fee":5}"#)
         .await
         .position();
@@ -131,4 +157,13 @@ async fn a_fifth_field_needs_one_more_name_in_one_file() {
         .await
         .expect_problem(422, "not-a-patch");
     assert!(detail.contains("fifth_fee"), "{detail}");
+
+    // The program without the field reads nothing of the new format, and says why.
+    drop(node);
+    let mut older = program_with_data_dir(directory.path());
+    let printed = String::from_utf8(run(&mut older).stderr).unwrap();
+    assert!(
+        printed.contains("has format 2, newer than this program reads; update gradestore"),
+        "{printed}"
+    );
 }

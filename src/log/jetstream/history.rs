@@ -234,9 +234,8 @@ fn is_batch_at(stored: &RawMessage, position: &Position) -> bool {
     match read {
         Ok((headers, _)) => {
             let times = [Some(stored.time_ns), headers.time_ns];
-            let id = headers.id;
             times.contains(&Some(position.time_ns))
-                && position.matches(ChainEntry::Batch { id, payload })
+                && position.matches(headers.chain_entry(payload))
         }
         // The time tells it from another skipped message in its place.
         Err(Unreadable::Poisoned(_)) => {

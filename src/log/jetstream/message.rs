@@ -12,7 +12,9 @@ use bytes::Bytes;
 
 use crate::grade::{Digest, Write};
 use crate::log::codec::{self, FORMAT};
-use crate::log::{Batch, BatchId, Chain, Checkpoint, InFlight, Mac, RandomId};
+use crate::log::{
+    Batch, BatchId, Chain, ChainEntry, Checkpoint, InFlight, Mac, RandomId, StoredBatch,
+};
 
 const FORMAT_HEADER: &str = "Grade-Format";
 const BATCH_HEADER: &str = "Grade-Batch";
@@ -37,6 +39,8 @@ pub enum Unreadable {
 /// The headers of a batch.
 #[derive(Debug, PartialEq, Eq)]
 pub struct BatchHeaders {
+    /// The format of the payload.
+    pub format: u8,
     /// Its identity; [`BatchId::UNNAMED`] if the header is missing or invalid.
     pub id: BatchId,
     /// When it was first stored, if the header is present and valid.
@@ -46,6 +50,16 @@ pub struct BatchHeaders {
 }
 
 impl BatchHeaders {
+    /// The batch with these headers and this payload, for its chain.
+    #[must_use]
+    pub fn chain_entry<'a>(&self, payload: &'a [u8]) -> ChainEntry<'a> {
+        ChainEntry::Batch(StoredBatch {
+            format: self.format,
+            id: self.id,
+            payload,
+        })
+    }
+
     /// The time of a batch that the broker stored at `stored_ns`, after a batch with `previous_ns`.
     /// `Grade-Time` counts only if it lies between the two.
     #[must_use]
@@ -118,16 +132,17 @@ fn read_headers(headers: Option<&HeaderMap>) -> Result<BatchHeaders, Unreadable>
         let (_, values) = all.find(|(other, _)| AsRef::<str>::as_ref(*other) == name)?;
         values.first().map(async_nats::HeaderValue::as_str)
     };
-    let format = text(FORMAT_HEADER).map_or(Some(u64::from(FORMAT)), |text| text.parse().ok());
-    match format.filter(|format| *format > 0) {
-        None => {
-            let why = "its Grade-Format is no number from 1 up";
+    // A message without the header has the first format.
+    let format: u64 = match text(FORMAT_HEADER).map_or(Ok(1), str::parse) {
+        Ok(format @ 1..) => format,
+        _ => {
+            let why = "its Grade-Format is not a positive integer";
             return Err(Unreadable::Poisoned(why.into()));
         }
-        Some(format) if format != u64::from(FORMAT) => return Err(Unreadable::Newer(format)),
-        Some(_) => {}
-    }
+    };
+    let readable = u8::try_from(format).ok().filter(|known| *known <= FORMAT);
     Ok(BatchHeaders {
+        format: readable.ok_or(Unreadable::Newer(format))?,
         id: text(BATCH_HEADER)
             .and_then(BatchId::parse)
             .unwrap_or(BatchId::UNNAMED),
@@ -180,6 +195,7 @@ mod tests {
     fn headers_carry_identity_and_checkpoint() {
         let mut headers = headers(id());
         let wanted = BatchHeaders {
+            format: FORMAT,
             id: id(),
             time_ns: None,
             checkpoint: None,
@@ -204,6 +220,7 @@ mod tests {
     #[test]
     fn a_message_needs_no_headers_and_a_newer_format_differs_from_a_broken_one() {
         let unnamed = BatchHeaders {
+            format: 1,
             id: BatchId::UNNAMED,
             time_ns: None,
             checkpoint: None,
@@ -217,8 +234,11 @@ mod tests {
             read_headers(Some(&headers))
         };
         assert_eq!(with_format("1"), Ok(unnamed));
-        assert_eq!(with_format("2"), Err(Unreadable::Newer(2)));
-        for broken in ["0", "x", "-1", ""] {
+        for newer in [u64::from(FORMAT) + 1, 256, 257, u64::MAX] {
+            let read = with_format(&newer.to_string());
+            assert_eq!(read, Err(Unreadable::Newer(newer)));
+        }
+        for broken in ["0", "x", "-1", "", "18446744073709551616"] {
             let read = with_format(broken);
             assert!(matches!(read, Err(Unreadable::Poisoned(_))), "{broken}");
         }

@@ -403,14 +403,11 @@ impl JetStreamSubscription {
                     _ => self.last.time_ns,
                 };
                 let time_ns = headers.time_at(previous_ns, stored_ns);
-                let (id, ticket) = (headers.id, batch.ticket);
-                if ticket.is_some() {
-                    self.shared.health.delivered(id);
+                if batch.ticket.is_some() {
+                    self.shared.health.delivered(headers.id);
                 }
-                (
-                    self.last.next(time_ns, ChainEntry::Batch { id, payload }),
-                    batch,
-                )
+                let entry = headers.chain_entry(payload);
+                (self.last.next(time_ns, entry), batch)
             }
             Err(Unreadable::Newer(format)) => {
                 return Err(ReadError::NewerFormat { seq, format });

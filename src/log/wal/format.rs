@@ -2,7 +2,7 @@
 //!
 //! | bytes | content |
 //! | --- | --- |
-//! | 1 | format: 1 |
+//! | 1 | format, from 1 |
 //! | 8 | when the log stored the batch, in nanoseconds since 1970 |
 //! | 16 | the writer |
 //! | 8 | the writer's sequence number of the batch |
@@ -12,7 +12,9 @@
 
 use crate::grade::Write;
 use crate::log::codec::{self, FORMAT};
-use crate::log::{Batch, BatchId, ChainEntry, Entry, Position, RandomId, ReadError, Seq};
+use crate::log::{
+    Batch, BatchId, ChainEntry, Entry, Position, RandomId, ReadError, Seq, StoredBatch,
+};
 
 /// Bytes before the writes.
 pub(super) const HEADER_BYTES: usize = 1 + 8 + 16 + 8;
@@ -32,22 +34,27 @@ pub fn write(
     out.extend_from_slice(&id.writer.bytes());
     out.extend_from_slice(&id.seq.to_le_bytes());
     codec::write(writes, out);
-    let payload = &out[payload_at..];
-    previous.next(time_ns, ChainEntry::Batch { id, payload })
+    let batch = StoredBatch {
+        format: FORMAT,
+        id,
+        payload: &out[payload_at..],
+    };
+    previous.next(time_ns, ChainEntry::Batch(batch))
 }
 
-/// Splits the value of batch `seq` into its time, its identity and the writes as JSON.
-fn split(seq: Seq, value: &[u8]) -> Result<(u64, BatchId, &[u8]), ReadError> {
-    let damaged = |why: &str| ReadError::Damaged {
-        seq,
-        why: why.into(),
-    };
-    let Some((format, mut rest)) = value.split_first() else {
+/// Splits the value of batch `seq` into its time and the rest.
+fn split(seq: Seq, value: &[u8]) -> Result<(u64, StoredBatch<'_>), ReadError> {
+    let damaged = |why: &str| ReadError::damaged(seq, why);
+    let Some((&format, mut rest)) = value.split_first() else {
         return Err(damaged("it is empty"));
     };
-    if *format != FORMAT {
-        let why = format!("it has format {format}, this version reads only {FORMAT}");
-        return Err(damaged(&why));
+    match format {
+        0 => return Err(damaged("it has format 0")),
+        1..=FORMAT => {}
+        newer => {
+            let format = newer.into();
+            return Err(ReadError::NewerFormat { seq, format });
+        }
     }
     let parts = (|| {
         let time_ns = u64::from_le_bytes(take(&mut rest)?);
@@ -55,7 +62,12 @@ fn split(seq: Seq, value: &[u8]) -> Result<(u64, BatchId, &[u8]), ReadError> {
             writer: RandomId(u128::from_le_bytes(take(&mut rest)?)),
             seq: u64::from_le_bytes(take(&mut rest)?),
         };
-        Some((time_ns, id, rest))
+        let batch = StoredBatch {
+            format,
+            id,
+            payload: rest,
+        };
+        Some((time_ns, batch))
     })();
     parts.ok_or_else(|| damaged("it ends within its header"))
 }
@@ -65,8 +77,8 @@ fn split(seq: Seq, value: &[u8]) -> Result<(u64, BatchId, &[u8]), ReadError> {
 /// # Errors
 /// `value` is not an output of [`write()`].
 pub fn position(previous: &Position, value: &[u8]) -> Result<Position, ReadError> {
-    let (time_ns, id, payload) = split(previous.seq + 1, value)?;
-    Ok(previous.next(time_ns, ChainEntry::Batch { id, payload }))
+    let (time_ns, batch) = split(previous.seq + 1, value)?;
+    Ok(previous.next(time_ns, ChainEntry::Batch(batch)))
 }
 
 /// The batch with this value, which comes after `previous`.
@@ -75,10 +87,10 @@ pub fn position(previous: &Position, value: &[u8]) -> Result<Position, ReadError
 /// `value` is not an output of [`write()`].
 pub fn read(previous: &Position, value: &[u8]) -> Result<Entry, ReadError> {
     let seq = previous.seq + 1;
-    let (time_ns, id, payload) = split(seq, value)?;
-    let writes = codec::read(payload).map_err(|why| ReadError::Damaged { seq, why })?;
+    let (time_ns, stored) = split(seq, value)?;
+    let writes = codec::read(stored.payload).map_err(|why| ReadError::damaged(seq, &why))?;
     Ok(Entry {
-        position: previous.next(time_ns, ChainEntry::Batch { id, payload }),
+        position: previous.next(time_ns, ChainEntry::Batch(stored)),
         batch: Batch {
             ticket: None,
             writes,

@@ -8,7 +8,7 @@
 //! to the last segment, and trimming removes whole segments from the front.
 //!
 //! The format is our own, because only the owner of a file can overwrite zeros that were synced in
-//! advance: a sync then costs 104 us instead of 192 (docs/internals/adr/0001). The log only appends
+//! advance: a sync then costs 104 us instead of 192 (ADR 0001). The log only appends
 //! and removes whole files, without an index or background work, and syncs each batch before the
 //! next. So a crash can tear a log at one place only. The tests truncate and zero that place at
 //! every 8 bytes and every page, flip bits elsewhere, fail writes and syncs, and compare with a
@@ -74,6 +74,19 @@ pub enum OpenError {
         dir: PathBuf,
         /// The reason.
         why: Box<str>,
+    },
+    /// A newer program wrote to the log.
+    #[error(
+        "batch {seq} of the log in {dir} has format {format}, newer than this program reads; update \
+         gradestore"
+    )]
+    Newer {
+        /// The log's directory.
+        dir: PathBuf,
+        /// The first such batch.
+        seq: Seq,
+        /// Its format.
+        format: u64,
     },
     /// The directory has no log that this version can read.
     #[error(

@@ -137,10 +137,7 @@ impl WalShared {
                 at: HEADER_BYTES,
             },
         };
-        let damaged = |why: &str| ReadError::Damaged {
-            seq: wanted,
-            why: why.into(),
-        };
+        let damaged = |why: &str| ReadError::damaged(wanted, why);
         let mut headers = RecordHeaders::of(&cursor.file);
         while cursor.seq < wanted {
             let header = headers.at(cursor.at).map_err(failed)?;

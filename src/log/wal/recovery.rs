@@ -15,7 +15,7 @@ use super::segment::{
     sync_dir,
 };
 use super::{OpenError, WalSizes, format, record, segment};
-use crate::log::{LogId, Position, RandomId, Seq};
+use crate::log::{LogId, Position, RandomId, ReadError, Seq};
 
 /// A log that was opened and checked.
 pub(super) struct RecoveredLog {
@@ -102,7 +102,15 @@ impl RecoveredLog {
                 .map_err(io)?
                 .map_err(damaged)?;
         }
-        let scan = SegmentScan::new(&header, &bytes).map_err(damaged)?;
+        let scan = SegmentScan::new(&header, &bytes).map_err(|error| match error {
+            ReadError::NewerFormat { seq, format } => OpenError::Newer {
+                dir: dir.into(),
+                seq,
+                format,
+            },
+            ReadError::Damaged { seq, why } => damaged(format!("batch {seq}: {why}")),
+            other => damaged(other.to_string()),
+        })?;
         // The log is complete, so its files may be changed.
         let active = scan.activate(file, &bytes).map_err(io)?;
         for leftover in [dir.with_extension("new"), dir.with_extension("old")] {
@@ -183,8 +191,8 @@ fn check_contiguous(file: &File, first: Seq, next: Seq) -> io::Result<Result<(),
 }
 
 impl SegmentScan {
-    /// Scans the last segment. The error is the reason why it is damaged.
-    pub(super) fn new(header: &SegmentHeader, bytes: &[u8]) -> Result<Self, String> {
+    /// Scans the last segment.
+    pub(super) fn new(header: &SegmentHeader, bytes: &[u8]) -> Result<Self, ReadError> {
         let mut scan = Self {
             position: header.start,
             last: None,
@@ -196,8 +204,7 @@ impl SegmentScan {
             if record.seq != scan.position.seq + 1 {
                 break;
             }
-            let position = format::position(&scan.position, record.value);
-            scan.position = position.map_err(|error| error.to_string())?;
+            scan.position = format::position(&scan.position, record.value)?;
             scan.last = Some(scan.end);
             scan.end += record.bytes;
         }
@@ -208,13 +215,12 @@ impl SegmentScan {
             let steps = (0..rest.len()).step_by(record::ALIGNMENT);
             let mut later_records = steps.filter_map(|at| record::read(rest.get(at..)?));
             if let Some(record) = later_records.next() {
-                return Err(format!(
-                    "batch {seq} does not match its checksum, and batch {} follows it",
-                    record.seq
-                ));
+                let follows = record.seq;
+                let why = format!("its checksum does not match, and batch {follows} follows it");
+                return Err(ReadError::damaged(seq, &why));
             }
             if !record::is_torn(rest, seq) {
-                return Err(format!("batch {seq} does not match its checksum"));
+                return Err(ReadError::damaged(seq, "its checksum does not match"));
             }
         }
         Ok(scan)

@@ -4,17 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::Instant;
 
 use super::WriteError;
 use crate::grade::Write;
-use crate::log::OutcomeSender;
+use crate::log::WaitingRequest;
 
-/// The writes of one request, which waits for their result.
+/// A request that waits for a batch, and its writes.
 pub(super) struct QueuedRequest {
     pub(super) writes: RequestWrites,
-    pub(super) answer: OutcomeSender,
-    pub(super) submitted: Instant,
+    pub(super) request: WaitingRequest,
 }
 
 pub(super) enum RequestWrites {

@@ -42,11 +42,11 @@ impl Log for SlowLog {
     }
 }
 
-fn writer_of(log: &Arc<SlowLog>, batch_patches_max: usize) -> (Writer, WriterTask, InFlight) {
+fn writer_of(log: &Arc<SlowLog>, batch_writes_max: usize) -> (Writer, WriterTask, InFlight) {
     let limits = WriterLimits {
         queue_requests_max: 8,
         queue_bytes_max: 4096,
-        batch_patches_max,
+        batch_writes_max,
         wait_max: Duration::from_secs(60),
         bulks_max: 2,
     };

@@ -95,6 +95,7 @@ fn check_batch(data: &[u8]) {
         ..Batch::default()
     };
     let headers = BatchHeaders {
+        format: 1,
         id: BatchId::UNNAMED,
         time_ns: None,
         checkpoint: None,

@@ -16,7 +16,7 @@ async fn a_full_queue_rejects_writes_and_keeps_the_order_of_queued_ones() {
     for spp in 0..2 + QUEUE_PATCHES_MAX {
         waiting.push(pending_set(&node, &format!(r#"{{"user_id":"a","spp":{spp}}}"#)).await);
         node.metric_reaches(
-            "gradestore_write_queue_patches",
+            "gradestore_write_queue_requests",
             spp.saturating_sub(1) as f64,
         )
         .await;
@@ -118,7 +118,7 @@ async fn a_write_of_a_disconnected_client_is_applied_once_and_in_order() {
         drop(pending_set(&node, &patch).await);
     }
     log.open();
-    node.metric_reaches("gradestore_write_queue_patches", 0.0)
+    node.metric_reaches("gradestore_write_queue_requests", 0.0)
         .await;
     let last = QUEUE_PATCHES_MAX as u64 + 3;
     assert_eq!(

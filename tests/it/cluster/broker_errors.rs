@@ -3,16 +3,14 @@
 
 use async_nats::HeaderMap;
 
-use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, check, replica_with};
+use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, check, replica_with_data};
 use crate::harness::cluster::nats::NatsServer;
 use crate::harness::{Node, run};
 
 /// Runs a replica that must refuse to start; returns its stderr.
 fn refused_start(nats_url: &str) -> String {
     let dir = tempfile::tempdir().unwrap();
-    let mut command = replica_with(nats_url);
-    command.env("GRADESTORE_EPHEMERAL", "false");
-    let output = run(command.arg("--data-dir").arg(dir.path()));
+    let output = run(&mut replica_with_data(nats_url, dir.path()));
     let printed = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success(), "{printed}");
     printed
@@ -53,9 +51,7 @@ async fn a_missing_permission_to_pull_messages_is_logged_once() {
     let permissions = format!(r#"{{ publish: {{ deny: ["{DENIED}.>"] }} }}"#);
     let (_server, url) = server_that_denies(&permissions).await;
     let dir = tempfile::tempdir().unwrap();
-    let mut command = replica_with(&url);
-    command.env("GRADESTORE_EPHEMERAL", "false");
-    let node = Node::start_with(command.arg("--data-dir").arg(dir.path())).await;
+    let node = Node::start_with(&mut replica_with_data(url, dir.path())).await;
     for spp in 0..3 {
         node.set(format!(r#"{{"user_id":"x","spp":{spp}}}"#))
             .await

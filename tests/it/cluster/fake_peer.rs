@@ -80,7 +80,7 @@ pub(crate) const FAULTS: [Fault; 20] = [
     ("nothing", |_| complete(b""), "truncated at byte 0"),
     ("foreign", |_| complete(&gzip(b"user_id,spp\na,1\n")), "it has no log position"),
     ("another log", |good| good.with_head(|head| head.log_id = "x".into()), "it belongs to another log, x"),
-    ("another history", |good| good.with_head(|head| head.time_ns += 1), "the log holds another batch"),
+    ("another history", |good| good.with_head(|head| head.time_ns += 1), "the log holds a different batch"),
     ("ahead", |good| good.with_head(|head| head.position += 9), "it is at batch 113, and the log holds"),
     ("too old", |good| good.with_head(|head| head.position = 99), "batch 99, and the log holds batches 101 to 104"),
     ("a newer format", |good| good.with_head(|head| head.format += 1), "use a newer gradestore"),

@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::harness::backup_files::NodeState;
-use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_at};
+use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_at, replica_with_data};
 use crate::harness::cluster::proxy::{Proxy, Rules};
 use crate::harness::wire::eventually;
 use crate::harness::{Node, Ports, Process, collect_output, run};
@@ -86,12 +86,7 @@ async fn a_recreated_stream_is_another_log() {
 async fn data_outlives_a_lost_stream_until_the_operator_abandons_it() {
     let mut broker = Broker::start().await;
     let root = tempfile::tempdir().unwrap();
-    let on = |address, dir: &str| {
-        let mut command = replica_at(address);
-        command.env("GRADESTORE_EPHEMERAL", "false");
-        command.arg("--data-dir").arg(root.path().join(dir));
-        command
-    };
+    let on = |address, dir: &str| replica_with_data(address, &root.path().join(dir));
     let a = Node::start_with(&mut on(broker.address, "data")).await;
     for spp in 1..=3 {
         let patch = format!(r#"{{"user_id":"x","spp":{spp}}}"#);
@@ -234,12 +229,7 @@ async fn a_replica_behind_a_trimmed_log_without_a_peer_serves_nothing() {
 async fn a_broker_that_lost_batches_is_not_followed() {
     let mut broker = Broker::start().await;
     let dir = tempfile::tempdir().unwrap();
-    let with_dir = |address| {
-        let mut command = replica_at(address);
-        command.env("GRADESTORE_EPHEMERAL", "false");
-        command.arg("--data-dir").arg(dir.path());
-        command
-    };
+    let with_dir = |address| replica_with_data(address, dir.path());
     let mut restarted = Node::start_with(&mut with_dir(broker.address)).await;
     let a = broker.replica().await;
     let copied = a.set(PATCH).await.position();
@@ -270,11 +260,15 @@ async fn a_broker_that_lost_batches_is_not_followed() {
         c.set(PATCH).await.position();
     }
     proxy.set(Rules::default());
-    assert_stopped_with_gap(&b, &format!("the log holds another batch {last} than")).await;
+    assert_stopped_with_gap(
+        &b,
+        &format!("the log holds a different batch at position {last} than"),
+    )
+    .await;
     let restarted = Node::launch(&mut with_dir(broker.address)).await;
     assert_stopped_with_gap(
         &restarted,
-        &format!("the log holds another batch {last} than"),
+        &format!("the log holds a different batch at position {last} than"),
     )
     .await;
     assert_eq!(c.ops("/readyz").await.status, 200);
@@ -359,11 +353,8 @@ async fn a_stream_with_other_settings_stops_the_start_and_is_named() {
     );
     // Another stream name with the same subject.
     let dir = tempfile::tempdir().unwrap();
-    let mut other = replica_at(broker.address);
-    other.env("GRADESTORE_EPHEMERAL", "false");
-    let output = run(other
-        .args(["--stream", "OTHER", "--data-dir"])
-        .arg(dir.path()));
+    let mut other = replica_with_data(broker.address, dir.path());
+    let output = run(other.args(["--stream", "OTHER"]));
     let printed = String::from_utf8(output.stderr).unwrap();
     assert!(
         printed.contains("rejected the request for stream OTHER"),

@@ -6,7 +6,9 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::harness;
-use crate::harness::cluster::broker::{Broker, Load, check, replica_at, replica_with};
+use crate::harness::cluster::broker::{
+    Broker, Load, check, replica_at, replica_with, replica_with_data,
+};
 use crate::harness::cluster::proxy::{Proxy, Rules};
 use crate::harness::wire::eventually;
 use crate::harness::{Node, PASSWORD, Ports, Process, ReservedPort, collect_output, program, run};
@@ -111,12 +113,7 @@ async fn a_replica_frozen_for_many_batches_catches_up() {
 async fn a_restarted_replica_continues_from_its_snapshot() {
     let broker = Broker::start().await;
     let dir = tempfile::tempdir().unwrap();
-    let with_dir = || {
-        let mut command = replica_at(broker.address);
-        command.env("GRADESTORE_EPHEMERAL", "false");
-        command.arg("--data-dir").arg(dir.path());
-        command
-    };
+    let with_dir = || replica_with_data(broker.address, dir.path());
     let mut a = Node::start_with(&mut with_dir()).await;
     let b = broker.replica().await;
     a.set(r#"{"user_id":"x","spp":1}"#).await.position();
@@ -146,9 +143,7 @@ async fn a_backup_seeds_a_new_stream_at_its_position() {
         .arg(&file)
         .env("GRADESTORE_PASSWORD", harness::PASSWORD);
     assert!(run(backup).status.success());
-    let mut seeded = replica_at(second.address);
-    seeded.env("GRADESTORE_EPHEMERAL", "false");
-    seeded.arg("--data-dir").arg(dir.path().join("seeded"));
+    let mut seeded = replica_with_data(second.address, &dir.path().join("seeded"));
     let b = Node::start_with(seeded.arg("--restore-from").arg(&file)).await;
     assert_eq!(b.get("x").await.json()["spp"], 3);
     assert_eq!(b.set(r#"{"user_id":"y"}"#).await.position(), last + 2);
@@ -171,9 +166,8 @@ async fn nats_credentials_in_the_url_are_used() {
     assert!(printed.contains("rejects this replica"), "{printed}");
     assert!(!printed.contains("wrong"), "{printed}");
     let dir = tempfile::tempdir().unwrap();
-    let mut command = replica_with(&url("u:p%20w"));
-    command.env("GRADESTORE_EPHEMERAL", "false");
-    let a = Node::start_with(command.arg("--data-dir").arg(dir.path())).await;
+    let mut command = replica_with_data(url("u:p%20w"), dir.path());
+    let a = Node::start_with(&mut command).await;
     a.set(r#"{"user_id":"x"}"#).await.position();
 }
 

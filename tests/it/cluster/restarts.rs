@@ -12,18 +12,15 @@ use crate::cluster::clients::Clients;
 use crate::cluster::fake_peer::{FakePeer, PeerBehavior};
 use crate::harness::Node;
 use crate::harness::backup_files::fetch_backup;
-use crate::harness::cluster::broker::{Broker, check, replica_at};
+use crate::harness::cluster::broker::{Broker, check, replica_at, replica_with_data};
 use crate::harness::cluster::seeded::SeededCluster;
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::eventually;
 
 /// A replica with a data directory and a snapshot every second.
 fn replica_with_snapshots(broker: &Broker, root: &Path, index: usize) -> Command {
-    let mut command = replica_at(broker.address);
-    command
-        .env("GRADESTORE_EPHEMERAL", "false")
-        .args(["--snapshot-interval", "1s", "--data-dir"])
-        .arg(root.join(index.to_string()));
+    let mut command = replica_with_data(broker.address, &root.join(index.to_string()));
+    command.args(["--snapshot-interval", "1s"]);
     command
 }
 

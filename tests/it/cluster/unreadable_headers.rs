@@ -10,7 +10,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 
-use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_at};
+use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_with_data};
 use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{Node, Ports};
 
@@ -173,12 +173,7 @@ async fn unreadable_headers_are_skipped_by_all_replicas_alike() {
 async fn a_replica_that_starts_later_reads_past_unreadable_headers() {
     let broker = Broker::start().await;
     let dir = tempfile::tempdir().unwrap();
-    let with_dir = || {
-        let mut command = replica_at(broker.address);
-        command.env("GRADESTORE_EPHEMERAL", "false");
-        command.arg("--data-dir").arg(dir.path());
-        command
-    };
+    let with_dir = || replica_with_data(broker.address, dir.path());
     let a = Node::start_with(&mut with_dir()).await;
     let before = a.set(patch("x", 0)).await.position();
     a.stop().await;

@@ -1,8 +1,6 @@
 //! Readiness for writes: a replica whose log stores nothing becomes unready for writes with the
 //! reason, and ready again without a client's write once batches are stored.
 
-use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use async_nats::ConnectOptions;
@@ -13,7 +11,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_with};
+use crate::harness::cluster::broker::{Broker, STREAM, SUBJECT, replica_with_data};
 use crate::harness::cluster::nats::NatsServer;
 use crate::harness::cluster::proxy::{Proxy, Rules};
 use crate::harness::small_disk::SmallDisk;
@@ -111,19 +109,11 @@ async fn trim_stream(client: &Context) {
     }
 }
 
-/// A replica with a data directory, so that it may create the stream.
-fn replica_with_data(nats_url: &str, dir: &Path) -> Command {
-    let mut command = replica_with(nats_url);
-    command.env("GRADESTORE_EPHEMERAL", "false");
-    command.arg("--data-dir").arg(dir);
-    command
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn full_jetstream_storage_ends_readiness_for_writes() {
     let dir = tempfile::tempdir().unwrap();
     let server = NatsServer::start("jetstream { max_file_store: 5MB }").await;
-    let a = Node::start_with(&mut replica_with_data(&server.url(), dir.path())).await;
+    let a = Node::start_with(&mut replica_with_data(server.url(), dir.path())).await;
     a.set(PATCH).await.position();
     let client = server.client(ConnectOptions::new()).await;
     let printed = fill_stream(&client).await;
@@ -138,7 +128,7 @@ async fn full_jetstream_storage_ends_readiness_for_writes() {
     assert_eq!(a.get("x").await.status, 200);
     // A replica that starts now reports it before a client has written.
     let dir = tempfile::tempdir().unwrap();
-    let b = Node::launch(&mut replica_with_data(&server.url(), dir.path())).await;
+    let b = Node::launch(&mut replica_with_data(server.url(), dir.path())).await;
     let full = |status: &Value| {
         let reason = status["reason"].as_str();
         reason.is_some_and(|reason| reason.contains("resources"))
@@ -160,7 +150,7 @@ async fn a_full_disk_of_nats_ends_readiness_for_writes() {
     let (dir, disk) = (tempfile::tempdir().unwrap(), SmallDisk::new(32));
     let store = disk.data_dir();
     let mut server = NatsServer::start_with("", &["-sd", store.to_str().unwrap()]).await;
-    let mut command = replica_with_data(&server.url(), dir.path());
+    let mut command = replica_with_data(server.url(), dir.path());
     let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
     a.set(PATCH).await.position();
     let ballast = disk.fill(2_000_000);
@@ -242,7 +232,7 @@ async fn a_revoked_user_ends_readiness_for_writes() {
 async fn a_lowered_max_payload_ends_readiness_for_writes() {
     let dir = tempfile::tempdir().unwrap();
     let server = NatsServer::start("").await;
-    let a = Node::start_with(&mut replica_with_data(&server.url(), dir.path())).await;
+    let a = Node::start_with(&mut replica_with_data(server.url(), dir.path())).await;
     a.set(PATCH).await.position();
     server.reload("max_payload: 65536").await;
     let long = "x".repeat(200);
@@ -262,7 +252,7 @@ async fn a_lowered_max_payload_ends_readiness_for_writes() {
 async fn a_dead_server_ends_readiness_for_writes() {
     let dir = tempfile::tempdir().unwrap();
     let mut server = NatsServer::start("").await;
-    let mut command = replica_with_data(&server.url(), dir.path());
+    let mut command = replica_with_data(server.url(), dir.path());
     let a = Node::start_with(command.args(["--write-timeout", "2s"])).await;
     a.set(PATCH).await.position();
     server.signal(Signal::STOP);
@@ -308,11 +298,7 @@ async fn a_consumer_that_delivers_nothing_stops_no_writes() {
     let broker = Broker::start().await;
     let proxy = Proxy::to(broker.address).await;
     let dir = tempfile::tempdir().unwrap();
-    let a = Node::start_with(&mut replica_with_data(
-        &proxy.address.to_string(),
-        dir.path(),
-    ))
-    .await;
+    let a = Node::start_with(&mut replica_with_data(proxy.address, dir.path())).await;
     a.set(PATCH).await.position();
     proxy.set(Rules {
         drop_batches: true,

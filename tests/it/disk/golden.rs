@@ -40,27 +40,32 @@ pub(crate) async fn assert_golden_records(node: &Ports) {
     assert_eq!(node.status().await["records"], 3);
 }
 
-#[tokio::test]
-async fn a_golden_data_directory_is_read() {
-    let directory = tempdir().unwrap();
-    let dir = directory.path();
+const SNAPSHOT: &str = "snapshots/grades-00000000000000000003.csv.gz";
+
+/// Copies the golden data directory, with its log unpacked, into the empty directory `dir`.
+pub(crate) fn copy_golden_data(dir: &Path) {
     for folder in ["log", "snapshots"] {
         fs::create_dir(dir.join(folder)).unwrap();
     }
-    let snapshot = "snapshots/grades-00000000000000000003.csv.gz";
-    for file in ["replica-id", snapshot] {
+    for file in ["replica-id", SNAPSHOT] {
         fs::copy(golden("data").join(file), dir.join(file)).unwrap();
     }
     let segment = "log/00000000000000000001.seg";
     let packed = File::open(golden("data").join(format!("{segment}.gz"))).unwrap();
     let mut unpacked = File::create(dir.join(segment)).unwrap();
     io::copy(&mut GzDecoder::new(packed), &mut unpacked).unwrap();
+}
 
+#[tokio::test]
+async fn a_golden_data_directory_is_read() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path();
+    copy_golden_data(dir);
     let node = Node::start_with(&mut program_with_data_dir(dir)).await;
     let status = node.status().await;
     assert_eq!(
         status["restore"]["source"],
-        dir.join(snapshot).to_str().unwrap()
+        dir.join(SNAPSHOT).to_str().unwrap()
     );
     assert_eq!(status["position"], 5);
     assert_golden_records(&node).await;

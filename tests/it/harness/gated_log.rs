@@ -142,7 +142,7 @@ pub(crate) async fn start_node_with(
     let log = GatedLog::new(origin);
     let node = InProcessNode::start_on_log(log.clone(), origin, |config| {
         config.writer.queue_requests_max = QUEUE_PATCHES_MAX;
-        config.writer.batch_patches_max = 1;
+        config.writer.batch_writes_max = 1;
         adjust(config);
     });
     let node = node.await;

@@ -92,9 +92,9 @@ const METRICS: [(&str, f64); 18] = [
     ("gradestore_log_position", 3.0),
     ("gradestore_log_end", 3.0),
     ("gradestore_patches_applied_total", 3.0),
-    ("gradestore_batch_patches_count", 3.0),
-    (r#"gradestore_batch_patches_bucket{le="1"}"#, 3.0),
-    ("gradestore_write_queue_patches", 0.0),
+    ("gradestore_batch_writes_count", 3.0),
+    (r#"gradestore_batch_writes_bucket{le="1"}"#, 3.0),
+    ("gradestore_write_queue_requests", 0.0),
     ("gradestore_ready", 1.0),
 ];
 

@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use async_nats::HeaderMap;
 use gradestore::grade::Write;
-use gradestore::log::{BatchId, ChainEntry, Position, RandomId, header_block};
+use gradestore::log::{BatchId, ChainEntry, Position, RandomId, StoredBatch, header_block};
+
+/// The format of all messages.
+const FORMAT: u8 = 1;
 
 /// How the client library handles a message.
 #[derive(Debug, Clone)]
@@ -30,8 +33,12 @@ impl Decoded {
             return last.next(stored_ns, ChainEntry::Skipped);
         };
         let given = time_ns.filter(|time_ns| (last.time_ns..=stored_ns).contains(time_ns));
-        let entry = ChainEntry::Batch { id: *id, payload };
-        last.next(given.unwrap_or(stored_ns), entry)
+        let stored = StoredBatch {
+            format: FORMAT,
+            id: *id,
+            payload,
+        };
+        last.next(given.unwrap_or(stored_ns), ChainEntry::Batch(stored))
     }
 
     pub fn writes(&self) -> Arc<[Write]> {
@@ -57,7 +64,7 @@ pub fn decode(block: Option<&[u8]>, payload: &[u8]) -> Decoded {
         };
     };
     let text = |name: &str| headers.as_ref()?.get(name).map(|value| value.as_str());
-    let is_readable = matches!(text("Grade-Format"), None | Some("1"));
+    let is_readable = text("Grade-Format").is_none_or(|text| text == FORMAT.to_string());
     let writes = serde_json::from_slice::<Vec<Write>>(payload).ok();
     let writes = writes.filter(|_| is_readable);
     let batch = writes.map(|writes| {

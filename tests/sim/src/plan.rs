@@ -158,7 +158,7 @@ impl Plan {
             snapshot_interval: Duration::from_millis(rng.u64(1000..9000)),
             checkpoint_interval: Duration::from_millis(rng.u64(300..6000)),
             buffer_bytes_max: [1, 500, 1 << 20][rng.usize(..3)],
-            batch_patches_max: [1, 3, 64][rng.usize(..3)],
+            batch_writes_max: [1, 3, 64][rng.usize(..3)],
             queue_requests_max: [2, 16, 256][rng.usize(..3)],
             chunk_text_bytes: [1, 1, 60, 1 << 20][rng.usize(..4)],
             backups_max: rng.usize(1..3),

@@ -53,7 +53,7 @@ pub struct Knobs {
     pub snapshot_interval: Duration,
     pub checkpoint_interval: Duration,
     pub buffer_bytes_max: u64,
-    pub batch_patches_max: usize,
+    pub batch_writes_max: usize,
     pub queue_requests_max: usize,
     pub chunk_text_bytes: usize,
     pub backups_max: usize,
@@ -106,7 +106,7 @@ impl Knobs {
             writer: WriterLimits {
                 queue_requests_max: self.queue_requests_max,
                 queue_bytes_max: 1 << 20,
-                batch_patches_max: self.batch_patches_max,
+                batch_writes_max: self.batch_writes_max,
                 wait_max: Self::WRITE_WAIT_MAX,
                 bulks_max: 1,
             },
@@ -415,7 +415,7 @@ fn metrics(
     divergences: &Arc<AtomicU64>,
 ) -> ReplicationMetrics {
     ReplicationMetrics {
-        batch_patches: Histogram::noop(),
+        batch_writes: Histogram::noop(),
         batch_duration: Histogram::noop(),
         patches_applied: Counter::noop(),
         deletions_applied: Counter::noop(),

@@ -12,7 +12,7 @@ use super::checker::{ChainEntry, Op, linearizable, minimal_history};
 use super::history::{Operation, Outcome, REPLICAS, Record, Recorder, USERS, user_id};
 use super::order::Order;
 use crate::harness::Node;
-use crate::harness::cluster::broker::{Broker, STREAM, replica_at};
+use crate::harness::cluster::broker::{Broker, STREAM, replica_at, replica_with_data};
 use crate::harness::cluster::proxy::Proxy;
 use crate::harness::cluster::seeded::ReferenceState;
 use crate::harness::wire::eventually;
@@ -132,13 +132,12 @@ impl RecordedCluster {
 }
 
 fn command(dir: &TempDir, proxies: &[Proxy], index: usize) -> Command {
-    let mut command = replica_at(proxies[index].address);
-    if index == DURABLE {
-        command
-            .env("GRADESTORE_EPHEMERAL", "false")
-            .args(["--snapshot-interval", "1s", "--data-dir"])
-            .arg(dir.path());
+    let address = proxies[index].address;
+    if index != DURABLE {
+        return replica_at(address);
     }
+    let mut command = replica_with_data(address, dir.path());
+    command.args(["--snapshot-interval", "1s"]);
     command
 }
 

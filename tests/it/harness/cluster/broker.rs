@@ -161,6 +161,15 @@ pub(crate) fn replica_with(nats_url: &str) -> Command {
     command
 }
 
+/// The command of a replica with this `--nats-url` and the data directory `dir`, so that it may
+/// create the stream.
+pub(crate) fn replica_with_data(nats_url: impl ToString, dir: &Path) -> Command {
+    let mut command = replica_with(&nats_url.to_string());
+    command.env("GRADESTORE_EPHEMERAL", "false");
+    command.arg("--data-dir").arg(dir);
+    command
+}
+
 /// An acknowledged write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct AckedWrite {

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::harness::cluster::broker::{NATS_SERVER, STREAM, SUBJECT, replica_with};
+use crate::harness::cluster::broker::{NATS_SERVER, STREAM, SUBJECT, replica_with_data};
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{Process, ReservedPort, collect_output};
@@ -269,10 +269,8 @@ impl NatsCluster {
 
     /// The command of a replica with the data directory `name` and this `--nats-url`.
     pub(crate) fn replica_at(&self, name: &str, nats_url: &str) -> Command {
-        let mut command = replica_with(nats_url);
-        command.env("GRADESTORE_EPHEMERAL", "false");
-        command.args(["--replicas", "3", "--data-dir"]);
-        command.arg(self.dir.path().join(name));
+        let mut command = replica_with_data(nats_url, &self.dir.path().join(name));
+        command.args(["--replicas", "3"]);
         command
     }
 

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use crate::harness::backup_files::{random_store, write_backup_file};
 use crate::harness::cluster::broker::{
     AckedWrite, Broker, FIELDS, LoggedWrite, STREAM, Write, assert_acked_writes_in_log,
-    assert_no_duplicates, parse_batch, replica_at,
+    assert_no_duplicates, parse_batch, replica_with_data,
 };
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::eventually;
@@ -58,10 +58,7 @@ impl SeededCluster {
 
     /// The same with the broker at `address`.
     pub(crate) fn replica_through(&self, name: &str, address: SocketAddr) -> Command {
-        let mut command = replica_at(address);
-        command.env("GRADESTORE_EPHEMERAL", "false");
-        command.arg("--data-dir").arg(self.dir.path().join(name));
-        command
+        replica_with_data(address, &self.dir.path().join(name))
     }
 
     /// Starts the replica that creates the stream.
