@@ -19,10 +19,12 @@ test: ## run all tests; installs missing programs into .tools/
 	tests/install.sh
 # Built together with the simulator, so that both use the same dependencies.
 	cargo build --locked --tests --bins -p gradestore -p gradestore-sim $(TEST_ALL)
-# Two tests per core, because most of them wait for other processes.
-	RUST_TEST_THREADS=$$((2 * $$(nproc))) cargo test --locked $(TEST_ALL)
+# Four tests per core, because most of them wait for other processes.
+	RUST_TEST_THREADS=$$((4 * $$(nproc))) cargo test --locked $(TEST_ALL)
 	target/debug/gradestore-sim --seeds $(SEEDS) --from $(FROM)
-	$(MAKE) load-test dashboards-test compose-test docs-test
+	tests/ops/install.sh
+# In parallel, because they too mostly wait.
+	$(MAKE) --jobs=4 --output-sync=target load-test dashboards-test compose-test docs-test
 
 picture: ## update the README's screenshot of the status page
 	tests/install.sh
