@@ -1,4 +1,4 @@
-//! Measures how fast a replica applies batches of others, against parsing the same messages.
+//! Measures how fast a replica applies the batches of others, compared with parsing the messages.
 //!
 //! The messages are in memory as JetStream stores them: no NATS, no network, no HTTP. `parse`
 //! reads each payload with simd-json and reused buffers into patches with borrowed ids, and drops
@@ -84,7 +84,7 @@ fn read(
     in_flight: &InFlight,
 ) -> (message::BatchHeaders, Batch) {
     let batch = message::read(Some(headers), payload, in_flight);
-    batch.unwrap_or_else(|_| panic!("a message can't be read"))
+    batch.unwrap_or_else(|_| panic!("a message cannot be decoded"))
 }
 
 /// The number of patches that simd-json finds.

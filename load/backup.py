@@ -178,7 +178,7 @@ def compare(args, directory):
     rounds = []
     with filled(directory, path) as node:
         subprocess.run(node.curl_backup(backup), check=True)
-        # The rows in the order of the backup, as input of pigz.
+        # The rows in the order of the backup, as the input of pigz.
         shell(f"zcat {backup} > {text}", directory)
         sizes = {"csv": text.stat().st_size, "backup": backup.stat().st_size,
                  "pigz": int(shell(f"pigz -1 -p2 -c {text} | wc -c", directory)[0])}
@@ -266,10 +266,10 @@ def make_redis_dump(users, directory):
             pipe.stdin.write(commands)
         pipe.stdin.close()
         pipe.wait()
-        said = [subprocess.run([*cli, command], check=True, capture_output=True, text=True).stdout.strip()
-                for command in ("DBSIZE", "SAVE")]
-    if said != [str(users), "OK"]:
-        sys.exit(f"Redis has not taken the records: {said}")
+        replies = [subprocess.run([*cli, command], check=True, capture_output=True, text=True).stdout.strip()
+                   for command in ("DBSIZE", "SAVE")]
+    if replies != [str(users), "OK"]:
+        sys.exit(f"Redis did not store all records: {replies}")
 
 
 # memory
@@ -281,8 +281,8 @@ def memory(args, directory):
         with filled(directory, generated(directory, users)) as node:
             time.sleep(2)
             before = node.rss_mib()
-            print(f"RSS before {before:.1f} MiB; all else is counted from there, so what one backup leaves behind "
-                  "is in the next one's figure")
+            print(f"RSS before {before:.1f} MiB; all figures are relative to it, so memory that one backup retains "
+                  "counts for the next one too")
             grown = 0
             for n in range(1, args.rounds + 1):
                 samples = [node.rss_mib()]
@@ -293,7 +293,7 @@ def memory(args, directory):
                     time.sleep(0.01)
                 took_s = time.monotonic() - began
                 if client.returncode:
-                    sys.exit("the backup broke off")
+                    sys.exit("the backup was aborted")
                 grown = max(grown, max(samples) - before)
                 print(f"  backup {n}: {took_s:.2f} s, {len(samples)} samples, RSS at most {max(samples):.1f} MiB, "
                       f"{max(samples) - before:+.1f} MiB; after it {node.rss_mib() - before:+.1f} MiB", flush=True)
@@ -316,15 +316,15 @@ class Client(threading.Thread):
         self.socket.connect((host, int(port)))
         self.socket.sendall(f"GET /backup HTTP/1.1\r\nHost: node\r\nAuthorization: Basic {AUTH}\r\n\r\n".encode())
         if not self.socket.recv(64).startswith(b"HTTP/1.1 200 "):
-            sys.exit("GET /backup was refused")
-        self.bytes_per_s, self.taken = bytes_per_s, 0
+            sys.exit("GET /backup was rejected")
+        self.bytes_per_s, self.bytes_read = bytes_per_s, 0
         self.stopped = threading.Event()
 
     def run(self):
         every_s = 0.1
         while not self.stopped.wait(every_s):
             if self.bytes_per_s:
-                self.taken += len(self.socket.recv(int(self.bytes_per_s * every_s)))
+                self.bytes_read += len(self.socket.recv(int(self.bytes_per_s * every_s)))
 
     def stop(self):
         self.stopped.set()

@@ -36,8 +36,8 @@ class Drawing:
         self.add("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", stroke=colour)
 
     def add(self, name, content="", **attributes):
-        said = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
-        self.parts.append(f"<{name}{said}>{content}</{name}>")
+        written = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
+        self.parts.append(f"<{name}{written}>{content}</{name}>")
 
     def done(self):
         return "\n".join([*self.parts, "</svg>", ""])

@@ -1,7 +1,7 @@
 #!/bin/sh
 # A cluster on this machine: nats-server and three nodes, each on its own ports. Ctrl-C stops all. The
-# data is in the given directory, or in a temporary one that is removed at the end. If a node exits,
-# the others continue.
+# data is in the directory of the first argument, or in a temporary one that is removed at the end.
+# If a node exits, the others continue.
 #
 # SYNC=always makes nats-server sync every batch before it acknowledges it; see docs/guarantees.md. PROGRAM is
 # a gradestore program; without it, one is built.
@@ -61,14 +61,14 @@ for n in 1 2 3; do
         sleep 0.1
     done
 done
-cat <<SAID
+cat <<MESSAGE
 Three nodes are running; their logs are in $dir. Write on the first, read from the third:
 
   curl -i -u 'admin:$GRADESTORE_PASSWORD' -H 'content-type: application/json' -d '{"user_id":"alice","spp":5}' http://127.0.0.1:18080/set
   curl 'http://127.0.0.1:38081/get?user_id=alice'
 
 The status page of the first is http://127.0.0.1:18082/. Ctrl-C stops all.
-SAID
+MESSAGE
 ended=
 while :; do
     kill -0 "$nats" 2>/dev/null || { echo "nats-server has ended; see $dir/nats.log" >&2; exit 1; }

@@ -41,11 +41,11 @@ MILLION = 1_000_000
 # multiple of the requested turns. Each turn starts once the machine is quiet.
 TRIES = 3
 QUIET_WAIT_S_MAX = 120
-# Distinct users of a run, so that their records do not fit into the cache.
+# The number of distinct users in a run, so that their records do not fit into the cache.
 ASKED = "262144"
-# The mean delay between two requests of a connection where the load is below the maximum.
 # Other kinds of GET /get: see get.lua.
 KINDS = ["proxied", "encoded", "unknown"]
+# The mean delay between two requests of a connection where the load is below the maximum.
 THINK_MS = 3
 
 
@@ -95,11 +95,11 @@ class Files:
         key = users, id_of
         if key not in self.made:
             name = f"{id_of.__name__}-{users}"
-            foreign, own = self.directory / f"{name}-foreign.csv.gz", self.directory / f"{name}.csv.gz"
-            generate.write(foreign, users, id_of)
-            with self.node(foreign) as node:
+            generated, own = self.directory / f"{name}-generated.csv.gz", self.directory / f"{name}.csv.gz"
+            generate.write(generated, users, id_of)
+            with self.node(generated) as node:
                 subprocess.run(node.curl_backup(own), check=True)
-            foreign.unlink()
+            generated.unlink()
             self.made[key] = own
         return self.made[key]
 
@@ -121,10 +121,10 @@ def wait_for_quiet():
 
 
 def in_turns(args, begin):
-    """Turns in which each run is done once, for a second: what they give, by name. There are args.rounds rounds of
-    args.seconds turns. `begin` is handed what starts a server for as long as the round, and gives the runs by name and
-    the servers. One process may be a tenth quicker or slower than the next of the same program for as long as it lives,
-    so where a ratio lies near its demand no two rounds share one."""
+    """The results of all turns. In a turn each run takes one second; a result has the measurements of each run by name.
+    There are args.rounds rounds of args.seconds turns. `begin` gets a function that starts a server for the duration of
+    the round, and returns the runs by name and the servers. Two processes of the same program may differ by a tenth in
+    speed for their whole lifetime, so where a ratio is near its goal, each round has its own processes."""
     counted = []
     for n in range(args.rounds):
         with ExitStack() as stack:
@@ -134,7 +134,7 @@ def in_turns(args, begin):
             turns = (turn(args, n * args.seconds * TRIES + seed, runs, servers) for seed in range(args.seconds * TRIES))
             counted += itertools.islice((row for row in turns if row), args.seconds)
         if len(counted) < (n + 1) * args.seconds:
-            sys.exit("the machine was too busy with other things: no figure")
+            sys.exit("other processes kept the machine busy: no result")
     return counted
 
 
@@ -253,13 +253,13 @@ def fill_redis(to, users, id_of):
         pipe.stdin.write(commands)
     pipe.stdin.close()
     pipe.wait()
-    held = subprocess.run([*cli, "dbsize"], check=True, capture_output=True, text=True).stdout.strip()
-    if held != str(users):
-        sys.exit(f"Redis has not taken the records: {held}")
+    stored = subprocess.run([*cli, "dbsize"], check=True, capture_output=True, text=True).stdout.strip()
+    if stored != str(users):
+        sys.exit(f"Redis did not store all records: {stored}")
 
 
 class Commands:
-    """For its own process."""
+    """A callable that can be sent to another process."""
 
     def __init__(self, id_of):
         self.id_of = id_of
@@ -423,7 +423,7 @@ def machine():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS) + "; all if none is given")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS) + "; default: all")
     parser.add_argument("--rounds", type=int, default=5, help="rounds with their own processes, where a ratio is near its goal")
     parser.add_argument("--seconds", type=int, default=4, help="duration of each run in a round")
     parser.add_argument("--users", type=int, default=10 * MILLION)
@@ -433,7 +433,7 @@ def main():
     args = parser.parse_args()
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:
-        parser.error(f"no part is called {unknown[0]}; there are {', '.join(PARTS)}")
+        parser.error(f"no such part: {unknown[0]}; parts are {', '.join(PARTS)}")
 
     machine()
     with tempfile.TemporaryDirectory(prefix="compare-", dir=args.dir) as directory:

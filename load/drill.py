@@ -93,11 +93,11 @@ class Load:
 
     def listen(self):
         for line in self.child.stdout:
-            said = json.loads(line)
-            if said["what"] == "second":
-                self.seconds.append((time.monotonic(), said))
+            message = json.loads(line)
+            if message["what"] == "second":
+                self.seconds.append((time.monotonic(), message))
             else:
-                self.answers.put(said)
+                self.answers.put(message)
         self.answers.put(None)
 
     def ask(self, command):
@@ -109,7 +109,7 @@ class Load:
         return answer
 
     def phase(self, wait_s=0):
-        """The measurements of the next `seconds`."""
+        """The measurements since the last call, after waiting for `wait_s`."""
         time.sleep(wait_s)
         began, self.phase_began = self.phase_began, time.monotonic()
         return dict(self.ask("phase"), seconds=self.phase_began - began)
@@ -194,9 +194,10 @@ def local_restore(directory, file, ours):
 def same_position(nodes):
     """The status of each node once all are at the same position."""
     while True:
-        said = [node.status() for node in nodes]
-        if len({(status["position"], status["log_end"]) for status in said}) == 1 and not said[0]["lag"]:
-            return said
+        statuses = [node.status() for node in nodes]
+        positions = {(status["position"], status["log_end"]) for status in statuses}
+        if len(positions) == 1 and not statuses[0]["lag"]:
+            return statuses
         time.sleep(0.1)
 
 
@@ -209,7 +210,7 @@ def machine(report, args, script="load/drill.py"):
            f"{platform.system()} {platform.release().split('-')[0]}")
     report(f"{os.cpu_count()} cores of {cpu}, {int(memory) / MIB:.0f} GiB of memory; broker, replicas and load share them")
     load = os.getloadavg()[0]
-    noise = "" if load < LOAD_QUIET else ": others are at work, figures are worse for it"
+    noise = "" if load < LOAD_QUIET else ": other processes use the machine, so the figures are worse"
     report(f"load average before: {load:.2f}{noise}")
     report(f"broker with sync_interval {SYNCS[args.sync]}")
 
@@ -230,7 +231,7 @@ def fill(report, args, directory, broker, stack):
                                              directory / name / "data", *seed))
         took_s = time.monotonic() - began
         report(f"{name} replica ready in {took_s:.2f} s, restored in {node.status()['restore']['duration_s']:.2f} s from "
-               f"{'that, with its first snapshot written' if seed else 'a peer, nobody writing'}")
+               f"{'that, with its first snapshot written' if seed else 'a peer, without other load'}")
         nodes.append(node)
     return nodes
 
@@ -285,7 +286,7 @@ def drill(report, args, directory, stack):
     watch.stop()
     for each in watches:
         each.stop()
-    said = same_position(nodes)
+    statuses = same_position(nodes)
     found = load.ask(f"check {lost.urls['read']}")
     local_quiet = local_restore(directory / "local", file, {**ours, "third": [lost]})
 
@@ -293,16 +294,17 @@ def drill(report, args, directory, stack):
     restore = at.restore
     rss_steady = statistics.median(rss for when, _, rss in watch.samples if when > watch.samples[-1][0] - STEADY_OVER_S)
     report("\nThe third replica loses its disk in each round. While it is down a node without a log restores the backup of a "
-           "peer\nfrom a file, under the same load; then the third is started again. Others are all else on the machine, "
-           "in cores.")
+           "peer\nfrom a file, under the same load; then the third is started again. `others` is the CPU use of other "
+           "processes, in cores.")
     report("round  file, s  others  replica, s  others  replica / file")
     for n, (replica_s, replica_others, until_s, _, _, file_others) in enumerate(rounds, 1):
         report(f"{n:5} {until_s:8.2f} {file_others:7.2f} {replica_s:11.2f} {replica_others:7.2f} {replica_s / until_s:15.2f}")
     ratio = statistics.median(replica_s / until_s for replica_s, _, until_s, *_ in rounds)
-    report(f"median of the rounds' ratios: {ratio:.2f}. All from here on is of the last round.")
-    report(f"\nThe third replica was ended with kill -9, its disk wiped, and it was started {started - killed:.1f} s later.")
+    report(f"median of the rounds' ratios: {ratio:.2f}. The rest of the report is about the last round.")
+    report(f"\nThe third replica was killed with kill -9 and its disk was wiped. It was started {started - killed:.1f} "
+           "s later.")
     report("\nstage                           seconds")
-    for name, took_s in (("starting, asking for a backup", at.asking_s), ("restoring", restore["duration_s"]),
+    for name, took_s in (("starting, requesting a backup", at.requesting_s), ("restoring", restore["duration_s"]),
                          ("catching up", ready_s - at.restored_s), ("ready after", ready_s)):
         report(f"{name:30} {took_s:8.2f}")
     rows = restore["rows"]
@@ -312,18 +314,18 @@ def drill(report, args, directory, stack):
            f"{at.most('buffered_bytes') / 1024:,.0f} KiB")
     report(f"RSS: at most {rss_peak:.0f} MiB, steady {rss_steady:.0f} MiB (median of the last {STEADY_OVER_S} s); the other "
            f"replicas {' and '.join(f'{each.samples[-1][2]:.0f}' for each in watches)} MiB")
-    cpu_said = ", ".join(f"{who} {core_s:.1f}" for who, core_s in used.items())
-    report(f"CPU from start to ready, seconds: {cpu_said}")
+    cpu_by_process = ", ".join(f"{who} {core_s:.1f}" for who, core_s in used.items())
+    report(f"CPU from start to ready, seconds: {cpu_by_process}")
 
     report(f"\nThe backup of a peer, taken in {backup_s:.2f} s, restored from a file into a node without a log; seconds")
     report("                               until ready  restore in it  its CPU  others' cores  third / this")
-    for name, measured in (("under the same load", local), ("nobody writing or reading", local_quiet)):
+    for name, measured in (("under the same load", local), ("without load", local_quiet)):
         until_s, in_s, core_s, cores = measured
         report(f"{name:30} {until_s:11.2f} {in_s:14.2f} {core_s:8.2f} {cores:14.2f} {ready_s / until_s:13.2f}")
     report(f"{'the third replica':30} {ready_s:11.2f} {restore['duration_s']:14.2f} {used['third replica']:8.2f} "
            f"{others_cores:14.2f}")
 
-    report("\nwhat the clients of the other two noticed   a second  errors   p50 ms   p99 ms   max ms")
+    report(f"\n{'requests to the other two':41}   a second  errors   p50 ms   p99 ms   max ms")
     for kind in ("writes", "reads"):
         for name, phase in phases.items():
             row = phase[kind]
@@ -332,21 +334,22 @@ def drill(report, args, directory, stack):
     at.table(report)
 
     report("\nafter the last write")
-    for name, status in zip(NAMES, said, strict=True):
+    for name, status in zip(NAMES, statuses, strict=True):
         report(f"{name:7} position {status['position']}, {status['records']:,} records, digest {status['digest']}")
-    report(f"{found['answered']:,} writes were answered with 204. They set {found['as_set'] + found['missing']:,} fields of "
+    report(f"{found['answered']:,} writes were acknowledged. They set {found['as_set'] + found['missing']:,} fields of "
            f"{found['users']:,} users; on the third replica {found['as_set']:,} are as set, {found['missing']} are not, "
-           f"{found['doubtful']} were in doubt")
+           f"{found['doubtful']} hold a write with an unknown outcome")
     for line in found["shown"]:
         report(f"  {line}")
 
     report()
     rate = min(phase["writes"]["answered"] / phase["seconds"] for phase in phases.values() if phase["seconds"] > 1)
     if rate < RATE_MIN * args.writes_per_s:
-        report(f"note: the replicas, or the machine, did not keep up with the writes; in one phase {rate:.0f} a second")
+        report(f"note: the replicas or the machine did not reach the write rate: {rate:.0f} a second in one phase")
     missed = [
-        report.demand("replicas that differ", len({(each["records"], each["digest"]) for each in said}) - 1, "==", 0, 0),
-        report.demand("answered writes that are missing", found["missing"], "==", 0, 0),
+        report.demand("replicas that differ", len({(status["records"], status["digest"]) for status in statuses}) - 1,
+                      "==", 0, 0),
+        report.demand("acknowledged writes that are missing", found["missing"], "==", 0, 0),
         report.demand("requests that failed", sum(phase[kind]["errors"] for phase in phases.values()
                                                   for kind in ("writes", "reads")), "==", 0, 0),
         report.demand("RSS at most / steady", rss_peak / rss_steady, "<=", RSS_PEAK_TO_STEADY_MAX),
@@ -355,7 +358,7 @@ def drill(report, args, directory, stack):
         missed.append(report.demand("ready / restore from a file under the same load, median", ratio, "<=",
                                     READY_TO_LOCAL_MAX))
     else:
-        report(f"ready / restore from a file: nothing is demanded below {DEMANDED_USERS:,} users and "
+        report(f"ready / restore from a file: no goal below {DEMANDED_USERS:,} users and "
                f"{DEMANDED_WRITES_PER_S:,} writes a second")
     return any(missed), at.picture(args, rss_steady)
 
@@ -369,12 +372,12 @@ class Timeline:
         self.clients = [(when - started, row) for when, row in load.seconds]
         restores = [(when, status["restore"]) for when, status, _ in self.samples if status and status["restore"]]
         if not restores or "http" not in restores[-1][1]["source"]:
-            sys.exit("the replica has not restored a peer's backup")
+            sys.exit("the replica did not restore a peer's backup")
         self.restore = restores[-1][1]
-        # `/status` has the start of the restore; one that was too short to be seen ended when the replica was ready.
-        under_way = [when - restore["duration_s"] for when, restore in restores if restore["stage"] == "restoring"]
-        self.asking_s = min([*under_way, ready_s - self.restore["duration_s"]])
-        self.restored_s = self.asking_s + self.restore["duration_s"]
+        # A restore that was too short to be sampled counts as ending when the replica was ready.
+        starts = [when - restore["duration_s"] for when, restore in restores if restore["stage"] == "restoring"]
+        self.requesting_s = min([*starts, ready_s - self.restore["duration_s"]])
+        self.restored_s = self.requesting_s + self.restore["duration_s"]
 
     def most(self, what):
         return max(status["restore"][what] for _, status, _ in self.samples if status and status["restore"])
@@ -396,7 +399,7 @@ class Timeline:
         known = [(when, status) for when, status, _ in self.samples if status]
         restores = [(when, status["restore"]) for when, status in known if status["restore"]]
         end = self.samples[-1][0]
-        bands = [("starting", 0, self.asking_s), ("restoring", self.asking_s, self.restored_s),
+        bands = [("starting", 0, self.requesting_s), ("restoring", self.requesting_s, self.restored_s),
                  ("catching up", self.restored_s, self.ready_s), ("ready", self.ready_s, end)]
         p99 = {kind: [(when, (row[kind]["p99_us"] or 0) / 1e3) for when, row in self.clients] for kind in ("writes", "reads")}
         return chart.draw(
@@ -417,7 +420,7 @@ def stage_of(status):
     if status is None:
         return "starting"
     if status["state"] == "ready" or not status["restore"]:
-        return status["state"] if status["state"] == "ready" else "asking"
+        return status["state"] if status["state"] == "ready" else "requesting"
     return "restoring" if status["restore"]["stage"] == "restoring" else "catching-up"
 
 

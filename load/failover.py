@@ -60,7 +60,7 @@ STRUCK_S = 15
 ASK_EVERY_S = 0.05
 ASK_S_MAX = 0.5
 EQUAL_S_MAX = 60
-# A user is written again only after the previous write has failed or been acknowledged.
+# So many that a user is written again only after the previous write has failed or been acknowledged.
 USERS = 50_000
 IDS_A_REQUEST = 500
 LEADER_S_MAX = 9
@@ -82,7 +82,7 @@ GONE_AFTER_S = 0.5
 class Write:
     def __init__(self, number, replica, sent):
         self.number, self.replica, self.sent = number, replica, sent
-        self.ended, self.outcome, self.said = None, None, ""
+        self.ended, self.outcome, self.response = None, None, ""
 
 
 class Load:
@@ -123,11 +123,11 @@ class Load:
         ).encode()
         try:
             async with asyncio.timeout(self.args.client_timeout):
-                write.outcome, write.said = await self.exchange(write.replica, request)
+                write.outcome, write.response = await self.exchange(write.replica, request)
         except TimeoutError:
             write.outcome = "timeout"
         except (OSError, EOFError) as error:
-            write.outcome, write.said = "connection", str(error)
+            write.outcome, write.response = "connection", str(error)
         write.ended = time.monotonic()
 
     async def exchange(self, replica, request):
@@ -151,18 +151,18 @@ class Load:
         return int(head.split(b" ", 2)[1]), body.decode()
 
 
-class Looks:
+class ClusterWatch:
     """The stream leader as each server reports it, and the number of consumers."""
 
     def __init__(self, servers):
         self.leaders, self.consumers, self.asking = [], [], []
         for server in servers:
-            self.asking.append(asyncio.create_task(self.look(server, stream_info(), self.leader)))
+            self.asking.append(asyncio.create_task(self.poll(server, stream_info(), self.leader)))
             self.asking.append(
-                asyncio.create_task(self.look(server, consumer_names(), self.consumer))
+                asyncio.create_task(self.poll(server, consumer_names(), self.consumer))
             )
 
-    async def look(self, server, subject, note):
+    async def poll(self, server, subject, note):
         client = Client(server)
         try:
             while True:
@@ -219,7 +219,7 @@ async def start_again(mode, servers, struck):
 
 
 async def counted(nodes):
-    """Reconnects so far and log lines so far, of each replica."""
+    """The number of reconnects and of log lines of each replica so far."""
 
     def now():
         return [
@@ -239,7 +239,7 @@ async def run(mode, servers, nodes, load):
         else leader
     )
     name = f"server-{servers.all.index(leader)}"
-    looks = Looks([server for server in servers.all if server is not struck])
+    watch = ClusterWatch([server for server in servers.all if server is not struck])
     before = await counted(nodes)
     began = time.monotonic()
     strike(mode, servers, struck)
@@ -247,20 +247,20 @@ async def run(mode, servers, nodes, load):
     end_fault(mode, servers, struck)
     await asyncio.sleep(WATCHED_S - STRUCK_S)
     after = await counted(nodes)
-    # Until the last writes have been answered.
+    # Wait for the responses to the last writes.
     sent = [write for write in load.writes if began <= write.sent < began + WATCHED_S]
     while any(write.ended is None for write in sent):
         await asyncio.sleep(0.1)
-    await looks.stop()
-    found = judge(mode, nodes, load, looks, began, name)
+    await watch.stop()
+    found = judge(mode, nodes, load, watch, began, name)
     found["reconnects"] = [int(b[0] - a[0]) for a, b in zip(before, after, strict=True)]
     found["lines"] = [b[1] - a[1] for a, b in zip(before, after, strict=True)]
     await start_again(mode, servers, struck)
     return found
 
 
-def judge(mode, nodes, load, looks, began, old_leader):
-    led_by = [(at - began, leader) for at, leader in looks.leaders if at >= began]
+def judge(mode, nodes, load, watch, began, old_leader):
+    led_by = [(at - began, leader) for at, leader in watch.leaders if at >= began]
     # Isolating a follower does not change the leader.
     new = [at for at, leader in led_by if mode == "isolated" or leader != old_leader]
     leader_s = new[0] if new else None
@@ -297,9 +297,9 @@ def judge(mode, nodes, load, looks, began, old_leader):
         "sent": len(sent),
         "due": WATCHED_S * load.args.writes_per_s,
         "failed": failed,
-        "said": Counter(write.said[:300] for write in sent if write.outcome != 204).most_common(3),
+        "errors": Counter(write.response[:300] for write in sent if write.outcome != 204).most_common(3),
         "longest_s": max((write.ended - write.sent for write in acknowledged), default=None),
-        "consumers": max((count for _, count in looks.consumers), default=None),
+        "consumers": max((count for _, count in watch.consumers), default=None),
     }
 
 
@@ -325,7 +325,7 @@ def show(report, n, found):
 
 
 def late_s(found):
-    """Seconds from the stream having a leader until the last replica accepted a write."""
+    """Seconds from the election of a leader until the last replica acknowledged a write."""
     if found["mode"] not in LEADERLESS or found["leader_s"] is None or None in found["accepted_s"]:
         return None
     return max(0, max(found["accepted_s"]) - found["leader_s"])
@@ -367,15 +367,15 @@ def demands(report, mode, runs):
 
 
 async def equal(nodes):
-    """The status of each once all are ready at one position, or when the time is up."""
+    """The status of each replica once all are ready at the same position, or after the timeout."""
     deadline = time.monotonic() + EQUAL_S_MAX
     while True:
-        said = await asyncio.to_thread(lambda: [node.status() for node in nodes])
-        same = len({(status["position"], status["log_end"]) for status in said}) == 1
+        statuses = await asyncio.to_thread(lambda: [node.status() for node in nodes])
+        same = len({(status["position"], status["log_end"]) for status in statuses}) == 1
         if (
-            same and all(status["state"] == "ready" for status in said)
+            same and all(status["state"] == "ready" for status in statuses)
         ) or time.monotonic() > deadline:
-            return said
+            return statuses
         await asyncio.sleep(0.1)
 
 
@@ -438,9 +438,9 @@ async def measure(report, args, directory, stack):
                 runs.append(await run(mode, servers, nodes, load))
                 show(report, len(runs), runs[-1])
         for found in runs:
-            for said, count in found["said"]:
+            for error, count in found["errors"]:
                 if args.verbose:
-                    report(f"{found['mode']}: {count} x {said}")
+                    report(f"{found['mode']}: {count} x {error}")
         report()
         for mode in args.modes:
             of_mode = [found for found in runs if found["mode"] == mode]
@@ -458,22 +458,22 @@ async def measure(report, args, directory, stack):
         writing.cancel()
         with suppress(asyncio.CancelledError):
             await writing
-    said = await equal(nodes)
+    statuses = await equal(nodes)
     report()
-    for name, status in zip(NAMES, said, strict=True):
+    for name, status in zip(NAMES, statuses, strict=True):
         report(
             f"{name:7} {status['state']}, position {status['position']}, {status['records']} records, digest "
             f"{status['digest']}"
         )
     missed |= report.demand(
-        "different digests", len({status["digest"] for status in said}), "==", 1, 0
+        "different digests", len({status["digest"] for status in statuses}), "==", 1, 0
     )
     outcomes = Counter(str(write.outcome) for write in load.writes)
     report(
         f"{len(load.writes)} writes in all: "
         + ", ".join(f"{count} x {what}" for what, count in outcomes.most_common())
     )
-    ready = [n for n, status in enumerate(said) if status["state"] == "ready"]
+    ready = [n for n, status in enumerate(statuses) if status["state"] == "ready"]
     missed |= report.demand("replicas ready in the end", len(ready), "==", len(nodes), 0)
     if ready:
         users, lost = await asyncio.to_thread(missing, nodes[ready[0]], load.writes)
@@ -509,7 +509,7 @@ def main():
         "--dir",
         type=Path,
         default=ROOT / "target",
-        help="where a directory is made for what they keep",
+        help="parent of the data directories",
     )
     parser.add_argument("--results", type=Path, default=ROOT / "load" / "results")
     args = parser.parse_args()

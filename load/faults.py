@@ -16,20 +16,20 @@ SILENT_S = 8
 FLOOD_HELD_S = 3
 # A port accepts 8,192.
 FLOOD_CONNECTIONS = 9000
-BACKUPS_BROKEN_OFF = 4
+ABORTED_BACKUPS = 4
 BACKUP_BYTES_READ = 200_000
 CONNECT_S_MAX = 5
 CHUNK = 256 * 1024
 
 
-class Way:
+class Proxy:
     """A proxy between a replica and NATS. Either direction can be silenced, connections can be closed, and new ones
     rejected."""
 
     def __init__(self, broker_address):
         self.broker_address = broker_address
         self.open = set()
-        self.refusing = False
+        self.rejecting = False
         self.lock = threading.Lock()
         self.flows = {"to the broker": threading.Event(), "from the broker": threading.Event()}
         self.let_through()
@@ -40,13 +40,13 @@ class Way:
     def accept(self):
         while True:
             client, _ = self.listener.accept()
-            if self.refusing:
+            if self.rejecting:
                 client.close()
                 continue
             try:
                 server = socket.create_connection(self.broker_address)
             except OSError:
-                client.close()  # A broker that is away is one that hangs up.
+                client.close()  # The broker is down.
                 continue
             for each in (client, server):
                 each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -77,13 +77,13 @@ class Way:
             sockets = set(self.open)
         self.end(sockets)
 
-    def refuse(self):
+    def reject(self):
         """Closes all connections, and rejects new ones until `accept_again`."""
-        self.refusing = True
+        self.rejecting = True
         self.cut()
 
     def accept_again(self):
-        self.refusing = False
+        self.rejecting = False
 
     def silence(self, *directions):
         for direction in directions:
@@ -108,24 +108,24 @@ def crash(process):
 class Replica:
     """A node, its proxy to NATS, and its data directory."""
 
-    def __init__(self, name, node, way, data):
-        self.name, self.node, self.way, self.data = name, node, way, data
+    def __init__(self, name, node, proxy, data):
+        self.name, self.node, self.proxy, self.data = name, node, proxy, data
 
 
 def flood(address):
     """Opens more connections than a port accepts."""
-    crowd = []
+    connections = []
     try:
         for _ in range(FLOOD_CONNECTIONS):
             with suppress(OSError):
-                crowd.append(socket.create_connection(address, timeout=CONNECT_S_MAX))
+                connections.append(socket.create_connection(address, timeout=CONNECT_S_MAX))
         time.sleep(FLOOD_HELD_S)
     finally:
-        for each in crowd:
+        for each in connections:
             each.close()
 
 
-def break_off_backup(address):
+def abort_backup(address):
     connection = http.client.HTTPConnection(address, timeout=CONNECT_S_MAX)
     with suppress(OSError, http.client.HTTPException):
         connection.request("GET", "/backup", headers={"Authorization": f"Basic {AUTH}"})
@@ -133,8 +133,8 @@ def break_off_backup(address):
     connection.close()
 
 
-def break_off_backups(address):
-    clients = [threading.Thread(target=break_off_backup, args=(address,)) for _ in range(BACKUPS_BROKEN_OFF)]
+def abort_backups(address):
+    clients = [threading.Thread(target=abort_backup, args=(address,)) for _ in range(ABORTED_BACKUPS)]
     for client in clients:
         client.start()
     for client in clients:
@@ -173,15 +173,15 @@ class Faults:
         elif kind == "hang":
             hang(struck.node)
         elif kind == "cut":
-            struck.way.cut()
+            struck.proxy.cut()
         elif kind == "silent":
-            directions = self.random.choice((["to the broker"], ["from the broker"], list(struck.way.flows)))
-            struck.way.silence(*directions)
+            directions = self.random.choice((["to the broker"], ["from the broker"], list(struck.proxy.flows)))
+            struck.proxy.silence(*directions)
             time.sleep(SILENT_S)
-            struck.way.let_through()
+            struck.proxy.let_through()
             return " and ".join(directions)
         elif kind == "backups":
-            break_off_backups(struck.node.urls["write"].removeprefix("http://"))
+            abort_backups(struck.node.urls["write"].removeprefix("http://"))
         elif kind == "flood":
             host, number = struck.node.urls[port].removeprefix("http://").split(":")
             flood((host, int(number)))

@@ -54,11 +54,11 @@ class Post:
         """The status and body of a response."""
         self.connection.request("POST", "/set", body, HEADERS)
         answer = self.connection.getresponse()
-        said = answer.read()
+        content = answer.read()
         if answer.status != 200:
             # An early error response ends the connection.
             self.connection.close()
-        return answer.status, json.loads(said) if said else {}
+        return answer.status, json.loads(content) if content else {}
 
 
 def lines(users):
@@ -72,7 +72,7 @@ class Writer(threading.Thread):
     def __init__(self, node, number, writers, rate):
         super().__init__(daemon=True)
         self.node, self.users, self.rate = node, itertools.count(number, writers), rate
-        self.created, self.answers, self.first_refusal = [], Counter(), None
+        self.created, self.answers, self.first_rejection = [], Counter(), None
         self.stopped = threading.Event()
 
     def run(self):
@@ -80,14 +80,14 @@ class Writer(threading.Thread):
         for sent in itertools.count(1):
             users = list(itertools.islice(self.users, GROUP))
             try:
-                status, said = post(lines(users))
+                status, reply = post(lines(users))
             except OSError:
-                status, said, post = "none", {}, Post(self.node)
+                status, reply, post = "none", {}, Post(self.node)
             self.answers[status] += 1
             if status == 200:
                 self.created.append(users)
             elif status == 507:
-                self.first_refusal = self.first_refusal or (time.monotonic(), said["detail"])
+                self.first_rejection = self.first_rejection or (time.monotonic(), reply["detail"])
             wait = began + sent * GROUP / self.rate - time.monotonic() if self.rate else 0
             if self.stopped.wait(max(wait, 0)):
                 return
@@ -104,40 +104,40 @@ class Watch(threading.Thread):
         while not self.stopped.wait(SAMPLE_EVERY_S):
             for name, node in self.nodes.items():
                 try:
-                    said = node.status()
+                    status = node.status()
                 except OSError:
                     continue
-                self.samples[name].append((time.monotonic(), said["memory_used_bytes"], memory_mib(node.pid, "VmRSS"),
-                                           said["full"], said["records"]))
+                self.samples[name].append((time.monotonic(), status["memory_used_bytes"], memory_mib(node.pid, "VmRSS"),
+                                           status["full"], status["records"]))
 
     def stop(self):
         self.stopped.set()
         self.join()
 
 
-def until(what, look):
-    """Waits until `look` returns a value without a reason; returns it and the time in seconds."""
+def until(what, poll):
+    """Polls until `poll` returns a value without a reason for waiting; returns the value and the time in seconds."""
     began = time.monotonic()
     while True:
-        found, why_not = look()
+        found, why_not = poll()
         if not why_not:
             return found, time.monotonic() - began
         if time.monotonic() - began > RECOVER_S_MAX:
-            sys.exit(f"not in {RECOVER_S_MAX} s: {what}: {why_not}")
+            sys.exit(f"timed out after {RECOVER_S_MAX} s: {what}: {why_not}")
         time.sleep(0.05)
 
 
 def equal(nodes):
     """The status of the replicas once all are at the same position."""
     def same():
-        said = [node.status() for node in nodes]
-        positions = {(each["position"], each["log_end"]) for each in said}
-        return said, len(positions) > 1 and positions
+        statuses = [node.status() for node in nodes]
+        positions = {(each["position"], each["log_end"]) for each in statuses}
+        return statuses, len(positions) > 1 and positions
     return until("one position", same)[0]
 
 
 def publish_deletes(broker, batches):
-    """Deletes users as any client of NATS may: one batch per message, one after the other."""
+    """Deletes users as another NATS client: one batch per message, one after the other."""
     with socket.create_connection(broker.address, timeout=60) as connection:
         incoming = connection.makefile("rb")
         connection.sendall(b'CONNECT {"verbose":false,"headers":true}\r\nSUB inbox 1\r\n')
@@ -150,19 +150,19 @@ def publish_deletes(broker, batches):
                 if line == b"PING\r\n":
                     connection.sendall(b"PONG\r\n")
                 if not line or line.startswith(b"-ERR"):
-                    sys.exit(f"the broker said {line}")
-            said = json.loads(incoming.readline())
-            if "error" in said:
-                sys.exit(f"the broker said {said}")
+                    sys.exit(f"the broker returned {line}")
+            ack = json.loads(incoming.readline())
+            if "error" in ack:
+                sys.exit(f"the broker returned {ack}")
 
 
-def alert_lead_s(samples, max_bytes, refused_at):
-    """How long before `refused_at` the alert fired, in seconds; negative if it did not."""
+def alert_lead_s(samples, max_bytes, rejected_at):
+    """How long before `rejected_at` the alert fired, in seconds; negative if it did not."""
     since = None
     for at, used, *_ in samples:
         since = (since or at) if used > ALERT_SHARE * max_bytes else None
         if since and at - since >= ALERT_FOR_S:
-            return refused_at - at
+            return rejected_at - at
     return -1
 
 
@@ -183,7 +183,7 @@ def run(report, args, directory, stack):
     if rate is None:
         rate = (max_bytes - idle) / RECORD_BYTES / (FULL_AT * args.seconds)
     report(f"memory limits, MiB: {', '.join(f'{name} {mib}' for name, mib in limits.items())}; idle {idle / MIB:.0f}; "
-           f"{args.writers} writers, {f'{rate:,.0f} new users a second' if rate else 'as quick as they can be'}")
+           f"{args.writers} writers, {f'{rate:,.0f} new users a second' if rate else 'as fast as possible'}")
 
     watch = Watch(nodes)
     watch.start()
@@ -193,7 +193,7 @@ def run(report, args, directory, stack):
     for writer in writers:
         writer.start()
     time.sleep(args.seconds)
-    # Known users are updated all the time.
+    # Updates of existing users must still be accepted.
     update = [Post(node)(lines(writers[0].created[0])) for node in nodes.values()]
     creates = [Post(node)(lines([-1]))[0] for node in nodes.values()]
     for writer in writers:
@@ -204,33 +204,34 @@ def run(report, args, directory, stack):
 
     created = [batch for writer in writers for batch in writer.created]
     users = sum(map(len, created))
-    first = min((writer.first_refusal for writer in writers if writer.first_refusal), default=None)
+    first = min((writer.first_rejection for writer in writers if writer.first_rejection), default=None)
     alive = sum(node.child.poll() is None for node in nodes.values())
-    said = equal(nodes.values())
-    report(f"\n{users:,} users were created; the first refusal came after "
-           f"{first[0] - began:.1f} s: {first[1]}" if first else "\nnothing was refused")
+    statuses = equal(nodes.values())
+    report(f"\n{users:,} users were created; the first rejection came after "
+           f"{first[0] - began:.1f} s: {first[1]}" if first else "\nno write was rejected")
     answers = sum((writer.answers for writer in writers), Counter())
     report("answers by status: " + ", ".join(f"{count:,} x {status}" for status, count in answers.most_common()))
     report(f"{'replica':9} {'limit':>7} {'most in use':>12} {'most resident':>14}  MiB; records")
     most = {}
-    for (name, node), status in zip(nodes.items(), said, strict=True):
+    for (name, node), status in zip(nodes.items(), statuses, strict=True):
         used, rss = (max(sample[n] for sample in watch.samples[name]) for n in (1, 2))
         most[name] = used
         report(f"{name:9} {limits[name]:7} {used / MIB:12.1f} {rss:14.1f}  {status['records']:,}, digest {status['digest']}")
     full_at = next((at for at, *_, full, _ in watch.samples[smallest] if full), None)
     if full_at and first:
-        report(f"the {smallest} replica said that it is full {full_at - began:.1f} s after the start, and nobody created a "
-               f"user {max((at for name in nodes for at, *_ in changes(watch.samples[name])), default=began) - full_at:.1f} s later")
+        last_at = max((at for name in nodes for at, *_ in changes(watch.samples[name])), default=began)
+        report(f"the {smallest} replica reported that it was full {full_at - began:.1f} s after the start; the last "
+               f"user was created {last_at - full_at:.1f} s later")
     overshoot = (most[smallest] - max_bytes) / MIB
     report(f"overshoot of the {smallest} replica: {overshoot:.1f} MiB, {overshoot * MIB / max_bytes:.1%} of its limit")
     lead = alert_lead_s(watch.samples[smallest], max_bytes, first[0]) if first else -1
-    report(f"the alert (above {ALERT_SHARE} for {ALERT_FOR_S} s) had fired {lead:.1f} s before the first refusal")
+    report(f"the alert (above {ALERT_SHARE} for {ALERT_FOR_S} s) had fired {lead:.1f} s before the first rejection")
 
     if not first:
         return True
 
     # kill -9 of all at once.
-    held = [(each["records"], each["digest"]) for each in said]
+    held = [(each["records"], each["digest"]) for each in statuses]
     for node in nodes.values():
         node.kill()
     for node in nodes.values():
@@ -266,15 +267,16 @@ def run(report, args, directory, stack):
     report()
     missed = [
         report.demand("replicas that ended by themselves", len(nodes) - alive, "==", 0, 0),
-        report.demand("writers that were refused", sum(bool(writer.first_refusal) for writer in writers), "==", args.writers, 0),
-        report.demand("replicas that refuse a new user", creates.count(507), "==", 3, 0),
+        report.demand("writers with a rejected write", sum(bool(writer.first_rejection) for writer in writers),
+                      "==", args.writers, 0),
+        report.demand("replicas that reject a new user", creates.count(507), "==", 3, 0),
         report.demand("replicas that accept updates", [status for status, _ in update].count(200), "==", 3, 0),
         report.demand("overshoot, share of the limit", overshoot * MIB / max_bytes, "<=", args.overshoot_max),
         report.demand("replicas with other records after kill -9", sum(each != held[0] for each in held + back), "==", 0, 0),
         report.demand("replicas that differ in the end", len({each["digest"] for each in end}) - 1, "==", 0, 0),
     ]
     if rate and args.seconds >= ALERT_SECONDS_MIN:
-        missed.append(report.demand("seconds from the alert to the first refusal", lead, ">=", 0, 1))
+        missed.append(report.demand("seconds from the alert to the first rejection", lead, ">=", 0, 1))
     return any(missed)
 
 

@@ -53,7 +53,7 @@ class Probe(threading.Thread):
                 if answer.status != 200 or not re.search(self.wanted, self.last_body):
                     raise ValueError(f"{answer.status} {self.last_body[:200]}")
                 if self.keep and answer.will_close:
-                    raise ConnectionError("the node ends the kept connection")
+                    raise ConnectionError("the node closed the keep-alive connection")
                 self.took_ms.append((time.monotonic() - began) * 1e3)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 self.failures.append(f"{type(error).__name__}: {error}")
@@ -105,7 +105,7 @@ def keep_connections_open(address, size, opens_per_s, byte_every_s, stop, opened
                 client.send(SLOW_HEADER[at:at + 1] or b"x")
                 progress[client] = at + 1
             except OSError:
-                pass  # Not connected yet, or cut: the selector says so.
+                pass  # Not connected yet, or closed: the selector reports which.
             due.append(client)
 
         for key, _ in selector.select(max(0, tick_ends - time.monotonic())):
@@ -167,9 +167,9 @@ def main():
     stop = multiprocessing.Event()
     opened, cut = multiprocessing.Value("q"), multiprocessing.Value("q")
     # In its own process, so that Python's GIL does not slow the probes.
-    crowding = multiprocessing.Process(target=crowd, daemon=True, args=(
+    opener = multiprocessing.Process(target=keep_connections_open, daemon=True, args=(
         args.read, args.connections, args.opens, args.byte_every, stop, opened, cut))
-    for child in (crowding, *probes):
+    for child in (opener, *probes):
         child.start()
 
     ends = time.monotonic() + args.connections / args.opens + args.seconds
@@ -181,7 +181,7 @@ def main():
     print(f"RSS during {rss_mib(args.pid)}; {opened.value} connections opened, {cut.value} cut by the node, "
           f"at most {open_max} open at once")
     stop.set()
-    crowding.join()
+    opener.join()
     time.sleep(2)
     for probe in probes:
         probe.stopped.set()

@@ -39,15 +39,15 @@ def port(node, name):
     return node.urls[name].rsplit(":", 1)[1]
 
 
-def kept(file, command, env=None):
+def run_and_save(file, command, env=None):
     """Runs a command from the top of the repository and saves its output."""
     settings = "".join(f"{name}={value} " for name, value in (env or {}).items())
-    said = subprocess.run(command, cwd=ROOT, env=os.environ | {"GRADESTORE_PASSWORD": PASSWORD} | (env or {}),
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"GRADESTORE_PASSWORD": PASSWORD} | (env or {}),
                           stdout=subprocess.PIPE, text=True)
-    text = f"$ {settings}{shlex.join(command)}\n\n{said.stdout}\n"
+    text = f"$ {settings}{shlex.join(command)}\n\n{done.stdout}\n"
     print(text, flush=True)
     file.write(text)
-    return said
+    return done
 
 
 def k6(script, clusters):
@@ -56,8 +56,9 @@ def k6(script, clusters):
     with open(RESULTS / f"k6-{script}.txt", "w") as file:
         for nodes in clusters:
             addresses = ",".join(f"127.0.0.1:{port(node, 'write')}/{port(node, 'read')}" for node in nodes)
-            said = kept(file, [K6, "run", "--quiet", f"load/k6/{script}.js"], {"NODES": addresses, **SCRIPTS[script]})
-            failed |= said.returncode != 0
+            settings = {"NODES": addresses, **SCRIPTS[script]}
+            done = run_and_save(file, [K6, "run", "--quiet", f"load/k6/{script}.js"], settings)
+            failed |= done.returncode != 0
     return failed
 
 
@@ -71,15 +72,15 @@ def oha(clusters, directory):
         for nodes in clusters:
             urls = directory / f"zipf-{len(nodes)}.txt"
             generate.write_urls(urls, 10 * USERS, USERS, ZIPF, generate.user_id, [node.urls["read"] for node in nodes])
-            said = kept(reads, [*rate, "-q", "2000", "--urls-from-file", str(urls.relative_to(ROOT))])
-            failed |= statuses(said) != ["200"]
-            said = kept(writes, [*rate, "-q", "1000", *write, f"{nodes[0].urls['write']}/set"])
-            failed |= statuses(said) != ["204"]
+            done = run_and_save(reads, [*rate, "-q", "2000", "--urls-from-file", str(urls.relative_to(ROOT))])
+            failed |= statuses(done) != ["200"]
+            done = run_and_save(writes, [*rate, "-q", "1000", *write, f"{nodes[0].urls['write']}/set"])
+            failed |= statuses(done) != ["204"]
     return failed
 
 
-def statuses(said):
-    return re.findall(r"\[(\d+)\] \d+ responses", said.stdout)
+def statuses(done):
+    return re.findall(r"\[(\d+)\] \d+ responses", done.stdout)
 
 
 def main():
@@ -88,7 +89,7 @@ def main():
     args = parser.parse_args()
     what = args.what or [*SCRIPTS, "oha"]
     if unknown := set(what) - {*SCRIPTS, "oha"}:
-        parser.error(f"{', '.join(unknown)}: give some of {', '.join([*SCRIPTS, 'oha'])}")
+        parser.error(f"no such script: {', '.join(unknown)}; scripts are {', '.join([*SCRIPTS, 'oha'])}")
     failed = 0
     with tempfile.TemporaryDirectory(prefix="k6-", dir=ROOT / "target") as directory:
         directory = Path(directory)
@@ -100,8 +101,8 @@ def main():
             records = ("--restore-from", directory / "grades.csv.gz")
             alone = stack.enter_context(Node(homes[0], "--data-dir", homes[0] / "data", *records))
             broker = stack.enter_context(Broker(directory / "nats", "default"))
-            three = [stack.enter_context(Node(home, "--nats-url", broker.url, "--data-dir", home / "data", *given))
-                     for home, given in zip(homes[1:], (records, (), ()))]
+            three = [stack.enter_context(Node(home, "--nats-url", broker.url, "--data-dir", home / "data", *seed))
+                     for home, seed in zip(homes[1:], (records, (), ()))]
             clusters = ([alone], three)
             for name in what:
                 failed |= oha(clusters, directory) if name == "oha" else k6(name, clusters)

@@ -150,7 +150,7 @@ fn grade(user: u64) -> String {
     json(user, &all)
 }
 
-/// Not with the library that is being tested.
+/// Written here, because the library is what is tested.
 fn json(user: u64, fields: &[(usize, i64)]) -> String {
     let mut json = format!(r#"{{"{USER_ID}":"{}""#, user_id(user));
     for (field, value) in fields {
@@ -176,7 +176,7 @@ async fn expect(
             String::from_utf8_lossy(got)
         )
         .into()),
-        Err(error) => Err(format!("{}: no answer: {error}", shown(request)).into()),
+        Err(error) => Err(format!("{}: no response: {error}", shown(request)).into()),
     }
 }
 

@@ -5,7 +5,7 @@ import json
 import time
 from contextlib import suppress
 
-from faults import Way
+from faults import Proxy
 from measure import Broker, free_port
 
 STREAM = "GRADES"
@@ -23,7 +23,7 @@ class Servers:
         # Gossip would bypass the proxies, so each server advertises an address without a listener.
         nowhere = free_port()
         self.links = {
-            (source, target): Way(("127.0.0.1", ports[target]))
+            (source, target): Proxy(("127.0.0.1", ports[target]))
             for source in range(SERVERS)
             for target in range(SERVERS)
             if proxied and source != target
@@ -46,7 +46,7 @@ class Servers:
     def isolate(self, server):
         for (source, target), link in self.links.items():
             if server in (self.all[source], self.all[target]):
-                link.refuse()
+                link.reject()
 
     def heal(self):
         for link in self.links.values():
@@ -86,7 +86,7 @@ class Client:
                     elif line.startswith(b"MSG"):
                         return json.loads((await reader.readexactly(int(line.split()[-1]) + 2)))
         except (OSError, EOFError, TimeoutError, asyncio.IncompleteReadError):
-            # A late response must not be taken for the response to the next request.
+            # A late response must not be mistaken for the response to the next request.
             self.close()
             return None
 

@@ -32,16 +32,16 @@ from pathlib import Path
 import chart
 import generate
 from drill import NAMES, Load, Report, machine
-from faults import Faults, Replica, Way
+from faults import Faults, Proxy, Replica
 from measure import PASSWORD, BUILT, ROOT, SYNCS, Broker, Node, own_cpu_s
 from watch import BROKERS, SETTLED_AFTER_S, WHAT, Watch, thinned
 
 GROWTH_MAX = 1.1
-# Smaller values than these may vary by more than a tenth: file descriptors, threads, or MiB.
+# Smaller increases are ignored: file descriptors, threads, or MiB.
 GROWTH_IGNORED = 2
 BACKUP_EVERY_S = 20
 RECOVER_S_MAX = 120
-LOOK_EVERY_S = 0.1
+POLL_EVERY_S = 0.1
 # The connection over which another replica copied a backup is kept for 75 s.
 CLOSED_S_MAX = 90
 FILES_SHOWN_MAX = 300
@@ -54,7 +54,7 @@ class Backups(threading.Thread):
     def __init__(self, replicas, file, seed):
         super().__init__(daemon=True)
         self.replicas, self.file, self.random = replicas, file, random.Random(seed)
-        self.whole, self.failed, self.wrong = 0, 0, []
+        self.verified, self.failed, self.invalid = 0, 0, []
         self.stopped = threading.Event()
 
     def run(self):
@@ -64,13 +64,13 @@ class Backups(threading.Thread):
             taken = subprocess.run([BUILT / "gradestore", "backup", "--from", url, "-o", self.file], env=environment,
                                    capture_output=True)
             if taken.returncode:
-                self.failed += 1  # A fault struck it; it must say so.
+                self.failed += 1  # A fault aborted it, and the command reported that.
                 continue
-            verified = subprocess.run([BUILT / "gradestore", "verify", self.file], capture_output=True, text=True)
-            if verified.returncode:
-                self.wrong.append(verified.stderr)
+            verify = subprocess.run([BUILT / "gradestore", "verify", self.file], capture_output=True, text=True)
+            if verify.returncode:
+                self.invalid.append(verify.stderr)
             else:
-                self.whole += 1
+                self.verified += 1
 
     def stop(self):
         self.stopped.set()
@@ -84,12 +84,13 @@ def fill(args, directory, broker, stack):
     replicas = []
     for name in NAMES:
         (directory / name).mkdir()
-        way = Way(broker.address)
+        proxy = Proxy(broker.address)
         data = directory / name / "data"
         seed = ["--restore-from", records] if not replicas else []
-        node = stack.enter_context(Node(directory / name, "--nats-url", way.url, "--data-dir", data, "--log-retention",
-                                        args.log_retention, "--snapshot-interval", args.snapshot_interval, *seed))
-        replicas.append(Replica(name, node, way, data))
+        node = stack.enter_context(Node(directory / name, "--nats-url", proxy.url, "--data-dir", data,
+                                        "--log-retention", args.log_retention,
+                                        "--snapshot-interval", args.snapshot_interval, *seed))
+        replicas.append(Replica(name, node, proxy, data))
     return replicas
 
 
@@ -100,19 +101,19 @@ def until_ready(replicas, since):
             if replica.node.child.poll() is not None:
                 sys.exit(f"the {replica.name} replica ended: {replica.node.log.read_text()[-2000:]}")
         if time.monotonic() - since > RECOVER_S_MAX:
-            said = [(replica.name, replica.node.ask("/status")) for replica in replicas]
-            sys.exit(f"not ready again in {RECOVER_S_MAX} s: {said}")
+            statuses = [(replica.name, replica.node.ask("/status")) for replica in replicas]
+            sys.exit(f"not ready after {RECOVER_S_MAX} s: {statuses}")
         time.sleep(0.05)
     return time.monotonic() - since
 
 
-def strike(args, replicas, faults, beside, began):
+def strike(args, replicas, faults, watchers, began):
     """Injects the faults at their times; returns their descriptions."""
     struck = []
     for due in range(args.fault_every, args.seconds - args.fault_every + 1, args.fault_every):
         time.sleep(max(0, began + due - time.monotonic()))
-        if not all(thread.is_alive() for thread in beside):
-            sys.exit("what watches has ended")
+        if not all(thread.is_alive() for thread in watchers):
+            sys.exit("a thread that watches the replicas has ended")
         kind, whom = faults.next()
         at = time.monotonic() - began
         more = faults.strike(kind, whom)
@@ -130,13 +131,13 @@ def settle(replicas):
     """The status of each replica once all are at the same position."""
     deadline = time.monotonic() + RECOVER_S_MAX
     while True:
-        said = [replica.node.status() for replica in replicas]
-        same = len({(status["position"], status["log_end"]) for status in said}) == 1
-        if same and not said[0]["lag"] and all(status["state"] == "ready" for status in said):
-            return said
+        statuses = [replica.node.status() for replica in replicas]
+        same = len({(status["position"], status["log_end"]) for status in statuses}) == 1
+        if same and not statuses[0]["lag"] and all(status["state"] == "ready" for status in statuses):
+            return statuses
         if time.monotonic() > deadline:
-            sys.exit(f"not at one position: {said}")
-        time.sleep(LOOK_EVERY_S)
+            sys.exit(f"not at the same position after {RECOVER_S_MAX} s: {statuses}")
+        time.sleep(POLL_EVERY_S)
 
 
 def left_open(replica):
@@ -150,7 +151,7 @@ def left_open(replica):
         time.sleep(0.1)
 
 
-def tell_faults(report, struck):
+def report_faults(report, struck):
     report("\nfault         times  all ready again after, s: median   most")
     for kind in Faults.KINDS:
         took_s = [each["recovered_s"] for each in struck if each["kind"] == kind]
@@ -158,30 +159,31 @@ def tell_faults(report, struck):
             report(f"{kind:13} {len(took_s):5} {statistics.median(took_s):34.2f} {max(took_s):6.2f}")
 
 
-def tell_growth(report, watch, load, seconds):
-    """Prints the parts of the time side by side; returns the missed goals."""
+def report_growth(report, watch, load, seconds):
+    """Prints the medians of each quarter; returns the missed goals."""
     quarters = [(seconds * n / 4, seconds * (n + 1) / 4) for n in range(4)]
-    report(f"\nmedians of each quarter of the time, without the first {SETTLED_AFTER_S} s of each process's life")
+    report(f"\nmedians of each quarter of the time, without the first {SETTLED_AFTER_S} s of each process")
     report(f"{'process':8}{'':18} {'1st':>8} {'2nd':>8} {'3rd':>8} {'4th':>8}  4th / 2nd")
     missed = []
     for name in watch.samples:
         processes, longest_s = watch.lives(name)
-        report(f"{name}: {processes} process{'es' if processes > 1 else ''}, the longest seen for {longest_s / 60:.0f} min")
+        report(f"{name}: {processes} process{'es' if processes > 1 else ''}, the longest sampled for "
+               f"{longest_s / 60:.0f} min")
         demanded = BROKERS if name == "broker" else WHAT
         for what, key in demanded.items():
             medians = [watch.settled(name, key or WHAT[what], *quarter) for quarter in quarters]
             before, after = medians[1], medians[3]
-            said = " ".join("       -" if median is None else f"{median:8.1f}" for median in medians)
+            columns = " ".join("       -" if median is None else f"{median:8.1f}" for median in medians)
             if not key:
-                report(f"{'':8}{what:19}{said}")
+                report(f"{'':8}{what:19}{columns}")
                 continue
             if before is None or after is None:
-                report(f"{'':8}{what:19}{said}  too little was seen")
+                report(f"{'':8}{what:19}{columns}  too few samples")
                 missed.append(True)
                 continue
             ratio = after / before if before else 1
             flat = ratio <= GROWTH_MAX or after - before <= GROWTH_IGNORED
-            report(f"{'':8}{what:19}{said} {ratio:10.3f}{'' if flat else '  GROWS'}")
+            report(f"{'':8}{what:19}{columns} {ratio:10.3f}{'' if flat else '  GROWS'}")
             missed.append(not flat)
     around = {"load average of the machine": watch.load_averages}
     for kind in ("writes", "reads"):
@@ -191,11 +193,11 @@ def tell_growth(report, watch, load, seconds):
     for title, points in around.items():
         medians = [statistics.median(value for at, value in points if begin <= at < end) for begin, end in quarters]
         report(f"{title:27}" + " ".join(f"{median:8.2f}" for median in medians))
-    report("\nwhat the nodes said of themselves, median and most: in the 2nd quarter, in the 4th one")
+    report("\nmetrics of the nodes, median and maximum: in the 2nd quarter, in the 4th")
     for name in NAMES:
         parts = []
         for key in ("connections", "requests", "queued", "buffered", "backups"):
-            (was, was_most), (now, now_most) = (watch.said_most(name, key, *quarters[n]) for n in (1, 3))
+            (was, was_most), (now, now_most) = (watch.median_and_max(name, key, *quarters[n]) for n in (1, 3))
             parts.append(f"{key} {was:.0f} {was_most:.0f}, {now:.0f} {now_most:.0f}")
         report(f"{name:8}{'; '.join(parts)}")
     return missed
@@ -205,7 +207,7 @@ def picture(args, watch, load, struck, began):
     panels = [
         ("RSS of the replicas, MiB", watch.lines(NAMES, "rss_mib")),
         ("RSS of the broker, MiB", watch.lines(["broker"], "rss_mib")),
-        (f"file descriptors (what a crowd adds beyond {FILES_SHOWN_MAX} is cut off)",
+        (f"file descriptors (cut off above {FILES_SHOWN_MAX})",
          watch.lines(watch.samples, "files", FILES_SHOWN_MAX)),
         ("threads", watch.lines(watch.samples, "threads")),
         ("data directories of the replicas, MiB", watch.lines(NAMES, "disk_mib")),
@@ -213,13 +215,13 @@ def picture(args, watch, load, struck, began):
     ]
     for title, combine, value in (
             ("answered a second", statistics.mean, lambda row: row["answered"]),
-            (f"p99 of the clients, ms (beyond {P99_SHOWN_MS_MAX} cut off)", statistics.median,
+            (f"p99 of the clients, ms (cut off above {P99_SHOWN_MS_MAX})", statistics.median,
              lambda row: min((row["p99_us"] or 0) / 1e3, P99_SHOWN_MS_MAX))):
         panels.append((title, {kind: thinned([((when - began) / 60, value(row[kind])) for when, row in load.seconds],
                                              combine) for kind in ("writes", "reads")}))
     marks = {kind: [(each["at"] / 60, (each["over"] + each["recovered_s"]) / 60) for each in struck
                     if each["kind"] == kind] for kind in Faults.KINDS}
-    return chart.draw(f"A fault every {args.fault_every} s beside {args.writes_per_s:,} writes and {args.reads_per_s:,} "
+    return chart.draw(f"A fault every {args.fault_every} s under {args.writes_per_s:,} writes and {args.reads_per_s:,} "
                       f"reads a second", (0, args.seconds / 60), [], panels, axis="minutes", marks=marks)
 
 
@@ -241,35 +243,37 @@ def soak(report, args, directory, stack):
     watch.stop()
     done = load.ask("stop")
     ready_s = until_ready(replicas, time.monotonic())
-    said = settle(replicas)
+    statuses = settle(replicas)
     found = [load.ask(f"check {replica.node.urls['read']}") for replica in replicas]
     load.__exit__()
     still_open = [left_open(replica) for replica in replicas]
 
-    tell_faults(report, struck)
-    missed = tell_growth(report, watch, load, args.seconds)
-    report(f"\nbackups: {backups.whole} whole and verified, {backups.failed} said that they failed, {len(backups.wrong)} wrong")
-    for why in backups.wrong[:5]:
-        report(f"  {why}")
+    report_faults(report, struck)
+    missed = report_growth(report, watch, load, args.seconds)
+    report(f"\nbackups: {backups.verified} verified, {backups.failed} aborted with an error, "
+           f"{len(backups.invalid)} invalid")
+    for error in backups.invalid[:5]:
+        report(f"  {error}")
     for kind in ("writes", "reads"):
         row = done[kind]
-        report(f"{kind}: {row['answered']:,} answered, {row['errors']:,} not, while faults struck; p50 "
+        report(f"{kind}: {row['answered']:,} succeeded and {row['errors']:,} failed during the faults; p50 "
                f"{row['p50_us'] / 1e3:.2f} ms, p99 {row['p99_us'] / 1e3:.2f} ms, at most {row['max_us'] / 1e3:.0f} ms")
-    report(f"this script, its proxies too, took {own_s / args.seconds:.2f} cores")
+    report(f"this script and its proxies used {own_s / args.seconds:.2f} cores")
     report(f"\nafter the last write all were ready in {ready_s:.2f} s")
-    for replica, status, held in zip(replicas, said, found, strict=True):
-        report(f"{replica.name:7} position {status['position']}, {status['records']:,} records, digest {status['digest']}; of "
-               f"{held['answered']:,} answered writes' fields {held['as_set']:,} are as set, {held['doubtful']} hold a write "
-               f"whose outcome was unknown, {held['missing']} are missing")
+    for replica, status, held in zip(replicas, statuses, found, strict=True):
+        report(f"{replica.name:7} position {status['position']}, {status['records']:,} records, digest "
+               f"{status['digest']}; {held['answered']:,} writes were acknowledged: {held['as_set']:,} "
+               f"fields are as set, {held['doubtful']} hold a write with an unknown outcome, {held['missing']} are missing")
         for line in held["shown"]:
             report(f"  {line}")
     report()
     missed += [
-        report.demand("figures that grow", sum(missed), "==", 0, 0),
-        report.demand("replicas that differ", len({(each["records"], each["digest"]) for each in said}) - 1, "==", 0, 0),
-        report.demand("answered writes that are missing", sum(each["missing"] for each in found), "==", 0, 0),
-        report.demand("backups that are wrong", len(backups.wrong), "==", 0, 0),
-        report.demand("connections open after their clients have gone", sum(still_open), "==", 0, 0),
+        report.demand("metrics that grow", sum(missed), "==", 0, 0),
+        report.demand("replicas that differ", len({(status["records"], status["digest"]) for status in statuses}) - 1,
+                      "==", 0, 0),
+        report.demand("acknowledged writes that are missing", sum(each["missing"] for each in found), "==", 0, 0),
+        report.demand("invalid backups", len(backups.invalid), "==", 0, 0),
+        report.demand("connections open after their clients have disconnected", sum(still_open), "==", 0, 0),
     ]
     return any(missed), picture(args, watch, load, struck, began)
 

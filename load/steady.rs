@@ -33,8 +33,8 @@ mod ledger;
 
 /// Between two attempts to reach a node.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
-/// With this status nothing was written.
-const REFUSED: u16 = 503;
+/// A write with this status was rejected, and is not stored.
+const REJECTED: u16 = 503;
 /// `load/generate.py` adds a suffix to these users' ids.
 const ODD: u64 = 1000;
 const ODD_REST: u64 = 7;
@@ -90,20 +90,20 @@ impl Measured {
 
     fn end_second(&mut self) -> Value {
         let mut second_us = std::mem::take(&mut self.second_us);
-        let said = self.said(&mut second_us);
+        let summary = self.summary(&mut second_us);
         self.phase_us.append(&mut second_us);
-        said
+        summary
     }
 
     fn end_phase(&mut self) -> Value {
         self.phase_us.append(&mut self.second_us);
         let mut phase_us = std::mem::take(&mut self.phase_us);
-        let said = self.said(&mut phase_us);
+        let summary = self.summary(&mut phase_us);
         self.errors = 0;
-        said
+        summary
     }
 
-    fn said(&self, took_us: &mut [u32]) -> Value {
+    fn summary(&self, took_us: &mut [u32]) -> Value {
         took_us.sort_unstable();
         let at = |share: f64| {
             let index = (took_us.len() as f64 * share) as usize;
@@ -158,7 +158,7 @@ async fn run(args: &'static Args) -> Result<(), Error> {
         let command = tokio::select! {
             _ = seconds.tick(), if !load.is_empty() => {
                 let mut state = state.borrow_mut();
-                say("second", state.writes.end_second(), state.reads.end_second())?;
+                print_measured("second", state.writes.end_second(), state.reads.end_second())?;
                 continue;
             }
             command = commands.recv() => command,
@@ -199,10 +199,10 @@ fn commands() -> mpsc::UnboundedReceiver<String> {
 
 fn end_phase(state: &Shared) -> Result<(), Error> {
     let mut state = state.borrow_mut();
-    say("phase", state.writes.end_phase(), state.reads.end_phase())
+    print_measured("phase", state.writes.end_phase(), state.reads.end_phase())
 }
 
-fn say(what: &str, writes: Value, reads: Value) -> Result<(), Error> {
+fn print_measured(what: &str, writes: Value, reads: Value) -> Result<(), Error> {
     print(&json!({ "what": what, "writes": writes, "reads": reads }))
 }
 
@@ -351,10 +351,10 @@ async fn ask(
         error,
     })?;
     if status != wanted {
-        let said = String::from_utf8_lossy(body);
+        let body = String::from_utf8_lossy(body);
         return Err(Failed {
-            unknown: status != REFUSED,
-            error: format!("{url}: {status} {said}").into(),
+            unknown: status != REJECTED,
+            error: format!("{url}: {status} {body}").into(),
         });
     }
     *connection = Some(open);

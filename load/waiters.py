@@ -57,7 +57,7 @@ def ask(readers, position):
         reader.sendall(request)
 
 
-def refused(readers):
+def await_rejections(readers):
     """Reads a response from each, which must be 503; returns the seconds until the last one."""
     began = time.monotonic()
     with selectors.DefaultSelector() as selector:
@@ -104,12 +104,14 @@ def main():
                 cpu_with, rate_with = turn(node, writer, args.seconds)
                 if waiting(node) < args.waiters:
                     sys.exit("reads were answered before the turn ended: try fewer --seconds")
-                refused(readers)
+                await_rejections(readers)
                 ratios.append(cpu_with / cpu)
                 print(f"{number:5}  {cpu:10.1f}  {cpu_with:12.1f}  {ratios[-1]:5.2f}  {rate:8.0f}  {rate_with:12.0f}", flush=True)
             if not args.no_farthest:
                 ask(readers, FARTHEST)
-                print(f"{args.waiters} reads with Grade-Position {FARTHEST}: the last 503 came {refused(readers):.2f} s after the last request")
+                took_s = await_rejections(readers)
+                print(f"{args.waiters} reads with Grade-Position {FARTHEST}: the last 503 arrived {took_s:.2f} s after "
+                      "the last request")
     what = f"CPU of a write with {args.waiters} waiting reads / without"
     return measure.demand(what, statistics.median(ratios), "<=", RATIO_MAX)
 

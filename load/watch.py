@@ -38,13 +38,13 @@ def thinned(points, combine):
 
 def disk_mib(directory):
     """The size of its files, without those that are removed meanwhile."""
-    taken = 0
+    used_bytes = 0
     for path in directory.rglob("*"):
         try:
-            taken += path.stat().st_blocks * 512 if path.is_file() else 0
+            used_bytes += path.stat().st_blocks * 512 if path.is_file() else 0
         except OSError:
             pass
-    return taken / MIB
+    return used_bytes / MIB
 
 
 def metrics(node):
@@ -69,7 +69,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.processes, self.began = processes, began
         self.samples = {name: [] for name in processes}
-        self.said = {name: [] for name in processes}
+        self.node_metrics = {name: [] for name in processes}
         self.first_seen = {}
         self.load_averages = []
         self.stopped = threading.Event()
@@ -92,19 +92,19 @@ class Watch(threading.Thread):
                     found["write_bytes"] = found["disk_mib"] * MIB / held if held else None
                     continue
                 try:
-                    self.said[name].append((now, metrics(process)))
+                    self.node_metrics[name].append((now, metrics(process)))
                 except OSError:
-                    pass  # It hangs, or does not listen yet.
+                    pass  # It is stopped, or does not listen yet.
 
     def writes_held(self):
         """The number of writes in the log, with headers counted, by the node that was never stopped; `None` before
         the first trim."""
-        said = [said for _, said in next(iter(self.said.values()))]
-        first, end = (said[-1]["first"], said[-1]["end"]) if said else (0, 0)
-        if not said or not said[0]["end"] < first <= end:
+        samples = [sample for _, sample in next(iter(self.node_metrics.values()))]
+        first, end = (samples[-1]["first"], samples[-1]["end"]) if samples else (0, 0)
+        if not samples or not samples[0]["end"] < first <= end:
             return None
-        then = next(each for each in said if each["end"] >= first)
-        return said[-1]["patches"] - then["patches"] + WRITES_A_HEADER * (end - first + 1)
+        then = next(each for each in samples if each["end"] >= first)
+        return samples[-1]["patches"] - then["patches"] + WRITES_A_HEADER * (end - first + 1)
 
     def stop(self):
         self.stopped.set()
@@ -129,7 +129,7 @@ class Watch(threading.Thread):
                   if begin <= at < end and found["age_s"] >= SETTLED_AFTER_S and found[key] is not None]
         return statistics.median(values) if len(values) >= SAMPLES_MIN else None
 
-    def said_most(self, name, key, begin, end):
+    def median_and_max(self, name, key, begin, end):
         """Median and maximum of a node's metric."""
-        values = [said[key] for at, said in self.said[name] if begin <= at < end]
+        values = [found[key] for at, found in self.node_metrics[name] if begin <= at < end]
         return (statistics.median(values), max(values)) if values else (0, 0)

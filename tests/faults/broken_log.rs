@@ -1,19 +1,19 @@
-//! Faults of the log itself: what it held is gone, or some of it.
+//! Faults of the log itself: it loses all of its batches, or the first ones.
 
 use async_nats::jetstream::stream::Config;
 
-use crate::fault::not_writable;
+use crate::fault::wait_until_not_writable;
 use crate::harness::cluster::broker::STREAM;
 use crate::harness::cluster::proxy::Rules;
 use crate::harness::cluster::seeded::assert_serves_nothing;
 use crate::scene::{A, B, C, Scene};
 use crate::stage::Stage;
 
-/// Batches that are left when the stream forgets all it may.
-const LEFT: u64 = 5;
+/// The number of batches that remain after a trim beyond the replica's position.
+const REMAINING: u64 = 5;
 
-/// The broker comes back with an empty disk: nobody serves what nobody can go on from. Then the
-/// operator does what the replicas say.
+/// The broker restarts with an empty disk. No replica serves data, because none can continue on
+/// the new log. Then the operator restores the stream, as the replicas' reason says.
 pub(crate) async fn wiped(scene: &mut Scene) {
     let kept = scene.broker().kill_and_copy();
     scene.broker().roll_back(tempfile::tempdir().unwrap()).await;
@@ -23,13 +23,10 @@ pub(crate) async fn wiped(scene: &mut Scene) {
         let gap = |status: &serde_json::Value| status["state"] == "gap";
         let status = node.status_where("gap", gap).await;
         let reason = status["reason"].as_str().unwrap();
-        let printed = ["does not exist", "restore the stream"];
-        assert!(
-            printed.iter().all(|printed| reason.contains(printed)),
-            "{reason}"
-        );
+        let hints = ["does not exist", "restore the stream"];
+        assert!(hints.iter().all(|hint| reason.contains(hint)), "{reason}");
         let status = assert_serves_nothing(node, &["gap"]).await;
-        // What was answered is still there, for whoever can make use of it.
+        // The replica keeps the acknowledged writes, because an operator may need them.
         assert_eq!(status["position"], before);
         assert!(status["records"].as_u64() > Some(0));
     }
@@ -37,13 +34,13 @@ pub(crate) async fn wiped(scene: &mut Scene) {
     if scene.stage == Stage::Stopping {
         scene.wait_for_exit().await;
     } else {
-        let lost =
+        let stuck =
             |status: &serde_json::Value| status["state"] == "gap" || status["state"] == "no-source";
-        let status = scene.node(A).status_where("gap or no source", lost).await;
+        let status = scene.node(A).status_where("gap or no source", stuck).await;
         assert_ne!(status["reason"], "");
         assert_serves_nothing(scene.node(A), &["gap", "no-source"]).await;
     }
-    // As the reason says: restore the stream.
+    // The operator restores the stream.
     for index in [A, B, C] {
         scene.kill(index);
     }
@@ -56,44 +53,44 @@ pub(crate) async fn wiped(scene: &mut Scene) {
     }
 }
 
-/// The stream forgets what the replica under test has already.
+/// The stream removes batches that the replica under test has applied.
 pub(crate) async fn trimmed_behind(scene: &mut Scene) {
     let quiet = scene.load.pause().await;
-    scene.read().await;
-    let has = match scene.stage {
-        Stage::Restoring => scene.held_at,
+    scene.read_log().await;
+    let applied = match scene.stage {
+        Stage::Restoring => scene.trimmable_through,
         _ => scene.position(A).await,
     };
-    trim(scene, has).await;
+    trim(scene, applied).await;
     drop(quiet);
     scene.load.progress(&[B, C], 10).await;
-    scene.go_on().await;
+    scene.resume().await;
     let resyncs = scene.node(A).metric("gradestore_resyncs_total").await;
     assert_eq!(resyncs, Some(0.0));
 }
 
-/// The stream forgets what the replica under test has not read, because it was cut off.
+/// The stream removes batches that the replica under test has not read, because it was cut off.
 pub(crate) async fn trimmed_beyond(scene: &mut Scene) {
-    scene.connection(Rules::BLACKHOLE);
+    scene.set_link(Rules::BLACKHOLE);
     scene.proxy().cut();
-    not_writable(scene, A).await;
+    wait_until_not_writable(scene, A).await;
     scene.load.progress(&[B, C], 10).await;
     let quiet = scene.load.pause().await;
-    scene.read().await;
+    scene.read_log().await;
     let end = scene.reference.position;
-    assert!(scene.position(A).await + 1 < end - LEFT);
-    trim(scene, end - LEFT).await;
+    assert!(scene.position(A).await + 1 < end - REMAINING);
+    trim(scene, end - REMAINING).await;
     drop(quiet);
-    scene.connection(Rules::default());
-    scene.go_on().await;
+    scene.set_link(Rules::default());
+    scene.resume().await;
     if !matches!(scene.stage, Stage::Stopping | Stage::Restoring) {
-        // It may have been ready once more before it looked at the log.
+        // The replica may report ready again before it notices that the log was trimmed.
         let node = scene.node(A);
         node.metric_reaches("gradestore_resyncs_total", 1.0).await;
     }
 }
 
-/// Makes the stream forget all up to `through`; nobody may write meanwhile.
+/// Trims the stream through position `through`. No client may write meanwhile.
 async fn trim(scene: &Scene, through: u64) {
     let end = scene.reference.position;
     let context = scene.client().await;

@@ -1,4 +1,4 @@
-//! A clock that a test sets, for one process.
+//! The clock of one process, which a test can shift.
 
 use std::fs;
 use std::path::PathBuf;
@@ -6,52 +6,49 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-/// As tests/faults/install.sh puts it there.
+/// Installed by tests/faults/install.sh.
 const LIBRARY: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/.tools/faketime/libfaketimeMT.so.1"
 );
 
-/// What a process takes for the time of day, and what it measures durations by if that can stand
-/// still: the kernel never sets that back or forth, but a guest's may stop with the guest.
+/// A process's time of day. With `monotonic` also its monotonic clock: the kernel never sets that
+/// clock, but the clock of a virtual machine stops while the machine is suspended.
 pub(crate) struct Clock {
     dir: TempDir,
     monotonic: bool,
 }
 
 impl Clock {
-    /// One that is right.
+    /// A correct clock, of which only the time of day can be shifted.
     pub(crate) fn new() -> Self {
-        Self::with(false)
+        Self::create(false)
     }
 
-    /// One that is right, and shifts durations too.
-    pub(crate) fn that_can_stand_still() -> Self {
-        Self::with(true)
+    /// A correct clock, whose monotonic clock is shifted too.
+    pub(crate) fn with_monotonic() -> Self {
+        Self::create(true)
     }
 
-    fn with(monotonic: bool) -> Self {
+    fn create(monotonic: bool) -> Self {
         let found = fs::exists(LIBRARY).unwrap();
-        assert!(
-            found,
-            "{LIBRARY} is missing; tests/faults/install.sh gets it"
-        );
+        assert!(found, "{LIBRARY} is missing; run tests/faults/install.sh");
         let dir = tempfile::tempdir().unwrap();
         let clock = Self { dir, monotonic };
         clock.shift(0);
         clock
     }
 
-    /// From now on the time is so many seconds more than it is.
+    /// Sets the offset from the correct time.
     pub(crate) fn shift(&self, seconds: i64) {
-        // Never half a file: it is read all the time.
+        // The process may read the file at any time, so it is replaced in one step.
         let next = self.dir.path().join("next");
         fs::write(&next, format!("{seconds:+}s\n")).unwrap();
         fs::rename(next, self.file()).unwrap();
     }
 
-    /// What `command` starts goes by this clock.
-    pub(crate) fn show_to(&self, command: &mut Command) {
+    /// Makes the process of `command` use this clock.
+    pub(crate) fn apply_to(&self, command: &mut Command) {
         command
             .env("LD_PRELOAD", LIBRARY)
             .env("FAKETIME_TIMESTAMP_FILE", self.file())

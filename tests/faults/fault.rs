@@ -1,4 +1,4 @@
-//! What goes wrong, and how it is mended.
+//! The faults, and how each is repaired.
 
 use std::time::Duration;
 
@@ -15,49 +15,49 @@ use crate::scene::{A, B, C, Scene};
 use crate::server_fault::ServerFault;
 use crate::stage::Stage;
 
-/// The disk that may be filled, and what is left of it: less than a snapshot takes.
+/// The size of the disk that is filled, and the space left on it: less than a snapshot needs.
 const DISK_MIB: usize = 64;
 const FREE_BYTES: u64 = 200_000;
 const HOUR_S: i64 = 3600;
 
-/// What goes wrong.
+/// A fault, the row of a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// kill -9.
     Kill,
     /// SIGSTOP, and SIGCONT later.
     Freeze,
-    /// What the replica says to the broker vanishes.
+    /// Packets from the replica to the broker are dropped.
     CutTo,
-    /// What the broker says to the replica vanishes.
+    /// Packets from the broker to the replica are dropped.
     CutFrom,
-    /// Both.
+    /// Packets in both directions are dropped.
     CutBoth,
     /// The connection to the broker is slow.
     Slow,
-    /// There is no space for a snapshot.
+    /// The disk has no space for a snapshot.
     FullDisk,
-    /// The broker is killed, and started again on what it has.
+    /// The broker is killed and restarted with its storage.
     Broker,
-    /// The broker is started again on nothing.
+    /// The broker restarts with an empty disk.
     Wiped,
-    /// The stream forgets what the replica has.
+    /// The stream removes batches that the replica has applied.
     TrimmedBehind,
-    /// The stream forgets what the replica lacks.
+    /// The stream removes batches that the replica has not applied.
     TrimmedBeyond,
-    /// The broker's word that it has stored a batch vanishes.
+    /// The broker's acknowledgement of a batch is dropped.
     AckLost,
     /// The clock is set an hour ahead.
     ClockAhead,
     /// The clock is set an hour back.
     ClockBehind,
-    /// One of three servers: what happens to them.
+    /// A fault of a cluster of three servers.
     Servers(ServerFault),
 }
 
 impl Fault {
-    /// With one server.
-    const OF_ONE: [Self; 14] = [
+    /// The faults with one server.
+    const ONE_SERVER: [Self; 14] = [
         Self::Kill,
         Self::Freeze,
         Self::CutTo,
@@ -74,13 +74,13 @@ impl Fault {
         Self::ClockBehind,
     ];
 
-    /// All of them, those with one server first.
+    /// All faults, those with one server first.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
-        let of_three = ServerFault::ALL.into_iter().map(Self::Servers);
-        Self::OF_ONE.into_iter().chain(of_three)
+        let three_servers = ServerFault::ALL.into_iter().map(Self::Servers);
+        Self::ONE_SERVER.into_iter().chain(three_servers)
     }
 
-    /// What the replica under test may be doing meanwhile.
+    /// The stages in which the fault is injected.
     pub(crate) fn stages(self) -> &'static [Stage] {
         match self {
             Self::Servers(_) => &[Stage::Steady, Stage::Restoring],
@@ -88,7 +88,7 @@ impl Fault {
         }
     }
 
-    /// How long a cell may take.
+    /// The timeout of a cell.
     pub(crate) fn time_max(self) -> Duration {
         match self {
             Self::Servers(fault) => fault.time_max(),
@@ -116,12 +116,12 @@ impl Fault {
         }
     }
 
-    /// Whether a backup under way may be broken off by it.
-    pub(crate) fn breaks_backups(self) -> bool {
+    /// Whether the fault may abort a backup in progress.
+    pub(crate) fn may_abort_backups(self) -> bool {
         matches!(self, Self::Kill | Self::TrimmedBeyond)
     }
 
-    /// What must be there before the replica under test is.
+    /// Prepares what the fault needs before the replica under test starts.
     pub(crate) async fn prepare(self, scene: &mut Scene) {
         match self {
             Self::FullDisk => {
@@ -134,41 +134,41 @@ impl Fault {
         }
     }
 
-    /// Strikes the replica under test, which is held in its stage, and is over in the end: all three
-    /// replicas run, and the one under test is ready.
-    pub(crate) async fn strike(self, scene: &mut Scene) {
+    /// Injects the fault and repairs it. The replica under test is held in its stage. Afterwards
+    /// all three replicas run, and the one under test is ready.
+    pub(crate) async fn inject(self, scene: &mut Scene) {
         match self {
             Self::Kill => {
                 scene.kill(A);
                 scene.load.progress(&[B], 10).await;
-                scene.go_on().await;
+                scene.resume().await;
             }
             Self::Freeze => {
                 scene.node(A).signal(Signal::STOP);
                 scene.load.progress(&[B, C], 10).await;
                 scene.node(A).signal(Signal::CONT);
-                scene.go_on().await;
+                scene.resume().await;
             }
-            Self::CutTo => cut(scene, |dead| dead.drop_replies = false).await,
-            Self::CutFrom => cut(scene, |dead| dead.drop_requests = false).await,
+            Self::CutTo => cut(scene, |rules| rules.drop_replies = false).await,
+            Self::CutFrom => cut(scene, |rules| rules.drop_requests = false).await,
             Self::CutBoth => cut(scene, |_| {}).await,
             Self::Slow => {
-                scene.connection(Rules {
+                scene.set_link(Rules {
                     slow: true,
                     ..Rules::default()
                 });
-                scene.go_on().await;
+                scene.resume().await;
                 scene.load.progress(&[A], 10).await;
-                scene.connection(Rules::default());
+                scene.set_link(Rules::default());
             }
             Self::FullDisk => full_disk(scene).await,
             Self::Broker => {
                 scene.broker().kill();
                 for index in [A, B, C] {
-                    not_writable(scene, index).await;
+                    wait_until_not_writable(scene, index).await;
                 }
                 scene.broker().restart().await;
-                scene.go_on().await;
+                scene.resume().await;
             }
             Self::Wiped => broken_log::wiped(scene).await,
             Self::TrimmedBehind => broken_log::trimmed_behind(scene).await,
@@ -176,24 +176,25 @@ impl Fault {
             Self::AckLost => ack_lost(scene).await,
             Self::ClockAhead => clock(scene, HOUR_S).await,
             Self::ClockBehind => clock(scene, -HOUR_S).await,
-            Self::Servers(fault) => fault.strike(scene).await,
+            Self::Servers(fault) => fault.inject(scene).await,
         }
     }
 }
 
-/// Waits until a replica has noticed that the broker does not answer.
-pub(crate) async fn not_writable(scene: &Scene, index: usize) {
+/// Waits until a replica reports that the log is not writable.
+pub(crate) async fn wait_until_not_writable(scene: &Scene, index: usize) {
     let node = scene.node(index);
     node.metric_reaches("gradestore_log_writable", 0.0).await;
 }
 
-async fn cut(scene: &mut Scene, but: fn(&mut Rules)) {
-    let mut dead = Rules::BLACKHOLE;
-    but(&mut dead);
-    scene.connection(dead);
+async fn cut(scene: &mut Scene, adjust: fn(&mut Rules)) {
+    let mut rules = Rules::BLACKHOLE;
+    adjust(&mut rules);
+    scene.set_link(rules);
     if scene.stage == Stage::Restoring {
-        // All rows come in meanwhile; that is not enough. And a peer that is held for long is given
-        // up, and no other is found without the broker.
+        // All rows arrive meanwhile, but without the log they are not enough. The peers' proxies
+        // are released first, because a replica abandons a peer that stalls, and cannot find
+        // another one without the broker.
         scene.release().await;
         let node = scene.node(A);
         let rows = |status: &serde_json::Value| status["restore"]["rows"].as_u64();
@@ -202,21 +203,21 @@ async fn cut(scene: &mut Scene, but: fn(&mut Rules)) {
         })
         .await;
     }
-    not_writable(scene, A).await;
-    // The others do not notice.
+    wait_until_not_writable(scene, A).await;
+    // The others are not affected.
     scene.load.progress(&[B, C], 10).await;
-    if scene.stage.incomplete() {
+    if scene.stage.is_incomplete() {
         assert_serves_nothing(scene.node(A), &["restoring", "catching-up"]).await;
     }
-    scene.connection(Rules::default());
-    scene.go_on().await;
+    scene.set_link(Rules::default());
+    scene.resume().await;
 }
 
 async fn full_disk(scene: &mut Scene) {
     let disk = scene.disk.as_ref().expect("a small disk");
     let ballast = disk.fill(FREE_BYTES);
     let failures = "gradestore_snapshot_failures_total";
-    scene.go_on().await;
+    scene.resume().await;
     // Snapshots fail without space; the log is on another file system.
     let node = scene.node(A);
     let failed = node.metric(failures).await.unwrap();
@@ -238,16 +239,16 @@ async fn full_disk(scene: &mut Scene) {
 }
 
 async fn ack_lost(scene: &mut Scene) {
-    // The batch itself is word enough.
+    // The delivery of the batch confirms the write too.
     let lost = Rules {
         drop_acks: true,
         ..Rules::default()
     };
-    scene.connection(lost);
-    scene.go_on().await;
+    scene.set_link(lost);
+    scene.resume().await;
     scene.load.progress(&[A], 10).await;
-    // Neither comes: it is sent again, and is in the log once.
-    scene.connection(Rules {
+    // Without the delivery the replica sends the batch again. The log stores it once.
+    scene.set_link(Rules {
         drop_batches: true,
         ..lost
     });
@@ -256,30 +257,31 @@ async fn ack_lost(scene: &mut Scene) {
         (node.metric("gradestore_log_resends_total").await? > 0.0).then_some(())
     })
     .await;
-    scene.connection(Rules::default());
+    scene.set_link(Rules::default());
     scene.ready(A).await;
 }
 
 async fn clock(scene: &mut Scene, seconds: i64) {
     let shift = |scene: &Scene, seconds| scene.clock.as_ref().expect("a clock").shift(seconds);
     shift(scene, seconds);
-    scene.go_on().await;
+    scene.resume().await;
     scene.load.progress(&[A], 10).await;
-    goes_by(scene, seconds).await;
+    assert_clock_offset(scene, seconds).await;
     shift(scene, 0);
     scene.load.progress(&[A], 10).await;
-    goes_by(scene, 0).await;
+    assert_clock_offset(scene, 0).await;
 }
 
-/// Checks that the clock of the replica under test is wrong by so much, and durations are not.
-async fn goes_by(scene: &Scene, seconds: i64) {
+/// Checks that the time of day of the replica under test is off by `seconds`, and that its
+/// durations are correct.
+async fn assert_clock_offset(scene: &Scene, seconds: i64) {
     let node = scene.node(A);
-    let sent = |printed: &str| printed.matches("backup sent").count();
-    let before = sent(&node.stderr.lock());
+    let count = |printed: &str| printed.matches("backup sent").count();
+    let before = count(&node.stderr.lock());
     fetch_backup(node).await;
-    let printed = eventually("the backup's line", async || {
+    let printed = eventually("the backup's log line", async || {
         let printed = node.stderr.lock().clone();
-        (sent(&printed) > before).then_some(printed)
+        (count(&printed) > before).then_some(printed)
     })
     .await;
     let line = printed
@@ -287,16 +289,16 @@ async fn goes_by(scene: &Scene, seconds: i64) {
         .rev()
         .find(|line| line.contains("backup sent"));
     let line = line.unwrap();
-    let said_at = humantime::parse_rfc3339(line.split(' ').next().unwrap()).unwrap();
+    let logged_at = humantime::parse_rfc3339(line.split(' ').next().unwrap()).unwrap();
     let since_1970 = |time: std::time::SystemTime| {
         let since = time.duration_since(std::time::UNIX_EPOCH).unwrap();
         since.as_secs() as i64
     };
-    let wrong_by = since_1970(said_at) - since_1970(std::time::SystemTime::now());
+    let offset = since_1970(logged_at) - since_1970(std::time::SystemTime::now());
     assert!(
-        (wrong_by - seconds).abs() < 60,
-        "wrong by {wrong_by} s: {line}"
+        (offset - seconds).abs() < 60,
+        "the time is off by {offset} s: {line}"
     );
-    let (_, took) = line.split_once("took_ms=").unwrap();
-    assert!(took.trim().parse::<u64>().unwrap() < 60_000, "{line}");
+    let (_, took_ms) = line.split_once("took_ms=").unwrap();
+    assert!(took_ms.trim().parse::<u64>().unwrap() < 60_000, "{line}");
 }

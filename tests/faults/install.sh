@@ -1,6 +1,6 @@
 #!/bin/sh
-# Puts libfaketime, by which the fault matrix shifts a replica's clock, into .tools/faketime. What is there already is
-# left alone. Needs apt-get and dpkg-deb; no root, once apt-get knows its packages.
+# Installs libfaketime into .tools/faketime. The fault matrix uses it to shift a replica's clock.
+# Skips an installed one. Needs apt-get and dpkg-deb, and root only if apt-get has no package lists.
 set -eu
 cd "$(dirname "$0")/../.."
 

@@ -1,6 +1,6 @@
-//! The fault matrix: what goes wrong, times what the replica it happens to is doing. Each cell is a
-//! broker or a cluster of three, three replicas and clients of them, all real processes; see
-//! README.md.
+//! The fault matrix: faults times the stages of the replica under test. Each cell runs one broker
+//! or a cluster of three, and three replicas with clients. The servers and replicas are real
+//! processes; see README.md.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -12,7 +12,7 @@
 #[expect(
     dead_code,
     unused_imports,
-    reason = "other tests use what this one does not"
+    reason = "the harness is shared with other tests"
 )]
 mod harness;
 
@@ -38,21 +38,21 @@ use crate::scene::{Logs, Scene};
 use crate::stage::Stage;
 use crate::table::{Outcome, Table};
 
-/// How long what a cell has started may take to end.
-const TIDY_MAX: Duration = Duration::from_secs(5);
+/// The timeout for shutting down the tasks of a cell.
+const SHUTDOWN_MAX: Duration = Duration::from_secs(5);
 
-/// What went wrong in the cell that runs, the first first.
+/// The panics of the running cell, in order.
 static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 fn main() -> ExitCode {
-    // `kill/restoring`, `kill`, `/restoring`; without any all cells.
+    // Such as `kill/restoring`, `kill` or `/restoring`. Without filters all cells run.
     let filters: Vec<String> = std::env::args().skip(1).collect();
     if let Some(unknown) = filters
         .iter()
         .find(|filter| !cells().any(|cell| matches(filter, &cell)))
     {
         eprintln!(
-            "no cell is {unknown}; one is {}/{}",
+            "no cell matches {unknown}; an example of a cell is {}/{}",
             Fault::Kill.name(),
             Stage::Restoring.name()
         );
@@ -92,8 +92,8 @@ fn matches(filter: &str, (fault, stage): &(Fault, Stage)) -> bool {
     is(of_fault, fault.name()) && is(of_stage, stage.name())
 }
 
-/// Runs one cell; `None` if somebody wants all to end. Whatever happens, none of its processes is
-/// left.
+/// Runs one cell; `None` after SIGINT or SIGTERM. Afterwards none of the cell's processes is
+/// running.
 fn run(fault: Fault, stage: Stage) -> Option<Outcome> {
     PANICS.lock().clear();
     let (logs, started_at) = (Logs::default(), Instant::now());
@@ -106,8 +106,8 @@ fn run(fault: Fault, stage: Stage) -> Option<Outcome> {
         let mut scene = Scene::new(fault, stage, logs.clone()).await;
         fault.prepare(&mut scene).await;
         stage.enter(&mut scene).await;
-        fault.strike(&mut scene).await;
-        verdict::judge(scene, fault).await;
+        fault.inject(&mut scene).await;
+        verdict::check(scene, fault).await;
     };
     let watched = async {
         let mut interrupted = signal(SignalKind::interrupt()).unwrap();
@@ -119,15 +119,15 @@ fn run(fault: Fault, stage: Stage) -> Option<Outcome> {
         }
     };
     let ended = panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(watched)));
-    runtime.shutdown_timeout(TIDY_MAX);
-    let why = match ended {
+    runtime.shutdown_timeout(SHUTDOWN_MAX);
+    let reason = match ended {
         Ok(None) => return None,
         Ok(Some(Ok(()))) => return Some(Outcome::Ok(started_at.elapsed())),
-        Ok(Some(Err(_elapsed))) => format!("not done within {} s", fault.time_max().as_secs()),
+        Ok(Some(Err(_elapsed))) => format!("timed out after {} s", fault.time_max().as_secs()),
         Err(_) => {
             let panics = PANICS.lock();
             panics.first().cloned().unwrap_or_default()
         }
     };
-    Some(Outcome::failed(fault, stage, why, &logs))
+    Some(Outcome::failed(fault, stage, reason, &logs))
 }

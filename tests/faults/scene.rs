@@ -1,4 +1,4 @@
-//! Three replicas on one broker or on a cluster of three, of which one is under test, and clients of
+//! Three replicas on one broker or on a cluster of three. One replica is under test; clients use
 //! all three.
 
 use std::path::PathBuf;
@@ -23,56 +23,57 @@ use crate::stage::{Hold, Stage};
 
 /// The replica under test.
 pub(crate) const A: usize = 0;
-/// The first one, which is seeded and makes the stream.
+/// The first replica. It restores the seed and creates the stream.
 pub(crate) const B: usize = 1;
-/// One more.
+/// Another replica.
 pub(crate) const C: usize = 2;
-/// What each process of a cell has said, by name.
+/// The output of each process of a cell, by name.
 pub(crate) type Logs = Arc<Mutex<Vec<(String, Arc<Mutex<String>>)>>>;
 
-/// What keeps the log.
+/// The servers that store the log.
 pub(crate) enum Brokers {
     One(Broker),
     Three(Box<NatsCluster>),
 }
 
-/// Three replicas and what is around them. All of it ends when it is dropped.
+/// Three replicas and their environment. Dropping it ends all processes.
 pub(crate) struct Scene {
     pub(crate) brokers: Brokers,
     pub(crate) reference: ReferenceState,
     seed: PathBuf,
-    /// Where replicas keep their data.
+    /// The data directories of the replicas.
     data: TempDir,
-    /// Between the replica under test and the broker; with three servers only if a fault needs it.
+    /// The proxy between the replica under test and the broker. With three servers it exists only
+    /// if the fault needs it.
     pub(crate) proxy: Option<Proxy>,
     rules: Rules,
-    /// More flags for a replica.
+    /// Additional flags of each replica.
     pub(crate) flags: [Vec<String>; 3],
-    /// How the replica under test finds its servers where there are three and no proxy.
+    /// The NATS URL of the replica under test, instead of the cluster's. A proxy takes precedence.
     pub(crate) nats_url: Option<String>,
-    /// To the backups of the other two.
-    pub(crate) ways: [Throttle; 2],
+    /// Proxies to the write ports of the other two, which serve backups.
+    pub(crate) backup_proxies: [Throttle; 2],
     pub(crate) load: Load,
-    /// Whether the clients know of the replicas yet.
-    loaded: bool,
+    /// Whether the clients send requests to the replicas.
+    load_started: bool,
     nodes: [Option<Node>; 3],
     pub(crate) stage: Stage,
     pub(crate) hold: Hold,
-    /// A log position that the replica under test needs nothing before of.
-    pub(crate) held_at: u64,
-    /// Whether the replica under test writes one each second.
+    /// The replica under test needs no batch through this position.
+    pub(crate) trimmable_through: u64,
+    /// Whether the replica under test writes a snapshot each second.
     pub(crate) snapshots_often: bool,
-    /// What a client got that was being given a backup; nothing if that was broken off.
+    /// The backup that a client received; the inner value is `None` if it was aborted.
     pub(crate) backup: Option<Option<Vec<u8>>>,
-    /// Where the replica under test keeps its data, if that may be filled.
+    /// The disk of the replica under test, if the fault fills it.
     pub(crate) disk: Option<SmallDisk>,
-    /// What the replica under test takes for the time, if that may be changed.
+    /// The clock of the replica under test, if the fault shifts it.
     pub(crate) clock: Option<Clock>,
     logs: Logs,
 }
 
 impl Scene {
-    /// With two replicas that are ready.
+    /// Starts the servers and two replicas, and waits until both are ready.
     pub(crate) async fn new(fault: Fault, stage: Stage, logs: Logs) -> Self {
         let (reference, seed, data) = seed(stage.rows());
         let (brokers, proxy) = match fault {
@@ -90,7 +91,7 @@ impl Scene {
                 (Brokers::One(broker), Some(proxy))
             }
         };
-        let ways = [
+        let backup_proxies = [
             Throttle::without_target(u64::MAX).await,
             Throttle::without_target(u64::MAX).await,
         ];
@@ -103,13 +104,13 @@ impl Scene {
             rules: Rules::default(),
             flags: Default::default(),
             nats_url: None,
-            ways,
+            backup_proxies,
             load: Load::start(),
-            loaded: false,
+            load_started: false,
             nodes: [const { None }; 3],
             stage,
             hold: Hold::Nothing,
-            held_at: 0,
+            trimmable_through: 0,
             snapshots_often: false,
             backup: None,
             disk: None,
@@ -141,14 +142,14 @@ impl Scene {
         }
         command.args(&self.flags[index]);
         if index != A {
-            command.args(["--advertise-url", &self.ways[index - 1].url()]);
+            command.args(["--advertise-url", &self.backup_proxies[index - 1].url()]);
             return command;
         }
         if self.snapshots_often {
             command.arg("--snapshot-interval=1s");
         }
         if let Some(clock) = &self.clock {
-            clock.show_to(&mut command);
+            clock.apply_to(&mut command);
         }
         command
     }
@@ -161,7 +162,7 @@ impl Scene {
         }
     }
 
-    /// Starts a replica with what it has.
+    /// Starts a replica with its data directory.
     pub(crate) async fn start(&mut self, index: usize) {
         let mut command = self.command(index);
         self.launch(index, &mut command).await;
@@ -174,28 +175,28 @@ impl Scene {
         logs.push((name, Arc::clone(&node.stderr)));
         drop(logs);
         if index != A {
-            self.ways[index - 1].set_target(node.write);
+            self.backup_proxies[index - 1].set_target(node.write);
         }
         self.nodes[index] = Some(node);
-        self.show(index);
+        self.update_load(index);
     }
 
-    /// From now on clients write and read.
-    pub(crate) fn load_on(&mut self) {
-        self.loaded = true;
+    /// Makes the clients send requests to the replicas, also to those that start later.
+    pub(crate) fn start_load(&mut self) {
+        self.load_started = true;
         for index in [A, B, C] {
-            self.show(index);
+            self.update_load(index);
         }
     }
 
-    fn show(&self, index: usize) {
-        if let Some(node) = self.nodes[index].as_ref().filter(|_| self.loaded) {
-            self.load.replica(index, node);
+    fn update_load(&self, index: usize) {
+        if let Some(node) = self.nodes[index].as_ref().filter(|_| self.load_started) {
+            self.load.set_replica(index, node);
         }
     }
 
     pub(crate) fn node(&self, index: usize) -> &Node {
-        self.nodes[index].as_ref().expect("a replica that runs")
+        self.nodes[index].as_ref().expect("a running replica")
     }
 
     pub(crate) fn nodes(&self) -> [&Ports; 3] {
@@ -204,9 +205,9 @@ impl Scene {
 
     /// Waits until a replica is ready.
     pub(crate) async fn ready(&self, index: usize) {
-        let what = format!("{} is ready", ["a", "b", "c"][index]);
+        let description = format!("{} is ready", ["a", "b", "c"][index]);
         self.node(index)
-            .status_where(&what, |status| status["state"] == "ready")
+            .status_where(&description, |status| status["state"] == "ready")
             .await;
     }
 
@@ -222,15 +223,14 @@ impl Scene {
         }
     }
 
-    /// Waits until the replica under test, which was told to stop, has ended as it should.
+    /// Waits until the replica under test has exited with code 0 after a SIGTERM.
     pub(crate) async fn wait_for_exit(&mut self) {
-        let mut node = self.nodes[A].take().expect("a replica that runs");
+        let mut node = self.nodes[A].take().expect("a running replica");
         assert_eq!(node.wait_for_exit().await.code(), Some(0));
     }
 
-    /// Lets the replica under test go on, and waits until it is ready, or one that has come in its
-    /// place.
-    pub(crate) async fn go_on(&mut self) {
+    /// Releases the replica under test, restarts it if it has exited, and waits until it is ready.
+    pub(crate) async fn resume(&mut self) {
         self.release().await;
         if self.stage == Stage::Stopping && self.nodes[A].is_some() {
             self.wait_for_exit().await;
@@ -241,27 +241,27 @@ impl Scene {
         self.ready(A).await;
     }
 
-    /// Lets the replica under test go on.
+    /// Releases the replica under test from its stage.
     pub(crate) async fn release(&mut self) {
         let hold = std::mem::replace(&mut self.hold, Hold::Nothing);
         hold.release(self).await;
     }
 
-    pub(crate) fn open_ways(&self) {
-        for way in &self.ways {
-            way.remove_limit();
+    pub(crate) fn open_backup_proxies(&self) {
+        for proxy in &self.backup_proxies {
+            proxy.remove_limit();
         }
     }
 
-    /// Keeps the log's batches from the replica under test.
+    /// Sets whether the proxy holds back the log's batches from the replica under test.
     pub(crate) fn hold_batches(&mut self, hold: bool) {
         self.rules.hold_batches = hold;
         self.proxy().set(self.rules);
     }
 
-    /// What the fault does to the connection between the replica under test and the broker, beside
-    /// what holds the replica in its stage.
-    pub(crate) fn connection(&mut self, fault: Rules) {
+    /// Sets the fault of the link between the replica under test and the broker. Batches that are
+    /// held back for the stage stay held back.
+    pub(crate) fn set_link(&mut self, fault: Rules) {
         let hold_batches = self.rules.hold_batches;
         self.rules = Rules {
             hold_batches,
@@ -274,7 +274,7 @@ impl Scene {
         self.proxy.as_ref().expect("a proxy")
     }
 
-    /// The one server.
+    /// The single server.
     pub(crate) fn broker(&mut self) -> &mut Broker {
         match &mut self.brokers {
             Brokers::One(broker) => broker,
@@ -290,7 +290,7 @@ impl Scene {
         }
     }
 
-    /// A client of the test's own.
+    /// A NATS client of the test itself.
     pub(crate) async fn client(&self) -> Context {
         match &self.brokers {
             Brokers::One(broker) => broker.client().await,
@@ -298,8 +298,8 @@ impl Scene {
         }
     }
 
-    /// Reads the log to its end.
-    pub(crate) async fn read(&mut self) {
+    /// Applies the log through its end to the reference state.
+    pub(crate) async fn read_log(&mut self) {
         let client = self.client().await;
         self.reference.read(&client).await;
     }

@@ -1,4 +1,4 @@
-//! Faults of a log that three servers keep: of the servers, of their routes and of who else writes.
+//! Faults with three servers: of the servers, of their routes and of other publishers.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
 use crate::clock::Clock;
-use crate::fault::not_writable;
+use crate::fault::wait_until_not_writable;
 use crate::harness::AUTHORIZATION;
 use crate::harness::cluster::broker::{STREAM, SUBJECT};
 use crate::harness::cluster::nats::{Gossip, SERVERS};
@@ -21,54 +21,57 @@ use crate::harness::wire::{Response, eventually, with_timeout};
 use crate::scene::{A, B, C, Scene};
 use crate::stage::Stage;
 
-/// What goes wrong.
+/// A fault with three servers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ServerFault {
-    /// kill -9 of the server that leads the stream.
+    /// kill -9 of the leader of the stream.
     LeaderKilled,
-    /// SIGSTOP to it, and SIGCONT later.
+    /// SIGSTOP to the leader, and SIGCONT later.
     LeaderFrozen,
-    /// The routes of a server that follows are cut; its clients still reach it.
+    /// The routes of a follower are cut; its clients still reach it.
     FollowerIsolated,
-    /// The same of the server that leads.
+    /// The routes of the leader are cut; its clients still reach it.
     LeaderIsolated,
-    /// Each server is stopped and started, one after the other.
+    /// Each server is stopped and restarted, one after the other.
     Restarted,
     /// Two of three servers are killed.
     QuorumLost,
     /// The servers have no storage left.
     DiskFull,
-    /// Messages come whose header block cannot be parsed.
+    /// Another publisher sends messages whose header block cannot be parsed.
     UnreadableHeader,
-    /// The replica under test loses the right to publish batches.
-    NoRight,
-    /// The replica under test is suspended for longer than the broker remembers message ids, and its
-    /// clocks stand still meanwhile.
+    /// The replica under test loses the permission to publish batches.
+    NoPermission,
+    /// The replica under test is suspended for longer than the broker remembers message ids. Its
+    /// clocks stop meanwhile.
     Suspended,
-    /// Somebody publishes checkpoints with invented replica ids and digests.
+    /// Another publisher sends checkpoints with invented replica ids and digests.
     ForgedVotes,
     /// A replica has reached its memory limit.
     StoreFull,
 }
 
-/// A server's storage, and what it is raised to.
-const STORE: &str = "jetstream { max_file_store: 8MB }\n";
+/// The storage limit of a server, and the one with which it is restarted.
+const SMALL_STORE: &str = "jetstream { max_file_store: 8MB }\n";
 const LARGER_STORE: &str = "jetstream { max_file_store: 200MB }\n";
-/// Everybody may do everything, also without a name; `a` may be forbidden something.
-const ALL_RIGHTS: &str = "\
+/// Both users have all permissions. Clients without credentials are the user `all`; the replica
+/// under test is `a`.
+const ALL_PERMISSIONS: &str = "\
     authorization { users: [{ user: all, password: p }, { user: a, password: p }] }\n\
     no_auth_user: all\n";
-const NO_RIGHT: &str = "\
+/// `a` may not publish batches.
+const PUBLISH_DENIED: &str = "\
     authorization { users: [{ user: all, password: p }, { user: a, password: p, \
     permissions: { publish: { deny: [\"grades.set\"] } } }] }\n\
     no_auth_user: all\n";
 const BALLAST_BYTES: usize = 500_000;
-/// Batches of no writes that move the log on while a server is isolated.
-const BEYOND: usize = 100;
-const BETWEEN: Duration = Duration::from_millis(50);
-/// More than a debug build takes with the rows of a cell.
+/// The number of empty batches that are published while a server is isolated.
+const MISSED_BATCHES: usize = 100;
+/// The pause between two of them.
+const PUBLISH_PAUSE: Duration = Duration::from_millis(50);
+/// More than a debug build uses with the rows of a cell.
 const MEMORY_MAX: &str = "160MiB";
-/// New users in one request, and at most.
+/// The number of new users per request, and the maximum number of requests.
 const NEW_USERS: usize = 5000;
 const REQUESTS_MAX: usize = 200;
 
@@ -82,7 +85,7 @@ impl ServerFault {
         Self::QuorumLost,
         Self::DiskFull,
         Self::UnreadableHeader,
-        Self::NoRight,
+        Self::NoPermission,
         Self::Suspended,
         Self::ForgedVotes,
         Self::StoreFull,
@@ -98,7 +101,7 @@ impl ServerFault {
             Self::QuorumLost => "quorum-lost",
             Self::DiskFull => "servers-full",
             Self::UnreadableHeader => "unreadable-header",
-            Self::NoRight => "no-right-to-publish",
+            Self::NoPermission => "no-right-to-publish",
             Self::Suspended => "suspended",
             Self::ForgedVotes => "forged-votes",
             Self::StoreFull => "store-full",
@@ -113,16 +116,16 @@ impl ServerFault {
         }
     }
 
-    /// What the servers are configured with.
+    /// Additional configuration of the servers.
     pub(crate) fn config(self) -> &'static str {
         match self {
-            Self::DiskFull => STORE,
-            Self::NoRight => ALL_RIGHTS,
+            Self::DiskFull => SMALL_STORE,
+            Self::NoPermission => ALL_PERMISSIONS,
             _ => "",
         }
     }
 
-    /// The suspended replica is to reach its servers through a proxy only.
+    /// A suspended replica must reach the servers only through the proxy.
     pub(crate) fn gossip(self) -> Gossip {
         match self {
             Self::Suspended => Gossip::Nothing,
@@ -130,7 +133,7 @@ impl ServerFault {
         }
     }
 
-    /// More flags of each replica.
+    /// Additional flags of each replica.
     pub(crate) fn flags(self) -> [Vec<String>; 3] {
         let flags = |flags: &[&str]| flags.iter().map(|flag| (*flag).to_owned()).collect();
         match self {
@@ -140,16 +143,16 @@ impl ServerFault {
         }
     }
 
-    /// What must be there before the replica under test is.
+    /// Prepares what the fault needs before the replica under test starts.
     pub(crate) async fn prepare(self, scene: &mut Scene) {
         match self {
-            Self::NoRight => {
+            Self::NoPermission => {
                 let urls = scene.servers().servers.each_ref();
                 let urls = urls.map(|server| server.url().replace("://", "://a:p@"));
                 scene.nats_url = Some(urls.join(","));
             }
             Self::Suspended => {
-                scene.clock = Some(Clock::that_can_stand_still());
+                scene.clock = Some(Clock::with_monotonic());
                 let leader = scene.servers().leader_with_current_followers().await;
                 let address = scene.servers().servers[leader].address;
                 scene.proxy = Some(Proxy::to(address).await);
@@ -158,9 +161,9 @@ impl ServerFault {
         }
     }
 
-    /// Strikes, and is over in the end: all servers and replicas run, and the one under test is
-    /// ready.
-    pub(crate) async fn strike(self, scene: &mut Scene) {
+    /// Injects the fault and repairs it. Afterwards all servers and replicas run, and the replica
+    /// under test is ready.
+    pub(crate) async fn inject(self, scene: &mut Scene) {
         match self {
             Self::LeaderKilled => {
                 let leader = scene.servers().leader_with_current_followers().await;
@@ -177,11 +180,11 @@ impl ServerFault {
             Self::FollowerIsolated => {
                 let leader = scene.servers().leader_with_current_followers().await;
                 let follower = scene.servers().other_than(&[leader]);
-                isolated(scene, follower).await;
+                isolate(scene, follower).await;
             }
             Self::LeaderIsolated => {
                 let leader = scene.servers().leader_with_current_followers().await;
-                isolated(scene, leader).await;
+                isolate(scene, leader).await;
             }
             Self::Restarted => {
                 for index in 0..SERVERS {
@@ -195,41 +198,41 @@ impl ServerFault {
                 scene.servers().kill(0);
                 scene.servers().kill(1);
                 for index in [B, C] {
-                    not_writable(scene, index).await;
+                    wait_until_not_writable(scene, index).await;
                 }
                 scene.servers().restart(0).await;
                 scene.servers().restart(1).await;
             }
-            Self::DiskFull => full(scene).await,
+            Self::DiskFull => servers_full(scene).await,
             Self::UnreadableHeader => unreadable_headers(scene).await,
-            Self::NoRight => no_right(scene).await,
+            Self::NoPermission => publish_denied(scene).await,
             Self::Suspended => suspended(scene).await,
             Self::ForgedVotes => forged_votes(scene).await,
             Self::StoreFull => store_full(scene).await,
         }
         scene.servers().leader_with_current_followers().await;
-        scene.go_on().await;
+        scene.resume().await;
     }
 }
 
-/// The routes of a server are cut until the others have stored much that it has not.
-async fn isolated(scene: &mut Scene, index: usize) {
+/// Cuts the routes of a server until the others have stored batches that it has not.
+async fn isolate(scene: &mut Scene, index: usize) {
     let cluster = scene.servers();
     cluster.isolate(index);
     let leader = cluster.leader().await;
     let client = cluster.client_of(leader);
-    for _ in 0..BEYOND {
+    for _ in 0..MISSED_BATCHES {
         eventually("a batch stored without the isolated server", async || {
             let sent = client.publish(SUBJECT, "[]".into()).await.ok()?;
             sent.await.ok()
         })
         .await;
-        tokio::time::sleep(BETWEEN).await;
+        tokio::time::sleep(PUBLISH_PAUSE).await;
     }
     cluster.heal(index);
 }
 
-async fn full(scene: &mut Scene) {
+async fn servers_full(scene: &mut Scene) {
     let mut ballast = vec![b' '; BALLAST_BYTES];
     (ballast[0], ballast[1]) = (b'[', b']');
     let ballast = Bytes::from(ballast);
@@ -240,7 +243,7 @@ async fn full(scene: &mut Scene) {
     })
     .await;
     for index in [B, C] {
-        not_writable(scene, index).await;
+        wait_until_not_writable(scene, index).await;
     }
     for index in 0..SERVERS {
         scene.servers().servers[index].configure(LARGER_STORE);
@@ -252,20 +255,20 @@ async fn full(scene: &mut Scene) {
 /// Publishes a message byte for byte; returns once the server has read it.
 async fn publish_raw(server: SocketAddr, headers: &[u8], payload: &[u8]) {
     let stream = TcpStream::connect(server).await.unwrap();
-    let (from, mut to) = stream.into_split();
-    let mut printed = BufReader::new(from).lines();
+    let (reader, mut writer) = stream.into_split();
+    let mut lines = BufReader::new(reader).lines();
     let (head, all) = (headers.len(), headers.len() + payload.len());
     let mut bytes = b"CONNECT {\"verbose\":false,\"headers\":true}\r\n".to_vec();
     bytes.extend(format!("HPUB {SUBJECT} {head} {all}\r\n").as_bytes());
     bytes.extend([headers, payload, b"\r\nPING\r\n"].concat());
-    to.write_all(&bytes).await.unwrap();
-    while let Some(line) = with_timeout("PONG", printed.next_line()).await.unwrap() {
+    writer.write_all(&bytes).await.unwrap();
+    while let Some(line) = with_timeout("PONG", lines.next_line()).await.unwrap() {
         assert!(!line.starts_with("-ERR"), "{line}");
         if line == "PONG" {
             return;
         }
     }
-    panic!("the server hung up");
+    panic!("the server closed the connection");
 }
 
 async fn unreadable_headers(scene: &mut Scene) {
@@ -285,12 +288,12 @@ async fn unreadable_headers(scene: &mut Scene) {
     assert_eq!(scene.node(C).metric(poisoned).await, skipped);
 }
 
-async fn no_right(scene: &mut Scene) {
+async fn publish_denied(scene: &mut Scene) {
     for index in 0..SERVERS {
-        scene.servers().servers[index].reload(NO_RIGHT).await;
+        scene.servers().servers[index].reload(PUBLISH_DENIED).await;
     }
     if scene.stage == Stage::Steady {
-        not_writable(scene, A).await;
+        wait_until_not_writable(scene, A).await;
         let detail = eventually("the broker's reason", async || {
             let response = scene.node(A).set(r#"{"user_id":"user 1"}"#).await;
             Some(response.body).filter(|body| body.contains("Permissions Violation"))
@@ -298,57 +301,57 @@ async fn no_right(scene: &mut Scene) {
         let detail = detail.await;
         assert!(detail.contains(SUBJECT), "{detail}");
     }
-    // The others do not notice.
+    // The others are not affected.
     scene.load.progress(&[B, C], 10).await;
     for index in 0..SERVERS {
-        scene.servers().servers[index].reload(ALL_RIGHTS).await;
+        scene.servers().servers[index].reload(ALL_PERMISSIONS).await;
     }
 }
 
-/// A batch is sent, nothing is heard of it, and the replica does not run until the broker has
-/// forgotten the batch's id. Others set the same fields meanwhile.
+/// The replica sends a batch, gets no acknowledgement, and is suspended until the broker has
+/// forgotten the batch's id. The others write meanwhile.
 async fn suspended(scene: &mut Scene) {
     let silent = Rules {
         drop_acks: true,
         drop_batches: true,
         ..Rules::default()
     };
-    scene.connection(silent);
+    scene.set_link(silent);
     if scene.stage == Stage::Steady {
         let node = scene.node(A);
-        eventually("a write that waits", async || {
-            scene.load.all_wait(A).then_some(())
+        eventually("a write in flight", async || {
+            scene.load.all_in_flight(A).then_some(())
         })
         .await;
-        // It has been sent once a question after it has been answered.
+        // Once the replica has responded to a later request, it has sent the batch.
         node.ops("/status").await;
     }
     scene.node(A).signal(Signal::STOP);
     let started_at = std::time::Instant::now();
     let client = scene.client().await;
-    let stored_again = async || {
+    let is_stored = async || {
         let mut headers = async_nats::HeaderMap::new();
         headers.insert("Nats-Msg-Id", "since the suspension");
         let sent = client.publish_with_headers(SUBJECT, headers, "[]".into());
         !sent.await.unwrap().await.unwrap().duplicate
     };
-    assert!(stored_again().await);
-    while !stored_again().await {
+    assert!(is_stored().await);
+    while !is_stored().await {
         scene.load.progress(&[B, C], 1).await;
     }
-    // As if it had been suspended with its clocks.
+    // Set its clocks back, as if they had stopped during the suspension.
     let seconds = started_at.elapsed().as_secs();
     scene
         .clock
         .as_ref()
         .expect("a clock")
         .shift(-i64::try_from(seconds).unwrap());
-    scene.connection(Rules::default());
+    scene.set_link(Rules::default());
     scene.proxy().cut();
     scene.node(A).signal(Signal::CONT);
 }
 
-/// Publishes copies of what replicas vote with, with every id, digest and code replaced.
+/// Publishes copies of the replicas' checkpoints with all ids, digests and codes replaced.
 async fn forged_votes(scene: &mut Scene) {
     scene.load.progress(&[B, C], 10).await;
     let client = scene.client().await;
@@ -392,11 +395,11 @@ async fn forged_votes(scene: &mut Scene) {
     };
     tokio::select! {
         () = forging => {}
-        why = unready => panic!("forged votes made a replica unready: {why}"),
+        reason = unready => panic!("forged votes made a replica unready: {reason}"),
     }
 }
 
-/// The same header block with all that may be an id, a digest or a code replaced: runs of 32 or more
+/// Replaces everything in a header block that may be an id, a digest or a code: runs of 32 or more
 /// hexadecimal digits.
 fn forged(headers: &str) -> String {
     let (mut forged, mut run) = (String::new(), String::new());
@@ -420,10 +423,10 @@ fn forged(headers: &str) -> String {
     forged
 }
 
-/// One replica is full: it takes no new users, nor do those that have heard of it; all take
-/// updates.
+/// One replica reaches its memory limit. It rejects new users, and so do the replicas that learn of
+/// it. All accept updates.
 async fn store_full(scene: &mut Scene) {
-    let mut refused = None;
+    let mut rejected = None;
     for request in 0..REQUESTS_MAX {
         let padding = "x".repeat(200);
         let line = |user: usize| {
@@ -432,23 +435,23 @@ async fn store_full(scene: &mut Scene) {
         };
         let lines: String = (0..NEW_USERS).map(line).collect();
         let node = scene.node(B);
-        let sent = node.client.post(format!("http://{}/set", node.write));
-        let sent = sent
+        let post = node.client.post(format!("http://{}/set", node.write));
+        let post = post
             .header("authorization", AUTHORIZATION)
             .header("content-type", "application/x-ndjson")
             .body(lines);
-        let response = with_timeout("lines", sent.send()).await.unwrap();
+        let response = with_timeout("lines", post.send()).await.unwrap();
         let response = Response::of(response).await;
         if response.status == 507 {
-            refused = Some(response);
+            rejected = Some(response);
             break;
         }
         assert_eq!(response.status, 200, "{response:?}");
     }
-    let refused = refused.expect("no request was refused");
-    refused.expect_problem(507, "store-full");
+    let rejected = rejected.expect("no request was rejected");
+    rejected.expect_problem(507, "store-full");
     let mut number = 0;
-    eventually("another replica that refuses new users", async || {
+    eventually("another replica that rejects new users", async || {
         number += 1;
         let user = format!(r#"{{"user_id":"one more {number}","spp":1}}"#);
         let response = scene.node(C).set(user).await;

@@ -1,4 +1,4 @@
-//! What the replica under test is doing when the fault comes, and what keeps it at that.
+//! The stages of the replica under test when the fault occurs, and how it is held in each.
 
 use std::fs::File;
 use std::io::Read;
@@ -13,43 +13,44 @@ use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::{eventually, with_timeout};
 use crate::scene::{A, B, C, Scene};
 
-/// What a client takes of a backup before it stops: with what the system holds it is less than all.
-const TAKEN_BYTES: u64 = 100_000;
-/// What passes of a peer's backup, which is not compressed, before it is held: some of its chunks.
+/// How much of a backup a client reads before it stops. With the buffers of the connection this is
+/// less than the backup.
+const READ_BYTES: u64 = 100_000;
+/// How much of a peer's uncompressed backup passes before the proxy blocks: some of its chunks.
 const PASSED_BYTES: u64 = 500_000;
 
-/// What the replica under test is doing.
+/// A stage of the replica under test, the column of a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
-    /// It takes writes like the others.
+    /// It accepts writes like the others.
     Steady,
-    /// It is in the middle of a snapshot.
+    /// It is writing a snapshot.
     Snapshot,
-    /// A client is in the middle of `GET /backup`.
+    /// It is sending a backup to a client of `GET /backup`.
     Backup,
-    /// It is in the middle of a peer's backup.
+    /// It is restoring a peer's backup.
     Restoring,
-    /// All rows are in, and the log's batches since then are not.
+    /// It has restored all rows, and has not applied the later batches of the log.
     Draining,
-    /// It was told to stop, and requests are still running.
+    /// It has received a SIGTERM, and requests are in flight.
     Stopping,
 }
 
-/// What keeps the replica in its stage.
+/// How the replica is held in its stage.
 pub(crate) enum Hold {
-    /// Nothing need.
+    /// It is not held.
     Nothing,
-    /// The snapshot goes into a pipe that nobody empties.
+    /// The snapshot is written to a pipe that nothing reads.
     Snapshot(File),
-    /// The backup goes to a client that reads no further.
+    /// The backup is sent to a client that stops reading.
     Backup(Throttle, Download),
-    /// The peers' backups come no further.
+    /// The proxies block the peers' backups.
     Restoring,
-    /// The log's batches do not come.
+    /// The proxy holds back the log's batches.
     Batches,
 }
 
-/// A client that is being given a backup.
+/// A client that downloads a backup.
 pub(crate) type Download = JoinHandle<Result<Vec<u8>, reqwest::Error>>;
 
 impl Stage {
@@ -73,14 +74,14 @@ impl Stage {
         }
     }
 
-    /// Whether the replica has no whole state yet.
-    pub(crate) fn incomplete(self) -> bool {
+    /// Whether the state of the replica is incomplete.
+    pub(crate) fn is_incomplete(self) -> bool {
         matches!(self, Self::Restoring | Self::Draining)
     }
 
-    /// Rows that are there from the beginning, about 90 bytes each, compressed 35: of a snapshot
-    /// more than a pipe holds, of a peer's backup more than passes, of a client's more than the
-    /// system holds of a connection.
+    /// The number of rows in the seed: about 90 bytes each, 35 compressed. A snapshot must be
+    /// larger than a pipe, a peer's backup larger than what passes the proxy, and a client's backup
+    /// larger than the buffers of a connection.
     pub(crate) fn rows(self) -> u64 {
         match self {
             Self::Backup => 40_000,
@@ -88,7 +89,7 @@ impl Stage {
         }
     }
 
-    /// Brings the replica under test there; the other two are ready.
+    /// Brings the replica under test into this stage. The other two are ready.
     pub(crate) async fn enter(self, scene: &mut Scene) {
         scene.hold = match self {
             Self::Steady => {
@@ -110,7 +111,7 @@ impl Stage {
 async fn steady(scene: &mut Scene) {
     scene.start(A).await;
     scene.ready(A).await;
-    scene.load_on();
+    scene.start_load();
     scene.load.progress(&[A, B, C], 10).await;
 }
 
@@ -118,29 +119,29 @@ async fn snapshot(scene: &mut Scene) -> Hold {
     scene.snapshots_often = true;
     scene.start(A).await;
     scene.ready(A).await;
-    // Nobody writes yet, so it is known where the next snapshot will be.
+    // No client writes yet, so the position of the next snapshot is known.
     let written = |status: &serde_json::Value| status["snapshot"]["position"] == status["position"];
     let status = scene
         .node(A)
-        .status_where("a snapshot of all", written)
+        .status_where("a snapshot at the position", written)
         .await;
     let next = status["position"].as_u64().unwrap() + 1;
     let name = format!("snapshots/grades-{next:020}.csv.gz.partial");
     let mut pipe = open_pipe(&scene.dir(A).join(name));
     let first = scene.node(B).set(r#"{"user_id":"user 1"}"#).await;
     assert_eq!(first.position(), next);
-    eventually("a snapshot under way", async || {
+    eventually("a snapshot in progress", async || {
         pipe.read(&mut [0; 1024]).ok().filter(|read| *read > 0)
     })
     .await;
-    scene.load_on();
+    scene.start_load();
     scene.load.progress(&[A, B, C], 10).await;
     Hold::Snapshot(pipe)
 }
 
 async fn backup(scene: &mut Scene) -> Hold {
     steady(scene).await;
-    let throttle = Throttle::without_target(TAKEN_BYTES).await;
+    let throttle = Throttle::without_target(READ_BYTES).await;
     throttle.set_target(scene.node(A).write);
     let through = Ports::new(throttle.address, throttle.address, throttle.address);
     let client = tokio::spawn(async move {
@@ -154,14 +155,14 @@ async fn backup(scene: &mut Scene) -> Hold {
 }
 
 async fn restoring(scene: &mut Scene) {
-    scene.load_on();
+    scene.start_load();
     scene.load.progress(&[B, C], 10).await;
-    for way in &scene.ways {
-        way.set_limit(PASSED_BYTES);
+    for proxy in &scene.backup_proxies {
+        proxy.set_limit(PASSED_BYTES);
     }
-    scene.held_at = scene.position(B).await;
+    scene.trimmable_through = scene.position(B).await;
     scene.start(A).await;
-    let [one, other] = &scene.ways;
+    let [one, other] = &scene.backup_proxies;
     tokio::select! {
         () = one.wait_until_limited(1) => {}
         () = other.wait_until_limited(1) => {}
@@ -182,14 +183,14 @@ async fn draining(scene: &mut Scene) -> Hold {
     restoring(scene).await;
     scene.hold_batches(true);
     scene.load.progress(&[B, C], 10).await;
-    scene.open_ways();
+    scene.open_backup_proxies();
     scene
         .node(A)
         .status_where("catching up", |status| {
             status["state"] == "catching-up" && status["restore"]["stage"] == "catching-up"
         })
         .await;
-    // And it stays so, however much the others answer.
+    // It stays in this state while the others acknowledge writes.
     scene.load.progress(&[B, C], 10).await;
     assert_serves_nothing(scene.node(A), &["catching-up"]).await;
     Hold::Batches
@@ -198,30 +199,30 @@ async fn draining(scene: &mut Scene) -> Hold {
 async fn stopping(scene: &mut Scene) -> Hold {
     steady(scene).await;
     scene.hold_batches(true);
-    eventually("batches that do not come", async || {
+    eventually("batches that are held back", async || {
         let (a, b) = (scene.position(A).await, scene.position(B).await);
         (a + 10 < b).then_some(())
     })
     .await;
-    // Its clients' writes can't be answered any more, and they do not give up so soon.
+    // The writes of its clients cannot be acknowledged, and have not timed out yet.
     let running = async || {
         let in_flight = "gradestore_http_requests_in_flight";
-        // Who asks is one of them.
+        // The request for the metrics is in flight too.
         scene.node(A).metric(in_flight).await.unwrap() - 1.0
     };
-    eventually("writes that wait", async || {
-        (scene.load.all_wait(A) && running().await >= 2.0).then_some(())
+    eventually("writes in flight", async || {
+        (scene.load.all_in_flight(A) && running().await >= 2.0).then_some(())
     })
     .await;
     scene.node(A).signal(Signal::TERM);
     let stopping = |status: &serde_json::Value| status["state"] == "stopping";
     scene.node(A).status_where("stopping", stopping).await;
-    assert!(running().await >= 1.0, "nothing is running");
+    assert!(running().await >= 1.0, "no request is in flight");
     Hold::Batches
 }
 
 impl Hold {
-    /// Lets the replica go on.
+    /// Releases the replica.
     pub(crate) async fn release(self, scene: &mut Scene) {
         match self {
             Self::Nothing => {}
@@ -233,7 +234,7 @@ impl Hold {
                 let ended = with_timeout("the backup's end", client).await.unwrap();
                 scene.backup = Some(ended.ok());
             }
-            Self::Restoring => scene.open_ways(),
+            Self::Restoring => scene.open_backup_proxies(),
             Self::Batches => scene.hold_batches(false),
         }
     }

@@ -1,4 +1,4 @@
-//! What is printed.
+//! The results, and how they are printed.
 
 use std::fs;
 use std::path::Path;
@@ -8,46 +8,46 @@ use crate::fault::Fault;
 use crate::scene::Logs;
 use crate::stage::Stage;
 
-/// Where the logs of failed cells are kept, below the project's directory.
-const KEPT: &str = "target/faults";
+/// The directory for the output of failed cells, relative to the repository.
+const LOGS_DIR: &str = "target/faults";
 
-/// What became of a cell.
+/// The result of a cell.
 #[derive(Debug, Clone)]
 pub(crate) enum Outcome {
-    /// It held, and took so long.
+    /// It passed, with its duration.
     Ok(Duration),
-    /// It did not.
+    /// It failed, with the reason.
     Failed(String),
 }
 
 impl Outcome {
-    /// Keeps what the cell's processes said.
-    pub(crate) fn failed(fault: Fault, stage: Stage, why: String, logs: &Logs) -> Self {
-        let dir = format!("{KEPT}/{}-{}", fault.name(), stage.name());
+    /// Saves the output of the cell's processes.
+    pub(crate) fn failed(fault: Fault, stage: Stage, reason: String, logs: &Logs) -> Self {
+        let dir = format!("{LOGS_DIR}/{}-{}", fault.name(), stage.name());
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(&dir);
         let _ = fs::remove_dir_all(&path);
         fs::create_dir_all(&path).unwrap();
         for (name, printed) in logs.lock().iter() {
             fs::write(path.join(format!("{name}.log")), &*printed.lock()).unwrap();
         }
-        fs::write(path.join("why"), &why).unwrap();
-        // Of a panic the place stands first.
-        let why = why.replace('\n', " ");
-        let why: String = why.chars().take(300).collect();
-        Self::Failed(format!("{why} (logs in {dir})"))
+        fs::write(path.join("why"), &reason).unwrap();
+        // The message of a panic begins with its location.
+        let reason = reason.replace('\n', " ");
+        let reason: String = reason.chars().take(300).collect();
+        Self::Failed(format!("{reason} (logs in {dir})"))
     }
 }
 
-/// All cells that were run.
+/// The results of the cells that have run.
 #[derive(Default)]
 pub(crate) struct Table(Vec<(Fault, Stage, Outcome)>);
 
 impl Table {
-    /// Adds a cell, and says what became of it.
+    /// Adds the result of a cell, and prints it.
     pub(crate) fn add(&mut self, fault: Fault, stage: Stage, outcome: Outcome) {
         let printed = match &outcome {
             Outcome::Ok(took) => format!("ok {:.1} s", took.as_secs_f64()),
-            Outcome::Failed(why) => format!("FAILED: {why}"),
+            Outcome::Failed(reason) => format!("FAILED: {reason}"),
         };
         println!("{}/{}: {printed}", fault.name(), stage.name());
         self.0.push((fault, stage, outcome));
@@ -58,13 +58,13 @@ impl Table {
         self.0.iter().any(failed)
     }
 
-    /// A table for one server and one for three: a row a fault, a column a stage. What did not hold
-    /// was said already.
+    /// Prints one table for one server and one for three, with a row per fault and a column per
+    /// stage. `add` has printed the reasons of failures.
     pub(crate) fn print(&self, took: Duration) {
-        let (of_three, of_one): (Vec<_>, _) =
+        let (three_servers, one_server): (Vec<_>, _) =
             Fault::all().partition(|fault| matches!(fault, Fault::Servers(_)));
-        self.print_board(&of_one);
-        self.print_board(&of_three);
+        self.print_board(&one_server);
+        self.print_board(&three_servers);
         let failed = |(_, _, outcome): &&(_, _, Outcome)| matches!(outcome, Outcome::Failed(_));
         let (cells, failed) = (self.0.len(), self.0.iter().filter(failed).count());
         println!("\n{cells} cells in {} s, {failed} failed", took.as_secs());

@@ -1,4 +1,4 @@
-//! What must hold in the end, whatever has happened.
+//! The checks at the end of every cell.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,24 +6,24 @@ use crate::fault::Fault;
 use crate::harness::backup_files::read_backup;
 use crate::harness::cluster::broker::{FIELDS, LoggedWrite, Write};
 use crate::harness::cluster::seeded::apply;
-use crate::load::assert_not_before;
+use crate::load::assert_not_older;
 use crate::scene::{A, B, C, Scene};
 
-/// Ends the clients and judges.
-pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
+/// Stops the clients and checks the log and all replicas.
+pub(crate) async fn check(mut scene: Scene, fault: Fault) {
     for index in [A, B, C] {
         scene.ready(index).await;
     }
     scene.load.progress(&[A, B, C], 10).await;
     let record = scene.load.stop().await;
-    // Answered writes are in the log where they were said to be, nothing is there twice, and all
-    // three are equal to the log's sum.
+    // Every acknowledged write is in the log at its position, no write is there twice, and all
+    // three replicas hold the state that the log gives.
     let nodes = scene.nodes().map(Clone::clone);
     let nodes = [&nodes[0], &nodes[1], &nodes[2]];
     let client = scene.client().await;
     scene
         .reference
-        .check(&client, &nodes, &record.answered)
+        .check(&client, &nodes, &record.acknowledged)
         .await;
 
     let reference = &scene.reference;
@@ -33,17 +33,17 @@ pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
         .flatten()
         .filter_map(LoggedWrite::set);
     let stored: BTreeSet<&Write> = stored.collect();
-    for refused in &record.refused {
+    for rejected in &record.rejected {
         assert!(
-            !stored.contains(refused),
-            "refused and written: {refused:?}"
+            !stored.contains(rejected),
+            "rejected, but in the log: {rejected:?}"
         );
     }
 
-    // And each can be read everywhere, or a later one of the same client.
+    // Every replica returns each acknowledged write, or a later one of the same client.
     let mut last: BTreeMap<(&str, usize), &Write> = BTreeMap::new();
-    for answered in &record.answered {
-        let write = answered.write.set().unwrap();
+    for acknowledged in &record.acknowledged {
+        let write = acknowledged.write.set().unwrap();
         let known = last.entry((&write.user, write.field)).or_insert(write);
         if write.value > known.value {
             *known = write;
@@ -55,20 +55,20 @@ pub(crate) async fn judge(mut scene: Scene, fault: Fault) {
             let grade = node.get_at(user, reference.position).await;
             for (field, name) in FIELDS.iter().enumerate() {
                 if let Some(write) = last.get(&(*user, field)) {
-                    assert_not_before(write, grade[name].as_i64().unwrap());
+                    assert_not_older(write, grade[name].as_i64().unwrap());
                 }
             }
         }
     }
     if let Some(backup) = scene.backup.take() {
-        judge_backup(&scene, fault, backup);
+        check_backup(&scene, fault, backup);
     }
 }
 
-/// A backup that was being sent is whole and right, or does not look whole.
-fn judge_backup(scene: &Scene, fault: Fault, backup: Option<Vec<u8>>) {
+/// Checks that a backup in progress is complete and correct, or was aborted with an error.
+fn check_backup(scene: &Scene, fault: Fault, backup: Option<Vec<u8>>) {
     let Some(file) = backup else {
-        assert!(fault.breaks_backups(), "the backup was broken off");
+        assert!(fault.may_abort_backups(), "the backup was aborted");
         return;
     };
     let (store, summary) = read_backup(&file);

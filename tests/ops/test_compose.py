@@ -1,4 +1,4 @@
-"""The files of compose/: checked against their schemas, and all services but Grafana run without containers."""
+"""Tests of compose/: the files match their schemas, and all services except Grafana run without containers."""
 
 import json
 import os

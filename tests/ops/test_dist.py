@@ -1,4 +1,4 @@
-"""What `make dist` has built: the program runs in a root directory that holds nothing else, and the package holds it."""
+"""Tests of the output of `make dist`: the program runs in an empty root directory, and the package contains it."""
 
 import os
 import subprocess

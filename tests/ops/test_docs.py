@@ -1,5 +1,5 @@
-"""The documents. A reader written from protocol.md alone reads the stream and the backups of real nodes. The commands of the
-README run in order, and the client examples on real nodes. Every link of every page has a target."""
+"""Tests of the documents. A reader written from protocol.md alone reads the stream and the backups of real nodes. The
+commands of the README run in order. The client examples run on real nodes. Every link of every page has a target."""
 
 import asyncio
 import csv
@@ -31,8 +31,8 @@ from show import until  # noqa: E402
 
 STREAM, SUBJECT = "GRADES", "grades.set"
 IDS = ["alice", 'a "b"', "one, two", " =1+1 ", "привет 😀", "é" * 128, "a\\nb\u2028c", "-_.:@/"]
-# Messages that another client may publish: headers, payload, and whether it is applied.
-FOREIGN_MESSAGES = [
+# Messages that a third-party client may publish: headers, payload, and whether it sets a field.
+THIRD_PARTY_MESSAGES = [
     (None, b'[{"user_id":"stranger","spp":1}]', True),
     ({"Grade-Format": "1"}, b'[ {"spp" : -9223372036854775808, "user_id": "stranger"} , {"user_id":"bare"} ]', True),
     ({"Grade-Checkpoint": "0 0"}, b'[{"user_id":"stranger","spp":2,"return_fee":3}]', True),
@@ -98,7 +98,7 @@ def members(data):
     return count
 
 
-def refused(data):
+def is_rejected(data):
     try:
         read.read_backup(data)
     except read.Unreadable:
@@ -200,16 +200,16 @@ class Protocol(unittest.TestCase):
         reader.chains[0] = read.first_chain(self.status_at()["log_id"])
         self.fill()
         before = self.nodes[0].metric("gradestore_log_poisoned_total")
-        reader.publish((headers, payload) for headers, payload, _ in FOREIGN_MESSAGES)
+        reader.publish((headers, payload) for headers, payload, _ in THIRD_PARTY_MESSAGES)
         end = write(self.nodes[0], user_id="last", spp=1)
         status = self.status_at(end)
         reader.read_through(status["position"])
         self.assertEqual(len(reader.state), status["records"])
         self.assertEqual(reader.digests[status["position"]], status["digest"])
         self.assertEqual(f"{reader.chains[status['position']]:032x}", status["chain"])
-        skipped = sum(read.parse_batch(headers or {}, payload) is None for headers, payload, _ in FOREIGN_MESSAGES)
+        skipped = sum(read.parse_batch(headers or {}, payload) is None for headers, payload, _ in THIRD_PARTY_MESSAGES)
         # The empty array is a batch, although it sets nothing.
-        self.assertEqual(skipped, sum(not sets for *_, sets in FOREIGN_MESSAGES) - 1)
+        self.assertEqual(skipped, sum(not sets for *_, sets in THIRD_PARTY_MESSAGES) - 1)
         self.assertEqual(self.nodes[0].metric("gradestore_log_poisoned_total") - before, skipped)
 
         # The checkpoints of the nodes have the same digests.
@@ -295,12 +295,12 @@ class Protocol(unittest.TestCase):
     def test_any_change_of_a_backup_is_detected(self):
         self.status_at(self.fill())
         data = backup(self.nodes[0])
-        self.assertFalse(refused(data))
+        self.assertFalse(is_rejected(data))
         for at in range(len(data)):
-            self.assertTrue(refused(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1:]), at)
-            self.assertTrue(refused(data[:at]), at)
-        self.assertTrue(refused(data + b"\0"))
-        self.assertTrue(refused(data + data))
+            self.assertTrue(is_rejected(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1:]), at)
+            self.assertTrue(is_rejected(data[:at]), at)
+        self.assertTrue(is_rejected(data + b"\0"))
+        self.assertTrue(is_rejected(data + data))
 
     def test_a_backup_under_writes_and_the_log_after_it_give_the_state(self):
         self.status_at(self.fill())

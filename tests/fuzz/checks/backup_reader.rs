@@ -1,9 +1,8 @@
-//! The reader of backups. CRCs and the checksum stop bytes that are merely random at the gate, so the
-//! first byte says what the others are: a file as it is, text that is packed well, or a small change
-//! to a sound file.
+//! The reader of backups. The CRCs and the checksum reject random bytes early, so the first byte of
+//! the input is a kind: a file, text to pack into a valid file, or a small change to a valid file.
 //!
-//! Whatever is read, nothing panics, and what is accepted adds up: as many rows and the digest that
-//! the sink was given. More is demanded where more is known, see below.
+//! Nothing panics. The summary of an accepted file has the rows and the digest that the sink
+//! received. The functions below check more for each kind.
 
 use std::sync::LazyLock;
 
@@ -18,12 +17,13 @@ use gradestore::store::{RecordBatch, Store};
 use parking_lot::Mutex;
 use xxhash_rust::xxh3::xxh3_128;
 
-/// A change of more bytes could hold a record and its CRC-32: a forgery, which nothing here stops.
+/// A change of more bytes could forge a record and its CRC-32, which the reader cannot detect.
 const CHANGED_BYTES_MAX: usize = 4;
-/// The columns that `packed` gives a foreign file.
+/// The header row of a third-party file.
 static HEADER: LazyLock<String> = LazyLock::new(|| format!("{USER_ID},{}\n", FIELDS.join(",")));
-/// Files that are to be changed: one that the writer made, and one of several members.
-static SOUND: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| [written(), ours(THREE_MEMBERS, None)]);
+/// Valid files to change: one from the writer, and one with several members.
+static VALID: LazyLock<[Vec<u8>; 2]> =
+    LazyLock::new(|| [written_backup(), gradestore_file(THREE_MEMBERS, None)]);
 const THREE_MEMBERS: &[u8] =
     b"a,1,2,3,4\n\"b,\"\"c\",-1,0,0,9223372036854775807\n\0d,0,0,0,0\n\0e,5,6,7,8\n";
 
@@ -40,15 +40,15 @@ pub(crate) fn check(data: &[u8]) {
     }
 }
 
-/// Some rows, in order where one thread reads them.
+/// Rows. Only a reader with one thread keeps their order.
 type Rows = Vec<(String, Values)>;
 
 fn checked(file: &[u8]) -> Result<(Summary, Rows), BackupError> {
     let rows = Mutex::new(Rows::new());
     let digest = Mutex::new(Digest::default());
     let sink = |batch: &RecordBatch| {
-        let given = batch.iter().map(|(id, values)| (id.to_owned(), *values));
-        rows.lock().extend(given);
+        let received = batch.iter().map(|(id, values)| (id.to_owned(), *values));
+        rows.lock().extend(received);
         *digest.lock() += batch.digest();
         batch.digest()
     };
@@ -63,37 +63,41 @@ fn checked(file: &[u8]) -> Result<(Summary, Rows), BackupError> {
     Ok((summary, rows))
 }
 
-/// `text` in members of our own form. What our reader takes, the one for foreign files takes as well,
-/// with the same rows.
+/// Checks `text` in gradestore's format. If the reader accepts it, the reader of third-party files
+/// accepts the text too, with the same rows.
 fn packed(text: &[u8]) {
-    let file = ours(text, None);
+    let file = gradestore_file(text, None);
     match checked(&file) {
         Ok((_, mut rows)) => {
             let text: Vec<_> = text.iter().copied().filter(|byte| *byte != 0).collect();
-            let (_, mut foreign) = checked(&gzip(&[HEADER.as_bytes(), &text]))
-                .expect("the reader of foreign files takes less than the one of our own");
+            let (_, mut third_party) = checked(&gzip(&[HEADER.as_bytes(), &text]))
+                .expect("a third-party file with the same rows is accepted");
             rows.sort_unstable();
-            foreign.sort_unstable();
-            assert_eq!(rows, foreign);
+            third_party.sort_unstable();
+            assert_eq!(rows, third_party);
         }
         Err(error) => assert!(!matches!(error, BackupError::Mismatch { .. }), "{error}"),
     }
 }
 
-/// A sound file with some bytes put in place of others is refused, unless they are the same.
+/// Checks that a valid file with some bytes replaced is rejected, unless the bytes are the same.
 fn changed(kind: u8, rest: &[u8]) {
-    let sound = &SOUND[usize::from(kind >= 128)];
+    let valid = &VALID[usize::from(kind >= 128)];
     let Some((&[low, high, removed], put)) = rest.split_first_chunk::<3>() else {
         return;
     };
-    let at = usize::from(u16::from_le_bytes([low, high])) % (sound.len() + 1);
-    let until = (at + usize::from(removed)).min(sound.len());
-    let file = [&sound[..at], put, &sound[until..]].concat();
+    let at = usize::from(u16::from_le_bytes([low, high])) % (valid.len() + 1);
+    let until = (at + usize::from(removed)).min(valid.len());
+    let file = [&valid[..at], put, &valid[until..]].concat();
     let accepted = checked(&file).is_ok();
-    if file == *sound {
-        assert!(accepted, "a sound file is refused");
+    if file == *valid {
+        assert!(accepted, "a valid file is rejected");
     } else if put.len() <= CHANGED_BYTES_MAX {
-        assert!(!accepted, "{} bytes at {at} became {put:?}", until - at);
+        assert!(
+            !accepted,
+            "accepted a file with {} bytes at {at} replaced by {put:?}",
+            until - at
+        );
     }
 }
 
@@ -106,7 +110,7 @@ fn gzip(parts: &[&[u8]]) -> Vec<u8> {
     file
 }
 
-/// Blocks that are not compressed: an encoder's tables would be most of what a run costs.
+/// Uncompressed blocks: with an encoder, building its tables would dominate the time of a run.
 fn deflated(text: &[u8]) -> Vec<u8> {
     let mut blocks = Vec::new();
     for block in text.chunks(usize::from(u16::MAX)) {
@@ -116,7 +120,7 @@ fn deflated(text: &[u8]) -> Vec<u8> {
         blocks.extend_from_slice(&(!length).to_le_bytes());
         blocks.extend_from_slice(block);
     }
-    // The last one, of nothing.
+    // An empty last block.
     blocks.extend_from_slice(&[1, 0, 0, 0xff, 0xff]);
     blocks
 }
@@ -133,7 +137,8 @@ fn head() -> HeadRecord {
     }
 }
 
-fn written() -> Vec<u8> {
+/// A backup from the writer.
+fn written_backup() -> Vec<u8> {
     let store = Store::new();
     for (user, id) in ["a", "a b", "\"", "ж,1", "x@example.org"]
         .iter()
@@ -154,13 +159,13 @@ fn written() -> Vec<u8> {
     file
 }
 
-/// A file by the description in `src/backup/mod.rs`: a 0 in `text` begins another member. Without a
-/// digest it gets the one that the reader finds.
-fn ours(text: &[u8], digest: Option<String>) -> Vec<u8> {
+/// A file in the format that `src/backup/mod.rs` documents. A zero byte in `text` begins another
+/// member. Without a digest the file has the one that the reader computes.
+fn gradestore_file(text: &[u8], digest: Option<String>) -> Vec<u8> {
     let (_, mut file) = BackupWriter::start(&head());
     let mut rows = 0;
     for text in text.split(|byte| *byte == 0) {
-        // No id has a line break.
+        // User ids contain no line breaks.
         let rows_here = text.iter().filter(|byte| **byte == b'\n').count() as u32;
         rows += u64::from(rows_here);
         let deflated = deflated(text);
@@ -183,7 +188,9 @@ fn ours(text: &[u8], digest: Option<String>) -> Vec<u8> {
     let content = [&b"E"[..], &crc32(&end).to_le_bytes(), &end].concat();
     member(&mut file, &content, &[3, 0], &[]);
     match read(&file[..], &RecordBatch::digest, &ReadProgress::default()) {
-        Err(BackupError::Mismatch { found, .. }) if digest.is_none() => ours(text, Some(found)),
+        Err(BackupError::Mismatch { found, .. }) if digest.is_none() => {
+            gradestore_file(text, Some(found))
+        }
         _ => file,
     }
 }

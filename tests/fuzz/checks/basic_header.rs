@@ -36,7 +36,7 @@ pub(crate) fn check(data: &[u8]) {
         sent.push(line);
     }
     let wanted = match &sent[..] {
-        [line] => basic(line).is_some_and(|given| given == expected.as_bytes()),
+        [line] => basic(line).is_some_and(|sent| sent == expected.as_bytes()),
         _ => false,
     };
     let checked = Credentials::new(username, password).check(&headers);

@@ -1,6 +1,7 @@
-//! The query of `GET /get`, beside a plain reading of the rules: parts between `&`, a name and a value
-//! around the first `=`, `+` for a space, two hexadecimal digits after `%`, UTF-8; one `user_id`, or some
-//! `user_ids`. Where those hold, the URL standard's own parser must see the same.
+//! The query of `GET /get`, compared with a simple parser: pairs separated by `&`, a name and a
+//! value around the first `=`, `+` for a space, two hexadecimal digits after `%`, UTF-8. The query
+//! has one `user_id`, or `user_ids`. For a valid query the parser of the URL standard must return
+//! the same ids.
 
 use gradestore::grade::{USER_ID, check_user_id};
 use gradestore::http::get::{GetQuery, USER_IDS_MAX, parse_query, parse_user_id};
@@ -30,11 +31,11 @@ pub(crate) fn check(data: &[u8]) {
         (_, []) => Err("user-id-repeated"),
         ([], _) if many.len() > USER_IDS_MAX => Err("user-ids-too-many"),
         ([], _) => many.iter().map(|value| id_in(value)).collect(),
-        // Which of the two is said depends on what comes first.
+        // The error depends on the order of the pairs.
         _ => {
-            let said = parse_query(query).map_err(|error| error.kind().1);
-            assert!(matches!(said, Err("user-id-and-ids" | "user-id-repeated")));
-            assert!(one.len() > 1 || said == Err("user-id-and-ids"));
+            let found = parse_query(query).map_err(|error| error.kind().1);
+            assert!(matches!(found, Err("user-id-and-ids" | "user-id-repeated")));
+            assert!(one.len() > 1 || found == Err("user-id-and-ids"));
             return;
         }
     };
@@ -47,7 +48,7 @@ pub(crate) fn check(data: &[u8]) {
                 .eq(ids.iter().cloned())
         );
     }
-    let found = parse_query(query).map(|parse_query| match parse_query {
+    let found = parse_query(query).map(|query| match query {
         GetQuery::One(id) => vec![id.into_owned()],
         GetQuery::Many(ids) => ids.into_iter().map(|id| id.into_owned()).collect(),
     });

@@ -22,7 +22,7 @@ pub const AUTHORIZED: &str = "Basic c2ltOnNlY3JldA==";
 /// The timeout of a request: the waits in the queue and for the log, and a margin.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(6);
 
-/// How many writes a recovered node may leave unacknowledged, and the pause after each.
+/// The number of writes of which a recovered node must acknowledge one, and the pause after each.
 const SETS_MAX: usize = 3;
 const RECOVERED_AFTER: Duration = Duration::from_secs(30);
 
@@ -37,8 +37,8 @@ pub struct Op {
 
 #[derive(Debug, Clone)]
 pub enum OpKind {
-    /// Sets the fields of these bits, each to a value that no other write has; disconnects after
-    /// `disconnect_after_ms`, if given.
+    /// Sets the fields of these bits, each to a value that no other write has. The client may
+    /// disconnect after `disconnect_after_ms`.
     Set {
         fields: u8,
         disconnect_after_ms: Option<u64>,

@@ -56,7 +56,7 @@ pub struct LedgerEntry {
     pub writes: Arc<[Write]>,
     pub state: Arc<Records>,
     pub digest: Digest,
-    /// Whether the broker lost it, alone or with the whole stream.
+    /// Whether the broker lost it, alone or with the stream.
     pub lost: bool,
 }
 
@@ -140,11 +140,11 @@ impl Ledger {
         }
     }
 
-    /// A batch with a write that `is` accepts, lost or not.
-    pub fn find_write(&self, is: impl Fn(&Write) -> bool) -> Option<Seq> {
+    /// A batch with a write that matches, lost or not.
+    pub fn find_write(&self, matches: impl Fn(&Write) -> bool) -> Option<Seq> {
         let mut entries = self.entries.values();
         entries
-            .find(|entry| entry.writes.iter().any(&is))
+            .find(|entry| entry.writes.iter().any(&matches))
             .map(|entry| entry.position.seq)
     }
 }

@@ -32,13 +32,13 @@ impl Decoded {
         let Some((id, time_ns, _)) = &self.batch else {
             return last.next(stored_ns, ChainEntry::Skipped);
         };
-        let given = time_ns.filter(|time_ns| (last.time_ns..=stored_ns).contains(time_ns));
+        let header_ns = time_ns.filter(|time_ns| (last.time_ns..=stored_ns).contains(time_ns));
         let stored = StoredBatch {
             format: FORMAT,
             id: *id,
             payload,
         };
-        last.next(given.unwrap_or(stored_ns), ChainEntry::Batch(stored))
+        last.next(header_ns.unwrap_or(stored_ns), ChainEntry::Batch(stored))
     }
 
     pub fn writes(&self) -> Arc<[Write]> {

@@ -1,4 +1,4 @@
-//! The broker's answers to requests, given its current faults.
+//! The broker's responses to requests, under its current faults.
 
 use async_nats::jetstream::stream::Config;
 use gradestore::log::Seq;
@@ -87,7 +87,8 @@ impl ServerRequest<'_> {
         self.state.publish(message, self.late)
     }
 
-    /// `held` is whether others held data when the request was sent. Sending it can't be undone.
+    /// `held` is whether other nodes held data when the request was sent: a request cannot be
+    /// recalled.
     pub fn create(
         &mut self,
         config: Config,
