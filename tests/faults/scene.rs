@@ -86,7 +86,7 @@ impl Scene {
                 (Brokers::Three(Box::new(cluster)), None)
             }
             _ => {
-                let broker = Broker::start().await;
+                let broker = Broker::start_with(&[]).await;
                 let proxy = Proxy::to(broker.address).await;
                 (Brokers::One(broker), Some(proxy))
             }
