@@ -3,11 +3,12 @@
 mod browser;
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use gradestore::log::{Announcement, ClusterKey};
 use serde_json::{Value, json};
 
-use self::browser::{Browser, PageMode};
+use self::browser::{Browser, Page, PageMode};
 use crate::cluster::forged_messages::respond_to_queries;
 use crate::harness::backup_files::fetch_backup;
 use crate::harness::cluster::broker::{Broker, Load, STREAM, replica_at};
@@ -128,6 +129,7 @@ async fn a_ready_node_shows_its_state_and_updates_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_progress_of_a_restore_is_shown() {
+    let mut browser = Browser::start().await;
     let mut cluster = SeededCluster::with_rows(30_000).await;
     let throttle = Throttle::without_target(u64::MAX).await;
     let first = cluster.start_first_behind(&throttle).await;
@@ -141,34 +143,18 @@ async fn the_progress_of_a_restore_is_shown() {
     })
     .await;
 
-    let mut browser = Browser::start().await;
+    // A byte a second, so that the replica does not give up the transfer.
+    let drip = async {
+        for more in 1.. {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            throttle.set_limit(size / 2 + more);
+        }
+    };
     let from = throttle.url();
-    let all = [
-        "Restoring",
-        "Rejecting reads",
-        "Rejecting writes",
-        "Restore",
-        &from,
-        "of about 30,000",
-        "3 batches",
-        " %",
-        "Remaining\nabout",
-    ];
-    assert_page(&mut browser, "restoring", &late, &all).await;
-    let mut page = browser.open(&url(&late), PageMode::LIGHT).await;
-    let restore = "document.getElementById('restore').innerText";
-    let restore = page.evaluate(restore).await;
-    assert!(restore.as_str().unwrap().contains(&from), "{restore}");
-    eventually("the rows of /status", async || {
-        let rows = grouped(&late.status().await["restore"]["rows"]);
-        let shown = format!("{rows} of about 30,000");
-        page.text().await.contains(&shown).then_some(())
-    })
-    .await;
-    let bar = "document.querySelector('progress').value";
-    let percent = page.evaluate(bar).await.as_f64().unwrap();
-    assert!((1.0..100.0).contains(&percent), "{percent}");
-
+    let mut page = tokio::select! {
+        page = assert_restore_is_shown(&mut browser, &late, &from) => page,
+        () = drip => unreachable!("it never ends"),
+    };
     throttle.remove_limit();
     let end = answered.last().unwrap().position;
     late.ready_at(end + 1).await;
@@ -178,6 +164,41 @@ async fn the_progress_of_a_restore_is_shown() {
         page.evaluate("document.querySelector('progress')").await,
         Value::Null
     );
+}
+
+/// Checks the page of a replica that restores a backup of 30,000 records from `from`. Returns the
+/// page.
+async fn assert_restore_is_shown<'a>(
+    browser: &'a mut Browser,
+    late: &Node,
+    from: &str,
+) -> Page<'a> {
+    let all = [
+        "Restoring",
+        "Rejecting reads",
+        "Rejecting writes",
+        "Restore",
+        from,
+        "of about 30,000",
+        "3 batches",
+        " %",
+        "Remaining\nabout",
+    ];
+    assert_page(browser, "restoring", late, &all).await;
+    let mut page = browser.open(&url(late), PageMode::LIGHT).await;
+    let restore = "document.getElementById('restore').innerText";
+    let restore = page.evaluate(restore).await;
+    assert!(restore.as_str().unwrap().contains(from), "{restore}");
+    eventually("the rows of /status", async || {
+        let rows = grouped(&late.status().await["restore"]["rows"]);
+        let shown = format!("{rows} of about 30,000");
+        page.text().await.contains(&shown).then_some(())
+    })
+    .await;
+    let bar = "document.querySelector('progress').value";
+    let percent = page.evaluate(bar).await.as_f64().unwrap();
+    assert!((1.0..100.0).contains(&percent), "{percent}");
+    page
 }
 
 #[tokio::test]
