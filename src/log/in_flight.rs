@@ -157,3 +157,33 @@ impl InFlight {
         self.0.lock().front().map(|batch| batch.appended)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_timeout_includes_the_time_before_the_append() {
+        const WAIT_MAX: Duration = Duration::from_secs(10);
+        let request = || {
+            let (outcome, answered) = oneshot::channel();
+            let submitted = Instant::now();
+            (WaitingRequest { outcome, submitted }, answered)
+        };
+        let (early, mut early_answer) = request();
+        tokio::time::advance(WAIT_MAX / 2).await;
+        let (late, mut late_answer) = request();
+        let slot = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let in_flight = InFlight::default();
+        in_flight.add(Ticket(1), Arc::from([]), vec![early, late], slot);
+        in_flight.expire(WAIT_MAX);
+        assert!(early_answer.try_recv().is_err());
+        tokio::time::advance(WAIT_MAX * 3 / 4).await;
+        in_flight.expire(WAIT_MAX);
+        assert_eq!(early_answer.try_recv(), Ok(Err(AppendError::Unknown)));
+        assert!(late_answer.try_recv().is_err());
+        assert!(in_flight.take(Ticket(1)).is_some());
+    }
+}
