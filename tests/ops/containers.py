@@ -97,7 +97,7 @@ class Service:
             else:
                 yield self.compose.source(source), target, mode != ["ro"]
         for secret in self.definition.get("secrets", []):
-            yield self.compose.secret(secret), f"/run/secrets/{secret}", False
+            yield self.compose.secrets[secret], f"/run/secrets/{secret}", False
         hosts = self.directory / "hosts"
         hosts.write_text("".join(f"{address} {name}\n" for name, address in self.compose.reachable_from(self.name).items()))
         yield hosts, "/etc/hosts", False
@@ -174,7 +174,14 @@ class Compose:
 
     def __init__(self, path, programs, secrets, settings, network, directory):
         self.path, self.file, self.directory = path, read(path, settings), directory
-        self.network, self.secrets = network, secrets
+        self.network = network
+        # Written once: a service that has started reads its file while others start.
+        self.secrets = {}
+        for name, secret in self.file["secrets"].items():
+            if secret["file"] in secrets:
+                self.secrets[name] = directory / "secrets" / name
+                self.secrets[name].parent.mkdir(exist_ok=True)
+                self.secrets[name].write_text(secrets[secret["file"]])
         self.services = {name: Service(self, name, programs, directory) for name, service in self.file["services"].items()
                          if service["image"].split(":")[0] in programs}
 
@@ -182,12 +189,6 @@ class Compose:
         found = (self.path.parent / path).resolve()
         assert found.exists(), f"{self.path} mounts {path}, which does not exist"
         return found
-
-    def secret(self, name):
-        file = self.directory / "secrets" / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(self.secrets[self.file["secrets"][name]["file"]])
-        return file
 
     def reachable_from(self, name):
         """The addresses of the services that share a network with this one."""
