@@ -285,11 +285,9 @@ async fn invalid_messages_are_skipped_and_foreign_batches_applied_by_all_replica
             headers.insert("Grade-Format", format);
         }
         let sent = client.publish_with_headers(SUBJECT, headers, payload.into());
-        sent.await.unwrap().await.unwrap()
+        sent.await.unwrap().await.unwrap().sequence
     };
-    let started = 2;
-    a.ready_at(started).await;
-    publish("", "garbage").await;
+    let garbage = publish("", "garbage").await;
     publish("", r#"[{"user_id":"x","spp":1},{"user_id":"x","spp":1.5}]"#).await;
     publish("none", r#"[{"user_id":"x","spp":2}]"#).await;
     publish("", r#"[{"user_id":"y","spp":3}]"#).await;
@@ -299,7 +297,6 @@ async fn invalid_messages_are_skipped_and_foreign_batches_applied_by_all_replica
     publish("1", r#"[{"user_id":"x","spp":1},{"delete":"x"}]"#).await;
     publish("1", r#"[{"delete":"y","spp":1}]"#).await;
     let last = a.set(r#"{"user_id":"z","spp":5}"#).await.position();
-    assert_eq!(last, started + 9);
     for node in [&a, &b] {
         let y = node.get_at("y", last).await;
         assert_eq!(
@@ -310,7 +307,7 @@ async fn invalid_messages_are_skipped_and_foreign_batches_applied_by_all_replica
         node.metric_reaches("gradestore_log_poisoned_total", 5.0)
             .await;
         let printed = node.stderr.lock().clone();
-        let skipped = format!("skipped a message that is not a batch seq={}", started + 1);
+        let skipped = format!("skipped a message that is not a batch seq={garbage}");
         assert!(printed.contains(&skipped), "{printed}");
     }
     let statuses = [a.ready_at(last).await, b.ready_at(last).await];
