@@ -314,7 +314,7 @@ class Client(threading.Thread):
         # A small buffer, so that unread bytes stay in the node.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.socket.connect((host, int(port)))
-        self.socket.sendall(f"GET /backup HTTP/1.1\r\nHost: node\r\nAuthorization: Basic {AUTH}\r\n\r\n".encode())
+        self.socket.sendall(f"GET /backup HTTP/1.1\r\nHost: localhost\r\nAuthorization: Basic {AUTH}\r\n\r\n".encode())
         if not self.socket.recv(64).startswith(b"HTTP/1.1 200 "):
             sys.exit("GET /backup was rejected")
         self.bytes_per_s, self.bytes_read = bytes_per_s, 0

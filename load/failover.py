@@ -117,7 +117,7 @@ class Load:
     async def send(self, write):
         body = json.dumps({"user_id": f"user-{write.number % USERS}", "spp": write.number})
         request = (
-            f"POST /set HTTP/1.1\r\nhost: x\r\nauthorization: Basic {AUTH}\r\n"
+            f"POST /set HTTP/1.1\r\nhost: localhost\r\nauthorization: Basic {AUTH}\r\n"
             f"content-type: application/json\r\n"
             f"content-length: {len(body)}\r\n\r\n{body}"
         ).encode()

@@ -1,6 +1,6 @@
 -- wrk: POST /set of new users, starting with number FIRST, each once.
 local user = 1000000000000 + tonumber(os.getenv("FIRST") or "0")
-local head = "POST /set HTTP/1.1\r\nHost: node\r\nContent-Type: application/json\r\nAuthorization: Basic "
+local head = "POST /set HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAuthorization: Basic "
   .. (os.getenv("AUTH") or "") .. "\r\nContent-Length: "
 
 function request()

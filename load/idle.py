@@ -25,7 +25,7 @@ from pathlib import Path
 
 USER_ID = "idle-probe"
 GRADE = f'{{"user_id":"{USER_ID}","postpaid_limit":0,"spp":7,"shipping_fee":0,"return_fee":0}}'
-SLOW_HEADER = f"GET /get?user_id={USER_ID} HTTP/1.1\r\nhost: node\r\nx-slow: ".encode()
+SLOW_HEADER = f"GET /get?user_id={USER_ID} HTTP/1.1\r\nhost: localhost\r\nx-slow: ".encode()
 TIMEOUT_S = 5
 TICK_S = 0.05
 

@@ -38,7 +38,7 @@ def connect(node, port):
 def turn(node, writer, seconds):
     """Writes for some seconds; returns the node's CPU time per write in microseconds, and writes a second."""
     body = b'{"user_id":"waiters","spp":1}'
-    request = (f"POST /set HTTP/1.1\r\nhost: node\r\nauthorization: Basic {measure.AUTH}\r\n"
+    request = (f"POST /set HTTP/1.1\r\nhost: localhost\r\nauthorization: Basic {measure.AUTH}\r\n"
                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n").encode() + body
     writes, began, cpu = 0, time.monotonic(), measure.cpu_s(node.pid)
     while time.monotonic() < began + seconds:
@@ -52,7 +52,7 @@ def turn(node, writer, seconds):
 
 
 def ask(readers, position):
-    request = f"GET /get?user_id=waiters HTTP/1.1\r\nhost: node\r\ngrade-position: {position}\r\n\r\n".encode()
+    request = f"GET /get?user_id=waiters HTTP/1.1\r\nhost: localhost\r\ngrade-position: {position}\r\n\r\n".encode()
     for reader in readers:
         reader.sendall(request)
 

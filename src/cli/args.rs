@@ -9,7 +9,8 @@ use clap::{Args, Parser, Subcommand};
 use super::error::ConfigError;
 use super::password::{self, GeneratedPassword};
 use super::values::{
-    address, at_least, base_url, count, memory_max, servers, stream_name, username, yes_or_no,
+    address, at_least, base_url, count, host_name, memory_max, servers, stream_name, username,
+    yes_or_no,
 };
 use crate::http::Credentials;
 use crate::log::{JetStreamConfig, Servers};
@@ -76,6 +77,12 @@ pub struct ServeArgs {
     /// Address of the ops port
     #[command(flatten)]
     pub ops: OpsAddrArgs,
+
+    /// Name for which a port on a loopback address answers, besides localhost, such as the name of a
+    /// proxy on this machine; repeatable, and separated by commas in the variable
+    #[arg(long, env = "GRADESTORE_ALLOWED_HOST", value_name = "NAME", value_delimiter = ',',
+        value_parser = host_name)]
+    pub allowed_host: Vec<String>,
 
     /// Name and password
     #[command(flatten)]
@@ -322,7 +329,10 @@ impl ServeArgs {
             read_addr: self.read_addr,
             ops_addr: self.ops.ops_addr,
             credentials,
-            http: HttpConfig::default(),
+            http: HttpConfig {
+                allowed_hosts: self.allowed_host.clone(),
+                ..HttpConfig::default()
+            },
             writer: WriterLimits {
                 wait_max: self.write_timeout,
                 ..default_writer_limits()

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use reqwest::Url;
 
+use crate::http::host::is_name;
 use crate::log::Servers;
 use crate::replication::memory::MemoryMax;
 
@@ -80,6 +81,16 @@ pub(super) fn yes_or_no(text: &str) -> Result<bool, String> {
         // Compose files set variables to an empty string to omit them.
         "false" | "no" | "off" | "0" | "" => Ok(false),
         _ => Err("set GRADESTORE_EPHEMERAL to true or false, or remove it".to_owned()),
+    }
+}
+
+pub(super) fn host_name(text: &str) -> Result<String, String> {
+    match !text.is_empty() && is_name(text) {
+        true => Ok(text.to_owned()),
+        false => {
+            let fix = fix("--allowed-host", "grades.example.com");
+            Err(format!("it must be a host name without a port; {fix}"))
+        }
     }
 }
 

@@ -5,6 +5,9 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
+use parking_lot::Mutex;
+
+use super::request_body::UnreadBody;
 
 /// How the listener asks a connection's task to close.
 pub(super) enum CloseMode {
@@ -69,6 +72,8 @@ struct Exchange {
     flushed: AtomicBool,
     /// The fast path answers the next request.
     returns: AtomicBool,
+    /// The rest of the request's body, if its handler did not read it.
+    unread: Mutex<Option<UnreadBody>>,
 }
 
 const BUSY: u64 = u64::MAX;
@@ -180,6 +185,16 @@ impl ConnectionState {
     /// Marks the request's body as read to its end.
     pub(super) fn request_read(&self) {
         self.exchange.request_read.store(true, Ordering::Relaxed);
+    }
+
+    /// Keeps the rest of the request's body, which its handler did not read.
+    pub(super) fn leave_unread(&self, rest: UnreadBody) {
+        *self.exchange.unread.lock() = Some(rest);
+    }
+
+    /// The rest of the request's body, if its handler did not read it.
+    pub(super) fn take_unread(&self) -> Option<UnreadBody> {
+        self.exchange.unread.lock().take()
     }
 
     /// Marks the whole response as taken by hyper.

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use axum::response::{IntoResponse, Response};
-use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{
+    ACCEPT, ACCEPT_ENCODING, ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE,
+};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use serde::Serialize;
 
@@ -13,6 +15,8 @@ use crate::replication::WriteError;
 use crate::replication::memory::StoreFull;
 use crate::replication::state::Unready;
 
+/// How much of a header's value an error repeats, in bytes.
+const EXCERPT_BYTES_MAX: usize = 100;
 /// `Retry-After`, in seconds.
 const RETRY_AFTER_S: HeaderValue = HeaderValue::from_static("1");
 
@@ -25,6 +29,12 @@ pub enum ApiError {
         "the body is not JSON: {0}; send one object such as {{\"user_id\":\"alice\",\"spp\":5}}"
     )]
     NotJson(String),
+    /// The body begins with a byte order mark.
+    #[error("the body begins with a byte order mark (EF BB BF); send it without these three bytes")]
+    ByteOrderMark,
+    /// The body is not a list of user ids.
+    #[error("the body is not a JSON array of user ids: {0}; send one such as [\"alice\",\"bob\"]")]
+    NotUserIds(String),
     /// The body is not UTF-8.
     #[error("the body is not UTF-8 at byte {at}; encode it as UTF-8")]
     BodyNotUtf8 {
@@ -51,10 +61,10 @@ pub enum ApiError {
     /// `user_ids` on a route that accepts a single `user_id`.
     #[error("the query has user_ids, which only GET /get accepts; send one {USER_ID}")]
     UserIdsHere,
-    /// More `user_ids` than one request may have.
-    #[error("the query has {found} user_ids; send at most {limit} per request")]
+    /// More ids than one request may have.
+    #[error("the request has {found} user ids; send at most {limit} per request")]
     UserIdsTooMany {
-        /// The number of `user_ids`.
+        /// The number of ids.
         found: usize,
         /// The limit.
         limit: usize,
@@ -70,6 +80,21 @@ pub enum ApiError {
         "Grade-Position must be one decimal number, as in the response to a POST /set or DELETE /set"
     )]
     PositionInvalid,
+    /// `Host` is missing, repeated or invalid.
+    #[error("the request needs exactly one valid Host header, such as Host: localhost:8081")]
+    HostInvalid,
+    /// A port on a loopback address does not answer for this host.
+    #[error(
+        "this port listens on a loopback address and does not answer for the host {0:?}; use \
+         localhost, or add the name to --allowed-host"
+    )]
+    HostUnknown(String),
+    /// A transfer coding other than one `chunked`.
+    #[error("Transfer-Encoding must be chunked, once; send the body without other codings")]
+    TransferEncoding,
+    /// The body is compressed.
+    #[error("Content-Encoding {0:?} is not supported; send the body without compression")]
+    ContentEncoding(String),
     /// Missing or wrong credentials.
     #[error(
         "missing or wrong user name or password; use HTTP Basic authentication (curl -u NAME:PASSWORD)"
@@ -91,16 +116,19 @@ pub enum ApiError {
         seconds: u64,
     },
     /// The body is too large.
-    #[error("the body of one patch is limited to {limit_bytes} bytes; send a smaller one")]
+    #[error("the body is limited to {limit_bytes} bytes; send a smaller one")]
     BodyTooLarge {
         /// The limit.
         limit_bytes: usize,
     },
-    /// Neither `application/json` nor `application/x-ndjson`.
-    #[error(
-        "Content-Type must be application/json for one patch, or application/x-ndjson for one patch per line"
-    )]
-    UnsupportedMediaType,
+    /// The route does not accept the content type.
+    #[error("Content-Type is {found:?}; it must be {}", .accepted.join(" or "))]
+    UnsupportedMediaType {
+        /// The content type of the request; empty if it has none.
+        found: String,
+        /// The content types that the route accepts.
+        accepted: &'static [&'static str],
+    },
     /// One of many lines is not a patch.
     #[error(
         "line {line}: {what}; {accepted} lines were accepted, and nothing after them was written; fix \
@@ -192,6 +220,12 @@ pub enum ApiError {
     Internal,
 }
 
+/// The beginning of a header's value, for an error.
+pub(super) fn excerpt(value: &[u8]) -> String {
+    let shown = value.get(..EXCERPT_BYTES_MAX).unwrap_or(value);
+    String::from_utf8_lossy(shown).into_owned()
+}
+
 impl From<WriteError> for ApiError {
     fn from(error: WriteError) -> Self {
         match error {
@@ -217,6 +251,9 @@ impl ApiError {
             Self::NotJson(why) => format!("it is not JSON: {why}"),
             Self::BodyNotUtf8 { at } => format!("it is not UTF-8 at byte {at}"),
             Self::NotAPatch(why) => format!("it is not a patch: {why}"),
+            Self::ByteOrderMark => {
+                "it is not JSON: it begins with a byte order mark (EF BB BF)".to_owned()
+            }
             other => other.to_string(),
         };
         // The parser sees one line only.
@@ -228,7 +265,8 @@ impl ApiError {
     pub fn kind(&self) -> (StatusCode, &'static str) {
         use StatusCode as S;
         match self {
-            Self::NotJson(_) => (S::BAD_REQUEST, "not-json"),
+            Self::NotJson(_) | Self::ByteOrderMark => (S::BAD_REQUEST, "not-json"),
+            Self::NotUserIds(_) => (S::BAD_REQUEST, "not-user-ids"),
             Self::BodyNotUtf8 { .. } => (S::BAD_REQUEST, "body-not-utf8"),
             Self::BodyBroken => (S::BAD_REQUEST, "body-broken"),
             Self::UserIdMissing => (S::BAD_REQUEST, "user-id-missing"),
@@ -239,13 +277,19 @@ impl ApiError {
             Self::UserIdInvalid(_) => (S::BAD_REQUEST, "user-id-invalid"),
             Self::QueryEncoding(_) => (S::BAD_REQUEST, "query-encoding"),
             Self::PositionInvalid => (S::BAD_REQUEST, "position-invalid"),
+            Self::HostInvalid => (S::BAD_REQUEST, "host-invalid"),
+            Self::HostUnknown(_) => (S::BAD_REQUEST, "host-unknown"),
+            Self::TransferEncoding => (S::BAD_REQUEST, "transfer-encoding"),
             Self::Unauthorized => (S::UNAUTHORIZED, "unauthorized"),
             Self::UserUnknown => (S::NOT_FOUND, "user-unknown"),
             Self::RouteUnknown(_) => (S::NOT_FOUND, "route-unknown"),
             Self::MethodNotAllowed(_) => (S::METHOD_NOT_ALLOWED, "method-not-allowed"),
             Self::BodySlow { .. } => (S::REQUEST_TIMEOUT, "body-slow"),
             Self::BodyTooLarge { .. } => (S::PAYLOAD_TOO_LARGE, "body-too-large"),
-            Self::UnsupportedMediaType => (S::UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type"),
+            Self::UnsupportedMediaType { .. } => {
+                (S::UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type")
+            }
+            Self::ContentEncoding(_) => (S::UNSUPPORTED_MEDIA_TYPE, "content-encoding"),
             Self::NotAPatch(_) => (S::UNPROCESSABLE_ENTITY, "not-a-patch"),
             Self::BadLine { .. } => (S::UNPROCESSABLE_ENTITY, "bad-line"),
             Self::InPart { cause, .. } => cause.kind(),
@@ -287,6 +331,19 @@ impl ApiError {
             }
             Self::MethodNotAllowed(allowed) => {
                 headers.insert(ALLOW, HeaderValue::from_static(allowed));
+            }
+            // RFC 9110, section 15.5.16: how to send the body instead.
+            Self::ContentEncoding(_) => {
+                let identity = HeaderValue::from_static("identity");
+                headers.insert(ACCEPT_ENCODING, identity);
+            }
+            Self::UnsupportedMediaType { accepted, .. } => {
+                let accepted = HeaderValue::try_from(accepted.join(", "));
+                headers.extend(accepted.map(|accepted| (ACCEPT, accepted)));
+            }
+            // Where the request ends may be disputed.
+            Self::TransferEncoding => {
+                headers.insert(CONNECTION, HeaderValue::from_static("close"));
             }
             _ => {}
         }

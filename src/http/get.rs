@@ -1,4 +1,5 @@
-//! The read port: `GET /get?user_id=ID`, and `GET /get?user_ids=A&user_ids=B` for many at once.
+//! The read port: `GET /get?user_id=ID`; for many at once `GET /get?user_ids=A&user_ids=B`, or
+//! `POST /get` with the ids in the body, which may be longer than a URL.
 
 use std::borrow::Cow;
 use std::sync::{Arc, LazyLock};
@@ -10,10 +11,11 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use axum::routing::get;
 use http::header::CONTENT_TYPE;
-use http::{HeaderMap, HeaderValue, Uri};
+use http::{HeaderMap, HeaderValue};
 use percent_encoding::percent_decode;
 
 use super::GRADE_POSITION;
+use super::body::{self, JSON, content_type};
 use super::error::ApiError;
 use super::fast::{GetOutcome, GetRoute, request};
 use crate::grade::{USER_ID, UserGrade, check_user_id};
@@ -46,6 +48,8 @@ pub struct ReadState {
     pub log: Arc<dyn Log>,
     /// Whether the replica serves reads.
     pub readiness: Readiness,
+    /// How long a body may take to arrive.
+    pub body_wait_max: Duration,
     /// How long a read with `Grade-Position` may wait.
     pub position_wait_max: Duration,
     /// The maximum number of reads that wait at once.
@@ -57,10 +61,14 @@ pub fn routes(state: ReadState) -> Router {
     Router::new()
         .route(
             "/get",
-            get(get_grade).fallback(|| async { ApiError::MethodNotAllowed("GET, HEAD") }),
+            get(get_grade)
+                .post(get_listed)
+                .fallback(|| async { ApiError::MethodNotAllowed("GET, HEAD, POST") }),
         )
         .fallback(|| async {
-            ApiError::RouteUnknown("GET /get?user_id=ID, GET /get?user_ids=ID&user_ids=ID")
+            ApiError::RouteUnknown(
+                "GET /get?user_id=ID, GET /get?user_ids=ID&user_ids=ID, POST /get",
+            )
         })
         .with_state(state)
 }
@@ -92,15 +100,33 @@ impl GetRoute for ReadState {
 static USER_UNKNOWN: LazyLock<Vec<u8>> = LazyLock::new(|| ApiError::UserUnknown.to_json());
 
 async fn get_grade(State(state): State<ReadState>, request: Request) -> Result<Response, ApiError> {
-    if let Some(wanted) = position_of(request.headers())? {
-        state.readiness.check()?;
-        wait_for(&state, wanted).await?;
-    }
-    respond(&state, request.uri())
+    wait_for(&state, position_of(request.headers())?).await?;
+    let json = match parse_query(request.uri().query().unwrap_or_default())? {
+        GetQuery::One(user_id) => one(&state, &user_id)?,
+        GetQuery::Many(user_ids) => many(&state, &user_ids)?,
+    };
+    Ok(respond(json))
 }
 
-/// Waits until this replica has applied `wanted`.
-async fn wait_for(state: &ReadState, wanted: Seq) -> Result<(), ApiError> {
+/// `POST /get`: the ids are in the body.
+async fn get_listed(
+    State(state): State<ReadState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    content_type(request.headers(), &[JSON])?;
+    let position = position_of(request.headers())?;
+    let body = body::read(request, state.body_wait_max).await?;
+    let user_ids = parse_list(&body)?;
+    wait_for(&state, position).await?;
+    Ok(respond(many(&state, &user_ids)?))
+}
+
+/// Waits until this replica has applied `position`.
+async fn wait_for(state: &ReadState, position: Option<Seq>) -> Result<(), ApiError> {
+    let Some(wanted) = position else {
+        return Ok(());
+    };
+    state.readiness.check()?;
     if state.applied.seq() >= wanted {
         return Ok(());
     }
@@ -127,16 +153,11 @@ async fn wait_for(state: &ReadState, wanted: Seq) -> Result<(), ApiError> {
     })
 }
 
-/// The response with the grades that `uri` asks for.
-fn respond(state: &ReadState, uri: &Uri) -> Result<Response, ApiError> {
-    let json = match parse_query(uri.query().unwrap_or_default())? {
-        GetQuery::One(user_id) => one(state, &user_id)?,
-        GetQuery::Many(user_ids) => many(state, &user_ids)?,
-    };
+fn respond(json: Vec<u8>) -> Response {
     let mut response = Response::new(Body::from(json));
-    let json_type = HeaderValue::from_static("application/json");
+    let json_type = HeaderValue::from_static(JSON);
     response.headers_mut().insert(CONTENT_TYPE, json_type);
-    Ok(response)
+    response
 }
 
 /// One user's grade as JSON.
@@ -240,13 +261,35 @@ fn parse_user_ids(query: &str) -> Result<Vec<Cow<'_, str>>, ApiError> {
             _ => {}
         }
     }
-    if user_ids.len() > USER_IDS_MAX {
-        return Err(ApiError::UserIdsTooMany {
-            found: user_ids.len(),
-            limit: USER_IDS_MAX,
-        });
-    }
+    check_count(user_ids.len())?;
     user_ids.into_iter().map(decode_id).collect()
+}
+
+/// Parses the body of `POST /get`: a JSON array of up to [`USER_IDS_MAX`] ids.
+///
+/// # Errors
+/// The body is not such an array, or an id is not valid.
+pub fn parse_list(body: &[u8]) -> Result<Vec<Cow<'static, str>>, ApiError> {
+    if body.starts_with(b"\xef\xbb\xbf") {
+        return Err(ApiError::ByteOrderMark);
+    }
+    let user_ids: Vec<String> =
+        serde_json::from_slice(body).map_err(|error| ApiError::NotUserIds(error.to_string()))?;
+    check_count(user_ids.len())?;
+    for user_id in &user_ids {
+        check_user_id(user_id).map_err(ApiError::UserIdInvalid)?;
+    }
+    Ok(user_ids.into_iter().map(Cow::Owned).collect())
+}
+
+fn check_count(found: usize) -> Result<(), ApiError> {
+    match found > USER_IDS_MAX {
+        true => Err(ApiError::UserIdsTooMany {
+            found,
+            limit: USER_IDS_MAX,
+        }),
+        false => Ok(()),
+    }
 }
 
 /// Decodes and checks an id.

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::Future;
+use std::mem;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,9 +16,9 @@ use axum::body::{Body, HttpBody};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::FutureExt;
-use futures_util::future::CatchUnwind;
-use http::header::CONNECTION;
-use http::{HeaderValue, Method, Request, StatusCode};
+use futures_util::future::{BoxFuture, CatchUnwind};
+use http::header::{CACHE_CONTROL, CONNECTION, TRANSFER_ENCODING, X_CONTENT_TYPE_OPTIONS};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode};
 use hyper::body::{Frame, Incoming, SizeHint};
 use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use tower::Service;
@@ -25,11 +26,24 @@ use tower::Service;
 use super::connection::ConnectionState;
 use super::error::ApiError;
 use super::error_log::{ErrorDetail, ErrorLog, FailedRequest};
+use super::host::Hosts;
 use super::latency::{self, Latency, LatencyCounts};
+use super::request_body::RequestBody;
 use super::request_id::{self, X_REQUEST_ID};
 use super::route::{PerRoute, Route};
 
 const PATH_METRIC: &str = "gradestore_http_path_total";
+
+/// The headers of every response. No cache may answer for the node, because a read must see all earlier
+/// writes. No browser may take a response for a script or show it to a page of another server.
+const COMMON_HEADERS: [(HeaderName, HeaderValue); 3] = [
+    (CACHE_CONTROL, HeaderValue::from_static("no-store")),
+    (
+        HeaderName::from_static("cross-origin-resource-policy"),
+        HeaderValue::from_static("same-origin"),
+    ),
+    (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+];
 
 /// Each status from 100 to 599 has a counter.
 const STATUS_MIN: u16 = 100;
@@ -239,6 +253,7 @@ pub(super) struct Instrumented {
     pub(super) router: Router,
     pub(super) metrics: Arc<HttpMetrics>,
     pub(super) connection: Arc<ConnectionState>,
+    pub(super) hosts: Hosts,
     /// The error of the first request, if it was executed on the fast path.
     pub(super) failed: Cell<Option<FastPathError>>,
 }
@@ -261,22 +276,25 @@ impl hyper::service::Service<Request<Incoming>> for Instrumented {
             // Replicas use HEAD /backup to find out whether a peer is ready.
             head: request.method() == Method::HEAD,
         };
-        let response = if let Some((error, started)) = self.failed.take() {
+        let checked = self.hosts.check(&request);
+        let checked = checked.and_then(|()| check_transfer_encoding(request.headers()));
+        let request = RequestBody::of(request, &connection);
+        let failed = match checked {
+            Ok(()) => self.failed.take(),
+            Err(error) => Some((error, started)),
+        };
+        let response = if let Some((error, started)) = failed {
             context.started = started;
             let mut response = error.into_response();
             if connection.is_draining() {
                 // hyper does not know yet that the connection drains.
-                let close = HeaderValue::from_static("close");
-                response.headers_mut().insert(CONNECTION, close);
+                close(&mut response);
             }
             ResponseFuture::Ready {
                 response: Some(response),
             }
         } else {
-            let mut request = request.map(|body| {
-                let connection = Arc::clone(&connection);
-                Body::new(RequestBody { body, connection })
-            });
+            let mut request = request.map(Body::new);
             // A backup marks its connection as streaming.
             if route == Route::Backup {
                 request.extensions_mut().insert(Arc::clone(&connection));
@@ -292,7 +310,22 @@ impl hyper::service::Service<Request<Incoming>> for Instrumented {
             context,
             has_response: false,
         };
-        InstrumentedFuture { response, running }
+        InstrumentedFuture {
+            response,
+            discarding: None,
+            running,
+        }
+    }
+}
+
+/// Checks that a body has no transfer coding but `chunked`, and that only once (RFC 9112, section 6.1).
+fn check_transfer_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    let chunked = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"chunked");
+    match (codings.next(), codings.next()) {
+        (None, _) => Ok(()),
+        (Some(coding), None) if chunked(coding) => Ok(()),
+        _ => Err(ApiError::TransferEncoding),
     }
 }
 
@@ -302,8 +335,16 @@ pin_project_lite::pin_project! {
     pub(super) struct InstrumentedFuture {
         #[pin]
         response: ResponseFuture,
+        // Boxed, because it is rare and large.
+        discarding: Option<Box<Discarding>>,
         running: RunningRequest,
     }
+}
+
+/// A response that waits until the rest of the request's body is discarded.
+struct Discarding {
+    response: Response,
+    discarded: BoxFuture<'static, bool>,
 }
 
 pin_project_lite::pin_project! {
@@ -337,36 +378,6 @@ impl Future for ResponseFuture {
 
 fn internal() -> Response {
     ApiError::Internal.into_response()
-}
-
-/// A request's body, which marks the connection when it was read to its end.
-struct RequestBody {
-    body: Incoming,
-    connection: Arc<ConnectionState>,
-}
-
-impl HttpBody for RequestBody {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(cx));
-        if frame.is_none() || self.body.is_end_stream() {
-            self.connection.request_read();
-        }
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
 }
 
 /// A response's body, which marks the connection when hyper has taken all of it.
@@ -423,6 +434,9 @@ impl RequestContext {
         }
         let now = metrics.finish(self.route, response.status(), self.started, connection);
         metrics.router.increment(1);
+        for (name, value) in COMMON_HEADERS {
+            response.headers_mut().insert(name, value);
+        }
         self.add_request_id(response, now - self.started, &metrics.error_log);
     }
 
@@ -470,16 +484,42 @@ impl Future for InstrumentedFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let mut response = std::task::ready!(this.response.poll(cx));
         let RunningRequest {
             context,
             in_flight,
             connection,
             has_response,
         } = this.running;
-        *has_response = true;
-        context.finish(&mut response, &in_flight.0, connection);
+        let response = if let Some(discarding) = this.discarding {
+            let is_complete = std::task::ready!(discarding.discarded.as_mut().poll(cx));
+            let mut response = mem::take(&mut discarding.response);
+            match is_complete {
+                true => connection.request_read(),
+                false => close(&mut response),
+            }
+            response
+        } else {
+            let mut response = std::task::ready!(this.response.poll(cx));
+            *has_response = true;
+            context.finish(&mut response, &in_flight.0, connection);
+            if let Some(rest) = connection.take_unread() {
+                let discarded = Box::pin(rest.discard());
+                *this.discarding = Some(Box::new(Discarding {
+                    response,
+                    discarded,
+                }));
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            response
+        };
         let connection = Arc::clone(connection);
         Poll::Ready(Ok(response.map(|body| ResponseBody { body, connection })))
     }
+}
+
+/// Tells the client that the connection closes after this response.
+fn close(response: &mut Response) {
+    let close = HeaderValue::from_static("close");
+    response.headers_mut().insert(CONNECTION, close);
 }

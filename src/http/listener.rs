@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
@@ -27,6 +27,7 @@ use tokio_util::task::TaskTracker;
 
 use super::connection::{CloseListener, CloseMode, ConnectionState};
 use super::fast::{FastPath, FastRoute, PrefixedStream};
+use super::host::Hosts;
 use super::instrument::{HttpMetrics, Instrumented};
 
 /// The largest request header in bytes; a larger one gets 431. So do more than 100 lines: that is
@@ -38,10 +39,14 @@ const SWEEP_EVERY: Duration = Duration::from_secs(1);
 /// checking all connections, so more than one is evicted at once.
 const EVICTED_SHARE: usize = 128;
 /// After a response that closes the connection early, the listener reads and discards what the client
-/// still sends, up to this time and size. Closing at once would reset the connection, and the client
-/// could lose the response with the error.
-const LINGER_MAX: Duration = Duration::from_secs(2);
-const LINGER_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// still sends, for so long in all and without a byte. Closing at once would reset the connection, and
+/// the client could lose the response with the error.
+const LINGER_MAX: Duration = Duration::from_secs(30);
+const LINGER_SILENCE_MAX: Duration = Duration::from_secs(5);
+/// The same while the node stops.
+const LINGER_STOPPING_MAX: Duration = Duration::from_secs(2);
+/// Bytes of a read of what is discarded.
+const LINGER_READ_BYTES: usize = 16 * 1024;
 
 /// The limits of one port.
 #[derive(Debug, Clone, Copy)]
@@ -67,6 +72,8 @@ pub struct Listener {
     pub fast_route: Option<FastRoute>,
     /// The limits of the port.
     pub limits: ListenerLimits,
+    /// The hosts that the port answers for.
+    pub hosts: Hosts,
     /// The metrics of requests.
     pub metrics: Arc<HttpMetrics>,
     /// The metrics of connections.
@@ -107,8 +114,11 @@ impl Listener {
     pub async fn serve(self, drain: CancellationToken) {
         let connections = Connections::new(self.limits, self.connection_metrics.clone());
         let path = self.fast_route.clone().map(|route| {
-            let metrics = Arc::clone(&self.metrics);
-            Arc::new(FastPath { route, metrics })
+            Arc::new(FastPath {
+                route,
+                hosts: self.hosts.clone(),
+                metrics: Arc::clone(&self.metrics),
+            })
         });
         let tasks = TaskTracker::new();
         let mut sweep = tokio::time::interval(SWEEP_EVERY);
@@ -134,6 +144,7 @@ impl Listener {
                             router: self.router.clone(),
                             metrics: Arc::clone(&self.metrics),
                             connection: Arc::clone(&connection),
+                            hosts: self.hosts.clone(),
                             failed: Cell::new(None),
                         };
                         let path = path.clone();
@@ -291,28 +302,33 @@ async fn serve_hyper(
     Some((read, stream, parts.service))
 }
 
-/// Discards what the client still sends, within [`LINGER_MAX`] and [`LINGER_BYTES_MAX`].
+/// Discards what the client still sends, within [`LINGER_MAX`] and [`LINGER_SILENCE_MAX`].
 async fn linger(stream: &mut TcpStream, connection: &ConnectionState) {
     let discard = async {
         if stream.shutdown().await.is_err() {
             return;
         }
-        let mut buffer = [0; 4096];
-        let mut discarded = 0;
-        while discarded < LINGER_BYTES_MAX {
-            match stream.read(&mut buffer).await {
-                Ok(0) | Err(_) => return,
-                Ok(bytes) => discarded += bytes,
+        let mut buffer = vec![0; LINGER_READ_BYTES];
+        loop {
+            let read = tokio::time::timeout(LINGER_SILENCE_MAX, stream.read(&mut buffer)).await;
+            if matches!(read, Err(_) | Ok(Ok(0) | Err(_))) {
+                return;
             }
         }
     };
-    let aborted = poll_fn(|cx| match connection.poll_close(cx) {
-        Poll::Ready(CloseMode::Abort) => Poll::Ready(()),
-        _ => Poll::Pending,
-    });
+    let closing = |cx: &mut Context<'_>| connection.poll_close(cx);
+    let stopped = async {
+        if let CloseMode::Drain = poll_fn(closing).await {
+            let aborted = poll_fn(|cx| match closing(cx) {
+                Poll::Ready(CloseMode::Abort) => Poll::Ready(()),
+                _ => Poll::Pending,
+            });
+            let _ = tokio::time::timeout(LINGER_STOPPING_MAX, aborted).await;
+        }
+    };
     tokio::select! {
         () = discard => {}
-        () = aborted => {}
+        () = stopped => {}
         () = tokio::time::sleep(LINGER_MAX) => {}
     }
 }

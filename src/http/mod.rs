@@ -4,7 +4,7 @@
 //! | --- | --- | --- |
 //! | write | `POST /set` `DELETE /set` | [`set`], and [`set::ndjson`] for many patches in one body |
 //! | write | `GET /backup` | [`backup`] |
-//! | read | `GET /get` | [`get`] |
+//! | read | `GET /get`, `POST /get` | [`get`] |
 //! | ops | all | [`ops`]: health, metrics, status, status page, OpenAPI document |
 //!
 //! [`listener`] accepts connections and bounds them. [`fast`] answers most requests before hyper
@@ -13,15 +13,18 @@
 
 mod auth;
 pub mod backup;
+pub mod body;
 mod connection;
 pub mod error;
 mod error_log;
 pub mod fast;
 pub mod get;
+pub mod host;
 mod instrument;
 mod latency;
 pub mod listener;
 pub mod ops;
+mod request_body;
 mod request_id;
 mod route;
 pub mod set;
@@ -33,4 +36,4 @@ pub use instrument::{HttpMetrics, RequestCount};
 pub const BUCKETS: [(&str, &[f64]); 1] = [(backup::DURATION_METRIC, backup::DURATION_BUCKETS_S)];
 
 pub use crate::replication::peer_client::{GRADE_NODE, GRADE_POSITION};
-pub use set::body::parse_patch;
+pub use set::patch::parse_patch;

@@ -70,6 +70,8 @@ pub struct HttpConfig {
     pub data: ListenerLimits,
     /// The limits of the ops port, which has few clients.
     pub ops: ListenerLimits,
+    /// The names other than `localhost` that a port on a loopback address answers for.
+    pub allowed_hosts: Vec<String>,
     /// How long a body may take to arrive.
     pub body_wait_max: Duration,
     /// How long a read with `Grade-Position` may wait.
@@ -106,6 +108,7 @@ impl Default for HttpConfig {
                 connections_max: 256,
                 ..data
             },
+            allowed_hosts: Vec::new(),
             body_wait_max: Duration::from_secs(10),
             position_wait_max: Duration::from_secs(5),
             position_waits_max: 8000,

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::http::backup::{self, BackupMetrics};
+use crate::http::host::Hosts;
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops::traffic::RecentTraffic;
 use crate::http::ops::{self, StartupProgress};
@@ -162,9 +163,16 @@ pub async fn serve_while_opening<T>(
     let status = progress.clone();
     let write_router = backup::routes_while_opening(progress.clone(), node);
     let ops_router = ops::routes_while_opening(progress);
-    for (name, socket, router, limits) in [
-        ("write", &sockets.write, write_router, config.http.data),
-        ("ops", &sockets.ops, ops_router, config.http.ops),
+    let (write_addr, ops_addr) = (config.write_addr, config.ops_addr);
+    for (name, socket, address, router, limits) in [
+        (
+            "write",
+            &sockets.write,
+            write_addr,
+            write_router,
+            config.http.data,
+        ),
+        ("ops", &sockets.ops, ops_addr, ops_router, config.http.ops),
     ] {
         // A duplicate of the descriptor: closing this listener leaves the socket open.
         let socket = socket.as_fd().try_clone_to_owned()?;
@@ -174,6 +182,7 @@ pub async fn serve_while_opening<T>(
             router,
             fast_route: None,
             limits,
+            hosts: Hosts::of(address.ip(), &config.http.allowed_hosts),
             metrics: Arc::new(HttpMetrics::disabled()),
             connection_metrics: ConnectionMetrics::new(name),
         };
@@ -263,12 +272,13 @@ impl Services {
             stop_rest: CancellationToken::new(),
         };
         let limits = connection_limits(config);
-        let listener = |name, socket, router, fast_route, limits| Listener {
+        let listener = |name, socket, address: SocketAddr, router, fast_route, limits| Listener {
             name,
             socket,
             router,
             fast_route,
             limits,
+            hosts: Hosts::of(address.ip(), &config.http.allowed_hosts),
             metrics: Arc::clone(&http_metrics),
             connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
         };
@@ -278,15 +288,16 @@ impl Services {
             Arc::clone(&http_metrics),
             traffic.clone(),
         );
-        let ops = listener("ops", sockets.ops, ops::routes(ops_state), None, limits.ops);
+        let (address, router) = (config.ops_addr, ops::routes(ops_state));
+        let ops = listener("ops", sockets.ops, address, router, None, limits.ops);
         let serving = ops.serve(services.stop_rest.child_token());
         services.rest.spawn(critical.guard("ops listener", serving));
-        for (name, socket, (router, fast_route)) in [
-            ("write", sockets.write, node.write()),
-            ("read", sockets.read, node.read()),
+        for (name, socket, address, (router, fast_route)) in [
+            ("write", sockets.write, config.write_addr, node.write()),
+            ("read", sockets.read, config.read_addr, node.read()),
         ] {
             let fast_route = config.http.fast_path.then_some(fast_route);
-            let port = listener(name, socket, router, fast_route, limits.data);
+            let port = listener(name, socket, address, router, fast_route, limits.data);
             let serving = port.serve(services.stop_data.child_token());
             services.data.spawn(critical.guard("listener", serving));
         }

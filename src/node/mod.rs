@@ -237,6 +237,7 @@ impl Node {
     /// The routes of the read port, and the one that the fast path answers.
     pub fn read(&self) -> (Router, FastRoute) {
         let read = ReadState {
+            body_wait_max: self.http.body_wait_max,
             store: self.store.clone(),
             applied: self.applied.clone(),
             log: Arc::clone(&self.log),

@@ -26,6 +26,7 @@ use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
 use crate::http::connection::ConnectionState;
+use crate::http::host::Hosts;
 use crate::http::instrument::{FastPathError, HttpMetrics, InFlightGuard};
 use crate::replication::PendingWrite;
 pub(super) use prefixed::PrefixedStream;
@@ -78,6 +79,7 @@ pub trait SetRoute: Send + Sync {
 /// The fast path of a port.
 pub(super) struct FastPath {
     pub(super) route: FastRoute,
+    pub(super) hosts: Hosts,
     pub(super) metrics: Arc<HttpMetrics>,
 }
 
@@ -116,9 +118,21 @@ impl FastPath {
     /// Whether the fast path handles the request at the beginning of `bytes`, judging by its header.
     pub(super) fn accepts(&self, bytes: &[u8]) -> bool {
         match self.route {
-            FastRoute::Get(_) => request::get(bytes).is_ok(),
-            FastRoute::Set(_) => request::set(bytes).is_ok(),
+            FastRoute::Get(_) => self.parse_get(bytes).is_ok(),
+            FastRoute::Set(_) => self.parse_set(bytes).is_ok(),
         }
+    }
+
+    fn parse_get<'a>(&self, bytes: &'a [u8]) -> Result<Get<'a>, NotFast> {
+        let get = request::get(bytes)?;
+        let accepted = self.hosts.accepts(get.host);
+        accepted.then_some(get).ok_or(NotFast::Fallback)
+    }
+
+    fn parse_set<'a>(&self, bytes: &'a [u8]) -> Result<Set<'a>, NotFast> {
+        let set = request::set(bytes)?;
+        let accepted = self.hosts.accepts(set.host);
+        accepted.then_some(set).ok_or(NotFast::Fallback)
     }
 
     /// Answers the reads at the beginning of `bytes`. Returns the bytes after them, and why those were
@@ -132,7 +146,7 @@ impl FastPath {
         connection: &ConnectionState,
     ) -> (&'a [u8], NotFast) {
         while !bytes.is_empty() {
-            let get = match request::get(bytes) {
+            let get = match self.parse_get(bytes) {
                 Ok(get) => get,
                 Err(not_fast) => return (bytes, not_fast),
             };
@@ -162,7 +176,8 @@ impl FastPath {
             authorization,
             body_at,
             len,
-        } = match request::set(bytes) {
+            ..
+        } = match self.parse_set(bytes) {
             Ok(set) => set,
             Err(NotFast::Incomplete) => return Submitted::Incomplete(Awaiting::Header),
             Err(NotFast::Fallback) => return Submitted::Fallback,

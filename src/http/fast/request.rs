@@ -33,6 +33,8 @@ pub enum NotFast {
 pub struct Get<'a> {
     /// The id as in the query: it may be percent-encoded.
     pub user_id: &'a str,
+    /// `Host`.
+    pub host: &'a [u8],
     /// `Grade-Position`.
     pub position: Option<Seq>,
     /// The length of the request in bytes.
@@ -42,6 +44,8 @@ pub struct Get<'a> {
 /// `POST /set` of one patch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Set<'a> {
+    /// `Host`.
+    pub host: &'a [u8],
     /// The value of `Authorization`.
     pub authorization: Option<&'a [u8]>,
     /// The offset of the body.
@@ -59,17 +63,15 @@ pub fn get(bytes: &[u8]) -> Result<Get<'_>, NotFast> {
     let (head, len) = head(bytes, &mut lines, "GET")?;
     let user_id = head.path.and_then(|path| path.strip_prefix(GET_TARGET));
     let user_id = user_id.filter(|user_id| user_id.bytes().all(is_value));
-    let mut get = Get {
-        user_id: user_id.ok_or(NotFast::Fallback)?,
-        position: None,
-        len,
-    };
+    let user_id = user_id.ok_or(NotFast::Fallback)?;
+    let (mut host, mut position) = (None, None);
     for line in head.headers.iter() {
         let supported = match RelevantHeader::of(line) {
             None => true,
+            Some(RelevantHeader::Host) => host.replace(line.value).is_none(),
             Some(RelevantHeader::GradePosition) => {
-                let position = position(line.value).ok_or(NotFast::Fallback)?;
-                get.position.replace(position).is_none()
+                let wanted = parse_position(line.value).ok_or(NotFast::Fallback)?;
+                position.replace(wanted).is_none()
             }
             Some(RelevantHeader::Connection) => keeps_alive(line.value),
             // They have no effect on a read.
@@ -80,7 +82,12 @@ pub fn get(bytes: &[u8]) -> Result<Get<'_>, NotFast> {
             return Err(NotFast::Fallback);
         }
     }
-    Ok(get)
+    Ok(Get {
+        user_id,
+        host: host.ok_or(NotFast::Fallback)?,
+        position,
+        len,
+    })
 }
 
 /// Parses the write at the beginning of `bytes`. Its body may be incomplete.
@@ -97,10 +104,12 @@ fn set_of<'a>(head: &Request<'_, 'a>, body_at: usize) -> Option<Set<'a>> {
     if head.path != Some(SET_TARGET) {
         return None;
     }
-    let (mut authorization, mut body_len, mut is_json) = (None, None, false);
+    let (mut host, mut authorization) = (None, None);
+    let (mut body_len, mut is_json) = (None, false);
     for line in head.headers.iter() {
         let supported = match RelevantHeader::of(line) {
             None => true,
+            Some(RelevantHeader::Host) => host.replace(line.value).is_none(),
             Some(RelevantHeader::ContentLength) => body_len.replace(length(line.value)?).is_none(),
             Some(RelevantHeader::Authorization) => authorization.replace(line.value).is_none(),
             Some(RelevantHeader::ContentType) => {
@@ -116,10 +125,12 @@ fn set_of<'a>(head: &Request<'_, 'a>, body_at: usize) -> Option<Set<'a>> {
             return None;
         }
     }
+    let (host, body_len) = (host?, body_len?);
     is_json.then_some(Set {
+        host,
         authorization,
         body_at,
-        len: body_at + body_len?,
+        len: body_at + body_len,
     })
 }
 
@@ -148,6 +159,7 @@ enum RelevantHeader {
     ContentLength,
     ContentType,
     GradePosition,
+    Host,
     /// A header that the fast path does not support.
     Unsupported,
 }
@@ -157,6 +169,7 @@ impl RelevantHeader {
         let named = |name: &str| line.name.eq_ignore_ascii_case(name);
         // The length rules out most names.
         match line.name.len() {
+            4 if named("host") => Some(Self::Host),
             6 if named("expect") => Some(Self::Unsupported),
             7 if named("upgrade") => Some(Self::Unsupported),
             10 if named("connection") => Some(Self::Connection),
@@ -165,6 +178,7 @@ impl RelevantHeader {
             13 if named("authorization") => Some(Self::Authorization),
             14 if named("content-length") => Some(Self::ContentLength),
             14 if named("grade-position") => Some(Self::GradePosition),
+            16 if named("content-encoding") => Some(Self::Unsupported),
             17 if named("transfer-encoding") => Some(Self::Unsupported),
             _ => None,
         }
@@ -183,7 +197,7 @@ fn length(digits: &[u8]) -> Option<usize> {
         .filter(|length| *length <= BODY_BYTES_MAX)
 }
 
-fn position(digits: &[u8]) -> Option<Seq> {
+fn parse_position(digits: &[u8]) -> Option<Seq> {
     number(digits, 19)
 }
 
@@ -209,7 +223,7 @@ mod tests {
     }
 
     fn set_with(lines: &str) -> Result<usize, NotFast> {
-        let request = format!("POST /set HTTP/1.1\r\n{lines}\r\n\r\n{{}}");
+        let request = format!("POST /set HTTP/1.1\r\nhost: x\r\n{lines}\r\n\r\n{{}}");
         set(request.as_bytes()).map(|set| set.len - set.body_at)
     }
 
@@ -219,6 +233,7 @@ mod tests {
             "GET /get?user_id=a-Z.0_~:@%20+ HTTP/1.1\r\nHost: x\r\nconnection: Keep-Alive\r\n\r\n";
         let wanted = Get {
             user_id: "a-Z.0_~:@%20+",
+            host: b"x",
             position: None,
             len: whole.len(),
         };
@@ -247,6 +262,7 @@ mod tests {
         let head = "POST /set HTTP/1.1\r\nHost: x\r\nvia: 1.1 proxy\r\nCONTENT-type: Application/JSON\r\nContent-Length: 2\r\n";
         let whole = format!("{head}Authorization: Basic eDp5\r\n\r\n{{}}");
         let wanted = Set {
+            host: b"x",
             authorization: Some(b"Basic eDp5"),
             body_at: whole.len() - 2,
             len: whole.len(),
@@ -282,7 +298,7 @@ mod tests {
             assert_eq!(get(request.as_bytes()), Err(NotFast::Fallback), "{target}");
         }
         for target in ["/set?", "/set/", "/get", "http://x/set"] {
-            let lines = "content-type: application/json\r\ncontent-length: 2";
+            let lines = "host: x\r\ncontent-type: application/json\r\ncontent-length: 2";
             let request = format!("POST {target} HTTP/1.1\r\n{lines}\r\n\r\n{{}}");
             assert_eq!(set(request.as_bytes()), Err(NotFast::Fallback), "{target}");
         }
@@ -302,11 +318,15 @@ mod tests {
             "expect: 100-continue",
             "upgrade: h2c",
             "x-request-id: a",
+            "content-encoding: gzip",
+            "host: x",
         ] {
             assert_eq!(get_of(line), Err(NotFast::Fallback), "{line}");
             let lines = format!("content-type: application/json\r\ncontent-length: 2\r\n{line}");
             assert_eq!(set_with(&lines), Err(NotFast::Fallback), "{line}");
         }
+        let no_host = "GET /get?user_id=a HTTP/1.1\r\nx: y\r\n\r\n";
+        assert_eq!(get(no_host.as_bytes()), Err(NotFast::Fallback));
         for lines in [
             "content-length: 0",
             "grade-position: -1",

@@ -26,7 +26,7 @@ use crate::replication::BulkWriter;
 use crate::replication::memory::StoreFull;
 
 /// The longest line, in bytes, without its newline.
-pub const LINE_BYTES_MAX: usize = crate::http::set::BODY_BYTES_MAX;
+pub const LINE_BYTES_MAX: usize = crate::http::body::BODY_BYTES_MAX;
 /// The maximum size of a group's lines, in bytes.
 pub const GROUP_BYTES_MAX: usize = 256 * 1024;
 

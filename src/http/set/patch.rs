@@ -29,6 +29,9 @@ fn explain(body: &[u8]) -> ApiError {
             };
         }
     };
+    if text.starts_with('\u{feff}') {
+        return ApiError::ByteOrderMark;
+    }
     // This checks only the grammar, at any depth: neither the range of numbers nor surrogate pairs.
     if let Err(error) = serde_json::from_str::<IgnoredAny>(text) {
         return ApiError::NotJson(error.to_string());

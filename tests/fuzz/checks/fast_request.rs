@@ -5,7 +5,13 @@
 use gradestore::http::fast::request::{BODY_BYTES_MAX, Get, NotFast, Set, get, set};
 
 /// Repeated here, so that a change in the program alone is detected.
-const FALLBACK: [&str; 4] = ["expect", "transfer-encoding", "upgrade", "x-request-id"];
+const FALLBACK: [&str; 5] = [
+    "content-encoding",
+    "expect",
+    "transfer-encoding",
+    "upgrade",
+    "x-request-id",
+];
 const LINES_MAX: usize = 100;
 
 pub(crate) fn check(data: &[u8]) {
@@ -61,6 +67,13 @@ impl<'a> Head<'a> {
         of_name.map(|(_, value)| *value).collect()
     }
 
+    fn host(&self) -> Option<&'a [u8]> {
+        match self.named("host")[..] {
+            [host] => Some(host),
+            _ => None,
+        }
+    }
+
     /// Whether no header sends the request to the router.
     fn is_fast(&self) -> bool {
         let left_to_router = |(name, value): &(String, &[u8])| {
@@ -86,6 +99,7 @@ impl<'a> Head<'a> {
             && user_id.chars().all(is_value);
         fast.then_some(Get {
             user_id,
+            host: self.host()?,
             position,
             len: self.len,
         })
@@ -107,6 +121,7 @@ impl<'a> Head<'a> {
             && authorization.len() <= 1
             && body_len <= BODY_BYTES_MAX;
         fast.then_some(Set {
+            host: self.host()?,
             authorization: authorization.first().copied(),
             body_at: self.len,
             len: self.len + body_len,

@@ -60,7 +60,7 @@ async fn slow_headers_and_idle_connections_are_closed() {
         RawConnection::connect(node.read).await,
         RawConnection::connect(node.read).await,
     );
-    slow.send("GET /get?user_id=a HTTP/1.1\r\nhost: x\r\n")
+    slow.send("GET /get?user_id=a HTTP/1.1\r\nhost: localhost\r\n")
         .await;
     let mut idle = RawConnection::connect(node.read).await;
     idle.request(get_request("?user_id=a", ""))

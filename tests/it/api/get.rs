@@ -102,6 +102,91 @@ async fn user_ids_are_answered_in_request_order_with_null_for_unknown_users() {
     }
 }
 
+/// `POST /get`.
+async fn post(node: &Ports, content_type: &str, headers: &str, body: &str) -> Response {
+    let mut connection = RawConnection::connect(node.read).await;
+    let request = format!(
+        "POST /get HTTP/1.1\r\nhost: localhost\r\ncontent-type: {content_type}\r\n\
+         content-length: {}\r\n{headers}\r\n{body}",
+        body.len()
+    );
+    connection.request(request).await
+}
+
+#[tokio::test]
+async fn the_ids_in_a_body_are_answered_like_those_in_a_query() {
+    let node = Node::start().await;
+    node.set(r#"{"user_id":"b +é","spp":2}"#).await.position();
+    let queried = send_get(&node, "?user_ids=b+%2b%C3%A9&user_ids=nobody", "").await;
+    for (content_type, body) in [
+        ("application/json", r#"["b +é","nobody"]"#),
+        (
+            "Application/JSON; charset=utf-8",
+            " [ \"b +\\u00e9\" , \"nobody\" ]\n",
+        ),
+    ] {
+        let response = post(&node, content_type, "", body).await;
+        assert_eq!((response.status, &response.body), (200, &queried.body));
+        assert_eq!(response.header("content-type"), "application/json");
+    }
+    assert_eq!(post(&node, "application/json", "", "[]").await.body, "[]");
+    // A thousand UUIDs, which no URL can hold behind most proxies.
+    let ids: Vec<String> = (0..1000).map(|id| format!("{id:036}")).collect();
+    let most = serde_json::to_string(&ids).unwrap();
+    let all = post(&node, "application/json", "", &most).await.json();
+    assert_eq!(all.as_array().unwrap().len(), 1000);
+
+    let more = serde_json::to_string(&vec!["a"; 1001]).unwrap();
+    let long = format!(r#"["{}"]"#, "x".repeat(257));
+    let large = format!("[{}]", " ".repeat(64 * 1024));
+    for (body, status, cause) in [
+        ("", 400, "not-user-ids"),
+        ("[", 400, "not-user-ids"),
+        (r#"{"user_ids":["a"]}"#, 400, "not-user-ids"),
+        (r#"["a",1]"#, 400, "not-user-ids"),
+        (r#"["a",null]"#, 400, "not-user-ids"),
+        (r#"[["a"]]"#, 400, "not-user-ids"),
+        (r#"["a"] x"#, 400, "not-user-ids"),
+        (r#"["\ud800"]"#, 400, "not-user-ids"),
+        ("\u{feff}[\"a\"]", 400, "not-json"),
+        (r#"["a",""]"#, 400, "user-id-invalid"),
+        (r#"["a\u0000"]"#, 400, "user-id-invalid"),
+        (&long, 400, "user-id-invalid"),
+        (&more, 400, "user-ids-too-many"),
+        (&large, 413, "body-too-large"),
+    ] {
+        let response = post(&node, "application/json", "", body).await;
+        response.expect_problem(status, cause);
+    }
+    for content_type in ["", "text/plain", "application/x-www-form-urlencoded"] {
+        let response = post(&node, content_type, "", "[]").await;
+        let detail = response.expect_problem(415, "unsupported-media-type");
+        assert!(detail.contains("application/json") && detail.contains(content_type));
+        assert_eq!(response.header("accept"), "application/json");
+    }
+    let gzip = "content-encoding: gzip\r\n";
+    let response = post(&node, "application/json", gzip, "[]").await;
+    response.expect_problem(415, "content-encoding");
+    assert_eq!(response.header("accept-encoding"), "identity");
+    let position = "grade-position: x\r\n";
+    let response = post(&node, "application/json", position, "[]").await;
+    response.expect_problem(400, "position-invalid");
+}
+
+#[tokio::test]
+async fn a_read_by_body_waits_for_its_position() {
+    let node = Node::start().await;
+    let position = "grade-position: 1\r\n";
+    let read = post(&node, "application/json", position, r#"["a"]"#);
+    let write = async {
+        node.metric_reaches("gradestore_http_requests_in_flight", 2.0)
+            .await;
+        node.set(r#"{"user_id":"a","spp":7}"#).await.position();
+    };
+    let (read, ()) = tokio::join!(read, write);
+    assert_eq!(read.json()[0]["spp"], 7);
+}
+
 #[tokio::test]
 async fn a_read_of_many_users_waits_for_its_position() {
     let node = Node::start().await;
@@ -142,12 +227,12 @@ async fn head_returns_the_headers_of_get_without_a_body() {
 #[tokio::test]
 async fn other_methods_and_paths_are_rejected_with_the_allowed_ones() {
     let node = Node::start().await;
-    for method in ["POST", "PUT", "PATCH", "DELETE"] {
+    for method in ["PUT", "PATCH", "DELETE", "OPTIONS"] {
         let url = format!("http://{}/get?user_id=a", node.read);
         let request = node.client.request(method.parse().unwrap(), url);
         let response = Response::of(request.send().await.unwrap()).await;
         response.expect_problem(405, "method-not-allowed");
-        assert_eq!(response.header("allow"), "GET, HEAD");
+        assert_eq!(response.header("allow"), "GET, HEAD, POST");
     }
     for path in ["/", "/set", "/get/", "/metrics"] {
         let request = node.client.get(format!("http://{}{path}", node.read));

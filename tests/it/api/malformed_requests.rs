@@ -22,6 +22,18 @@ async fn ambiguous_framing_is_rejected_and_the_connection_closed() {
         ("transfer-encoding: identity", PATCH),
         ("transfer-encoding: chunked, gzip", &chunked),
         ("transfer-encoding : chunked", &chunked),
+        ("transfer-encoding: gzip, chunked", &chunked),
+        ("transfer-encoding: chunked, chunked", &chunked),
+        (
+            "transfer-encoding: chunked\r\ntransfer-encoding: chunked",
+            &chunked,
+        ),
+        (
+            "transfer-encoding: gzip\r\ntransfer-encoding: chunked",
+            &chunked,
+        ),
+        ("transfer-encoding: \"chunked\"", &chunked),
+        ("transfer-encoding: chunked;q=1", &chunked),
     ] {
         let mut connection = RawConnection::connect(node.write).await;
         connection

@@ -8,8 +8,10 @@ mod concurrency;
 mod connection_limits;
 mod fast_path;
 mod get;
+mod host;
 mod log_stalls;
 mod malformed_requests;
 mod openapi;
 #[cfg(feature = "test-all")]
 mod schemathesis;
+mod unread_bodies;

@@ -46,7 +46,7 @@ impl NdjsonBody {
     pub(crate) async fn begin(node: &Ports) -> Self {
         let mut connection = RawConnection::connect(node.write).await;
         let head = format!(
-            "POST /set HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\
+            "POST /set HTTP/1.1\r\nhost: localhost\r\nauthorization: {AUTHORIZATION}\r\n\
              content-type: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n"
         );
         connection.send(head).await;

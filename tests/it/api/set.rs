@@ -247,9 +247,11 @@ async fn the_media_type_must_be_json() {
         "content-type: application/jsonp\r\n",
         "content-type: application/merge-patch+json\r\n",
     ] {
-        send(wrong)
-            .await
-            .expect_problem(415, "unsupported-media-type");
+        let response = send(wrong).await;
+        let detail = response.expect_problem(415, "unsupported-media-type");
+        let accepted = ["application/json", "application/x-ndjson"];
+        assert!(accepted.iter().all(|accepted| detail.contains(accepted)));
+        assert_eq!(response.header("accept"), accepted.join(", "));
     }
     node.get("a").await.expect_problem(404, "user-unknown");
     for right in [
@@ -260,6 +262,53 @@ async fn the_media_type_must_be_json() {
     ] {
         send(right).await.position();
     }
+}
+
+#[tokio::test]
+async fn a_compressed_body_is_rejected() {
+    let node = Node::start().await;
+    let send = async |content_type: &str, encoding: &str| {
+        let request = set_request(r#"{"user_id":"a","spp":1}"#);
+        let request = request.replace("application/json", content_type);
+        let request = request.replace("content-type:", &format!("{encoding}\r\ncontent-type:"));
+        RawConnection::connect(node.write)
+            .await
+            .request(request)
+            .await
+    };
+    for encoding in [
+        "gzip",
+        "br",
+        "identity, gzip",
+        "gzip\r\ncontent-encoding: identity",
+    ] {
+        let encoding = format!("Content-Encoding: {encoding}");
+        for content_type in ["application/json", "application/x-ndjson"] {
+            let response = send(content_type, &encoding).await;
+            response.expect_problem(415, "content-encoding");
+            assert_eq!(response.header("accept-encoding"), "identity");
+        }
+    }
+    send("application/json", "content-encoding: Identity")
+        .await
+        .position();
+}
+
+#[tokio::test]
+async fn a_byte_order_mark_is_named() {
+    let node = Node::start().await;
+    let patch = "\u{feff}{\"user_id\":\"a\"}";
+    let detail = node.set(patch).await.expect_problem(400, "not-json");
+    assert!(detail.contains("byte order mark (EF BB BF)"), "{detail}");
+    let response = node.set_lines(patch).await;
+    let detail = response.expect_problem(422, "bad-line");
+    assert!(
+        detail.contains("line 1: it is not JSON: it begins with a byte"),
+        "{detail}"
+    );
+    let utf16: Vec<u8> = patch.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let detail = node.set(utf16).await.expect_problem(400, "body-not-utf8");
+    assert!(detail.contains("at byte 0"), "{detail}");
 }
 
 #[tokio::test]

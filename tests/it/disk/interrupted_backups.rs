@@ -51,8 +51,9 @@ async fn unread_backup(node: &Ports) -> RawConnection {
 /// The same with more request headers.
 async fn unread_backup_with_headers(node: &Ports, lines: &str) -> RawConnection {
     let mut connection = RawConnection::connect(node.write).await;
-    let request =
-        format!("GET /backup HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n{lines}\r\n");
+    let request = format!(
+        "GET /backup HTTP/1.1\r\nhost: localhost\r\nauthorization: {AUTHORIZATION}\r\n{lines}\r\n"
+    );
     connection.send(request).await;
     assert_eq!(connection.response().await.status, 200);
     connection

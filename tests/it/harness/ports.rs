@@ -119,7 +119,7 @@ impl Ports {
 /// The bytes of `POST /set`; `framing` is the headers that frame the body.
 pub(crate) fn set_request_framed(framing: &str, body: &str) -> String {
     format!(
-        "POST /set HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\
+        "POST /set HTTP/1.1\r\nhost: localhost\r\nauthorization: {AUTHORIZATION}\r\n\
          content-type: application/json\r\n{framing}\r\n\r\n{body}"
     )
 }
@@ -131,12 +131,14 @@ pub(crate) fn set_request(body: &str) -> String {
 
 /// The bytes of `DELETE /set`.
 pub(crate) fn delete_request(query: &str) -> String {
-    format!("DELETE /set{query} HTTP/1.1\r\nhost: x\r\nauthorization: {AUTHORIZATION}\r\n\r\n")
+    format!(
+        "DELETE /set{query} HTTP/1.1\r\nhost: localhost\r\nauthorization: {AUTHORIZATION}\r\n\r\n"
+    )
 }
 
 /// The bytes of `GET /get`.
 pub(crate) fn get_request(query: &str, headers: &str) -> String {
-    format!("GET /get{query} HTTP/1.1\r\nhost: x\r\n{headers}\r\n")
+    format!("GET /get{query} HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n")
 }
 
 /// A bulk write whose header has arrived and whose body has not.
