@@ -1,4 +1,4 @@
-//! Reads a body into memory, within bounds.
+//! Checks the framing and the type of a body, and reads it into memory within bounds.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -8,8 +8,8 @@ use std::time::Duration;
 use axum::body::HttpBody;
 use axum::extract::Request;
 use bytes::{Bytes, BytesMut};
-use http::HeaderMap;
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING};
+use http::{HeaderMap, HeaderValue};
 use http_body_util::BodyExt;
 
 use super::error::{ApiError, excerpt};
@@ -23,6 +23,20 @@ pub(super) const NDJSON: &str = "application/x-ndjson";
 const TOO_LARGE: ApiError = ApiError::BodyTooLarge {
     limit_bytes: BODY_BYTES_MAX,
 };
+
+/// Checks that a body has no transfer coding but `chunked`, and that only once (RFC 9112, section 6.1).
+///
+/// # Errors
+/// It has another one.
+pub(super) fn check_transfer_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    let chunked = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"chunked");
+    match (codings.next(), codings.next()) {
+        (None, _) => Ok(()),
+        (Some(coding), None) if chunked(coding) => Ok(()),
+        _ => Err(ApiError::TransferEncoding),
+    }
+}
 
 /// The one of `accepted` that `Content-Type` names, with or without parameters.
 ///

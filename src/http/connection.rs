@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 
-use super::request_body::UnreadBody;
+use super::unread_body::UnreadBody;
 
 /// How the listener asks a connection's task to close.
 pub(super) enum CloseMode {

@@ -14,15 +14,16 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::{Body, HttpBody};
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, CatchUnwind};
-use http::header::{CACHE_CONTROL, CONNECTION, TRANSFER_ENCODING, X_CONTENT_TYPE_OPTIONS};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode};
-use hyper::body::{Frame, Incoming, SizeHint};
+use http::header::CONNECTION;
+use http::{HeaderValue, Method, Request, StatusCode};
+use hyper::body::Incoming;
 use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use tower::Service;
 
+use super::body::check_transfer_encoding;
+use super::common_headers::COMMON_HEADERS;
 use super::connection::ConnectionState;
 use super::error::ApiError;
 use super::error_log::{ErrorDetail, ErrorLog, FailedRequest};
@@ -30,20 +31,10 @@ use super::host::Hosts;
 use super::latency::{self, Latency, LatencyCounts};
 use super::request_body::RequestBody;
 use super::request_id::{self, X_REQUEST_ID};
+use super::response_body::ResponseBody;
 use super::route::{PerRoute, Route};
 
 const PATH_METRIC: &str = "gradestore_http_path_total";
-
-/// The headers of every response. No cache may answer for the node, because a read must see all earlier
-/// writes. No browser may take a response for a script or show it to a page of another server.
-const COMMON_HEADERS: [(HeaderName, HeaderValue); 3] = [
-    (CACHE_CONTROL, HeaderValue::from_static("no-store")),
-    (
-        HeaderName::from_static("cross-origin-resource-policy"),
-        HeaderValue::from_static("same-origin"),
-    ),
-    (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
-];
 
 /// Each status from 100 to 599 has a counter.
 const STATUS_MIN: u16 = 100;
@@ -318,17 +309,6 @@ impl hyper::service::Service<Request<Incoming>> for Instrumented {
     }
 }
 
-/// Checks that a body has no transfer coding but `chunked`, and that only once (RFC 9112, section 6.1).
-fn check_transfer_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
-    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
-    let chunked = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"chunked");
-    match (codings.next(), codings.next()) {
-        (None, _) => Ok(()),
-        (Some(coding), None) if chunked(coding) => Ok(()),
-        _ => Err(ApiError::TransferEncoding),
-    }
-}
-
 type RouterFuture = <Router as Service<Request<Body>>>::Future;
 
 pin_project_lite::pin_project! {
@@ -378,38 +358,6 @@ impl Future for ResponseFuture {
 
 fn internal() -> Response {
     ApiError::Internal.into_response()
-}
-
-/// A response's body, which marks the connection when hyper has taken all of it.
-pub(super) struct ResponseBody {
-    body: Body,
-    connection: Arc<ConnectionState>,
-}
-
-impl Drop for ResponseBody {
-    fn drop(&mut self) {
-        self.connection.response_taken();
-    }
-}
-
-impl HttpBody for ResponseBody {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
 }
 
 /// The properties of a request that its metrics and log line need.

@@ -14,6 +14,7 @@
 mod auth;
 pub mod backup;
 pub mod body;
+mod common_headers;
 mod connection;
 pub mod error;
 mod error_log;
@@ -26,8 +27,10 @@ pub mod listener;
 pub mod ops;
 mod request_body;
 mod request_id;
+mod response_body;
 mod route;
 pub mod set;
+mod unread_body;
 
 pub use auth::Credentials;
 pub use instrument::{HttpMetrics, RequestCount};

@@ -4,12 +4,9 @@ use std::cell::RefCell;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::GetOutcome;
+use crate::http::common_headers::COMMON_LINES;
 use crate::http::request_id;
 use crate::log::Seq;
-
-/// As in `instrument`.
-const COMMON_HEADERS: &[u8] = b"\r\ncache-control: no-store\r\n\
-    cross-origin-resource-policy: same-origin\r\nx-content-type-options: nosniff";
 
 thread_local! {
     /// Buffers for responses, reused by all connections of a thread.
@@ -70,7 +67,7 @@ impl Responses {
             GetOutcome::Fallback => return outcome,
         }
         self.number(self.body.len() as u64);
-        self.out.extend_from_slice(COMMON_HEADERS);
+        self.out.extend_from_slice(COMMON_LINES);
         if let GetOutcome::NotFound = outcome {
             self.out.extend_from_slice(b"\r\nx-request-id: ");
             self.out
@@ -89,7 +86,7 @@ impl Responses {
         if closes {
             self.out.extend_from_slice(b"\r\nconnection: close");
         }
-        self.out.extend_from_slice(COMMON_HEADERS);
+        self.out.extend_from_slice(COMMON_LINES);
         self.end(now);
     }
 
