@@ -1,6 +1,7 @@
 //! Errors of backup files.
 
 use std::io;
+use std::path::Path;
 
 /// Why a backup was rejected. `row` counts rows from 1, without the header row; `line` counts lines
 /// of the text from 1, with it.
@@ -19,8 +20,8 @@ pub enum BackupError {
     },
     /// The file ends before its end record.
     #[error(
-        "truncated at byte {at}: the end record is missing; the backup was aborted or copied in \
-         part, fetch it again"
+        "truncated at byte {at}: the end record is missing; the backup was aborted, copied in part \
+         or is corrupt, fetch it again"
     )]
     Truncated {
         /// The length of the file.
@@ -66,7 +67,10 @@ pub enum BackupError {
         found: String,
     },
     /// The file is not a gzip file.
-    #[error("not a gzip file; a backup is a .csv.gz file from GET /backup")]
+    #[error(
+        "not a gzip file; a backup is a .csv.gz file from GET /backup: if this was one, fetch it \
+         again"
+    )]
     NotGzip,
     /// The gzip or CSV of a third-party file cannot be read.
     #[error("cannot be read as gzip and CSV after row {row}: {error}")]
@@ -75,6 +79,16 @@ pub enum BackupError {
         row: u64,
         /// The decoder's error.
         error: String,
+    },
+    /// A row of a third-party file is not CSV.
+    #[error("{} (line {line}) is not valid CSV: {what}", row_name(*row))]
+    Csv {
+        /// The row, or 0 for the header row.
+        row: u64,
+        /// The line on which it begins.
+        line: u64,
+        /// The reason.
+        what: &'static str,
     },
     /// The header row is invalid.
     #[error("invalid header row: {what}; the columns are {}", expected_columns())]
@@ -117,10 +131,27 @@ pub enum BackupError {
 }
 
 impl BackupError {
+    /// The text of the error with the name of the file.
+    #[must_use]
+    pub fn in_file(&self, path: &Path) -> String {
+        let path = path.display();
+        match self {
+            Self::Open(error) => format!("cannot open {path}: {error}"),
+            _ => format!("{path}: {self}"),
+        }
+    }
+
     /// Whether the content of the file is wrong, so that reading it again cannot succeed.
     #[must_use]
     pub fn is_damage(&self) -> bool {
         !matches!(self, Self::Open(_) | Self::Io { .. } | Self::Newer { .. })
+    }
+}
+
+fn row_name(row: u64) -> String {
+    match row {
+        0 => "the header row".to_owned(),
+        _ => format!("row {row}"),
     }
 }
 

@@ -38,6 +38,7 @@ mod progress;
 mod reader;
 mod row;
 mod snapshots;
+mod strict_csv;
 #[cfg(test)]
 mod tests;
 mod third_party_csv;

@@ -379,6 +379,8 @@ fn third_party_files_may_have_any_common_form() {
         format!("{header}\r\n{row}\r\n"),
         format!("{header}\n{row}"),
         format!("\u{feff}{header}\n\n{row}\n\n"),
+        format!("\u{feff}{all_quoted}"),
+        all_quoted.replace("\r\n", "\r"),
         all_quoted,
     ] {
         assert_eq!(read_rows(&gzip(&text)).unwrap().1, wanted, "{text:?}");
@@ -414,6 +416,8 @@ fn line_numbers_are_right_for_all_line_ends() {
         ("user_id\r\na\r\nb\r\nc", [2, 3, 4]),
         ("user_id\n\na\n\n\nb\nc\n\n", [3, 6, 7]),
         ("\nuser_id\r\n\r\na\nb\r\n\nc", [4, 5, 7]),
+        ("user_id\ra\rb\rc\r", [2, 3, 4]),
+        ("\ruser_id\r\ra\r\r\rb\rc", [4, 7, 8]),
     ] {
         let (summary, found) = in_order(&gzip(text));
         assert_eq!(summary.unwrap().rows, 3);

@@ -217,8 +217,8 @@ fn damaged_files(file: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
         ),
         (
             "foreign-twice",
-            gzip(b"user_id,spp\na,1\na,2\n"),
-            "appears twice",
+            gzip(b"user_id,spp\na,1\nb,1\na,2\n"),
+            "row 3, column user_id (line 4): \"a\" is in an earlier row too",
         ),
     ]
 }

@@ -162,6 +162,26 @@ async fn an_invalid_row_is_named_with_its_line() {
 }
 
 #[tokio::test]
+async fn a_user_twice_and_text_that_is_no_csv_are_refused_with_their_line() {
+    let dir = tempdir().unwrap();
+    let node = Node::start().await;
+    for (text, expected) in [
+        (
+            &b"user_id,spp\r\na,1\r\n\"bo\"b,1\r\n"[..],
+            "row 2 (line 3) is not valid CSV: text after a closing quote",
+        ),
+        (
+            b"user_id,spp\na,1\nb,2\na,3\n",
+            "row 3, column user_id (line 4): \"a\" is in an earlier row too",
+        ),
+    ] {
+        let file = write_file(dir.path(), "foreign.csv.gz", &gzip(text));
+        let printed = error_of(&import(&file, &node).await);
+        assert!(printed.contains(expected), "{printed}");
+    }
+}
+
+#[tokio::test]
 async fn a_row_that_the_node_rejects_is_named_with_its_line() {
     let dir = tempdir().unwrap();
     let node = Node::start().await;
