@@ -222,6 +222,7 @@ fn deflate(c: &mut Criterion) {
 fn native_file(store: &Store) -> Vec<u8> {
     let head = HeadRecord {
         format: FORMAT,
+        created_ns: 1_700_000_000_000_000_000,
         log_id: "bench".into(),
         position: 0,
         time_ns: 0,

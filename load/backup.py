@@ -133,7 +133,6 @@ def python_values(users, directory):
 
 def duckdb_values(users, directory):
     differs = " OR ".join(f"{name} IS DISTINCT FROM value_of(n, {field})" for field, name in enumerate(generate.FIELDS))
-    columns = {"user_id": "VARCHAR"} | dict.fromkeys(generate.FIELDS, "BIGINT")
     statements = (
         # It would print a progress bar.
         "SET enable_progress_bar = false",
@@ -149,7 +148,7 @@ def duckdb_values(users, directory):
         f"""SELECT count(*), count(DISTINCT n), min(n), max(n),
                 count(*) FILTER (WHERE user_id IS DISTINCT FROM id_of(n) OR {differs})
             FROM (SELECT *, left(user_id, 13)::BIGINT - 1000000000000 AS n
-                FROM read_csv('grades.csv.gz', auto_detect = false, header = true, columns = {columns}))""",
+                FROM read_csv('grades.csv.gz', types = {{'user_id': 'VARCHAR'}}))""",
     )
     program = ("import duckdb, json, sys\n"
                "for statement in json.load(sys.stdin): result = duckdb.execute(statement)\n"

@@ -81,8 +81,11 @@ def member(data, at):
     return extra[4:5], extra[5:], text, end - len(inflate.unused_data)
 
 
-def record(text, names):
+def record(content, names):
     """A record of the first or the last member."""
+    crc, text = int.from_bytes(content[:4], "little"), content[4:]
+    if zlib.crc32(text) != crc:
+        raise Unreadable("a record has changed")
     try:
         found = json.loads(text)
     except ValueError:
@@ -97,7 +100,7 @@ def read_backup(data):
     kind, content, header, at = member(data, 0)
     if kind != b"H":
         raise Unreadable("the first member is missing")
-    head = record(content, ("format", "log_id", "position", "time_ns"))
+    head = record(content, ("format", "created_ns", "log_id", "position", "time_ns"))
     if head["format"] > BACKUP_FORMAT:
         raise Newer(f"format {head['format']}")
     columns = next(csv.reader([header.decode()]))
@@ -121,10 +124,7 @@ def read_backup(data):
         for user_id, *values in found:
             records[user_id] = [*map(int, values), *(0 for _ in FIELDS[len(values):])]
         rows += member_rows
-    crc, end = int.from_bytes(content[:4], "little"), content[4:]
-    if zlib.crc32(end) != crc:
-        raise Unreadable("the end record has changed")
-    end = record(end, ("position", "rows", "digest", "checksum"))
+    end = record(content, ("position", "rows", "digest", "checksum"))
     # All else in it is always the same, and nothing follows.
     if data[begin:begin + 10] != LAST_BEGINS or data[-10:] != LAST_ENDS or at != len(data):
         raise Unreadable("the last member has changed, or is not the last")

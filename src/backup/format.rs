@@ -12,6 +12,8 @@ pub const FORMAT: u32 = 1;
 pub struct HeadRecord {
     /// The version of the format.
     pub format: u32,
+    /// When the backup began by the node's clock, in nanoseconds since 1970.
+    pub created_ns: u64,
     /// The log of the positions.
     pub log_id: Box<str>,
     /// The position before the scan. Replay starts after it.
@@ -55,14 +57,16 @@ pub struct EndRecord {
     pub checksum: String,
 }
 
-/// The file name of a backup: `grades-<RFC 3339 time>.csv.gz`, in whole seconds.
+/// The file name of a backup that was created at `created_ns`, in whole seconds:
+/// `grades-20260131T235959Z.csv.gz`. No colons, which Windows, tar and scp reject or misread.
 #[must_use]
-pub fn file_name(time_ns: u64) -> String {
-    format!("{}.gz", csv_name(time_ns))
+pub fn file_name(created_ns: u64) -> String {
+    format!("{}.gz", csv_name(created_ns))
 }
 
-pub(super) fn csv_name(time_ns: u64) -> String {
-    format!("grades-{}.csv", rfc3339(time_ns))
+pub(super) fn csv_name(created_ns: u64) -> String {
+    let time = rfc3339(created_ns).replace(['-', ':'], "");
+    format!("grades-{time}.csv")
 }
 
 /// `time_ns` since 1970 as `2026-01-31T23:59:59Z`.

@@ -53,16 +53,18 @@ fn write_header(out: &mut Vec<u8>, kind: u8, content: &[u8], name: Option<(&str,
     }
 }
 
+/// The content of a head or an end: the CRC-32 of the JSON, and the JSON.
 #[expect(clippy::expect_used, reason = "both records are strings and numbers")]
-fn json(value: &impl Serialize) -> Vec<u8> {
-    serde_json::to_vec(value).expect("a head or an end is JSON")
+fn checked_json(record: &impl Serialize) -> Vec<u8> {
+    let json = serde_json::to_vec(record).expect("a head or an end is JSON");
+    [&libdeflater::crc32(&json).to_le_bytes(), &json[..]].concat()
 }
 
 /// Appends the first member: `head`, and the header row `text`.
 pub(super) fn write_head(out: &mut Vec<u8>, head: &HeadRecord, text: &[u8]) {
-    let mtime_s = u32::try_from(head.time_ns / 1_000_000_000).unwrap_or(0);
-    let name = csv_name(head.time_ns);
-    write_header(out, KIND_HEAD, &json(head), Some((&name, mtime_s)));
+    let mtime_s = u32::try_from(head.created_ns / 1_000_000_000).unwrap_or(0);
+    let name = csv_name(head.created_ns);
+    write_header(out, KIND_HEAD, &checked_json(head), Some((&name, mtime_s)));
     // One final block, stored without compression.
     let length = text.len() as u16;
     out.push(1);
@@ -100,10 +102,7 @@ pub(super) fn write_rows(
 
 /// Appends the last member.
 pub(super) fn write_end(out: &mut Vec<u8>, end: &EndRecord) {
-    let json = json(end);
-    let mut content = libdeflater::crc32(&json).to_le_bytes().to_vec();
-    content.extend_from_slice(&json);
-    write_header(out, KIND_END, &content, None);
+    write_header(out, KIND_END, &checked_json(end), None);
     out.extend_from_slice(&DEFLATED_EMPTY);
     write_trailer(out, &[]);
 }
@@ -204,18 +203,16 @@ pub(super) fn parse_extra(extra: &[u8]) -> Result<MemberRecord, &'static str> {
                 rows: u32::from_le_bytes(*rows),
             })
         }
-        KIND_END => {
-            let (crc, json) = content.split_first_chunk::<4>().ok_or(wrong)?;
-            if libdeflater::crc32(json) != u32::from_le_bytes(*crc) {
-                return Err("the end record does not match its CRC-32");
-            }
-            Ok(MemberRecord::End(parse(json)?))
-        }
+        KIND_END => Ok(MemberRecord::End(parse(content)?)),
         _ => Err(wrong),
     }
 }
 
-fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, &'static str> {
+fn parse<T: DeserializeOwned>(content: &[u8]) -> Result<T, &'static str> {
+    let (_, json) = content
+        .split_first_chunk::<4>()
+        .filter(|(crc, json)| libdeflater::crc32(json) == u32::from_le_bytes(**crc))
+        .ok_or("a record in a gzip header does not match its CRC-32")?;
     serde_json::from_slice(json).map_err(|_| "a record in a gzip header is not valid JSON")
 }
 

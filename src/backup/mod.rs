@@ -9,7 +9,7 @@
 //!
 //! | member | inflates to | subfield `GS` |
 //! | --- | --- | --- |
-//! | first | the header row | `H` and a [`HeadRecord`] as JSON |
+//! | first | the header row | `H`, a CRC-32 of the rest as little-endian `u32`, and a [`HeadRecord`] as JSON |
 //! | any number | some rows | `M`, then three little-endian `u32`: the member's length in bytes, its inflated length, its rows |
 //! | last | nothing | `E`, a CRC-32 of the rest as little-endian `u32`, and an [`EndRecord`] as JSON |
 //!

@@ -168,9 +168,6 @@ impl<'a, R: Read> NativeReader<'a, R> {
         self.read_exact(length, &mut text)?;
         let mut trailer = Vec::new();
         self.read_exact(TRAILER_BYTES, &mut trailer)?;
-        let line =
-            std::str::from_utf8(&text).map_err(|_| damaged("the header row is not UTF-8"))?;
-        let fields = row::parse_header(line)?;
         // Compares with what this program would write. The end's checksum covers the rest.
         let mut expected = Vec::new();
         member::write_head(&mut expected, &head, &text);
@@ -180,6 +177,9 @@ impl<'a, R: Read> NativeReader<'a, R> {
             return Err(damaged("the first member has changed"));
         }
         self.hash.update(&first);
+        let line =
+            std::str::from_utf8(&text).map_err(|_| damaged("the header row is not UTF-8"))?;
+        let fields = row::parse_header(line)?;
         Ok((head, fields))
     }
 

@@ -42,6 +42,7 @@ fn store_of(users: usize) -> Store {
 fn head() -> HeadRecord {
     HeadRecord {
         format: FORMAT,
+        created_ns: 1_700_000_100_000_000_000,
         log_id: "memory-1".into(),
         position: 7,
         time_ns: 1_700_000_000_123_456_789,
@@ -190,6 +191,12 @@ fn other_programs_read_gzip_and_csv() {
     let mut decoder = MultiGzDecoder::new(Cursor::new(file_of(&store)));
     decoder.read_to_string(&mut text).unwrap();
     assert_eq!(text.lines().count(), 3_001);
+    let names: Vec<_> = [USER_ID]
+        .iter()
+        .chain(FIELDS)
+        .map(|name| format!("\"{name}\""))
+        .collect();
+    assert_eq!(text.lines().next(), Some(&*names.join(",")));
     // The same rows in a third-party file.
     let (summary, rows) = read_rows(&gzip(&text)).unwrap();
     assert_eq!(rows, rows_of(&store));
@@ -290,11 +297,41 @@ fn any_flipped_bit_is_detected() {
         .chain(rows)
     {
         bytes[at] ^= 1 << bit;
-        let found = read_rows(&bytes);
-        assert!(found.is_err(), "bit {bit} of byte {at}");
+        assert_corrupt(&bytes, &format!("bit {bit} of byte {at}"));
         bytes[at] ^= 1 << bit;
     }
     assert!(read_rows(&bytes).is_ok());
+}
+
+/// Checks that `bytes`, which were a backup, are rejected with the advice to fetch it again.
+#[track_caller]
+fn assert_corrupt(bytes: &[u8], what: &str) {
+    let error = read_rows(bytes).expect_err(what);
+    let text = error.to_string();
+    assert!(error.is_damage(), "{what}: {text}");
+    let advice = ["fetch it again", "fetch the backup again"];
+    assert!(
+        advice.iter().any(|advice| text.contains(advice)),
+        "{what}: {text}"
+    );
+}
+
+#[test]
+fn another_value_of_any_byte_is_detected() {
+    for users in [0, 5] {
+        let mut bytes = file_of(&store_of(users));
+        for at in 0..bytes.len() {
+            let right = bytes[at];
+            // Others at each byte; the test above flips single bits.
+            let others = (0..=u8::MAX).skip(at % 13).step_by(13);
+            for other in others.filter(|other| *other != right) {
+                bytes[at] = other;
+                assert_corrupt(&bytes, &format!("{users} users, byte {at} is {other}"));
+            }
+            bytes[at] = right;
+        }
+        assert_eq!(read_rows(&bytes).unwrap().0.rows, users as u64);
+    }
 }
 
 #[test]

@@ -163,7 +163,7 @@ pub fn describe(summary: &Summary) -> String {
     let mut lines = format!("rows      {}\nbytes     {}\n", summary.rows, summary.bytes);
     match &summary.records {
         Some((head, end)) => {
-            lines += &format!("time      {}\n", rfc3339(head.time_ns));
+            lines += &format!("time      {}\n", rfc3339(head.created_ns));
             lines += &format!("log       {}\n", head.log_id);
             lines += &format!("position  {} to {}\n", head.position, end.position);
             lines += &format!("digest    {}\n", summary.digest);

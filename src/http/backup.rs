@@ -166,7 +166,7 @@ async fn get_backup(
     };
     let complete = CompleteState::of(&state.store, &state.readiness)?;
     let head = backup_head(&complete, &state.applied, &*state.log);
-    let name = format!("attachment; filename=\"{}\"", file_name(head.time_ns));
+    let name = format!("attachment; filename=\"{}\"", file_name(head.created_ns));
     let headers = [
         (CONTENT_TYPE, "application/gzip".to_owned()),
         (CONTENT_DISPOSITION, name),

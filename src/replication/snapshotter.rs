@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{AppliedIndex, CompleteState};
 use crate::backup::{FORMAT, HeadRecord, SnapshotInfo, Snapshots};
-use crate::log::{Log, Seq};
+use crate::log::{Log, Seq, now_ns};
 use crate::replication::state::Readiness;
 use crate::store::Store;
 use crate::sys::exec::Blocking;
@@ -51,6 +51,7 @@ pub fn backup_head(state: &CompleteState, applied: &AppliedIndex, log: &dyn Log)
     let position = applied.position();
     HeadRecord {
         format: FORMAT,
+        created_ns: now_ns(),
         log_id: log.id().0,
         position: position.seq,
         time_ns: position.time_ns,

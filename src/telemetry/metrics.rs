@@ -480,6 +480,7 @@ mod tests {
         let telemetry = Telemetry::new(&[]).unwrap();
         let head = HeadRecord {
             format: FORMAT,
+            created_ns: 1_700_000_000_000_000_000,
             log_id: "x".into(),
             position: 7,
             time_ns: 0,

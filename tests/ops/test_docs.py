@@ -3,6 +3,7 @@ commands of the README run in order. The client examples run on real nodes. Ever
 
 import asyncio
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -286,10 +287,11 @@ class Protocol(unittest.TestCase):
         # The documented bytes that the reader ignores.
         self.assertEqual(data[3], 0x0c)
         self.assertEqual(data[8:10], b"\x00\xff")
-        self.assertEqual(int.from_bytes(data[4:8], "little"), head["time_ns"] // 10**9)
+        self.assertEqual(int.from_bytes(data[4:8], "little"), head["created_ns"] // 10**9)
         extra_bytes = int.from_bytes(data[10:12], "little")
         name, after = data[12 + extra_bytes:].split(b"\0", 1)
-        self.assertRegex(name.decode(), r"^grades-\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\.csv$")
+        created = datetime.datetime.fromtimestamp(head["created_ns"] // 10**9, datetime.UTC)
+        self.assertEqual(name.decode(), created.strftime("grades-%Y%m%dT%H%M%SZ.csv"))
         self.assertEqual(after[0], 1)
 
     def test_any_change_of_a_backup_is_detected(self):

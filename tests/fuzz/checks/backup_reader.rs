@@ -140,6 +140,7 @@ fn deflated(text: &[u8]) -> Vec<u8> {
 fn head() -> HeadRecord {
     HeadRecord {
         format: FORMAT,
+        created_ns: 1_700_000_000_000_000_000,
         log_id: "fuzz".into(),
         position: 3,
         time_ns: 1_700_000_000_000_000_000,

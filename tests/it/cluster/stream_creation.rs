@@ -69,6 +69,7 @@ async fn an_unreadable_snapshot_counts_as_data() {
     let client = broker.client().await;
     let head = |format| HeadRecord {
         format,
+        created_ns: 1_700_000_000_000_000_000,
         log_id: "lost".into(),
         position: 7,
         time_ns: 1_700_000_000_000_000_000,

@@ -65,6 +65,13 @@ pub(crate) fn verify(file: &Path) -> Output {
     run(program().arg("verify").arg(file))
 }
 
+/// Checks that two valid backups have the same records.
+#[track_caller]
+fn assert_same_records(one: &[u8], other: &[u8]) {
+    let (one, other) = (read_backup(one).1, read_backup(other).1);
+    assert_eq!((one.rows, one.digest), (other.rows, other.digest));
+}
+
 #[tokio::test]
 async fn a_backup_has_its_metadata_in_headers_and_file_name() {
     let node = Node::start().await;
@@ -142,7 +149,6 @@ async fn the_backup_command_writes_a_file_that_verify_accepts() {
     assert!(kept.status.success() && kept.stdout.is_empty(), "{kept:?}");
     assert_eq!(file_names(directory.path()), ["grades.csv.gz"]);
     let file = fs::read(&path).unwrap();
-    assert_eq!(file, fetch_backup(&node).await);
 
     // The same on stdout, and the summary on stderr.
     let piped = run(&mut backup_command(
@@ -150,8 +156,7 @@ async fn the_backup_command_writes_a_file_that_verify_accepts() {
         Path::new("-"),
     ));
     assert!(piped.status.success(), "{piped:?}");
-    assert_eq!(piped.stdout, file);
-    assert_eq!(piped.stderr, kept.stderr);
+    assert_same_records(&piped.stdout, &file);
 
     let verified = verify(&path);
     assert!(verified.status.success(), "{verified:?}");
@@ -207,7 +212,7 @@ async fn the_backup_command_writes_into_a_pipe() {
     ));
     assert!(kept.status.success(), "{kept:?}");
     let got = got.recv_timeout(TIMEOUT).unwrap().unwrap();
-    assert_eq!(got, fetch_backup(&node).await);
+    assert_same_records(&got, &fetch_backup(&node).await);
     assert_eq!(file_names(directory.path()), ["pipe"]);
     assert!(fs::metadata(&pipe).unwrap().file_type().is_fifo());
 }
@@ -228,9 +233,9 @@ async fn the_backup_command_replaces_the_target_of_a_symlink() {
         ));
         assert!(kept.status.success(), "{kept:?}");
         assert_eq!(fs::read_link(&link).unwrap(), Path::new("kept/file"));
-        assert_eq!(
-            fs::read(kept_in.join("file")).unwrap(),
-            fetch_backup(&node).await
+        assert_same_records(
+            &fs::read(kept_in.join("file")).unwrap(),
+            &fetch_backup(&node).await,
         );
         assert_eq!(file_names(&kept_in), ["file"]);
         assert_eq!(file_names(directory.path()), ["kept", "link"]);

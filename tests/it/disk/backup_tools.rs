@@ -45,7 +45,7 @@ async fn other_tools_read_all_rows_of_a_backup() {
     assert!(zcat.status.success() && zcat.stderr.is_empty(), "{zcat:?}");
     let text = String::from_utf8(zcat.stdout).unwrap();
     assert_eq!(text.lines().count(), 1 + IDS.len());
-    let header = format!("user_id,{}", FIELDS.join(","));
+    let header = format!("\"user_id\",\"{}\"", FIELDS.join("\",\""));
     assert_eq!(text.lines().next(), Some(&*header));
 }
 

@@ -43,6 +43,7 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
             let position = log.position(number).unwrap().unwrap();
             let head = HeadRecord {
                 format: FORMAT,
+                created_ns: 1_700_000_000_000_000_000,
                 log_id: log.id().0,
                 position: number,
                 time_ns: 1,

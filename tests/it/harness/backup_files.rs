@@ -152,6 +152,7 @@ pub(crate) fn backup_file(store: &Store, position: u64) -> Vec<u8> {
         store,
         &HeadRecord {
             format: FORMAT,
+            created_ns: 1_700_000_000_000_000_000,
             log_id: "another".into(),
             position,
             time_ns: 1_700_000_000_000_000_000,
@@ -223,7 +224,7 @@ pub(crate) async fn read_pipe_to_end(pipe: &mut File) -> Vec<u8> {
     bytes
 }
 
-/// The time in a file name such as `grades-2026-01-31T23:59:59Z.csv.gz`.
+/// The time in a file name such as `grades-20260131T235959Z.csv.gz`.
 #[track_caller]
 pub(crate) fn time_in_file_name(disposition: &str) -> String {
     let name = disposition.strip_prefix("attachment; filename=\"grades-");
@@ -234,7 +235,7 @@ pub(crate) fn time_in_file_name(disposition: &str) -> String {
 /// The current time in the format of the file names.
 pub(crate) fn now() -> String {
     let since = std::time::UNIX_EPOCH.elapsed().unwrap();
-    rfc3339(u64::try_from(since.as_nanos()).unwrap())
+    rfc3339(u64::try_from(since.as_nanos()).unwrap()).replace(['-', ':'], "")
 }
 
 /// `text` as one gzip member.

@@ -157,6 +157,7 @@ async fn a_full_node_rejects_only_new_users() {
 fn oversized() -> Vec<u8> {
     let head = HeadRecord {
         format: FORMAT,
+        created_ns: 1_700_000_000_000_000_000,
         log_id: "x".into(),
         position: 5,
         time_ns: 0,
