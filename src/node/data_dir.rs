@@ -75,6 +75,14 @@ pub enum StorageError {
     /// The stream can't be used.
     #[error(transparent)]
     Stream(#[from] SetupError),
+    /// `--restore-from` is a pipe, a device or a directory. A node reads the backup twice.
+    #[error(
+        "cannot restore from {path}: it is not a regular file; save the backup to a file first"
+    )]
+    RestoreFromNoFile {
+        /// The path.
+        path: PathBuf,
+    },
     /// The `--restore-from` backup can't be read.
     #[error("cannot restore from {path}: {error}")]
     RestoreFrom {
@@ -272,13 +280,20 @@ fn replica_id(dir: &Path) -> Result<RandomId, StorageError> {
 /// The position after which a log seeded from `path` begins. Never 0: a log that begins at batch 1
 /// counts as complete, and this one lacks the rows of the file.
 fn base_of(path: &Path) -> Result<Seq, StorageError> {
-    let file = File::open(path).map_err(BackupError::Open);
-    file.and_then(end_position)
-        .map(|position| position.max(1))
-        .map_err(|error| StorageError::RestoreFrom {
+    let unreadable = |error| StorageError::RestoreFrom {
+        path: path.to_owned(),
+        error,
+    };
+    // Before it is opened, because opening a pipe waits for its writer.
+    let metadata = fs::metadata(path).map_err(|error| unreadable(BackupError::Open(error)))?;
+    if !metadata.is_file() {
+        return Err(StorageError::RestoreFromNoFile {
             path: path.to_owned(),
-            error,
-        })
+        });
+    }
+    let file = File::open(path).map_err(BackupError::Open);
+    let position = file.and_then(end_position).map_err(unreadable)?;
+    Ok(position.max(1))
 }
 
 fn lock(dir: &Path) -> Result<File, StorageError> {

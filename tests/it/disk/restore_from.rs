@@ -4,9 +4,12 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 use flate2::write::GzEncoder;
 use flate2::{Compression, GzBuilder};
+use gradestore::log::{MemoryLog, RandomId};
+use gradestore::node::data_dir::Storage;
 use tempfile::tempdir;
 
 use crate::disk::backup::verify;
@@ -15,7 +18,7 @@ use crate::harness::backup_files::{
     program_with_data_dir, random_store, write_backup_file,
 };
 use crate::harness::wire::eventually;
-use crate::harness::{Node, run};
+use crate::harness::{InProcessNode, Node, run};
 
 /// Column order and quoting of another program.
 const THIRD_PARTY: &str = "spp,\"user_id\",return_fee\r\n\
@@ -184,11 +187,24 @@ async fn an_invalid_file_leaves_the_data_directory_unchanged() {
         assert_start_fails(&mut program_restoring(&bad), &words);
     }
     let none = directory.path().join("none");
-    let words = [none.to_str().unwrap(), "No such file"];
-    assert_start_fails(
-        program_with_data_dir(&dir).arg("--restore-from").arg(&none),
-        &words,
-    );
+    let pipe = directory.path().join("pipe");
+    make_pipe(&pipe);
+    for (path, reason) in [
+        (&*none, "No such file"),
+        (&pipe, "not a regular file"),
+        (directory.path(), "not a regular file"),
+        (Path::new("/dev/null"), "not a regular file"),
+    ] {
+        let words = [path.to_str().unwrap(), reason];
+        let unclaimed = directory.path().join("unclaimed");
+        assert_start_fails(
+            program_with_data_dir(&unclaimed)
+                .arg("--restore-from")
+                .arg(path),
+            &words,
+        );
+        assert!(!unclaimed.exists());
+    }
 
     let node = Node::start_with(program_with_data_dir(&dir).arg("--restore-from").arg(&good)).await;
     assert_eq!(NodeState::of(&node).await, NodeState::of_store(&store, 77));
@@ -265,24 +281,21 @@ async fn nothing_is_served_during_a_restore() {
     make_pipe(&pipe);
     let store = random_store(20_000, u64::MAX);
     let file = backup_file(&store, 12);
-    let half = file.len() / 2;
-    // With both ends open here, the pipe survives both times that the node opens it.
-    let mut feed = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(&pipe)
-        .unwrap();
+    let (first, second) = file.split_at(file.len() / 2);
+    let (first, second) = (first.to_vec(), second.to_vec());
+    // Open here too, so that opening it waits for no other process.
+    let mut feed = OpenOptions::new();
+    let mut feed = feed.read(true).write(true).open(&pipe).unwrap();
     let (resume, resumed) = std::sync::mpsc::channel();
-    let fed = file.clone();
     let feeding = std::thread::spawn(move || {
-        // The node first scans for the position, up to the last header; only the empty deflate
-        // block and the trailer follow that.
-        feed.write_all(&fed[..fed.len() - 10]).unwrap();
-        feed.write_all(&fed[..half]).unwrap();
+        feed.write_all(&first).unwrap();
         resumed.recv().unwrap();
-        feed.write_all(&fed[half..]).unwrap();
+        feed.write_all(&second).unwrap();
     });
-    let node = Node::launch(&mut program_restoring(&pipe)).await;
+    // The program rejects a pipe, because it reads the file twice.
+    let origin = RandomId::random().unwrap();
+    let storage = Storage::of(Arc::new(MemoryLog::new(origin, 12)), origin);
+    let node = InProcessNode::launch(storage, origin, |config| config.restore_from = Some(pipe));
     let restore = eventually("partial progress", async || {
         let restore = node.status().await["restore"].clone();
         (restore["rows"].as_u64() > Some(0)).then_some(restore)
