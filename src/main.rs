@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use gradestore::cli::{
     self, BackupArgs, Command, GeneratedPassword, HealthArgs, ImportArgs, ServeArgs, VerifyArgs,
@@ -24,27 +23,29 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// How long an interrupted download may take to remove its temporary file.
-const INTERRUPT_WAIT_MAX: Duration = Duration::from_millis(500);
-
 fn main() -> ExitCode {
     let command = cli::parse_args().command;
     let result = cli::check_env()
         .map_err(Into::into)
-        .and_then(|()| match command {
-            Command::Serve(args) => serve(&args),
-            Command::Backup(args) => download_backup(&args),
-            Command::Import(args) => import_file(args),
-            Command::Verify(args) => verify(&args),
-            Command::Health(HealthArgs { ops }) => health::check(ops.ops_addr).map_err(Into::into),
-        });
+        .and_then(|()| run(command));
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             let _ = writeln!(io::stderr(), "gradestore: {error}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn run(command: Command) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    match command {
+        Command::Serve(args) => serve(&args)?,
+        Command::Backup(args) => download_backup(&args)?,
+        Command::Import(args) => import_file(&args)?,
+        Command::Verify(args) => return verify(&args),
+        Command::Health(HealthArgs { ops }) => health::check(ops.ops_addr)?,
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
@@ -85,59 +86,57 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
 
 fn download_backup(args: &BackupArgs) -> Result<(), Box<dyn std::error::Error>> {
     let password = args.credentials.password()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    let downloaded = runtime.block_on(async {
-        let shutdown = shutdown()?;
-        let args = args.clone();
-        let mut download = tokio::spawn(async move { backup::backup(&args, &password).await });
-        tokio::select! {
-            downloaded = &mut download => Ok(downloaded??),
-            () = shutdown => {
-                download.abort();
-                let _ = tokio::time::timeout(INTERRUPT_WAIT_MAX, download).await;
-                Err::<_, Box<dyn std::error::Error>>("interrupted; no file was written".into())
-            }
-        }
-    });
-    runtime.shutdown_background();
-    let summary = downloaded?;
-    // The backup may go to standard output.
-    write!(io::stderr(), "{}", backup::describe(&summary))?;
+    let downloaded = run_client(backup::backup(args, &password))?;
+    let summary = downloaded.ok_or("interrupted; no file was written")??;
+    // The backup may go to standard output. It is complete even if standard error is closed.
+    let _ = write!(io::stderr(), "{}", backup::describe(&summary));
     Ok(())
 }
 
-fn import_file(args: ImportArgs) -> Result<(), Box<dyn std::error::Error>> {
+fn import_file(args: &ImportArgs) -> Result<(), Box<dyn std::error::Error>> {
     let password = args.credentials.password()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()?;
-    let imported = runtime.block_on(async {
-        let shutdown = shutdown()?;
-        let accepted = Arc::<AtomicU64>::default();
-        let importing = import::import(&args, &password, Arc::clone(&accepted));
-        tokio::select! {
-            imported = importing => Ok(imported?),
-            () = shutdown => {
-                let accepted = accepted.load(Ordering::Relaxed);
-                let text = format!("interrupted; at least {accepted} rows were imported");
-                Err::<_, Box<dyn std::error::Error>>(text.into())
-            }
-        }
-    });
-    runtime.shutdown_background();
-    write!(io::stdout(), "{}", import::describe(&imported?))?;
+    let accepted = Arc::<AtomicU64>::default();
+    let imported = run_client(import::import(args, &password, Arc::clone(&accepted)))?;
+    let imported = imported.ok_or_else(|| {
+        let accepted = accepted.load(Ordering::Relaxed);
+        format!("interrupted; at least {accepted} rows were imported")
+    })??;
+    write!(io::stdout(), "{}", import::describe(&imported))?;
     Ok(())
 }
 
-fn verify(args: &VerifyArgs) -> Result<(), Box<dyn std::error::Error>> {
-    let file = args.file.display();
-    let summary = backup::verify(&args.file).map_err(|error| format!("{file}: {error}"))?;
-    write!(io::stdout(), "{}", backup::describe(&summary))?;
-    Ok(())
+/// Runs a client command. `None` if a signal ended it.
+fn run_client<T>(command: impl Future<Output = T>) -> io::Result<Option<T>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let ended = runtime.block_on(async {
+        let interrupted = cli::interrupted()?;
+        tokio::select! {
+            // First, so that a command that is complete does not count as interrupted.
+            biased;
+            ended = command => Ok(Some(ended)),
+            () = interrupted => Ok(None),
+        }
+    });
+    // Dropping the runtime would wait for a thread that reads or writes a pipe.
+    runtime.shutdown_background();
+    ended
+}
+
+/// Prints what the file contains, and the verdict.
+fn verify(args: &VerifyArgs) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    match backup::verify(&args.file) {
+        Ok(summary) => {
+            writeln!(io::stdout(), "{}OK", backup::describe(&summary))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) if error.is_damage() => {
+            let _ = writeln!(io::stderr(), "CORRUPT: {}", error.in_file(&args.file));
+            Ok(ExitCode::FAILURE)
+        }
+        Err(error) => Err(error.in_file(&args.file).into()),
+    }
 }
 
 /// Resolves at the first SIGTERM or Ctrl-C. A second one ends the process at once. A separate thread

@@ -43,7 +43,8 @@ pub enum Command {
     Backup(BackupArgs),
     /// Import a backup, or another gzip CSV, into a running node
     Import(ImportArgs),
-    /// Check that a backup file is complete and undamaged; exit code 0 if so, otherwise 1
+    /// Check that a backup file is complete and undamaged. Prints OK and exits with 0 if it is;
+    /// otherwise prints CORRUPT and the reason, or why it cannot read the file, and exits with 1
     Verify(VerifyArgs),
     /// Check whether a node on this machine is ready; exit code 0 if so, otherwise 1
     Health(HealthArgs),
@@ -262,7 +263,7 @@ pub struct ImportArgs {
 /// Flags of `gradestore verify`.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
-    /// Backup
+    /// Backup, or another gzip CSV; - for standard input
     pub file: PathBuf,
 }
 

@@ -1,14 +1,15 @@
 //! `gradestore backup` and `gradestore verify`.
 
-use std::fs::{self, File};
-use std::io::{self, BufReader, Write};
+use std::fs::{self, File, Permissions};
+use std::io::{self, BufReader, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use tokio::task::block_in_place;
+use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use crate::backup::{BackupError, ReadProgress, Summary, read, rfc3339};
@@ -47,21 +48,17 @@ pub enum DownloadError {
 }
 
 /// Downloads a backup to a temporary file, verifies it at the same time, and renames the file once the
-/// backup is complete.
-///
-/// Writing may block, on a pipe indefinitely, so this needs a runtime with several threads.
+/// backup is complete. When the future is dropped, the temporary file is removed.
 ///
 /// # Errors
 /// See [`DownloadError`]. An existing file of that name is then unchanged; standard output has the part
 /// that arrived.
 pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, DownloadError> {
-    let path = args.output.as_path();
+    let path = target_of(&args.output);
     let write_error = |error| DownloadError::Write {
-        path: path.to_owned(),
+        path: args.output.clone(),
         error,
     };
-    let target = target_of(path);
-    let path = target.as_path();
     let account = ClientCredentials {
         username: args.credentials.username.as_str().into(),
         password: password.into(),
@@ -74,27 +71,23 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, Downlo
     })?;
     let download = client.backup(&args.from).await?;
     if path == Path::new("-") {
-        return copy(download, &mut io::stdout(), write_error).await;
+        return copy(download, || Ok(io::stdout()), write_error).await;
     }
-    if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
-        // A device or a pipe can't be replaced by a renamed file.
-        let file = block_in_place(|| File::options().write(true).open(path));
-        let mut file = file.map_err(write_error)?;
-        return copy(download, &mut file, write_error).await;
+    let existing = fs::metadata(&path).ok();
+    if existing
+        .as_ref()
+        .is_some_and(|metadata| !metadata.is_file())
+    {
+        // A device or a pipe can't be replaced by a renamed file. Opening a pipe waits for its reader.
+        let open = move || File::options().write(true).open(path);
+        return copy(download, open, write_error).await;
     }
-    let directory = match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(format!(".{}.partial", std::process::id()));
-    let partial = Partial(PathBuf::from(partial));
-    let mut file = File::create(&partial.0).map_err(write_error)?;
-    let summary = copy(download, &mut file, write_error).await?;
-    file.sync_all().map_err(write_error)?;
-    fs::rename(&partial.0, path).map_err(write_error)?;
-    let synced = File::open(directory).and_then(|directory| directory.sync_all());
-    synced.map_err(write_error)?;
+    let (partial, file) = Partial::create(&path).map_err(write_error)?;
+    let open = move || Ok(file);
+    let summary = copy(download, open, write_error).await?;
+    partial
+        .rename(&path, existing.map(|file| file.permissions()))
+        .map_err(write_error)?;
     Ok(summary)
 }
 
@@ -109,46 +102,144 @@ fn target_of(path: &Path) -> PathBuf {
 /// A temporary file, which is removed when this is dropped, unless it was renamed.
 struct Partial(PathBuf);
 
+impl Partial {
+    /// Creates the temporary file for `path`. Only its owner can read it.
+    fn create(path: &Path) -> io::Result<(Self, File)> {
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(format!(".{}.partial", std::process::id()));
+        let partial = Self(PathBuf::from(partial));
+        // Of a killed process with the same id, as in a container.
+        let _ = fs::remove_file(&partial.0);
+        let mut options = File::options();
+        let file = options.write(true).create_new(true).mode(0o600);
+        let file = file.open(&partial.0)?;
+        Ok((partial, file))
+    }
+
+    /// Renames the file to `path`, with the `permissions` of the file that it replaces. Syncs the
+    /// directory.
+    fn rename(self, path: &Path, permissions: Option<Permissions>) -> io::Result<()> {
+        if let Some(permissions) = permissions {
+            fs::set_permissions(&self.0, permissions)?;
+        }
+        fs::rename(&self.0, path)?;
+        let directory = match path.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        File::open(directory)?.sync_all()
+    }
+}
+
 impl Drop for Partial {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.0);
     }
 }
 
-async fn copy(
+/// Something to write a backup to.
+trait Output: Write + Send {
+    /// Writes everything to its place.
+    fn finish(&mut self) -> io::Result<()>;
+}
+
+impl Output for File {
+    fn finish(&mut self) -> io::Result<()> {
+        match self.metadata()?.is_file() {
+            true => self.sync_all(),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Output for io::Stdout {
+    fn finish(&mut self) -> io::Result<()> {
+        self.flush()
+    }
+}
+
+/// Verifies the download while it writes it. Both run on another thread, because a write may block,
+/// on a pipe indefinitely, and a signal must still end the command.
+async fn copy<W: Output>(
     download: Download,
-    out: &mut impl Write,
+    open: impl FnOnce() -> io::Result<W> + Send + 'static,
     write_error: impl Fn(io::Error) -> DownloadError,
 ) -> Result<Summary, DownloadError> {
     let url = download.url.clone();
     let (sender, parts) = BodyReader::channel();
     let progress = Arc::new(ReadProgress::default());
-    let verifier = {
-        let progress = Arc::clone(&progress);
-        thread::spawn(move || read(parts, &RecordBatch::digest, &progress))
-    };
+    let reading = Arc::clone(&progress);
+    let copied = spawn_blocking(move || {
+        let mut tee = Tee {
+            source: parts,
+            out: open()?,
+            failed: None,
+        };
+        let verified = read(&mut tee, &RecordBatch::digest, &reading);
+        match tee.failed {
+            Some(error) => Err(error),
+            None => tee.out.finish().map(|()| verified),
+        }
+    });
     let bar = Bar::new(0, Instant::now());
-    let passed_on = download.pass_on(sender, |part| {
+    let passed_on = download.pass_on(sender, |_part| {
         bar.set(progress.rows(), progress.bytes());
-        block_in_place(|| out.write_all(part)).map_err(&write_error)
+        Ok::<_, RemoteError>(())
     });
     passed_on.await?;
-    out.flush().map_err(&write_error)?;
-    let verified = verifier.join().unwrap_or_else(|panic| resume_unwind(panic));
+    let copied = copied
+        .await
+        .unwrap_or_else(|failed| match failed.try_into_panic() {
+            Ok(panic) => resume_unwind(panic),
+            Err(cancelled) => Err(io::Error::other(cancelled)),
+        });
+    let verified = copied.map_err(write_error)?;
     verified.map_err(|error| DownloadError::Invalid { url, error })
 }
 
-/// Reads and checks the backup at `path`.
-///
-/// # Errors
-/// The backup is incomplete or damaged.
-pub fn verify(path: &Path) -> Result<Summary, BackupError> {
+/// Writes what it reads.
+struct Tee<R, W> {
+    source: R,
+    out: W,
+    /// Why a write failed.
+    failed: Option<io::Error>,
+}
+
+impl<R: Read, W: Write> Read for Tee<R, W> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.source.read(buffer)?;
+        let part = buffer.get(..read).unwrap_or_default();
+        match self.out.write_all(part) {
+            Ok(()) => Ok(read),
+            Err(error) => {
+                self.failed = Some(error);
+                Err(io::ErrorKind::Other.into())
+            }
+        }
+    }
+}
+
+/// Opens a file to read, or standard input for `-`. Returns it and its size, or 0 if the size is
+/// unknown.
+pub(super) fn open(path: &Path) -> Result<(Box<dyn Read + Unpin + Send>, u64), BackupError> {
+    if path == Path::new("-") {
+        return Ok((Box::new(io::stdin()), 0));
+    }
     let file = File::open(path).map_err(BackupError::Open)?;
     let bytes_total = file.metadata().map_or(0, |metadata| metadata.len());
+    Ok((Box::new(BufReader::new(file)), bytes_total))
+}
+
+/// Reads and checks the backup at `path`, or on standard input for `-`.
+///
+/// # Errors
+/// The backup cannot be read, is incomplete or damaged.
+pub fn verify(path: &Path) -> Result<Summary, BackupError> {
+    let (source, bytes_total) = open(path)?;
     let progress = ReadProgress::default();
     let bar = Bar::new(bytes_total, Instant::now());
     thread::scope(|scope| {
-        let reader = scope.spawn(|| read(BufReader::new(file), &RecordBatch::digest, &progress));
+        let reader = scope.spawn(|| read(source, &RecordBatch::digest, &progress));
         while !reader.is_finished() {
             bar.set(progress.rows(), progress.bytes());
             thread::sleep(Duration::from_millis(50));

@@ -5,10 +5,9 @@
 //! log is unavailable, the import resumes after the last accepted line. Accepted rows are not rolled
 //! back after an error.
 
-use std::fs::File;
-use std::io::{self, BufReader, IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::panic::resume_unwind;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -22,6 +21,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::backup::{BackupError, ReadProgress, Summary, read_in_order};
 use crate::cli::ImportArgs;
+use crate::cli::backup::open;
 use crate::grade::{Changes, Patch};
 use crate::log::Seq;
 use crate::replication::peer_client::{
@@ -48,7 +48,7 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
     /// The file can't be read, or is damaged.
-    #[error("{file}: {error}; {}", imported_rows(*.accepted))]
+    #[error("{}; {}", error.in_file(file), imported_rows(*.accepted))]
     File {
         /// The file.
         file: PathBuf,
@@ -149,8 +149,7 @@ pub async fn import(
         error,
         accepted: accepted.load(Ordering::Relaxed),
     };
-    let opened = open(&args.file).map_err(BackupError::Open);
-    let (source, bytes_total) = opened.map_err(file)?;
+    let (source, bytes_total) = open(&args.file).map_err(file)?;
     let mut reader = ReaderThread::start(source);
     let sender = ChunkSender {
         client,
@@ -178,16 +177,6 @@ pub fn describe(imported: &Imported) -> String {
         seq.to_string()
     });
     format!("rows      {rows}\nposition  {position}\n")
-}
-
-/// Opens the file. Returns it and its size, or 0 if the size is unknown.
-fn open(path: &Path) -> io::Result<(Box<dyn Read + Unpin + Send>, u64)> {
-    if path == Path::new("-") {
-        return Ok((Box::new(io::stdin()), 0));
-    }
-    let file = File::open(path)?;
-    let bytes_total = file.metadata().map_or(0, |metadata| metadata.len());
-    Ok((Box::new(BufReader::new(file)), bytes_total))
 }
 
 /// Consecutive rows of the file, as lines of patches.

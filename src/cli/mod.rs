@@ -5,6 +5,7 @@ pub mod backup;
 mod error;
 pub mod health;
 pub mod import;
+mod interrupt;
 mod parse;
 mod password;
 mod values;
@@ -14,5 +15,6 @@ pub use args::{
     VerifyArgs,
 };
 pub use error::ConfigError;
+pub use interrupt::interrupted;
 pub use parse::{check_env, check_env_names, parse, parse_args};
 pub use password::GeneratedPassword;

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::os::unix::fs::{FileTypeExt, symlink};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::UNIX_EPOCH;
 
+use gradestore::backup::rfc3339;
 use gradestore::grade::FIELDS;
 use tempfile::tempdir;
 
@@ -65,11 +67,25 @@ pub(crate) fn verify(file: &Path) -> Output {
     run(program().arg("verify").arg(file))
 }
 
+/// `gradestore verify -`.
+fn verify_stdin(file: &[u8]) -> Output {
+    let mut command = program();
+    let command = command.args(["verify", "-"]).stdin(Stdio::piped());
+    let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(file).unwrap();
+    child.wait_with_output().unwrap()
+}
+
 /// Checks that two valid backups have the same records.
 #[track_caller]
 fn assert_same_records(one: &[u8], other: &[u8]) {
     let (one, other) = (read_backup(one).1, read_backup(other).1);
     assert_eq!((one.rows, one.digest), (other.rows, other.digest));
+}
+
+fn now_ns() -> u64 {
+    u64::try_from(UNIX_EPOCH.elapsed().unwrap().as_nanos()).unwrap()
 }
 
 #[tokio::test]
@@ -145,6 +161,8 @@ async fn the_backup_command_writes_a_file_that_verify_accepts() {
     let path = directory.path().join("grades.csv.gz");
     fs::write(&path, "an older one").unwrap();
     let url = format!("http://{}", node.write);
+    // Not the time of the last write.
+    let before = now_ns();
     let kept = run(&mut backup_command(&url, &path));
     assert!(kept.status.success() && kept.stdout.is_empty(), "{kept:?}");
     assert_eq!(file_names(directory.path()), ["grades.csv.gz"]);
@@ -157,15 +175,19 @@ async fn the_backup_command_writes_a_file_that_verify_accepts() {
     ));
     assert!(piped.status.success(), "{piped:?}");
     assert_same_records(&piped.stdout, &file);
+    let from_pipe = verify_stdin(&piped.stdout);
+    assert_eq!(from_pipe.stdout, [&*piped.stderr, b"OK\n"].concat());
 
     let verified = verify(&path);
     assert!(verified.status.success(), "{verified:?}");
-    assert_eq!(verified.stdout, kept.stderr);
+    assert_eq!(verified.stdout, [&*kept.stderr, b"OK\n"].concat());
     let printed = String::from_utf8(verified.stdout).unwrap();
     let held = NodeState::of(&node).await;
-    let end = read_backup(&file).1.records.unwrap().1;
+    let (head, end) = read_backup(&file).1.records.unwrap();
+    assert!(before <= head.created_ns && head.created_ns <= now_ns());
     let lines = [
         format!("rows      {}", held.records),
+        format!("time      {}", rfc3339(head.created_ns)),
         format!("bytes     {}", file.len()),
         format!("position  {0} to {0}", held.position),
         format!("digest    {}", held.digest),
@@ -240,6 +262,23 @@ async fn the_backup_command_replaces_the_target_of_a_symlink() {
         assert_eq!(file_names(&kept_in), ["file"]);
         assert_eq!(file_names(directory.path()), ["kept", "link"]);
         node.set(r#"{"user_id":"new","spp":1}"#).await.position();
+    }
+}
+
+#[tokio::test]
+async fn a_new_backup_is_private_and_an_existing_file_keeps_its_permissions() {
+    let node = Node::start().await;
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("grades.csv.gz");
+    for before in [None, Some(0o600), Some(0o640), Some(0o444)] {
+        if let Some(mode) = before {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let url = format!("http://{}", node.write);
+        let kept = run(&mut backup_command(&url, &path));
+        assert!(kept.status.success(), "{kept:?}");
+        let mode = fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, before.unwrap_or(0o600));
     }
 }
 

@@ -6,13 +6,14 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::LazyLock;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use flate2::read::MultiGzDecoder;
 use gradestore::backup::{BackupError, ReadProgress, read};
 use gradestore::store::RecordBatch;
+use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::{TempDir, tempdir};
 
@@ -24,6 +25,7 @@ use crate::harness::backup_files::{
 use crate::harness::wire::{RawConnection, TIMEOUT, eventually};
 use crate::harness::{
     AUTHORIZATION, InProcessNode, Node, Ports, Process, collect_output, run, set_request,
+    wrapped_by,
 };
 
 /// More than the socket buffers hold (3.5 MB).
@@ -284,10 +286,8 @@ impl HoldingProxy {
             client.write_all(&response).unwrap();
             held.send(()).unwrap();
             resumed.recv_timeout(TIMEOUT).unwrap();
-            let mut rest = Vec::new();
             // It may end with a reset.
-            let _ = server.read_to_end(&mut rest);
-            let _ = client.write_all(&rest);
+            let _ = std::io::copy(&mut server, &mut client);
             let _ = client.shutdown(Shutdown::Both);
         });
         Self {
@@ -338,10 +338,19 @@ async fn the_backup_command_keeps_nothing_of_an_incomplete_backup() {
     }
 }
 
-#[tokio::test]
-async fn the_backup_command_keeps_nothing_when_interrupted() {
-    let node = large_node().await;
-    for (before, signal) in [(None, Signal::INT), (Some("an older one"), Signal::TERM)] {
+/// A `gradestore backup` that has written a part of its file.
+struct HeldBackup {
+    process: Process,
+    printed: Arc<Mutex<String>>,
+    proxy: HoldingProxy,
+    directory: TempDir,
+    path: PathBuf,
+}
+
+impl HeldBackup {
+    /// Starts `wrapper` with the command as its last arguments. `before` is the content of the file
+    /// that the backup replaces.
+    async fn start(node: &Ports, wrapper: &[&str], before: Option<&str>) -> Self {
         let proxy = HoldingProxy::new(node.write, 200_000);
         let directory = tempdir().unwrap();
         let path = directory.path().join("grades.csv.gz");
@@ -349,36 +358,94 @@ async fn the_backup_command_keeps_nothing_when_interrupted() {
             fs::write(&path, before).unwrap();
         }
         let mut command = backup_command(&proxy.url, &path);
+        if !wrapper.is_empty() {
+            command = wrapped_by(wrapper, &command);
+        }
         let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut fetching = Process(command.spawn().unwrap());
-        let printed = collect_output(fetching.0.stderr.take().unwrap());
+        let mut process = Process(command.spawn().unwrap());
+        let printed = collect_output(process.0.stderr.take().unwrap());
         proxy.holding.recv_timeout(TIMEOUT).unwrap();
         let partial = |name: &String| name.ends_with(".partial");
         eventually("partial progress", async || {
-            file_names(directory.path())
-                .iter()
-                .any(partial)
-                .then_some(())
+            let names = file_names(directory.path());
+            names.iter().any(partial).then_some(())
         })
         .await;
-        kill_process(Pid::from_child(&fetching.0), signal).unwrap();
-        let ended = async || fetching.0.try_wait().unwrap();
-        assert_eq!(
-            eventually("the exit of the process", ended).await.code(),
-            Some(1)
-        );
-        eventually("the last line", async || {
-            let printed = printed.lock();
-            printed
-                .contains("interrupted; no file was written")
-                .then_some(())
-        })
-        .await;
-        assert_eq!(fs::read_to_string(&path).ok().as_deref(), before);
-        let left = usize::from(before.is_some());
-        assert_eq!(file_names(directory.path()).len(), left);
-        proxy.resume.send(()).unwrap();
+        Self {
+            process,
+            printed,
+            proxy,
+            directory,
+            path,
+        }
     }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.process.0), signal).unwrap();
+    }
+
+    async fn exit_code(&mut self) -> Option<i32> {
+        let ended = async || self.process.0.try_wait().unwrap();
+        eventually("the exit of the process", ended).await.code()
+    }
+
+    async fn assert_last_line(&self, line: &str) {
+        eventually("the last line", async || {
+            self.printed.lock().contains(line).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn the_backup_command_keeps_nothing_when_interrupted() {
+    let node = large_node().await;
+    for signal in [
+        Signal::INT,
+        Signal::TERM,
+        Signal::HUP,
+        Signal::QUIT,
+        Signal::USR1,
+        Signal::USR2,
+        Signal::ALARM,
+        Signal::XCPU,
+    ] {
+        let before = (signal == Signal::TERM).then_some("an older one");
+        let mut held = HeldBackup::start(&node, &[], before).await;
+        held.signal(signal);
+        assert_eq!(held.exit_code().await, Some(1), "{signal:?}");
+        held.assert_last_line("interrupted; no file was written")
+            .await;
+        assert_eq!(fs::read_to_string(&held.path).ok().as_deref(), before);
+        let left = usize::from(before.is_some());
+        assert_eq!(file_names(held.directory.path()).len(), left, "{signal:?}");
+        held.proxy.resume.send(()).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_backup_command_goes_on_after_a_signal_that_was_ignored_at_its_start() {
+    let node = large_node().await;
+    let nohup = ["sh", "-c", "trap '' HUP; exec \"$0\" \"$@\""];
+    let mut held = HeldBackup::start(&node, &nohup, None).await;
+    held.signal(Signal::HUP);
+    held.proxy.resume.send(()).unwrap();
+    assert_eq!(held.exit_code().await, Some(0), "{}", held.printed.lock());
+    assert_eq!(read_backup(&fs::read(&held.path).unwrap()).1.rows, ROWS);
+}
+
+#[tokio::test]
+async fn the_backup_command_keeps_nothing_beyond_the_limit_on_file_sizes() {
+    let node = large_node().await;
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("grades.csv.gz");
+    let command = backup_command(&format!("http://{}", node.write), &path);
+    let output = run(&mut wrapped_by(&["prlimit", "--fsize=100000"], &command));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let printed = String::from_utf8(output.stderr).unwrap();
+    let expected = format!("cannot write {}: File too large", path.display());
+    assert!(printed.contains(&expected), "{printed}");
+    assert_eq!(file_names(directory.path()), [""; 0]);
 }
 
 #[tokio::test]
