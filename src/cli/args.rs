@@ -157,7 +157,8 @@ pub struct ServeArgs {
     )]
     pub nats_creds: Option<PathBuf>,
 
-    /// Stream of the log; created if it does not exist
+    /// Stream of the log; created if it does not exist. Nodes with different streams are different
+    /// clusters
     #[arg(long, env = "GRADESTORE_STREAM", value_name = "NAME", default_value = "GRADES",
         value_parser = stream_name, requires = "nats_url")]
     pub stream: String,

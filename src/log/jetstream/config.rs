@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::servers::Servers;
 
-/// The subject that batches are published to.
-pub(super) const SUBJECT: &str = "grades.set";
+/// The default stream, whose subjects do not contain its name.
+const DEFAULT_STREAM: &str = "GRADES";
 /// The least `max_payload` of a server: 1,024 writes of less than 800 bytes each, plus headers.
 pub(super) const MESSAGE_BYTES_NEEDED: usize = 1 << 20;
 
@@ -29,4 +29,25 @@ pub struct JetStreamConfig {
     pub peers: Vec<String>,
     /// How long appends may wait before the log counts as unwritable.
     pub write_silence_max: Duration,
+}
+
+impl JetStreamConfig {
+    /// The subject that batches are published to. Each stream has its own, because NATS rejects
+    /// streams whose subjects overlap.
+    pub(super) fn subject(&self) -> String {
+        format!("grades.{}set", self.stream_token())
+    }
+
+    /// The prefix of the subjects on which replicas ask each other for announcements. Each stream
+    /// has its own, because the replicas of another one are another cluster.
+    pub(super) fn status_prefix(&self) -> String {
+        format!("gradestore.{}status.", self.stream_token())
+    }
+
+    fn stream_token(&self) -> String {
+        match &*self.stream {
+            DEFAULT_STREAM => String::new(),
+            stream => format!("{stream}."),
+        }
+    }
 }

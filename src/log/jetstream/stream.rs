@@ -6,7 +6,7 @@ use async_nats::jetstream::stream::{
     Config, DiscardPolicy, PersistenceMode, RetentionPolicy, StorageType,
 };
 
-use super::config::{JetStreamConfig, SUBJECT};
+use super::config::JetStreamConfig;
 use super::setup_error::SetupError;
 use crate::log::{LogId, RandomId, Seq};
 
@@ -62,7 +62,7 @@ pub(super) fn new_stream(config: &JetStreamConfig, log: RandomId, base: Option<S
 fn wanted(config: &JetStreamConfig, log: Option<RandomId>, base: Option<Seq>) -> Config {
     Config {
         name: config.stream.clone(),
-        subjects: vec![SUBJECT.to_owned()],
+        subjects: vec![config.subject()],
         storage: StorageType::File,
         retention: RetentionPolicy::Limits,
         discard: DiscardPolicy::Old,

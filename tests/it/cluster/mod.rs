@@ -21,5 +21,6 @@ mod sd_notify;
 mod slow_restores;
 mod stream_creation;
 mod three_servers;
+mod streams;
 mod unreadable_headers;
 mod write_health;

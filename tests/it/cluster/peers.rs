@@ -4,7 +4,7 @@ use futures_util::StreamExt;
 use gradestore::log::{Announcement, ClusterKey};
 use serde_json::{Value, json};
 
-use crate::harness::cluster::broker::{Broker, replica_at};
+use crate::harness::cluster::broker::{Broker, STREAM, replica_at};
 use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{Node, PASSWORD, Ports, program};
 
@@ -78,6 +78,7 @@ async fn the_tools_of_nats_see_the_replicas() {
     assert_eq!(info["metadata"]["url"], url(&a));
     assert_eq!(info["metadata"]["node"], status["node"]);
     assert_eq!(info["metadata"]["log"], status["log_id"]);
+    assert_eq!(info["metadata"]["stream"], STREAM);
     let printed = json!({
         "node": status["node"],
         "version": env!("CARGO_PKG_VERSION"),

@@ -25,11 +25,10 @@ use super::super::broker::{
     BrokerConnection, BrokerError, Consumer, InfoSource, Outgoing, PeerQuery, RawMessage, Stored,
     StreamInfo,
 };
-use super::super::config::SUBJECT;
 use super::super::raw_message::{self, RawMessageError};
 use super::consumer::NatsConsumer;
 use super::errors::{broker_error, denial, no_answer, publish_error};
-use super::service;
+use super::service::{self, PeerService};
 use crate::log::{Announce, Announcement, RandomId, Seq};
 
 /// The timeout of a request.
@@ -59,6 +58,9 @@ const INACTIVE_MAX: Duration = Duration::from_secs(60);
 pub(super) struct NatsConnection {
     pub(super) context: Context,
     pub(super) stream: String,
+    /// The subject that batches are published to.
+    pub(super) subject: String,
+    pub(super) peers: PeerService,
     pub(super) consumer: String,
     pub(super) scheme: &'static str,
     pub(super) discovered: Arc<Mutex<Vec<ServerAddr>>>,
@@ -236,7 +238,10 @@ impl BrokerConnection for NatsConnection {
                 publish = publish.expected_last_sequence(expected);
             }
             let answer = async {
-                let answer = self.context.send_publish(SUBJECT, publish).await;
+                let answer = self
+                    .context
+                    .send_publish(self.subject.clone(), publish)
+                    .await;
                 let stored = match answer {
                     Ok(answer) => answer.await,
                     Err(error) => Err(error),
@@ -253,7 +258,7 @@ impl BrokerConnection for NatsConnection {
                     error
                 })
             };
-            let stored = self.answer(SUBJECT, answer).await?;
+            let stored = self.answer(&self.subject, answer).await?;
             Ok(Stored {
                 seq: stored.sequence,
                 duplicate: stored.duplicate,
@@ -292,8 +297,7 @@ impl BrokerConnection for NatsConnection {
         stop: CancellationToken,
     ) -> BoxFuture<'_, Result<(), String>> {
         async {
-            let client = self.context.client();
-            let announced = service::announce(&client, &self.ended, announce, stop).await;
+            let announced = service::announce(&self.peers, announce, stop).await;
             announced.map_err(|error| error.to_string())
         }
         .boxed()
@@ -305,7 +309,7 @@ impl BrokerConnection for NatsConnection {
         nonce: RandomId,
     ) -> BoxFuture<'_, Result<Vec<Announcement>, String>> {
         async move {
-            let announcements = service::ask_peers(&self.context.client(), query, nonce).await;
+            let announcements = service::ask_peers(&self.peers, query, nonce).await;
             announcements.map_err(|error| error.to_string())
         }
         .boxed()

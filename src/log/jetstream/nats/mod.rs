@@ -24,7 +24,7 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use self::connection::{ANSWER_WAIT_MAX, NatsConnection};
-use self::service::SERVICE;
+use self::service::{PeerService, SERVICE};
 use super::broker::{Broker, BrokerConnection, ConnectError};
 use super::config::JetStreamConfig;
 use crate::log::RandomId;
@@ -96,8 +96,17 @@ impl Nats {
         addresses.extend(self.discovered.lock().iter().cloned());
         let client = options.connect(addresses.as_slice()).await?;
         let connection = NatsConnection {
-            context: ContextBuilder::new().timeout(ANSWER_WAIT_MAX).build(client),
+            context: ContextBuilder::new()
+                .timeout(ANSWER_WAIT_MAX)
+                .build(client.clone()),
             stream: self.config.stream.clone(),
+            subject: self.config.subject(),
+            peers: PeerService {
+                client,
+                ended: ended.clone(),
+                stream: self.config.stream.clone(),
+                prefix: self.config.status_prefix(),
+            },
             consumer: format!("gradestore-{}", self.replica),
             scheme: self.config.servers.scheme(),
             discovered: Arc::clone(&self.discovered),

@@ -15,10 +15,10 @@ use crate::log::{Announce, Announcement, RandomId};
 /// The service by which replicas find each other, so that `nats micro ls` and
 /// `nats micro stats gradestore` show them too.
 pub(super) const SERVICE: &str = "gradestore";
-/// The subject on which all replicas answer with their announcements, and the prefix of the subject
-/// of one replica, which ends in its id. The service's own subjects have no place for a nonce.
-const ASK_ALL: &str = "gradestore.status.all";
-const ASK_REPLICA: &str = "gradestore.status.";
+/// The last word of the subject on which all replicas answer with their announcements. That of one
+/// replica ends in its id. The service's own subjects have no place for a nonce, and the replicas of
+/// all streams share them.
+const ALL: &str = "all";
 /// How long to wait for the first announcement, and for another one after each.
 const FIRST_WAIT_MAX: Duration = Duration::from_millis(300);
 const NEXT_WAIT_MAX: Duration = Duration::from_millis(100);
@@ -30,12 +30,20 @@ const COLLECT_MAX: Duration = Duration::from_secs(2);
 /// How many announcements are collected at most: any client of the broker may send any number.
 const ANNOUNCEMENTS_MAX: usize = 4096;
 
-/// Answers requests for this replica's announcement until `stop` or until the connection has
-/// `ended`.
+/// How the replicas of one stream reach each other over a connection.
+pub(super) struct PeerService {
+    pub(super) client: Client,
+    /// Ends with the connection.
+    pub(super) ended: CancellationToken,
+    pub(super) stream: String,
+    /// The prefix of the subjects.
+    pub(super) prefix: String,
+}
+
+/// Answers requests for this replica's announcement until `stop` or until the connection has ended.
 #[expect(clippy::expect_used, reason = "serializing an announcement can't fail")]
 pub(super) async fn announce(
-    client: &Client,
-    ended: &CancellationToken,
+    peers: &PeerService,
     announce: Announce,
     stop: CancellationToken,
 ) -> Result<(), async_nats::Error> {
@@ -45,10 +53,12 @@ pub(super) async fn announce(
         ("replica", &me.replica),
         ("url", &me.url),
         ("log", &me.log_id),
+        ("stream", &peers.stream.as_str().into()),
     ];
     let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_string()));
     let current = Arc::clone(&announce);
-    let service = client
+    let service = peers
+        .client
         .service_builder()
         .description("a replicated in-memory database of user grades")
         .metadata(HashMap::from(metadata))
@@ -65,8 +75,9 @@ pub(super) async fn announce(
         let endpoint = service.endpoint_builder().name(name);
         endpoint.queue_group(&me.node)
     };
-    let to_all = endpoint("status").add(ASK_ALL).await?;
-    let to_me = format!("{ASK_REPLICA}{}", me.replica);
+    let prefix = &peers.prefix;
+    let to_all = endpoint("status").add(format!("{prefix}{ALL}")).await?;
+    let to_me = format!("{prefix}{}", me.replica);
     let to_me = endpoint("replica").add(to_me).await?;
     let mut requests = stream::select(to_all, to_me);
     loop {
@@ -77,7 +88,7 @@ pub(super) async fn announce(
                 let answer = serde_json::to_vec(&announce(nonce))?;
                 request.respond(Ok(answer.into())).await?;
             }
-            () = ended.cancelled() => break,
+            () = peers.ended.cancelled() => break,
             () = stop.cancelled() => break,
         }
     }
@@ -86,13 +97,14 @@ pub(super) async fn announce(
 
 /// Collects announcements that are signed for `nonce`. They are not verified here.
 pub(super) async fn ask_peers(
-    client: &Client,
+    peers: &PeerService,
     query: PeerQuery,
     nonce: RandomId,
 ) -> Result<Vec<Announcement>, async_nats::Error> {
+    let PeerService { client, prefix, .. } = peers;
     let (subject, first_wait_max) = match query {
-        PeerQuery::All => (ASK_ALL.to_owned(), FIRST_WAIT_MAX),
-        PeerQuery::Replica(replica) => (format!("{ASK_REPLICA}{replica}"), REPLICA_WAIT_MAX),
+        PeerQuery::All => (format!("{prefix}{ALL}"), FIRST_WAIT_MAX),
+        PeerQuery::Replica(replica) => (format!("{prefix}{replica}"), REPLICA_WAIT_MAX),
     };
     let inbox = client.new_inbox();
     let mut answers: Subscriber = client.subscribe(inbox.clone()).await?;
