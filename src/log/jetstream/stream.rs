@@ -12,6 +12,8 @@ use crate::log::{LogId, RandomId, Seq};
 
 /// How long the broker remembers message ids.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(120);
+/// The least value of --log-retention.
+const RETENTION_MIN: Duration = Duration::from_secs(60);
 
 /// The largest message that the stream accepts, including headers: twice the largest batch. It is
 /// well below the bytes of a pull request, because a larger message would never be delivered.
@@ -99,8 +101,7 @@ fn check(
     let edit = |flag: &str| format!("nats stream edit {stream} {flag}");
     let replace =
         || format!("choose another --stream, or remove this one: nats stream rm {stream}");
-    let age = |age: Duration| humantime::format_duration(age).to_string();
-    let window = age(wanted.duplicate_window);
+    let window = nats_duration(wanted.duplicate_window);
     let flags = |flag: bool| flag.to_string();
     let count = |limit: i64| match limit {
         ..=0 => "no limit".to_owned(),
@@ -129,15 +130,11 @@ fn check(
         ),
         (
             "max_age",
-            age(wanted.max_age),
-            age(found.max_age),
-            format!(
-                "start with --log-retention {}, or {}",
-                age(found.max_age).replace(' ', ""),
-                edit(&format!(
-                    "--max-age {}",
-                    age(wanted.max_age).replace(' ', "")
-                ))
+            nats_duration(wanted.max_age),
+            nats_duration(found.max_age),
+            max_age_fix(
+                found.max_age,
+                edit(&format!("--max-age {}", nats_duration(wanted.max_age))),
             ),
         ),
         (
@@ -153,8 +150,8 @@ fn check(
         (
             "duplicate_window",
             window.clone(),
-            age(found.duplicate_window),
-            edit(&format!("--dupe-window {}", window.replace(' ', ""))),
+            nats_duration(found.duplicate_window),
+            edit(&format!("--dupe-window {window}")),
         ),
         (
             "max_msgs_per_subject",
@@ -232,6 +229,38 @@ fn check(
     }
 }
 
+/// The fix for a retention of `found`. A flag can't be set to a shorter one than its least.
+fn max_age_fix(found: Duration, edit: String) -> String {
+    match found >= RETENTION_MIN {
+        true => format!(
+            "start with --log-retention {}, or {edit}",
+            nats_duration(found)
+        ),
+        false => edit,
+    }
+}
+
+/// A duration as the nats command and the flags of this program read it: in hours if they are
+/// whole, else in the largest smaller unit of which it is a whole number.
+fn nats_duration(duration: Duration) -> String {
+    const UNITS: [(&str, u128); 6] = [
+        ("h", 3_600_000_000_000),
+        ("m", 60_000_000_000),
+        ("s", 1_000_000_000),
+        ("ms", 1_000_000),
+        ("us", 1000),
+        ("ns", 1),
+    ];
+    let ns = duration.as_nanos();
+    let whole = UNITS
+        .iter()
+        .find(|(_, unit)| ns > 0 && ns.is_multiple_of(*unit));
+    whole.map_or_else(
+        || "0s".to_owned(),
+        |(name, unit)| format!("{}{name}", ns / unit),
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -269,6 +298,20 @@ mod tests {
             let error = check(&wanted, &found, |_| true).unwrap_err().to_string();
             assert!(error.contains(name) && error.contains("GRADES"), "{error}");
         }
+        let with_age = |seconds| {
+            let mut found = wanted.clone();
+            found.max_age = Duration::from_secs(seconds);
+            check(&wanted, &found, |_| true).unwrap_err().to_string()
+        };
+        let fix = "; start with --log-retention 48h, or nats stream edit GRADES --max-age 24h";
+        assert!(
+            with_age(48 * 3600).ends_with(fix),
+            "{}",
+            with_age(48 * 3600)
+        );
+        // The flag takes no time without limit.
+        let fix = "max_age 0s, expected 24h; nats stream edit GRADES --max-age 24h";
+        assert!(with_age(0).ends_with(fix), "{}", with_age(0));
         let mut bounded = wanted.clone();
         (bounded.max_bytes, bounded.max_messages) = (1 << 30, 1 << 20);
         assert!(check(&wanted, &bounded, |_| true).is_ok());
