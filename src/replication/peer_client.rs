@@ -196,7 +196,8 @@ impl Client {
         let http = reqwest::Client::builder()
             .connect_timeout(silence_max)
             .read_timeout(silence_max)
-            // The password is for the node at this URL only.
+            // The password is for the node at this URL only, not for another one or a proxy of
+            // the environment.
             .redirect(reqwest::redirect::Policy::none())
             .build()?;
         Ok(Self {
@@ -236,6 +237,7 @@ impl Client {
         url: &str,
     ) -> Result<reqwest::Response, RemoteError> {
         let ClientCredentials { username, password } = &self.credentials;
+            .no_proxy()
         let request = self.http.request(method, url);
         let mut request = request.basic_auth(username, Some(password));
         if self.compression == Compression::IfSlow {

@@ -12,7 +12,7 @@ use crate::harness::cluster::broker::{STREAM, copy_tree, replica_at};
 use crate::harness::cluster::seeded::{SeededCluster, assert_serves_nothing};
 use crate::harness::cluster::throttle::Throttle;
 use crate::harness::wire::eventually;
-use crate::harness::{Node, PASSWORD, Ports, ReservedPort, program};
+use crate::harness::{Node, PASSWORD, Ports, ReservedPort, UnusedProxy, program};
 
 /// Waits until a replica reports that it has no source of a complete state; returns its `/status`.
 async fn in_no_source_state(node: &Ports, what: &str) -> Value {
@@ -108,6 +108,19 @@ async fn a_peer_that_stops_sending_times_out() {
 }
 
 /// The log has another batch at the end of the backup, so the replica needs another backup.
+/// A replica sends its password to the peer itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bootstrap_uses_no_proxy() {
+    let mut cluster = SeededCluster::with_rows(10).await;
+    let first = cluster.start_first().await;
+    let proxy = UnusedProxy::new();
+    let mut command = replica_at(cluster.broker.address);
+    command.args(["--peer", &format!("http://{}", first.write)]);
+    let late = Node::start_with(proxy.configure(&mut command)).await;
+    cluster.check(&[&first, &late], &[]).await;
+    proxy.assert_unused();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_with_a_batch_that_the_log_lost_is_discarded() {
     let mut cluster = SeededCluster::with_rows(3000).await;

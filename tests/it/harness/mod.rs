@@ -4,6 +4,7 @@ mod node;
 mod ports;
 mod process;
 mod reserved_port;
+mod unused_proxy;
 
 pub(crate) mod backup_files;
 #[cfg(feature = "test-all")]
@@ -22,6 +23,7 @@ pub(crate) use process::{
     Process, collect_output, program, program_at, run, without_root_capabilities, wrapped_by,
 };
 pub(crate) use reserved_port::ReservedPort;
+pub(crate) use unused_proxy::UnusedProxy;
 
 pub(crate) const PASSWORD: &str = "correct horse";
 /// `admin` and [`PASSWORD`].
