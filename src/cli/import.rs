@@ -196,6 +196,11 @@ impl RowChunk {
     fn after(&self, lines: u64) -> Bytes {
         let lines = usize::try_from(lines).unwrap_or(usize::MAX);
         let from = lines.checked_sub(1).and_then(|last| self.ends.get(last));
+    /// The number of lines after the first `lines`.
+    fn lines_after(&self, lines: u64) -> u64 {
+        (self.ends.len() as u64).saturating_sub(lines)
+    }
+
         self.lines.slice(from.copied().unwrap_or(0)..)
     }
 
@@ -349,15 +354,18 @@ impl ChunkSender<'_> {
                 }
                 Err(refusal) => refusal,
             };
-            if refusal.accepted > 0 {
-                sent += refusal.accepted;
+            // A node can't have accepted more lines than it was sent.
+            let newly_accepted = refusal.accepted.min(chunk.lines_after(sent));
+            let line = refusal.line.map(|line| line.min(chunk.lines_after(sent)));
+            if newly_accepted > 0 {
+                sent += newly_accepted;
                 last_progress = Instant::now();
                 self.report(rows_before + sent);
             }
             let accepted = rows_before + sent;
             let pause = refusal.retry_after.unwrap_or(RETRY_AFTER);
-            match (refusal.status, refusal.line) {
-                (503, _) if last_progress.elapsed() + pause <= self.args.wait => {
+            match (refusal.status, line) {
+                (503, _) if last_progress.elapsed().saturating_add(pause) <= self.args.wait => {
                     tokio::time::sleep(pause).await;
                 }
                 (504, _) => {
@@ -366,7 +374,7 @@ impl ChunkSender<'_> {
                 }
                 (_, Some(line)) => {
                     // The node counts from the first line of this request.
-                    let (row, line) = chunk.locate(sent - refusal.accepted + line);
+                    let (row, line) = chunk.locate(sent - newly_accepted + line);
                     return Err(ImportError::Row {
                         file: self.args.file.clone(),
                         row,

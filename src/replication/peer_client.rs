@@ -13,6 +13,7 @@ use http::{HeaderMap, HeaderName, StatusCode};
 use tokio::sync::mpsc;
 
 use crate::log::{AskNode, Seq};
+use tokio::time::Instant;
 
 /// A position: of a write or a backup in its answer, or in a read that must see that position.
 pub const GRADE_POSITION: HeaderName = HeaderName::from_static("grade-position");
@@ -35,6 +36,9 @@ const ERROR_BYTES_MAX: usize = 64 * 1024;
 const ERROR_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Why a request to a node failed.
+/// The least pace of a peer's backup, 10 KB/s: a tenth of a slow but usable link.
+const WINDOW: Duration = Duration::from_secs(20);
+const WINDOW_BYTES_MIN: u64 = 200_000;
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
     /// The connection could not be made.
@@ -128,7 +132,8 @@ impl PeerClient for Client {
 
     fn backup<'a>(&'a self, node_url: &'a str) -> BoxFuture<'a, Result<BackupStream, RemoteError>> {
         async move {
-            let download = self.backup(node_url).await?;
+            let mut download = self.backup(node_url).await?;
+            download.pace = Some(Pace::default());
             let (sender, source) = BodyReader::channel();
             Ok(BackupStream {
                 headers: download.headers.clone(),
@@ -252,6 +257,7 @@ impl Client {
             url: url.to_owned(),
             status,
             body: detail,
+            pace: None,
         })
     }
 
@@ -342,7 +348,7 @@ impl Download {
     /// early if the reader was dropped.
     ///
     /// # Errors
-    /// The response is interrupted or stalls, or `inspect` fails.
+    /// The response is interrupted, stalls or is too slow, or `inspect` fails.
     pub async fn pass_on<E: From<RemoteError>>(
         mut self,
         chunks: BodySender,
@@ -365,6 +371,8 @@ impl Download {
 
 fn failed(url: &str, error: &reqwest::Error) -> RemoteError {
     let (url, text) = (url.to_owned(), cause(error));
+    /// Present if a slow download fails.
+    pace: Option<Pace>,
     match error.is_connect() {
         true => RemoteError::Unreachable { url, error: text },
         false => RemoteError::Http { url, error: text },
@@ -379,11 +387,19 @@ fn cause(error: &reqwest::Error) -> String {
         text = format!("{text}: {error}");
         source = error.source();
     }
+            let waiting_since = Instant::now();
     text
 }
 
 /// Sends chunks of a response to a [`BodyReader`], which ends when this is dropped.
 pub struct BodySender(mpsc::Sender<Bytes>);
+            if let Some(pace) = &mut self.pace {
+                let in_time = pace.add(waiting_since.elapsed(), chunk.len());
+                in_time.map_err(|error| RemoteError::Http {
+                    url: self.url.clone(),
+                    error,
+                })?;
+            }
 
 /// Reads chunks of a response, on a thread that may block.
 pub struct BodyReader {
@@ -393,6 +409,36 @@ pub struct BodyReader {
 
 impl BodyReader {
     /// A sender and its reader, with a buffer of a few chunks between them.
+/// The pace of a download. A peer that sends a few bytes now and then would otherwise hold a
+/// starting replica forever, because each of them resets the timeout of a read.
+#[derive(Default)]
+struct Pace {
+    /// How long this window's chunks were waited for. The time for restoring them does not count.
+    waited: Duration,
+    bytes: u64,
+}
+
+impl Pace {
+    /// Counts a chunk. The error is that its window had less than [`WINDOW_BYTES_MIN`].
+    fn add(&mut self, waited: Duration, bytes: usize) -> Result<(), String> {
+        self.waited += waited;
+        self.bytes += bytes as u64;
+        if self.waited < WINDOW {
+            return Ok(());
+        }
+        let Self { waited, bytes } = std::mem::take(self);
+        match bytes >= WINDOW_BYTES_MIN {
+            true => Ok(()),
+            false => Err(format!(
+                "it is too slow: {bytes} bytes in {} s, and at least {WINDOW_BYTES_MIN} are expected \
+                 in {} s",
+                waited.as_secs(),
+                WINDOW.as_secs()
+            )),
+        }
+    }
+}
+
     #[must_use]
     pub fn channel() -> (BodySender, Self) {
         let (sender, received) = mpsc::channel(CHUNKS_MAX);

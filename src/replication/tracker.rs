@@ -71,7 +71,8 @@ impl Restore {
         self.progress.rows() as f64 / self.duration().as_secs_f64().max(0.001)
     }
 
-    /// The estimated time that is left; `None` while it is unknown.
+    /// The estimated time that is left; `None` while it is unknown. A peer may send any number of
+    /// expected rows.
     #[must_use]
     pub fn remaining(&self) -> Option<Duration> {
         let (rows, expected) = (self.progress.rows(), self.progress.rows_expected());
@@ -79,7 +80,10 @@ impl Restore {
             return Some(Duration::ZERO);
         }
         let left = expected.saturating_sub(rows) as f64 / self.rows_per_s();
-        (rows > 0 && expected > 0).then(|| Duration::from_secs_f64(left))
+        match rows > 0 && expected > 0 {
+            true => Duration::try_from_secs_f64(left).ok(),
+            false => None,
+        }
     }
 }
 
@@ -129,5 +133,50 @@ impl RestoreTracker {
         {
             restore.stage = Stage::Done;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backup::{self, BackupWriter, ChunkSource, FORMAT, HeadRecord};
+    use crate::grade::{Changes, Patch};
+    use crate::log::Chain;
+    use crate::store::Store;
+
+    #[test]
+    fn the_remaining_time_is_unknown_if_a_file_claims_too_many_rows() {
+        let store = Store::new();
+        store.apply(&Patch {
+            user_id: "a",
+            changes: Changes::default(),
+        });
+        let remaining = |rows_expected| {
+            let head = HeadRecord {
+                format: FORMAT,
+                log_id: "x".into(),
+                position: 1,
+                time_ns: 0,
+                created_ns: 0,
+                chain: Chain::default(),
+                previous_chain: Chain::default(),
+                rows_expected,
+            };
+            let (mut writer, mut file) = BackupWriter::start(&head);
+            let source = ChunkSource::new(&store);
+            while let Some(chunk) = source.next() {
+                writer.add(&chunk);
+                file.extend_from_slice(&chunk.bytes);
+            }
+            file.extend_from_slice(&writer.end(&head.position()));
+            let tracker = RestoreTracker::default();
+            let mut restore = tracker.begin("x", 0);
+            backup::restore(&*file, &Store::new(), &restore.progress).unwrap();
+            restore.started -= Duration::from_secs(10);
+            restore.remaining()
+        };
+        let of_eleven = remaining(11).unwrap().as_secs_f64();
+        assert!((100.0..101.0).contains(&of_eleven), "{of_eleven}");
+        assert_eq!(remaining(u64::MAX), None);
     }
 }

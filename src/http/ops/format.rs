@@ -97,7 +97,10 @@ pub(super) fn short(seconds: &f64) -> String {
 
 /// The progress of a restore; `None` if it is done or its size is unknown.
 pub(super) fn percent(restore: &RestoreStatus) -> Option<u64> {
-    let share = (restore.rows * 100).checked_div(restore.rows_expected)?;
+    let share = restore
+        .rows
+        .saturating_mul(100)
+        .checked_div(restore.rows_expected)?;
     (!restore.done).then_some(share.min(100))
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use gradestore::backup::{FORMAT, HeadRecord, Summary};
 use gradestore::grade::{Changes, FIELD_COUNT, Patch, Write};
@@ -61,6 +62,8 @@ pub(crate) enum PeerBehavior {
     Send(Vec<u8>),
     /// Sends these bytes and then nothing.
     Stall(Vec<u8>),
+    /// Sends these bytes, and then one every second.
+    Drip(Vec<u8>),
 }
 
 /// A name, what the peer does, and a part of the replica's error.
@@ -68,7 +71,7 @@ pub(crate) type Fault = (&'static str, fn(&ValidBackup) -> PeerBehavior, &'stati
 
 /// Faults that are detected immediately.
 #[rustfmt::skip]
-pub(crate) const FAULTS: [Fault; 20] = [
+pub(crate) const FAULTS: [Fault; 21] = [
     ("connection refused", |_| PeerBehavior::Refuse, "onnection refused"),
     ("hangs up", |_| PeerBehavior::Send(Vec::new()), "connection closed before message completed"),
     ("no HTTP", |_| PeerBehavior::Send(b"220 ready\r\n".to_vec()), "invalid HTTP"),
@@ -83,6 +86,7 @@ pub(crate) const FAULTS: [Fault; 20] = [
     ("another history", |good| good.with_head(|head| head.time_ns += 1), "the log holds a different batch"),
     ("ahead", |good| good.with_head(|head| head.position += 9), "it is at batch 113, and the log holds"),
     ("too old", |good| good.with_head(|head| head.position = 99), "batch 99, and the log holds batches 101 to 104"),
+    ("countless rows", |good| good.with_head(|head| head.rows_expected = u64::MAX), "18446744073709551615 records need at least"),
     ("a newer format", |good| good.with_head(|head| head.format += 1), "use a newer gradestore"),
     ("one bit", |good| complete(&flipped(&good.file)), "fetch the backup again"),
     ("no end", |good| complete(half(&good.file)), "the end record is missing"),
@@ -93,9 +97,10 @@ pub(crate) const FAULTS: [Fault; 20] = [
 
 /// Faults that are detected by a timeout.
 #[rustfmt::skip]
-pub(crate) const SILENT_FAULTS: [Fault; 2] = [
+pub(crate) const SLOW_FAULTS: [Fault; 3] = [
     ("says nothing", |_| PeerBehavior::Stall(Vec::new()), "operation timed out"),
     ("stops in the middle", |good| stalled(&good.file), "operation timed out"),
+    ("drips", |good| PeerBehavior::Drip(sized(good.file.len(), half(&good.file))), "it is too slow: "),
 ];
 
 fn response(status: &str, headers: &str, body: &[u8]) -> Vec<u8> {
@@ -195,21 +200,33 @@ async fn respond(connection: TcpStream, act: Arc<PeerBehavior>, backup_requests:
         }
     }
     assert!(request.contains(AUTHORIZATION), "{request}");
-    let far = "grade-position: 1000000\r\ncontent-length: 0\r\n";
+    let far = "grade-position: 18446744073709551615\r\ncontent-length: 0\r\n";
     let offer = response("200 OK", far, b"");
-    let (bytes, stay) = match (request.starts_with("HEAD "), &*act) {
-        (true, _) => (&offer, false),
-        (false, PeerBehavior::Stall(bytes)) => (bytes, true),
-        (false, PeerBehavior::Send(bytes)) => (bytes, false),
+    let bytes = match (request.starts_with("HEAD "), &*act) {
+        (true, _) => &offer,
         (false, PeerBehavior::Refuse) => return,
+        (
+            false,
+            PeerBehavior::Stall(bytes) | PeerBehavior::Send(bytes) | PeerBehavior::Drip(bytes),
+        ) => bytes,
     };
     if !request.starts_with("HEAD ") {
         backup_requests.fetch_add(1, Ordering::Relaxed);
     }
     // The replica may have closed the connection.
     let _ = connection.write_all(bytes).await;
-    if stay {
+    match (request.starts_with("GET "), &*act) {
         // Until the replica closes the connection.
-        let _ = connection.read(&mut [0]).await;
+        (true, PeerBehavior::Stall(_)) => drop(connection.read(&mut [0]).await),
+        (true, PeerBehavior::Drip(_)) => drip(connection).await,
+        _ => {}
+    }
+}
+
+/// Sends a byte every second until the replica closes the connection.
+async fn drip(mut connection: BufReader<TcpStream>) {
+    let mut pace = tokio::time::interval(Duration::from_secs(1));
+    while connection.write_all(b"x").await.is_ok() {
+        pace.tick().await;
     }
 }

@@ -19,7 +19,7 @@ use crate::harness::backup_files::{
 };
 use crate::harness::wire::{eventually, with_timeout};
 use crate::harness::{
-    InProcessNode, Node, PASSWORD, Ports, incomplete_ndjson_request, program, run,
+    InProcessNode, Node, PASSWORD, Ports, UnusedProxy, incomplete_ndjson_request, program, run,
 };
 
 fn command(file: &Path, to: &str) -> Command {
@@ -436,4 +436,76 @@ async fn import_reports_wrong_credentials_and_unreadable_files() {
     let printed = error_of(&run(&mut command(&text, &to)));
     assert!(printed.contains("not a gzip file"), "{printed}");
     assert_eq!(NodeState::of(&node).await.records, 0);
+}
+
+#[tokio::test]
+async fn clients_of_a_node_use_no_proxy() {
+    let dir = tempdir().unwrap();
+    let node = Node::start().await;
+    let (to, proxy) = (format!("http://{}", node.write), UnusedProxy::new());
+    let file = write_file(dir.path(), "grades.csv.gz", &gzip(b"user_id,spp\na,5\n"));
+    let copy = dir.path().join("copy.csv.gz");
+    let mut backup = program();
+    backup
+        .args(["backup", "--from", &to, "--output"])
+        .arg(&copy);
+    let mut health = program();
+    health.args(["health", "--ops-addr", &node.ops.to_string()]);
+    for mut command in [command(&file, &to), backup, health] {
+        proxy.configure(&mut command);
+        command.env("GRADESTORE_PASSWORD", PASSWORD);
+        let output = spawn_blocking(move || run(&mut command)).await.unwrap();
+        assert!(output.status.success(), "{output:?}");
+    }
+    proxy.assert_unused();
+}
+
+/// Answers one request with `response`, which is not that of a node.
+async fn answer_once(listener: TcpListener, response: String) {
+    let (mut connection, _) = listener.accept().await.unwrap();
+    let mut request = Vec::new();
+    while !request.ends_with(b"}\n") {
+        assert_ne!(connection.read_buf(&mut request).await.unwrap(), 0);
+    }
+    connection.write_all(response.as_bytes()).await.unwrap();
+}
+
+#[tokio::test]
+async fn no_number_in_a_response_ends_an_import_with_a_panic() {
+    const MAX: u64 = u64::MAX;
+    let dir = tempdir().unwrap();
+    let file = write_file(dir.path(), "grades.csv.gz", &gzip(b"user_id\na\nb\n"));
+    for (status, accepted, printed) in [
+        ("503 Service Unavailable", 0, "no row was imported"),
+        (
+            "503 Service Unavailable",
+            MAX,
+            "the first 2 rows were imported",
+        ),
+        (
+            "422 Unprocessable Content",
+            0,
+            "row 2, line 3, was rejected: no",
+        ),
+        (
+            "422 Unprocessable Content",
+            MAX,
+            "the first 2 rows were imported",
+        ),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let to = format!("http://{}", listener.local_addr().unwrap());
+        let body = format!(r#"{{"detail":"no","accepted":{accepted},"line":{MAX}}}"#);
+        let length = body.len();
+        let response = format!(
+            "HTTP/1.1 {status}\r\nretry-after: {MAX}\r\nconnection: close\r\n\
+             content-length: {length}\r\n\r\n{body}"
+        );
+        let answering = tokio::spawn(answer_once(listener, response));
+        let mut command = command(&file, &to);
+        let output = spawn_blocking(move || run(&mut command)).await.unwrap();
+        answering.await.unwrap();
+        let error = error_of(&output);
+        assert!(error.contains(printed), "{status} {accepted}: {error}");
+    }
 }
