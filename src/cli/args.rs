@@ -107,7 +107,8 @@ pub struct ServeArgs {
         value_parser = at_least("1s", "--snapshot-interval", "5m or 90s"))]
     pub snapshot_interval: Duration,
 
-    /// Backup to start from, a regular file; only for an empty data directory or a new stream
+    /// Backup to start from, a regular file; only for an empty data directory or a new stream. Ignored
+    /// if the data directory was restored from this very file
     #[arg(long, env = "GRADESTORE_RESTORE_FROM", value_name = "FILE")]
     pub restore_from: Option<PathBuf>,
 

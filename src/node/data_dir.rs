@@ -1,6 +1,7 @@
 //! Opens a node's log and its snapshots.
 //!
-//! A data directory holds `lock`, `replica-id`, `snapshots/` and, for a single node, `log/`.
+//! A data directory holds `lock`, `replica-id`, `snapshots/` and, for a single node, `log/`. Some also
+//! hold `password`, a generated one, and `restored-from`, the fingerprint of a backup.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -10,11 +11,13 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
+use super::restored_from::Fingerprint;
 use crate::backup::{BackupError, Snapshots, end_position, quarantine, read_head};
 use crate::log::{
     AskNode, ClusterKey, DiskLog, ExistingData, InFlight, JetStreamConfig, JetStreamLog, Log,
     LogId, MemoryLog, OpenError, RandomId, ReplicaIdentity, ReportWait, Seq, SetupError,
 };
+use crate::sys::files;
 
 /// Where the log is kept.
 #[derive(Debug, Clone)]
@@ -93,6 +96,16 @@ pub enum StorageError {
     },
 }
 
+impl StorageError {
+    /// Whether a base was given for a log that is not new.
+    fn is_not_empty(&self) -> bool {
+        matches!(
+            self,
+            Self::Log(OpenError::NotEmpty { .. }) | Self::Stream(SetupError::NotEmpty { .. })
+        )
+    }
+}
+
 /// An opened log, with its snapshots and the lock of its directory.
 pub struct Storage {
     /// The log.
@@ -103,6 +116,8 @@ pub struct Storage {
     pub replica: RandomId,
     /// Snapshots and how often to write one; none for an ephemeral node.
     pub snapshots: Option<(Snapshots, Duration)>,
+    /// Whether the data directory was restored from the `--restore-from` backup by an earlier start.
+    pub was_restored: bool,
     /// Locks the directory while it is in use; the system releases it when the process ends.
     _lock: Option<File>,
 }
@@ -130,25 +145,25 @@ impl Storage {
     /// # Errors
     /// See [`StorageError`].
     pub fn open(config: &StorageConfig, opening: StorageOptions) -> Result<Self, StorageError> {
-        let base = opening.restore_from.as_deref().map(base_of).transpose()?;
         let node = opening.node;
+        let seed = opening.restore_from.map(Seed::read).transpose()?;
         match config {
             StorageConfig::Ephemeral => {
-                let log = MemoryLog::new(node, base.unwrap_or(0));
-                Ok(Self::of(Arc::new(log), node))
+                let base = seed.map_or(0, |seed| seed.base);
+                Ok(Self::of(Arc::new(MemoryLog::new(node, base)), node))
             }
             StorageConfig::Disk(data_dir) => {
-                let mut storage = Self::in_dir(data_dir)?;
-                let log = DiskLog::open(&data_dir.dir.join("log"), base)?;
-                storage.log = Arc::new(log);
-                Ok(storage)
+                let dir = data_dir.dir.join("log");
+                Self::in_dir(data_dir)?.with_log(Some(data_dir), seed, |base| {
+                    Ok(Arc::new(DiskLog::open(&dir, base)?))
+                })
             }
             StorageConfig::JetStream {
                 stream,
                 data_dir,
                 abandon_log,
             } => {
-                let mut storage = match data_dir {
+                let storage = match data_dir {
                     Some(data_dir) => Self::in_dir(data_dir)?,
                     None => Self::of(Arc::new(MemoryLog::new(node, 0)), node),
                 };
@@ -163,15 +178,86 @@ impl Storage {
                     key: opening.key,
                 };
                 let in_flight = storage.in_flight.clone();
-                let log =
-                    JetStreamLog::open(stream.clone(), identity, in_flight, base, opening.progress);
-                storage.log = Arc::new(Handle::current().block_on(log)?);
+                let storage = storage.with_log(data_dir.as_ref(), seed, |base| {
+                    let log = JetStreamLog::open(
+                        stream.clone(),
+                        identity.clone(),
+                        in_flight.clone(),
+                        base,
+                        Arc::clone(&opening.progress),
+                    );
+                    Ok(Arc::new(Handle::current().block_on(log)?))
+                })?;
                 if let Some(abandoned) = abandoned {
                     storage.abandon(&abandoned)?;
                 }
                 Ok(storage)
             }
         }
+    }
+
+    /// Sets the log that `open` opens: at its end, or a new one whose first batch follows a base.
+    /// The latter needs a `seed` that was not restored to `data_dir` before.
+    fn with_log(
+        mut self,
+        data_dir: Option<&DataDir>,
+        seed: Option<Seed>,
+        open: impl Fn(Option<Seq>) -> Result<Arc<dyn Log>, StorageError>,
+    ) -> Result<Self, StorageError> {
+        let Some(Seed { path, base }) = seed else {
+            self.log = open(None)?;
+            return Ok(self);
+        };
+        let fingerprint = match data_dir {
+            Some(DataDir { dir, .. }) => {
+                let of_file = Fingerprint::of(&path);
+                let of_file = of_file.map_err(|error| restore_error(&path, error))?;
+                Some((dir, of_file))
+            }
+            None => None,
+        };
+        let was_restored = match &fingerprint {
+            Some((dir, of_file)) => of_file
+                .is_kept_in(dir)
+                .map_err(|error| io_error(dir, error))?,
+            None => false,
+        };
+        let has_snapshots = self.has_snapshots()?;
+        let opened = match was_restored && has_snapshots {
+            true => None,
+            false => match open(Some(base)) {
+                // The snapshots were quarantined.
+                Err(error) if was_restored && error.is_not_empty() => None,
+                opened => Some(opened?),
+            },
+        };
+        match opened {
+            Some(log) => {
+                self.log = log;
+                // With snapshots, which are of other data, the restore will be refused.
+                if let Some((dir, of_file)) = fingerprint.filter(|_| !has_snapshots) {
+                    of_file.keep_in(dir).map_err(|error| io_error(dir, error))?;
+                }
+            }
+            None => {
+                tracing::info!(
+                    file = %path.display(),
+                    "starting normally: the data directory was already restored from this file"
+                );
+                self.log = open(None)?;
+                self.was_restored = true;
+            }
+        }
+        Ok(self)
+    }
+
+    fn has_snapshots(&self) -> Result<bool, StorageError> {
+        let Some((snapshots, _)) = &self.snapshots else {
+            return Ok(false);
+        };
+        let found = snapshots.list();
+        let found = found.map_err(|error| io_error(snapshots.dir(), error))?;
+        Ok(!found.is_empty())
     }
 
     /// Locks the directory and opens everything but the log, which the caller sets.
@@ -196,6 +282,7 @@ impl Storage {
             in_flight: InFlight::default(),
             replica,
             snapshots: None,
+            was_restored: false,
             _lock: None,
         }
     }
@@ -264,12 +351,7 @@ fn replica_id(dir: &Path) -> Result<RandomId, StorageError> {
         Ok(text) => RandomId::parse(text.trim()).ok_or(StorageError::ReplicaId { path }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let replica = RandomId::random()?;
-            // To a temporary file first, so that a crash leaves no partial one.
-            let new = dir.join("replica-id.new");
-            let written = fs::write(&new, format!("{replica}\n"))
-                .and_then(|()| File::open(&new)?.sync_all())
-                .and_then(|()| fs::rename(&new, &path))
-                .and_then(|()| File::open(dir)?.sync_all());
+            let written = files::write(&path, &format!("{replica}\n"));
             written.map_err(|error| io_error(dir, error))?;
             Ok(replica)
         }
@@ -277,23 +359,37 @@ fn replica_id(dir: &Path) -> Result<RandomId, StorageError> {
     }
 }
 
-/// The position after which a log seeded from `path` begins. Never 0: a log that begins at batch 1
-/// counts as complete, and this one lacks the rows of the file.
-fn base_of(path: &Path) -> Result<Seq, StorageError> {
-    let unreadable = |error| StorageError::RestoreFrom {
-        path: path.to_owned(),
-        error,
-    };
-    // Before it is opened, because opening a pipe waits for its writer.
-    let metadata = fs::metadata(path).map_err(|error| unreadable(BackupError::Open(error)))?;
-    if !metadata.is_file() {
-        return Err(StorageError::RestoreFromNoFile {
-            path: path.to_owned(),
-        });
+/// A backup to start from.
+struct Seed {
+    path: PathBuf,
+    /// The position after which the log begins. Never 0: a log that begins at batch 1 counts as
+    /// complete, and this one lacks the rows of the file.
+    base: Seq,
+}
+
+impl Seed {
+    fn read(path: PathBuf) -> Result<Self, StorageError> {
+        // Before it is opened, because opening a pipe waits for its writer.
+        let metadata = fs::metadata(&path).map_err(|error| restore_error(&path, error))?;
+        if !metadata.is_file() {
+            return Err(StorageError::RestoreFromNoFile { path });
+        }
+        let file = File::open(&path).map_err(BackupError::Open);
+        match file.and_then(end_position) {
+            Ok(position) => Ok(Self {
+                path,
+                base: position.max(1),
+            }),
+            Err(error) => Err(StorageError::RestoreFrom { path, error }),
+        }
     }
-    let file = File::open(path).map_err(BackupError::Open);
-    let position = file.and_then(end_position).map_err(unreadable)?;
-    Ok(position.max(1))
+}
+
+fn restore_error(path: &Path, error: io::Error) -> StorageError {
+    StorageError::RestoreFrom {
+        path: path.to_owned(),
+        error: BackupError::Open(error),
+    }
 }
 
 fn lock(dir: &Path) -> Result<File, StorageError> {

@@ -220,6 +220,8 @@ pub async fn run(
     });
     let background = Blocking::background()?;
     let critical = CriticalTasks::default();
+    let seed = config.restore_from.as_deref();
+    let seed = seed.filter(|_| !storage.was_restored);
     let resources = NodeResources {
         node,
         started_ns: now_ns(),
@@ -239,7 +241,7 @@ pub async fn run(
     node.announce(url);
 
     tokio::select! {
-        failed = tasks.run(config.restore_from.as_deref()) => failed?,
+        failed = tasks.run(seed) => failed?,
         () = shutdown => {}
     }
     services.stop(&node, tasks, config.http.drain_max).await;

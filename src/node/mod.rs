@@ -6,6 +6,7 @@ pub mod config;
 pub mod data_dir;
 pub mod lifecycle;
 mod restore_report;
+mod restored_from;
 pub mod sd_notify;
 mod tasks;
 

@@ -1,6 +1,7 @@
 //! Interfaces to the operating system and to libraries.
 //!
 //! - [`exec`]: thread pools for blocking work, with their priorities.
+//! - [`files`]: small files that are written as a whole.
 //! - [`tasks`]: tasks whose failure ends the process.
 //! - [`host`]: memory limits and disk space.
 //! - [`progress`]: a progress bar.
@@ -9,6 +10,7 @@
 pub(crate) mod backoff;
 pub(crate) mod cancellable_reader;
 pub mod exec;
+pub mod files;
 pub(crate) mod hex;
 pub mod host;
 pub(crate) mod json;

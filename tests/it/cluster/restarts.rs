@@ -1,5 +1,6 @@
 //! Replicas that are killed and restarted, one by one or all at once.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -11,7 +12,7 @@ use tempfile::tempdir;
 use crate::cluster::clients::Clients;
 use crate::cluster::fake_peer::{FakePeer, PeerBehavior};
 use crate::harness::Node;
-use crate::harness::backup_files::fetch_backup;
+use crate::harness::backup_files::{fetch_backup, file_names};
 use crate::harness::cluster::broker::{Broker, check, replica_at, replica_with_data};
 use crate::harness::cluster::seeded::SeededCluster;
 use crate::harness::cluster::throttle::Throttle;
@@ -152,4 +153,29 @@ async fn the_first_replica_of_a_new_log_waits_for_no_peer() {
         (&status["position"], &status["records"]),
         (&(written + 1).into(), &1.into())
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_was_restored_may_keep_its_restore_flag() {
+    let mut cluster = SeededCluster::with_rows(100).await;
+    let first = cluster.start_first().await;
+    let second = Node::start_with(&mut cluster.replica("second")).await;
+    let mut answered = cluster.write(&first, 3).await;
+    first.kill();
+    let first = cluster.start_first().await;
+    answered.extend(cluster.write(&first, 3).await);
+    cluster.check(&[&first, &second], &answered).await;
+    let restored = "already restored from this file";
+    assert!(first.stderr.lock().contains(restored));
+    first.kill();
+    // As after a divergence, which quarantines the snapshots.
+    let snapshots = cluster.dir.path().join("first/snapshots");
+    for name in file_names(&snapshots) {
+        fs::remove_file(snapshots.join(name)).unwrap();
+    }
+    let first = cluster.start_first().await;
+    cluster.check(&[&first, &second], &answered).await;
+    assert!(first.stderr.lock().contains(restored));
+    let source = &first.status().await["restore"]["source"];
+    assert_eq!(*source, format!("http://{}", second.write));
 }

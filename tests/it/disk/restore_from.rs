@@ -229,22 +229,53 @@ async fn a_data_directory_with_writes_is_not_seeded() {
         // The second time with a snapshot beside the log.
         node.stop().await;
     }
-    // A seeded directory is not seeded again: a restart with the same flags would undo later
-    // writes.
-    let seeded = directory.path().join("seeded");
-    let node = Node::start_with(
-        program_with_data_dir(&seeded)
-            .arg("--restore-from")
-            .arg(&seed),
-    )
-    .await;
-    node.kill();
-    assert_start_fails(
-        program_with_data_dir(&seeded)
-            .arg("--restore-from")
-            .arg(&seed),
-        &["empty"],
-    );
+}
+
+#[tokio::test]
+async fn a_directory_that_was_seeded_from_this_file_starts_normally() {
+    let directory = tempdir().unwrap();
+    for (name, seed) in [
+        (
+            "own",
+            write_backup_file(directory.path(), &random_store(10, 10), 5),
+        ),
+        ("foreign", third_party_file(directory.path())),
+    ] {
+        let dir = directory.path().join(name);
+        let with_seed = |seed: &Path| {
+            let mut command = program_with_data_dir(&dir);
+            command.arg("--restore-from").arg(seed);
+            command
+        };
+        let node = Node::start_with(&mut with_seed(&seed)).await;
+        node.set(r#"{"user_id":"later","spp":1}"#).await.position();
+        let mut held = NodeState::of(&node).await;
+        // With the writes only in the log, then in a snapshot.
+        node.kill();
+        for start in 0..2 {
+            let renamed = directory.path().join(format!("{name} {start}"));
+            fs::copy(&seed, &renamed).unwrap();
+            let node = Node::start_with(&mut with_seed(&renamed)).await;
+            assert_eq!(NodeState::of(&node).await, held);
+            let logged = node.stderr.lock().clone();
+            assert!(
+                logged.contains("already restored from this file"),
+                "{logged}"
+            );
+            assert!(logged.contains(renamed.to_str().unwrap()), "{logged}");
+            node.set(r#"{"user_id":"later","spp":2}"#).await.position();
+            held = NodeState::of(&node).await;
+            node.stop().await;
+        }
+        let other = write_backup_file(directory.path(), &random_store(11, 10), 6);
+        assert_start_fails(&mut with_seed(&other), &["empty"]);
+        // Without its log and snapshots it is a new directory.
+        for part in ["log", "snapshots"] {
+            fs::remove_dir_all(dir.join(part)).unwrap();
+        }
+        let node = Node::start_with(&mut with_seed(&other)).await;
+        assert_eq!(NodeState::of(&node).await.records, 11);
+    }
 }
 
 #[tokio::test]
