@@ -14,6 +14,16 @@ pub enum ConfigError {
         /// The known variables.
         known: String,
     },
+    /// A variable as Kubernetes sets it in pods, outside of one.
+    #[error(
+        "unknown environment variable {name}; remove it, or set the ports with \
+         GRADESTORE_WRITE_ADDR, GRADESTORE_READ_ADDR and GRADESTORE_OPS_ADDR (only in a pod of \
+         Kubernetes, which has KUBERNETES_SERVICE_HOST, such variables are ignored)"
+    )]
+    EnvOfService {
+        /// The variable.
+        name: String,
+    },
     /// Two passwords.
     #[error("both GRADESTORE_PASSWORD and GRADESTORE_PASSWORD_FILE are set; remove one of them")]
     TwoPasswords,

@@ -4,24 +4,41 @@ use std::any::TypeId;
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
+use clap::builder::Resettable;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{CommandFactory, Parser};
+use clap::{CommandFactory, FromArgMatches};
 
 use super::args::Cli;
 use super::error::ConfigError;
 use super::password;
+use super::values::env_value;
 
 /// Replaces a value that may contain a password.
 const HIDDEN: &str = "***";
 /// The prefix of all variables.
 const ENV_PREFIX: &str = "GRADESTORE_";
 
+/// Set in every pod of Kubernetes.
+const ENV_OF_KUBERNETES: &str = "KUBERNETES_SERVICE_HOST";
+
 /// Checks the environment of this process with [`check_env_names`].
 ///
 /// # Errors
 /// The first unknown variable.
 pub fn check_env() -> Result<(), ConfigError> {
-    check_env_names(std::env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned()))
+    let set = std::env::vars_os().filter(|(_, value)| !value.is_empty());
+    check_env_names(set.map(|(name, _)| name.to_string_lossy().into_owned()))
+}
+
+/// The command line, without the variables that are empty.
+fn command() -> clap::Command {
+    let omit_empty = |arg: clap::Arg| match arg.get_env() {
+        Some(name) if env_value(name).is_none() && std::env::var_os(name).is_some() => {
+            arg.env(Resettable::Reset)
+        }
+        _ => arg,
+    };
+    Cli::command().mut_subcommands(|command| command.mut_args(omit_empty))
 }
 
 /// Parses the command line and environment of this process. Exits after printing help, version or an
@@ -46,7 +63,9 @@ pub fn parse(mut args: Vec<OsString>) -> Result<Cli, clap::Error> {
     if serve {
         args.insert(1.min(args.len()), "serve".into());
     }
-    Cli::try_parse_from(&args).map_err(|error| match error.kind() {
+    let matches = command().try_get_matches_from(&args);
+    let parsed = matches.and_then(|matches| Cli::from_arg_matches(&matches));
+    parsed.map_err(|error| match error.kind() {
         // clap does not report which argument it is.
         ErrorKind::InvalidUtf8 => {
             let wrong = not_utf8(&args).join(", ");
@@ -125,7 +144,7 @@ fn shown(value: &OsStr) -> String {
 }
 
 /// Rejects unknown variables with the prefix of this program. Otherwise a misspelt one would be
-/// ignored silently.
+/// ignored silently. Ignores those that Kubernetes sets in its pods.
 ///
 /// # Errors
 /// The first unknown variable.
@@ -139,21 +158,34 @@ pub fn check_env_names(names: impl Iterator<Item = String>) -> Result<(), Config
         .collect();
     known.sort();
     known.dedup();
+    let names: Vec<_> = names.collect();
+    let in_kubernetes = names.iter().any(|name| name == ENV_OF_KUBERNETES);
     for name in names {
         let Some(rest) = name.strip_prefix(ENV_PREFIX) else {
             continue;
         };
-        // Kubernetes sets these in every pod if there is a service named gradestore.
-        let is_from_kubernetes =
-            rest == "PORT" || rest.starts_with("PORT_") || rest.starts_with("SERVICE_");
-        if !is_from_kubernetes && !known.contains(&name) {
-            return Err(ConfigError::UnknownEnv {
+        let of_service = is_of_service(rest);
+        if known.contains(&name) || (of_service && in_kubernetes) {
+            continue;
+        }
+        return Err(match of_service {
+            true => ConfigError::EnvOfService { name },
+            false => ConfigError::UnknownEnv {
                 name,
                 known: known.join(", "),
-            });
-        }
+            },
+        });
     }
     Ok(())
+}
+
+/// Whether Kubernetes sets `GRADESTORE_` and `rest` for a service whose name begins with gradestore,
+/// such as `SERVICE_HOST`, `READ_SERVICE_PORT_HTTP` or `PORT_8081_TCP_ADDR`.
+fn is_of_service(rest: &str) -> bool {
+    let words = format!("_{rest}_");
+    words.ends_with("_SERVICE_HOST_")
+        || words.contains("_SERVICE_PORT_")
+        || words.contains("_PORT_")
 }
 
 #[cfg(test)]
@@ -183,7 +215,30 @@ mod tests {
     fn rejects_a_misspelt_variable_and_ignores_those_of_other_programs() {
         let check = |names: &[&str]| check_env_names(names.iter().map(|name| (*name).to_owned()));
         assert!(check(&["PATH", "GRADESTORE_PASSWORD", "GRADESTORE_USERNAME"]).is_ok());
-        assert!(check(&["GRADESTORE_SERVICE_HOST", "GRADESTORE_PORT_8080_TCP"]).is_ok());
+        for of_service in [
+            "GRADESTORE_SERVICE_HOST",
+            "GRADESTORE_SERVICE_PORT",
+            "GRADESTORE_READ_SERVICE_HOST",
+            "GRADESTORE_READ_SERVICE_PORT_HTTP",
+            "GRADESTORE_PORT",
+            "GRADESTORE_PORT_8080_TCP",
+            "GRADESTORE_READ_PORT_8081_TCP_ADDR",
+        ] {
+            assert!(
+                check(&[of_service, ENV_OF_KUBERNETES]).is_ok(),
+                "{of_service}"
+            );
+            let error = check(&[of_service]).unwrap_err().to_string();
+            assert!(error.contains(of_service), "{error}");
+            assert!(error.contains("GRADESTORE_WRITE_ADDR"), "{error}");
+        }
+        for unknown in [
+            "GRADESTORE_PORTS",
+            "GRADESTORE_SERVICE",
+            "GRADESTORE_REPORT",
+        ] {
+            assert!(check(&[unknown, ENV_OF_KUBERNETES]).is_err(), "{unknown}");
+        }
         let error = check(&["GRADESTORE_USER_NAME"]).unwrap_err().to_string();
         assert!(error.contains("GRADESTORE_USER_NAME") && error.contains("GRADESTORE_USERNAME"));
     }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::error::ConfigError;
+use super::values::env_value;
 
 /// A password that was generated because none was given; to be printed once.
 pub struct GeneratedPassword(pub String);
@@ -13,7 +14,7 @@ pub(super) const ENV: &str = "GRADESTORE_PASSWORD";
 
 /// The password in the file or in the environment.
 pub(super) fn given(password_file: Option<&Path>) -> Result<Option<String>, ConfigError> {
-    let from_env = std::env::var_os(ENV);
+    let from_env = env_value(ENV);
     let file_by_flag = std::env::args_os().any(|arg| {
         arg.to_str()
             .is_some_and(|arg| arg.starts_with("--password-file"))
@@ -41,6 +42,8 @@ fn read_file(path: &Path) -> Result<String, ConfigError> {
 }
 
 fn check(password: &str, key: &str) -> Result<String, ConfigError> {
+    // Some editors begin a file with a byte order mark.
+    let password = password.strip_prefix('\u{feff}').unwrap_or(password);
     let wrong = |why| ConfigError::BadPassword {
         key: key.to_owned(),
         why,

@@ -1,5 +1,6 @@
 //! Parsers of flag values. Each error says how to fix the value.
 
+use std::ffi::{OsStr, OsString};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -18,6 +19,12 @@ const TIME_MAX: &str = "100years";
 pub(super) fn env_of(flag: &str) -> String {
     let name = flag.trim_start_matches('-').replace('-', "_");
     format!("GRADESTORE_{}", name.to_ascii_uppercase())
+}
+
+/// The value of an environment variable; `None` if it is empty, too. Compose files, units and shells
+/// set variables to an empty string to omit them.
+pub(super) fn env_value(name: impl AsRef<OsStr>) -> Option<OsString> {
+    std::env::var_os(name).filter(|value| !value.is_empty())
 }
 
 /// How to fix the value of a flag.
@@ -78,8 +85,7 @@ pub(super) fn count(
 pub(super) fn yes_or_no(text: &str) -> Result<bool, String> {
     match text.to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" | "1" => Ok(true),
-        // Compose files set variables to an empty string to omit them.
-        "false" | "no" | "off" | "0" | "" => Ok(false),
+        "false" | "no" | "off" | "0" => Ok(false),
         _ => Err("set GRADESTORE_EPHEMERAL to true or false, or remove it".to_owned()),
     }
 }

@@ -35,7 +35,7 @@ pub async fn report_opening(progress: &StartupProgress) -> Infallible {
 
 /// Reports the state of the node while it runs; never returns if there is a service manager.
 pub async fn report(readiness: Readiness, restore: RestoreTracker) {
-    if std::env::var_os("NOTIFY_SOCKET").is_none() {
+    if !has_service_manager() {
         return;
     }
     let watchdog = sd_notify::watchdog_enabled().map(|within| within / 2);
@@ -99,8 +99,14 @@ fn unready_line(unready: &Unready) -> String {
     format!("{}: {}", unready.state, unready.reason).replace(char::is_control, " ")
 }
 
+fn has_service_manager() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty())
+}
+
 fn notify(changes: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(changes) {
+    if has_service_manager()
+        && let Err(error) = sd_notify::notify(changes)
+    {
         tracing::warn!(%error, "sd_notify failed");
     }
 }

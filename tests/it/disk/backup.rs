@@ -319,7 +319,7 @@ async fn the_backup_command_keeps_the_old_file_on_failure() {
             &["truncated at byte 0", "no file was written"],
         ),
         (ops, PASSWORD, &["404", "no such path"]),
-        (own, "", &["GRADESTORE_PASSWORD", "empty"]),
+        (own, "", &["no password", "GRADESTORE_PASSWORD"]),
     ] {
         let directory = tempdir().unwrap();
         let path = directory.path().join("grades.csv.gz");

@@ -95,7 +95,7 @@ fn an_unknown_variable_stops_every_command() {
 }
 
 #[tokio::test]
-async fn ephemeral_is_a_boolean_and_empty_means_false() {
+async fn ephemeral_is_a_boolean() {
     let directory = tempfile::tempdir().unwrap();
     for value in ["maybe", "2", " "] {
         let printed = failed_start(
@@ -105,12 +105,72 @@ async fn ephemeral_is_a_boolean_and_empty_means_false() {
         assert_contains(&printed, &[&format!("'{value}'"), fix]);
     }
     assert!(file_names(directory.path()).is_empty());
-    for (value, kind) in [("", "disk"), ("No", "disk"), ("1", "memory")] {
+    for (value, kind) in [("No", "disk"), ("1", "memory")] {
         let mut command = program_with_data_dir(directory.path());
         let node = Node::start_with(command.env("GRADESTORE_EPHEMERAL", value)).await;
         let status = node.status().await;
         assert_eq!(status["log_kind"], kind, "{value:?}");
     }
+}
+
+/// The variables in the help of a command.
+fn variables_of(command: &str) -> Vec<String> {
+    let output = run(program().args([command, "--help"]));
+    let help = String::from_utf8(output.stdout).unwrap();
+    let names = help.split("[env: ").skip(1);
+    names
+        .map(|rest| rest.split(['=', ']']).next().unwrap().to_owned())
+        .collect()
+}
+
+#[tokio::test]
+async fn an_empty_variable_counts_as_unset() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = program_with_data_dir(directory.path());
+    let variables = variables_of("serve");
+    assert!(variables.len() > 20, "{variables:?}");
+    let of_others = ["RUST_LOG", "NOTIFY_SOCKET", "WATCHDOG_USEC", "NO_COLOR"];
+    for name in variables.iter().map(String::as_str).chain(of_others) {
+        command.env(name, "");
+    }
+    // An unknown one, too.
+    command.env("GRADESTORE_UNKNOWN", "");
+    let node = Node::start_with(&mut command).await;
+    node.set(r#"{"user_id":"a","spp":1}"#).await.position();
+    let status = node.status().await;
+    assert_eq!(status["log_kind"], "disk");
+    let logged = node.stderr.lock().clone();
+    assert!(!logged.contains("WARN"), "{logged}");
+
+    let mut command = program();
+    for name in variables_of("backup").iter().map(String::as_str) {
+        command.env(name, "");
+    }
+    let printed = failed_start(command.arg("backup"));
+    assert_contains(&printed, &["required", "--from", "--output"]);
+    let to = ["backup", "--from", "http://127.0.0.1:1", "--output", "x"];
+    let mut command = program();
+    let printed = failed_start(command.args(to).env("GRADESTORE_PASSWORD", ""));
+    assert_contains(&printed, &["no password; set GRADESTORE_PASSWORD"]);
+    let mut command = program();
+    let in_cluster = command.env("GRADESTORE_NATS_URL", "127.0.0.1:1");
+    let printed = failed_start(in_cluster.env("GRADESTORE_PASSWORD", ""));
+    assert_contains(&printed, &["--nats-url needs a password"]);
+}
+
+#[tokio::test]
+async fn variables_of_kubernetes_are_ignored_in_a_pod_only() {
+    let port = "GRADESTORE_PORT";
+    let printed = failed_start(program().env(port, "9000"));
+    assert_contains(&printed, &[port, "GRADESTORE_WRITE_ADDR", "remove it"]);
+    let mut in_pod = program();
+    in_pod
+        .args(ANY_PORTS)
+        .env("GRADESTORE_PASSWORD", PASSWORD)
+        .env("KUBERNETES_SERVICE_HOST", "10.96.0.1")
+        .env(port, "tcp://10.96.0.7:8080")
+        .env("GRADESTORE_READ_SERVICE_PORT_HTTP", "8081");
+    Node::start_with(&mut in_pod).await;
 }
 
 #[test]
@@ -121,15 +181,12 @@ fn an_invalid_password_is_rejected_and_not_printed() {
 
     let missing = failed_start(program().args(["--password-file", file]));
     assert_contains(&missing, &["--password-file", file, "create the file"]);
-    for content in ["", "\n", "secret\nsecond", "secret\0"] {
+    for content in ["", "\n", "\u{feff}\n", "secret\nsecond", "secret\0"] {
         std::fs::write(&path, content).unwrap();
         let printed = failed_start(program().args(["--password-file", file]));
         assert_contains(&printed, &[file, "at least one character"]);
         assert!(!printed.contains("secret"), "{printed}");
     }
-    let printed = failed_start(program().env("GRADESTORE_PASSWORD", ""));
-    assert_contains(&printed, &["GRADESTORE_PASSWORD", "empty"]);
-
     std::fs::write(&path, "secret").unwrap();
     let mut both = program();
     both.env("GRADESTORE_PASSWORD", "secret")
@@ -200,7 +257,8 @@ fn each_address_must_be_free_and_unique() {
 async fn a_flag_overrides_its_variable_and_a_file_may_hold_the_password() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("password");
-    std::fs::write(&path, format!("{PASSWORD}\r\n")).unwrap();
+    // As Windows' editors write it.
+    std::fs::write(&path, format!("\u{feff}{PASSWORD}\r\n")).unwrap();
     let mut command = program();
     command
         .arg("serve")
