@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -9,13 +10,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use gradestore::cli::{
-    self, BackupArgs, Command, GeneratedPassword, HealthArgs, ImportArgs, ServeArgs, VerifyArgs,
+    self, BackupArgs, Command, HealthArgs, ImportArgs, PasswordSource, ServeArgs, VerifyArgs,
     backup, health, import,
 };
+use gradestore::http::Credentials;
 use gradestore::http::ops::StartupProgress;
-use gradestore::log::{ClusterKey, RandomId};
+use gradestore::log::RandomId;
 use gradestore::node::data_dir::{Storage, StorageOptions};
 use gradestore::node::lifecycle::{self, Sockets};
+use gradestore::node::signals;
 use gradestore::telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -50,12 +53,15 @@ fn run(command: Command) -> Result<ExitCode, Box<dyn std::error::Error>> {
 
 fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
     telemetry::init_logs(args.log_format);
-    let (config, generated_password) = args.config()?;
+    let (config, source) = args.config()?;
+    log_start(args, &source);
     let runtime = lifecycle::runtime(args.threads)?;
     let result = runtime.block_on(async {
         let node = RandomId::random()
             .map_err(|error| format!("cannot get random numbers from the system: {error}"))?;
         let mut shutdown = pin!(shutdown()?);
+        let (reloaded, credentials) = (source.clone(), config.credentials.clone());
+        signals::handle(move || reloaded.reload(&credentials))?;
         let sockets = Sockets::bind(&config)?;
         let storage = args.storage();
         let progress = StartupProgress::default();
@@ -64,7 +70,7 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
             node,
             url: lifecycle::advertised(&config.cluster, sockets.write.local_addr()?),
             ask_node: Arc::new(lifecycle::peer_client(&config)?),
-            key: ClusterKey::derive(&config.credentials.for_client().password),
+            key: config.credentials.cluster_key(),
             restore_from: config.restore_from.clone(),
             progress: Arc::new(move |reason| reported.set(reason)),
         };
@@ -74,8 +80,8 @@ fn serve(args: &ServeArgs) -> Result<(), Box<dyn std::error::Error>> {
             // A slow disk or an unreachable NATS must not delay the end of the process.
             () = &mut shutdown => return Ok(()),
         };
-        let username = &args.credentials.username;
-        print_addresses(&sockets, username, generated_password.as_ref())?;
+        source.keep(&config.credentials)?;
+        print_addresses(&sockets, &source, &config.credentials)?;
         lifecycle::run(config, node, storage, sockets, shutdown).await?;
         Ok(())
     });
@@ -139,7 +145,7 @@ fn verify(args: &VerifyArgs) -> Result<ExitCode, Box<dyn std::error::Error>> {
     }
 }
 
-/// Resolves at the first SIGTERM or Ctrl-C. A second one ends the process at once. A separate thread
+/// Resolves at the first SIGTERM, SIGQUIT or Ctrl-C. A second one ends the process at once. A separate thread
 /// waits for it, because a disk may block the threads of the tasks.
 fn shutdown() -> io::Result<impl Future<Output = ()>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -165,6 +171,7 @@ fn shutdown() -> io::Result<impl Future<Output = ()>> {
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    quit: Signal,
 }
 
 impl Signals {
@@ -172,6 +179,7 @@ impl Signals {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            quit: signal(SignalKind::quit())?,
         })
     }
 
@@ -179,15 +187,31 @@ impl Signals {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
+            _ = self.quit.recv() => {}
         }
     }
 }
 
-/// Logs the addresses of the node. Prints a generated password in commands to copy.
+/// Logs where the node keeps its data and its password.
+fn log_start(args: &ServeArgs, source: &PasswordSource) {
+    let data_dir = match args.ephemeral {
+        true => "none (--ephemeral)".to_owned(),
+        false => absolute(&args.data_dir),
+    };
+    let password = match source {
+        PasswordSource::File(path) | PasswordSource::Kept(path) => absolute(path),
+        PasswordSource::Env => "GRADESTORE_PASSWORD".to_owned(),
+        PasswordSource::Generated => "generated for this run".to_owned(),
+    };
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(version, data_dir, password, "starting");
+}
+
+/// Logs the addresses of the node. With a generated password, prints commands to copy.
 fn print_addresses(
     sockets: &Sockets,
-    username: &str,
-    generated: Option<&GeneratedPassword>,
+    source: &PasswordSource,
+    credentials: &Credentials,
 ) -> io::Result<()> {
     let url = |address: SocketAddr| format!("http://{}", health::reachable(address));
     let (write, read) = (
@@ -196,20 +220,45 @@ fn print_addresses(
     );
     let ops = url(sockets.ops.local_addr()?);
     tracing::info!(
-        version = env!("CARGO_PKG_VERSION"),
         write,
         read,
         ops,
+        status_page = format!("{ops}/"),
         "listening"
     );
-    let Some(GeneratedPassword(password)) = generated else {
-        return Ok(());
+    let account = credentials.for_client();
+    let (user, which) = match source {
+        PasswordSource::Env | PasswordSource::File(_) => return Ok(()),
+        PasswordSource::Kept(path) => {
+            let (user, file) = (quoted(&format!("{}:", account.username())), absolute(path));
+            // Not the password itself, because service managers keep this output.
+            let with_password = format!("{user}\"$(cat {})\"", quoted(&file));
+            (
+                with_password,
+                format!("The generated password is in {file}."),
+            )
+        }
+        PasswordSource::Generated => {
+            let user = format!("{}:{}", account.username(), account.password());
+            let which = "Generated a password for this run, because none is set.".to_owned();
+            (quoted(&user), which)
+        }
     };
-    let user = format!("{username}:{password}").replace('\'', r"'\''");
     writeln!(
         io::stdout(),
-        "\nGenerated a password for this run, because none is set. Write a grade and read it back:\n\n  \
-         curl -u '{user}' -H 'content-type: application/json' -d '{{\"user_id\":\"alice\",\"spp\":5}}' {write}/set\n  \
+        "\n{which} The status page is {ops}/.\nWrite a grade and read it back:\n\n  \
+         curl -u {user} -H 'content-type: application/json' -d '{{\"user_id\":\"alice\",\"spp\":5}}' {write}/set\n  \
          curl '{read}/get?user_id=alice'\n"
     )
+}
+
+/// A path that is valid in another working directory, too.
+fn absolute(path: &Path) -> String {
+    let absolute = std::path::absolute(path);
+    absolute.as_deref().unwrap_or(path).display().to_string()
+}
+
+/// A word for a shell.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
 }

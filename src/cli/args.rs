@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use super::error::ConfigError;
-use super::password::{self, GeneratedPassword};
+use super::password::{self, PasswordSource};
 use super::values::{
     address, at_least, base_url, count, host_name, memory_max, servers, stream_name, username,
     yes_or_no,
@@ -219,7 +219,7 @@ pub struct CredentialArgs {
     pub username: String,
 
     /// File with the password; or set GRADESTORE_PASSWORD to the password itself. A single node without
-    /// either generates a password and prints it
+    /// either generates a password and keeps it in the file `password` of its data directory
     #[arg(long, env = "GRADESTORE_PASSWORD_FILE", value_name = "FILE")]
     pub password_file: Option<PathBuf>,
 }
@@ -291,11 +291,12 @@ pub struct OpsAddrArgs {
 const WRITE_SILENCE_BEYOND_TIMEOUT: Duration = Duration::from_millis(1500);
 
 impl ServeArgs {
-    /// Checks combinations of flags and reads the password, or generates one.
+    /// Checks combinations of flags and reads the password, or generates one, which
+    /// [`PasswordSource::keep`] keeps.
     ///
     /// # Errors
     /// See [`ConfigError`].
-    pub fn config(&self) -> Result<(Config, Option<GeneratedPassword>), ConfigError> {
+    pub fn config(&self) -> Result<(Config, PasswordSource), ConfigError> {
         let addresses = [
             ("--write-addr", self.write_addr),
             ("--read-addr", self.read_addr),
@@ -312,17 +313,19 @@ impl ServeArgs {
             }
         }
         let given = password::given(self.credentials.password_file.as_deref())?;
-        let generated = match &given {
-            Some(_) => None,
+        let (password, source) = match given {
+            Some(given) => given,
             // A generated one would differ between nodes.
             None if self.nats_url.is_some() => return Err(ConfigError::NoSharedPassword),
-            None => Some(GeneratedPassword(password::generate()?)),
+            None => {
+                let data_dir = (!self.ephemeral).then_some(&*self.data_dir);
+                (
+                    password::generate()?,
+                    PasswordSource::of_generated(data_dir),
+                )
+            }
         };
-        let password = given
-            .as_deref()
-            .or(generated.as_ref().map(|generated| generated.0.as_str()))
-            .unwrap_or_default();
-        let credentials = Credentials::new(&self.credentials.username, password);
+        let credentials = Credentials::new(&self.credentials.username, &password);
         #[cfg_attr(
             not(feature = "measure"),
             expect(unused_mut, reason = "changed to measure")
@@ -352,7 +355,7 @@ impl ServeArgs {
         };
         #[cfg(feature = "measure")]
         self.disable_parts(&mut config);
-        Ok((config, generated))
+        Ok((config, source))
     }
 
     #[cfg(feature = "measure")]
@@ -400,6 +403,8 @@ impl CredentialArgs {
     /// # Errors
     /// No password is given, or it is invalid.
     pub fn password(&self) -> Result<String, ConfigError> {
-        password::given(self.password_file.as_deref())?.ok_or(ConfigError::NoPassword)
+        let given = password::given(self.password_file.as_deref())?;
+        let (password, _) = given.ok_or(ConfigError::NoPassword)?;
+        Ok(password)
     }
 }

@@ -59,10 +59,7 @@ pub async fn backup(args: &BackupArgs, password: &str) -> Result<Summary, Downlo
         path: args.output.clone(),
         error,
     };
-    let account = ClientCredentials {
-        username: args.credentials.username.as_str().into(),
-        password: password.into(),
-    };
+    let account = ClientCredentials::new(&args.credentials.username, password);
     let client = Client::new(account, SILENCE_MAX, Compression::Always).map_err(|error| {
         RemoteError::Http {
             url: args.from.clone(),

@@ -37,10 +37,18 @@ pub enum ConfigError {
     },
     /// The password file can't be read.
     #[error(
-        "cannot read the password from --password-file {path}: {error}; create the file with the \
-         password in it, readable by this user"
+        "cannot read the password from {file}: {error}; create the file with the \
+         password in it as UTF-8 text, readable by this user"
     )]
     PasswordFile {
+        /// The file, with its flag.
+        file: String,
+        /// The system's error.
+        error: std::io::Error,
+    },
+    /// The generated password can't be kept in the data directory.
+    #[error("cannot write the generated password to {path}: {error}; set GRADESTORE_PASSWORD")]
+    KeepPassword {
         /// The file.
         path: PathBuf,
         /// The system's error.

@@ -133,10 +133,7 @@ pub async fn import(
     accepted: Arc<AtomicU64>,
 ) -> Result<Imported, ImportError> {
     let remote = |error| ImportError::Remote { error, accepted: 0 };
-    let account = ClientCredentials {
-        username: args.credentials.username.as_str().into(),
-        password: password.into(),
-    };
+    let account = ClientCredentials::new(&args.credentials.username, password);
     let client = Client::new(account, SILENCE_MAX, Compression::Always);
     let client = client.map_err(|error| {
         remote(RemoteError::Http {
@@ -196,12 +193,12 @@ impl RowChunk {
     fn after(&self, lines: u64) -> Bytes {
         let lines = usize::try_from(lines).unwrap_or(usize::MAX);
         let from = lines.checked_sub(1).and_then(|last| self.ends.get(last));
+        self.lines.slice(from.copied().unwrap_or(0)..)
+    }
+
     /// The number of lines after the first `lines`.
     fn lines_after(&self, lines: u64) -> u64 {
         (self.ends.len() as u64).saturating_sub(lines)
-    }
-
-        self.lines.slice(from.copied().unwrap_or(0)..)
     }
 
     /// The row of line `line` of this chunk, counted from 1, and its line number in the file.

@@ -17,4 +17,4 @@ pub use args::{
 pub use error::ConfigError;
 pub use interrupt::interrupted;
 pub use parse::{check_env, check_env_names, parse, parse_args};
-pub use password::GeneratedPassword;
+pub use password::PasswordSource;

@@ -1,19 +1,91 @@
-//! Reads or generates the password.
+//! Reads or generates the password, and reads it again.
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use super::error::ConfigError;
 use super::values::env_value;
-
-/// A password that was generated because none was given; to be printed once.
-pub struct GeneratedPassword(pub String);
+use crate::http::Credentials;
+use crate::sys::files;
 
 /// The variable with the password. There is no flag, because other users of the machine can see
 /// command lines.
 pub(super) const ENV: &str = "GRADESTORE_PASSWORD";
+/// The file in the data directory with the generated password.
+const GENERATED: &str = "password";
 
-/// The password in the file or in the environment.
-pub(super) fn given(password_file: Option<&Path>) -> Result<Option<String>, ConfigError> {
+/// Where a password comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PasswordSource {
+    /// The environment.
+    Env,
+    /// A file, which may be read again.
+    File(PathBuf),
+    /// The file in the data directory with the password that the node generated at its first start.
+    Kept(PathBuf),
+    /// It was generated for this run only.
+    Generated,
+}
+
+impl PasswordSource {
+    /// The source of a password that was generated, for a node with this data directory, if any.
+    pub(super) fn of_generated(data_dir: Option<&Path>) -> Self {
+        data_dir.map_or(Self::Generated, |dir| Self::Kept(dir.join(GENERATED)))
+    }
+
+    /// Keeps the generated password of `credentials`, or replaces it by the one that an earlier
+    /// start has kept. To be called while the data directory is locked, and before the ports accept
+    /// requests.
+    ///
+    /// # Errors
+    /// The file can't be read or written.
+    pub fn keep(&self, credentials: &Credentials) -> Result<(), ConfigError> {
+        let Self::Kept(path) = self else {
+            return Ok(());
+        };
+        match read_file(path, &path.display().to_string()) {
+            Ok(password) => {
+                credentials.replace_password(&password);
+                Ok(())
+            }
+            Err(ConfigError::PasswordFile { error, .. })
+                if error.kind() == io::ErrorKind::NotFound =>
+            {
+                let password = credentials.for_client().password();
+                let written = files::write(path, &format!("{password}\n"));
+                written.map_err(|error| ConfigError::KeepPassword {
+                    path: path.clone(),
+                    error,
+                })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads the password again and replaces that of `credentials`. Logs the result. If it cannot
+    /// be read, the old one remains. Blocks.
+    pub fn reload(&self, credentials: &Credentials) {
+        let (Self::File(path) | Self::Kept(path)) = self else {
+            tracing::info!("nothing to reload: the password is not from a file");
+            return;
+        };
+        let file = path.display();
+        match read_file(path, &file.to_string()) {
+            Ok(password) => match credentials.replace_password(&password) {
+                true => tracing::info!(%file, "password reloaded"),
+                false => tracing::info!(%file, "password unchanged"),
+            },
+            Err(error) => {
+                tracing::error!(%error, "password not reloaded: the old one remains valid");
+            }
+        }
+    }
+}
+
+/// The password in the file or in the environment, and which of these.
+pub(super) fn given(
+    password_file: Option<&Path>,
+) -> Result<Option<(String, PasswordSource)>, ConfigError> {
     let from_env = env_value(ENV);
     let file_by_flag = std::env::args_os().any(|arg| {
         arg.to_str()
@@ -21,24 +93,28 @@ pub(super) fn given(password_file: Option<&Path>) -> Result<Option<String>, Conf
     });
     match (password_file, from_env) {
         (Some(_), Some(_)) if !file_by_flag => Err(ConfigError::TwoPasswords),
-        (Some(path), _) => read_file(path).map(Some),
+        (Some(path), _) => {
+            let password = read_file(path, &format!("--password-file {}", path.display()))?;
+            Ok(Some((password, PasswordSource::File(path.to_owned()))))
+        }
         (None, Some(password)) => {
-            let password = password.to_str().unwrap_or_default();
-            check(password, ENV).map(Some)
+            let password = check(password.to_str().unwrap_or_default(), ENV)?;
+            Ok(Some((password, PasswordSource::Env)))
         }
         (None, None) => Ok(None),
     }
 }
 
-fn read_file(path: &Path) -> Result<String, ConfigError> {
+/// Reads the password in the file at `path`, which errors call `file`.
+fn read_file(path: &Path, file: &str) -> Result<String, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|error| ConfigError::PasswordFile {
-        path: path.to_owned(),
+        file: file.to_owned(),
         error,
     })?;
     // Editors and echo add a newline.
     let password = text.strip_suffix('\n').unwrap_or(&text);
     let password = password.strip_suffix('\r').unwrap_or(password);
-    check(password, &format!("--password-file {}", path.display()))
+    check(password, file)
 }
 
 fn check(password: &str, key: &str) -> Result<String, ConfigError> {

@@ -4,7 +4,10 @@
 //! replica that knows the cluster's password can sign one. `docs/internals/protocol.md` specifies
 //! the signed bytes.
 
+use std::sync::Arc;
+
 use hmac::{Hmac, Mac as _};
+use parking_lot::RwLock;
 use sha2::Sha256;
 
 use super::{Announcement, Checkpoint, LogId, Mac};
@@ -14,17 +17,26 @@ const KEY_CONTEXT: &[u8] = b"gradestore cluster key 1";
 const CHECKPOINT_CONTEXT: &[u8] = b"gradestore checkpoint 1\n";
 const ANNOUNCEMENT_CONTEXT: &[u8] = b"gradestore announcement 1\n";
 
-/// Signs and verifies checkpoints and announcements. Never printed.
+/// Signs and verifies checkpoints and announcements. Clones share the key, which a new password
+/// replaces. Never printed.
 #[derive(Clone)]
-pub struct ClusterKey(Hmac<Sha256>);
+pub struct ClusterKey(Arc<RwLock<Hmac<Sha256>>>);
 
 impl ClusterKey {
     /// The key of the cluster with this password.
     #[must_use]
     pub fn derive(password: &str) -> Self {
-        let mut derived = keyed(password.as_bytes());
-        derived.update(KEY_CONTEXT);
-        Self(keyed(&derived.finalize().into_bytes()))
+        Self(Arc::new(RwLock::new(key_of(password))))
+    }
+
+    /// Replaces the key by that of another password. Codes of the old key no longer count, so that
+    /// its holders count as strangers.
+    pub fn replace(&self, password: &str) {
+        *self.0.write() = key_of(password);
+    }
+
+    fn hmac(&self) -> Hmac<Sha256> {
+        self.0.read().clone()
     }
 
     /// The code of `checkpoint` on `log`. Ignores its `mac`.
@@ -64,7 +76,7 @@ impl ClusterKey {
             round,
             mac: _,
         } = checkpoint;
-        let mut hmac = self.0.clone();
+        let mut hmac = self.hmac();
         hmac.update(CHECKPOINT_CONTEXT);
         update_text(&mut hmac, &log.0);
         hmac.update(&replica.bytes());
@@ -90,7 +102,7 @@ impl ClusterKey {
             full,
             mac: _,
         } = announcement;
-        let mut hmac = self.0.clone();
+        let mut hmac = self.hmac();
         hmac.update(ANNOUNCEMENT_CONTEXT);
         update_text(&mut hmac, nonce);
         for text in [node, replica, version, log_id, url, state] {
@@ -101,6 +113,12 @@ impl ClusterKey {
         hmac.update(&[u8::from(*full)]);
         hmac
     }
+}
+
+fn key_of(password: &str) -> Hmac<Sha256> {
+    let mut derived = keyed(password.as_bytes());
+    derived.update(KEY_CONTEXT);
+    keyed(&derived.finalize().into_bytes())
 }
 
 #[expect(clippy::expect_used, reason = "HMAC takes keys of any length")]
@@ -185,6 +203,15 @@ mod tests {
             change(&mut forged);
             assert!(!key.verify_checkpoint(&log(), &forged), "{field}");
         }
+    }
+
+    #[test]
+    fn clones_share_a_replaced_key() {
+        let (key, old) = (ClusterKey::derive("old"), ClusterKey::derive("old"));
+        let clone = key.clone();
+        key.replace("new");
+        assert!(ClusterKey::derive("new").verify_checkpoint(&log(), &signed(&clone)));
+        assert!(!clone.verify_checkpoint(&log(), &signed(&old)));
     }
 
     #[test]

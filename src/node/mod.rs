@@ -8,6 +8,7 @@ pub mod lifecycle;
 mod restore_report;
 mod restored_from;
 pub mod sd_notify;
+pub mod signals;
 mod tasks;
 
 use std::sync::Arc;
@@ -112,7 +113,7 @@ impl Node {
         let position = Position::base(&log.id(), 0, resources.started_ns);
         let applied = AppliedIndex::new(position);
         let last_snapshot = LastSnapshot::default();
-        let key = ClusterKey::derive(&config.credentials.for_client().password);
+        let key = config.credentials.cluster_key();
         let checkpoints = Checkpoints::new(
             storage.replica,
             log.id(),

@@ -10,10 +10,12 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, StatusCode};
+use parking_lot::RwLock;
+use reqwest::RequestBuilder;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::log::{AskNode, Seq};
-use tokio::time::Instant;
 
 /// A position: of a write or a backup in its answer, or in a read that must see that position.
 pub const GRADE_POSITION: HeaderName = HeaderName::from_static("grade-position");
@@ -34,11 +36,11 @@ const DETAIL_CHARS_MAX: usize = 500;
 /// The most bytes of an error response that are read, and the timeout.
 const ERROR_BYTES_MAX: usize = 64 * 1024;
 const ERROR_WAIT_MAX: Duration = Duration::from_secs(5);
-
-/// Why a request to a node failed.
 /// The least pace of a peer's backup, 10 KB/s: a tenth of a slow but usable link.
 const WINDOW: Duration = Duration::from_secs(20);
 const WINDOW_BYTES_MIN: u64 = 200_000;
+
+/// Why a request to a node failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
     /// The connection could not be made.
@@ -69,13 +71,44 @@ pub enum RemoteError {
     },
 }
 
-/// The user name and the password for requests. Never printed.
+/// The user name and the password for requests. Clones share the password, which may be replaced.
+/// Never printed.
 #[derive(Clone)]
 pub struct ClientCredentials {
+    username: Arc<str>,
+    password: Arc<RwLock<Arc<str>>>,
+}
+
+impl ClientCredentials {
+    /// Credentials of this name and password.
+    #[must_use]
+    pub fn new(username: &str, password: &str) -> Self {
+        Self {
+            username: username.into(),
+            password: Arc::new(RwLock::new(password.into())),
+        }
+    }
+
     /// The name.
-    pub username: Arc<str>,
-    /// The password.
-    pub password: Arc<str>,
+    #[must_use]
+    pub fn username(&self) -> &str {
+        &self.username
+    }
+
+    /// The current password.
+    #[must_use]
+    pub fn password(&self) -> Arc<str> {
+        Arc::clone(&self.password.read())
+    }
+
+    /// Replaces the password, for the requests that follow.
+    pub fn replace_password(&self, password: &str) {
+        *self.password.write() = password.into();
+    }
+
+    fn add_to(&self, request: RequestBuilder) -> RequestBuilder {
+        request.basic_auth(&self.username, Some(self.password()))
+    }
 }
 
 impl fmt::Debug for ClientCredentials {
@@ -204,6 +237,7 @@ impl Client {
             // The password is for the node at this URL only, not for another one or a proxy of
             // the environment.
             .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
             .build()?;
         Ok(Self {
             http,
@@ -223,6 +257,7 @@ impl Client {
             headers: BackupHeaders::read(response.headers()),
             url,
             response,
+            pace: None,
         })
     }
 
@@ -241,10 +276,7 @@ impl Client {
         method: reqwest::Method,
         url: &str,
     ) -> Result<reqwest::Response, RemoteError> {
-        let ClientCredentials { username, password } = &self.credentials;
-            .no_proxy()
-        let request = self.http.request(method, url);
-        let mut request = request.basic_auth(username, Some(password));
+        let mut request = self.credentials.add_to(self.http.request(method, url));
         if self.compression == Compression::IfSlow {
             request = request.header(GRADE_COMPRESSION, IF_SLOW);
         }
@@ -257,7 +289,6 @@ impl Client {
             url: url.to_owned(),
             status,
             body: detail,
-            pace: None,
         })
     }
 
@@ -272,8 +303,7 @@ impl Client {
         lines: Bytes,
     ) -> Result<Result<Seq, ErrorResponse>, RemoteError> {
         let url = format!("{node_url}/set");
-        let ClientCredentials { username, password } = &self.credentials;
-        let request = self.http.post(&url).basic_auth(username, Some(password));
+        let request = self.credentials.add_to(self.http.post(&url));
         let request = request.header(CONTENT_TYPE, NDJSON).body(lines);
         let response = request.send().await;
         let response = response.map_err(|error| failed(&url, &error))?;
@@ -341,6 +371,8 @@ pub struct Download {
     /// Its URL.
     pub url: String,
     response: reqwest::Response,
+    /// Present if a slow download fails.
+    pace: Option<Pace>,
 }
 
 impl Download {
@@ -355,11 +387,19 @@ impl Download {
         mut inspect: impl FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         loop {
+            let waiting_since = Instant::now();
             let chunk = self.response.chunk().await;
             let chunk = chunk.map_err(|error| failed(&self.url, &error))?;
             let Some(chunk) = chunk else {
                 return Ok(());
             };
+            if let Some(pace) = &mut self.pace {
+                let in_time = pace.add(waiting_since.elapsed(), chunk.len());
+                in_time.map_err(|error| RemoteError::Http {
+                    url: self.url.clone(),
+                    error,
+                })?;
+            }
             inspect(&chunk)?;
             if chunks.0.send(chunk).await.is_err() {
                 // The reader has ended, and reports the reason.
@@ -369,46 +409,6 @@ impl Download {
     }
 }
 
-fn failed(url: &str, error: &reqwest::Error) -> RemoteError {
-    let (url, text) = (url.to_owned(), cause(error));
-    /// Present if a slow download fails.
-    pace: Option<Pace>,
-    match error.is_connect() {
-        true => RemoteError::Unreachable { url, error: text },
-        false => RemoteError::Http { url, error: text },
-    }
-}
-
-/// The text of an error and its sources. The outermost one says only that something failed.
-fn cause(error: &reqwest::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-            let waiting_since = Instant::now();
-    text
-}
-
-/// Sends chunks of a response to a [`BodyReader`], which ends when this is dropped.
-pub struct BodySender(mpsc::Sender<Bytes>);
-            if let Some(pace) = &mut self.pace {
-                let in_time = pace.add(waiting_since.elapsed(), chunk.len());
-                in_time.map_err(|error| RemoteError::Http {
-                    url: self.url.clone(),
-                    error,
-                })?;
-            }
-
-/// Reads chunks of a response, on a thread that may block.
-pub struct BodyReader {
-    received: mpsc::Receiver<Bytes>,
-    current: Bytes,
-}
-
-impl BodyReader {
-    /// A sender and its reader, with a buffer of a few chunks between them.
 /// The pace of a download. A peer that sends a few bytes now and then would otherwise hold a
 /// starting replica forever, because each of them resets the timeout of a read.
 #[derive(Default)]
@@ -439,6 +439,36 @@ impl Pace {
     }
 }
 
+fn failed(url: &str, error: &reqwest::Error) -> RemoteError {
+    let (url, text) = (url.to_owned(), cause(error));
+    match error.is_connect() {
+        true => RemoteError::Unreachable { url, error: text },
+        false => RemoteError::Http { url, error: text },
+    }
+}
+
+/// The text of an error and its sources. The outermost one says only that something failed.
+fn cause(error: &reqwest::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+/// Sends chunks of a response to a [`BodyReader`], which ends when this is dropped.
+pub struct BodySender(mpsc::Sender<Bytes>);
+
+/// Reads chunks of a response, on a thread that may block.
+pub struct BodyReader {
+    received: mpsc::Receiver<Bytes>,
+    current: Bytes,
+}
+
+impl BodyReader {
+    /// A sender and its reader, with a buffer of a few chunks between them.
     #[must_use]
     pub fn channel() -> (BodySender, Self) {
         let (sender, received) = mpsc::channel(CHUNKS_MAX);

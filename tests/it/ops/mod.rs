@@ -12,3 +12,4 @@ mod import;
 #[cfg(feature = "test-all")]
 mod page;
 mod shutdown;
+mod signals;

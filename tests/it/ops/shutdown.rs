@@ -42,7 +42,7 @@ async fn wait_until_refused(node: &Ports) {
 
 #[tokio::test]
 async fn a_signal_finishes_the_running_request_and_accepts_no_other() {
-    for signal in [Signal::TERM, Signal::INT] {
+    for signal in [Signal::TERM, Signal::INT, Signal::QUIT] {
         let mut node = Node::start().await;
         let mut idle = RawConnection::connect(node.read).await;
         let mut running = incomplete_set_request(&node, PATCH).await;
