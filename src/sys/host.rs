@@ -19,16 +19,17 @@ pub struct DiskSpace {
     pub size: u64,
 }
 
-/// The space of the file system that contains `dir`. Blocks if the file system is slow.
+/// The space of the file system that contains `dir`; `None` if the file system does not report it,
+/// as ramfs and some that run in user space. Blocks if the file system is slow.
 ///
 /// # Errors
 /// The directory does not exist or can't be accessed.
-pub fn disk_space(dir: &Path) -> io::Result<DiskSpace> {
+pub fn disk_space(dir: &Path) -> io::Result<Option<DiskSpace>> {
     let stat = statvfs(dir)?;
-    Ok(DiskSpace {
-        free: stat.f_bavail * stat.f_frsize,
-        size: stat.f_blocks * stat.f_frsize,
-    })
+    Ok((stat.f_blocks > 0).then(|| DiskSpace {
+        free: stat.f_bavail.saturating_mul(stat.f_frsize),
+        size: stat.f_blocks.saturating_mul(stat.f_frsize),
+    }))
 }
 
 /// The lowest limit of the memory of this process.
@@ -237,8 +238,10 @@ mod tests {
     fn reports_the_memory_of_the_machine_and_the_space_of_a_directory() {
         assert!(memory_limit().bytes > 1 << 20);
         let here = tempfile::tempdir().unwrap();
-        let space = disk_space(here.path()).unwrap();
+        let space = disk_space(here.path()).unwrap().unwrap();
         assert!(0 < space.free && space.free <= space.size, "{space:?}");
         assert!(disk_space(&here.path().join("nowhere")).is_err());
+        let unknown = Path::new("/proc");
+        assert_eq!(disk_space(unknown).unwrap(), None);
     }
 }

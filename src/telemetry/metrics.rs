@@ -378,11 +378,11 @@ impl HostMetrics {
             ),
             free: gauge(
                 "gradestore_data_dir_free_bytes",
-                "Free space of the data directory's file system; NaN without a data directory.",
+                "Free space of the data directory's file system; NaN if it is unknown, or without a data directory.",
             ),
             size: gauge(
                 "gradestore_data_dir_size_bytes",
-                "Size of the data directory's file system; NaN without a data directory.",
+                "Size of the data directory's file system; NaN if it is unknown, or without a data directory.",
             ),
         }
     }
@@ -394,8 +394,8 @@ impl HostMetrics {
         self.full.set(f64::from(u8::from(memory.full)));
     }
 
-    /// Sets the space of the data directory; `None` if there is no data directory or its file system
-    /// does not answer.
+    /// Sets the space of the data directory; `None` if there is no data directory, or its file system
+    /// does not report it.
     pub(crate) fn set_disk(&self, space: Option<DiskSpace>) {
         // 0 would look like a full disk.
         let bytes = |of: fn(DiskSpace) -> u64| space.map_or(f64::NAN, |space| of(space) as f64);

@@ -228,12 +228,13 @@ async fn metrics(State(state): State<OpsState>) -> Response {
     ([(CONTENT_TYPE, text_type)], text).into_response()
 }
 
-/// The space of the data directory; `None` without one, or if its file system does not answer in time.
+/// The space of the data directory; `None` without one, or if its file system does not report it or
+/// does not answer in time.
 async fn data_dir_space(state: &OpsState) -> Option<DiskSpace> {
     let snapshots = state.snapshots.clone()?;
     let space = state.blocking.run(move || disk_space(snapshots.dir()));
     let space = tokio::time::timeout(DISK_SPACE_WAIT_MAX, space).await;
-    space.ok()?.ok()?.ok()
+    space.ok()?.ok()?.ok()?
 }
 
 async fn status(State(state): State<OpsState>) -> Json<NodeStatus> {

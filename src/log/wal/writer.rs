@@ -98,8 +98,14 @@ impl WalWriter {
                 self.publish(entry);
                 let _ = reply.send(Ok(()));
             }
-            Err(why) => {
+            Err(error) => {
+                let why = self.shared.failure_reason(&error);
                 self.stall_writes(&why);
+                if error.kind() == ErrorKind::FileTooLarge {
+                    // A part of the record is missing, so the batch is not in the log.
+                    let _ = reply.send(Err(AppendError::Refused(why)));
+                    return;
+                }
                 let batch = entry.batch;
                 self.uncertain = Some(UncertainAppend { batch, reply });
             }
@@ -177,11 +183,9 @@ impl WalWriter {
     }
 
     /// Writes and syncs the record in the reserved space.
-    fn write(&mut self) -> Result<(), Arc<str>> {
+    fn write(&mut self) -> io::Result<()> {
         let Some(active) = &mut self.active else {
-            return Err(self
-                .shared
-                .failure_reason(&io::Error::other("no active segment")));
+            return Err(io::Error::other("no active segment"));
         };
         match self.shared.write(&active.file, active.at, &self.record) {
             Ok(()) => {
@@ -190,7 +194,7 @@ impl WalWriter {
             }
             Err(error) => {
                 self.active = None;
-                Err(self.shared.failure_reason(&error))
+                Err(error)
             }
         }
     }
@@ -247,7 +251,11 @@ impl WalWriter {
     /// Writes the batch of a failed write as the first of a new segment.
     fn retry_in_new_segment(&mut self, uncertain: UncertainAppend) -> Result<(), Arc<str>> {
         let encoded = self.encode(uncertain.batch.clone());
-        let written = encoded.and_then(|entry| self.write().map(|()| entry));
+        let written = encoded.and_then(|entry| {
+            let written = self.write();
+            written.map_err(|error| self.shared.failure_reason(&error))?;
+            Ok(entry)
+        });
         match written {
             Ok(entry) => {
                 // Before the sender gets the result and sends the next batch.
@@ -276,11 +284,13 @@ impl WalShared {
         file.sync_data()
     }
 
-    /// Fails if the disk has less than `bytes` plus the reserve.
+    /// Fails if the disk has less than `bytes` plus the reserve. If the space is unknown, the write
+    /// shows whether there is enough.
     fn check_free_space(&self, bytes: u64) -> Result<(), Arc<str>> {
         let dir = self.dir.display();
         let free_bytes = match disk_space(&self.dir) {
-            Ok(space) => space.free,
+            Ok(Some(space)) => space.free,
+            Ok(None) => return Ok(()),
             Err(error) => return Err(format!("cannot get the free space of {dir}: {error}").into()),
         };
         let needed_bytes = self.sizes.reserve_bytes.saturating_add(bytes);
@@ -301,6 +311,11 @@ impl WalShared {
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
                 format!("the disk of {dir} is full: {error}; free some space").into()
             }
+            ErrorKind::FileTooLarge => format!(
+                "writing to the log in {dir} failed: {error}; raise the limit of the file size \
+                 (ulimit -f)"
+            )
+            .into(),
             _ => format!(
                 "writing to the log in {dir} failed: {error}; retrying in a new file; check the disk"
             )

@@ -111,6 +111,21 @@ async fn a_node_starts_on_a_full_disk_and_serves_reads() {
 }
 
 #[tokio::test]
+async fn a_file_system_that_does_not_report_its_space_is_written_to() {
+    let disk = SmallDisk::of_unknown_size();
+    let data = disk.data_dir();
+    let node = Node::start_with(program_with_data_dir(&data).arg("--snapshot-interval=1s")).await;
+    let held = assert_accepts_writes(&node, 1).await;
+    for metric in ["free", "size"] {
+        let name = format!("gradestore_data_dir_{metric}_bytes");
+        assert!(node.metric(&name).await.unwrap().is_nan(), "{name}");
+    }
+    node.kill();
+    let node = Node::start_with(&mut program_with_data_dir(&data)).await;
+    assert_eq!(NodeState::of(&node).await, held);
+}
+
+#[tokio::test]
 async fn a_restore_that_does_not_fit_on_the_disk_stops_the_start() {
     let directory = tempdir().unwrap();
     let store = random_store(100_000, u64::MAX);

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-/// A tmpfs in a mount namespace that ends with its holder process, so that nothing stays mounted.
+/// A file system in memory, in a mount namespace that ends with its holder process, so that nothing stays mounted.
 /// It needs root or user namespaces.
 pub(crate) struct SmallDisk {
     holder: Child,
@@ -13,8 +13,18 @@ pub(crate) struct SmallDisk {
 }
 
 impl SmallDisk {
+    /// A tmpfs of this size.
     pub(crate) fn new(mib: usize) -> Self {
-        let mount = format!("mount -t tmpfs -o size={mib}m none /mnt && echo mounted && exec cat");
+        Self::mount(&format!("-t tmpfs -o size={mib}m"))
+    }
+
+    /// A ramfs, which reports a size of 0.
+    pub(crate) fn of_unknown_size() -> Self {
+        Self::mount("-t ramfs")
+    }
+
+    fn mount(options: &str) -> Self {
+        let mount = format!("mount {options} none /mnt && echo mounted && exec cat");
         let mut unshare = Command::new("unshare");
         if !rustix::process::geteuid().is_root() {
             unshare.arg("--map-root-user");
@@ -24,7 +34,7 @@ impl SmallDisk {
         let mut holder = unshare.spawn().unwrap();
         let mut printed = [0; 8];
         let mounted = holder.stdout.as_mut().unwrap().read_exact(&mut printed);
-        mounted.expect("this test mounts a tmpfs: run it as root or allow user namespaces");
+        mounted.expect("this test mounts a file system: run it as root or allow user namespaces");
         // The mount point as other processes reach it.
         let dir = format!("/proc/{}/root/mnt", holder.id()).into();
         Self { holder, dir }
