@@ -229,6 +229,7 @@ fn native_file(store: &Store) -> Vec<u8> {
         chain: Chain::default(),
         previous_chain: Chain::default(),
         rows_expected: STORE_USERS,
+        shard_seed: None,
     };
     let (mut writer, mut file) = BackupWriter::start(&head);
     let source = ChunkSource::new(store);

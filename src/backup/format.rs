@@ -26,6 +26,9 @@ pub struct HeadRecord {
     pub previous_chain: Chain,
     /// How many records the store had when the scan began: about the number of rows.
     pub rows_expected: u64,
+    /// The seed of the store's shards, in whose order the rows are, if that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shard_seed: Option<u64>,
 }
 
 impl HeadRecord {

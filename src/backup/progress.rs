@@ -42,6 +42,12 @@ impl ReadProgress {
         head.as_ref().map_or(0, |head| head.rows_expected)
     }
 
+    /// The seed of the shards in whose order the rows are; `None` while unknown.
+    #[must_use]
+    pub fn shard_seed(&self) -> Option<u64> {
+        self.head.borrow().as_ref()?.shard_seed
+    }
+
     /// Waits for the head record. Never resolves for a third-party file.
     pub async fn head(&self) -> HeadRecord {
         let mut heads = self.head.subscribe();

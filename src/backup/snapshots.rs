@@ -237,7 +237,12 @@ pub fn restore(
     let reserve = Once::new();
     let sink = |rows: &RecordBatch| {
         let rows_expected = progress.rows_expected().min(RESERVED_ROWS_MAX);
-        reserve.call_once(|| store.reserve(rows_expected as usize));
+        reserve.call_once(|| {
+            if let Some(seed) = progress.shard_seed() {
+                store.set_shard_seed(seed);
+            }
+            store.reserve(rows_expected as usize);
+        });
         store.put(rows)
     };
     let restored = read(source, &sink, progress).and_then(|summary| {

@@ -49,6 +49,7 @@ fn head() -> HeadRecord {
         chain: Chain(1),
         previous_chain: Chain(2),
         rows_expected: 2_900,
+        shard_seed: None,
     }
 }
 
@@ -146,6 +147,33 @@ async fn a_snapshot_is_complete_or_absent() {
     let restored = Store::new();
     restore_file(&path, &restored, &ReadProgress::default()).unwrap();
     assert_eq!(restored.digest(), store.digest());
+}
+
+/// So that the next restore, from a backup of the restored store, is fast as well.
+#[test]
+fn a_restored_store_has_the_shards_and_the_order_of_the_first_one() {
+    let store = store_of(2_900);
+    let first = |seed| HeadRecord {
+        shard_seed: seed,
+        ..head()
+    };
+    let seed = Some(store.shard_seed());
+    let file = members_after(&first(seed), &store).concat();
+    let restored = Store::new();
+    restore(&*file, &restored, &ReadProgress::default()).unwrap();
+    assert_eq!(Some(restored.shard_seed()), seed);
+    assert_eq!(members_after(&first(seed), &restored).concat(), file);
+
+    // Older files have no seed, and a store that has been used keeps its own.
+    let file = members_after(&first(None), &store).concat();
+    for used in [None, Some(1)] {
+        let restored = Store::new();
+        used.inspect(|seed| restored.set_shard_seed(*seed));
+        let summary = restore(&*file, &restored, &ReadProgress::default()).unwrap();
+        assert_eq!(summary.digest, store.digest());
+        assert_eq!(rows_of(&restored), rows_of(&store));
+        assert_ne!(Some(restored.shard_seed()), seed);
+    }
 }
 
 #[tokio::test]

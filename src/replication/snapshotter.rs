@@ -58,6 +58,7 @@ pub fn backup_head(state: &CompleteState, applied: &AppliedIndex, log: &dyn Log)
         chain: position.chain,
         previous_chain: position.previous,
         rows_expected: state.store().len() as u64,
+        shard_seed: Some(state.store().shard_seed()),
     }
 }
 

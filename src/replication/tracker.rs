@@ -161,6 +161,7 @@ mod tests {
                 chain: Chain::default(),
                 previous_chain: Chain::default(),
                 rows_expected,
+                shard_seed: None,
             };
             let (mut writer, mut file) = BackupWriter::start(&head);
             let source = ChunkSource::new(&store);

@@ -18,11 +18,12 @@ mod long_ids;
 mod record;
 mod shard;
 
-use std::hash::BuildHasher;
-use std::sync::Arc;
+use std::hash::{self, BuildHasher, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use foldhash::quality::{FixedState, RandomState};
+use foldhash::SharedSeed;
+use foldhash::quality::{FoldHasher, RandomState};
 use parking_lot::RwLock;
 use prefetch_index::prefetch_index;
 use smallvec::SmallVec;
@@ -36,12 +37,6 @@ use shard::Shard;
 /// 0.2 ms at ten million records; few enough that an empty store is small.
 const SHARD_COUNT: usize = 1024;
 
-/// Chooses the shard of an id, the same in every process: a restore then fills one shard after the
-/// other, in the order of the scan that made the backup, and each shard fits in a core's cache
-/// (times in ADR 0003). It also makes the order of a scan depend only on that of the
-/// writes. A client that chooses ids of one shard makes that shard large, and slow for those ids.
-const SHARD_HASHER: FixedState = FixedState::with_seed(0);
-
 /// How many writes are looked up together: about as many reads as a core can have outstanding.
 const GROUP_WRITES: usize = 16;
 
@@ -51,10 +46,41 @@ pub struct Store(Arc<StoreInner>);
 
 struct StoreInner {
     shards: Box<[PaddedShard]>,
+    /// Set before the first record is looked up.
+    shard_hash: OnceLock<ShardHash>,
     /// Seeded randomly in each process, so that clients cannot choose ids that collide in an index.
     hasher: RandomState,
     /// How often the store was cleared.
     epoch: AtomicU64,
+}
+
+/// Chooses the shard of an id, by a seed that clients do not know: otherwise they could choose ids of
+/// one shard, and a large shard stops the thread that grows it, and with it the reads of all users.
+/// It is the seed of the store that the first backup was made of, so that a restore fills one shard
+/// after the other and each fits into a core's cache (ADR 0003 has the times).
+struct ShardHash {
+    seed: u64,
+    /// With the constants of the hash in its place, some ids have equal hashes whatever the seed.
+    shared: SharedSeed,
+}
+
+impl ShardHash {
+    fn new(seed: u64) -> Self {
+        Self {
+            seed,
+            shared: SharedSeed::from_u64(seed),
+        }
+    }
+
+    fn random() -> Self {
+        Self::new(hash::RandomState::new().build_hasher().finish())
+    }
+
+    fn shard_of(&self, bytes: &[u8]) -> usize {
+        let mut hasher = FoldHasher::with_seed(self.seed, &self.shared);
+        hasher.write(bytes);
+        hasher.finish() as usize & (SHARD_COUNT - 1)
+    }
 }
 
 /// A shard padded to a cache line.
@@ -77,9 +103,35 @@ impl Store {
             shards: (0..SHARD_COUNT as u16)
                 .map(|shard| PaddedShard(RwLock::new(Shard::new(Growth::of_shard(shard)))))
                 .collect(),
+            shard_hash: OnceLock::new(),
             hasher: RandomState::default(),
             epoch: AtomicU64::new(0),
         }))
+    }
+
+    /// An empty store with this seed. In stores of one seed the same writes give the same order of a
+    /// scan.
+    #[must_use]
+    pub fn with_shard_seed(seed: u64) -> Self {
+        let store = Self::new();
+        store.set_shard_seed(seed);
+        store
+    }
+
+    /// The seed that chooses the shards. A store whose records come in the order of a scan of this
+    /// one is filled in a third of the time if it has the same.
+    #[must_use]
+    pub fn shard_seed(&self) -> u64 {
+        self.shard_hash().seed
+    }
+
+    /// Sets the seed, unless the store has one because of an earlier call or lookup.
+    pub fn set_shard_seed(&self, seed: u64) {
+        let _ = self.0.shard_hash.set(ShardHash::new(seed));
+    }
+
+    fn shard_hash(&self) -> &ShardHash {
+        self.0.shard_hash.get_or_init(ShardHash::random)
     }
 
     /// Applies `writes` in order. Each is atomic: a reader sees all of a patch or nothing of it.
@@ -256,7 +308,7 @@ impl Store {
     #[inline(always)]
     fn hashes(&self, user_id: &str, key: &Key<'_>) -> Hashes {
         key.with_bytes(user_id, |bytes| Hashes {
-            shard: SHARD_HASHER.hash_one(bytes) as usize & (SHARD_COUNT - 1),
+            shard: self.shard_hash().shard_of(bytes),
             hash: self.0.hasher.hash_one(bytes),
         })
     }

@@ -2,6 +2,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use proptest::prelude::*;
 
+use super::index::Index;
 use super::record::PackedRecord;
 use super::*;
 use crate::grade::{Changes, FIELD_COUNT, Patch, UserGrade, Values};
@@ -236,13 +237,44 @@ fn digest_of(model: &BTreeMap<String, Values>) -> Digest {
     digest
 }
 
-/// Ids of one shard, of several lengths: inline, UUID-sized and long ones.
-fn ids_of_one_shard(count: usize) -> Vec<String> {
+/// Ids of one shard of `store`, of several lengths: inline, UUID-sized and long ones.
+fn ids_of_one_shard_of(store: &Store, count: usize) -> Vec<String> {
     let lengths = [8, 36, 15, 60, 14, 20];
-    let store = Store::new();
     let ids = (0..).map(|n: usize| format!("{n:00$}", lengths[n % lengths.len()]));
     let ids = ids.filter(|id| store.lookup(id).hashes.shard == store.lookup("a").hashes.shard);
     ids.take(count).collect()
+}
+
+/// A store whose shard of "a" has [`ids_of_one_shard`].
+fn store_of_one_shard() -> Store {
+    Store::with_shard_seed(0)
+}
+
+fn ids_of_one_shard(count: usize) -> Vec<String> {
+    ids_of_one_shard_of(&store_of_one_shard(), count)
+}
+
+fn largest_shard(store: &Store) -> usize {
+    let shards = store.0.shards.iter();
+    shards.map(|shard| shard.0.read().len()).max().unwrap()
+}
+
+/// The ids of one shard of a store are spread over the shards of any other.
+#[test]
+fn nobody_can_choose_ids_of_one_shard() {
+    let (known, other) = (Store::new(), Store::new());
+    let ids = ids_of_one_shard_of(&known, 2 * SHARD_COUNT);
+    for id in &ids {
+        known.apply(&patch(id, &[]));
+        other.apply(&patch(id, &[]));
+    }
+    assert_eq!(largest_shard(&known), ids.len());
+    // Two on average. One store in 10^13 has a shard with twenty.
+    assert!(largest_shard(&other) < 20, "{}", largest_shard(&other));
+    assert_ne!(known.shard_seed(), other.shard_seed());
+    // The seed of a store that has been used does not change.
+    other.set_shard_seed(known.shard_seed());
+    assert_ne!(known.shard_seed(), other.shard_seed());
 }
 
 #[derive(Debug, Clone)]
@@ -268,6 +300,54 @@ fn step() -> impl Strategy<Value = OneShardStep> {
     ]
 }
 
+/// Hashes that collide: in their first bucket, at both ends of an index, and in all bits.
+fn hash() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        Just(0),
+        Just(u64::MAX),
+        (0_u64..4).prop_map(|low| u64::MAX - low),
+        (0_u64..4).prop_map(|high| high << 62),
+        any::<u64>(),
+    ]
+}
+
+proptest! {
+    /// An index that grows while entries are inserted, removed and found, some with equal hashes.
+    #[test]
+    fn an_index_with_colliding_hashes_matches_a_list(
+        steps in prop::collection::vec((hash(), any::<prop::sample::Index>(), 0..3_u8), 0..400),
+    ) {
+        let mut index = Index::with_capacity(0);
+        // The hash of each slot, and whether the slot is in the index.
+        let mut slots: Vec<(u64, bool)> = Vec::new();
+        for (hash, at, action) in steps {
+            if action > 0 {
+                if slots.len() >= index.capacity() {
+                    let mut larger = Index::with_capacity(index.next_capacity());
+                    for (slot, (hash, held)) in slots.iter().enumerate() {
+                        if *held {
+                            larger.insert(*hash, slot as u32);
+                        }
+                    }
+                    index = larger;
+                }
+                index.insert(hash, slots.len() as u32);
+                slots.push((hash, true));
+            } else if !slots.is_empty() {
+                let slot = at.index(slots.len());
+                let (hash, held) = slots[slot];
+                let removed = index.remove(hash, |found| found as usize == slot, |of| slots[of as usize].0);
+                prop_assert_eq!(removed, held.then_some(slot as u32));
+                slots[slot].1 = false;
+            }
+            for (slot, (hash, held)) in slots.iter().enumerate() {
+                let found = index.find(*hash, |found| found as usize == slot);
+                prop_assert_eq!(found, held.then_some(slot as u32));
+            }
+        }
+    }
+}
+
 /// A running scan, and the records that it must return.
 struct ScanCheck {
     scan: Scan,
@@ -279,7 +359,7 @@ struct ScanCheck {
 proptest! {
     #[test]
     fn one_shard_matches_a_map_under_removals_and_scans(steps in prop::collection::vec(step(), 0..300)) {
-        let store = Store::new();
+        let store = store_of_one_shard();
         let mut model: BTreeMap<String, Values> = BTreeMap::new();
         let mut checked: Option<ScanCheck> = None;
         for step in steps {
@@ -344,7 +424,7 @@ proptest! {
 #[test]
 fn a_scan_sees_a_reinserted_record_at_most_once() {
     let ids = ids_of_one_shard(600);
-    let store = Store::new();
+    let store = store_of_one_shard();
     for (value, id) in ids.iter().enumerate() {
         store.apply(&patch(id, &[(0, value as i64)]));
     }
@@ -426,7 +506,7 @@ fn the_free_list_shrinks_as_slots_are_taken() {
 #[test]
 fn free_slots_are_reused() {
     let ids = ids_of_one_shard(200);
-    let store = Store::new();
+    let store = store_of_one_shard();
     let slots = || store.shard(store.lookup("a").hashes.shard).read().slots();
     let ids_bytes = || {
         store

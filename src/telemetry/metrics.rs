@@ -487,6 +487,7 @@ mod tests {
             chain: Chain::default(),
             previous_chain: Chain::default(),
             rows_expected: 5,
+            shard_seed: None,
         };
         let written = SnapshotInfo {
             head,

@@ -147,6 +147,7 @@ fn head() -> HeadRecord {
         chain: Chain::default(),
         previous_chain: Chain::default(),
         rows_expected: 4,
+        shard_seed: None,
     }
 }
 

@@ -76,6 +76,7 @@ async fn an_unreadable_snapshot_counts_as_data() {
         chain: Chain::default(),
         previous_chain: Chain::default(),
         rows_expected: 10,
+        shard_seed: None,
     };
     let backup_file = |format| backup_file_with_head(&random_store(10, 50), &head(format));
     let mut damaged = backup_file(FORMAT);

@@ -50,6 +50,7 @@ async fn long_log(dir: &Path, batches: u64, snapshot_at: u64) -> Store {
                 chain: position.chain,
                 previous_chain: position.previous,
                 rows_expected: 0,
+                shard_seed: None,
             };
             let pool = Blocking::threads();
             let written = snapshots.write(&store, head, || Ok(position), &pool);

@@ -159,6 +159,7 @@ pub(crate) fn backup_file(store: &Store, position: u64) -> Vec<u8> {
             chain: Chain::default(),
             previous_chain: Chain::default(),
             rows_expected: store.len() as u64,
+            shard_seed: None,
         },
     )
 }

@@ -164,6 +164,7 @@ fn oversized() -> Vec<u8> {
         chain: gradestore::log::Chain::default(),
         previous_chain: gradestore::log::Chain::default(),
         rows_expected: ROWS,
+        shard_seed: None,
     };
     backup_file_with_head(&Store::new(), &head)
 }

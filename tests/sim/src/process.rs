@@ -356,7 +356,8 @@ async fn run_node(
         node: process,
         started_ns: world.lock().broker.now_ns(),
         critical: CriticalTasks::default(),
-        store: Store::new(),
+        // A scan has the same order in every run.
+        store: Store::with_shard_seed(0),
         storage,
         peers: Arc::new(SimPeerClient::new(world.clone(), node)),
         blocking: blocking(world.clone(), knobs.work_wait_ms),
