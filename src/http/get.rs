@@ -67,7 +67,7 @@ pub fn routes(state: ReadState) -> Router {
         )
         .fallback(|| async {
             ApiError::RouteUnknown(
-                "GET /get?user_id=ID, GET /get?user_ids=ID&user_ids=ID, POST /get",
+                "GET /get?user_id=ID, GET /get?user_ids=ID&user_ids=ID, POST /get, GET /readyz",
             )
         })
         .with_state(state)

@@ -29,6 +29,7 @@ use super::error::ApiError;
 use super::error_log::{ErrorDetail, ErrorLog, FailedRequest};
 use super::host::Hosts;
 use super::latency::{self, Latency, LatencyCounts};
+use super::rejections::Rejections;
 use super::request_body::RequestBody;
 use super::request_id::{self, X_REQUEST_ID};
 use super::response_body::ResponseBody;
@@ -58,6 +59,7 @@ pub struct HttpMetrics {
     /// Whether metrics other than `request_count` are recorded.
     enabled: bool,
     routes: PerRoute<RouteMetrics>,
+    pub(super) rejections: Rejections,
     in_flight: Gauge,
     /// Requests that the fast path answered.
     fast: Counter,
@@ -103,6 +105,7 @@ impl HttpMetrics {
                     register: Box::new(move |status| counter_of(route.name(), status)),
                 }
             }),
+            rejections: Rejections::default(),
             in_flight: gauge!("gradestore_http_requests_in_flight"),
             fast: counter!(PATH_METRIC, "path" => "fast"),
             router: counter!(PATH_METRIC, "path" => "router"),
@@ -203,6 +206,7 @@ impl HttpMetrics {
         if !self.enabled {
             return;
         }
+        self.rejections.record(route, status);
         let route = &self.routes[route];
         // Errors are fast: they would make the latency look better than it is.
         if !status.is_server_error() {

@@ -80,12 +80,22 @@ pub struct Listener {
     pub connection_metrics: ConnectionMetrics,
 }
 
-/// The metrics of one port's connections.
+/// The metrics of one port's connections. Clones share them.
 #[derive(Clone)]
 pub struct ConnectionMetrics {
     open: Gauge,
     accepted: Counter,
     cut: Counter,
+    counts: Arc<ConnectionCounts>,
+}
+
+/// The connections of one port, for the status of the node: a metric can't be read.
+#[derive(Default)]
+pub(super) struct ConnectionCounts {
+    /// Open connections.
+    pub(super) open: AtomicU64,
+    /// Connections that the node has closed at a deadline or at the limit of connections.
+    pub(super) cut: AtomicU64,
 }
 
 impl ConnectionMetrics {
@@ -105,7 +115,29 @@ impl ConnectionMetrics {
             open: gauge!("gradestore_http_connections", "port" => name),
             accepted: counter!("gradestore_http_connections_accepted_total", "port" => name),
             cut: counter!("gradestore_http_connections_cut_total", "port" => name),
+            counts: Arc::default(),
         }
+    }
+
+    /// The counts of the port.
+    pub(super) fn counts(&self) -> &ConnectionCounts {
+        &self.counts
+    }
+
+    fn record_open(&self) {
+        self.open.increment(1.0);
+        self.accepted.increment(1);
+        self.counts.open.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn record_closed(&self) {
+        self.open.decrement(1.0);
+        self.counts.open.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn record_cut(&self) {
+        self.cut.increment(1);
+        self.counts.cut.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -354,7 +386,7 @@ impl Drop for ConnectionGuard<'_> {
         if self.1.is_aborted() {
             self.0.aborting.fetch_sub(1, Ordering::Relaxed);
         }
-        self.0.metrics.open.decrement(1.0);
+        self.0.metrics.record_closed();
     }
 }
 
@@ -373,8 +405,7 @@ impl Connections {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let connection = Arc::new(ConnectionState::new(id));
         self.open.lock().insert(id, Arc::clone(&connection));
-        self.metrics.open.increment(1.0);
-        self.metrics.accepted.increment(1);
+        self.metrics.record_open();
         connection
     }
 
@@ -425,7 +456,7 @@ impl Connections {
     fn abort(&self, connection: &ConnectionState) {
         if !connection.is_aborted() {
             self.aborting.fetch_add(1, Ordering::Relaxed);
-            self.metrics.cut.increment(1);
+            self.metrics.record_cut();
             connection.abort();
         }
     }

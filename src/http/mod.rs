@@ -5,6 +5,7 @@
 //! | write | `POST /set` `DELETE /set` | [`set`], and [`set::ndjson`] for many patches in one body |
 //! | write | `GET /backup` | [`backup`] |
 //! | read | `GET /get`, `POST /get` | [`get`] |
+//! | read, write | `GET /readyz` | [`health`] |
 //! | ops | all | [`ops`]: health, metrics, status, status page, OpenAPI document |
 //!
 //! [`listener`] accepts connections and bounds them. [`fast`] answers most requests before hyper
@@ -20,11 +21,13 @@ pub mod error;
 mod error_log;
 pub mod fast;
 pub mod get;
+pub mod health;
 pub mod host;
 mod instrument;
 mod latency;
 pub mod listener;
 pub mod ops;
+mod rejections;
 mod request_body;
 mod request_id;
 mod response_body;

@@ -118,6 +118,8 @@ pub struct Storage {
     pub snapshots: Option<(Snapshots, Duration)>,
     /// Whether the data directory was restored from the `--restore-from` backup by an earlier start.
     pub was_restored: bool,
+    /// The data directory, absolute; `None` for an ephemeral node.
+    pub dir: Option<PathBuf>,
     /// Locks the directory while it is in use; the system releases it when the process ends.
     _lock: Option<File>,
 }
@@ -267,7 +269,9 @@ impl Storage {
         let snapshots = Snapshots::open(&dir.join("snapshots"));
         let snapshots = snapshots.map_err(|error| io_error(dir, error))?;
         let replica = replica_id(dir)?;
+        let absolute = std::path::absolute(dir).map_err(|error| io_error(dir, error))?;
         Ok(Self {
+            dir: Some(absolute),
             snapshots: Some((snapshots, data_dir.snapshot_interval)),
             _lock: Some(lock),
             ..Self::of(Arc::new(MemoryLog::new(replica, 0)), replica)
@@ -283,6 +287,7 @@ impl Storage {
             replica,
             snapshots: None,
             was_restored: false,
+            dir: None,
             _lock: None,
         }
     }

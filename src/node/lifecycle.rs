@@ -18,7 +18,7 @@ use crate::http::backup::{self, BackupMetrics};
 use crate::http::host::Hosts;
 use crate::http::listener::{ConnectionMetrics, Listener, ListenerLimits};
 use crate::http::ops::traffic::RecentTraffic;
-use crate::http::ops::{self, StartupProgress};
+use crate::http::ops::{self, Port, StartupProgress};
 use crate::http::{self, HttpMetrics};
 use crate::log::{RandomId, now_ns};
 use crate::node::config::{ClusterConfig, Config};
@@ -101,6 +101,23 @@ impl Sockets {
             ops: bind("--ops-addr", config.ops_addr)?,
         })
     }
+
+    /// The ports, with new metrics: write, read, ops.
+    fn ports(&self, limits: &ConnectionLimits, telemetry: &Telemetry) -> io::Result<[Port; 3]> {
+        let port = |name, socket: &TcpListener, limits: ListenerLimits| {
+            Ok::<_, io::Error>(Port {
+                name,
+                address: socket.local_addr()?,
+                connections_max: limits.connections_max,
+                metrics: telemetry.register(|| ConnectionMetrics::new(name)),
+            })
+        };
+        Ok([
+            port("write", &self.write, limits.data)?,
+            port("read", &self.read, limits.data)?,
+            port("ops", &self.ops, limits.ops)?,
+        ])
+    }
 }
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
@@ -146,8 +163,9 @@ pub fn peer_client(config: &Config) -> Result<Client, LifecycleError> {
     Ok(Client::new(account, SILENCE_MAX, Compression::IfSlow)?)
 }
 
-/// Serves the ops port while `opening` runs, which may wait for a disk or NATS. The write port
-/// responds with the node id, which other starting nodes request.
+/// Serves the ops port while `opening` runs, which may wait for a disk or NATS. The read and the
+/// write port reject all requests; the responses have the node id, which other starting nodes
+/// request.
 ///
 /// # Errors
 /// The sockets can't be used.
@@ -161,18 +179,14 @@ pub async fn serve_while_opening<T>(
     let stop = CancellationToken::new();
     let serving = TaskTracker::new();
     let status = progress.clone();
-    let write_router = backup::routes_while_opening(progress.clone(), node);
+    let data_router = backup::routes_while_opening(progress.clone(), node);
     let ops_router = ops::routes_while_opening(progress);
-    let (write_addr, ops_addr) = (config.write_addr, config.ops_addr);
+    let (data, ops) = (config.http.data, config.http.ops);
+    let [read_addr, write_addr] = [config.read_addr, config.write_addr];
     for (name, socket, address, router, limits) in [
-        (
-            "write",
-            &sockets.write,
-            write_addr,
-            write_router,
-            config.http.data,
-        ),
-        ("ops", &sockets.ops, ops_addr, ops_router, config.http.ops),
+        ("read", &sockets.read, read_addr, data_router.clone(), data),
+        ("write", &sockets.write, write_addr, data_router, data),
+        ("ops", &sockets.ops, config.ops_addr, ops_router, ops),
     ] {
         // A duplicate of the descriptor: closing this listener leaves the socket open.
         let socket = socket.as_fd().try_clone_to_owned()?;
@@ -237,7 +251,7 @@ pub async fn run(
     };
     let (node, mut tasks) = Node::new(&config, resources, &telemetry.replication);
     let url = advertised(&config.cluster, sockets.write.local_addr()?);
-    let services = Services::start(&config, &node, sockets, critical, telemetry, http_metrics);
+    let services = Services::start(&config, &node, sockets, critical, telemetry, http_metrics)?;
     node.announce(url);
 
     tokio::select! {
@@ -266,7 +280,7 @@ impl Services {
         critical: CriticalTasks,
         telemetry: Arc<Telemetry>,
         http_metrics: Arc<HttpMetrics>,
-    ) -> Self {
+    ) -> io::Result<Self> {
         let services = Self {
             data: TaskTracker::new(),
             stop_data: CancellationToken::new(),
@@ -274,32 +288,34 @@ impl Services {
             stop_rest: CancellationToken::new(),
         };
         let limits = connection_limits(config);
-        let listener = |name, socket, address: SocketAddr, router, fast_route, limits| Listener {
-            name,
+        let ports = Arc::new(sockets.ports(&limits, &telemetry)?);
+        let listener = |port: &Port, socket, router, fast_route, limits| Listener {
+            name: port.name,
             socket,
             router,
             fast_route,
             limits,
-            hosts: Hosts::of(address.ip(), &config.http.allowed_hosts),
+            hosts: Hosts::of(port.address.ip(), &config.http.allowed_hosts),
             metrics: Arc::clone(&http_metrics),
-            connection_metrics: telemetry.register(|| ConnectionMetrics::new(name)),
+            connection_metrics: port.metrics.clone(),
         };
         let traffic = RecentTraffic::default();
         let ops_state = node.ops(
             Arc::clone(&telemetry),
             Arc::clone(&http_metrics),
             traffic.clone(),
+            Arc::clone(&ports) as Arc<[Port]>,
         );
-        let (address, router) = (config.ops_addr, ops::routes(ops_state));
-        let ops = listener("ops", sockets.ops, address, router, None, limits.ops);
+        let [write, read, ops] = &*ports;
+        let ops = listener(ops, sockets.ops, ops::routes(ops_state), None, limits.ops);
         let serving = ops.serve(services.stop_rest.child_token());
         services.rest.spawn(critical.guard("ops listener", serving));
-        for (name, socket, address, (router, fast_route)) in [
-            ("write", sockets.write, config.write_addr, node.write()),
-            ("read", sockets.read, config.read_addr, node.read()),
+        for (port, socket, (router, fast_route)) in [
+            (write, sockets.write, node.write()),
+            (read, sockets.read, node.read()),
         ] {
             let fast_route = config.http.fast_path.then_some(fast_route);
-            let port = listener(name, socket, address, router, fast_route, limits.data);
+            let port = listener(port, socket, router, fast_route, limits.data);
             let serving = port.serve(services.stop_data.child_token());
             services.data.spawn(critical.guard("listener", serving));
         }
@@ -312,7 +328,7 @@ impl Services {
         let report = sd_notify::report(node.readiness.clone(), node.restore.clone());
         services.spawn(&critical, "service manager report", report);
         services.spawn(&critical, "memory watch", node.watch_memory());
-        services
+        Ok(services)
     }
 
     /// Spawns a task that runs until `stop_rest` is cancelled. A panic in it ends the process.

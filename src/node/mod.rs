@@ -19,8 +19,9 @@ use tokio::sync::Semaphore;
 use crate::http::backup::{self, BackupMetrics, BackupState};
 use crate::http::fast::FastRoute;
 use crate::http::get::{self, ReadState};
-use crate::http::ops::OpsState;
+use crate::http::health;
 use crate::http::ops::traffic::RecentTraffic;
+use crate::http::ops::{OpsState, Port};
 use crate::http::set::{self, WriteState};
 use crate::http::{Credentials, HttpMetrics, RequestCount};
 use crate::log::{Announcement, ClusterKey, Log, Position, RandomId};
@@ -232,7 +233,10 @@ impl Node {
             node: Arc::clone(&self.name),
             metrics: self.backup_metrics.clone(),
         };
+        let (readiness, log) = (self.readiness.clone(), Arc::clone(&self.log));
+        let health = health::routes(move || health::check_writable(&readiness, &*log));
         let routes = set::routes(write.clone()).merge(backup::routes(backup));
+        let routes = routes.merge(health);
         (routes, FastRoute::Set(Arc::new(write)))
     }
 
@@ -247,7 +251,10 @@ impl Node {
             position_wait_max: self.http.position_wait_max,
             position_waits_max: self.http.position_waits_max,
         };
-        (get::routes(read.clone()), FastRoute::Get(Arc::new(read)))
+        let readiness = self.readiness.clone();
+        let health = health::routes(move || readiness.check());
+        let routes = get::routes(read.clone()).merge(health);
+        (routes, FastRoute::Get(Arc::new(read)))
     }
 
     /// The state of the ops port.
@@ -257,6 +264,7 @@ impl Node {
         telemetry: Arc<Telemetry>,
         http_metrics: Arc<HttpMetrics>,
         traffic: RecentTraffic,
+        ports: Arc<[Port]>,
     ) -> OpsState {
         OpsState {
             node: Arc::clone(&self.name),
@@ -271,7 +279,8 @@ impl Node {
             traffic,
             restore: self.restore.clone(),
             memory: self.memory.clone(),
-            snapshots: self.snapshotter.as_ref().map(|s| s.snapshots.clone()),
+            data_dir: self.storage.dir.as_deref().map(Arc::from),
+            ports,
             last_snapshot: self.last_snapshot.clone(),
             peers: self.peers.clone(),
             blocking: self.blocking.clone(),

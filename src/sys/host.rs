@@ -8,7 +8,13 @@ use std::path::Path;
 use rustix::fs::statvfs;
 use rustix::param::page_size;
 use rustix::process::{Resource, getrlimit};
-use rustix::system::sysinfo;
+use rustix::system::{sysinfo, uname};
+
+/// The name of this machine, or of its container.
+#[must_use]
+pub fn host_name() -> String {
+    uname().nodename().to_string_lossy().into_owned()
+}
 
 /// The space of a file system, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -64,6 +64,18 @@ pub(super) fn rate(route: &Option<&RouteTraffic>) -> String {
     route.map_or_else(|| "–".to_owned(), |route| per_s(&route.per_s))
 }
 
+/// The window of a rate: `in the last 10 s`.
+pub(super) fn window(window_s: &Option<f64>) -> String {
+    window_s.map_or_else(String::new, |window_s| {
+        format!("in the last {window_s:.0}\u{a0}s")
+    })
+}
+
+/// A time as [`rfc3339`](crate::backup::rfc3339) prints it: `2026-01-31 23:59:59 UTC`.
+pub(super) fn utc(rfc3339: &str) -> String {
+    rfc3339.replace('T', " ").replace('Z', " UTC")
+}
+
 /// The latencies of recent requests.
 pub(super) fn latencies(route: &Option<&RouteTraffic>) -> String {
     let Some(route) = route else {
@@ -71,7 +83,7 @@ pub(super) fn latencies(route: &Option<&RouteTraffic>) -> String {
     };
     match (route.latency_s_p50, route.latency_s_p99) {
         (Some(p50), Some(p99)) => format!("p50\u{a0}{}, p99\u{a0}{}", short(&p50), short(&p99)),
-        _ => "no requests in the last 10 s".to_owned(),
+        _ => "no requests".to_owned(),
     }
 }
 
@@ -142,6 +154,10 @@ mod tests {
             assert_eq!(rate(&Some(&at(per_s))), wanted);
         }
         assert_eq!(rate(&None), "–");
+        let window = |window_s| window(&window_s).replace('\u{a0}', " ");
+        assert_eq!(window(Some(9.98)), "in the last 10 s");
+        assert_eq!(window(None), "");
+        assert_eq!(utc("2026-01-31T23:59:59Z"), "2026-01-31 23:59:59 UTC");
         let text = latencies(&Some(&at(1.0))).replace('\u{a0}', " ");
         assert_eq!(text, "p50 100 µs, p99 2.00 ms");
     }

@@ -6,6 +6,8 @@ mod page;
 pub mod status;
 pub mod traffic;
 
+use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,9 +19,10 @@ use http::HeaderValue;
 use http::header::CONTENT_TYPE;
 use parking_lot::Mutex;
 
-use crate::backup::Snapshots;
 use crate::http::HttpMetrics;
 use crate::http::error::ApiError;
+use crate::http::health::{check_writable, readyz};
+use crate::http::listener::ConnectionMetrics;
 use crate::http::ops::openapi::OpenApi;
 use crate::http::ops::page::StatusPage;
 use crate::http::ops::status::NodeStatus;
@@ -63,8 +66,10 @@ pub struct OpsState {
     pub restore: RestoreTracker,
     /// Whether writes may create records.
     pub memory: MemoryGuard,
-    /// The snapshots; `None` without a data directory.
-    pub snapshots: Option<Snapshots>,
+    /// The data directory, absolute; `None` for an ephemeral node.
+    pub data_dir: Option<Arc<Path>>,
+    /// The ports.
+    pub ports: Arc<[Port]>,
     /// The last snapshot.
     pub last_snapshot: LastSnapshot,
     /// The other replicas.
@@ -73,22 +78,19 @@ pub struct OpsState {
     pub blocking: Blocking,
 }
 
-impl OpsState {
-    /// Whether the node accepts writes.
-    ///
-    /// # Errors
-    /// Why not. The log may reject writes while the node serves reads.
-    pub(super) fn check_writable(&self) -> Result<(), Unready> {
-        self.readiness.check()?;
-        match self.log.unwritable() {
-            Some(reason) => Err(Unready {
-                state: NodeState::ReadOnly,
-                reason,
-            }),
-            None => Ok(()),
-        }
-    }
+/// One of the ports.
+pub struct Port {
+    /// `write`, `read` or `ops`.
+    pub name: &'static str,
+    /// The address that it listens on.
+    pub address: SocketAddr,
+    /// The limit of open connections.
+    pub connections_max: usize,
+    /// Its connections.
+    pub metrics: ConnectionMetrics,
+}
 
+impl OpsState {
     /// The age of the last applied batch in seconds, or 0 if it is the last one of the log.
     pub(super) fn lag_s(&self, log_end: Seq) -> f64 {
         let position = self.applied.position();
@@ -106,11 +108,16 @@ pub fn routes(state: OpsState) -> Router {
         handler.fallback(|| async { ApiError::MethodNotAllowed("GET, HEAD") })
     };
     let openapi = OpenApi::new();
+    let (readiness, for_writes) = (state.readiness.clone(), state.readiness.clone());
+    let log = Arc::clone(&state.log);
     Router::new()
         .route("/", get_only(get(status_page)))
         .route("/livez", get_only(get(livez)))
-        .route("/readyz", get_only(get(readyz)))
-        .route("/readyz/write", get_only(get(readyz_write)))
+        .route("/readyz", readyz(move || readiness.check()))
+        .route(
+            "/readyz/write",
+            readyz(move || check_writable(&for_writes, &*log)),
+        )
         .route("/metrics", get_only(get(metrics)))
         .route("/status", get_only(get(status)))
         .route(
@@ -167,16 +174,6 @@ async fn livez() -> &'static str {
     "alive\n"
 }
 
-async fn readyz(State(state): State<OpsState>) -> Result<&'static str, ApiError> {
-    state.readiness.check()?;
-    Ok("ready\n")
-}
-
-async fn readyz_write(State(state): State<OpsState>) -> Result<&'static str, ApiError> {
-    state.check_writable()?;
-    Ok("ready\n")
-}
-
 async fn metrics(State(state): State<OpsState>) -> Response {
     let telemetry = &state.telemetry;
     let flag = |set| f64::from(u8::from(set));
@@ -231,16 +228,21 @@ async fn metrics(State(state): State<OpsState>) -> Response {
 /// The space of the data directory; `None` without one, or if its file system does not report it or
 /// does not answer in time.
 async fn data_dir_space(state: &OpsState) -> Option<DiskSpace> {
-    let snapshots = state.snapshots.clone()?;
-    let space = state.blocking.run(move || disk_space(snapshots.dir()));
+    let dir = state.data_dir.clone()?;
+    let space = state.blocking.run(move || disk_space(&dir));
     let space = tokio::time::timeout(DISK_SPACE_WAIT_MAX, space).await;
     space.ok()?.ok()?.ok()?
 }
 
 async fn status(State(state): State<OpsState>) -> Json<NodeStatus> {
-    Json(NodeStatus::of(&state))
+    Json(node_status(&state).await)
 }
 
 async fn status_page(State(state): State<OpsState>) -> Response {
-    StatusPage::of(&NodeStatus::of(&state)).into_response()
+    StatusPage::of(&node_status(&state).await).into_response()
+}
+
+async fn node_status(state: &OpsState) -> NodeStatus {
+    let disk = data_dir_space(state).await;
+    NodeStatus::of(state, disk)
 }

@@ -1,22 +1,34 @@
 //! The state of a node, for `GET /status` and the status page.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use serde::{Serialize, Serializer};
 
 use crate::backup::rfc3339;
-use crate::http::ops::OpsState;
+use crate::http::health::check_writable;
 use crate::http::ops::traffic::Traffic;
+use crate::http::ops::{OpsState, Port};
 use crate::log::{Chain, Seq};
 use crate::replication::state::NodeState;
 use crate::replication::{LastSnapshot, Peer, Restore};
-use crate::sys::host::process_memory;
+use crate::sys::host::{DiskSpace, host_name, process_memory};
 
 /// The response of `GET /status`.
 #[derive(Debug, Serialize)]
 pub struct NodeStatus {
     /// The id of this process.
     pub node: Arc<str>,
+    /// The name of the machine.
+    pub host: String,
+    /// The data directory; `null` without one.
+    pub data_dir: Option<String>,
+    /// The space of the data directory's file system; `null` without a data directory, and if the
+    /// file system does not answer within a second.
+    pub disk: Option<DiskStatus>,
+    /// The ports.
+    pub ports: Vec<PortStatus>,
     /// The version of the program.
     pub version: &'static str,
     /// The state of the node.
@@ -79,6 +91,30 @@ impl Serialize for NodeState {
     }
 }
 
+/// The space of a file system.
+#[derive(Debug, Serialize)]
+pub struct DiskStatus {
+    /// Free space for unprivileged processes.
+    pub free_bytes: u64,
+    /// The size of the file system.
+    pub size_bytes: u64,
+}
+
+/// One port and its connections.
+#[derive(Debug, Serialize)]
+pub struct PortStatus {
+    /// `write`, `read` or `ops`.
+    pub name: &'static str,
+    /// The address that it listens on.
+    pub address: SocketAddr,
+    /// Open connections.
+    pub connections: u64,
+    /// The limit of open connections.
+    pub connections_max: usize,
+    /// Connections that the node has closed at a deadline or at the limit.
+    pub connections_cut: u64,
+}
+
 /// The progress of a restore.
 #[derive(Debug, Serialize)]
 pub struct RestoreStatus {
@@ -127,15 +163,22 @@ pub struct SnapshotStatus {
 }
 
 impl NodeStatus {
-    /// The current state of the node.
+    /// The current state of the node, whose data directory has `disk`.
     #[must_use]
-    pub fn of(state: &OpsState) -> Self {
+    pub fn of(state: &OpsState, disk: Option<DiskSpace>) -> Self {
         let at = state.applied.snapshot(&state.store);
         let log_end = state.log.end();
         let memory = state.memory.measure(&state.store);
-        let unready = state.check_writable().err();
+        let unready = check_writable(&state.readiness, &*state.log).err();
         Self {
             node: Arc::clone(&state.node),
+            host: host_name(),
+            data_dir: state.data_dir.as_ref().map(|dir| dir.display().to_string()),
+            disk: disk.map(|space| DiskStatus {
+                free_bytes: space.free,
+                size_bytes: space.size,
+            }),
+            ports: state.ports.iter().map(PortStatus::of).collect(),
             version: env!("CARGO_PKG_VERSION"),
             state: unready
                 .as_ref()
@@ -165,6 +208,19 @@ impl NodeStatus {
             restore: state.restore.current().as_ref().map(RestoreStatus::of),
             snapshot: SnapshotStatus::of(&state.last_snapshot),
             peers: state.peers.known(),
+        }
+    }
+}
+
+impl PortStatus {
+    fn of(port: &Port) -> Self {
+        let counts = port.metrics.counts();
+        Self {
+            name: port.name,
+            address: port.address,
+            connections: counts.open.load(Ordering::Relaxed),
+            connections_max: port.connections_max,
+            connections_cut: counts.cut.load(Ordering::Relaxed),
         }
     }
 }

@@ -29,6 +29,19 @@ pub struct Traffic {
     pub reads: RouteTraffic,
     /// `POST /set`.
     pub writes: RouteTraffic,
+    /// Requests of the read and write port that were rejected.
+    pub rejected: Rejected,
+}
+
+/// Requests that were rejected: answered with an error other than 404.
+#[derive(Debug, PartialEq, Serialize)]
+pub struct Rejected {
+    /// Client errors (4xx) since the start.
+    pub client_errors: u64,
+    /// Server errors (5xx) since the start.
+    pub server_errors: u64,
+    /// Both per second.
+    pub per_s: f64,
 }
 
 /// Rate and latencies of one route.
@@ -48,6 +61,8 @@ struct Sample {
     at: Instant,
     reads: LatencyCounts,
     writes: LatencyCounts,
+    /// Client and server errors.
+    rejected: [u64; 2],
 }
 
 impl RecentTraffic {
@@ -71,6 +86,7 @@ impl RecentTraffic {
             window_s,
             reads: RouteTraffic::between(&first.reads, &last.reads, window_s),
             writes: RouteTraffic::between(&first.writes, &last.writes, window_s),
+            rejected: Rejected::between(first.rejected, last.rejected, window_s),
         })
     }
 
@@ -78,11 +94,29 @@ impl RecentTraffic {
         let Some([reads, writes]) = metrics.reads_and_writes() else {
             return;
         };
+        let rejected = metrics.rejections.counts();
         let mut samples = self.0.lock();
         if samples.len() == SAMPLES {
             samples.pop_front();
         }
-        samples.push_back(Sample { at, reads, writes });
+        samples.push_back(Sample {
+            at,
+            reads,
+            writes,
+            rejected,
+        });
+    }
+}
+
+impl Rejected {
+    fn between(first: [u64; 2], last: [u64; 2], window_s: f64) -> Self {
+        let [client_errors, server_errors] = last;
+        let recent = last.iter().sum::<u64>() - first.iter().sum::<u64>();
+        Self {
+            client_errors,
+            server_errors,
+            per_s: recent as f64 / window_s,
+        }
     }
 }
 
@@ -100,9 +134,11 @@ impl RouteTraffic {
 
 #[cfg(test)]
 mod tests {
+    use http::StatusCode;
     use metrics::Counter;
 
     use super::*;
+    use crate::http::route::Route;
 
     #[test]
     fn computes_rates_and_latencies_over_ten_seconds() {
@@ -115,9 +151,16 @@ mod tests {
 
         let metrics = HttpMetrics::new(|_, _| Counter::noop());
         let read = |times| (0..times).for_each(|_| metrics.record_read(Duration::from_micros(10)));
+        let answer = |route, status| metrics.rejections.record(route, status);
+        answer(Route::Backup, StatusCode::UNAUTHORIZED);
         read(1000);
         recent.sample(at(0), &metrics);
         assert!(recent.now().is_none());
+        answer(Route::SetLines, StatusCode::UNAUTHORIZED);
+        answer(Route::Backup, StatusCode::SERVICE_UNAVAILABLE);
+        // These do not count as rejected.
+        answer(Route::Other, StatusCode::NOT_FOUND);
+        answer(Route::Readyz, StatusCode::SERVICE_UNAVAILABLE);
         read(100);
         recent.sample(at(5), &metrics);
         let now = recent.now().unwrap();
@@ -134,6 +177,11 @@ mod tests {
             latency_s_p99: None,
         };
         assert_eq!(now.writes, none);
+        assert_eq!(
+            (now.rejected.client_errors, now.rejected.server_errors),
+            (2, 1)
+        );
+        assert!((now.rejected.per_s - 0.4).abs() < 1e-9);
 
         // Requests before the window do not count.
         for seconds in 6..16 {

@@ -61,7 +61,9 @@ pub fn routes(state: WriteState) -> Router {
                 .delete(delete_grade)
                 .fallback(|| async { ApiError::MethodNotAllowed("POST, DELETE") }),
         )
-        .fallback(|| async { ApiError::RouteUnknown("POST /set, DELETE /set, GET /backup") })
+        .fallback(|| async {
+            ApiError::RouteUnknown("POST /set, DELETE /set, GET /backup, GET /readyz")
+        })
         .with_state(state)
 }
 

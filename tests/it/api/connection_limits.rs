@@ -26,6 +26,14 @@ async fn a_new_connection_at_the_limit_evicts_the_longest_idle_one() {
     // Only the connection that was idle longest is closed.
     idle[0].expect_closed().await;
     assert_eq!(node.metric(CLOSED_CONNECTIONS).await, Some(1.0));
+    let port = &node.status().await["ports"][1];
+    for (name, value) in [
+        ("connections_cut", 1),
+        ("connections", 4),
+        ("connections_max", 4),
+    ] {
+        assert_eq!(port[name], value, "{name}");
+    }
     for connection in [&mut idle[1], &mut new] {
         assert_eq!(
             connection

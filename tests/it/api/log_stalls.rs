@@ -89,9 +89,14 @@ async fn a_node_that_misses_a_batch_stops_serving() {
         reason.contains("batch 3 was delivered after batch 1"),
         "{reason}"
     );
-    node.ops("/readyz/write")
-        .await
-        .expect_problem(503, "not-ready");
+    for (port, path) in [
+        (node.ops, "/readyz/write"),
+        (node.read, "/readyz"),
+        (node.write, "/readyz"),
+    ] {
+        let response = node.get_from(port, path).await;
+        assert_eq!(response.expect_problem(503, "not-ready"), reason);
+    }
     node.get("a").await.expect_problem(503, "not-ready");
     node.set(PATCH).await.expect_problem(503, "not-ready");
     assert_eq!(node.status().await["state"], "gap");

@@ -58,6 +58,11 @@ pub(crate) async fn wait_until_not_writable(node: &Node, within: Duration) -> St
     });
     assert!(took <= within + BUSY_MAX, "after {took:?}: {reason}");
     assert_eq!(node.metric("gradestore_log_writable").await, Some(0.0));
+    // Load balancers see it on the write port as well; reads go on.
+    node.get_from(node.write, "/readyz")
+        .await
+        .expect_problem(503, "not-ready");
+    assert_eq!(node.get_from(node.read, "/readyz").await.status, 200);
     // It stays unready.
     for _ in 0..10 {
         let response = node.set(PATCH).await;

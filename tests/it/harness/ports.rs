@@ -51,7 +51,12 @@ impl Ports {
 
     /// `GET` on the ops port.
     pub(crate) async fn ops(&self, path: &str) -> Response {
-        let url = format!("http://{}{path}", self.ops);
+        self.get_from(self.ops, path).await
+    }
+
+    /// `GET` on one of the ports.
+    pub(crate) async fn get_from(&self, port: SocketAddr, path: &str) -> Response {
+        let url = format!("http://{port}{path}");
         Response::of(
             with_timeout(&url, self.client.get(&url).send())
                 .await

@@ -1,11 +1,11 @@
 //! The command line.
 
 use std::net::TcpListener;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use crate::harness::backup_files::{file_names, program_with_data_dir};
 use crate::harness::wire::eventually;
-use crate::harness::{ANY_PORTS, Node, PASSWORD, program, run};
+use crate::harness::{ANY_PORTS, Node, PASSWORD, Process, ReservedPort, program, run};
 
 /// The stderr of a start that must fail.
 #[track_caller]
@@ -310,10 +310,27 @@ async fn the_health_command_reports_readiness() {
     let by_variable = run(program().arg("health").env("GRADESTORE_OPS_ADDR", &address));
     assert!(by_variable.status.success(), "{by_variable:?}");
 
-    // The read port responds, but not that it is ready.
-    let other = health(&node.read.to_string());
-    assert_eq!(other.status.code(), Some(1));
     drop(node);
+
+    // A node that waits for NATS responds, but not that it is ready.
+    let ops = ReservedPort::new();
+    let address_of_starting = ops.address().to_string();
+    let mut command = program();
+    command
+        .env("GRADESTORE_PASSWORD", PASSWORD)
+        .args(["--nats-url", "127.0.0.1:1"])
+        .args(["--write-addr=127.0.0.1:0", "--read-addr=127.0.0.1:0"])
+        .args(["--ops-addr", &address_of_starting])
+        .stderr(Stdio::null());
+    let _starting = Process(command.spawn().unwrap());
+    let starting = eventually("a response", async || {
+        let starting = health(&address_of_starting);
+        let printed = String::from_utf8_lossy(&starting.stderr);
+        printed.contains("(starting)").then_some(starting)
+    })
+    .await;
+    assert_eq!(starting.status.code(), Some(1));
+
     let nobody = health(&address);
     assert_eq!(nobody.status.code(), Some(1));
     let printed = String::from_utf8(nobody.stderr).unwrap();

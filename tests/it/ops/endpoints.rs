@@ -1,16 +1,29 @@
 //! The ops port: probes, status, metrics and the status page.
 
+use std::process::Command;
+
+use serde_json::json;
 use tempfile::tempdir;
 
-use crate::harness::Node;
 use crate::harness::backup_files::program_with_data_dir;
-use crate::harness::wire::{Response, TIMEOUT, eventually};
+use crate::harness::wire::{RawConnection, Response, TIMEOUT, eventually};
+use crate::harness::{Node, run};
 
 #[tokio::test]
 async fn liveness_and_readiness_of_a_ready_node_return_200() {
     let node = Node::start().await;
     for path in ["/livez", "/readyz", "/readyz/write"] {
         assert_eq!(node.ops(path).await.status, 200, "{path}");
+    }
+    for port in [node.read, node.write] {
+        let response = node.get_from(port, "/readyz").await;
+        assert_eq!((response.status, &*response.body), (200, "ready\n"));
+        let request = node.client.post(format!("http://{port}/readyz"));
+        let response = Response::of(request.send().await.unwrap()).await;
+        response.expect_problem(405, "method-not-allowed");
+        let unknown = node.get_from(port, "/readyz/write").await;
+        let detail = unknown.expect_problem(404, "route-unknown");
+        assert!(detail.contains("GET /readyz"), "{detail}");
     }
     for path in ["/index.html", "/get?user_id=a", "/readyz/read"] {
         node.ops(path).await.expect_problem(404, "route-unknown");
@@ -50,6 +63,62 @@ async fn status_reports_the_state_of_the_node() {
     // The digest of this record, which no version may change.
     assert_eq!(one["digest"], "dd6a0570c454b97f66aac1625bf5536d");
     assert_eq!(one["node"], empty["node"]);
+}
+
+#[tokio::test]
+async fn status_reports_where_the_node_runs() {
+    let host = run(Command::new("uname").arg("-n")).stdout;
+    let host = String::from_utf8(host).unwrap().trim().to_owned();
+    let directory = tempdir().unwrap();
+    let node = Node::start_with(&mut program_with_data_dir(directory.path())).await;
+    let status = node.status().await;
+    assert_eq!(status["host"], host);
+    assert_eq!(status["data_dir"], directory.path().to_str().unwrap());
+    let [free, size] = ["free_bytes", "size_bytes"].map(|name| status["disk"][name].as_u64());
+    assert!(free <= size && size > Some(0), "{}", status["disk"]);
+    let ports = status["ports"].as_array().unwrap();
+    let addresses = ports.iter().map(|port| (&port["name"], &port["address"]));
+    let expected = [
+        ("write", node.write),
+        ("read", node.read),
+        ("ops", node.ops),
+    ];
+    let expected = expected.map(|(name, address)| (json!(name), json!(address.to_string())));
+    assert!(
+        addresses.eq(expected.iter().map(|(name, address)| (name, address))),
+        "{ports:?}"
+    );
+
+    let ephemeral = Node::start().await.status().await;
+    assert_eq!(
+        (&ephemeral["data_dir"], &ephemeral["disk"]),
+        (&json!(null), &json!(null))
+    );
+}
+
+#[tokio::test]
+async fn status_counts_connections_and_rejected_requests() {
+    let node = Node::start().await;
+    let _open = [
+        RawConnection::connect(node.read).await,
+        RawConnection::connect(node.read).await,
+    ];
+    node.get("nobody").await.expect_problem(404, "user-unknown");
+    node.set("{").await.expect_problem(400, "not-json");
+    node.ops("/readyz/read")
+        .await
+        .expect_problem(404, "route-unknown");
+    let status = node
+        .status_where("the rejected request", |status| {
+            status["traffic"]["rejected"]["client_errors"] == 1
+        })
+        .await;
+    assert_eq!(status["traffic"]["rejected"]["server_errors"], 0);
+    // One of the client that read.
+    let connections = |port: usize| status["ports"][port]["connections"].as_u64();
+    assert_eq!((connections(0), connections(1)), (Some(1), Some(3)));
+    assert_eq!(status["ports"][1]["connections_max"], 8192);
+    assert_eq!(status["ports"][1]["connections_cut"], 0);
 }
 
 /// After the requests of the next test.

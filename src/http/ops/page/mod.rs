@@ -14,10 +14,11 @@ use sha2::{Digest, Sha256};
 use crate::backup::rfc3339;
 use crate::http::error::ApiError;
 use crate::http::ops::format;
-use crate::http::ops::status::{NodeStatus, RestoreStatus};
+use crate::http::ops::status::{NodeStatus, PortStatus, RestoreStatus};
 use crate::http::ops::traffic::RouteTraffic;
 use crate::log::now_ns;
 use crate::replication::state::{NodeState, Unready};
+use crate::sys::host::host_name;
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
@@ -31,7 +32,7 @@ pub(super) struct StatusPage<'a> {
     reason: Option<&'a str>,
     reads: bool,
     writes: bool,
-    node: &'a str,
+    host: String,
     /// `None` while the log is being opened.
     status: Option<&'a NodeStatus>,
     /// When the page was rendered.
@@ -89,7 +90,6 @@ impl<'a> StatusPage<'a> {
             reason: status.reason.as_deref(),
             reads: status.reads,
             writes: status.writes,
-            node: &status.node,
             status: Some(status),
             ..Self::in_state(status.state)
         }
@@ -110,7 +110,7 @@ impl<'a> StatusPage<'a> {
             reason: None,
             reads: false,
             writes: false,
-            node: "",
+            host: host_name(),
             status: None,
             at: rfc3339(now_ns()),
         }
@@ -122,6 +122,26 @@ impl<'a> StatusPage<'a> {
             ("Reads", traffic.map(|traffic| &traffic.reads)),
             ("Writes", traffic.map(|traffic| &traffic.writes)),
         ]
+    }
+
+    /// The length of the window of the rates.
+    fn window_s(&self) -> Option<f64> {
+        Some(self.status?.traffic.as_ref()?.window_s)
+    }
+
+    /// Open connections of all ports.
+    fn connections(&self) -> u64 {
+        self.of_all_ports(|port| port.connections)
+    }
+
+    /// Connections that the node has closed, of all ports.
+    fn cut(&self) -> u64 {
+        self.of_all_ports(|port| port.connections_cut)
+    }
+
+    fn of_all_ports(&self, count_of: impl FnMut(&PortStatus) -> u64) -> u64 {
+        let ports = self.status.map_or(&[][..], |status| &status.ports);
+        ports.iter().map(count_of).sum()
     }
 
     fn restore(&self) -> Option<&RestoreStatus> {

@@ -1,4 +1,4 @@
-// Fetches this page again and replaces the parts that changed. The node renders all content.
+// Fetches this page again, at the path under which it was loaded, and replaces the parts that changed. The node renders all content.
 "use strict";
 const EVERY_MS = 2000, WAIT_MS_MAX = 5000;
 const silent = document.getElementById("silent");
@@ -16,14 +16,14 @@ function update(fresh) {
 
 function setSilent(isSilent) {
   document.body.classList.toggle("stale", isSilent);
-  silent.querySelector("time").textContent = lastResponse.toLocaleTimeString();
+  silent.querySelector("time").textContent = lastResponse.toISOString().slice(0, 19).replace("T", " ") + " UTC";
   silent.hidden = !isSilent;
 }
 
 async function refresh() {
   clearTimeout(timer);
   try {
-    const response = await fetch("/", { cache: "no-store", signal: AbortSignal.timeout(WAIT_MS_MAX) });
+    const response = await fetch("", { cache: "no-store", signal: AbortSignal.timeout(WAIT_MS_MAX) });
     const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
     if (!fresh.getElementById("state")) throw new Error("not a status page");
     update(fresh);

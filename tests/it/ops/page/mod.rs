@@ -2,15 +2,25 @@
 
 mod browser;
 
+use std::net::SocketAddr;
 use std::process::Stdio;
 use std::time::Duration;
 
+use axum::Router;
+use axum::body::Body;
+use axum::routing::get;
 use gradestore::log::{Announcement, ClusterKey};
+use http::{StatusCode, Uri};
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
 use serde_json::{Value, json};
+use tempfile::tempdir;
+use tokio::net::TcpListener;
 
 use self::browser::{Browser, Page, PageMode};
 use crate::cluster::forged_messages::respond_to_queries;
-use crate::harness::backup_files::fetch_backup;
+use crate::harness::backup_files::{fetch_backup, program_with_data_dir};
 use crate::harness::cluster::broker::{Broker, Load, STREAM, replica_at};
 use crate::harness::cluster::seeded::SeededCluster;
 use crate::harness::cluster::throttle::Throttle;
@@ -201,6 +211,107 @@ async fn assert_restore_is_shown<'a>(
     page
 }
 
+/// Forwards the requests below `/nodes/a/` to the ops port of `node`, as a reverse proxy does that
+/// shows several nodes under one address. Returns its address.
+async fn prefix_proxy(node: &Ports) -> SocketAddr {
+    let (client, ops) = (node.client.clone(), node.ops);
+    let forward = async move |uri: Uri| {
+        let path = uri
+            .path()
+            .strip_prefix("/nodes/a")
+            .ok_or(StatusCode::NOT_FOUND)?;
+        let response = client.get(format!("http://{ops}{path}")).send().await;
+        let response = response.map_err(|_| StatusCode::BAD_GATEWAY)?;
+        Ok::<_, StatusCode>(http::Response::from(response).map(Body::new))
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let router = Router::new().route("/nodes/a/{*path}", get(forward.clone()));
+    let service = TowerToHyperService::new(router.route("/nodes/a/", get(forward)));
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let serving = http1::Builder::new();
+            tokio::spawn(serving.serve_connection(TokioIo::new(stream), service.clone()));
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn the_page_works_below_a_prefix() {
+    let node = Node::start().await;
+    let prefix = format!("http://{}/nodes/a/", prefix_proxy(&node).await);
+    let mut browser = Browser::start().await;
+    let mut page = browser.open(&prefix, PageMode::LIGHT).await;
+    page.wait_for_text(&["Ready"]).await;
+    // The script updates it.
+    let position = node.set(r#"{"user_id":"x","spp":1}"#).await.position();
+    let ends = format!("log ends at {position}");
+    page.wait_for_text(&[&ends]).await;
+    let links = "[...document.querySelectorAll('nav a')].map(link => link.href)";
+    let links = page.evaluate(links).await;
+    assert_eq!(links.as_array().unwrap().len(), 5);
+    for link in links.as_array().unwrap() {
+        let link = link.as_str().unwrap();
+        assert!(link.starts_with(&prefix), "{link}");
+        assert_eq!(
+            node.client.get(link).send().await.unwrap().status(),
+            200,
+            "{link}"
+        );
+    }
+    assert_eq!(page.browser_errors(), [] as [Value; 0]);
+}
+
+#[tokio::test]
+async fn the_page_says_where_the_node_runs_and_what_it_keeps() {
+    let directory = tempdir().unwrap();
+    let node = Node::start_with(&mut program_with_data_dir(directory.path())).await;
+    let mut browser = Browser::start().await;
+    node.set("{").await.expect_problem(400, "not-json");
+    let status = node
+        .status_where("the rejected request", |status| {
+            status["traffic"]["rejected"]["client_errors"] == 1
+        })
+        .await;
+    let host = status["host"].as_str().unwrap();
+    let ports = [
+        ("write", node.write),
+        ("read", node.read),
+        ("ops", node.ops),
+    ];
+    let ports = ports
+        .map(|(name, address)| format!("{name} {address}"))
+        .join(", ");
+    let mut page = browser.open(&url(&node), PageMode::LIGHT).await;
+    let text = page
+        .wait_for_text(&[
+            host,
+            &ports,
+            directory.path().to_str().unwrap(),
+            "per second in the last",
+            "1 with 4xx (not 404), 0 with 5xx since the start",
+            "closed by the node",
+            "free of",
+            "resident",
+            " UTC",
+        ])
+        .await;
+    assert!(!text.contains("Keeping nothing"), "{text}");
+    let title = page.evaluate("document.title").await;
+    assert!(title.as_str().unwrap().contains(host), "{title}");
+
+    let ephemeral = Node::start().await;
+    let lost = "Keeping nothing: all records are lost when this node stops";
+    assert_page(
+        &mut browser,
+        "ephemeral",
+        &ephemeral,
+        &[lost, "in memory only", "no data directory"],
+    )
+    .await;
+}
+
 #[tokio::test]
 async fn an_unreachable_broker_is_shown() {
     let mut broker = Broker::start().await;
@@ -241,26 +352,28 @@ async fn a_gap_is_shown_with_its_reason() {
 
 #[tokio::test]
 async fn a_starting_node_has_a_page() {
-    let ops = ReservedPort::new();
+    let [write, read, ops] = [(); 3].map(|()| ReservedPort::new());
     let mut command = program();
     command
         .env("GRADESTORE_PASSWORD", PASSWORD)
-        .args([
-            "--nats-url",
-            "127.0.0.1:1",
-            "--write-addr=127.0.0.1:0",
-            "--read-addr=127.0.0.1:0",
-        ])
+        .args(["--nats-url", "127.0.0.1:1"])
+        .args(["--write-addr", &write.address().to_string()])
+        .args(["--read-addr", &read.address().to_string()])
         .args(["--ops-addr", &ops.address().to_string()])
         .stderr(Stdio::null());
     let _process = Process(command.spawn().unwrap());
-    let node = Ports::new(ops.address(), ops.address(), ops.address());
+    let node = Ports::new(write.address(), read.address(), ops.address());
     eventually("a page", async || {
         let url = format!("http://{}/livez", node.ops);
         let asked = node.client.get(url).send().await;
         asked.ok().filter(|response| response.status() == 200)
     })
     .await;
+    for port in [node.ops, node.read, node.write] {
+        let response = node.get_from(port, "/readyz").await;
+        let reason = response.expect_problem(503, "not-ready");
+        assert!(reason.contains("(starting)"), "{reason}");
+    }
     let mut browser = Browser::start().await;
     assert_page(
         &mut browser,
@@ -279,7 +392,7 @@ async fn an_unresponsive_node_is_shown_as_such() {
     let text = page.wait_for_text(&["Ready"]).await;
     assert!(!text.contains("No response"), "{text}");
     node.kill();
-    page.wait_for_text(&["No response since", "Showing older data", "Ready"])
+    page.wait_for_text(&["No response since", " UTC. Showing older data", "Ready"])
         .await;
     assert_eq!(
         page.evaluate("document.title").await,
