@@ -348,7 +348,13 @@ async fn a_stream_with_other_settings_stops_the_start_and_is_named() {
         printed.contains("GRADES has storage Memory, expected File"),
         "{printed}"
     );
-    // Another stream name with the same subject.
+    // Another stream has the subject.
+    let made = client.create_stream(Config {
+        name: "HOLDER".to_owned(),
+        subjects: vec!["grades.*.set".to_owned()],
+        ..Config::default()
+    });
+    made.await.unwrap();
     let dir = tempfile::tempdir().unwrap();
     let mut other = replica_with_data(broker.address, dir.path());
     let output = run(other.args(["--stream", "OTHER"]));
