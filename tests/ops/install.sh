@@ -5,6 +5,10 @@
 # no package lists.
 set -eu
 cd "$(dirname "$0")/../.."
+# One at a time: make runs it for several targets.
+mkdir -p .tools
+exec 9>.tools/ops.lock
+flock 9
 
 CHECK_JSONSCHEMA=0.33.2
 KUBERNETES_VALIDATE=1.33.1
