@@ -15,10 +15,11 @@ cluster: ## run NATS and three nodes on this machine; Ctrl-C stops all
 
 # Includes the integration tests that need installed programs; see tests/left_out.rs.
 TEST_ALL = --features gradestore/test-all
+# One command for all tests, because cargo builds a program again for another choice of packages and targets.
+BUILD_TESTS = cargo build --locked --tests --bins -p gradestore -p gradestore-sim $(TEST_ALL)
 test: ## run all tests; installs missing programs into .tools/
 	tests/install.sh
-# Built together with the simulator, so that both use the same dependencies.
-	cargo build --locked --tests --bins -p gradestore -p gradestore-sim $(TEST_ALL)
+	$(BUILD_TESTS)
 # Four tests per core, because most of them wait for other processes.
 	RUST_TEST_THREADS=$$((4 * $$(nproc))) cargo test --locked $(TEST_ALL)
 	target/debug/gradestore-sim --seeds $(SEEDS) --from $(FROM)
@@ -108,11 +109,9 @@ rates: ## run k6 and oha at fixed rates on one node and on three; RATES="smoke o
 	python3 load/k6.py $(RATES)
 
 OPS_TEST = PROGRAM=target/debug/gradestore .tools/ops/bin/python -m unittest
-# The same features as in `make test`, so that nothing is built twice.
-BUILD_PROGRAM = cargo test --locked $(TEST_ALL) --no-run --test it
 load-test: ## test the k6 scripts and the data generator on real nodes
 	tests/ops/install.sh
-	$(BUILD_PROGRAM)
+	$(BUILD_TESTS)
 	$(OPS_TEST) tests/ops/test_load.py
 
 dashboards: ## print the values of all panels for the nodes of `make cluster`
@@ -121,18 +120,18 @@ dashboards: ## print the values of all panels for the nodes of `make cluster`
 
 dashboards-test: ## test every panel and alert on a real Prometheus and a cluster under load
 	tests/ops/install.sh
-	$(BUILD_PROGRAM)
+	$(BUILD_TESTS)
 	$(OPS_TEST) tests/ops/test_dashboards.py tests/ops/test_alerts.py
 
 docs-test: ## test the documents: protocol, README's commands, client examples, all links, other tools, proxies
 	tests/ops/install.sh
-	$(BUILD_PROGRAM)
+	$(BUILD_TESTS)
 	$(OPS_TEST) tests/ops/test_docs.py tests/ops/test_backup_tools.py tests/ops/test_proxies.py
 
 IN_NAMESPACES = unshare --map-root-user --net --mount --pid --fork --kill-child --mount-proc
 compose-test: ## test the files of compose/: their schemas, and their services without containers
 	tests/ops/install.sh
-	$(BUILD_PROGRAM)
+	$(BUILD_TESTS)
 	$(IN_NAMESPACES) env $(OPS_TEST) tests/ops/test_compose.py
 
 dist: ## build a static program and a Debian package with checksums into target/packages
