@@ -94,7 +94,7 @@ struct Syntax {
     /// The line breaks so far. CR LF is one.
     breaks: u64,
     after_cr: bool,
-    /// The rows that have begun, with the header row.
+    /// The number of rows so far, including the header row and an incomplete last one.
     rows: u64,
     /// The line of the last one.
     row_line: u64,

@@ -7,7 +7,8 @@ use futures_util::future::select_all;
 use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// All signals whose default action ends a process, except those that report a bug in it.
+/// The signals after which a command removes its temporary file. Others end the process at once:
+/// SIGKILL, those that report a bug in it, SIGPWR, SIGSTKFLT and the real-time signals.
 const ENDING: [Signal; 11] = [
     Signal::HUP,
     Signal::INT,

@@ -18,6 +18,7 @@ use super::GRADE_POSITION;
 use super::body::{self, JSON, content_type};
 use super::error::ApiError;
 use super::fast::{GetOutcome, GetRoute, request};
+use super::host::is_percent_encoding_valid;
 use crate::grade::{USER_ID, UserGrade, check_user_id};
 use crate::log::{Log, Seq};
 use crate::replication::state::Readiness;
@@ -304,11 +305,7 @@ fn decode(text: &str) -> Result<Cow<'_, str>, ApiError> {
     if !text.bytes().any(|byte| matches!(byte, b'%' | b'+')) {
         return Ok(Cow::Borrowed(text));
     }
-    let hex_follows = |rest: &str| {
-        let hex = rest.as_bytes().get(..2);
-        hex.is_some_and(|hex| hex.iter().all(u8::is_ascii_hexdigit))
-    };
-    if !text.split('%').skip(1).all(hex_follows) {
+    if !is_percent_encoding_valid(text) {
         let what = "% must be followed by two hexadecimal digits; encode a percent sign as %25";
         return Err(ApiError::QueryEncoding(what));
     }

@@ -96,13 +96,18 @@ fn host_of(value: &[u8]) -> Option<&str> {
 /// Whether `name` consists of the characters of a registered name. Each `%` begins a hexadecimal byte.
 #[must_use]
 pub fn is_name(name: &str) -> bool {
+    name.bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%".contains(&byte))
+        && is_percent_encoding_valid(name)
+}
+
+/// Whether two hexadecimal digits follow each `%`.
+pub(super) fn is_percent_encoding_valid(text: &str) -> bool {
     let hex_follows = |rest: &str| {
         let hex = rest.as_bytes().get(..2);
         hex.is_some_and(|hex| hex.iter().all(u8::is_ascii_hexdigit))
     };
-    name.bytes()
-        .all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%".contains(&byte))
-        && name.split('%').skip(1).all(hex_follows)
+    text.split('%').skip(1).all(hex_follows)
 }
 
 #[cfg(test)]

@@ -56,8 +56,8 @@ struct StoreInner {
 
 /// Chooses the shard of an id, by a seed that clients do not know: otherwise they could choose ids of
 /// one shard, and a large shard stops the thread that grows it, and with it the reads of all users.
-/// It is the seed of the store that the first backup was made of, so that a restore fills one shard
-/// after the other and each fits into a core's cache (ADR 0003 has the times).
+/// A restored store uses the seed in its backup, so that a restore fills one shard after the other and
+/// each fits into a core's cache (ADR 0003 has the times).
 struct ShardHash {
     seed: u64,
     /// With the constants of the hash in its place, some ids have equal hashes whatever the seed.
