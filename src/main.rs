@@ -19,8 +19,8 @@ use gradestore::log::RandomId;
 use gradestore::node::data_dir::{Storage, StorageOptions};
 use gradestore::node::lifecycle::{self, Sockets};
 use gradestore::node::signals;
+use gradestore::sys::signals::{STOP, Signals, numbered};
 use gradestore::telemetry;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Returns memory to the system when connections or a backup are over (ADR 0005).
 #[global_allocator]
@@ -151,9 +151,9 @@ fn shutdown() -> io::Result<impl Future<Output = ()>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()?;
-    let mut first = Signals::new()?;
+    let mut first = Signals::handle(numbered(&STOP))?;
     let entered = runtime.enter();
-    let mut both = Signals::new()?;
+    let mut both = Signals::handle(numbered(&STOP))?;
     drop(entered);
     thread::Builder::new()
         .name("signals".to_owned())
@@ -164,32 +164,9 @@ fn shutdown() -> io::Result<impl Future<Output = ()>> {
             });
             std::process::exit(130);
         })?;
-    Ok(async move { first.next().await })
-}
-
-/// The signals that end the process.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    quit: Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            quit: signal(SignalKind::quit())?,
-        })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-            _ = self.quit.recv() => {}
-        }
-    }
+    Ok(async move {
+        first.next().await;
+    })
 }
 
 /// Logs where the node keeps its data and its password.

@@ -408,7 +408,15 @@ async fn the_backup_command_keeps_nothing_when_interrupted() {
         Signal::USR1,
         Signal::USR2,
         Signal::ALARM,
+        Signal::ABORT,
+        Signal::TRAP,
+        Signal::SYS,
+        Signal::STKFLT,
         Signal::XCPU,
+        Signal::VTALARM,
+        Signal::PROF,
+        Signal::IO,
+        Signal::POWER,
     ] {
         let before = (signal == Signal::TERM).then_some("an older one");
         let mut held = HeldBackup::start(&node, &[], before).await;

@@ -20,7 +20,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::{ANY_PORTS, PASSWORD, Ports, Process, collect_output, program};
+use super::{ANY_PORTS, PASSWORD, Ports, Process, collect_output, program, run};
 
 use crate::harness::wire::{eventually, with_timeout};
 
@@ -111,6 +111,13 @@ impl Node {
 
     pub(crate) fn signal(&self, signal: Signal) {
         kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// Sends SIGRTMIN+`n`, which the library for the other signals does not offer.
+    pub(crate) fn real_time_signal(&self, n: i32) {
+        let pid = self.pid().as_raw_pid();
+        let kill = format!("kill -{} {pid}", 34 + n);
+        assert!(run(Command::new("sh").args(["-c", &kill])).status.success());
     }
 
     pub(crate) fn pid(&self) -> Pid {

@@ -29,6 +29,8 @@ async fn a_signal_without_a_meaning_is_ignored_with_a_log_line() {
         (Signal::USR1, "SIGUSR1"),
         (Signal::USR2, "SIGUSR2"),
         (Signal::ALARM, "SIGALRM"),
+        (Signal::STKFLT, "SIGSTKFLT"),
+        (Signal::XCPU, "SIGXCPU"),
         (Signal::VTALARM, "SIGVTALRM"),
         (Signal::PROF, "SIGPROF"),
         (Signal::IO, "SIGIO"),
@@ -39,6 +41,11 @@ async fn a_signal_without_a_meaning_is_ignored_with_a_log_line() {
             let line = format!("signal ignored signal=\"{name}\"");
             wait_for_log(&node, &line, times).await;
         }
+    }
+    for n in 0..=30 {
+        node.real_time_signal(n);
+        let line = format!("signal ignored signal=\"SIGRTMIN+{n}\"");
+        wait_for_log(&node, &line, 1).await;
     }
     // The system sends these for writes that fail with an error.
     node.signal(Signal::PIPE);
