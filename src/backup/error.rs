@@ -3,6 +3,8 @@
 use std::io;
 use std::path::Path;
 
+use crate::log::Seq;
+
 /// Why a backup was rejected. `row` counts rows from 1, without the header row; `line` counts lines
 /// of the text from 1, with it.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +45,18 @@ pub enum BackupError {
     Trailing {
         /// The length of the backup.
         at: u64,
+    },
+    /// A position that no log has.
+    #[error(
+        "impossible position {position}: positions of this backup are from {previous} to {max}; \
+         fetch the backup again",
+        max = super::format::POSITION_MAX
+    )]
+    Position {
+        /// The position in the record.
+        position: Seq,
+        /// The position before it in the file.
+        previous: Seq,
     },
     /// A newer program wrote the file.
     #[error(

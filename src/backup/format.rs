@@ -7,6 +7,10 @@ use crate::log::{Chain, Position, Seq};
 /// The format that this program writes, and the newest that it reads.
 pub const FORMAT: u32 = 1;
 
+/// The highest position of a backup. No log comes near it: at a million batches per second it takes
+/// 140,000 years. Any higher one is refused, so that positions can be counted up without overflow.
+pub(super) const POSITION_MAX: Seq = 1 << 62;
+
 /// The record in the first member.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeadRecord {

@@ -11,12 +11,13 @@ use parking_lot::Mutex;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::error::BackupError;
-use super::format::{EndRecord, FORMAT, HeadRecord};
+use super::format::{EndRecord, FORMAT, HeadRecord, POSITION_MAX};
 use super::member::{self, FIXED_BYTES, MemberKind, MemberRecord, START_BYTES, TRAILER_BYTES};
 use super::parallelism::threads_for;
 use super::progress::{ReadProgress, RowSink, Summary};
 use super::row;
 use crate::grade::Digest;
+use crate::log::Seq;
 use crate::store::RecordBatch;
 
 /// The longest FNAME of the first member.
@@ -151,6 +152,10 @@ impl<'a, R: Read> NativeReader<'a, R> {
                 known: FORMAT,
             });
         }
+        check_positions(0, head.position)?;
+        if head.log_id.chars().any(char::is_control) {
+            return Err(damaged("the log id has a control character"));
+        }
         let mut first = header;
         while self.read_exact(1, &mut first)?.is_none_or(|byte| byte != 0) {
             if first.len() > FIXED_BYTES + usize::from(u16::MAX) + NAME_BYTES_MAX {
@@ -250,6 +255,7 @@ impl<'a, R: Read> NativeReader<'a, R> {
         digest: Digest,
         checksum: u128,
     ) -> Result<Summary, BackupError> {
+        check_positions(head.position, end.position)?;
         let at = self.at;
         let more = (&mut self.source).take(1).read_to_end(&mut Vec::new());
         if more.map_err(|error| BackupError::Io { at, error })? > 0 {
@@ -314,6 +320,14 @@ impl<'a, R: Read> NativeReader<'a, R> {
             true => Ok(bytes.last().copied()),
             false => Err(BackupError::Truncated { at: self.at }),
         }
+    }
+}
+
+/// Checks a position against the one before it and against the highest one.
+pub(super) fn check_positions(previous: Seq, position: Seq) -> Result<(), BackupError> {
+    match (previous..=POSITION_MAX).contains(&position) {
+        true => Ok(()),
+        false => Err(BackupError::Position { position, previous }),
     }
 }
 

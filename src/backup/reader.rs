@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use super::error::BackupError;
 use super::format::HeadRecord;
 use super::member::{self, MEMBER_BYTES_MAX, MemberKind, MemberRecord, START_BYTES};
-use super::native::NativeReader;
+use super::native::{NativeReader, check_positions};
 use super::progress::{ReadProgress, RowSink, Summary};
 use super::third_party_csv;
 use crate::log::Seq;
@@ -121,13 +121,16 @@ pub fn end_position(mut source: impl Read + Unpin + Send) -> Result<Seq, BackupE
     }
     let progress = ReadProgress::default();
     let mut native = NativeReader::new(io::Cursor::new(start).chain(source), &progress);
-    native.read_head()?;
+    let (head, _fields) = native.read_head()?;
     let mut skipped = Vec::new();
     loop {
         let at = native.at();
         let (header, record) = native.read_header()?;
         match record {
-            MemberRecord::End(end) => return Ok(end.position),
+            MemberRecord::End(end) => {
+                check_positions(head.position, end.position)?;
+                return Ok(end.position);
+            }
             MemberRecord::Rows { member_bytes, .. }
                 if (member_bytes as usize) <= MEMBER_BYTES_MAX =>
             {

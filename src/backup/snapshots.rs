@@ -20,6 +20,7 @@ use super::writer::{BackupWriter, ChunkSource};
 use crate::log::{Position, Seq};
 use crate::store::{RecordBatch, Store};
 use crate::sys::exec::Blocking;
+use crate::sys::files;
 
 const SNAPSHOTS_KEPT: usize = 2;
 /// The most rows for which a restore reserves memory before it has read them: 73 MiB.
@@ -202,7 +203,7 @@ async fn write_file(
     let mut bytes = first.len() as u64;
     let path = path.to_owned();
     let created = pool.run(move || {
-        let mut file = File::create(path)?;
+        let mut file = files::create(&path)?;
         file.write_all(&first)?;
         Ok(file)
     });

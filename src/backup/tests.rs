@@ -12,6 +12,7 @@ use futures_util::FutureExt;
 use parking_lot::Mutex;
 use proptest::prelude::*;
 
+use super::format::POSITION_MAX;
 use super::parallelism::threads_for;
 use super::*;
 use crate::grade::{Changes, FIELD_COUNT, FIELDS, Patch, USER_ID, Values};
@@ -59,6 +60,11 @@ fn members_of(store: &Store) -> Vec<Vec<u8>> {
 }
 
 fn members_after(head: &HeadRecord, store: &Store) -> Vec<Vec<u8>> {
+    members_between(head, 9, store)
+}
+
+/// The members of a backup that ends at position `end`.
+fn members_between(head: &HeadRecord, end: u64, store: &Store) -> Vec<Vec<u8>> {
     let (mut writer, first) = BackupWriter::start(head);
     let mut members = vec![first];
     let source = ChunkSource::with_chunk_text(store, 16 * 1024);
@@ -67,7 +73,7 @@ fn members_after(head: &HeadRecord, store: &Store) -> Vec<Vec<u8>> {
         members.push(chunk.bytes);
     }
     members.push(writer.end(&Position {
-        seq: 9,
+        seq: end,
         ..head.position()
     }));
     members
@@ -246,6 +252,41 @@ fn the_head_and_end_position_are_known_without_the_rows() {
         assert!(error.contains("truncated at byte"), "at {cut}: {error}");
     }
     assert!(read_head(&b"no gzip, though long"[..]).is_err());
+}
+
+#[test]
+fn impossible_positions_and_log_ids_are_refused() {
+    let store = store_of(10);
+    let with_positions = |position: u64, end: u64| {
+        let head = HeadRecord { position, ..head() };
+        members_between(&head, end, &store).concat()
+    };
+    let possible = with_positions(POSITION_MAX, POSITION_MAX);
+    assert_eq!(end_position(&*possible).unwrap(), POSITION_MAX);
+    assert!(read_rows(&possible).is_ok());
+    for (position, end) in [
+        (u64::MAX, u64::MAX),
+        (POSITION_MAX + 1, POSITION_MAX + 1),
+        (7, u64::MAX),
+        (7, POSITION_MAX + 1),
+        (7, 6),
+    ] {
+        let bytes = with_positions(position, end);
+        for error in [
+            read_rows(&bytes).map(drop).unwrap_err(),
+            end_position(&*bytes).map(drop).unwrap_err(),
+        ] {
+            let error = error.to_string();
+            assert!(
+                error.contains("impossible position"),
+                "{position} {end}: {error}"
+            );
+        }
+    }
+    let log_id = "\u{1b}[2J".into();
+    let bytes = members_after(&HeadRecord { log_id, ..head() }, &store).concat();
+    let error = read_rows(&bytes).map(drop).unwrap_err().to_string();
+    assert!(error.contains("control character"), "{error}");
 }
 
 #[test]

@@ -2,7 +2,6 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, BufReader, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +17,7 @@ use crate::replication::peer_client::{
     BodyReader, Client, ClientCredentials, Compression, Download, RemoteError,
 };
 use crate::store::RecordBatch;
+use crate::sys::files;
 use crate::sys::progress::Bar;
 
 /// How long the node may send nothing.
@@ -105,11 +105,8 @@ impl Partial {
         let mut partial = path.as_os_str().to_owned();
         partial.push(format!(".{}.partial", std::process::id()));
         let partial = Self(PathBuf::from(partial));
-        // Of a killed process with the same id, as in a container.
-        let _ = fs::remove_file(&partial.0);
-        let mut options = File::options();
-        let file = options.write(true).create_new(true).mode(0o600);
-        let file = file.open(&partial.0)?;
+        // A killed process with the same id, as in a container, may have left one.
+        let file = files::create(&partial.0)?;
         Ok((partial, file))
     }
 

@@ -1,4 +1,4 @@
-//! Small files that are written as a whole.
+//! New files that only this user can read.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
@@ -14,17 +14,7 @@ pub fn write(path: &Path, text: &str) -> io::Result<()> {
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
     let new = PathBuf::from(new);
-    // One that a crash has left may have other permissions.
-    match fs::remove_file(&new) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut options = OpenOptions::new();
-    let mut file = options
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&new)?;
+    let mut file = create(&new)?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
     fs::rename(&new, path)?;
@@ -32,4 +22,19 @@ pub fn write(path: &Path, text: &str) -> io::Result<()> {
         Some(dir) if dir != Path::new("") => File::open(dir)?.sync_all(),
         _ => File::open(".")?.sync_all(),
     }
+}
+
+/// Creates the file at `path` to read and write it; removes one that exists, which may have other
+/// permissions. Only this user can open it.
+///
+/// # Errors
+/// The file can't be created.
+pub fn create(path: &Path) -> io::Result<File> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut options = OpenOptions::new();
+    let options = options.read(true).write(true).create_new(true);
+    options.mode(0o600).open(path)
 }

@@ -29,6 +29,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::record::{RECORD_HEADER_BYTES, RecordHeader};
 use crate::log::{Chain, Position, RandomId, Seq};
+use crate::sys::files;
 
 /// The offset of the first record: a page, so that writing records does not touch the header.
 pub(super) const HEADER_BYTES: u64 = 4096;
@@ -157,9 +158,7 @@ pub(super) fn create(dir: &Path, header: &SegmentHeader, space_bytes: u64) -> io
     let path = path(dir, header.first());
     let new = path.with_extension(NEW_EXTENSION);
     let create = || -> io::Result<File> {
-        let mut options = File::options();
-        let options = options.read(true).write(true).create(true).truncate(true);
-        let file = options.open(&new)?;
+        let file = files::create(&new)?;
         file.write_all_at(&header.write(), 0)?;
         write_zeros(&file, HEADER_BYTES, HEADER_BYTES + space_bytes)?;
         file.sync_all()?;
