@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use reqwest::Url;
 
-use crate::http::host::is_name;
+use crate::http::host::{address_of, is_name};
 use crate::log::Servers;
 use crate::replication::memory::MemoryMax;
 
@@ -91,11 +91,14 @@ pub(super) fn yes_or_no(text: &str) -> Result<bool, String> {
 }
 
 pub(super) fn host_name(text: &str) -> Result<String, String> {
-    match !text.is_empty() && is_name(text) {
+    let is_host_name = !text.is_empty() && is_name(text) && !text.contains('*');
+    match is_host_name || address_of(text).is_some() {
         true => Ok(text.to_owned()),
         false => {
             let fix = fix("--allowed-host", "grades.example.com");
-            Err(format!("it must be a host name without a port; {fix}"))
+            Err(format!(
+                "it must be one host name or IP address without a port or wildcard; {fix}"
+            ))
         }
     }
 }

@@ -66,13 +66,14 @@ impl Hosts {
         let Some(names) = &self.only else {
             return true;
         };
-        let named = |name: &str| host.eq_ignore_ascii_case(name);
-        let is_loopback = || {
-            let address = host.trim_start_matches('[').trim_end_matches(']');
-            let address = address.parse::<IpAddr>();
-            address.is_ok_and(|address| address.to_canonical().is_loopback())
+        let address = address_of(host);
+        let is_loopback = address.is_some_and(|address| address.to_canonical().is_loopback());
+        let host = without_final_dot(host);
+        let named = |name: &str| {
+            let same_address = address.is_some() && address_of(name) == address;
+            same_address || host.eq_ignore_ascii_case(without_final_dot(name))
         };
-        named("localhost") || is_loopback() || names.iter().any(|name| named(name))
+        is_loopback || named("localhost") || names.iter().any(|name| named(name))
     }
 }
 
@@ -91,6 +92,20 @@ fn host_of(value: &[u8]) -> Option<&str> {
             None => is_name(host) && (!host.is_empty() || value.is_empty()),
         };
     valid.then_some(host)
+}
+
+/// The IP address in `host`; an IPv6 address may be in brackets.
+#[must_use]
+pub fn address_of(host: &str) -> Option<IpAddr> {
+    let inner = host
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'));
+    inner.unwrap_or(host).parse().ok()
+}
+
+/// `grades.example.` is the fully qualified form of `grades.example`.
+fn without_final_dot(name: &str) -> &str {
+    name.strip_suffix('.').unwrap_or(name)
 }
 
 /// Whether `name` consists of the characters of a registered name. Each `%` begins a hexadecimal byte.
@@ -149,7 +164,13 @@ mod tests {
 
     #[test]
     fn a_loopback_port_answers_for_local_hosts_only() {
-        let allowed = ["Grades.example".to_owned()];
+        let allowed = [
+            "Grades.example",
+            "dotted.example.",
+            "10.0.0.2",
+            "2001:db8::1",
+        ];
+        let allowed = allowed.map(str::to_owned);
         let hosts = Hosts::of(LOOPBACK, &allowed);
         for (value, accepted) in [
             ("localhost", true),
@@ -159,6 +180,11 @@ mod tests {
             ("[::1]:1", true),
             ("[::ffff:127.0.0.1]", true),
             ("grades.EXAMPLE:443", true),
+            ("grades.example.:443", true),
+            ("localhost.", true),
+            ("dotted.example", true),
+            ("10.0.0.2", true),
+            ("[2001:DB8:0::1]:8081", true),
             ("", false),
             ("10.0.0.1", false),
             ("[::2]", false),
@@ -167,6 +193,8 @@ mod tests {
             ("x.grades.example", false),
             ("rebind.example:8081", false),
             ("a@localhost", false),
+            ("localhost..", false),
+            ("[2001:db8::2]", false),
         ] {
             assert_eq!(hosts.accepts(value.as_bytes()), accepted, "{value}");
         }
