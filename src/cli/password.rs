@@ -1,6 +1,8 @@
 //! Reads or generates the password, and reads it again.
 
+use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::error::ConfigError;
@@ -43,8 +45,9 @@ impl PasswordSource {
         let Self::Kept(path) = self else {
             return Ok(());
         };
-        match read_file(path, &path.display().to_string()) {
+        match read_regular_file(path) {
             Ok(password) => {
+                warn_if_public(path);
                 credentials.replace_password(&password);
                 Ok(())
             }
@@ -70,7 +73,7 @@ impl PasswordSource {
             return;
         };
         let file = path.display();
-        match read_file(path, &file.to_string()) {
+        match read_regular_file(path) {
             Ok(password) => match credentials.replace_password(&password) {
                 true => tracing::info!(%file, "password reloaded"),
                 false => tracing::info!(%file, "password unchanged"),
@@ -105,9 +108,34 @@ pub(super) fn given(
     }
 }
 
+/// Reads the password in the file at `path`. Refuses a pipe, whose writer may never come.
+fn read_regular_file(path: &Path) -> Result<String, ConfigError> {
+    let file = path.display().to_string();
+    match fs::metadata(path) {
+        Ok(metadata) if !metadata.is_file() => Err(ConfigError::PasswordFile {
+            file,
+            error: io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"),
+        }),
+        // Reading it returns the error.
+        Ok(_) | Err(_) => read_file(path, &file),
+    }
+}
+
+/// Warns if other users may read the file that holds the password.
+fn warn_if_public(path: &Path) {
+    let mode = fs::metadata(path).map_or(0, |metadata| metadata.mode());
+    if mode & 0o077 != 0 {
+        let (file, mode) = (path.display(), mode & 0o777);
+        tracing::warn!(
+            %file,
+            "other users may read or write the password: its mode is {mode:o}; run chmod 600 {file}"
+        );
+    }
+}
+
 /// Reads the password in the file at `path`, which errors call `file`.
 fn read_file(path: &Path, file: &str) -> Result<String, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|error| ConfigError::PasswordFile {
+    let text = fs::read_to_string(path).map_err(|error| ConfigError::PasswordFile {
         file: file.to_owned(),
         error,
     })?;
