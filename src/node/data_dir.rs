@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use super::restored_from::Fingerprint;
+use super::restored_from::{self, Fingerprint};
 use crate::backup::{BackupError, Snapshots, end_position, quarantine, read_head};
 use crate::log::{
     AskNode, ClusterKey, DiskLog, ExistingData, InFlight, JetStreamConfig, JetStreamLog, Log,
@@ -35,6 +35,16 @@ pub enum StorageConfig {
         /// A log whose snapshots are quarantined if the stream holds another one.
         abandon_log: Option<String>,
     },
+}
+
+impl StorageConfig {
+    fn data_dir(&self) -> Option<&DataDir> {
+        match self {
+            Self::Ephemeral => None,
+            Self::Disk(data_dir) => Some(data_dir),
+            Self::JetStream { data_dir, .. } => data_dir.as_ref(),
+        }
+    }
 }
 
 /// A data directory and its settings.
@@ -148,10 +158,14 @@ impl Storage {
     /// See [`StorageError`].
     pub fn open(config: &StorageConfig, opening: StorageOptions) -> Result<Self, StorageError> {
         let node = opening.node;
-        let seed = opening.restore_from.map(Seed::read).transpose()?;
+        let read = |path| Seed::read(path, config.data_dir());
+        let seed = opening.restore_from.map(read).transpose()?;
         match config {
             StorageConfig::Ephemeral => {
-                let base = seed.map_or(0, |seed| seed.base);
+                let base = match seed {
+                    Some(Seed::File { base, .. }) => base,
+                    _ => 0,
+                };
                 Ok(Self::of(Arc::new(MemoryLog::new(node, base)), node))
             }
             StorageConfig::Disk(data_dir) => {
@@ -206,9 +220,13 @@ impl Storage {
         seed: Option<Seed>,
         open: impl Fn(Option<Seq>) -> Result<Arc<dyn Log>, StorageError>,
     ) -> Result<Self, StorageError> {
-        let Some(Seed { path, base }) = seed else {
-            self.log = open(None)?;
-            return Ok(self);
+        let (path, base) = match seed {
+            None => {
+                self.log = open(None)?;
+                return Ok(self);
+            }
+            Some(Seed::Gone { path }) => return self.already_restored(&path, open),
+            Some(Seed::File { path, base }) => (path, base),
         };
         let fingerprint = match data_dir {
             Some(DataDir { dir, .. }) => {
@@ -224,7 +242,10 @@ impl Storage {
                 .map_err(|error| io_error(dir, error))?,
             None => false,
         };
-        let has_snapshots = self.has_snapshots()?;
+        let has_snapshots = match &self.snapshots {
+            Some((snapshots, _)) => has_snapshots(snapshots)?,
+            None => false,
+        };
         let opened = match was_restored && has_snapshots {
             true => None,
             false => match open(Some(base)) {
@@ -233,40 +254,38 @@ impl Storage {
                 opened => Some(opened?),
             },
         };
-        match opened {
-            Some(log) => {
-                self.log = log;
-                // With snapshots, which are of other data, the restore will be refused.
-                if let Some((dir, of_file)) = fingerprint.filter(|_| !has_snapshots) {
-                    of_file.keep_in(dir).map_err(|error| io_error(dir, error))?;
-                }
-            }
-            None => {
-                tracing::info!(
-                    file = %path.display(),
-                    "starting normally: the data directory was already restored from this file"
-                );
-                self.log = open(None)?;
-                self.was_restored = true;
-            }
+        let Some(log) = opened else {
+            return self.already_restored(&path, open);
+        };
+        self.log = log;
+        // With snapshots, which are of other data, the restore will be refused.
+        if let Some((dir, of_file)) = fingerprint.filter(|_| !has_snapshots) {
+            let kept = of_file.keep_in(dir, &path);
+            kept.map_err(|error| io_error(dir, error))?;
         }
         Ok(self)
     }
 
-    fn has_snapshots(&self) -> Result<bool, StorageError> {
-        let Some((snapshots, _)) = &self.snapshots else {
-            return Ok(false);
-        };
-        let found = snapshots.list();
-        let found = found.map_err(|error| io_error(snapshots.dir(), error))?;
-        Ok(!found.is_empty())
+    /// Sets the log that `open` opens at its end.
+    fn already_restored(
+        mut self,
+        path: &Path,
+        open: impl Fn(Option<Seq>) -> Result<Arc<dyn Log>, StorageError>,
+    ) -> Result<Self, StorageError> {
+        tracing::info!(
+            file = %path.display(),
+            "starting normally: the data directory was already restored from this file"
+        );
+        self.log = open(None)?;
+        self.was_restored = true;
+        Ok(self)
     }
 
     /// Locks the directory and opens everything but the log, which the caller sets.
     fn in_dir(data_dir: &DataDir) -> Result<Self, StorageError> {
         let dir = &data_dir.dir;
         let lock = lock(dir)?;
-        let snapshots = Snapshots::open(&dir.join("snapshots"));
+        let snapshots = Snapshots::open(snapshots_in(dir).dir());
         let snapshots = snapshots.map_err(|error| io_error(dir, error))?;
         let replica = replica_id(dir)?;
         let absolute = std::path::absolute(dir).map_err(|error| io_error(dir, error))?;
@@ -337,6 +356,17 @@ impl Storage {
     }
 }
 
+/// The snapshots of data directory `dir`.
+fn snapshots_in(dir: &Path) -> Snapshots {
+    Snapshots::in_dir(&dir.join("snapshots"))
+}
+
+fn has_snapshots(snapshots: &Snapshots) -> Result<bool, StorageError> {
+    let found = snapshots.list();
+    let found = found.map_err(|error| io_error(snapshots.dir(), error))?;
+    Ok(!found.is_empty())
+}
+
 /// The log that the snapshot at `path` belongs to.
 fn log_of(path: &Path) -> Result<LogId, BackupError> {
     let file = File::open(path).map_err(BackupError::Open)?;
@@ -365,29 +395,52 @@ fn replica_id(dir: &Path) -> Result<RandomId, StorageError> {
 }
 
 /// A backup to start from.
-struct Seed {
-    path: PathBuf,
-    /// The position after which the log begins. Never 0: a log that begins at batch 1 counts as
-    /// complete, and this one lacks the rows of the file.
-    base: Seq,
+enum Seed {
+    File {
+        path: PathBuf,
+        /// The position after which the log begins. Never 0: a log that begins at batch 1 counts as
+        /// complete, and this one lacks the rows of the file.
+        base: Seq,
+    },
+    /// The file no longer exists. The data directory was restored from it and has a snapshot since.
+    Gone { path: PathBuf },
 }
 
 impl Seed {
-    fn read(path: PathBuf) -> Result<Self, StorageError> {
+    fn read(path: PathBuf, data_dir: Option<&DataDir>) -> Result<Self, StorageError> {
         // Before it is opened, because opening a pipe waits for its writer.
-        let metadata = fs::metadata(&path).map_err(|error| restore_error(&path, error))?;
+        let metadata = match fs::metadata(&path) {
+            Ok(metadata) => metadata,
+            Err(error) => {
+                let gone = error.kind() == io::ErrorKind::NotFound;
+                return match data_dir.filter(|_| gone) {
+                    Some(DataDir { dir, .. }) if was_restored(dir, &path)? => {
+                        Ok(Self::Gone { path })
+                    }
+                    _ => Err(restore_error(&path, error)),
+                };
+            }
+        };
         if !metadata.is_file() {
             return Err(StorageError::RestoreFromNoFile { path });
         }
         let file = File::open(&path).map_err(BackupError::Open);
         match file.and_then(end_position) {
-            Ok(position) => Ok(Self {
+            Ok(position) => Ok(Self::File {
                 path,
                 base: position.max(1),
             }),
             Err(error) => Err(StorageError::RestoreFrom { path, error }),
         }
     }
+}
+
+/// Whether data directory `dir` was completely restored from a file that was at `path`.
+fn was_restored(dir: &Path, path: &Path) -> Result<bool, StorageError> {
+    let kept = restored_from::is_path_kept_in(dir, path);
+    let kept = kept.map_err(|error| io_error(dir, error))?;
+    let snapshots = snapshots_in(dir);
+    Ok(kept && snapshots.dir().exists() && has_snapshots(&snapshots)?)
 }
 
 fn restore_error(path: &Path, error: io::Error) -> StorageError {

@@ -9,7 +9,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::sys::files;
 
-/// The file in the data directory with the fingerprint of the backup.
+/// The file in the data directory with the fingerprint of the backup, and its path on a second line.
 const NAME: &str = "restored-from";
 /// How much of a backup is read at once.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -36,15 +36,31 @@ impl Fingerprint {
 
     /// Whether data directory `dir` was restored from this backup.
     pub(super) fn is_kept_in(&self, dir: &Path) -> io::Result<bool> {
-        match fs::read_to_string(dir.join(NAME)) {
-            Ok(kept) => Ok(kept.trim_end() == self.0),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error),
-        }
+        Ok(kept_in(dir)?.lines().next() == Some(&self.0))
     }
 
-    /// Records that data directory `dir` is being restored from this backup.
-    pub(super) fn keep_in(&self, dir: &Path) -> io::Result<()> {
-        files::write(&dir.join(NAME), &format!("{}\n", self.0))
+    /// Records that data directory `dir` is being restored from this backup, the file at `path`.
+    pub(super) fn keep_in(&self, dir: &Path, path: &Path) -> io::Result<()> {
+        let path = std::path::absolute(path)?;
+        files::write(
+            &dir.join(NAME),
+            &format!("{}\n{}\n", self.0, path.display()),
+        )
+    }
+}
+
+/// Whether data directory `dir` was restored from a file that was at `path`.
+pub(super) fn is_path_kept_in(dir: &Path, path: &Path) -> io::Result<bool> {
+    let path = std::path::absolute(path)?;
+    let path = path.display().to_string();
+    Ok(kept_in(dir)?
+        .split_once('\n')
+        .is_some_and(|(_, kept)| kept.trim_end_matches('\n') == path))
+}
+
+fn kept_in(dir: &Path) -> io::Result<String> {
+    match fs::read_to_string(dir.join(NAME)) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
+        read => read,
     }
 }

@@ -267,6 +267,14 @@ async fn a_directory_that_was_seeded_from_this_file_starts_normally() {
             held = NodeState::of(&node).await;
             node.stop().await;
         }
+        // The file is gone. Another one that is missing is an error.
+        let moved = directory.path().join(format!("{name} moved"));
+        fs::rename(&seed, &moved).unwrap();
+        let node = Node::start_with(&mut with_seed(&seed)).await;
+        assert_eq!(NodeState::of(&node).await, held);
+        node.stop().await;
+        let missing = directory.path().join("missing");
+        assert_start_fails(&mut with_seed(&missing), &["No such file"]);
         let other = write_backup_file(directory.path(), &random_store(11, 10), 6);
         assert_start_fails(&mut with_seed(&other), &["empty"]);
         // Without its log and snapshots it is a new directory.
@@ -294,6 +302,12 @@ async fn a_seed_interrupted_by_a_kill_can_be_repeated() {
     })
     .await;
     node.kill();
+    // Without the file it cannot be completed.
+    let moved = directory.path().join("moved");
+    fs::rename(&seed, &moved).unwrap();
+    let mut again = program_with_data_dir(&dir);
+    assert_start_fails(again.arg("--restore-from").arg(&seed), &["No such file"]);
+    fs::rename(&moved, &seed).unwrap();
     // The partial state does not pass for an empty store.
     let node = Node::launch(&mut program_with_data_dir(&dir)).await;
     eventually("the result", async || {
