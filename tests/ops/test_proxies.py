@@ -21,25 +21,17 @@ sys.path[:0] = [str(ROOT / "load"), str(ROOT / "dashboards"), str(ROOT / "tests"
 
 from faults import Proxy as NatsProxy  # noqa: E402
 from measure import AUTH, PROGRAM, Broker, Node, end_with_parent, free_port  # noqa: E402
+from programs import UNPACKED, environment, program  # noqa: E402
 from show import until  # noqa: E402
 from test_docs import blocks  # noqa: E402
 
 PAGE = ROOT / "docs" / "operations" / "proxies.md"
 HOST = "grades.example.org"
 NAMES = ("one", "two", "three")
-# Installed by tests/ops/install.sh, if they are not on the PATH.
-INSTALLED = ROOT / ".tools" / "proxies" / "usr"
 # Random ids, so that a backup is larger than the buffers between a node and a client.
 USERS = 30_000
 ID_BYTES = 240
 WAIT_S_MAX = 20
-
-
-def program(name):
-    dirs = [os.environ["PATH"], "/usr/sbin", INSTALLED / "sbin", INSTALLED / "bin"]
-    found = shutil.which(name, path=":".join(map(str, dirs)))
-    assert found, f"{name} is missing: tests/ops/install.sh gets it"
-    return found
 
 
 class Proxy:
@@ -55,8 +47,7 @@ class Proxy:
                 text = text.replace(f"{node_name}:{number}", address)
         self.file = directory / name
         self.file.write_text(self.config(re.sub(r"/etc/(nginx|haproxy|apache2)/", f"{directory}/", text)))
-        libraries = ":".join(map(str, (INSTALLED / "lib").glob("*-linux-gnu")))
-        env = {**os.environ, "LD_LIBRARY_PATH": libraries, "HOME": str(directory)}
+        env = environment(HOME=str(directory))
         self.log = directory / "log"
         with open(self.log, "w") as log:
             self.child = subprocess.Popen(self.command(), env=env, stdout=log, stderr=log, preexec_fn=end_with_parent)
@@ -133,7 +124,7 @@ class Apache(Proxy):
     def config(self, text):
         named = PAGE.read_text().split("With the modules ")[1].split(".\n")[0]
         modules = [*self.MODULES, *re.findall(r"`(\w+)`", named)]
-        dirs = [INSTALLED / "lib/apache2/modules", Path("/usr/lib/apache2/modules")]
+        dirs = [UNPACKED / "lib/apache2/modules", Path("/usr/lib/apache2/modules")]
         (modules_dir, *_) = (path for path in dirs if path.exists())
         # Debian's has the watchdog built in.
         files = {name: modules_dir / f"mod_{name}.so" for name in modules if name != "watchdog"}
