@@ -65,12 +65,12 @@ pub enum MeasuredPart {
 /// Flags of `gradestore serve`.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Address of the write port: POST /set, DELETE /set, GET /backup
+    /// Address of the write port: POST /set, DELETE /set, GET /backup, GET /readyz
     #[arg(long, env = "GRADESTORE_WRITE_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:8080",
         value_parser = address("--write-addr", "127.0.0.1:8080"))]
     pub write_addr: SocketAddr,
 
-    /// Address of the read port: GET /get
+    /// Address of the read port: GET /get, POST /get, GET /readyz
     #[arg(long, env = "GRADESTORE_READ_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:8081",
         value_parser = address("--read-addr", "127.0.0.1:8081"))]
     pub read_addr: SocketAddr,
