@@ -82,7 +82,7 @@ pub enum BackupError {
     },
     /// The file is not a gzip file.
     #[error(
-        "not a gzip file; a backup is a .csv.gz file from GET /backup: if this was one, fetch it \
+        "not a gzip file; compress CSV with gzip first; if this was a backup of gradestore, fetch it \
          again"
     )]
     NotGzip,

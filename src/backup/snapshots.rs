@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::time::{Duration, Instant, SystemTime};
@@ -20,7 +21,6 @@ use super::writer::{BackupWriter, ChunkSource};
 use crate::log::{Position, Seq};
 use crate::store::{RecordBatch, Store};
 use crate::sys::exec::Blocking;
-use crate::sys::files;
 
 const SNAPSHOTS_KEPT: usize = 2;
 /// The most rows for which a restore reserves memory before it has read them: 73 MiB.
@@ -203,7 +203,9 @@ async fn write_file(
     let mut bytes = first.len() as u64;
     let path = path.to_owned();
     let created = pool.run(move || {
-        let mut file = files::create(&path)?;
+        let mut options = File::options();
+        let options = options.write(true).create(true).truncate(true);
+        let mut file = options.mode(0o600).open(path)?;
         file.write_all(&first)?;
         Ok(file)
     });

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -363,4 +364,31 @@ async fn nothing_is_served_during_a_restore() {
     })
     .await;
     assert_eq!(NodeState::of(&node).await, NodeState::of_store(&store, 12));
+}
+
+#[tokio::test]
+async fn no_file_with_data_or_a_password_is_readable_by_others() {
+    let directory = tempdir().unwrap();
+    let dir = directory.path().join("data");
+    let seed = write_backup_file(directory.path(), &random_store(10, 10), 5);
+    let mut command = program_with_data_dir(&dir);
+    command
+        .env_remove("GRADESTORE_PASSWORD")
+        .arg("--restore-from")
+        .arg(&seed);
+    let node = Node::start_with(&mut command).await;
+    node.stop().await;
+    let mut private = 0;
+    for part in ["", "log", "snapshots"] {
+        for entry in fs::read_dir(dir.join(part)).unwrap() {
+            let (path, metadata) = entry.map(|e| (e.path(), e.metadata().unwrap())).unwrap();
+            if metadata.is_file() && !path.ends_with("lock") {
+                private += 1;
+                let mode = metadata.permissions().mode() & 0o777;
+                assert_eq!(mode, 0o600, "{}", path.display());
+            }
+        }
+    }
+    // The password, the replica id, the fingerprint, a segment and a snapshot.
+    assert_eq!(private, 5);
 }

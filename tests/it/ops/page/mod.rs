@@ -99,7 +99,7 @@ async fn a_ready_node_shows_its_state_and_updates_it() {
         "p50",
         "p99",
         "Last snapshot",
-        "None yet",
+        "the node has no data directory",
         "jetstream",
         &urls[0],
         &urls[1],
