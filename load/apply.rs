@@ -68,6 +68,7 @@ impl Subscription for Messages<'_> {
             entries.push(Entry {
                 position: self.last,
                 batch,
+                message: None,
             });
         }
         let ended = match entries.is_empty() {

@@ -10,12 +10,12 @@ use super::error::ConfigError;
 use super::password::{self, PasswordSource};
 use super::values::{
     address, at_least, base_url, count, host_name, memory_max, servers, stream_name, username,
-    yes_or_no,
+    wal_keep, wal_sync, yes_or_no,
 };
 use crate::http::Credentials;
-use crate::log::{JetStreamConfig, Servers};
+use crate::log::{JetStreamConfig, Servers, WalSync};
 use crate::node::config::{ClusterConfig, Config, HttpConfig, default_writer_limits};
-use crate::node::data_dir::{DataDir, StorageConfig};
+use crate::node::data_dir::{DataDir, StorageConfig, WalSettings};
 use crate::replication::WriterLimits;
 use crate::replication::memory::MemoryMax;
 use crate::telemetry::LogFormat;
@@ -60,6 +60,8 @@ pub enum MeasuredPart {
     Metrics,
     /// The fast path.
     FastPath,
+    /// The local copy of a cluster's log.
+    Wal,
 }
 
 /// Flags of `gradestore serve`.
@@ -174,6 +176,17 @@ pub struct ServeArgs {
         value_parser = at_least("1m", "--log-retention", "24h or 7d"),
         requires = "nats_url")]
     pub log_retention: Duration,
+
+    /// When this node's copy of the log is synced: at this interval, or always, before a write is
+    /// acknowledged
+    #[arg(long, env = "GRADESTORE_WAL_SYNC", value_name = "TIME", default_value = "100ms",
+        value_parser = wal_sync, requires = "nats_url")]
+    pub wal_sync: WalSync,
+
+    /// How much of the log the node keeps on disk beyond what its next start needs
+    #[arg(long, env = "GRADESTORE_WAL_KEEP", value_name = "SIZE", default_value = "1GiB",
+        value_parser = wal_keep, requires = "nats_url")]
+    pub wal_keep: u64,
 
     /// URL of this node's write port for other nodes, which download backups from it; by default its
     /// address on the route to NATS
@@ -365,8 +378,22 @@ impl ServeArgs {
                 MeasuredPart::Auth => config.credentials.accept_all(),
                 MeasuredPart::Metrics => config.http.metrics = false,
                 MeasuredPart::FastPath => config.http.fast_path = false,
+                // See `wal`.
+                MeasuredPart::Wal => {}
             }
         }
+    }
+
+    /// The settings of a replica's WAL.
+    fn wal(&self) -> Option<WalSettings> {
+        #[cfg(feature = "measure")]
+        if self.measure_without.contains(&MeasuredPart::Wal) {
+            return None;
+        }
+        Some(WalSettings {
+            sync: self.wal_sync,
+            keep_bytes: self.wal_keep,
+        })
     }
 
     /// Where the log is stored.
@@ -375,10 +402,11 @@ impl ServeArgs {
         let dir = (!self.ephemeral).then(|| DataDir {
             dir: self.data_dir.clone(),
             snapshot_interval: self.snapshot_interval,
+            wal: self.wal(),
         });
         match (&self.nats_url, dir) {
             (Some(servers), data_dir) => StorageConfig::JetStream {
-                stream: JetStreamConfig {
+                stream: Box::new(JetStreamConfig {
                     servers: servers.clone(),
                     creds: self.nats_creds.clone(),
                     stream: self.stream.clone(),
@@ -387,7 +415,9 @@ impl ServeArgs {
                     expect_peers: self.expect_peers,
                     peers: self.peer.clone(),
                     write_silence_max: self.write_timeout + WRITE_SILENCE_BEYOND_TIMEOUT,
-                },
+                    // In the data directory.
+                    wal: None,
+                }),
                 data_dir,
                 abandon_log: self.abandon_log.clone(),
             },

@@ -8,8 +8,8 @@ use std::time::Duration;
 use reqwest::Url;
 
 use crate::http::host::{address_of, is_name};
-use crate::log::Servers;
-use crate::replication::memory::MemoryMax;
+use crate::log::{Servers, WalSync};
+use crate::replication::memory::{MemoryMax, parse_bytes};
 
 /// The longest duration of a flag. NATS counts nanoseconds in 64 bits, and deadlines beyond the range
 /// of the clock would panic.
@@ -122,6 +122,18 @@ pub(super) fn stream_name(text: &str) -> Result<String, String> {
 pub(super) fn memory_max(text: &str) -> Result<MemoryMax, String> {
     let fix = fix("--memory-max", "900MB, 8GiB or 80%");
     text.parse().map_err(|error| format!("{error}; {fix}"))
+}
+
+pub(super) fn wal_sync(text: &str) -> Result<WalSync, String> {
+    match text {
+        "always" => Ok(WalSync::Always),
+        interval => at_least("1ms", "--wal-sync", "always or 100ms")(interval).map(WalSync::Every),
+    }
+}
+
+pub(super) fn wal_keep(text: &str) -> Result<u64, String> {
+    let fix = fix("--wal-keep", "1GiB");
+    parse_bytes(text).map_err(|error| format!("{error}; {fix}"))
 }
 
 /// The URL of a write port. A trailing `/backup` is removed.

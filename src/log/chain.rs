@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_128};
 
@@ -115,6 +116,48 @@ pub struct StoredBatch<'a> {
     pub payload: &'a [u8],
 }
 
+/// A message of the log as it was delivered. Clones share the payload.
+#[derive(Debug, Clone)]
+pub enum Message {
+    /// All replicas skip it.
+    Skipped,
+    /// All replicas apply it.
+    Batch {
+        /// The format of the payload.
+        format: u8,
+        /// Its identity.
+        id: BatchId,
+        /// The batch as it was sent.
+        payload: Bytes,
+    },
+}
+
+impl Message {
+    /// The message as the chain records it.
+    #[must_use]
+    pub fn chain_entry(&self) -> ChainEntry<'_> {
+        match self {
+            Self::Skipped => ChainEntry::Skipped,
+            Self::Batch {
+                format,
+                id,
+                payload,
+            } => ChainEntry::Batch(StoredBatch {
+                format: *format,
+                id: *id,
+                payload,
+            }),
+        }
+    }
+
+    pub(super) fn payload_bytes(&self) -> usize {
+        match self {
+            Self::Skipped => 0,
+            Self::Batch { payload, .. } => payload.len(),
+        }
+    }
+}
+
 /// A position in a log's history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
@@ -152,6 +195,12 @@ impl Position {
             chain: self.chain.next(seq, time_ns, entry),
             previous: self.chain,
         }
+    }
+
+    /// Whether the history up to here is that of `other`.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        (self.seq, self.chain) == (other.seq, other.chain)
     }
 
     /// Whether the message at this position is `entry`.

@@ -62,9 +62,25 @@ impl InFlightBatch {
         self.appended.elapsed()
     }
 
+    /// Frees its slot. The requests still wait.
+    #[must_use]
+    pub fn into_answers(self) -> Answers {
+        Answers(self.requests)
+    }
+
     /// Answers every request that waits for it.
     pub fn answer(self, result: &Result<Seq, AppendError>) {
-        for request in self.requests {
+        self.into_answers().send(result);
+    }
+}
+
+/// The requests that wait for a batch.
+pub struct Answers(Vec<WaitingRequest>);
+
+impl Answers {
+    /// Answers each.
+    pub fn send(self, result: &Result<Seq, AppendError>) {
+        for request in self.0 {
             request.answer(result.clone());
         }
     }

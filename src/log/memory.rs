@@ -85,7 +85,11 @@ impl Log for MemoryLog {
             };
             *last = last.next(now_ns(), ChainEntry::Batch(stored));
             let position = *last;
-            permit.send(Entry { position, batch });
+            permit.send(Entry {
+                position,
+                batch,
+                message: None,
+            });
             Ok(())
         }
         .boxed()

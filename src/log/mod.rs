@@ -5,6 +5,7 @@
 //! it, which may be earlier.
 
 mod chain;
+mod checkpoint;
 mod cluster_key;
 mod codec;
 mod in_flight;
@@ -18,20 +19,21 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
-use crate::grade::{Digest, Write};
+use crate::grade::Write;
 use crate::sys::hex;
 use crate::sys::tasks::TaskEnded;
-pub use chain::{BatchId, Chain, ChainEntry, Position, StoredBatch};
+pub use chain::{BatchId, Chain, ChainEntry, Message, Position, StoredBatch};
+pub use checkpoint::{Checkpoint, Mac};
 pub use cluster_key::ClusterKey;
-pub use in_flight::{InFlight, InFlightBatch, Ticket, WaitingRequest};
+pub use in_flight::{Answers, InFlight, InFlightBatch, Ticket, WaitingRequest};
 pub use jetstream::{
     AskNode, ExistingData, JetStreamConfig, JetStreamLog, ReplicaIdentity, ReportWait, Servers,
     SetupError, broker, header_block, message, raw_message,
 };
 pub use memory::MemoryLog;
-pub use wal::{DiskLog, OpenError, format as stored};
+pub use wal::{DiskLog, OpenError, WalConfig, WalStatus, WalSync, format as stored, log_of_wal};
 
 /// A batch's sequence number in its log, from 1; 0 is the position before the first batch.
 pub type Seq = u64;
@@ -89,56 +91,6 @@ pub struct Batch {
     pub checkpoint: Option<Checkpoint>,
 }
 
-/// A replica's vote on the state right after a batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Checkpoint {
-    /// The replica.
-    pub replica: RandomId,
-    /// The batch. A checkpoint at 0 is no vote: it only lets others vote on the batch that carries
-    /// it.
-    pub position: Seq,
-    /// The replica's chain at that batch.
-    pub chain: Chain,
-    /// The digest of all its records then.
-    pub digest: Digest,
-    /// How often the replica has voted on that batch, including this vote. A copy of an older vote
-    /// has no effect.
-    pub round: u32,
-    /// Proves that the sender knows the cluster's password.
-    pub mac: Mac,
-}
-
-/// A message authentication code. Shown as 32 hexadecimal digits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Mac(pub [u8; 16]);
-
-impl Mac {
-    /// Parses a code in its displayed form.
-    #[must_use]
-    pub fn parse(text: &str) -> Option<Self> {
-        hex::parse(text).map(|number| Self(number.to_be_bytes()))
-    }
-}
-
-impl fmt::Display for Mac {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", u128::from_be_bytes(self.0))
-    }
-}
-
-impl Serialize for Mac {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Mac {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
-        Self::parse(&text).ok_or_else(|| serde::de::Error::custom("not 32 hexadecimal digits"))
-    }
-}
-
 /// A batch with its position in the log.
 #[derive(Debug, Clone)]
 pub struct Entry {
@@ -146,6 +98,8 @@ pub struct Entry {
     pub position: Position,
     /// The batch; without writes for a message that all replicas skip.
     pub batch: Batch,
+    /// The message as the log delivered it, if the replica still has to keep a copy.
+    pub message: Option<Message>,
 }
 
 impl Entry {
@@ -154,7 +108,8 @@ impl Entry {
     pub fn bytes(&self) -> u64 {
         let of = |write: &Write| size_of::<Write>() + write.user_id().len();
         let writes: usize = self.batch.writes.iter().map(of).sum();
-        (size_of::<Self>() + writes) as u64
+        let message = self.message.as_ref().map_or(0, Message::payload_bytes);
+        (size_of::<Self>() + writes + message) as u64
     }
 }
 
@@ -443,6 +398,35 @@ pub trait Log: Send + Sync + 'static {
     fn trim(&self, through: Seq) -> BoxFuture<'_, Result<(), TrimError>> {
         let _ = through;
         Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Keeps a copy of `entry`, which was applied after `previous`, in a log with local copies, and
+    /// answers `own` requests, whose writes the entry contains.
+    fn record(&self, previous: &Position, entry: &Entry, own: Option<Answers>) {
+        let _ = previous;
+        if let Some(own) = own {
+            own.send(&Ok(entry.position.seq));
+        }
+    }
+
+    /// Quarantines the local copies, because the state that was built from them is wrong.
+    fn quarantine_copies(&self, why: &'static str) {
+        let _ = why;
+    }
+
+    /// Syncs the local copies of all entries recorded so far. A failure is in [`copies`](Self::copies).
+    fn sync_copies(&self) -> BoxFuture<'_, ()> {
+        std::future::ready(()).boxed()
+    }
+
+    /// Waits until the current subscription has read the local copies and reads the log itself.
+    fn copies_read(&self) -> BoxFuture<'_, ()> {
+        std::future::ready(()).boxed()
+    }
+
+    /// The local copies; `None` for a log without them.
+    fn copies(&self) -> Option<WalStatus> {
+        None
     }
 
     /// Starts reading at the batch after `after`. A log that may have another history by now

@@ -1,7 +1,7 @@
 //! Opens a node's log and its snapshots.
 //!
-//! A data directory holds `lock`, `replica-id`, `snapshots/` and, for a single node, `log/`. Some also
-//! hold `password`, a generated one, and `restored-from`, the fingerprint of a backup.
+//! A data directory holds `lock`, `replica-id`, `snapshots/` and `log/`, or `wal/` for a replica of a
+//! cluster. Some also hold `password`, a generated one, and `restored-from`, the fingerprint of a backup.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -11,13 +11,20 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use super::restored_from::{self, Fingerprint};
-use crate::backup::{BackupError, Snapshots, end_position, quarantine, read_head};
+use super::restored_from::Fingerprint;
+use super::seed::{Seed, has_snapshots, snapshots_in};
+pub use super::storage_error::StorageError;
+use super::storage_error::{io_error, restore_error};
+use crate::backup::{BackupError, Snapshots, quarantine, read_head};
 use crate::log::{
     AskNode, ClusterKey, DiskLog, ExistingData, InFlight, JetStreamConfig, JetStreamLog, Log,
-    LogId, MemoryLog, OpenError, RandomId, ReplicaIdentity, ReportWait, Seq, SetupError,
+    LogId, MemoryLog, RandomId, ReplicaIdentity, ReportWait, Seq, WalConfig, WalSync, log_of_wal,
 };
+use crate::sys::exec::Blocking;
 use crate::sys::files;
+
+/// The directory of a replica's WAL in its data directory.
+const WAL_DIR: &str = "wal";
 
 /// Where the log is kept.
 #[derive(Debug, Clone)]
@@ -29,7 +36,7 @@ pub enum StorageConfig {
     /// In a stream that several nodes share.
     JetStream {
         /// The stream.
-        stream: JetStreamConfig,
+        stream: Box<JetStreamConfig>,
         /// Where snapshots are kept; `None` for an ephemeral node.
         data_dir: Option<DataDir>,
         /// A log whose snapshots are quarantined if the stream holds another one.
@@ -54,65 +61,29 @@ pub struct DataDir {
     pub dir: PathBuf,
     /// How often a snapshot is written.
     pub snapshot_interval: Duration,
+    /// The settings of a cluster's WAL; `None` to measure a node without it.
+    pub wal: Option<WalSettings>,
 }
 
-/// Why the data directory can't be used.
-#[derive(Debug, thiserror::Error)]
-pub enum StorageError {
-    /// Another process uses it.
-    #[error("another gradestore uses --data-dir {dir}; stop it, or choose another directory")]
-    InUse {
-        /// The directory.
-        dir: PathBuf,
-    },
-    /// The directory can't be read or written.
-    #[error("cannot use --data-dir {dir}: {error}; choose a directory that this user may write to")]
-    Io {
-        /// The directory.
-        dir: PathBuf,
-        /// The system's error.
-        error: io::Error,
-    },
-    /// The file does not contain a replica id.
-    #[error("{path} does not contain a replica id; remove it, and the replica gets a new one")]
-    ReplicaId {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The system returned no random bytes for a replica id.
-    #[error("cannot get random bytes from the system: {0}")]
-    Random(#[from] getrandom::Error),
-    /// The log can't be opened.
-    #[error(transparent)]
-    Log(#[from] OpenError),
-    /// The stream can't be used.
-    #[error(transparent)]
-    Stream(#[from] SetupError),
-    /// `--restore-from` is a pipe, a device or a directory. A node reads the backup twice.
-    #[error(
-        "cannot restore from {path}: it is not a regular file; save the backup to a file first"
-    )]
-    RestoreFromNoFile {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The `--restore-from` backup can't be read.
-    #[error("cannot restore from {path}: {error}")]
-    RestoreFrom {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        error: BackupError,
-    },
+/// The settings of a replica's WAL.
+#[derive(Debug, Clone, Copy)]
+pub struct WalSettings {
+    /// When it is synced.
+    pub sync: WalSync,
+    /// Up to how many bytes are kept beyond those that a start needs.
+    pub keep_bytes: u64,
 }
 
-impl StorageError {
-    /// Whether a base was given for a log that is not new.
-    fn is_not_empty(&self) -> bool {
-        matches!(
-            self,
-            Self::Log(OpenError::NotEmpty { .. }) | Self::Stream(SetupError::NotEmpty { .. })
-        )
+impl DataDir {
+    /// The WAL of a cluster's log in this directory.
+    fn wal(&self) -> Option<WalConfig> {
+        let settings = self.wal?;
+        Some(WalConfig {
+            dir: self.dir.join(WAL_DIR),
+            sync: settings.sync,
+            keep_bytes: settings.keep_bytes,
+            pool: Blocking::threads(),
+        })
     }
 }
 
@@ -158,7 +129,8 @@ impl Storage {
     /// See [`StorageError`].
     pub fn open(config: &StorageConfig, opening: StorageOptions) -> Result<Self, StorageError> {
         let node = opening.node;
-        let read = |path| Seed::read(path, config.data_dir());
+        let dir = config.data_dir().map(|data_dir| &*data_dir.dir);
+        let read = |path| Seed::read(path, dir);
         let seed = opening.restore_from.map(read).transpose()?;
         match config {
             StorageConfig::Ephemeral => {
@@ -194,6 +166,10 @@ impl Storage {
                     key: opening.key,
                 };
                 let in_flight = storage.in_flight.clone();
+                let stream = JetStreamConfig {
+                    wal: data_dir.as_ref().and_then(DataDir::wal),
+                    ..(**stream).clone()
+                };
                 let storage = storage.with_log(data_dir.as_ref(), seed, |base| {
                     let log = JetStreamLog::open(
                         stream.clone(),
@@ -311,8 +287,8 @@ impl Storage {
         }
     }
 
-    /// The log of the newest readable snapshot that does not belong to log `abandoned`. If there is
-    /// none, an unreadable snapshot counts, because it may be the only copy of the data.
+    /// The log of the newest readable snapshot, or of the WAL, that does not belong to log
+    /// `abandoned`. If there is none, an unreadable snapshot counts, because it may be the only copy of the data.
     fn existing_data(&self, abandoned: Option<&LogId>) -> ExistingData {
         let Some((snapshots, _)) = &self.snapshots else {
             return ExistingData::None;
@@ -334,7 +310,18 @@ impl Storage {
                 Err(_) => {}
             }
         }
-        held
+        let Some(dir) = self.dir.as_ref().filter(|_| held == ExistingData::None) else {
+            return held;
+        };
+        let dir = dir.join(WAL_DIR);
+        match log_of_wal(&dir) {
+            Ok(Some(log)) if Some(&log) != abandoned => ExistingData::Of(log),
+            Ok(_) => held,
+            Err(error) => ExistingData::Unreadable {
+                path: dir,
+                why: error.to_string(),
+            },
+        }
     }
 
     /// Quarantines the snapshots of `log`, unless the stream holds that log.
@@ -354,17 +341,6 @@ impl Storage {
         }
         Ok(())
     }
-}
-
-/// The snapshots of data directory `dir`.
-fn snapshots_in(dir: &Path) -> Snapshots {
-    Snapshots::in_dir(&dir.join("snapshots"))
-}
-
-fn has_snapshots(snapshots: &Snapshots) -> Result<bool, StorageError> {
-    let found = snapshots.list();
-    let found = found.map_err(|error| io_error(snapshots.dir(), error))?;
-    Ok(!found.is_empty())
 }
 
 /// The log that the snapshot at `path` belongs to.
@@ -394,62 +370,6 @@ fn replica_id(dir: &Path) -> Result<RandomId, StorageError> {
     }
 }
 
-/// A backup to start from.
-enum Seed {
-    File {
-        path: PathBuf,
-        /// The position after which the log begins. Never 0: a log that begins at batch 1 counts as
-        /// complete, and this one lacks the rows of the file.
-        base: Seq,
-    },
-    /// The file no longer exists. The data directory was restored from it and has a snapshot since.
-    Gone { path: PathBuf },
-}
-
-impl Seed {
-    fn read(path: PathBuf, data_dir: Option<&DataDir>) -> Result<Self, StorageError> {
-        // Before it is opened, because opening a pipe waits for its writer.
-        let metadata = match fs::metadata(&path) {
-            Ok(metadata) => metadata,
-            Err(error) => {
-                let gone = error.kind() == io::ErrorKind::NotFound;
-                return match data_dir.filter(|_| gone) {
-                    Some(DataDir { dir, .. }) if was_restored(dir, &path)? => {
-                        Ok(Self::Gone { path })
-                    }
-                    _ => Err(restore_error(&path, error)),
-                };
-            }
-        };
-        if !metadata.is_file() {
-            return Err(StorageError::RestoreFromNoFile { path });
-        }
-        let file = File::open(&path).map_err(BackupError::Open);
-        match file.and_then(end_position) {
-            Ok(position) => Ok(Self::File {
-                path,
-                base: position.max(1),
-            }),
-            Err(error) => Err(StorageError::RestoreFrom { path, error }),
-        }
-    }
-}
-
-/// Whether data directory `dir` was completely restored from a file that was at `path`.
-fn was_restored(dir: &Path, path: &Path) -> Result<bool, StorageError> {
-    let kept = restored_from::is_path_kept_in(dir, path);
-    let kept = kept.map_err(|error| io_error(dir, error))?;
-    let snapshots = snapshots_in(dir);
-    Ok(kept && snapshots.dir().exists() && has_snapshots(&snapshots)?)
-}
-
-fn restore_error(path: &Path, error: io::Error) -> StorageError {
-    StorageError::RestoreFrom {
-        path: path.to_owned(),
-        error: BackupError::Open(error),
-    }
-}
-
 fn lock(dir: &Path) -> Result<File, StorageError> {
     make_dir(dir).map_err(|error| io_error(dir, error))?;
     let file = File::create(dir.join("lock")).map_err(|error| io_error(dir, error))?;
@@ -475,12 +395,5 @@ fn make_dir(dir: &Path) -> io::Result<()> {
             Ok(())
         }
         synced => synced,
-    }
-}
-
-fn io_error(dir: &Path, error: io::Error) -> StorageError {
-    StorageError::Io {
-        dir: dir.to_owned(),
-        error,
     }
 }

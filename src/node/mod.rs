@@ -8,7 +8,9 @@ pub mod lifecycle;
 mod restore_report;
 mod restored_from;
 pub mod sd_notify;
+mod seed;
 pub mod signals;
+mod storage_error;
 mod tasks;
 
 use std::sync::Arc;

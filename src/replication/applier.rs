@@ -125,6 +125,7 @@ impl Applier {
             return Err(ApplyError::IncludesLost { position });
         }
         let own = entry.batch.ticket.and_then(|own| self.in_flight.take(own));
+        let previous = self.applied.position();
         let writes = &entry.batch.writes;
         self.applied
             .advance(position, || self.store.apply_all(writes));
@@ -134,10 +135,11 @@ impl Applier {
         if !writes.is_empty() {
             self.checkpoints.changed();
         }
-        if let Some(own) = own {
+        let own = own.map(|own| {
             self.round_trip.record(own.age().as_secs_f64());
-            own.answer(&Ok(position.seq));
-        }
+            own.into_answers()
+        });
+        self.log.record(&previous, &entry, own);
         match &entry.batch.checkpoint {
             Some(checkpoint) => self.observe(&position, checkpoint, readiness),
             None => Ok(()),

@@ -152,6 +152,8 @@ impl ReplicaDriver {
     /// includes every write acknowledged before. If the log loses that end, the target is lowered.
     async fn catch_up(&self, complete_from: Seq) -> Result<(), ReadError> {
         let (log, applied) = (&self.bootstrap.log, &self.bootstrap.applied);
+        // Until then the log may be one that has lost batches, or report an outdated end.
+        log.copies_read().await;
         let mut target = log.fetch_bounds().await?.end.max(complete_from);
         loop {
             let reached = tokio::time::timeout(FETCH_END_EVERY, applied.wait_for(target));
@@ -283,8 +285,11 @@ impl ReplicaDriver {
         // all are quarantined.
         self.bootstrap.store.clear();
         self.bootstrap.applied.cleared();
-        if doubtful && let Some(snapshotter) = &self.snapshotter {
-            snapshotter.quarantine_all("diverged").await;
+        if doubtful {
+            self.bootstrap.log.quarantine_copies("diverged");
+            if let Some(snapshotter) = &self.snapshotter {
+                snapshotter.quarantine_all("diverged").await;
+            }
         }
     }
 

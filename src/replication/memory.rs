@@ -67,34 +67,42 @@ impl FromStr for MemoryMax {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let number_end = text.find(|c: char| !c.is_ascii_digit());
-        let (number, unit) = text.split_at(number_end.unwrap_or(text.len()));
-        let number: u64 = number.parse().map_err(|_| "it must be a whole number")?;
-        let unit = unit.trim_start();
-        if unit == "%" {
-            return match u8::try_from(number) {
+        if let Some(number) = text.strip_suffix('%') {
+            return match number.trim_end().parse() {
                 Ok(percent @ 1..=100) => Ok(Self::Percent(percent)),
                 _ => Err("a percentage must be from 1% to 100%"),
             };
         }
-        let unit_bytes: u64 = match unit.to_ascii_lowercase().as_str() {
-            "" | "b" => 1,
-            "kb" => 1000,
-            "mb" => 1_000_000,
-            "gb" => 1_000_000_000,
-            "tb" => 1_000_000_000_000,
-            "kib" => 1 << 10,
-            "mib" => 1 << 20,
-            "gib" => 1 << 30,
-            "tib" => 1 << 40,
-            _ => return Err("its unit must be B, kB, MB, GB, TB, KiB, MiB, GiB, TiB or %"),
-        };
-        match number.checked_mul(unit_bytes) {
-            Some(bytes) if bytes >= Self::BYTES_MIN => Ok(Self::Bytes(bytes)),
-            Some(_) => Err("it must be at least 16MiB"),
-            None => Err("it must be less than 16EiB"),
+        match parse_bytes(text) {
+            Ok(bytes) if bytes >= Self::BYTES_MIN => Ok(Self::Bytes(bytes)),
+            Ok(_) => Err("it must be at least 16MiB"),
+            Err(error) => Err(error),
         }
     }
+}
+
+/// Parses a number of bytes, such as `8GiB`.
+///
+/// # Errors
+/// The reason why it is invalid.
+pub fn parse_bytes(text: &str) -> Result<u64, &'static str> {
+    let number_end = text.find(|c: char| !c.is_ascii_digit());
+    let (number, unit) = text.split_at(number_end.unwrap_or(text.len()));
+    let number: u64 = number.parse().map_err(|_| "it must be a whole number")?;
+    let unit_bytes: u64 = match unit.trim_start().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "tib" => 1 << 40,
+        _ => return Err("its unit must be B, kB, MB, GB, TB, KiB, MiB, GiB or TiB"),
+    };
+    let bytes = number.checked_mul(unit_bytes);
+    bytes.ok_or("it must be less than 16EiB")
 }
 
 /// Why a write that would create a record is rejected.

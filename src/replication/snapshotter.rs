@@ -155,6 +155,8 @@ impl Snapshotter {
         &self,
         state: &CompleteState,
     ) -> io::Result<(SnapshotInfo, Option<Seq>)> {
+        // A copy that ends before the snapshot could not be continued from it.
+        self.log.sync_copies().await;
         let head = backup_head(state, &self.applied, &*self.log);
         let end = || {
             state.check().map_err(io::Error::other)?;

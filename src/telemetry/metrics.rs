@@ -9,6 +9,8 @@ use metrics_exporter_prometheus::{
 };
 
 use super::process;
+use super::register::{counter, gauge, histogram};
+use super::wal_metrics::WalMetrics;
 use crate::backup::SnapshotInfo;
 use crate::log::LogCounts;
 use crate::replication::CheckpointMetrics;
@@ -39,24 +41,6 @@ const BUCKETS: [(&str, &[f64]); 2] = [
     (BATCH_DURATION_METRIC, BATCH_BUCKETS_S),
 ];
 
-/// Describes a gauge and registers it with the current recorder.
-fn gauge(name: &'static str, help: &'static str) -> Gauge {
-    metrics::describe_gauge!(name, help);
-    metrics::gauge!(name)
-}
-
-/// Describes a counter and registers it with the current recorder.
-fn counter(name: &'static str, help: &'static str) -> Counter {
-    metrics::describe_counter!(name, help);
-    metrics::counter!(name)
-}
-
-/// Describes a histogram and registers it with the current recorder.
-fn histogram(name: &'static str, help: &'static str) -> Histogram {
-    metrics::describe_histogram!(name, help);
-    metrics::histogram!(name)
-}
-
 /// The metrics of one node. Each node has a recorder, so that several nodes can run in one process.
 ///
 /// Values that other modules already keep are copied into the metrics at each scrape.
@@ -72,6 +56,8 @@ pub struct Telemetry {
     pub(crate) restore: RestoreMetrics,
     /// Set at each scrape.
     pub(crate) snapshot: SnapshotMetrics,
+    /// Set at each scrape.
+    pub(crate) wal: WalMetrics,
     /// Set at each scrape.
     pub(crate) host: HostMetrics,
     /// Recorded as the events happen.
@@ -425,6 +411,7 @@ impl Telemetry {
             log: metrics::with_local_recorder(&recorder, LogMetrics::new),
             restore: metrics::with_local_recorder(&recorder, RestoreMetrics::new),
             snapshot: metrics::with_local_recorder(&recorder, SnapshotMetrics::new),
+            wal: metrics::with_local_recorder(&recorder, WalMetrics::new),
             host: metrics::with_local_recorder(&recorder, HostMetrics::new),
             replication: metrics::with_local_recorder(&recorder, ReplicationMetrics::new),
             recorder,

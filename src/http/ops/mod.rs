@@ -215,6 +215,10 @@ async fn metrics(State(state): State<OpsState>) -> Response {
     snapshot.failures.absolute(last_snapshot.failures());
     snapshot.set(last_snapshot.written().as_ref());
 
+    if let Some(wal) = state.log.copies() {
+        telemetry.wal.set(&wal);
+    }
+
     let memory = state.memory.measure(&state.store);
     telemetry.host.set_memory(memory_limit().bytes, memory);
     telemetry.host.set_disk(data_dir_space(&state).await);

@@ -10,7 +10,7 @@ use crate::backup::rfc3339;
 use crate::http::health::check_writable;
 use crate::http::ops::traffic::Traffic;
 use crate::http::ops::{OpsState, Port};
-use crate::log::{Chain, Seq};
+use crate::log::{Chain, Seq, WalStatus};
 use crate::replication::state::NodeState;
 use crate::replication::{LastSnapshot, Peer, Restore};
 use crate::sys::host::{DiskSpace, host_name, process_memory};
@@ -81,6 +81,8 @@ pub struct NodeStatus {
     pub restore: Option<RestoreStatus>,
     /// The last snapshot that this process wrote or started from; `null` before the first.
     pub snapshot: Option<SnapshotStatus>,
+    /// The local copy of a cluster's log; `null` on a node without one.
+    pub wal: Option<WalStatus>,
     /// The other replicas as of the last query, highest position first.
     pub peers: Vec<Peer>,
 }
@@ -207,6 +209,7 @@ impl NodeStatus {
             traffic: state.traffic.now(),
             restore: state.restore.current().as_ref().map(RestoreStatus::of),
             snapshot: SnapshotStatus::of(&state.last_snapshot),
+            wal: state.log.copies(),
             peers: state.peers.known(),
         }
     }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::servers::Servers;
+use crate::log::WalConfig;
 
 /// The default stream, whose subjects do not contain its name.
 const DEFAULT_STREAM: &str = "GRADES";
@@ -29,6 +30,8 @@ pub struct JetStreamConfig {
     pub peers: Vec<String>,
     /// How long appends may wait before the log counts as unwritable.
     pub write_silence_max: Duration,
+    /// The local copy of the log; `None` for a replica without a data directory.
+    pub wal: Option<WalConfig>,
 }
 
 impl JetStreamConfig {

@@ -18,7 +18,7 @@ use super::message::{self, Unreadable};
 use super::probe::PROBE_EVERY;
 use super::shared::JetStreamShared;
 use super::{header_block, session, stream};
-use crate::log::{Bounds, ChainEntry, InFlight, Position, ReadError};
+use crate::log::{Bounds, ChainEntry, InFlight, Position, ReadError, Seq};
 
 /// The result of comparing the stream with a position.
 pub(super) enum HistoryCheck {
@@ -186,10 +186,14 @@ impl JetStreamShared {
             // The only server has the only copy of a batch.
             InfoSource::Unclustered if matches!(error, ReadError::Rewritten { .. }) => true,
             InfoSource::Unclustered => {
-                // Another log might accept the append.
-                let same_log = matches!(error, ReadError::Shorter { .. });
                 self.suspicion.lock().confirm(&error)
-                    || same_log && self.end_is_rejected(connection).await
+                    || match error {
+                        ReadError::Shorter { applied, .. } => {
+                            self.is_shorter(connection, applied).await
+                        }
+                        // Another log might accept the append.
+                        _ => false,
+                    }
             }
         };
         match confirmed {
@@ -201,11 +205,9 @@ impl JetStreamShared {
         }
     }
 
-    /// Whether the broker rejects an append that is conditional on the known end because the stream
-    /// is shorter. If it accepts the append, the stream is complete and now ends with an empty
-    /// batch.
-    async fn end_is_rejected(&self, connection: &dyn BrokerConnection) -> bool {
-        let end = self.end.load(Ordering::Acquire);
+    /// Whether the broker rejects an append that is conditional on `end`, because the stream is
+    /// shorter. If it accepts the append, the stream is complete and now ends with an empty batch.
+    async fn is_shorter(&self, connection: &dyn BrokerConnection, end: Seq) -> bool {
         let id = self.next_batch_id();
         let empty = Outgoing {
             headers: message::headers(id),

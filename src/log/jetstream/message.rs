@@ -10,11 +10,9 @@
 use async_nats::HeaderMap;
 use bytes::Bytes;
 
-use crate::grade::{Digest, Write};
+use crate::grade::Write;
 use crate::log::codec::{self, FORMAT};
-use crate::log::{
-    Batch, BatchId, Chain, ChainEntry, Checkpoint, InFlight, Mac, RandomId, StoredBatch,
-};
+use crate::log::{Batch, BatchId, ChainEntry, Checkpoint, InFlight, Message, StoredBatch};
 
 const FORMAT_HEADER: &str = "Grade-Format";
 const BATCH_HEADER: &str = "Grade-Batch";
@@ -23,7 +21,7 @@ const BATCH_HEADER: &str = "Grade-Batch";
 const TIME_HEADER: &str = "Grade-Time";
 /// NATS' own header, for the detection of duplicates.
 const ID_HEADER: &str = "Nats-Msg-Id";
-/// Replica, position, chain, digest, round and message authentication code, separated by a space.
+/// The checkpoint in its displayed form.
 const CHECKPOINT_HEADER: &str = "Grade-Checkpoint";
 
 /// Why a message cannot be read as a batch.
@@ -60,6 +58,16 @@ impl BatchHeaders {
         })
     }
 
+    /// The message with these headers and this payload.
+    #[must_use]
+    pub fn message(&self, payload: Bytes) -> Message {
+        Message::Batch {
+            format: self.format,
+            id: self.id,
+            payload,
+        }
+    }
+
     /// The time of a batch that the broker stored at `stored_ns`, after a batch with `previous_ns`.
     /// `Grade-Time` counts only if it lies between the two.
     #[must_use]
@@ -82,16 +90,7 @@ pub fn headers(id: BatchId) -> HeaderMap {
 
 /// Adds a checkpoint to a batch's headers.
 pub fn add_checkpoint(headers: &mut HeaderMap, checkpoint: &Checkpoint) {
-    let Checkpoint {
-        replica,
-        position,
-        chain,
-        digest,
-        round,
-        mac,
-    } = checkpoint;
-    let text = format!("{replica} {position} {chain} {digest} {round} {mac}");
-    headers.insert(CHECKPOINT_HEADER, text);
+    headers.insert(CHECKPOINT_HEADER, checkpoint.to_string());
 }
 
 /// The payload of a batch of `writes`.
@@ -147,21 +146,8 @@ fn read_headers(headers: Option<&HeaderMap>) -> Result<BatchHeaders, Unreadable>
             .and_then(BatchId::parse)
             .unwrap_or(BatchId::UNNAMED),
         time_ns: text(TIME_HEADER).and_then(|text| text.parse().ok()),
-        checkpoint: text(CHECKPOINT_HEADER).and_then(checkpoint),
+        checkpoint: text(CHECKPOINT_HEADER).and_then(Checkpoint::parse),
     })
-}
-
-fn checkpoint(text: &str) -> Option<Checkpoint> {
-    let mut words = text.split(' ');
-    let checkpoint = Checkpoint {
-        replica: RandomId::parse(words.next()?)?,
-        position: words.next()?.parse().ok()?,
-        chain: Chain::parse(words.next()?)?,
-        digest: Digest::parse(words.next()?)?,
-        round: words.next()?.parse().ok()?,
-        mac: Mac::parse(words.next()?)?,
-    };
-    words.next().is_none().then_some(checkpoint)
 }
 
 #[cfg(test)]
@@ -171,7 +157,8 @@ mod tests {
     use tokio::sync::Semaphore;
 
     use super::*;
-    use crate::log::Ticket;
+    use crate::grade::Digest;
+    use crate::log::{Chain, Mac, RandomId, Ticket};
 
     fn id() -> BatchId {
         BatchId {
@@ -213,7 +200,7 @@ mod tests {
             &format!("{text} 1"),
             "",
         ] {
-            assert_eq!(checkpoint(cut), None, "{cut}");
+            assert_eq!(Checkpoint::parse(cut), None, "{cut}");
         }
     }
 

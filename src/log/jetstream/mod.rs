@@ -11,6 +11,7 @@
 //! - `subscription`: one consumer per replica, recreated after the last batch read; `history`:
 //!   whether the stream still is the one that this replica has read; `suspicion`: doubts about
 //!   that.
+//! - `wal_then_stream`: reads the replica's WAL before the stream.
 //! - `announcements`: verifies announcements of other replicas.
 //! - `message`: encodes a batch as a message; `header_block`, `raw_message`: read messages that the
 //!   client library cannot.
@@ -35,6 +36,7 @@ mod shared;
 mod stream;
 mod subscription;
 mod suspicion;
+mod wal_then_stream;
 mod write_health;
 
 use std::sync::Arc;
@@ -55,10 +57,12 @@ pub use self::servers::Servers;
 pub use self::setup_error::SetupError;
 use self::shared::{ConnectionStatus, EventCounters, JetStreamShared};
 use self::subscription::JetStreamSubscription;
+use self::wal_then_stream::WalThenStream;
 use self::write_health::WriteHealth;
+use super::wal::ReplicaWal;
 use super::{
-    Announce, Announcement, AppendError, Batch, BatchId, Bounds, InFlight, Log, LogCounts, LogId,
-    Position, ReadError, Seq, Subscription,
+    Announce, Announcement, Answers, AppendError, Batch, BatchId, Bounds, Entry, InFlight, Log,
+    LogCounts, LogId, Position, ReadError, Seq, Subscription, TrimError, WalConfig, WalStatus,
 };
 use crate::sys::tasks::{CriticalTasks, TaskEnded};
 
@@ -115,7 +119,13 @@ impl JetStreamLog {
             &report_wait,
         )
         .await?;
+        let wal = match &config.wal {
+            Some(wal) => Some(open_wal(wal, &opened.id).await?),
+            None => None,
+        };
+        let wal_end = wal.as_ref().map_or(0, |wal| wal.status().last);
         let shared = Arc::new(JetStreamShared {
+            wal: wal.clone(),
             health: WriteHealth::new(config.write_silence_max),
             announcements,
             config,
@@ -124,7 +134,9 @@ impl JetStreamLog {
             replica: identity.replica,
             id: opened.id,
             first: AtomicU64::new(opened.first),
-            end: AtomicU64::new(opened.last),
+            // A stream that ends before the WAL has lost batches. Nothing may take their places.
+            end: AtomicU64::new(opened.last.max(wal_end)),
+            reads_stream: OrderedWatch::new(false),
             connection_status: OrderedWatch::new(ConnectionStatus::Up(Arc::clone(
                 &opened.connection,
             ))),
@@ -149,12 +161,36 @@ impl JetStreamLog {
         tasks.spawn("connection to NATS", connected);
         let watch = JetStreamShared::watch_health(Arc::clone(&shared), stop.clone());
         tasks.spawn("write health", watch);
+        if let Some(wal) = wal {
+            let stop = stop.clone();
+            tasks.spawn(
+                "WAL",
+                async move { stop.run_until_cancelled(wal.run()).await },
+            );
+        }
         Ok(Self {
             shared,
             tasks,
             stop: stop.clone(),
             _guard: stop.drop_guard(),
         })
+    }
+}
+
+/// Opens the WAL of log `id`.
+async fn open_wal(config: &WalConfig, id: &LogId) -> Result<Arc<ReplicaWal>, SetupError> {
+    let (dir, pool, id) = (config.dir.clone(), config.pool.clone(), id.clone());
+    let config = config.clone();
+    let opened = pool.run(move || ReplicaWal::open(config, &id)).await;
+    let opened = opened.flatten();
+    opened
+        .map(Arc::new)
+        .map_err(|error| SetupError::Wal { dir, error })
+}
+
+impl JetStreamLog {
+    fn unwritable_wal(&self) -> Option<Arc<str>> {
+        self.shared.wal.as_ref()?.unwritable()
     }
 }
 
@@ -184,11 +220,17 @@ impl Log for JetStreamLog {
     }
 
     fn unwritable(&self) -> Option<Arc<str>> {
-        self.shared.health.reason()
+        self.shared
+            .health
+            .reason()
+            .or_else(|| self.unwritable_wal())
     }
 
     fn reject(&self) -> Option<Arc<str>> {
-        self.shared.health.reject()
+        self.shared
+            .health
+            .reject()
+            .or_else(|| self.unwritable_wal())
     }
 
     fn check_append(&self) {
@@ -219,14 +261,67 @@ impl Log for JetStreamLog {
     ) -> BoxFuture<'_, Result<Box<dyn Subscription>, ReadError>> {
         async move {
             let shared = Arc::clone(&self.shared);
-            let subscription = JetStreamSubscription::start(shared, after).await?;
-            Ok(Box::new(subscription) as Box<dyn Subscription>)
+            Ok(match shared.wal.clone() {
+                Some(wal) => Box::new(WalThenStream::start(shared, wal, after).await?)
+                    as Box<dyn Subscription>,
+                None => Box::new(JetStreamSubscription::start(shared, after).await?),
+            })
         }
         .boxed()
     }
 
     fn fetch_bounds(&self) -> BoxFuture<'_, Result<Bounds, ReadError>> {
-        self.shared.bounds().boxed()
+        async {
+            let mut bounds = self.shared.bounds().await?;
+            if let Some(wal) = &self.shared.wal {
+                bounds.first = wal.first(bounds.first);
+            }
+            Ok(bounds)
+        }
+        .boxed()
+    }
+
+    fn trim(&self, through: Seq) -> BoxFuture<'_, Result<(), TrimError>> {
+        async move {
+            let failed = |error: std::io::Error| TrimError::Failed(error.to_string().into());
+            match &self.shared.wal {
+                Some(wal) => wal.trim(through).await.map_err(failed),
+                None => Ok(()),
+            }
+        }
+        .boxed()
+    }
+
+    fn record(&self, previous: &Position, entry: &Entry, own: Option<Answers>) {
+        match (&self.shared.wal, own) {
+            (Some(wal), own) => wal.record(previous, entry, own),
+            (None, Some(own)) => own.send(&Ok(entry.position.seq)),
+            (None, None) => {}
+        }
+    }
+
+    fn quarantine_copies(&self, why: &'static str) {
+        if let Some(wal) = &self.shared.wal {
+            wal.quarantine(why);
+        }
+    }
+
+    fn sync_copies(&self) -> BoxFuture<'_, ()> {
+        async {
+            if let Some(wal) = &self.shared.wal {
+                wal.flush().await;
+            }
+        }
+        .boxed()
+    }
+
+    fn copies_read(&self) -> BoxFuture<'_, ()> {
+        let reads_stream = &self.shared.reads_stream;
+        reads_stream.wait_for(|reads| reads.then_some(())).boxed()
+    }
+
+    fn copies(&self) -> Option<WalStatus> {
+        self.shared.wal.as_ref().map(|wal| wal.status())
     }
 
     fn announce(&self, announce: Announce) {

@@ -1,5 +1,7 @@
 //! The errors of opening the stream.
 
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::log::Seq;
@@ -7,6 +9,14 @@ use crate::log::Seq;
 /// Why the stream can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
+    /// The replica's copy of the log can't be opened.
+    #[error("cannot open the WAL in {dir}: {error}; check the disk and the permissions", dir = dir.display())]
+    Wal {
+        /// Its directory.
+        dir: PathBuf,
+        /// The system's error.
+        error: io::Error,
+    },
     /// The broker does not answer.
     #[error(
         "no answer from NATS at {servers}: {why}; check --nats-url, and that nats-server runs there \

@@ -12,6 +12,7 @@ use super::config::JetStreamConfig;
 use super::ordered_watch::OrderedWatch;
 use super::suspicion::Suspicion;
 use super::write_health::WriteHealth;
+use crate::log::wal::ReplicaWal;
 use crate::log::{BatchId, InFlight, LogId, RandomId, Seq};
 
 /// State shared by the log, its connection and its subscriptions.
@@ -45,6 +46,9 @@ pub(super) struct JetStreamShared {
     /// Whether the stream is known to hold the batches that this replica has applied.
     pub(super) verified: AtomicBool,
     pub(super) counts: EventCounters,
+    pub(super) wal: Option<Arc<ReplicaWal>>,
+    /// Whether the subscription reads the stream: it has read the WAL and has had a consumer.
+    pub(super) reads_stream: OrderedWatch<bool>,
 }
 
 #[derive(Default)]

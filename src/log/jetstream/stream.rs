@@ -279,6 +279,7 @@ mod tests {
             expect_peers: 1,
             peers: Vec::new(),
             write_silence_max: Duration::from_secs(12),
+            wal: None,
         };
         let wanted = wanted(&config, None, None);
         assert!(check(&wanted, &wanted, |_| true).is_ok());

@@ -18,6 +18,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
+use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
@@ -27,7 +28,7 @@ use super::history::HistoryCheck;
 use super::message::{self, Unreadable};
 use super::shared::JetStreamShared;
 use super::{header_block, session};
-use crate::log::{Batch, ChainEntry, Entry, Position, ReadError, Seq, Subscription};
+use crate::log::{Batch, Entry, Message, Position, ReadError, Seq, Subscription};
 use crate::sys::backoff::Backoff;
 
 /// A call returns at most this many entries, and no more batches after this many writes: all of
@@ -118,6 +119,7 @@ impl JetStreamSubscription {
             match (&mut pending.consumer).await {
                 Ok(consumer) => {
                     this.consumer = Some(consumer);
+                    this.shared.reads_stream.set(true);
                     return Ok(this);
                 }
                 Err(error) => pending = this.open_again(&error, pending.began).await?,
@@ -125,7 +127,7 @@ impl JetStreamSubscription {
         }
     }
 
-    async fn fill(&mut self, entries: &mut Vec<Entry>) -> Result<(), ReadError> {
+    pub(super) async fn fill(&mut self, entries: &mut Vec<Entry>) -> Result<(), ReadError> {
         let before = entries.len();
         loop {
             if let Some(error) = &self.ended {
@@ -336,7 +338,8 @@ impl JetStreamSubscription {
         if headers.is_err() {
             self.fetch_until = Some(Instant::now() + FETCH_FOR);
         }
-        entries.push(self.entry(seq, fetched.time_ns, headers, &fetched.payload)?);
+        let payload = fetched.payload.into();
+        entries.push(self.entry(seq, fetched.time_ns, headers, payload)?);
         Ok(FetchOutcome::Entry)
     }
 
@@ -367,7 +370,7 @@ impl JetStreamSubscription {
             return;
         }
         let headers = Ok(delivered.headers.as_ref());
-        match self.entry(seq, delivered.time_ns, headers, &delivered.payload) {
+        match self.entry(seq, delivered.time_ns, headers, delivered.payload) {
             Ok(entry) => {
                 self.problem = None;
                 let end = seq + delivered.pending;
@@ -388,13 +391,13 @@ impl JetStreamSubscription {
         seq: Seq,
         stored_ns: u64,
         headers: Result<Option<&HeaderMap>, &'static str>,
-        payload: &[u8],
+        payload: Bytes,
     ) -> Result<Entry, ReadError> {
         let read = match headers {
-            Ok(headers) => message::read(headers, payload, &self.shared.in_flight),
+            Ok(headers) => message::read(headers, &payload, &self.shared.in_flight),
             Err(why) => Err(Unreadable::Poisoned(why.into())),
         };
-        let (position, batch) = match read {
+        let (position, batch, message) = match read {
             Ok((headers, batch)) => {
                 // Before the first batch the time is the start of this process, which differs
                 // between replicas.
@@ -406,8 +409,12 @@ impl JetStreamSubscription {
                 if batch.ticket.is_some() {
                     self.shared.health.delivered(headers.id);
                 }
-                let entry = headers.chain_entry(payload);
-                (self.last.next(time_ns, entry), batch)
+                let message = headers.message(payload);
+                (
+                    self.last.next(time_ns, message.chain_entry()),
+                    batch,
+                    message,
+                )
             }
             Err(Unreadable::Newer(format)) => {
                 return Err(ReadError::NewerFormat { seq, format });
@@ -415,10 +422,9 @@ impl JetStreamSubscription {
             Err(Unreadable::Poisoned(why)) => {
                 self.shared.counts.poisoned.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(seq, why, "skipped a message that is not a batch");
-                (
-                    self.last.next(stored_ns, ChainEntry::Skipped),
-                    Batch::default(),
-                )
+                let message = Message::Skipped;
+                let position = self.last.next(stored_ns, message.chain_entry());
+                (position, Batch::default(), message)
             }
         };
         self.last = position;
@@ -428,7 +434,11 @@ impl JetStreamSubscription {
         if self.shared.same_history.get() {
             self.backoff.reset();
         }
-        Ok(Entry { position, batch })
+        Ok(Entry {
+            position,
+            batch,
+            message: self.shared.wal.is_some().then_some(message),
+        })
     }
 
     /// Waits until the stream's history could be compared, then requests a consumer that starts

@@ -1,11 +1,13 @@
-//! The value of a record: one batch. Integers are little-endian:
+//! The value of a record: one message of the log. Integers are little-endian:
 //!
 //! | bytes | content |
 //! | --- | --- |
-//! | 1 | format, from 1 |
-//! | 8 | when the log stored the batch, in nanoseconds since 1970 |
+//! | 1 | format, from 1; 0 for a message that all replicas skip |
+//! | 8 | when the log stored the message, in nanoseconds since 1970 |
 //! | 16 | the writer |
 //! | 8 | the writer's sequence number of the batch |
+//! | 1 | the length of the checkpoint |
+//! | length | the sender's checkpoint in its displayed form, in some batches of a cluster |
 //! | rest | the writes, a JSON array |
 //!
 //! The record has the checksum.
@@ -13,11 +15,20 @@
 use crate::grade::Write;
 use crate::log::codec::{self, FORMAT};
 use crate::log::{
-    Batch, BatchId, ChainEntry, Entry, Position, RandomId, ReadError, Seq, StoredBatch,
+    Batch, BatchId, ChainEntry, Checkpoint, Entry, Position, RandomId, ReadError, Seq, StoredBatch,
 };
 
-/// Bytes before the writes.
-pub(super) const HEADER_BYTES: usize = 1 + 8 + 16 + 8;
+/// The format of a message that all replicas skip.
+const SKIPPED: u8 = 0;
+/// Bytes before the checkpoint.
+pub(super) const HEADER_BYTES: usize = 1 + 8 + 16 + 8 + 1;
+
+/// A value, split into its parts.
+struct Value<'a> {
+    time_ns: u64,
+    message: ChainEntry<'a>,
+    checkpoint: Option<Checkpoint>,
+}
 
 /// Appends the value of the batch after `previous` to `out`. Returns the batch's position.
 #[expect(clippy::indexing_slicing, reason = "the header was appended before")]
@@ -28,11 +39,8 @@ pub fn write(
     writes: &[Write],
     out: &mut Vec<u8>,
 ) -> Position {
-    let payload_at = out.len() + HEADER_BYTES;
-    out.push(FORMAT);
-    out.extend_from_slice(&time_ns.to_le_bytes());
-    out.extend_from_slice(&id.writer.bytes());
-    out.extend_from_slice(&id.seq.to_le_bytes());
+    write_header(FORMAT, time_ns, id, "", out);
+    let payload_at = out.len();
     codec::write(writes, out);
     let batch = StoredBatch {
         format: FORMAT,
@@ -42,19 +50,45 @@ pub fn write(
     previous.next(time_ns, ChainEntry::Batch(batch))
 }
 
-/// Splits the value of batch `seq` into its time and the rest.
-fn split(seq: Seq, value: &[u8]) -> Result<(u64, StoredBatch<'_>), ReadError> {
+/// Appends the value of a message that a cluster's log delivered to `out`.
+pub(super) fn write_message(
+    time_ns: u64,
+    message: ChainEntry<'_>,
+    checkpoint: Option<&Checkpoint>,
+    out: &mut Vec<u8>,
+) {
+    match message {
+        ChainEntry::Skipped => write_header(SKIPPED, time_ns, BatchId::UNNAMED, "", out),
+        ChainEntry::Batch(batch) => {
+            let checkpoint = checkpoint.map(Checkpoint::to_string).unwrap_or_default();
+            write_header(batch.format, time_ns, batch.id, &checkpoint, out);
+            out.extend_from_slice(batch.payload);
+        }
+    }
+}
+
+#[expect(
+    clippy::expect_used,
+    reason = "a checkpoint has at most 163 characters"
+)]
+fn write_header(format: u8, time_ns: u64, id: BatchId, checkpoint: &str, out: &mut Vec<u8>) {
+    out.push(format);
+    out.extend_from_slice(&time_ns.to_le_bytes());
+    out.extend_from_slice(&id.writer.bytes());
+    out.extend_from_slice(&id.seq.to_le_bytes());
+    out.push(u8::try_from(checkpoint.len()).expect("a checkpoint is short"));
+    out.extend_from_slice(checkpoint.as_bytes());
+}
+
+/// Splits the value of message `seq`.
+fn split(seq: Seq, value: &[u8]) -> Result<Value<'_>, ReadError> {
     let damaged = |why: &str| ReadError::damaged(seq, why);
     let Some((&format, mut rest)) = value.split_first() else {
         return Err(damaged("it is empty"));
     };
-    match format {
-        0 => return Err(damaged("it has format 0")),
-        1..=FORMAT => {}
-        newer => {
-            let format = newer.into();
-            return Err(ReadError::NewerFormat { seq, format });
-        }
+    if format > FORMAT {
+        let format = format.into();
+        return Err(ReadError::NewerFormat { seq, format });
     }
     let parts = (|| {
         let time_ns = u64::from_le_bytes(take(&mut rest)?);
@@ -62,40 +96,58 @@ fn split(seq: Seq, value: &[u8]) -> Result<(u64, StoredBatch<'_>), ReadError> {
             writer: RandomId(u128::from_le_bytes(take(&mut rest)?)),
             seq: u64::from_le_bytes(take(&mut rest)?),
         };
-        let batch = StoredBatch {
-            format,
-            id,
-            payload: rest,
+        let [checkpoint_bytes] = take(&mut rest)?;
+        let (checkpoint, payload) = rest.split_at_checked(checkpoint_bytes.into())?;
+        let checkpoint = match checkpoint {
+            [] => None,
+            text => Some(Checkpoint::parse(std::str::from_utf8(text).ok()?)?),
         };
-        Some((time_ns, batch))
+        let message = match format {
+            SKIPPED if id == BatchId::UNNAMED && payload.is_empty() => ChainEntry::Skipped,
+            SKIPPED => return None,
+            _ => ChainEntry::Batch(StoredBatch {
+                format,
+                id,
+                payload,
+            }),
+        };
+        Some(Value {
+            time_ns,
+            message,
+            checkpoint,
+        })
     })();
-    parts.ok_or_else(|| damaged("it ends within its header"))
+    parts.ok_or_else(|| damaged("its header is malformed"))
 }
 
-/// The position of the batch with this value, which comes after `previous`.
+/// The position of the message with this value, which comes after `previous`.
 ///
 /// # Errors
-/// `value` is not an output of [`write()`].
+/// `value` is not an output of [`write()`] or [`write_message`].
 pub fn position(previous: &Position, value: &[u8]) -> Result<Position, ReadError> {
-    let (time_ns, batch) = split(previous.seq + 1, value)?;
-    Ok(previous.next(time_ns, ChainEntry::Batch(batch)))
+    let value = split(previous.seq + 1, value)?;
+    Ok(previous.next(value.time_ns, value.message))
 }
 
-/// The batch with this value, which comes after `previous`.
+/// The entry with this value, which comes after `previous`.
 ///
 /// # Errors
-/// `value` is not an output of [`write()`].
+/// `value` is not an output of [`write()`] or [`write_message`].
 pub fn read(previous: &Position, value: &[u8]) -> Result<Entry, ReadError> {
     let seq = previous.seq + 1;
-    let (time_ns, stored) = split(seq, value)?;
-    let writes = codec::read(stored.payload).map_err(|why| ReadError::damaged(seq, &why))?;
-    Ok(Entry {
-        position: previous.next(time_ns, ChainEntry::Batch(stored)),
-        batch: Batch {
+    let value = split(seq, value)?;
+    let batch = match value.message {
+        ChainEntry::Skipped => Batch::default(),
+        ChainEntry::Batch(batch) => Batch {
             ticket: None,
-            writes,
-            checkpoint: None,
+            writes: codec::read(batch.payload).map_err(|why| ReadError::damaged(seq, &why))?,
+            checkpoint: value.checkpoint,
         },
+    };
+    Ok(Entry {
+        position: previous.next(value.time_ns, value.message),
+        batch,
+        message: None,
     })
 }
 

@@ -26,6 +26,7 @@ pub mod format;
 mod reader;
 mod record;
 mod recovery;
+mod replica;
 mod segment;
 #[cfg(test)]
 mod tests;
@@ -46,6 +47,8 @@ use tokio::sync::{oneshot, watch};
 
 use self::reader::{DiskSubscription, RecentEntries};
 use self::recovery::RecoveredLog;
+pub(in crate::log) use self::replica::{ReplicaWal, WalReader};
+pub use self::replica::{WalConfig, WalStatus, WalSync, log_of_wal};
 use self::writer::{AppendRequest, WalWriter};
 use super::{
     AppendError, Batch, Log, LogId, Position, RandomId, ReadError, Seq, Subscription, TrimError,

@@ -42,22 +42,24 @@ pub(super) struct WalRecord<'a> {
     pub(super) bytes: usize,
 }
 
-/// Replaces the content of `out` with the record of batch `seq`. `append_value` appends the value;
-/// returns its result.
-#[expect(clippy::indexing_slicing, reason = "`out` begins with a header")]
-pub(super) fn write<T>(
+/// Appends the record of batch `seq` to `out`, whose length is a multiple of [`ALIGNMENT`].
+/// `append_value` appends the value; returns its result.
+#[expect(clippy::indexing_slicing, reason = "the header was appended before")]
+pub(super) fn append<T>(
     seq: Seq,
     append_value: impl FnOnce(&mut Vec<u8>) -> T,
     out: &mut Vec<u8>,
 ) -> io::Result<T> {
-    out.clear();
+    let at = out.len();
     out.extend_from_slice(&[0; RECORD_HEADER_BYTES]);
     let appended = append_value(out);
-    let value_bytes = u32::try_from(out.len() - RECORD_HEADER_BYTES).map_err(io::Error::other)?;
-    out[8..16].copy_from_slice(&seq.to_le_bytes());
-    out[16..20].copy_from_slice(&value_bytes.to_le_bytes());
-    let checksum = xxh3_64(&out[CHECKSUM_BYTES..]);
-    out[..CHECKSUM_BYTES].copy_from_slice(&checksum.to_le_bytes());
+    let record = &mut out[at..];
+    let value_bytes = record.len() - RECORD_HEADER_BYTES;
+    let value_bytes = u32::try_from(value_bytes).map_err(io::Error::other)?;
+    record[8..16].copy_from_slice(&seq.to_le_bytes());
+    record[16..20].copy_from_slice(&value_bytes.to_le_bytes());
+    let checksum = xxh3_64(&record[CHECKSUM_BYTES..]);
+    record[..CHECKSUM_BYTES].copy_from_slice(&checksum.to_le_bytes());
     out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
     Ok(appended)
 }

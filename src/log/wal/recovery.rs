@@ -52,6 +52,7 @@ impl RecoveredLog {
             log,
             base,
             start: Position::base(&log_id(log), base, 0),
+            continues: false,
         };
         let new = dir.with_extension("new");
         remove(&new)

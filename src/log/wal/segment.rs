@@ -11,6 +11,7 @@
 //! | 8 | the time of the batch before it, in nanoseconds since 1970; 0 without one |
 //! | 16 | the chain of the batch before it |
 //! | 16 | the chain before that one |
+//! | 8 | 1 if the segment before it ends with that batch, else 0 |
 //! | 8 | XXH3-64 of the bytes before |
 //! | rest | zeros |
 //!
@@ -34,7 +35,7 @@ use crate::sys::files;
 /// The offset of the first record: a page, so that writing records does not touch the header.
 pub(super) const HEADER_BYTES: u64 = 4096;
 /// The checksum covers this many bytes.
-const SUMMED_BYTES: usize = 88;
+const SUMMED_BYTES: usize = 96;
 const MAGIC: &[u8; 8] = b"gradeseg";
 const VERSION: u64 = 1;
 const EXTENSION: &str = "seg";
@@ -53,6 +54,8 @@ pub(super) struct SegmentHeader {
     pub(super) base: Seq,
     /// The position before its first batch.
     pub(super) start: Position,
+    /// Whether the segment before it ends there.
+    pub(super) continues: bool,
 }
 
 impl SegmentHeader {
@@ -72,6 +75,7 @@ impl SegmentHeader {
         for chain in [self.start.chain, self.start.previous] {
             bytes.extend_from_slice(&chain.0.to_le_bytes());
         }
+        bytes.extend_from_slice(&u64::from(self.continues).to_le_bytes());
         let checksum = xxh3_64(&bytes);
         bytes.extend_from_slice(&checksum.to_le_bytes());
         bytes.resize(HEADER_BYTES as usize, 0);
@@ -106,6 +110,7 @@ impl SegmentHeader {
                     chain: Chain(wide(56)?),
                     previous: Chain(wide(72)?),
                 },
+                continues: number(88)? == 1,
             };
             (number(SUMMED_BYTES)? == xxh3_64(summed)).then_some(header)
         })();

@@ -123,10 +123,15 @@ impl WalWriter {
             seq: self.written,
         };
         let value = |out: &mut Vec<u8>| format::write(&self.last, time_ns, id, &batch.writes, out);
-        let position = record::write(seq, value, &mut self.record)
+        self.record.clear();
+        let position = record::append(seq, value, &mut self.record)
             .map_err(|error| self.shared.failure_reason(&error))?;
         self.reserve_space(seq, self.record.len() as u64)?;
-        Ok(Entry { position, batch })
+        Ok(Entry {
+            position,
+            batch,
+            message: None,
+        })
     }
 
     /// Reserves space for the record of batch `seq` in the active segment or in a new one. If this
@@ -167,6 +172,7 @@ impl WalWriter {
             log: self.shared.log,
             base: self.shared.base,
             start: self.last,
+            continues: self.last.seq > self.shared.base,
         };
         let file = segment::create(&self.shared.dir, &header, space_bytes)
             .map_err(|error| self.shared.failure_reason(&error))?;

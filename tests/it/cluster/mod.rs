@@ -24,4 +24,5 @@ mod stream_creation;
 mod streams;
 mod three_servers;
 mod unreadable_headers;
+mod wal;
 mod write_health;

@@ -33,6 +33,7 @@ async fn replica_with_buffer(broker: &Broker, buffer_bytes_max: u64) -> InProces
         expect_peers: 1,
         peers: Vec::new(),
         write_silence_max: Duration::from_secs(12),
+        wal: None,
     };
     let identity = ReplicaIdentity {
         node: origin,

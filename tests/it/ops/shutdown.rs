@@ -181,6 +181,7 @@ async fn a_shutdown_during_a_snapshot_waits_for_it() {
     let config = StorageConfig::Disk(DataDir {
         dir: dir.clone(),
         snapshot_interval: Duration::from_millis(20),
+        wal: None,
     });
     let storage = Storage::open(&config, opening(origin, Some(seed.clone()))).unwrap();
     let mut node = InProcessNode::start_on_storage(storage, origin, |config| {

@@ -231,7 +231,17 @@ impl Client {
             self.violate(format!("positions went back from {last} to {seq}"));
         }
         self.last = chain.map(|chain| (seq, chain));
-        self.world.lock().acknowledged += 1;
+        {
+            let mut state = self.world.lock();
+            state.acknowledged += 1;
+            let slot = &mut state.nodes[node];
+            let before = slot
+                .acknowledged
+                .as_ref()
+                .filter(|(log, _)| *log == process.log);
+            let last = before.map_or(seq, |(_, before)| seq.max(*before));
+            slot.acknowledged = Some((process.log.clone(), last));
+        }
         self.acknowledged += 1;
         check::check_node(&self.world, node, process, &self.knobs, true);
     }

@@ -78,7 +78,7 @@ async fn after(ms: u64) {
 async fn process_fault(world: &World, knobs: &Knobs, fault: Fault) {
     match fault {
         Fault::Kill { node, wipe, ms } => {
-            process::kill(world, node, wipe);
+            process::kill(world, node, wipe, knobs);
             after(ms).await;
             process::start(world, node, knobs);
         }
@@ -181,7 +181,7 @@ async fn stream_fault(world: &World, knobs: &Knobs, fault: Fault) {
     match fault {
         Fault::BrokerLosesBatches { batches } => world.lock().lose_last(batches),
         Fault::BrokerLosesUnreadBatches { node, wipe, ms } => {
-            process::kill(world, node, wipe);
+            process::kill(world, node, wipe, knobs);
             after(ms).await;
             world.slot(node).loses_unread = true;
             process::start(world, node, knobs);

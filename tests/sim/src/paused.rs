@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 use gradestore::log::{
-    Announce, Announcement, AppendError, Batch, Bounds, JetStreamLog, Log, LogCounts, LogId,
-    Position, ReadError, Seq, Subscription, TrimError,
+    Announce, Announcement, Answers, AppendError, Batch, Bounds, Entry, JetStreamLog, Log,
+    LogCounts, LogId, Position, ReadError, Seq, Subscription, TrimError, WalStatus,
 };
 use gradestore::sys::tasks::TaskEnded;
 
@@ -95,6 +95,26 @@ impl Log for PausedLog {
 
     fn trim(&self, through: Seq) -> BoxFuture<'_, Result<(), TrimError>> {
         self.log.trim(through)
+    }
+
+    fn record(&self, previous: &Position, entry: &Entry, own: Option<Answers>) {
+        self.log.record(previous, entry, own);
+    }
+
+    fn quarantine_copies(&self, why: &'static str) {
+        self.log.quarantine_copies(why);
+    }
+
+    fn sync_copies(&self) -> BoxFuture<'_, ()> {
+        self.log.sync_copies()
+    }
+
+    fn copies_read(&self) -> BoxFuture<'_, ()> {
+        self.log.copies_read()
+    }
+
+    fn copies(&self) -> Option<WalStatus> {
+        self.log.copies()
     }
 
     fn subscribe(

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use gradestore::log::WalSync;
+
 use crate::client::{Op, OpKind};
 use crate::hostile::HostileMessage;
 use crate::process::Knobs;
@@ -150,6 +152,8 @@ pub enum Fault {
 impl Plan {
     pub fn of(seed: u64) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed ^ 0x9e37_79b9_7f4a_7c15);
+        // Another one, so that the other choices are those of a simulation without WALs.
+        let mut wal_rng = fastrand::Rng::with_seed(seed ^ 0x51ed_270b_9f1e_0a3d);
         let nodes = [1, 2, 3, 3, 3, 4][rng.usize(..6)];
         let users = rng.u8(1..10);
         let knobs = Knobs {
@@ -165,6 +169,11 @@ impl Plan {
             static_peers: rng.u8(..4) == 0,
             expect_peers: nodes,
             work_wait_ms: [1, 30, 300][rng.usize(..3)],
+            wal: match wal_rng.u8(..4) {
+                0 => None,
+                1 => Some(WalSync::Always),
+                _ => Some(WalSync::Every(Duration::from_millis(wal_rng.u64(1..200)))),
+            },
         };
         let clients = (0..rng.usize(1..5)).map(|_| client(&mut rng, nodes, users));
         let clients: Vec<_> = clients.collect();

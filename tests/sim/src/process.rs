@@ -1,10 +1,10 @@
 //! Runs a real node on the simulated broker, from its start to its end.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -13,8 +13,8 @@ use gradestore::http::Credentials;
 use gradestore::http::RequestCount;
 use gradestore::http::backup::BackupMetrics;
 use gradestore::log::{
-    ClusterKey, ExistingData, JetStreamConfig, JetStreamLog, LogId, MemoryLog, RandomId,
-    ReplicaIdentity, SetupError,
+    ClusterKey, ExistingData, JetStreamConfig, JetStreamLog, Log, LogId, MemoryLog, RandomId,
+    ReplicaIdentity, SetupError, WalConfig, WalSync, log_of_wal,
 };
 use gradestore::node::config::{ClusterConfig, Config, HttpConfig};
 use gradestore::node::data_dir::Storage;
@@ -41,6 +41,12 @@ pub const USERNAME: &str = "sim";
 pub const PASSWORD: &str = "secret";
 /// How long requests may take to finish once a node stops.
 const DRAIN_MAX: Duration = Duration::from_secs(4);
+/// The directory of the WAL on a node's disk.
+const WAL_DIR: &str = "wal";
+/// A killed process may not have synced as many bytes at the end of its WAL.
+const UNSYNCED_BYTES_MAX: u64 = 400;
+/// The header of a segment, which is synced before its first record is written.
+const SEGMENT_HEADER_BYTES: u64 = 4096;
 /// When a process that could not open its log is restarted.
 const RESTART_AFTER: Duration = Duration::from_secs(1);
 /// How long appends may wait before the log counts as unwritable, in addition to the write timeout.
@@ -62,6 +68,8 @@ pub struct Knobs {
     pub expect_peers: usize,
     /// The maximum delay of blocking work.
     pub work_wait_ms: u64,
+    /// When a node with a disk syncs its WAL; `None` without one.
+    pub wal: Option<WalSync>,
 }
 
 impl Knobs {
@@ -76,7 +84,13 @@ impl Knobs {
     }
 
     /// The stream's settings, the same for all nodes.
-    fn stream(&self, nodes: usize, clustered: bool) -> JetStreamConfig {
+    fn stream(
+        &self,
+        nodes: usize,
+        clustered: bool,
+        dir: Option<&Path>,
+        pool: Blocking,
+    ) -> JetStreamConfig {
         JetStreamConfig {
             servers: "nats://sim".parse().expect("a URL"),
             creds: None,
@@ -86,6 +100,12 @@ impl Knobs {
             expect_peers: self.expect_peers.min(nodes),
             peers: self.peers(nodes),
             write_silence_max: Self::WRITE_WAIT_MAX + WRITE_SILENCE,
+            wal: self.wal.zip(dir).map(|(sync, dir)| WalConfig {
+                dir: dir.join(WAL_DIR),
+                sync,
+                keep_bytes: 0,
+                pool,
+            }),
         }
     }
 
@@ -182,18 +202,70 @@ pub fn start(world: &World, node: usize, knobs: &Knobs) {
     world.note(|| format!("node {node} starts; the log ends at {end}"));
 }
 
+/// With a WAL that is synced before the answer, a write that `node` acknowledged is in it or in a
+/// snapshot, whatever the broker has lost since.
+fn check_has_acknowledged(world: &World, node: usize, knobs: &Knobs, log: &JetStreamLog) {
+    let slot = world.slot(node);
+    let acknowledged = slot.acknowledged.clone();
+    let newest = snapshot_heads(&slot).into_iter().next();
+    drop(slot);
+    let copies = log.copies().filter(|_| knobs.wal == Some(WalSync::Always));
+    let (Some((of, seq)), Some(copies)) = (acknowledged, copies) else {
+        return;
+    };
+    let newest = newest.map_or(0, |head| head.position).max(copies.last);
+    if of == log.id() && newest < seq {
+        world.violate(format!(
+            "node {node} acknowledged batch {seq} and has only batch {newest} after a restart"
+        ));
+    }
+}
+
+/// Cuts some of the bytes that the killed process at `node` did not sync off its WAL.
+fn lose_unsynced(world: &World, node: usize) {
+    let mut state = world.lock();
+    let Some(dir) = state.nodes[node].dir.as_ref() else {
+        return;
+    };
+    let Ok(files) = fs::read_dir(dir.path().join(WAL_DIR)) else {
+        return;
+    };
+    let paths = files.filter_map(|file| file.ok().map(|file| file.path()));
+    let segments = paths.filter(|path| path.extension().is_some_and(|of| of == "seg"));
+    let Some(newest) = segments.max() else {
+        return;
+    };
+    let lost = state.rng.u64(..UNSYNCED_BYTES_MAX);
+    let file = File::options().write(true).open(newest).expect("a segment");
+    let bytes = file.metadata().expect("its length").len();
+    file.set_len(
+        bytes
+            .saturating_sub(lost)
+            .max(SEGMENT_HEADER_BYTES.min(bytes)),
+    )
+    .expect("a shorter file");
+}
+
 /// Kills the process at `node`. With `wipe` its disk is lost, too.
-pub fn kill(world: &World, node: usize, wipe: bool) {
+pub fn kill(world: &World, node: usize, wipe: bool, knobs: &Knobs) {
+    let process = world.slot(node).process.clone();
     let Some(killed) = remove(world, node) else {
         return;
     };
     killed.task.abort();
+    // A state from another source, which may still be behind.
+    if wipe || process.is_some_and(|process| process.resyncs.load(Ordering::Relaxed) > 0) {
+        world.slot(node).acknowledged = None;
+    }
     world.note(|| {
         format!(
             "node {node} is killed{}",
             if wipe { ", its disk is lost" } else { "" }
         )
     });
+    if matches!(knobs.wal, Some(WalSync::Every(_))) {
+        lose_unsynced(world, node);
+    }
     let mut slot = world.slot(node);
     if wipe && slot.dir.is_some() {
         slot.dir = Some(new_disk());
@@ -271,12 +343,16 @@ fn identity(world: &World, node: usize, knobs: &Knobs) -> ReplicaIdentity {
     let process = of(slot.starts, 1);
     let disk = of(slot.disks, 2);
     let newest = snapshot_heads(&slot).into_iter().next();
+    let wal = slot.dir.as_ref().map(|dir| dir.path().join(WAL_DIR));
+    let wal_log = wal.and_then(|dir| log_of_wal(&dir).expect("a readable WAL"));
     ReplicaIdentity {
         node: process,
         replica: if knobs.snapshots { disk } else { process },
-        existing_data: newest.map_or(ExistingData::None, |head| {
-            ExistingData::Of(LogId(head.log_id))
-        }),
+        existing_data: match (newest, wal_log) {
+            (Some(head), _) => ExistingData::Of(LogId(head.log_id)),
+            (None, Some(log)) => ExistingData::Of(log),
+            (None, None) => ExistingData::None,
+        },
         keeps_data: knobs.snapshots,
         url: url(node),
         ask_node: Arc::new(SimPeerClient::new(world.clone(), node)),
@@ -297,19 +373,21 @@ async fn open(
             .dir
             .as_ref()
             .map(|dir| dir.path().to_owned());
-        let snapshots = dir.map(|dir| Snapshots::open(&dir).expect("a directory for snapshots"));
+        let snapshots = dir.as_deref().map(Snapshots::open);
+        let snapshots = snapshots.map(|opened| opened.expect("a directory for snapshots"));
         let identity = identity(world, node, knobs);
         let process = identity.node;
         let placeholder = Arc::new(MemoryLog::new(process, 0));
         let mut storage = Storage::of(placeholder, identity.replica);
         storage.snapshots = snapshots.map(|snapshots| (snapshots, knobs.snapshot_interval));
+        let pool = blocking(world.clone(), knobs.work_wait_ms);
         let (nodes, clustered) = {
             let state = world.lock();
             (state.nodes.len(), state.broker.clustered)
         };
         let opened = JetStreamLog::open_on(
             Arc::new(SimBroker::new(world.clone(), node, gone.clone())),
-            knobs.stream(nodes, clustered),
+            knobs.stream(nodes, clustered, dir.as_deref(), pool),
             identity,
             storage.in_flight.clone(),
             None,
@@ -317,6 +395,7 @@ async fn open(
         );
         match opened.await {
             Ok(log) => {
+                check_has_acknowledged(world, node, knobs, &log);
                 storage.log = Arc::new(PausedLog {
                     log,
                     world: world.clone(),

@@ -58,7 +58,7 @@ pub fn run(plan: &Plan, record: bool) -> Outcome {
         );
         let data_lost = execute(&world, plan).await;
         for node in 0..plan.nodes {
-            process::kill(&world, node, false);
+            process::kill(&world, node, false, &plan.knobs);
         }
         let acknowledged = world.lock().acknowledged;
         let (violation, history) = world.take_results();
@@ -250,7 +250,7 @@ fn wipe_if_stuck(world: &World, node: usize, process: &Process, knobs: &Knobs) {
     if since.elapsed() > WIPE_AFTER {
         world.note(|| format!("node {node} needs an operator: {}", unready.state));
         check::check_keeps_lost_batches(world, node, process);
-        process::kill(world, node, true);
+        process::kill(world, node, true, knobs);
         process::start(world, node, knobs);
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use gradestore::log::{Announce, Position, Seq};
+use gradestore::log::{Announce, LogId, Position, Seq};
 use gradestore::replication::state::NodeState;
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 use tempfile::TempDir;
@@ -93,8 +93,11 @@ pub struct Slot {
     pub delay_next_publish_ms: Option<u64>,
     pub truncate_next_backup_at: Option<usize>,
     pub corrupt_next_backup_at: Option<usize>,
-    /// The directory of its snapshots.
+    /// The directory of its snapshots and its WAL.
     pub dir: Option<TempDir>,
+    /// The last write that it acknowledged and must find on its disk at the next start, if it syncs
+    /// its WAL first.
+    pub acknowledged: Option<(LogId, Seq)>,
     /// The number of wiped disks.
     pub disks: u64,
     /// The number of process starts.
