@@ -410,8 +410,9 @@ pub trait Log: Send + Sync + 'static {
     }
 
     /// Quarantines the local copies, because the state that was built from them is wrong.
-    fn quarantine_copies(&self, why: &'static str) {
+    fn quarantine_copies(&self, why: &'static str) -> BoxFuture<'_, ()> {
         let _ = why;
+        std::future::ready(()).boxed()
     }
 
     /// Syncs the local copies of all entries recorded so far. A failure is in [`copies`](Self::copies).

@@ -23,7 +23,7 @@ use crate::log::{
 use crate::sys::exec::Blocking;
 use crate::sys::files;
 
-/// The directory of a replica's WAL in its data directory.
+/// The directory of a replica's WALs, one for each log, in its data directory.
 const WAL_DIR: &str = "wal";
 
 /// Where the log is kept.
@@ -314,9 +314,8 @@ impl Storage {
             return held;
         };
         let dir = dir.join(WAL_DIR);
-        match log_of_wal(&dir) {
-            Ok(Some(log)) if Some(&log) != abandoned => ExistingData::Of(log),
-            Ok(_) => held,
+        match log_of_wal(&dir, abandoned) {
+            Ok(log) => log.map_or(held, ExistingData::Of),
             Err(error) => ExistingData::Unreadable {
                 path: dir,
                 why: error.to_string(),

@@ -286,7 +286,7 @@ impl ReplicaDriver {
         self.bootstrap.store.clear();
         self.bootstrap.applied.cleared();
         if doubtful {
-            self.bootstrap.log.quarantine_copies("diverged");
+            self.bootstrap.log.quarantine_copies("diverged").await;
             if let Some(snapshotter) = &self.snapshotter {
                 snapshotter.quarantine_all("diverged").await;
             }
@@ -296,8 +296,9 @@ impl ReplicaDriver {
     async fn wait_for_source(&self) {
         let mut backoff = new_backoff();
         loop {
-            let bounds = self.bootstrap.log.fetch_bounds().await;
-            let whole = bounds.is_ok_and(|bounds| bounds.first == 1);
+            // Not from the local copies, which will be quarantined.
+            let log = &self.bootstrap.log;
+            let whole = log.fetch_bounds().await.is_ok() && log.first() == 1;
             if whole || self.bootstrap.peers.ask().await.iter().any(Peer::ready) {
                 return;
             }

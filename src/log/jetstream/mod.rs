@@ -123,7 +123,7 @@ impl JetStreamLog {
             Some(wal) => Some(open_wal(wal, &opened.id).await?),
             None => None,
         };
-        let wal_end = wal.as_ref().map_or(0, |wal| wal.status().last);
+        let wal_end = wal.as_ref().map_or(0, |wal| wal.known_end());
         let shared = Arc::new(JetStreamShared {
             wal: wal.clone(),
             health: WriteHealth::new(config.write_silence_max),
@@ -275,6 +275,8 @@ impl Log for JetStreamLog {
             let mut bounds = self.shared.bounds().await?;
             if let Some(wal) = &self.shared.wal {
                 bounds.first = wal.first(bounds.first);
+                // Where the stream should end.
+                bounds.end = bounds.end.max(wal.known_end());
             }
             Ok(bounds)
         }
@@ -300,10 +302,13 @@ impl Log for JetStreamLog {
         }
     }
 
-    fn quarantine_copies(&self, why: &'static str) {
-        if let Some(wal) = &self.shared.wal {
-            wal.quarantine(why);
+    fn quarantine_copies(&self, why: &'static str) -> BoxFuture<'_, ()> {
+        async move {
+            if let Some(wal) = &self.shared.wal {
+                wal.quarantine(why).await;
+            }
         }
+        .boxed()
     }
 
     fn sync_copies(&self) -> BoxFuture<'_, ()> {

@@ -36,6 +36,8 @@ impl WalThenStream {
         after: Position,
     ) -> Result<Self, ReadError> {
         shared.reads_stream.set(false);
+        // Otherwise the stream would deliver what is recorded a moment later.
+        wal.flush().await;
         let source = match wal.read_after(after).await {
             Some(reader) => Source::Wal(Some(reader)),
             None => Source::Stream(JetStreamSubscription::start(Arc::clone(&shared), after).await?),
@@ -72,7 +74,12 @@ impl WalThenStream {
                     return Ok(());
                 }
                 None => {
-                    let shared = Arc::clone(&self.shared);
+                    let (shared, applied) = (Arc::clone(&self.shared), self.wal.known_end());
+                    // After a hole in the WAL the stream must have the rest.
+                    let end = shared.bounds().await?.end;
+                    if end < applied {
+                        return Err(ReadError::Shorter { end, applied });
+                    }
                     let stream = JetStreamSubscription::start(shared, self.last).await?;
                     self.source = Source::Stream(stream);
                 }

@@ -139,7 +139,7 @@ pub(super) fn list(dir: &Path) -> io::Result<LogFiles> {
         let path = file?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let number = |digits: &str| match digits.len() {
-            20 => digits.parse::<Seq>().ok(),
+            20 if !digits.starts_with('+') => digits.parse::<Seq>().ok(),
             _ => None,
         };
         let numbered = name

@@ -382,7 +382,15 @@ impl Bootstrap {
         tokio::select! {
             biased;
             () = restored.cancelled() => Ok(Some(buffered)),
-            ended = buffered.fill() => ended.map(|never| match never {}).map_err(SourceError::Log),
+            ended = buffered.fill() => match ended {
+                Ok(never) => match never {},
+                Err(error @ ReadError::Trimmed { .. }) => Err(error.into()),
+                // The rows are needed whatever has become of the log. Reading it fails again.
+                Err(_) => {
+                    restored.cancelled().await;
+                    Ok(Some(buffered))
+                }
+            },
         }
     }
 }

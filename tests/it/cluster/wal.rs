@@ -11,12 +11,13 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::tempdir;
 
-use crate::harness::Node;
 use crate::harness::cluster::broker::{Broker, STREAM, replica_with_data};
 use crate::harness::small_disk::SmallDisk;
 use crate::harness::wire::eventually;
+use crate::harness::{Node, PASSWORD};
 
 const DISK_MIB: usize = 24;
+const USERS: usize = 100_000;
 
 fn replica(address: SocketAddr, dir: &Path, sync: &str) -> Command {
     let mut command = replica_with_data(address, dir);
@@ -102,8 +103,13 @@ async fn a_replica_starts_from_its_wal_when_the_stream_was_trimmed() {
 async fn with_always_an_acknowledged_write_outlives_a_broker_that_lost_it() {
     let (mut broker, root) = (Broker::start().await, tempdir().unwrap());
     let dir = root.path().join("data");
-    let mut node = Node::start_with(&mut replica(broker.address, &dir, "always")).await;
-    write(&node, 1).await;
+    let mut command = replica(broker.address, &dir, "always");
+    command.args(["--snapshot-interval", "1s"]);
+    let mut node = Node::start_with(&mut command).await;
+    // So many that loading them takes longer than to find the loss.
+    write_many(&node, USERS).await;
+    let snapshot = |status: &Value| status["snapshot"]["rows"] == USERS;
+    node.status_where("a snapshot", snapshot).await;
     let copy = broker.kill_and_copy();
     broker.restart().await;
     node.in_state("ready").await;
@@ -115,6 +121,11 @@ async fn with_always_an_acknowledged_write_outlives_a_broker_that_lost_it() {
     node.signal(Signal::KILL);
     node.wait_for_exit().await;
     broker.roll_back(copy).await;
+    // A start with another stream changes nothing.
+    let mut other = replica(broker.address, &dir, "always");
+    let other = Node::launch(other.args(["--stream", "OTHER"])).await;
+    other.in_state("other-log").await;
+    other.kill();
     // It neither forgets the writes nor serves a state that other replicas do not have.
     let node = Node::launch(&mut replica(broker.address, &dir, "always")).await;
     let lost = |status: &Value| status["state"] == "gap";
@@ -123,6 +134,23 @@ async fn with_always_an_acknowledged_write_outlives_a_broker_that_lost_it() {
     let reason = status["reason"].as_str().unwrap();
     let expected = format!("this replica has applied batch {last}: the broker lost batches");
     assert!(reason.contains(&expected), "{reason}");
+    // The whole state is kept as a snapshot.
+    let kept = |status: &Value| status["snapshot"]["position"] == last;
+    let status = node.status_where("a snapshot of it", kept).await;
+    assert_eq!(status["records"], USERS + 1);
+}
+
+async fn write_many(node: &Node, users: usize) {
+    let lines = (0..users).map(|user| format!("{{\"user_id\":\"user-{user}\",\"spp\":{user}}}\n"));
+    let request = node.client.post(format!("http://{}/set", node.write));
+    let request = request.basic_auth("admin", Some(PASSWORD));
+    let request = request.header("content-type", "application/x-ndjson");
+    let response = request
+        .body(lines.collect::<String>())
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 200, "{}", response.text().await.unwrap());
 }
 
 #[tokio::test]
@@ -138,7 +166,12 @@ async fn a_damaged_wal_does_not_prevent_a_start() {
     let digest = node.status().await["digest"].clone();
     node.signal(Signal::KILL);
     node.wait_for_exit().await;
-    let segment = dir.join("wal").join("00000000000000000001.seg");
+    let log = fs::read_dir(dir.join("wal"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap();
+    let segment = log.path().join("00000000000000000001.seg");
     let whole = fs::read(&segment).unwrap();
     // In the header, in a record, and a cut one.
     for (at, cut) in [(20, whole.len()), (6000, whole.len()), (6000, 6001)] {

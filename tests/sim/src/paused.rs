@@ -101,8 +101,8 @@ impl Log for PausedLog {
         self.log.record(previous, entry, own);
     }
 
-    fn quarantine_copies(&self, why: &'static str) {
-        self.log.quarantine_copies(why);
+    fn quarantine_copies(&self, why: &'static str) -> BoxFuture<'_, ()> {
+        self.log.quarantine_copies(why)
     }
 
     fn sync_copies(&self) -> BoxFuture<'_, ()> {

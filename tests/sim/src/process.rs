@@ -227,23 +227,28 @@ fn lose_unsynced(world: &World, node: usize) {
     let Some(dir) = state.nodes[node].dir.as_ref() else {
         return;
     };
-    let Ok(files) = fs::read_dir(dir.path().join(WAL_DIR)) else {
+    let Ok(logs) = fs::read_dir(dir.path().join(WAL_DIR)) else {
         return;
     };
-    let paths = files.filter_map(|file| file.ok().map(|file| file.path()));
-    let segments = paths.filter(|path| path.extension().is_some_and(|of| of == "seg"));
-    let Some(newest) = segments.max() else {
-        return;
-    };
-    let lost = state.rng.u64(..UNSYNCED_BYTES_MAX);
-    let file = File::options().write(true).open(newest).expect("a segment");
-    let bytes = file.metadata().expect("its length").len();
-    file.set_len(
-        bytes
+    let mut logs: Vec<_> = logs
+        .filter_map(|log| log.ok().map(|log| log.path()))
+        .collect();
+    logs.sort();
+    for log in logs {
+        let files = fs::read_dir(log).expect("the files of a log");
+        let paths = files.filter_map(|file| file.ok().map(|file| file.path()));
+        let segments = paths.filter(|path| path.extension().is_some_and(|of| of == "seg"));
+        let Some(newest) = segments.max() else {
+            continue;
+        };
+        let lost = state.rng.u64(..UNSYNCED_BYTES_MAX);
+        let file = File::options().write(true).open(newest).expect("a segment");
+        let bytes = file.metadata().expect("its length").len();
+        let kept = bytes
             .saturating_sub(lost)
-            .max(SEGMENT_HEADER_BYTES.min(bytes)),
-    )
-    .expect("a shorter file");
+            .max(SEGMENT_HEADER_BYTES.min(bytes));
+        file.set_len(kept).expect("a shorter file");
+    }
 }
 
 /// Kills the process at `node`. With `wipe` its disk is lost, too.
@@ -344,7 +349,7 @@ fn identity(world: &World, node: usize, knobs: &Knobs) -> ReplicaIdentity {
     let disk = of(slot.disks, 2);
     let newest = snapshot_heads(&slot).into_iter().next();
     let wal = slot.dir.as_ref().map(|dir| dir.path().join(WAL_DIR));
-    let wal_log = wal.and_then(|dir| log_of_wal(&dir).expect("a readable WAL"));
+    let wal_log = wal.and_then(|dir| log_of_wal(&dir, None).expect("a readable WAL"));
     ReplicaIdentity {
         node: process,
         replica: if knobs.snapshots { disk } else { process },

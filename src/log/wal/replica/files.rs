@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
@@ -17,6 +17,10 @@ use crate::sys::host::disk_space;
 
 /// When a segment is full. The last write to it may exceed this.
 const SEGMENT_BYTES: u64 = if cfg!(test) { 8 << 10 } else { 16 << 20 };
+/// A longer file is no segment: the last write to one has at most one record beyond a chunk.
+const FILE_BYTES_MAX: u64 = 64 << 20;
+/// No log has so many batches.
+const SEQ_MAX: Seq = 1 << 62;
 /// Segments that were written during this time are kept: a client of the log may still read them.
 const KEEP_FOR: Duration = Duration::from_secs(600);
 /// With less free space, only those segments are kept that a start needs.
@@ -28,6 +32,8 @@ pub(super) struct WalFiles {
     pub(super) segments: Vec<SegmentInfo>,
     /// The last position that was written; `None` before the first.
     pub(super) last: Option<Position>,
+    /// The last batch of a valid record after a damaged one.
+    pub(super) known_end: Seq,
 }
 
 /// A segment.
@@ -68,31 +74,38 @@ struct ActiveFile {
     last: Position,
 }
 
-/// The log of the newest segment of a replica's WAL in `dir`; `None` if there is no segment.
+/// A log of which `dir` holds a WAL, other than `ignored`; `None` if there is none.
 ///
 /// # Errors
-/// A file cannot be read, or no segment has a valid header.
-pub fn log_of_wal(dir: &Path) -> io::Result<Option<LogId>> {
-    let found = match segment::list(dir) {
+/// A directory cannot be read.
+pub fn log_of_wal(dir: &Path, ignored: Option<&LogId>) -> io::Result<Option<LogId>> {
+    let logs = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        found => found?,
+        logs => logs?,
     };
-    let mut damaged = None;
-    for first in found.segments.into_iter().rev() {
-        let header = read_header(&File::open(segment::path(dir, first))?)?;
-        match header {
-            Ok(header) => return Ok(Some(LogId(header.log.to_string().into()))),
-            Err(why) => damaged = Some(io::Error::other(why)),
+    for entry in logs {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let log = LogId(name.into());
+        let is_log = RandomId::parse(&log.0).is_some() && Some(&log) != ignored;
+        if is_log && !segment::list(&path)?.segments.is_empty() {
+            return Ok(Some(log));
         }
     }
-    damaged.map_or(Ok(None), Err)
+    Ok(None)
 }
 
 /// The header of a segment, or why it is invalid.
 fn read_header(file: &File) -> io::Result<Result<SegmentHeader, String>> {
     let mut header = Vec::new();
     segment::read_at(file, 0, HEADER_BYTES as usize, &mut header)?;
-    Ok(SegmentHeader::read(&header))
+    let header = SegmentHeader::read(&header);
+    let bytes = file.metadata()?.len();
+    Ok(header.and_then(|header| match header.start.seq {
+        ..SEQ_MAX if bytes <= FILE_BYTES_MAX => Ok(header),
+        ..SEQ_MAX => Err(format!("it has {bytes} bytes")),
+        seq => Err(format!("it begins after batch {seq}")),
+    }))
 }
 
 /// Opens the WAL of `log`.
@@ -102,7 +115,7 @@ pub(super) fn open(config: &WalConfig, log: RandomId) -> io::Result<(RunWriter, 
     for unfinished in &found.unfinished {
         fs::remove_file(unfinished)?;
     }
-    let mut files = WalFiles::default();
+    let (mut files, mut is_broken) = (WalFiles::default(), false);
     for first in found.segments {
         let path = segment::path(&config.dir, first);
         let file = File::open(&path)?;
@@ -110,35 +123,34 @@ pub(super) fn open(config: &WalConfig, log: RandomId) -> io::Result<(RunWriter, 
             Ok(header) if header.log == log && header.first() == first => {
                 files.segments.push(SegmentInfo {
                     start: header.start,
-                    continues: header.continues,
+                    continues: header.continues && !is_broken,
                     bytes: file.metadata()?.len(),
                 });
+                is_broken = false;
             }
-            Ok(_) => quarantine(&path, "other-log")?,
-            Err(why) => {
+            found => {
+                let why = found
+                    .err()
+                    .unwrap_or_else(|| "it belongs elsewhere".to_owned());
                 tracing::error!(path = %path.display(), why, "WAL segment is damaged");
                 quarantine(&path, "damaged")?;
+                is_broken = true;
             }
         }
     }
     let mut writer = RunWriter::default();
-    while let Some(newest) = files.segments.last_mut() {
-        match open_newest(config, newest)? {
-            Some(active) => {
-                files.last = Some(active.last);
-                writer.active = Some(active);
-                break;
-            }
-            None => drop(files.segments.pop()),
-        }
-    }
+    writer.open_newest(config, &mut files)?;
     segment::sync_dir(&config.dir)?;
     Ok((writer, files))
 }
 
 /// Opens the newest segment and truncates it after its last valid record. Quarantines it if a valid
 /// record cannot be understood, as one of a newer program.
-fn open_newest(config: &WalConfig, newest: &mut SegmentInfo) -> io::Result<Option<ActiveFile>> {
+fn open_segment(
+    config: &WalConfig,
+    newest: &mut SegmentInfo,
+    known_end: &mut Seq,
+) -> io::Result<Option<ActiveFile>> {
     let path = segment::path(&config.dir, newest.start.seq + 1);
     let file = File::options().read(true).write(true).open(&path)?;
     let mut bytes = Vec::new();
@@ -156,6 +168,17 @@ fn open_newest(config: &WalConfig, newest: &mut SegmentInfo) -> io::Result<Optio
             }
         }
         at += record.bytes;
+    }
+    let rest = bytes.get(at..).unwrap_or_default();
+    let steps = (0..rest.len()).step_by(record::ALIGNMENT);
+    let later = steps.filter_map(|at| record::read(rest.get(at..)?));
+    if let Some(later) = later.map(|record| record.seq).max() {
+        // The stream has these batches, unless the broker has lost them.
+        let damaged = last.seq + 1;
+        let copy = unused(&path, "damaged")?;
+        tracing::error!(copy = %copy.display(), damaged, later, "a record of the WAL is damaged");
+        fs::copy(&path, copy)?;
+        *known_end = later.max(*known_end);
     }
     if at < bytes.len() {
         let (seq, cut_bytes) = (last.seq, bytes.len() - at);
@@ -176,6 +199,25 @@ fn open_newest(config: &WalConfig, newest: &mut SegmentInfo) -> io::Result<Optio
 }
 
 impl RunWriter {
+    /// Opens the newest segment that can be read.
+    fn open_newest(&mut self, config: &WalConfig, files: &mut WalFiles) -> io::Result<()> {
+        (self.active, files.last) = (None, None);
+        let WalFiles {
+            segments,
+            last,
+            known_end,
+        } = files;
+        while let Some(newest) = segments.last_mut() {
+            if let Some(active) = open_segment(config, newest, known_end)? {
+                *last = Some(active.last);
+                self.active = Some(active);
+                return Ok(());
+            }
+            segments.pop();
+        }
+        Ok(())
+    }
+
     /// Writes and syncs `chunks`. After an error the next record begins a run.
     pub(super) fn write(
         &mut self,
@@ -207,14 +249,21 @@ impl RunWriter {
         chunk: &RecordChunk,
     ) -> io::Result<()> {
         let joins = |active: &ActiveFile| active.last.is_same(&chunk.previous);
-        let continues = self.active.as_ref().is_some_and(joins);
-        let is_behind = files
-            .lock()
-            .last
-            .is_some_and(|last| chunk.previous.seq < last.seq);
-        if !continues && is_behind {
-            // The stream delivered what these files should have had.
-            self.quarantine_all(config, files, "superseded")?;
+        let mut continues = self.active.as_ref().is_some_and(joins);
+        let last = files.lock().last;
+        if !continues && last.is_some_and(|last| chunk.previous.seq < last.seq) {
+            // The stream delivered what these files should have had: the missing part of a run, or
+            // another history.
+            self.quarantine_from(config, files, chunk.previous.seq, "superseded")?;
+            self.open_newest(config, &mut files.lock())?;
+            while let Some(active) = &self.active
+                && active.last.seq > chunk.previous.seq
+                && let Some(newest) = files.lock().segments.last().copied()
+            {
+                self.quarantine_from(config, files, newest.start.seq, "superseded")?;
+                self.open_newest(config, &mut files.lock())?;
+            }
+            continues = self.active.as_ref().is_some_and(joins);
         }
         if !continues
             || self
@@ -296,29 +345,48 @@ impl RunWriter {
                 },
             };
             let path = segment::path(&config.dir, oldest.start.seq + 1);
-            let written = fs::metadata(&path).and_then(|metadata| metadata.modified());
-            let age = SystemTime::now().duration_since(written?);
-            if age.unwrap_or_default() < KEEP_FOR {
-                return Ok(());
+            // Somebody may have removed it.
+            if let Some(written) = found(fs::metadata(&path))? {
+                let age = SystemTime::now().duration_since(written.modified()?);
+                if age.unwrap_or_default() < KEEP_FOR {
+                    return Ok(());
+                }
+                found(fs::remove_file(&path))?;
             }
-            fs::remove_file(&path)?;
             files.lock().segments.remove(0);
         }
     }
 
-    /// Renames all segments, so that nothing reads them again.
-    pub(super) fn quarantine_all(
+    /// Renames the segments whose records all come after `seq`, so that nothing reads them again.
+    pub(super) fn quarantine_from(
         &mut self,
         config: &WalConfig,
         files: &Mutex<WalFiles>,
+        seq: Seq,
         why: &str,
     ) -> io::Result<()> {
         self.active = None;
-        let quarantined = std::mem::take(&mut *files.lock());
-        for segment in quarantined.segments {
-            quarantine(&segment::path(&config.dir, segment.start.seq + 1), why)?;
+        loop {
+            let newest = files.lock().segments.last().copied();
+            let Some(newest) = newest.filter(|newest| newest.start.seq >= seq) else {
+                break;
+            };
+            quarantine(&segment::path(&config.dir, newest.start.seq + 1), why)?;
+            files.lock().segments.pop();
+        }
+        if seq == 0 {
+            let mut files = files.lock();
+            (files.last, files.known_end) = (None, 0);
         }
         segment::sync_dir(&config.dir)
+    }
+}
+
+/// `None` if the file does not exist.
+fn found<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        result => result.map(Some),
     }
 }
 
@@ -335,14 +403,19 @@ pub(super) fn check_writable(dir: &Path) -> io::Result<()> {
 
 /// Renames the segment at `path`. The file itself is unchanged.
 fn quarantine(path: &Path, why: &str) -> io::Result<()> {
-    let mut quarantined = path.with_added_extension(why);
-    let mut count = 1;
-    while quarantined.try_exists()? {
-        count += 1;
-        quarantined = path.with_added_extension(format!("{why}-{count}"));
-    }
     tracing::warn!(path = %path.display(), why, "WAL segment quarantined");
-    fs::rename(path, quarantined)
+    fs::rename(path, unused(path, why)?)
+}
+
+/// `path` with the extension `why`, and a number if that exists.
+fn unused(path: &Path, why: &str) -> io::Result<PathBuf> {
+    let mut unused = path.with_added_extension(why);
+    let mut count = 1;
+    while unused.try_exists()? {
+        count += 1;
+        unused = path.with_added_extension(format!("{why}-{count}"));
+    }
+    Ok(unused)
 }
 
 /// Why the record after `last` in `bytes` cannot be read.

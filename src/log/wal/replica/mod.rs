@@ -15,8 +15,10 @@ mod reader;
 #[cfg(test)]
 mod tests;
 
+use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -38,6 +40,8 @@ const PENDING_BYTES_MAX: usize = 64 << 20;
 const PENDING_BYTES_EARLY: usize = 4 << 20;
 /// Records that are written together. A segment ends between two of these.
 const CHUNK_BYTES: usize = if cfg!(test) { 1 << 10 } else { 1 << 20 };
+/// A disk that does not complete a write in this time counts as failing.
+const RESPONSE_WAIT_MAX: Duration = Duration::from_secs(5);
 /// How long after a failure the next write is tried.
 const RETRY_AFTER: Duration = Duration::from_millis(250);
 
@@ -53,7 +57,7 @@ pub enum WalSync {
 /// The settings of a replica's WAL.
 #[derive(Debug, Clone)]
 pub struct WalConfig {
-    /// Its directory.
+    /// The directory of the WALs of all logs.
     pub dir: PathBuf,
     /// When it is synced.
     pub sync: WalSync,
@@ -90,6 +94,10 @@ pub(in crate::log) struct ReplicaWal {
     /// Locked during writes and removals.
     writer: Arc<Mutex<RunWriter>>,
     files: Arc<Mutex<WalFiles>>,
+    /// Held by the flush that runs, because records must be written in order.
+    flushing: Arc<tokio::sync::Mutex<()>>,
+    /// Requests to answer once their batch is synced, oldest first.
+    answers: Mutex<VecDeque<(Seq, Answers)>>,
     failure: Mutex<Option<Arc<str>>>,
     failures: AtomicU64,
 }
@@ -99,8 +107,8 @@ pub(in crate::log) struct ReplicaWal {
 struct Pending {
     chunks: Vec<RecordChunk>,
     bytes: usize,
-    /// Requests to answer once their batch is synced.
-    answers: Vec<(Seq, Answers)>,
+    /// The last entry that was recorded.
+    last: Seq,
     /// Why all files are to be quarantined before these records are written.
     quarantine: Option<&'static str>,
     /// Records were left out: too many were waiting.
@@ -116,14 +124,15 @@ struct RecordChunk {
 }
 
 impl ReplicaWal {
-    /// Opens the WAL of log `id`. Quarantines the files of another log and damaged ones, and
-    /// truncates a torn record at the end. Blocks.
+    /// Opens the WAL of log `id`, which has a directory of its id. Quarantines damaged files, and
+    /// truncates the newest after its last valid record. Blocks.
     ///
     /// # Errors
     /// The directory cannot be read or written.
-    pub(in crate::log) fn open(config: WalConfig, id: &LogId) -> io::Result<Self> {
+    pub(in crate::log) fn open(mut config: WalConfig, id: &LogId) -> io::Result<Self> {
         let log = RandomId::parse(&id.0);
         let log = log.ok_or_else(|| io::Error::other(format!("{id} is not the id of a stream")))?;
+        config.dir.push(&*id.0);
         let (writer, files) = files::open(&config, log)?;
         Ok(Self {
             config,
@@ -133,6 +142,8 @@ impl ReplicaWal {
             early: Notify::new(),
             writer: Arc::new(Mutex::new(writer)),
             files: Arc::new(Mutex::new(files)),
+            flushing: Arc::default(),
+            answers: Mutex::default(),
             failure: Mutex::default(),
             failures: AtomicU64::new(0),
         })
@@ -156,17 +167,17 @@ impl ReplicaWal {
         };
         let mut pending = self.pending.lock();
         let waited = pending.bytes;
-        pending.add(previous, entry.position, |out| {
-            record::append(seq, value, out)
-        });
-        let waiting = pending.bytes;
         let own = match (own, self.config.sync) {
             (Some(own), WalSync::Always) => {
-                pending.answers.push((seq, own));
+                self.answers.lock().push_back((seq, own));
                 None
             }
             (own, _) => own,
         };
+        pending.add(previous, entry.position, |out| {
+            record::append(seq, value, out)
+        });
+        let waiting = pending.bytes;
         drop(pending);
         if let Some(own) = own {
             own.send(&Ok(seq));
@@ -179,15 +190,18 @@ impl ReplicaWal {
         }
     }
 
-    /// Quarantines all files, because the replica's state was found to be wrong.
-    pub(in crate::log) fn quarantine(&self, why: &'static str) {
-        let mut pending = self.pending.lock();
-        pending.chunks.clear();
-        pending.bytes = 0;
-        pending.quarantine = Some(why);
-        drop(pending);
+    /// Quarantines all files, because the replica's state was found to be wrong. Until that has
+    /// succeeded nothing is read from them.
+    pub(in crate::log) async fn quarantine(&self, why: &'static str) {
+        {
+            let mut pending = self.pending.lock();
+            pending.chunks.clear();
+            pending.bytes = 0;
+            pending.quarantine = Some(why);
+        }
         self.wake.notify_one();
         self.early.notify_one();
+        self.flush().await;
     }
 
     /// Writes and syncs records until the task is dropped.
@@ -198,8 +212,22 @@ impl ReplicaWal {
                 let _ = tokio::time::timeout(interval, self.early.notified()).await;
             }
             // Without records too: clients' writes may be rejected until it succeeds.
-            while !self.flush().await {
+            while !self.flush_in_time().await {
                 tokio::time::sleep(RETRY_AFTER).await;
+            }
+        }
+    }
+
+    /// Like [`flush`](Self::flush). A disk that does not respond counts as a failure meanwhile.
+    async fn flush_in_time(&self) -> bool {
+        let mut flushed = pin!(self.flush());
+        loop {
+            match tokio::time::timeout(RESPONSE_WAIT_MAX, flushed.as_mut()).await {
+                Ok(flushed) => return flushed,
+                Err(_elapsed) => {
+                    let error = io::Error::new(io::ErrorKind::TimedOut, "it does not respond");
+                    self.fail(&error, Seq::MAX);
+                }
             }
         }
     }
@@ -207,22 +235,31 @@ impl ReplicaWal {
     /// Writes and syncs the records that wait now; after a failure it first checks that the disk can
     /// be written. Returns whether that succeeded.
     pub(in crate::log) async fn flush(&self) -> bool {
-        let mut pending = std::mem::take(&mut *self.pending.lock());
+        // Owned by the job, which goes on if this future is dropped.
+        let one_at_a_time = Arc::clone(&self.flushing).lock_owned().await;
+        let pending = {
+            let mut waiting = self.pending.lock();
+            let last = waiting.last;
+            let pending = std::mem::take(&mut *waiting);
+            waiting.last = last;
+            pending
+        };
         let was_failing = self.failure.lock().is_some();
         if pending.is_empty() && !was_failing {
             return true;
         }
-        let answers = std::mem::take(&mut pending.answers);
-        let overflowed = pending.overflowed;
+        let (through, overflowed) = (pending.last, pending.overflowed);
+        let quarantine = pending.quarantine;
         let (writer, files) = (Arc::clone(&self.writer), Arc::clone(&self.files));
         let (config, log) = (self.config.clone(), self.log);
         let written = self.config.pool.run(move || {
+            let _one_at_a_time = one_at_a_time;
             let mut writer = writer.lock();
             if was_failing {
                 files::check_writable(&config.dir)?;
             }
             if let Some(why) = pending.quarantine {
-                writer.quarantine_all(&config, &files, why)?;
+                writer.quarantine_from(&config, &files, 0, why)?;
             }
             writer.write(&config, log, &files, &pending.chunks)
         });
@@ -232,27 +269,48 @@ impl ReplicaWal {
         });
         match written {
             Ok(()) => {
-                for (seq, own) in answers {
-                    own.send(&Ok(seq));
-                }
+                self.answer(through, &|seq| Ok(seq));
                 if self.failure.lock().take().is_some() {
                     tracing::info!("WAL is written again");
                 }
                 true
             }
             Err(error) => {
-                for (_, own) in answers {
-                    own.send(&Err(AppendError::Unknown));
+                if quarantine.is_some() {
+                    self.pending.lock().quarantine = quarantine;
                 }
-                self.failures.fetch_add(1, Ordering::Relaxed);
-                let dir = self.config.dir.display();
-                let why: Arc<str> =
-                    format!("cannot write the WAL in {dir}: {error}; check the disk").into();
-                if self.failure.lock().replace(Arc::clone(&why)).is_none() {
-                    tracing::error!(%why, "WAL not written");
-                }
+                self.fail(&error, through);
                 false
             }
+        }
+    }
+
+    /// Records that batches up to `through` could not be synced.
+    fn fail(&self, error: &io::Error, through: Seq) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        let dir = self.config.dir.display();
+        let why: Arc<str> =
+            format!("cannot write the WAL in {dir}: {error}; check the disk").into();
+        if self.failure.lock().replace(Arc::clone(&why)).is_none() {
+            tracing::error!(%why, "WAL not written");
+        }
+        self.answer(through, &|_| Err(AppendError::Unknown));
+    }
+
+    /// Answers the requests that wait for batches up to `through`.
+    fn answer(&self, through: Seq, result: &dyn Fn(Seq) -> Result<Seq, AppendError>) {
+        loop {
+            let next = {
+                let mut answers = self.answers.lock();
+                match answers.front() {
+                    Some((seq, _)) if *seq <= through => answers.pop_front(),
+                    _ => None,
+                }
+            };
+            let Some((seq, own)) = next else {
+                return;
+            };
+            own.send(&result(seq));
         }
     }
 
@@ -267,6 +325,9 @@ impl ReplicaWal {
     /// A reader of the entries after `after`, if the newest run holds the next one and has the same
     /// history up to there.
     pub(in crate::log) async fn read_after(&self, after: Position) -> Option<WalReader> {
+        if self.pending.lock().quarantine.is_some() {
+            return None;
+        }
         let (config, files) = (self.config.clone(), Arc::clone(&self.files));
         let found = move || WalReader::after(config, files, &after);
         self.config.pool.run(found).await.ok().flatten()
@@ -312,6 +373,12 @@ impl ReplicaWal {
         trimmed.await.flatten()
     }
 
+    /// The last batch that is known to have been recorded, readable or not.
+    pub(in crate::log) fn known_end(&self) -> Seq {
+        let files = self.files.lock();
+        files.known_end.max(files.last.map_or(0, |last| last.seq))
+    }
+
     /// Its content.
     pub(in crate::log) fn status(&self) -> WalStatus {
         let files = self.files.lock();
@@ -328,10 +395,7 @@ impl ReplicaWal {
 
 impl Pending {
     fn is_empty(&self) -> bool {
-        self.chunks.is_empty()
-            && self.answers.is_empty()
-            && self.quarantine.is_none()
-            && !self.overflowed
+        self.chunks.is_empty() && self.quarantine.is_none() && !self.overflowed
     }
 
     /// Adds a record.
@@ -341,6 +405,7 @@ impl Pending {
         position: Position,
         append: impl FnOnce(&mut Vec<u8>) -> io::Result<()>,
     ) {
+        self.last = position.seq;
         if self.bytes > PENDING_BYTES_MAX {
             self.overflowed = true;
             return;

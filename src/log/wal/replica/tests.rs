@@ -110,9 +110,14 @@ async fn read(wal: &ReplicaWal, after: Position) -> Option<Vec<Position>> {
     Some(positions)
 }
 
+/// The directory of the log.
+fn log_dir(dir: &TempDir) -> PathBuf {
+    dir.path().join("wal").join(&*log_id(LOG).0)
+}
+
 /// The names of the files, sorted.
 fn names(dir: &TempDir) -> Vec<String> {
-    let files = fs::read_dir(dir.path().join("wal")).unwrap();
+    let files = fs::read_dir(log_dir(dir)).unwrap();
     let mut names: Vec<_> = files
         .map(|file| file.unwrap().file_name().into_string().unwrap())
         .collect();
@@ -153,7 +158,7 @@ async fn a_run_is_read_from_any_position_and_across_starts() {
 async fn a_torn_tail_is_truncated_and_the_run_goes_on() {
     let whole = tempfile::tempdir().unwrap();
     let positions = record(&open(&whole), base(), 12).await;
-    let path = segment::path(&whole.path().join("wal"), 1);
+    let path = segment::path(&log_dir(&whole), 1);
     let bytes = fs::read(&path).unwrap();
     for cut in (segment::HEADER_BYTES as usize..bytes.len()).step_by(5) {
         for torn in [bytes[..cut].to_vec(), {
@@ -162,8 +167,8 @@ async fn a_torn_tail_is_truncated_and_the_run_goes_on() {
             zeroed
         }] {
             let dir = tempfile::tempdir().unwrap();
-            fs::create_dir(dir.path().join("wal")).unwrap();
-            fs::write(segment::path(&dir.path().join("wal"), 1), torn).unwrap();
+            fs::create_dir_all(log_dir(&dir)).unwrap();
+            fs::write(segment::path(&log_dir(&dir), 1), torn).unwrap();
             let wal = open(&dir);
             let last = wal.status().last as usize;
             // The record may lack only its padding.
@@ -180,8 +185,7 @@ async fn a_torn_tail_is_truncated_and_the_run_goes_on() {
 async fn damage_ends_a_run_and_is_never_read() {
     let dir = tempfile::tempdir().unwrap();
     record(&open(&dir), base(), 300).await;
-    let wal = dir.path().join("wal");
-    let path = segment::path(&wal, 1);
+    let path = segment::path(&log_dir(&dir), 1);
     let bytes = fs::read(&path).unwrap();
     let (mut flips, mut undetected) = (0, 0);
     for at in (segment::HEADER_BYTES as usize..bytes.len()).step_by(97) {
@@ -235,19 +239,88 @@ async fn a_jump_begins_another_run() {
 }
 
 #[tokio::test]
-async fn files_of_another_log_are_quarantined() {
+async fn each_log_has_its_own_files() {
     let dir = tempfile::tempdir().unwrap();
-    record(&open(&dir), base(), 5).await;
+    let positions = record(&open(&dir), base(), 5).await;
     let other = ReplicaWal::open(config(&dir), &log_id(8)).unwrap();
     assert_eq!(other.status().last, 0);
-    assert_eq!(names(&dir), ["00000000000000000001.seg.other-log"]);
-    other.quarantine("diverged");
-    assert!(other.flush().await);
-    record(&other, Position::base(&log_id(8), 0, 5), 5).await;
-    other.quarantine("diverged");
-    assert!(other.flush().await);
-    assert_eq!(other.status().last, 0);
-    assert_eq!(names(&dir).len(), 2);
+    record(&other, Position::base(&log_id(8), 0, 5), 7).await;
+    other.quarantine("diverged").await;
+    assert_eq!((other.status().last, other.known_end()), (0, 0));
+    let wal = open(&dir);
+    assert_eq!(read(&wal, base()).await.unwrap(), positions);
+    let root = dir.path().join("wal");
+    assert_eq!(
+        log_of_wal(&root, Some(&log_id(8))).unwrap(),
+        Some(log_id(LOG))
+    );
+    assert_eq!(log_of_wal(&root, Some(&log_id(LOG))).unwrap(), None);
+    assert_eq!(log_of_wal(dir.path(), None).unwrap(), None);
+}
+
+#[tokio::test]
+async fn flushes_write_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let wal = open(&dir);
+    let mut positions = vec![base()];
+    for _ in 0..200 {
+        let mut flushes = Vec::new();
+        for _ in 0..4 {
+            let previous = positions[positions.len() - 1];
+            let entry = entry(&previous);
+            wal.record(&previous, &entry, None);
+            positions.push(entry.position);
+            flushes.push(wal.flush());
+        }
+        assert!(
+            futures_util::future::join_all(flushes)
+                .await
+                .into_iter()
+                .all(|done| done)
+        );
+    }
+    assert_eq!(read(&wal, base()).await.unwrap(), positions);
+    assert!(names(&dir).iter().all(|name| name.ends_with(".seg")));
+}
+
+#[tokio::test]
+async fn records_after_a_damaged_one_are_kept_and_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let positions = record(&open(&dir), base(), 10).await;
+    let path = segment::path(&log_dir(&dir), 1);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[segment::HEADER_BYTES as usize + 40] ^= 1;
+    fs::write(&path, &bytes).unwrap();
+    let wal = open(&dir);
+    assert_eq!((wal.status().last, wal.known_end()), (0, 10));
+    assert_eq!(
+        fs::read(path.with_added_extension("damaged")).unwrap(),
+        bytes
+    );
+    // The stream has them.
+    record(&wal, base(), 12).await;
+    assert_eq!(read(&wal, base()).await.unwrap()[..11], positions);
+    assert_eq!((wal.status().first, wal.known_end()), (1, 12));
+}
+
+#[tokio::test]
+async fn a_hole_is_filled_from_the_stream_and_the_run_before_it_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let wal = open(&dir);
+    let positions = record(&wal, base(), 300).await;
+    // Without 151 to 160.
+    let dir = tempfile::tempdir().unwrap();
+    let wal = open(&dir);
+    record(&wal, base(), 150).await;
+    record(&wal, positions[160], 140).await;
+    assert_eq!(wal.status().first, 161);
+    let wal = open(&dir);
+    let whole = record(&wal, positions[150], 150).await;
+    assert_eq!(whole[1..], positions[151..]);
+    for wal in [wal, open(&dir)] {
+        assert_eq!(wal.status().first, 1);
+        assert_eq!(read(&wal, base()).await.unwrap(), positions);
+    }
 }
 
 #[tokio::test]
@@ -263,7 +336,7 @@ async fn trimming_keeps_what_a_start_needs_and_what_is_new() {
     for name in names(&dir) {
         let file = fs::File::options()
             .write(true)
-            .open(dir.path().join("wal").join(name));
+            .open(log_dir(&dir).join(name));
         let old = SystemTime::now() - Duration::from_secs(3600);
         file.unwrap().set_modified(old).unwrap();
     }
