@@ -256,10 +256,13 @@ impl RunWriter {
             // another history.
             self.quarantine_from(config, files, chunk.previous.seq, "superseded")?;
             self.open_newest(config, &mut files.lock())?;
-            while let Some(active) = &self.active
-                && active.last.seq > chunk.previous.seq
-                && let Some(newest) = files.lock().segments.last().copied()
-            {
+            loop {
+                let newest = files.lock().segments.last().copied();
+                let is_ahead = |active: &ActiveFile| active.last.seq > chunk.previous.seq;
+                let is_ahead = self.active.as_ref().is_some_and(is_ahead);
+                let Some(newest) = newest.filter(|_| is_ahead) else {
+                    break;
+                };
                 self.quarantine_from(config, files, newest.start.seq, "superseded")?;
                 self.open_newest(config, &mut files.lock())?;
             }
