@@ -122,9 +122,15 @@ async fn with_always_an_acknowledged_write_outlives_a_broker_that_lost_it() {
     node.wait_for_exit().await;
     broker.roll_back(copy).await;
     // A start with another stream changes nothing.
-    let mut other = replica(broker.address, &dir, "always");
-    let other = Node::launch(other.args(["--stream", "OTHER"])).await;
-    other.in_state("other-log").await;
+    let on_other = |dir: &Path| {
+        let mut command = replica(broker.address, dir, "always");
+        command.args(["--stream", "OTHER"]);
+        command
+    };
+    let other = Node::start_with(&mut on_other(&root.path().join("other"))).await;
+    let wrong = Node::launch(&mut on_other(&dir)).await;
+    wrong.in_state("other-log").await;
+    wrong.kill();
     other.kill();
     // It neither forgets the writes nor serves a state that other replicas do not have.
     let node = Node::launch(&mut replica(broker.address, &dir, "always")).await;
