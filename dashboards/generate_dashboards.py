@@ -146,6 +146,14 @@ DASHBOARDS = {
             ("Failed", "short", {NODE: "increase(gradestore_snapshot_failures_total[R])"},
              "Most likely the disk is full."),
         ],
+        "Copy of the log": [
+            ("Batches", "short", {NODE: "gradestore_wal_last - gradestore_wal_first + 1"},
+             "In the newest run. Fewer after a batch that could not be written."),
+            ("Size", "bytes", {NODE: "gradestore_wal_bytes"}, ""),
+            ("Failing", "short", {NODE: "gradestore_wal_failing"},
+             "Most likely the disk is full. With --wal-sync always the node then rejects writes."),
+            ("Failed writes", "short", {NODE: "increase(gradestore_wal_failures_total[R])"}, ""),
+        ],
     },
     "process": {
         "Process": [
