@@ -123,7 +123,7 @@ fn split(seq: Seq, value: &[u8]) -> Result<Value<'_>, ReadError> {
 /// The position of the message with this value, which comes after `previous`.
 ///
 /// # Errors
-/// `value` is not an output of [`write()`] or [`write_message`].
+/// `value` is not the value of a record.
 pub fn position(previous: &Position, value: &[u8]) -> Result<Position, ReadError> {
     let value = split(previous.seq + 1, value)?;
     Ok(previous.next(value.time_ns, value.message))
@@ -132,7 +132,7 @@ pub fn position(previous: &Position, value: &[u8]) -> Result<Position, ReadError
 /// The entry with this value, which comes after `previous`.
 ///
 /// # Errors
-/// `value` is not an output of [`write()`] or [`write_message`].
+/// `value` is not the value of a record.
 pub fn read(previous: &Position, value: &[u8]) -> Result<Entry, ReadError> {
     let seq = previous.seq + 1;
     let value = split(seq, value)?;
