@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
 use crate::harness::cluster::nats::NatsServer;
-use crate::harness::wire::{Response, with_timeout};
+use crate::harness::wire::{Response, eventually, with_timeout};
 use crate::harness::{ANY_PORTS, Node, PASSWORD, Ports, program};
 
 /// Installed by tests/install-nats.sh.
@@ -302,7 +302,12 @@ pub(crate) async fn read_stream(broker: &Context) -> Vec<Vec<LoggedWrite>> {
         ack_policy: AckPolicy::None,
         ..pull::Config::default()
     };
-    let consumer = stream.create_consumer(config).await.unwrap();
+    // After a failover the leader of the servers' metadata, which creates consumers, may be missing
+    // for longer than the stream's.
+    let consumer = eventually("a consumer of the test", async || {
+        stream.create_consumer(config.clone()).await.ok()
+    });
+    let consumer = consumer.await;
     let mut stream = consumer.messages().await.unwrap().take(messages);
     let mut read = Vec::new();
     while let Some(message) = with_timeout("the stream", stream.next()).await {
