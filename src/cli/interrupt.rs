@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 
 use crate::sys::signals::{
-    CRASH, HANGUP, STOP, Signals, meaningless, numbered, survive_file_size_limit,
+    CRASH, HANGUP, STOP, Signals, catch_file_size_signal, numbered, unused_signals,
 };
 
 /// Resolves at the first signal whose default would end the process, so that the command can remove
@@ -13,12 +13,12 @@ use crate::sys::signals::{
 /// # Errors
 /// The system does not accept a handler.
 pub fn interrupted() -> io::Result<impl Future<Output = ()>> {
-    survive_file_size_limit()?;
+    catch_file_size_signal()?;
     let ignored = ignored_signals();
     let signals = numbered(&STOP)
         .chain(numbered(&[HANGUP]))
         .chain(numbered(&CRASH))
-        .chain(meaningless())
+        .chain(unused_signals())
         .filter(|(number, _)| ignored >> (number - 1) & 1 == 0);
     let mut signals = Signals::handle(signals)?;
     Ok(async move {

@@ -400,7 +400,7 @@ pub trait Log: Send + Sync + 'static {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Keeps a copy of `entry`, which was applied after `previous`, in a log with local copies, and
+    /// Records `entry`, which was applied after `previous`, in the replica's WAL, if it has one, and
     /// answers `own` requests, whose writes the entry contains.
     fn record(&self, previous: &Position, entry: &Entry, own: Option<Answers>) {
         let _ = previous;
@@ -409,24 +409,24 @@ pub trait Log: Send + Sync + 'static {
         }
     }
 
-    /// Quarantines the local copies, because the state that was built from them is wrong.
-    fn quarantine_copies(&self, why: &'static str) -> BoxFuture<'_, ()> {
+    /// Quarantines the replica's WAL, because the state that was built from it is wrong.
+    fn quarantine_wal(&self, why: &'static str) -> BoxFuture<'_, ()> {
         let _ = why;
         std::future::ready(()).boxed()
     }
 
-    /// Syncs the local copies of all entries recorded so far. A failure is in [`copies`](Self::copies).
-    fn sync_copies(&self) -> BoxFuture<'_, ()> {
+    /// Writes and syncs the entries recorded so far. [`wal_status`](Self::wal_status) has a failure.
+    fn sync_wal(&self) -> BoxFuture<'_, ()> {
         std::future::ready(()).boxed()
     }
 
-    /// Waits until the current subscription has read the local copies and reads the log itself.
-    fn copies_read(&self) -> BoxFuture<'_, ()> {
+    /// Waits until the current subscription has replayed the replica's WAL and reads the log itself.
+    fn wal_replayed(&self) -> BoxFuture<'_, ()> {
         std::future::ready(()).boxed()
     }
 
-    /// The local copies; `None` for a log without them.
-    fn copies(&self) -> Option<WalStatus> {
+    /// The content of the replica's WAL; `None` for a log without one.
+    fn wal_status(&self) -> Option<WalStatus> {
         None
     }
 

@@ -153,7 +153,7 @@ impl ReplicaDriver {
     async fn catch_up(&self, complete_from: Seq) -> Result<(), ReadError> {
         let (log, applied) = (&self.bootstrap.log, &self.bootstrap.applied);
         // Until then the log may be one that has lost batches, or report an outdated end.
-        log.copies_read().await;
+        log.wal_replayed().await;
         let mut target = log.fetch_bounds().await?.end.max(complete_from);
         loop {
             let reached = tokio::time::timeout(FETCH_END_EVERY, applied.wait_for(target));
@@ -286,7 +286,7 @@ impl ReplicaDriver {
         self.bootstrap.store.clear();
         self.bootstrap.applied.cleared();
         if doubtful {
-            self.bootstrap.log.quarantine_copies("diverged").await;
+            self.bootstrap.log.quarantine_wal("diverged").await;
             if let Some(snapshotter) = &self.snapshotter {
                 snapshotter.quarantine_all("diverged").await;
             }
@@ -296,7 +296,7 @@ impl ReplicaDriver {
     async fn wait_for_source(&self) {
         let mut backoff = new_backoff();
         loop {
-            // Not from the local copies, which will be quarantined.
+            // Not from the replica's WAL, which will be quarantined.
             let log = &self.bootstrap.log;
             let whole = log.fetch_bounds().await.is_ok() && log.first() == 1;
             if whole || self.bootstrap.peers.ask().await.iter().any(Peer::ready) {

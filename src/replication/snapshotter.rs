@@ -156,7 +156,7 @@ impl Snapshotter {
         state: &CompleteState,
     ) -> io::Result<(SnapshotInfo, Option<Seq>)> {
         // A copy that ends before the snapshot could not be continued from it.
-        self.log.sync_copies().await;
+        self.log.sync_wal().await;
         let head = backup_head(state, &self.applied, &*self.log);
         let end = || {
             state.check().map_err(io::Error::other)?;

@@ -23,8 +23,8 @@ pub const CRASH: [(Signal, &str); 3] = [
     (Signal::TRAP, "SIGTRAP"),
     (Signal::SYS, "SIGSYS"),
 ];
-/// Those that mean nothing to gradestore, apart from real-time signals.
-const MEANINGLESS: [(Signal, &str); 9] = [
+/// Those that gradestore does not use, apart from real-time signals.
+const UNUSED: [(Signal, &str); 9] = [
     (Signal::USR1, "SIGUSR1"),
     (Signal::USR2, "SIGUSR2"),
     (Signal::ALARM, "SIGALRM"),
@@ -47,13 +47,13 @@ pub fn numbered(signals: &[(Signal, &str)]) -> impl Iterator<Item = Named> {
     signals.iter().map(numbered)
 }
 
-/// The signals that mean nothing to gradestore and whose default ends the process.
-pub fn meaningless() -> impl Iterator<Item = Named> {
+/// The signals that gradestore does not use and whose default action ends the process.
+pub fn unused_signals() -> impl Iterator<Item = Named> {
     let real_time = REAL_TIME.map(|number| {
         let name = format!("SIGRTMIN+{}", number - REAL_TIME.start());
         (number, name)
     });
-    numbered(&MEANINGLESS).chain(real_time)
+    numbered(&UNUSED).chain(real_time)
 }
 
 /// Lets a write beyond the limit of the file size (`ulimit -f`) fail with an error instead of ending
@@ -61,7 +61,7 @@ pub fn meaningless() -> impl Iterator<Item = Named> {
 ///
 /// # Errors
 /// The system does not accept a handler.
-pub fn survive_file_size_limit() -> io::Result<()> {
+pub fn catch_file_size_signal() -> io::Result<()> {
     // The handler remains.
     signal(SignalKind::from_raw(Signal::XFSZ.as_raw())).map(drop)
 }

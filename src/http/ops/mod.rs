@@ -215,7 +215,7 @@ async fn metrics(State(state): State<OpsState>) -> Response {
     snapshot.failures.absolute(last_snapshot.failures());
     snapshot.set(last_snapshot.written().as_ref());
 
-    if let Some(wal) = state.log.copies() {
+    if let Some(wal) = state.log.wal_status() {
         telemetry.wal.set(&wal);
     }
 

@@ -209,7 +209,7 @@ impl NodeStatus {
             traffic: state.traffic.now(),
             restore: state.restore.current().as_ref().map(RestoreStatus::of),
             snapshot: SnapshotStatus::of(&state.last_snapshot),
-            wal: state.log.copies(),
+            wal: state.log.wal_status(),
             peers: state.peers.known(),
         }
     }

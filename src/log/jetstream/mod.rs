@@ -302,7 +302,7 @@ impl Log for JetStreamLog {
         }
     }
 
-    fn quarantine_copies(&self, why: &'static str) -> BoxFuture<'_, ()> {
+    fn quarantine_wal(&self, why: &'static str) -> BoxFuture<'_, ()> {
         async move {
             if let Some(wal) = &self.shared.wal {
                 wal.quarantine(why).await;
@@ -311,7 +311,7 @@ impl Log for JetStreamLog {
         .boxed()
     }
 
-    fn sync_copies(&self) -> BoxFuture<'_, ()> {
+    fn sync_wal(&self) -> BoxFuture<'_, ()> {
         async {
             if let Some(wal) = &self.shared.wal {
                 wal.flush().await;
@@ -320,12 +320,12 @@ impl Log for JetStreamLog {
         .boxed()
     }
 
-    fn copies_read(&self) -> BoxFuture<'_, ()> {
+    fn wal_replayed(&self) -> BoxFuture<'_, ()> {
         let reads_stream = &self.shared.reads_stream;
         reads_stream.wait_for(|reads| reads.then_some(())).boxed()
     }
 
-    fn copies(&self) -> Option<WalStatus> {
+    fn wal_status(&self) -> Option<WalStatus> {
         self.shared.wal.as_ref().map(|wal| wal.status())
     }
 

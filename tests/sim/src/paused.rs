@@ -101,20 +101,20 @@ impl Log for PausedLog {
         self.log.record(previous, entry, own);
     }
 
-    fn quarantine_copies(&self, why: &'static str) -> BoxFuture<'_, ()> {
-        self.log.quarantine_copies(why)
+    fn quarantine_wal(&self, why: &'static str) -> BoxFuture<'_, ()> {
+        self.log.quarantine_wal(why)
     }
 
-    fn sync_copies(&self) -> BoxFuture<'_, ()> {
-        self.log.sync_copies()
+    fn sync_wal(&self) -> BoxFuture<'_, ()> {
+        self.log.sync_wal()
     }
 
-    fn copies_read(&self) -> BoxFuture<'_, ()> {
-        self.log.copies_read()
+    fn wal_replayed(&self) -> BoxFuture<'_, ()> {
+        self.log.wal_replayed()
     }
 
-    fn copies(&self) -> Option<WalStatus> {
-        self.log.copies()
+    fn wal_status(&self) -> Option<WalStatus> {
+        self.log.wal_status()
     }
 
     fn subscribe(

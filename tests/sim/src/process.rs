@@ -209,7 +209,9 @@ fn check_has_acknowledged(world: &World, node: usize, knobs: &Knobs, log: &JetSt
     let acknowledged = slot.acknowledged.clone();
     let newest = snapshot_heads(&slot).into_iter().next();
     drop(slot);
-    let copies = log.copies().filter(|_| knobs.wal == Some(WalSync::Always));
+    let copies = log
+        .wal_status()
+        .filter(|_| knobs.wal == Some(WalSync::Always));
     let (Some((of, seq)), Some(copies)) = (acknowledged, copies) else {
         return;
     };

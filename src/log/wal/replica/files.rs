@@ -252,7 +252,7 @@ impl RunWriter {
         let mut continues = self.active.as_ref().is_some_and(joins);
         let last = files.lock().last;
         if !continues && last.is_some_and(|last| chunk.previous.seq < last.seq) {
-            // The stream delivered what these files should have had: the missing part of a run, or
+            // The stream delivers batches that these segments should contain: they have a hole or
             // another history.
             self.quarantine_from(config, files, chunk.previous.seq, "superseded")?;
             self.open_newest(config, &mut files.lock())?;

@@ -1,9 +1,9 @@
-//! The local copy of a cluster's log: what this replica has applied, so that a start or a replica
-//! that was away needs neither the stream's retention nor a whole copy.
+//! The write-ahead log of a replica: a local copy of the batches that it has applied. A replica that
+//! starts needs the stream only from the end of this copy on.
 //!
 //! It has the format of a single node's log. It is a list of *runs*: a run has no holes. It ends where
-//! a record could not be written or the replica's state was replaced, and runs are never joined. A
-//! segment's header says whether it continues the segment before it.
+//! a record could not be written or the replica's state was replaced. A segment's header says whether
+//! it continues the segment before it.
 //!
 //! Recording never delays the applier. Records wait in memory, up to a bound, for one write and one
 //! sync, at every interval of `--wal-sync`, or at once with `always`. The log only answers a client
@@ -211,7 +211,7 @@ impl ReplicaWal {
             if let WalSync::Every(interval) = self.config.sync {
                 let _ = tokio::time::timeout(interval, self.early.notified()).await;
             }
-            // Without records too: clients' writes may be rejected until it succeeds.
+            // Retries without new records too, because clients' writes are rejected until it succeeds.
             while !self.flush_in_time().await {
                 tokio::time::sleep(RETRY_AFTER).await;
             }

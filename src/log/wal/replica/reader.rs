@@ -70,8 +70,13 @@ impl WalReader {
                     Some(segment) if self.load(&segment).is_ok() => {}
                     _ => break,
                 },
-                Err(error) => {
-                    tracing::error!(%error, "cannot read the WAL: continuing with the stream");
+                // The stream has the batch, or reports what is wrong with it.
+                Err(_) => {
+                    let seq = self.last.seq + 1;
+                    tracing::warn!(
+                        seq,
+                        "the WAL ends before a damaged record; reading the stream"
+                    );
                     break;
                 }
             }
